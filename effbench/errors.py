@@ -1,0 +1,42 @@
+"""The one exception that a user can mend; every other exception is a bug."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right; shown in a few lines, without a traceback.
+
+    Args:
+        message: What is wrong, in one sentence.
+        hint: What to do about it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Return the known words nearest to `word`, best first."""
+    words = sorted(set(known))
+    folded = {w.lower().replace("-", "_"): w for w in words}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), folded, limit, 0.55)
+    return [folded[c] for c in close]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the nearest known words, or all of them when few."""
+    words = sorted(set(known))
+    close = nearest(word, words)
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    if len(words) <= 12:
+        return f"Known: {', '.join(words)}." if words else "None is known here."
+    return f"{len(words)} are known; the first: {', '.join(words[:8])}, …"

@@ -1,0 +1,301 @@
+"""What a method is: a frozen dataclass of hyper-parameters with a few hooks.
+
+A method knows no stage, no store and no command line. It overrides only the hooks it changes; the
+defaults below are plain fine-tuning of every weight. Mutable state never lives on the method: it
+lives in the model's modules or in the `Context`, which the training loop saves and restores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from effbench.errors import UserError
+from effbench.lazy import torch
+from effbench.shapes import DTYPE_BYTES, Shape
+
+if TYPE_CHECKING:
+    from effbench.nn.decoding import Session
+
+Weights = Literal["compute", "float32", "nf4"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    venue: str
+    identifier: str
+    """arXiv number or DOI."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model under a method needs, counted from shapes alone."""
+
+    params: int
+    """All parameters, adapters included, tied ones once."""
+    trainable: int
+    """Parameters that receive gradients."""
+    resident_bytes: int
+    """Bytes of all weights as they lie in memory, scales and adapters included."""
+    bytes_per_token: float
+    """Weight bytes read to decode one token at batch 1 (embedding rows not counted)."""
+    flops_per_token: float
+    """Forward FLOPs of one token at context 0, matrix products only."""
+    kv_bytes_per_token: float
+    """Bytes that one more token adds to the key/value cache, on average."""
+    saving: Literal["none", "physical", "simulated"] = "none"
+    """Whether smaller figures here are real on the device or only modelled."""
+
+
+@dataclass
+class Batch:
+    """Token batch of B sequences and T positions, padded on the right.
+
+    `labels` are not shifted: position t holds the token that position t - 1 must predict, or -100.
+    """
+
+    input_ids: torch.Tensor
+    """[B, T] int64."""
+    attention_mask: torch.Tensor
+    """[B, T] int64, 1 for real tokens."""
+    labels: torch.Tensor
+    """[B, T] int64."""
+    rows: list[int]
+    """Index of each sequence in its split."""
+    window_tokens: int = 0
+    """Loss tokens in the whole accumulation window, over all processes: the loss denominator."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.rows,
+            self.window_tokens,
+        )
+
+    @property
+    def loss_tokens(self) -> int:
+        """Positions that count in the loss (the first of a sequence predicts nothing)."""
+        return int((self.labels[:, 1:] != -100).sum())
+
+
+@dataclass
+class Context:
+    """What the hooks may use: device, clock, random numbers and the method's saved state."""
+
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype."""
+    generator: torch.Generator
+    """CPU generator of the method's own draws; saved and restored with checkpoints."""
+    load_model: Callable[[str], torch.nn.Module]
+    """Loads another model by its config name (a teacher, a reference), frozen, on the device."""
+    tokenizer: Any = None
+    step: int = 0
+    total_steps: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    """Method state that a checkpoint must keep (tensors and plain values)."""
+    backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()
+    """Back-propagates a loss (accelerate's, when a training loop runs)."""
+    clip: Callable[[Sequence[torch.Tensor]], float | None] = lambda parameters: None
+    """Clips gradients in place and returns their norm before clipping."""
+    finished: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    """Parts that an interrupted compression had already made, by name."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; on its own it is plain training of every weight."""
+
+    name: ClassVar[str] = ""
+    """The name of its file and its config; set by the registry."""
+    paper: ClassVar[Paper | None] = None
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
+    """The stage that makes its artefact."""
+    learning_rate: ClassVar[float] = 1e-4
+    """What `train.learning_rate=null` means for this method."""
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
+    """Kinds of linear layers it can start from: `dense`, `nf4`, `packed`, `adapted`."""
+    leaves: ClassVar[str] = "dense"
+    """The kind of linear layers that its artefact has."""
+
+    @property
+    def weights(self) -> Weights:
+        """How the base is held: in the compute dtype, as float32 masters, or as NF4."""
+        return "compute"
+
+    def check(self, shape: Shape) -> None:
+        """Refuse what cannot work on a model of this shape.
+
+        Raises:
+            UserError: With the field to change. Called before any weight is loaded.
+        """
+
+    def check_after(self, earlier: Sequence[Method]) -> None:
+        """Refuse to go on from an artefact that this method cannot start from.
+
+        Args:
+            earlier: The methods that made the artefact, first to last.
+
+        Raises:
+            UserError: Before any weight is loaded.
+        """
+        kind = earlier[-1].leaves if earlier else "dense"
+        if kind not in self.works_on:
+            raise UserError(
+                f"{self.name} cannot go on from what {earlier[-1].name} left: "
+                f"it needs {' or '.join(sorted(self.works_on))} linear layers, not {kind} ones.",
+                "Run it first and the other one after it, or choose another method.",
+            )
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Put the method's structure in and mark what trains. Default: everything trains."""
+        model.requires_grad_(True)
+        return model
+
+    # -- training ------------------------------------------------------------------------------
+
+    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+        """Return the positions in `batches` (one sequence each) to train on, in order."""
+        return list(range(len(batches)))
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Run before each optimiser step: schedules and draws."""
+
+    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits, [B, T, V]."""
+        output: torch.Tensor = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return output
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the loss of one micro-batch, a scalar.
+
+        The sum over its loss tokens divided by `batch.window_tokens`, so that the micro-batches of
+        one window add up to the mean over all its tokens.
+        """
+        from effbench.nn.losses import token_nll
+
+        return token_nll(self.logits(model, batch), batch.labels).sum() / batch.window_tokens
+
+    def update(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        window: Sequence[Batch],
+        ctx: Context,
+    ) -> torch.Tensor:
+        """Make one optimiser step over an accumulation window and return its loss, a scalar.
+
+        Raises:
+            UserError: When no parameter received a gradient in the whole window.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=ctx.device)
+        for batch in window:
+            loss = self.loss(model, batch, ctx)
+            ctx.backward(loss)
+            total += loss.detach()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in trained):
+            raise UserError(
+                "No parameter received a gradient in a whole accumulation window.",
+                "Some layer computes without autograd, so nothing would be learnt; "
+                "`effbench doctor` lists the known causes.",
+            )
+        ctx.clip(trained)
+        optimizer.step()
+        return total
+
+    # -- compression ---------------------------------------------------------------------------
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Change the model in place, part by part, and yield `(name, new part)` after each.
+
+        Each yield is a resume point: a part found in `ctx.finished` is put in place from there.
+        """
+        raise NotImplementedError(f"{self.name} does not compress")
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def points(self) -> tuple[str, ...]:
+        """Return the names of the artefact's operating points; one unnamed point by default."""
+        return ("",)
+
+    def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
+        """Return a context in which `model` works at `point`, and after which it is as before."""
+        return nullcontext()
+
+    def session(self, model: torch.nn.Module) -> Session:
+        """Return a fresh decoding session; it keeps all its state to itself."""
+        from effbench.nn.decoding import CachedSession
+
+        return CachedSession(model)
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the tensors that make the artefact, by name. Default: all that trains."""
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the artefact into an existing, empty folder."""
+        from safetensors.torch import save_file
+
+        tensors = {n: t.contiguous().cpu() for n, t in self.tensors(model).items()}
+        save_file(tensors, folder / "weights.safetensors")
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` turned into the artefact of `folder`."""
+        from effbench.nn.state import load_tensors
+
+        model = self.prepare(model, ctx)
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the artefact at one operating point in a form that other tools load."""
+        raise UserError(
+            f"{self.name} has no export to another tool's format.",
+            "Its artefact can be used through `effbench eval from=RUN`.",
+        )
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Return what a model of `shape` under this method needs at `point`.
+
+        Args:
+            shape: The base model's shape.
+            dtype: Compute dtype, a key of `DTYPE_BYTES`.
+            point: One of `points()`.
+        """
+        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
+        return dense_cost(shape, size, trainable=shape.params)
+
+
+def dense_cost(shape: Shape, weight_bytes: int, trainable: int = 0) -> Cost:
+    """Return the cost of an unchanged model whose weights take `weight_bytes` bytes each."""
+    head = shape.vocab_size * shape.hidden_size
+    return Cost(
+        params=shape.params,
+        trainable=trainable,
+        resident_bytes=shape.params * weight_bytes,
+        bytes_per_token=(shape.linear_params + head + shape.norm_params) * weight_bytes,
+        flops_per_token=shape.flops_per_token(),
+        kv_bytes_per_token=shape.kv_bytes_per_token(weight_bytes),
+    )
