@@ -23,6 +23,10 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class StoppedError(Exception):
+    """A run was asked to stop and its state is safe; says how far it came."""
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known words nearest to `word`, best first."""
     words = sorted(set(known))

@@ -43,7 +43,8 @@ def find(kind: Kind, name: str) -> Any:
     elif name in names(kind):
         cls = _class_in(kind, name)
     else:
-        raise UserError(f"There is no {kind[:-1]} called {name!r}.", did_you_mean(name, names(kind)))
+        known = names(kind)
+        raise UserError(f"There is no {kind[:-1]} called {name!r}.", did_you_mean(name, known))
     cls.name = name
     return cls
 

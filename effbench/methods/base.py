@@ -106,8 +106,10 @@ class Context:
     """Method state that a checkpoint must keep (tensors and plain values)."""
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()
     """Back-propagates a loss (accelerate's, when a training loop runs)."""
-    clip: Callable[[Sequence[torch.Tensor]], float | None] = lambda parameters: None
-    """Clips gradients in place and returns their norm before clipping."""
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context of a forward pass (mixed precision on float32 masters)."""
+    clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
+    """Clips gradients in place."""
     finished: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     """Parts that an interrupted compression had already made, by name."""
 
@@ -205,7 +207,8 @@ class Method:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=ctx.device)
         for batch in window:
-            loss = self.loss(model, batch, ctx)
+            with ctx.autocast():
+                loss = self.loss(model, batch, ctx)
             ctx.backward(loss)
             total += loss.detach()
         trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,63 @@
+# Everything runs inside .venv, made on first use from constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-slow lint format bench bench-cli bench-harness bench-qdylora bench-rerun tables clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make the environment (.venv) and fetch the default model and data
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## Train QDyLoRA on a real model, compare it with QLoRA and the untouched model
+	@BIN=$(BIN) scripts/demo.sh
+
+test: $(READY) ## Run the tests (real-model smoke runs included)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-fast: $(READY) ## Run the tests that need no download
+	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
+
+test-slow: $(READY) ## Run all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Put the style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-cli bench-rerun bench-harness bench-qdylora ## All benchmarks below
+
+bench-cli: $(READY) ## CPU-seconds of help, list, runs and completion
+	$(BIN)/python scripts/bench_cli.py
+
+bench-rerun: $(READY) ## CPU-seconds of a finished command given again
+	$(BIN)/python scripts/bench_rerun.py
+
+bench-harness: $(READY) ## Time of a training step against a bare PyTorch loop
+	$(BIN)/python scripts/bench_harness.py
+
+bench-qdylora: $(READY) ## Time of a QDyLoRA step against a QLoRA step; bytes of the base
+	$(BIN)/python scripts/bench_qdylora.py
+
+tables: $(READY) ## Make results/tables from results/records
+	$(BIN)/python scripts/tables.py
+
+clean: ## Remove the environment and caches (not results)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

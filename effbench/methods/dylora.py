@@ -1,0 +1,172 @@
+"""DyLoRA: one training run whose adapter can be used at every rank up to R.
+
+Valipour et al., DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free
+Low-Rank Adaptation, EACL 2023, arXiv 2210.07558.
+
+Each optimiser step draws a rank b ~ p(b) and computes with the first b ranks alone:
+
+    y = W x + (alpha / b) * B[:, :b] (A[:b] drop(x))      A [R, d_in], B [d_out, R], x [*, d_in]
+
+The paper writes alpha / R with both factors multiplied by sqrt(R / b): the same product. `nested`
+trains the ranks 1 … b of a step; `frozen` trains rank b alone (the paper's FROZEN mode).
+
+Our choices: all layers, micro-batches and processes of a step have the same b; b is uniform on
+1 … R; inactive ranks get zero gradients but AdamW's momentum still moves them, unless
+`protect_inactive` puts them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from effbench.errors import UserError
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper
+from effbench.methods.lora import (
+    Dropout,
+    base_name,
+    check_rank_fits,
+    check_ranks,
+    check_targets,
+    low_rank_cost,
+    rank_of,
+)
+from effbench.schema import PositiveFloat, PositiveInt
+from effbench.shapes import LINEARS, Shape
+
+
+@dataclass(frozen=True)
+class DyLoRA(Method):
+    """Low-rank adaptation that is trained for all ranks at once."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free "
+        "Low-Rank Adaptation",
+        "EACL 2023",
+        "2210.07558",
+    )
+    learning_rate: ClassVar[float] = 1e-3
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    leaves: ClassVar[str] = "adapted"
+
+    rank: PositiveInt = 16
+    """Highest rank R."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the update's scale alpha / b."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an adapter input in training."""
+    ranks: tuple[PositiveInt, ...] | Literal["powers"] = ()
+    """Ranks to draw from, R among them; empty for 1 … R, `powers` for 1, 2, 4, … and R. The list
+    of R alone is LoRA."""
+    distribution: Literal["uniform", "inverse", "proportional"] = "uniform"
+    """How likely each is: alike, in proportion to 1 / b, or in proportion to b."""
+    mode: Literal["nested", "frozen"] = "nested"
+    """What a step at rank b trains: the ranks 1 … b, or rank b alone."""
+    protect_inactive: bool = False
+    """Leave the ranks that a step does not train, and their moments, exactly as they were."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an adapter."""
+    eval_ranks: tuple[PositiveInt, ...] = ()
+    """Ranks to evaluate; empty for the listed `ranks`, or for 1, 2, 4, … and R."""
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        check_ranks("ranks", self.rank_set(), self.rank)
+        check_ranks("eval_ranks", self.eval_ranks, self.rank)
+        if self.rank not in self.rank_set():
+            raise UserError(
+                f"method.ranks={list(self.ranks)} does not hold method.rank={self.rank}, "
+                "so the highest rank would never be trained.",
+                f"Add {self.rank}, or set method.rank={max(self.rank_set())}.",
+            )
+
+    def rank_set(self) -> tuple[int, ...]:
+        """Return the ranks that a step can draw, lowest first."""
+        if self.ranks == "powers":
+            return powers(self.rank)
+        return self.ranks or tuple(range(1, self.rank + 1))
+
+    def probabilities(self) -> torch.Tensor:
+        """Return p(b) for each of `rank_set()`, float64."""
+        b = torch.tensor(self.rank_set(), dtype=torch.float64)
+        weight = {"uniform": b**0, "inverse": 1 / b, "proportional": b}[self.distribution]
+        return weight / weight.sum()
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a rank that is more than full for a target."""
+        check_rank_fits(shape, self.rank, self.targets)
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and put adapters of rank R around the targets; B is zero."""
+        from effbench.nn.linears import replace_linears
+        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
+
+        control = RankControl(self.rank, self.mode)
+
+        def adapt(name: str, linear: torch.nn.Module) -> LowRankLinear:
+            layer = LowRankLinear(linear, control, self.alpha, self.dropout)
+            init_a(layer.lora_A, ctx.seed, name)
+            return layer
+
+        model.requires_grad_(False)
+        replace_linears(model, adapt, self.targets)
+        return model
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Draw the step's rank; processes that share a seed draw the same one."""
+        from effbench.nn.lowrank import control_of
+
+        drawn = torch.multinomial(self.probabilities(), 1, generator=ctx.generator)
+        control_of(model).active = self.rank_set()[int(drawn)]
+
+    def update(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        window: Sequence[Batch],
+        ctx: Context,
+    ) -> torch.Tensor:
+        """Make one optimiser step, and undo it on inactive ranks when they are protected."""
+        from effbench.nn.lowrank import inactive_held
+
+        with inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
+            return super().update(model, optimizer, window, ctx)
+
+    def points(self) -> tuple[str, ...]:
+        """Return `r<rank>` for each rank to evaluate."""
+        listed = () if self.ranks == "powers" else self.ranks
+        return tuple(f"r{b}" for b in self.eval_ranks or listed or powers(self.rank))
+
+    def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
+        """Use the rank that `point` names; any rank up to R can be named."""
+        from effbench.nn.lowrank import control_of
+
+        return control_of(model).using(rank_of(point, self.rank))
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
+        from effbench.nn.lowrank import low_rank_layers, truncate, write_peft_adapter
+
+        rank = rank_of(point, self.rank)
+        write_peft_adapter(
+            folder,
+            {n: truncate(x.lora_A, x.lora_B, rank) for n, x in low_rank_layers(model)},
+            self.alpha,
+            self.targets,
+            base_name(model),
+        )
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Count all R ranks as held in memory and those of `point` as read and multiplied."""
+        nf4 = self.weights == "nf4"
+        used = rank_of(point, self.rank)
+        return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used)
+
+
+def powers(rank: int) -> tuple[int, ...]:
+    """Return the powers of two below `rank`, and `rank`."""
+    return (*(2**i for i in range((rank - 1).bit_length())), rank)

@@ -1,0 +1,24 @@
+"""Full fine-tuning: every weight trains, the yardstick of the methods that train fewer.
+
+The masters are float32, whatever the compute dtype: a bfloat16 weight would round most updates of
+a small learning rate away. Our choice: learning rate 5e-5, for small models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from effbench.methods.base import Method, Weights
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Training of every weight."""
+
+    learning_rate: ClassVar[float] = 5e-5
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters."""
+        return "float32"

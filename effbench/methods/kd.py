@@ -1,0 +1,111 @@
+"""Logit distillation: every weight trains on the labels and on a teacher's distribution.
+
+Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
+
+    loss = (1 - w) * CE(y, s) + w * T^2 * KL(softmax(t / T) || softmax(s / T))
+
+s and t are the student's and the teacher's logits [B, T, V]; both terms are sums over the tokens
+that count, divided by the tokens of the whole accumulation window. T^2 keeps the gradients of the
+second term of the first one's size. Our choices: forward KL in float32, w = 0.5, T = 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from effbench.errors import UserError
+from effbench.lazy import F, torch
+from effbench.methods.base import Batch, Context, Method, Paper, Weights
+from effbench.schema import Fraction, PositiveFloat
+from effbench.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Distillation(Method):
+    """Training of every weight towards labels and a teacher."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
+    )
+    learning_rate: ClassVar[float] = 5e-5
+
+    teacher: str = ""
+    """Name of the teacher's model config; has to be set."""
+    temperature: PositiveFloat = 2.0
+    """T, by which both models' logits are divided."""
+    weight: Fraction = 0.5
+    """w, the share of the distillation term; 0 is plain training."""
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters."""
+        return "float32"
+
+    def check(self, shape: Shape) -> None:
+        """Refuse to run without a teacher."""
+        if not self.teacher:
+            raise UserError("kd has no teacher.", "Set method.teacher to the name of a model.")
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Make every weight train, and load the teacher beside the model.
+
+        Raises:
+            UserError: When the teacher's vocabulary is not the student's.
+        """
+        model = super().prepare(model, ctx)
+        teacher = ctx.load_model(self.teacher).requires_grad_(False).eval()
+        ours, theirs = model.config.vocab_size, teacher.config.vocab_size  # type: ignore[union-attr]
+        if ours != theirs:
+            raise UserError(
+                f"method.teacher={self.teacher} has {theirs} vocabulary entries, "
+                f"the student {ours}: their logits cannot be compared.",
+                "Choose a teacher of the same tokenizer.",
+            )
+        # Straight in __dict__ it is no part of the model: neither trained, moved nor saved with it.
+        vars(model)["teacher"] = teacher
+        return model
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the mixed loss of one micro-batch, a scalar."""
+        from effbench.nn.losses import token_nll
+
+        logits = self.logits(model, batch)
+        loss = (1 - self.weight) * token_nll(logits, batch.labels).sum()
+        if self.weight:
+            with torch.no_grad():
+                target = self.logits(vars(model)["teacher"], batch)
+            divergence = token_kl(target, logits, batch.labels, self.temperature)
+            loss = loss + self.weight * self.temperature**2 * divergence.sum()
+        return loss / batch.window_tokens
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the trained student; the teacher is not needed any more."""
+        from effbench.nn.state import load_tensors
+
+        model = super().prepare(model, ctx)
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+
+def token_kl(
+    teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return KL(teacher || student) at each position whose next token counts, in nats.
+
+    Args:
+        teacher: Logits [B, T, V].
+        student: Logits [B, T, V].
+        labels: [B, T], not shifted; -100 where a token does not count.
+        temperature: What both logits are divided by.
+
+    Returns:
+        [N] float32, N the number of tokens that count.
+    """
+    counted = labels[:, 1:] != -100
+    log_p, log_q = (
+        F.log_softmax(logits[:, :-1][counted].float() / temperature, dim=-1)
+        for logits in (teacher, student)
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,0 +1,239 @@
+"""LoRA: a frozen base with a trained low-rank update on its linear layers.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685.
+
+    y = W x + (alpha / R) * B A drop(x)        A [R, d_in], B [d_out, R], x [*, d_in]
+
+The layers are peft's. Our choices: A starts from a seed and the layer's name alone, so that all
+methods with adapters start alike; adapters are float32 on a base in the compute dtype; alpha 16,
+no dropout and all seven linears of a block, as the tiny runs of the other methods have it.
+
+`eval_ranks` cuts the trained adapter to lower ranks afterwards, which it was not trained for: the
+baseline of the methods that are. The scale stays alpha / R, as the adapter was trained with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+
+from effbench.errors import UserError, did_you_mean
+from effbench.lazy import torch
+from effbench.methods.base import Context, Cost, Method, Paper, dense_cost
+from effbench.schema import PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+
+if TYPE_CHECKING:
+    from effbench.nn.lowrank import Factors
+
+Dropout = Annotated[float, Interval(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation through peft."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
+    )
+    learning_rate: ClassVar[float] = 1e-3
+    leaves: ClassVar[str] = "adapted"
+
+    rank: PositiveInt = 16
+    """Rank R of the update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the update's scale alpha / R."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an adapter input in training."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an adapter."""
+    eval_ranks: tuple[PositiveInt, ...] = ()
+    """Ranks that the trained adapter is cut to for evaluation; empty takes it as it is."""
+    truncation: Literal["plain", "svd"] = "plain"
+    """How it is cut: the first ranks, or the best approximation of the product B A."""
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        check_ranks("eval_ranks", self.eval_ranks, self.rank)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a rank that is more than full for a target."""
+        check_rank_fits(shape, self.rank, self.targets)
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        from effbench.nn.lowrank import init_a
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+        )
+        # peft draws a start of its own; the numbers that training draws must not depend on that.
+        with torch.random.fork_rng(devices=[]):
+            model = inject_adapter_in_model(config, model)
+        for name, a, b in peft_adapters(model):
+            a.float()
+            b.float()
+            init_a(a.weight, ctx.seed, name)
+        return model
+
+    def points(self) -> tuple[str, ...]:
+        """Return `r<rank>` for each of `eval_ranks`, or one unnamed point."""
+        return tuple(f"r{rank}" for rank in self.eval_ranks) or ("",)
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Put the cut adapter in inside the context; the same tensors are back after it."""
+        rank = rank_of(point, self.rank)
+        whole = [(a, b, a.weight, b.weight) for _, a, b in peft_adapters(model)]
+        try:
+            if rank < self.rank:
+                for a, b, all_a, all_b in whole:
+                    a.weight, b.weight = map(torch.nn.Parameter, self.cut(all_a, all_b, rank))
+            yield
+        finally:
+            for a, b, all_a, all_b in whole:
+                a.weight, b.weight = all_a, all_b
+
+    def cut(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> Factors:
+        """Return A [R, d_in] and B [d_out, R] cut to `rank`; their scale is still alpha / R."""
+        from effbench.nn.lowrank import svd_truncate, truncate
+
+        svd = self.truncation == "svd" and rank < self.rank
+        return (svd_truncate if svd else truncate)(a, b, rank)
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
+        from effbench.nn.lowrank import write_peft_adapter
+
+        rank = rank_of(point, self.rank)
+        write_peft_adapter(
+            folder,
+            {n: self.cut(a.weight, b.weight, rank) for n, a, b in peft_adapters(model)},
+            self.alpha * rank / self.rank,
+            self.targets,
+            base_name(model),
+        )
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Count the base as it is held and the adapter as it is at `point`, in float32."""
+        rank = rank_of(point, self.rank)
+        return low_rank_cost(shape, dtype, self.weights == "nf4", self.targets, rank, rank)
+
+
+def peft_adapters(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]:
+    """Yield `(qualified name, A, B)` of every layer that peft put an adapter on."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = module.lora_A["default"], module.lora_B["default"]
+            assert isinstance(a, torch.nn.Linear)
+            assert isinstance(b, torch.nn.Linear)
+            yield name, a, b
+
+
+def base_name(model: torch.nn.Module) -> str:
+    """Return where the model's config says that it came from."""
+    return str(getattr(model.config, "name_or_path", ""))
+
+
+def rank_of(point: str, rank: int) -> int:
+    """Return the rank that an operating point names; the unnamed point is all of `rank`.
+
+    Raises:
+        UserError: When it is not `r1` … `r<rank>`.
+    """
+    if not point:
+        return rank
+    number = point.removeprefix("r")
+    if point.startswith("r") and number.isdecimal() and 1 <= int(number) <= rank:
+        return int(number)
+    raise UserError(f"There is no operating point {point!r}.", f"Known: r1 to r{rank}.")
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Refuse target names that no Llama-style block has, and none at all.
+
+    Raises:
+        UserError: Naming `method.targets`.
+    """
+    if not targets:
+        raise UserError("method.targets is empty.", f"Name some of: {', '.join(LINEARS)}.")
+    for target in targets:
+        if target not in LINEARS:
+            raise UserError(
+                f"method.targets names {target!r}, which is no linear layer of a decoder block.",
+                did_you_mean(target, LINEARS),
+            )
+
+
+def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:
+    """Refuse ranks that do not rise, or that go above `method.rank`.
+
+    Raises:
+        UserError: Naming `method.<key>`.
+    """
+    if list(ranks) != sorted(set(ranks)) or any(not 1 <= r <= rank for r in ranks):
+        raise UserError(
+            f"method.{key}={list(ranks)} is not possible with method.rank={rank}.",
+            f"Give different ranks from 1 to {rank}, the lowest first.",
+        )
+
+
+def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str]) -> None:
+    """Refuse a rank above what a target's weight itself can have.
+
+    Raises:
+        UserError: Naming `method.rank` and the target.
+    """
+    for name, (d_in, d_out) in shape.linear_sizes().items():
+        if name in targets and rank > min(d_in, d_out):
+            raise UserError(
+                f"method.rank={rank} is more than {name} can have: it is {d_in} x {d_out}.",
+                f"Set method.rank to {min(d_in, d_out)} or less, "
+                f"or leave {name} out of method.targets.",
+            )
+
+
+def low_rank_cost(
+    shape: Shape, dtype: str, nf4: bool, targets: Sequence[str], held: int, used: int
+) -> Cost:
+    """Count a frozen base with float32 adapters.
+
+    Args:
+        shape: The base model's shape.
+        dtype: Compute dtype, that of all base weights which are not NF4.
+        nf4: Whether the decoder linears are NF4; they count by their logical size.
+        targets: Adapted linears.
+        held: Ranks in memory.
+        used: Ranks that a forward pass multiplies with.
+    """
+    size = DTYPE_BYTES[dtype]
+    base = dense_cost(shape, size)
+    per_rank = sum(i + o for _, name, i, o in shape.linears() if name in targets)
+    saved = 0
+    if nf4:
+        from effbench.kernels.nf4 import nf4_bytes
+
+        saved = sum(i * o * size - nf4_bytes(i, o) for _, _, i, o in shape.linears())
+    return replace(
+        base,
+        params=base.params + held * per_rank,
+        trainable=held * per_rank,
+        resident_bytes=base.resident_bytes - saved + 4 * held * per_rank,
+        bytes_per_token=base.bytes_per_token - saved + 4 * used * per_rank,
+        flops_per_token=base.flops_per_token + 2 * used * per_rank,
+        saving="physical" if nf4 else "none",
+    )

@@ -1,0 +1,275 @@
+"""LoRA-Drop: most tokens skip part of the layers and a low-rank map stands in for them.
+
+Rajabzadeh et al., "LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference", 2026,
+arXiv 2601.02569. Another paper has the same name (Zhou et al., "LoRA-drop: Efficient LoRA Parameter
+Pruning based on Output Evaluation", COLING 2025, arXiv 2402.07721); it prunes adapters and has no
+part in this file.
+
+A set S of layers is droppable. Every layer reads the prompt; then k tokens drop S, one token
+refreshes it, and so on with cycle w = k + 1:
+
+    refresh:  h_l = layer_l(h_{l-1});  c_l = h_l                            [B, 1, d]
+    drop:     h_l = c_l + (alpha / r) B_l A_l h_{l-1}    A_l: [r, d]  B_l: [d, r]  (zero at first)
+
+A dropped token writes nothing into the key/value cache of S, and its input is not added as a
+residual: the map is its only way past a dropped layer, so untrained maps give useless text. Only A
+and B train, with cross-entropy under the schedule, in one parallel pass that equals stepwise
+decoding.
+
+From the authors' code rather than from reports of the paper: the map reads the current token and
+the anchor is the last refresh. Rank, alpha and window are the reported ones. Ours: which layers are
+droppable (all but the first three and the last, evenly spaced; fewer first ones below 12 layers),
+hiding from droppable layers the keys that decoding would not have (`kv_accurate`), random prompts
+and phases in training, and the learning rate, far above the authors' 1e-5 because runs here are
+thousands of times shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+from effbench.errors import UserError, did_you_mean
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper
+from effbench.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+if TYPE_CHECKING:
+    from effbench.nn.decoding import Session
+    from effbench.nn.temporal import DroppableLayers
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRADrop(Method):
+    """Low-rank stand-ins for layers that most decoded tokens skip."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference",
+        "arXiv, January 2026",
+        "2601.02569",
+    )
+    learning_rate: ClassVar[float] = 1e-3
+    leaves: ClassVar[str] = "adapted"
+
+    rank: PositiveInt = 16
+    """Rank r of each stand-in."""
+    alpha: PositiveFloat = 16.0
+    """Scale numerator: a stand-in is multiplied by alpha / rank."""
+    fraction: Fraction = 0.5
+    """Share p of the candidate layers that are droppable; 0 drops nothing."""
+    layers: tuple[int, ...] | None = None
+    """The droppable layers themselves, counted from 0; null chooses them by `fraction`."""
+    window: NonNegativeInt = 3
+    """Dropped tokens between two refreshes, k; 0 drops nothing."""
+    anchor: Literal["refresh", "previous"] = "refresh"
+    """What a dropped token starts from: the layer's output at the last refresh, or at the previous
+    token, dropped or not."""
+    kv: Literal["skip", "fill"] = "skip"
+    """Whether dropped tokens enter the key/value cache of droppable layers. `fill` computes their
+    attention for that alone: it shows what the gaps cost in quality, and saves no cache."""
+    kv_accurate: bool = True
+    """Whether training hides the keys and values that decoding would not have; evaluation always
+    does."""
+    prefix: Fraction = 0.5
+    """Longest share of a training sequence that counts as prompt, on top of its unlabelled start;
+    the length is drawn for each sequence. 0 starts the schedule at once."""
+    random_phase: bool = True
+    """Whether a training sequence leaves its prompt at a random place of the cycle rather than at
+    its start."""
+
+    # -- the droppable set ---------------------------------------------------------------------
+
+    def droppable(self, num_layers: int) -> tuple[int, ...]:
+        """Return the droppable layers of a model with `num_layers` layers, ascending."""
+        if self.layers is not None:
+            return tuple(sorted(self.layers))
+        first = max(1, min(3, num_layers // 4))
+        candidates = range(first, num_layers - 1)
+        count = int(self.fraction * len(candidates) + 0.5)
+        return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
+
+    def check(self, shape: Shape) -> None:
+        """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
+        chosen = self.droppable(shape.num_layers)
+        if 0 in chosen:
+            raise UserError(
+                "method.layers lists layer 0, which must run on every token: its cache is the "
+                "record of all positions.",
+                "Leave 0 out of method.layers.",
+            )
+        for layer in chosen:
+            if not 0 < layer < shape.num_layers:
+                raise UserError(
+                    f"method.layers lists layer {layer}, but the model has {shape.num_layers}.",
+                    f"Choose layers from 1 to {shape.num_layers - 1}.",
+                )
+        if len(set(chosen)) < len(chosen):
+            raise UserError("method.layers lists a layer twice.", "List each layer once.")
+        if not chosen and self.layers is None and self.fraction > 0:
+            raise UserError(
+                f"method.fraction={self.fraction} of {shape.num_layers} layers is no layer at all.",
+                "Raise method.fraction, or list the layers in method.layers.",
+            )
+        if self.window < 0:
+            raise UserError(f"method.window={self.window} is negative.", "0 drops nothing.")
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and add one float32 stand-in per droppable layer."""
+        from effbench.nn.temporal import DroppableLayers, attach
+
+        model.requires_grad_(False)
+        config: Any = model.config
+        stand_ins = DroppableLayers(
+            config.hidden_size,
+            self.droppable(config.num_hidden_layers),
+            self.rank,
+            self.alpha / self.rank,
+            self.window,
+            fill=self.kv == "fill",
+            running=self.anchor == "previous",
+            seed=ctx.seed,
+        )
+        attach(model, "lora_drop", stand_ins.to(ctx.device))
+        return model
+
+    # -- training and evaluation ---------------------------------------------------------------
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the cross-entropy under a schedule drawn for each sequence."""
+        from effbench.nn.losses import token_nll
+        from effbench.nn.temporal import masked_logits, schedule
+
+        stand_ins = _stand_ins(model)
+        if not stand_ins.active:
+            return super().loss(model, batch, ctx)
+        prompts, phases = self.draw(batch, stand_ins.window, ctx.generator)
+        refreshed = schedule(prompts, phases, batch.input_ids.shape[1], stand_ins.window)
+        logits = masked_logits(
+            model,
+            stand_ins,
+            batch.input_ids,
+            batch.attention_mask,
+            refreshed,
+            see_dropped=not self.kv_accurate,
+        )
+        return token_nll(logits, batch.labels).sum() / batch.window_tokens
+
+    def draw(
+        self, batch: Batch, window: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a random prompt length and phase for each sequence, [B] and [B] int64.
+
+        Two numbers are drawn per sequence, in order, so that the split of a window into
+        micro-batches does not matter.
+        """
+        from effbench.nn.temporal import prompt_lengths
+
+        draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
+        draws = draws.to(batch.labels.device)
+        shortest = prompt_lengths(batch.labels)
+        rest = (batch.attention_mask.sum(1) - shortest).clamp(min=0)
+        extra = (draws[:, 0] * ((self.prefix * rest).floor() + 1)).long()
+        phases = (draws[:, 1] * (window + 1)).long() * int(self.random_phase)
+        return shortest + extra, phases
+
+    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the logits that decoding after each row's prompt would give, [B, T, V].
+
+        The prompt is the unlabelled start of a row, at least its first token.
+        """
+        from effbench.nn.temporal import masked_logits, prompt_lengths, schedule
+
+        stand_ins = _stand_ins(model)
+        if not stand_ins.active:
+            return super().logits(model, batch)
+        prompts = prompt_lengths(batch.labels)
+        refreshed = schedule(
+            prompts, torch.zeros_like(prompts), batch.input_ids.shape[1], stand_ins.window
+        )
+        return masked_logits(model, stand_ins, batch.input_ids, batch.attention_mask, refreshed)
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def points(self) -> tuple[str, ...]:
+        """Return `k0` (the base) to `k<window>`."""
+        return tuple(f"k{k}" for k in range(self.window + 1))
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Work with the window of `point` inside the context."""
+        stand_ins = _stand_ins(model)
+        before = stand_ins.window
+        stand_ins.window = self._window(point)
+        try:
+            yield
+        finally:
+            stand_ins.window = before
+
+    def _window(self, point: str) -> int:
+        if not point:
+            return self.window
+        if point not in self.points():
+            raise UserError(
+                f"There is no operating point {point!r}.", did_you_mean(point, self.points())
+            )
+        return int(point[1:])
+
+    def session(self, model: torch.nn.Module) -> Session:
+        """Return a session that drops layers, or an ordinary one where nothing is dropped."""
+        from effbench.nn.temporal import TemporalSession
+
+        stand_ins = _stand_ins(model)
+        return TemporalSession(model, stand_ins) if stand_ins.active else super().session(model)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Return the cost of a decoded token, averaged over a cycle."""
+        size, window = DTYPE_BYTES[dtype], self._window(point)
+        count = len(self.droppable(shape.num_layers))
+        skips = count * window / (window + 1)  # layers that a token drops, on average
+        stand_in = 2 * self.rank * shape.hidden_size
+
+        linears = shape.linear_sizes()
+        saved = sum(i * o for i, o in linears.values())
+        norms = 2 * shape.hidden_size
+        if self.kv == "fill":  # attention and the norm before it run all the same
+            saved = sum(linears[name][0] * linears[name][1] for name in MLP)
+            norms = shape.hidden_size
+        base = super().cost(shape, dtype)
+        share = 0 if self.kv == "fill" else skips / shape.num_layers
+        return replace(
+            base,
+            params=base.params + count * stand_in,
+            trainable=count * stand_in,
+            resident_bytes=base.resident_bytes + count * stand_in * DTYPE_BYTES["float32"],
+            bytes_per_token=base.bytes_per_token
+            - skips * ((saved + norms) * size - stand_in * DTYPE_BYTES["float32"]),
+            flops_per_token=base.flops_per_token - 2 * skips * (saved - stand_in),
+            kv_bytes_per_token=base.kv_bytes_per_token * (1 - share),
+            saving="physical" if skips else "none",
+        )
+
+
+def speed_ceiling(share: float, window: int) -> float:
+    """Return the largest possible speed-up of decoding, 1 / (1 - f + f / w) with w = k + 1.
+
+    It takes stand-ins for free; a measured speed-up above it is a mistake in the measurement.
+
+    Args:
+        share: Share f of the base's time per token that is spent in droppable layers; their share
+            of the weight bytes where weights alone are what is read.
+        window: k.
+    """
+    return 1 / (1 - share + share / (window + 1))
+
+
+def _stand_ins(model: torch.nn.Module) -> DroppableLayers:
+    return cast("DroppableLayers", model.lora_drop)

@@ -1,0 +1,32 @@
+"""The model as it is: the base line of every comparison, and the way to evaluate any artefact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from effbench.lazy import torch
+from effbench.methods.base import Context, Cost, Method, dense_cost
+from effbench.shapes import DTYPE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class Unchanged(Method):
+    """Changes nothing and trains nothing."""
+
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "eval"
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the model with every parameter frozen."""
+        model.requires_grad_(False)
+        return model
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the model; there is nothing to read."""
+        return self.prepare(model, ctx)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Return the cost of the dense model, nothing trainable."""
+        return dense_cost(shape, DTYPE_BYTES[dtype])

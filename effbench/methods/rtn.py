@@ -1,0 +1,104 @@
+"""Round-to-nearest weights with one scale per group: what every other quantiser must beat.
+
+Sources: block-wise rounding as studied by Dettmers and Zettlemoyer, "The case for 4-bit precision:
+k-bit inference scaling laws", ICML 2023, arXiv 2212.09720; the zero point per group is common use.
+
+With L = 2^b - 1, over each group of `group_size` neighbours w in a row of W [d_out, d_in]:
+
+    s = (max(w, 0) - min(w, 0)) / L,   z = round(-min(w, 0) / s)
+    q = clamp(round(w / s) + z, 0, L),   ŵ = s · (q - z)
+
+Per linear: codes [⌈d_out · d_in · b / 8⌉] uint8, scales [d_out, ⌈d_in / group_size⌉] float16, zeros
+[⌈d_out · ⌈d_in / group_size⌉ · b / 8⌉] uint8; no zeros when symmetric (z fixed in the middle).
+
+Our choices: integer codes (the paper finds quantile and float codes better at equal bits), groups
+of 128 inside a row, float16 scales and zero points of b bits. All linears of the decoder blocks are
+quantised; embeddings, norms and head are not. No data is used. The memory is saved for real; time
+is not, as each product first expands its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from effbench.kernels.groupwise import grouped_bytes
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.schema import Bits, PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class RTN(Method):
+    """Rounds every decoder weight to the nearest of 2^bits levels of its group."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
+    )
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
+    leaves: ClassVar[str] = "packed"
+
+    bits: Bits = 4
+    """Bits per weight, scales not counted."""
+    group_size: PositiveInt = 128
+    """Neighbouring weights of a row that share one scale."""
+    symmetric: bool = False
+    """Levels around zero, without a zero point of each group."""
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Round one linear after the other."""
+        from effbench.nn.linears import replace_module
+        from effbench.nn.quantised import PackedLinear, dense_linears
+
+        settings = self.bits, self.group_size, self.symmetric
+        for name, linear in dense_linears(model):
+            if name in ctx.finished:
+                part = PackedLinear.empty(linear, *settings)
+                part.load_state_dict(ctx.finished[name])
+            else:
+                part = PackedLinear.quantise(linear, *settings)
+            replace_module(model, name, part)
+            yield name, part
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the codes, scales and zero points of every linear."""
+        from effbench.nn.linears import decoder_linears
+
+        return {
+            f"{name}.{key}": tensor
+            for name, linear in decoder_linears(model)
+            for key, tensor in linear.named_buffers()
+        }
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the packed linears of `folder`."""
+        from effbench.nn.linears import replace_module
+        from effbench.nn.quantised import PackedLinear, dense_linears
+        from effbench.nn.state import load_tensors
+
+        for name, linear in dense_linears(model):
+            part = PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)
+            replace_module(model, name, part)
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+        """Return the cost with every decoder linear packed."""
+        size = DTYPE_BYTES[dtype]
+        packed = sum(
+            grouped_bytes(d_in, d_out, self.bits, self.group_size, self.symmetric)
+            for _, _, d_in, d_out in shape.linears()
+        )
+        dense = dense_cost(shape, size)
+        saved = shape.linear_params * size - packed
+        return replace(
+            dense,
+            resident_bytes=dense.resident_bytes - saved,
+            bytes_per_token=dense.bytes_per_token - saved,
+            saving="physical",
+        )

@@ -1,0 +1,85 @@
+"""Training on a share of the data, chosen by a model's loss or by lot.
+
+After Marion et al., When Less is More: Investigating Data Pruning for Pretraining LLMs at Scale,
+2023, arXiv 2309.04564, who rank texts by a reference model's perplexity and keep one part of the
+ranking.
+
+    score(row) = mean over its loss tokens of -log p_reference(token | before)      in nats
+
+Our choices: fine-tuning of a LoRA adapter instead of pretraining; the mean loss itself (perplexity
+is its exponential, so the ranking is the same); rows kept in the data's own order, ties won by the
+lower index; rows without loss tokens last in every ranking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Paper
+from effbench.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Subset(LoRA):
+    """LoRA on a share of the rows."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "When Less is More: Investigating Data Pruning for Pretraining LLMs at Scale",
+        "arXiv 2023",
+        "2309.04564",
+    )
+
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Share of the rows to train on; at least one row."""
+    by: Literal["random", "lowest_loss", "highest_loss"] = "random"
+    """Which rows: drawn by the seed, or those the reference finds easiest or hardest."""
+    reference: str = ""
+    """Name of the model config that scores the rows; empty for the model itself before training."""
+
+    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+        """Return the chosen rows in order; a resumed run keeps its first choice."""
+        if "subset" not in ctx.state:
+            ctx.state["subset"] = self.choose(model, batches, ctx)
+        chosen: list[int] = ctx.state["subset"]
+        return chosen
+
+    def choose(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+        """Return the first `fraction` of the ranking, sorted by index."""
+        keep = max(1, round(self.fraction * len(batches)))
+        if self.by == "random":
+            generator = torch.Generator().manual_seed(ctx.seed)
+            return sorted(torch.randperm(len(batches), generator=generator)[:keep].tolist())
+        judge = ctx.load_model(self.reference) if self.reference else model
+        losses = mean_losses(judge, batches, ctx.device)
+        sign = 1 if self.by == "lowest_loss" else -1
+        ranking = sorted(
+            range(len(batches)), key=lambda i: (math.isnan(losses[i]), sign * losses[i], i)
+        )
+        return sorted(ranking[:keep])
+
+
+def mean_losses(
+    model: torch.nn.Module, batches: Sequence[Batch], device: torch.device
+) -> list[float]:
+    """Return each row's mean loss over its tokens that count, in nats; NaN where none does."""
+    from effbench.nn.losses import token_nll
+
+    training = model.training
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for batch in batches:
+            row = batch.to(device)
+            logits = model(
+                input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False
+            ).logits
+            total = float(token_nll(logits, row.labels).sum())
+            losses.append(total / row.loss_tokens if row.loss_tokens else math.nan)
+    model.train(training)
+    return losses

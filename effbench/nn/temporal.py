@@ -1,0 +1,322 @@
+"""Decoder layers that run on some tokens only, and a low-rank stand-in for the others.
+
+A token either refreshes a droppable layer (the layer runs as ever and its output is kept as the
+anchor) or drops it (the layer's output is the anchor plus a low-rank map of its input). Two forms
+of the same computation are here: one parallel pass over whole sequences, for training and
+teacher-forced evaluation, and a session that decodes token by token. They give the same logits.
+
+They walk through the blocks themselves, so the model must be laid out as Llama is: embedding,
+blocks, norm and head, with nothing between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_causal_mask
+
+from effbench.errors import UserError
+from effbench.nn.decoding import CachedSession
+from effbench.nn.losses import IGNORED
+
+
+class LowRankMap(torch.nn.Module):
+    """h -> (alpha / r) B A h; zero when it is new."""
+
+    def __init__(self, width: int, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = scale
+        self.A = torch.nn.Parameter(torch.empty(rank, width))
+        self.B = torch.nn.Parameter(torch.zeros(width, rank))
+        torch.nn.init.kaiming_uniform_(self.A, a=5**0.5, generator=generator)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [B, T, d] to [B, T, d], in the dtype of A and B."""
+        return self.scale * F.linear(F.linear(hidden.to(self.A.dtype), self.A), self.B)
+
+
+class DroppableLayers(torch.nn.Module):
+    """What stands in for each droppable layer, and the policy that says when.
+
+    Args:
+        width: Width d of the residual stream.
+        layers: The droppable layers, without layer 0.
+        rank: Rank r of each stand-in.
+        scale: alpha / r.
+        window: Dropped tokens between two refreshes, k; 0 drops nothing.
+        fill: Whether dropped tokens enter the key/value cache of a droppable layer all the same.
+        running: Whether the anchor is the layer's last output, dropped tokens included, rather
+            than its output at the last refresh.
+        seed: Seed of the stand-ins; layer i starts alike whatever the other layers are.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: Sequence[int],
+        rank: int,
+        scale: float,
+        window: int,
+        fill: bool = False,
+        running: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.fill = fill
+        self.running = running
+        self.layers = torch.nn.ModuleDict()
+        for index in sorted(layers):
+            generator = torch.Generator().manual_seed((seed * 10_007 + index) % 2**63)
+            self.layers[str(index)] = LowRankMap(width, rank, scale, generator)
+
+    @property
+    def indices(self) -> list[int]:
+        """The droppable layers, in the order they run."""
+        return [int(i) for i in self.layers]
+
+    @property
+    def active(self) -> bool:
+        """Whether any token drops any layer."""
+        return self.window > 0 and len(self.layers) > 0
+
+    def map_of(self, index: int) -> torch.nn.Module | None:
+        """Return the stand-in of layer `index`, or None when it always runs."""
+        name = str(index)
+        if name not in self.layers:
+            return None
+        return self.layers[name]
+
+
+def attach(model: torch.nn.Module, name: str, droppable: DroppableLayers) -> None:
+    """Register `droppable` as the submodule `name` of a Llama-style model.
+
+    Raises:
+        UserError: When the model is laid out differently or some layer sees a sliding window.
+    """
+    decoder = getattr(model, "model", None)
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if not hasattr(model, "lm_head") or not all(hasattr(decoder, p) for p in parts):
+        raise UserError(
+            f"{type(model).__name__} is not laid out as Llama is: its layers cannot be dropped.",
+            "Choose a model of the Llama family.",
+        )
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None)
+    if any(k != "full_attention" for k in kinds) if kinds else _slides(config):
+        raise UserError(
+            "Layers with a sliding attention window cannot be dropped: their cache would have gaps "
+            "that the window does not know of.",
+            "Choose a model whose layers attend to the whole context.",
+        )
+    model.add_module(name, droppable)
+
+
+def _slides(config: Any) -> bool:
+    return getattr(config, "sliding_window", None) is not None
+
+
+def causal_mask(
+    config: Any, hidden: torch.Tensor, real: torch.Tensor, positions: torch.Tensor
+) -> Any:
+    """Return the mask of whole sequences in the form that the model's attention takes.
+
+    Args:
+        config: The model's configuration.
+        hidden: [B, T, d].
+        real: [B, T] int64, 1 where a position may be seen.
+        positions: [B, T] or [1, T] int64.
+    """
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=real,
+        past_key_values=None,
+        position_ids=positions,
+    )
+
+
+# -- parallel pass -----------------------------------------------------------------------------
+
+
+def prompt_lengths(labels: torch.Tensor) -> torch.Tensor:
+    """Return how many leading positions of each row carry no label, at least 1, [B].
+
+    Args:
+        labels: [B, T], -100 where a token does not count.
+    """
+    return (labels == IGNORED).long().cumprod(1).sum(1).clamp(min=1)
+
+
+def schedule(prompts: torch.Tensor, phases: torch.Tensor, length: int, window: int) -> torch.Tensor:
+    """Return which positions refresh the droppable layers, [B, T] bool.
+
+    Args:
+        prompts: Prompt length of each row, [B] int64, at least 1; the whole prompt refreshes.
+        phases: Place in the cycle of k + 1 at which each row leaves its prompt, [B] int64;
+            0 when decoding.
+        length: T.
+        window: k.
+    """
+    decoded = torch.arange(length, device=prompts.device) - prompts[:, None]
+    return (decoded < 0) | ((decoded + phases[:, None]) % (window + 1) == window)
+
+
+def masked_logits(
+    model: torch.nn.Module,
+    droppable: DroppableLayers,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    refreshed: torch.Tensor,
+    see_dropped: bool = False,
+) -> torch.Tensor:
+    """Return the logits of stepwise decoding in one pass, [B, T, V].
+
+    A droppable layer runs on all positions; where it was dropped its output is replaced, and as a
+    key and value it is hidden from the others, since stepwise decoding never wrote it.
+
+    Args:
+        model: A Llama-style causal language model.
+        droppable: Its stand-ins and their policy.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T] int64, 1 for real tokens.
+        refreshed: [B, T] bool, true at the first position of every row; see `schedule`.
+        see_dropped: Leave dropped positions visible in droppable layers all the same.
+    """
+    root: Any = model
+    decoder = root.model
+    hidden = decoder.embed_tokens(input_ids)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    positions = places[None]
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    ordinary = gapped = causal_mask(decoder.config, hidden, attention_mask, positions)
+    if not (droppable.fill or see_dropped):
+        written = attention_mask * refreshed
+        gapped = causal_mask(decoder.config, hidden, written, positions)
+    anchor = torch.where(refreshed, places, 0).cummax(1).values[..., None].expand_as(hidden)
+    for index, layer in enumerate(decoder.layers):
+        low_rank = droppable.map_of(index)
+        output = layer(
+            hidden,
+            attention_mask=ordinary if low_rank is None else gapped,
+            position_ids=positions,
+            position_embeddings=rotary,
+        )
+        if low_rank is not None:
+            change = low_rank(hidden)
+            if droppable.running:
+                change = change.masked_fill(refreshed[..., None], 0).cumsum(1)
+                change = change - change.gather(1, anchor)
+            replaced = (output.gather(1, anchor) + change).to(output.dtype)
+            output = torch.where(refreshed[..., None], output, replaced)
+        hidden = output
+    logits: torch.Tensor = root.lm_head(decoder.norm(hidden))
+    return logits
+
+
+# -- decoding ----------------------------------------------------------------------------------
+
+
+class TemporalSession(CachedSession):
+    """Decodes with droppable layers; cache, anchors, padding and phase are its own.
+
+    Every layer reads the prompt. Afterwards k tokens drop the droppable layers, one token
+    refreshes them, and so on. Dropped tokens leave gaps in a droppable layer's cache; positions
+    stay the true ones. `mask` is that of the prompt, [B, P], or None when nothing is padded.
+    """
+
+    def __init__(self, model: torch.nn.Module, droppable: DroppableLayers) -> None:
+        super().__init__(model)
+        root: Any = model
+        self.decoder, self.head = root.model, root.lm_head
+        self.droppable = droppable
+        self.window = droppable.window
+        self.phase = 0
+        """Tokens read since the prompt."""
+        self.anchors: dict[int, torch.Tensor] = {}
+        """Anchor of each droppable layer, [B, 1, d]."""
+        self.position = torch.empty(0)
+        """Position of the last token read, [B, 1]."""
+
+    @torch.inference_mode()
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read prompts [B, P]; return the logits after the last position, [B, V]."""
+        if self.anchors:
+            raise RuntimeError("a session reads one prompt; start another session")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.mask = None if real.all() else real.bool()
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        self.position = positions[:, -1:]
+        hidden = self.decoder.embed_tokens(input_ids)
+        mask = causal_mask(self.decoder.config, hidden, real, positions)
+        return self._run(hidden, positions, mask, mask, dropping=False)
+
+    @torch.inference_mode()
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Read one token per sequence, [B, 1]; return logits [B, V]."""
+        dropping = self.phase % (self.window + 1) < self.window
+        self.phase += 1
+        self.position = self.position + 1
+        hidden = self.decoder.embed_tokens(input_ids)
+        ordinary = self._mask_of(0, hidden.dtype)
+        gapped = self._mask_of(self.droppable.indices[0], hidden.dtype)
+        return self._run(hidden, self.position, ordinary, gapped, dropping)
+
+    def _run(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        ordinary: Any,
+        gapped: Any,
+        dropping: bool,
+    ) -> torch.Tensor:
+        rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
+        for index, layer in enumerate(self.decoder.layers):
+            low_rank = self.droppable.map_of(index)
+            context = {
+                "attention_mask": ordinary if low_rank is None else gapped,
+                "position_ids": positions,
+                "position_embeddings": rotary,
+                "past_key_values": self.cache,
+            }
+            if low_rank is None or not dropping:
+                hidden = layer(hidden, use_cache=True, **context)
+            else:
+                if self.droppable.fill:
+                    layer.self_attn(hidden_states=layer.input_layernorm(hidden), **context)
+                hidden = (self.anchors[index] + low_rank(hidden)).to(hidden.dtype)
+            if low_rank is not None and (self.droppable.running or not dropping):
+                self.anchors[index] = hidden[:, -1:].clone()  # not a view of the whole prompt
+        logits: torch.Tensor = self.head(self.decoder.norm(hidden)[:, -1:])
+        return logits[:, -1]
+
+    def _mask_of(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return which keys of layer `index` one new token sees, as its attention wants it."""
+        if self.mask is None:
+            return None
+        decoded = self.cache.get_seq_length(index) + 1 - self.mask.shape[1]
+        seen = F.pad(self.mask, (0, decoded), value=True)[:, None, None]
+        kind = self.decoder.config._attn_implementation
+        if kind == "sdpa":
+            return seen
+        if kind == "eager":
+            return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        raise UserError(
+            f"Padded prompts cannot be decoded with {kind} attention and dropped layers.",
+            "Decode prompts of equal length together, or use sdpa attention.",
+        )
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the sequences `rows`, in this order, with their anchors."""
+        super().reorder(rows)
+        self.anchors = {i: anchor[rows] for i, anchor in self.anchors.items()}
+        self.position = self.position[rows]
+
+    def kv_lengths(self) -> list[int]:
+        """Return the cached positions of each layer, padding included."""
+        return [self.cache.get_seq_length(i) for i in range(len(self.cache.layers))]

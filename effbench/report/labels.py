@@ -1,0 +1,72 @@
+"""Short names that tell a few runs apart, and what is different between their specs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from effbench.records import Record
+
+ABSENT = "—"
+"""Stands for a value that a run does not have."""
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= flatten(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Return the dotted keys whose values are not the same in all specs, one value per record."""
+    flat = [flatten(record.spec) for record in records]
+    keys = dict.fromkeys(key for spec in flat for key in spec)
+    values = {key: [spec.get(key, ABSENT) for spec in flat] for key in keys}
+    return {key: row for key, row in values.items() if any(v != row[0] for v in row)}
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """Return one short, unique name per record.
+
+    The method, then the model, dataset, seed or stage where they are not all the same, then
+    settings, and the run key when nothing else tells two runs apart.
+    """
+    parts = [
+        [record.name_of("method") or record.label or record.key[:8] for record in records],
+        [record.name_of("model") for record in records],
+        [record.name_of("dataset") for record in records],
+        [f"seed {record.spec.get('seed', ABSENT)}" for record in records],
+        [record.stage for record in records],
+    ]
+    telling = [parts[0], *(p for p in parts[1:] if len(set(p)) > 1)]
+    names = [", ".join(p for p in row if p) for row in zip(*telling, strict=True)]
+    for group in _clashes(names):
+        settings = _settings([records[i] for i in group])
+        for i, text in zip(group, settings, strict=True):
+            names[i] = f"{names[i]}, {text}" if text else names[i]
+    for group in _clashes(names):
+        for i in group:
+            names[i] = f"{names[i]}, {records[i].key[:8]}"
+    return names
+
+
+def _clashes(names: list[str]) -> list[list[int]]:
+    return [
+        [i for i, name in enumerate(names) if name == clash]
+        for clash, count in Counter(names).items()
+        if count > 1
+    ]
+
+
+def _settings(records: list[Record]) -> list[str]:
+    """Return the first two settings that are different, as `rank=8 alpha=16`."""
+    found = list(differences(records).items())[:2]
+    return [
+        " ".join(f"{key.rpartition('.')[2]}={values[i]}" for key, values in found)
+        for i in range(len(records))
+    ]

@@ -1,0 +1,267 @@
+"""Tables of records: built once, shown in a terminal, as Markdown or as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from effbench.records import Metric, Record
+from effbench.report.labels import ABSENT, labels
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+HEADLINES = (
+    "accuracy",
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "decode_tokens_per_second",
+    "train_loss_last",
+    "weight_bytes",
+)
+"""What a run is about, the first that it has."""
+
+COMPARED = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "accuracy_norm",
+    "decode_tokens_per_second",
+    "trainable_params",
+    "weight_bytes",
+    "peak_bytes",
+)
+"""Columns of a comparison, unless others are asked for."""
+
+
+class Value(NamedTuple):
+    """A number with its unit and, where it has one, its interval."""
+
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None or not math.isfinite(self.high - self.low):
+            return readable(self.value, self.unit)
+        factor, prefix = scale(max(abs(self.low), abs(self.high)), self.unit)
+        numbers = [v / factor for v in (self.value, self.low, self.high)]
+        digits = _digits(numbers[2] - numbers[1], numbers[0])
+        value, low, high = (f"{round(v, digits) + 0.0:,.{digits}f}" for v in numbers)
+        text = f"{value} [{low}, {high}]"
+        return f"{text} {prefix}".rstrip()
+
+
+Cell = str | int | float | Value | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows and what must be said below them."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    notes: tuple[str, ...] = ()
+
+    def rich(self) -> RichTable:
+        """Return the table for a terminal."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        caption = escape("\n".join(self.notes)) or None
+        table = RichTable(
+            title=escape(self.title),
+            caption=caption,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for name, numeric in zip(self.columns, self._numeric(), strict=True):
+            head = escape(name.replace("_", " "))  # so that a long one can be wrapped
+            table.add_column(head, justify="right" if numeric else "left")
+        for row in self.rows:
+            table.add_row(*(escape(show(cell)) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as GitHub Markdown."""
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines.append(_line(self.columns))
+        lines.append(_line("---:" if numeric else "---" for numeric in self._numeric()))
+        lines += [_line(show(cell) for cell in row) for row in self.rows]
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """Return the table as CSV with plain numbers; an interval takes two more columns."""
+        wide = [any(isinstance(row[i], Value) for row in self.rows) for i in self._indices()]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        heads = zip(self.columns, wide, strict=True)
+        writer.writerow([h for name, w in heads for h in _heads(name, w)])
+        for row in self.rows:
+            cells = zip(row, wide, strict=True)
+            writer.writerow([part for cell, w in cells for part in _parts(cell, w)])
+        return text.getvalue()
+
+    def _indices(self) -> range:
+        return range(len(self.columns))
+
+    def _numeric(self) -> list[bool]:
+        """Return which columns hold nothing but numbers."""
+        return [
+            any(row[i] is not None for row in self.rows)
+            and not any(isinstance(row[i], str) for row in self.rows)
+            for i in self._indices()
+        ]
+
+
+def runs_table(records: Iterable[Record]) -> Table:
+    """Return one row per run: what it was and the number it is about."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            record.key[:8],
+            record.started[:16].replace("T", " "),
+            record.stage,
+            record.name_of("method"),
+            record.name_of("model"),
+            record.name_of("dataset"),
+            str(record.spec.get("seed", ABSENT)),
+            headline(record),
+        )
+        for record in records
+    ]
+    columns = ("key", "started (UTC)", "stage", "method", "model", "dataset", "seed", "result")
+    return Table("", columns, rows)
+
+
+def headline(record: Record) -> str:
+    """Return the metric that a run is about, or its range over the operating points."""
+    for name in HEADLINES:
+        found = [m for m in record.metrics if m.name == name]
+        if not found:
+            continue
+        values = sorted(m.value for m in found if m.split == found[0].split)
+        unit = found[0].unit
+        shown = " to ".join(dict.fromkeys(readable(v, unit) for v in (values[0], values[-1])))
+        tail = "" if unit.startswith("bytes") else unit
+        over = f"over {len(values)} points" if len(values) > 1 else ""
+        return " ".join(part for part in (name, shown, tail, over) if part)
+    return ABSENT
+
+
+def comparison(records: Sequence[Record], metrics: Sequence[str] = ()) -> Table:
+    """Return one row per run and operating point, one column per metric.
+
+    What was measured, counted and modelled has columns of its own each.
+
+    Args:
+        records: The runs, in the order of the rows.
+        metrics: Names of metrics; empty takes the usual ones among those that are there.
+    """
+    wanted = metrics or COMPARED
+    found = {_column(m): m for record in records for m in record.metrics if m.name in wanted}
+    columns = sorted(found, key=lambda c: wanted.index(c[0]))
+    rows: list[tuple[Cell, ...]] = []
+    for record, label in zip(records, labels(records), strict=True):
+        cells = {(*_column(m), m.point): as_value(m) for m in record.metrics}
+        for point in points(record):
+            values = (cells.get((*c, point)) or cells.get((*c, "")) for c in columns)
+            rows.append((label, point, *values))
+    heads = tuple(_head(found[c]) for c in columns)
+    table = Table("", ("run", "point", *heads), rows)
+    return table if any(row[1] for row in rows) else _without(table, 1)
+
+
+def points(record: Record) -> list[str]:
+    """Return the operating points of a run, in its order; one unnamed when it has no others."""
+    return [p for p in dict.fromkeys(m.point for m in record.metrics) if p] or [""]
+
+
+def as_value(metric: Metric) -> Value:
+    """Return a metric as a table cell."""
+    return Value(metric.value, metric.unit, metric.low, metric.high)
+
+
+def show(cell: Cell) -> str:
+    """Return a cell as a person reads it."""
+    if cell is None or cell == "":
+        return ABSENT if cell is None else ""
+    if isinstance(cell, str | Value):
+        return str(cell)
+    return readable(cell)
+
+
+def readable(value: float, unit: str = "") -> str:
+    """Return a number with four significant digits; bytes and large counts get a prefix."""
+    if not math.isfinite(value):
+        return str(value)
+    factor, prefix = scale(value, unit)
+    scaled = value / factor
+    whole = float(scaled).is_integer() and abs(scaled) < 1e6
+    text = f"{scaled:,.0f}" if whole else f"{scaled:,.{_digits(0, scaled)}f}"
+    if scaled and abs(scaled) < 1e-3:
+        text = f"{scaled:.3g}"
+    return f"{text} {prefix}".rstrip()
+
+
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """Return what to divide by, and the prefix (with the unit, for bytes) that says so."""
+    size = abs(value) if math.isfinite(value) else 0.0
+    if unit.startswith("bytes"):
+        steps = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")]
+    else:
+        steps = [(10**12, "T"), (10**9, "G"), (10**6, "M"), (1, "")]
+    factor, prefix = next(((f, p) for f, p in steps if size >= f), steps[-1])
+    return factor, prefix + unit.removeprefix("bytes") if unit.startswith("bytes") else prefix
+
+
+def _digits(width: float, value: float) -> int:
+    """Return decimals that show two digits of an interval's width, or four of a value."""
+    if width > 0:
+        return min(6, max(0, 1 - math.floor(math.log10(width))))
+    return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
+
+
+def _column(metric: Metric) -> tuple[str, str, str, str]:
+    return metric.name, metric.split, metric.phase, metric.obtained
+
+
+def _head(metric: Metric) -> str:
+    place = " ".join(p for p in (metric.split, metric.phase) if p)
+    unit = "" if metric.unit.startswith("bytes") else metric.unit
+    details = [d for d in (place, unit, modelled(metric.obtained)) if d]
+    return f"{metric.name} ({', '.join(details)})" if details else metric.name
+
+
+def modelled(obtained: str) -> str:
+    """Return the warning that belongs to a number that nobody measured."""
+    return "modelled, not measured" if obtained == "modelled" else ""
+
+
+def _without(table: Table, index: int) -> Table:
+    rows = [row[:index] + row[index + 1 :] for row in table.rows]
+    return Table(table.title, table.columns[:index] + table.columns[index + 1 :], rows, table.notes)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"
+
+
+def _heads(name: str, wide: bool) -> list[str]:
+    return [name, f"{name}_low", f"{name}_high"] if wide else [name]
+
+
+def _parts(cell: Cell, wide: bool) -> list[str | float | None]:
+    if isinstance(cell, Value):
+        return [cell.value, cell.low, cell.high]
+    return [cell, None, None] if wide else [cell]

@@ -1,0 +1,91 @@
+"""Records in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effbench.errors import UserError
+from effbench.records import Record, read_all
+from effbench.report.table import Cell, Table, as_value, comparison, runs_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from effbench.query import Rows
+    from effbench.report.compare import Comparison
+
+EVALUATED = ("loss", "bits_per_byte", "accuracy", "accuracy_norm", "decode_tokens_per_second")
+"""Columns of one run, where it has them."""
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it needs to be when the output is no terminal."""
+    _console().print(table.rich())
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print a comparison of runs."""
+    _console().print(found.rich())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def print_record(record: Record) -> None:
+    """Print what a run was, what it gave at each operating point, and what it cost."""
+    print_table(_evaluated(record))
+    print_table(_others(record))
+    for note in record.notes:
+        print(f"Note: {note}")
+    print(f"Key {record.key}: {record.label}, {record.seconds:.0f} s")
+
+
+def _evaluated(record: Record) -> Table:
+    names = {m.name for m in record.metrics}
+    wanted = [n for n in (*EVALUATED, "params", "weight_bytes") if n in names]
+    table = comparison([record], wanted)
+    rows = [row[1:] for row in table.rows]
+    return Table(record.label, table.columns[1:], rows, table.notes)
+
+
+def _others(record: Record) -> Table:
+    rows: list[tuple[Cell, ...]] = [
+        (m.name, m.phase, as_value(m), m.unit if not m.unit.startswith("bytes") else "", m.obtained)
+        for m in record.metrics
+        if not m.point and not m.split
+    ]
+    return Table("", ("metric", "phase", "value", "unit", "obtained"), rows)
+
+
+def print_runs(results: Path) -> None:
+    """Print one line per finished run, and what is unfinished.
+
+    Raises:
+        UserError: When there is nothing to list.
+    """
+    from effbench.store import Store
+
+    store = Store(results)
+    records = read_all(store.records, outcomes=False)
+    unfinished = [k for k in store.keys() if not store.run(k).finished]
+    if not records and not unfinished:
+        raise UserError(f"There are no runs in {results}.", "Start with: effbench train")
+    if records:
+        print_table(runs_table(records))
+    for key in unfinished:
+        print(f"unfinished: {key} (the same command goes on from where it stopped)")
+
+
+def print_rows(rows: Rows) -> None:
+    """Print the answer to a query."""
+    table = Table("", rows.columns, [tuple(_cell(c) for c in row) for row in rows.rows])
+    print_table(table)
+
+
+def _cell(value: object) -> Cell:
+    return value if isinstance(value, str | int | float) or value is None else str(value)

@@ -1,0 +1,293 @@
+"""What every stage does: open the model, evaluate it, write the record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effbench import models
+from effbench.config import make_evaluator, make_method
+from effbench.datasets import Data, Example
+from effbench.errors import UserError
+from effbench.evaluators.base import Result, Subject, make_batch
+from effbench.events import EventLog
+from effbench.measure.counting import parameters
+from effbench.measure.environment import fingerprint
+from effbench.measure.memory import PeakMemory, memory_in_use
+from effbench.methods.base import Batch, Context, Method
+from effbench.nn.quantised import quantise_nf4, storage_bytes
+from effbench.plan import gib, predict
+from effbench.progress import Progress
+from effbench.records import SCHEMA, Metric, Outcomes, Record, write
+from effbench.schema import plain
+from effbench.shapes import Shape
+from effbench.spec import Job, Spec
+from effbench.store import RunFolder, Store
+
+
+@dataclass
+class Bench:
+    """One run at work."""
+
+    job: Job
+    store: Store
+    folder: RunFolder
+    method: Method
+    events: EventLog
+    progress: Progress
+    device: torch.device
+    dtype: torch.dtype
+    started: float = field(default_factory=time.time)
+    metrics: list[Metric] = field(default_factory=list)
+    outcomes: list[Outcomes] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    shape: Shape | None = None
+    tokenizer: Any = None
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of the run."""
+        return self.job.spec
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure wall time and peak memory of a part of the run."""
+        start = time.perf_counter()
+        with PeakMemory(self.device, name) as memory:
+            yield
+        seconds = time.perf_counter() - start
+        self.metrics += [
+            Metric("peak_bytes", memory.peak.peak_bytes, "bytes", phase=name),
+            Metric("phase_seconds", seconds, "s", phase=name),
+        ]
+        self.events.append(
+            "phase", name=name, seconds=seconds, peak_bytes=memory.peak.peak_bytes
+        )
+
+    def count(self, name: str, value: float, unit: str, point: str = "") -> None:
+        """Add an exact count to the metrics."""
+        self.metrics.append(Metric(name, value, unit, point=point, obtained="counted"))
+
+    def memory_now(self) -> str:
+        """Return the memory in use, for the progress line."""
+        return gib(memory_in_use(self.device))
+
+    def context(self) -> Context:
+        """Return a fresh context for the method's hooks."""
+        return Context(
+            seed=self.spec.seed,
+            device=self.device,
+            dtype=self.dtype,
+            generator=torch.Generator().manual_seed(self.spec.seed),
+            load_model=self.load_frozen,
+            tokenizer=self.tokenizer,
+        )
+
+    def load_frozen(self, name: str) -> torch.nn.Module:
+        """Return another model by its config name, frozen, on the device."""
+        from effbench.config import compose
+
+        other = compose("eval", [f"model={name}"]).spec.model
+        loaded = models.load(other, device=self.spec.hardware.device, dtype=self.dtype)
+        return loaded.model.requires_grad_(False).eval()
+
+
+def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
+    """Set the process up for a run: seeds, threads, logs."""
+    spec = job.spec
+    if spec.hardware.threads:
+        torch.set_num_threads(spec.hardware.threads)
+    torch.manual_seed(spec.seed)
+    return Bench(
+        job=job,
+        store=store,
+        folder=folder,
+        method=make_method(spec.method),
+        events=EventLog(folder.path / "events.jsonl", job),
+        progress=Progress(job.runtime.progress),
+        device=torch.device(spec.hardware.device),
+        dtype=getattr(torch, spec.hardware.dtype),
+    )
+
+
+def open_model(bench: Bench) -> torch.nn.Module:
+    """Load the base model and everything that earlier runs made of it.
+
+    Raises:
+        UserError: When a file is missing or broken, or two settings contradict each other.
+    """
+    spec, own = bench.spec, bench.method
+    chain = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
+    first = chain[0][1] if chain else own
+    weights = first.weights
+    if weights == "float32" and spec.stage != "train":
+        weights = "compute"
+    with bench.phase("load"):
+        loaded = models.load(
+            spec.model, device=spec.hardware.device, dtype=bench.dtype, weights=weights
+        )
+        model, bench.tokenizer, bench.shape = loaded.model, loaded.tokenizer, loaded.shape
+        for earlier, method in chain:
+            model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
+            model.requires_grad_(False)
+        if chain and spec.stage == "train" and own.weights == "nf4":
+            quantise_nf4(model, compute_dtype=bench.dtype)
+        if chain and spec.stage == "train" and own.weights == "float32":
+            model = model.float()
+    if spec.dataset.max_length > bench.shape.max_positions:
+        raise UserError(
+            f"dataset.max_length={spec.dataset.max_length} is more than the "
+            f"{bench.shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={bench.shape.max_positions}",
+        )
+    own.check(bench.shape)
+    bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
+    return model
+
+
+def open_data(bench: Bench) -> Data:
+    """Return the data, after making sure that no evaluation item was trained on earlier.
+
+    Raises:
+        UserError: When an earlier run trained on items that this one evaluates.
+    """
+    data = Data(bench.spec.dataset, bench.tokenizer)
+    seen: set[str] = set()
+    for earlier in bench.store.ancestors(bench.spec):
+        seen |= set(bench.store.run(earlier.key).read_json("data.json") or [])
+    for evaluator in map(make_evaluator, bench.spec.evaluators):
+        split = getattr(evaluator, "split", None)
+        shared = seen & set(data.ids(split)) if split else set()
+        if shared and not bench.spec.dataset.allow_overlap:
+            raise UserError(
+                f"{len(shared)} items of split {split!r} were training data of the run that "
+                "this one goes on from.",
+                "Evaluate on another split, or say dataset.allow_overlap=true.",
+            )
+    return data
+
+
+def as_batch(example: Example, pad: int) -> Batch:
+    """Return one example as a batch of one sequence."""
+    return make_batch([(example.ids, example.labels())], pad)
+
+
+def evaluate(bench: Bench, model: torch.nn.Module, data: Data) -> None:
+    """Run every evaluator at every operating point; finished ones are not run again."""
+    if not bench.spec.evaluators:
+        return
+    model.eval()
+    done = bench.folder.path / "evaluations"
+    done.mkdir(exist_ok=True)
+    with bench.phase("evaluate"):
+        for point in bench.method.points():
+            with bench.method.at(model, point):
+                for plugin in bench.spec.evaluators:
+                    path = done / f"{plugin.name}{'@' if point else ''}{point}.json"
+                    result = _read_result(path)
+                    if result is None:
+                        result = _run_one(bench, model, data, plugin, point)
+                        bench.folder.write_json(f"evaluations/{path.name}", asdict(result))
+                    bench.metrics += result.metrics
+                    bench.outcomes += result.outcomes
+            _count_cost(bench, point)
+
+
+def _read_result(path: Path) -> Result | None:
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text())
+    return Result(
+        [Metric(**m) for m in values["metrics"]], [Outcomes(**o) for o in values["outcomes"]]
+    )
+
+
+def _run_one(
+    bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str
+) -> Result:
+    subject = Subject(
+        model=model,
+        method=bench.method,
+        point=point,
+        data=data,
+        device=bench.device,
+        seed=bench.spec.seed,
+        pad_token_id=bench.tokenizer.pad_token_id,
+        progress=lambda what, n, of: bench.progress.bar(f"{what} {point}".strip(), n, of),
+    )
+    result = make_evaluator(plugin).run(subject)
+    for metric in result.metrics:
+        bench.events.append("metric", **asdict(metric))
+    headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
+    bench.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
+    return result
+
+
+def _count_cost(bench: Bench, point: str) -> None:
+    assert bench.shape is not None
+    cost = bench.method.cost(bench.shape, bench.spec.hardware.dtype, point)
+    bench.count("params", cost.params, "parameters", point)
+    bench.count("weight_bytes", cost.resident_bytes, "bytes", point)
+    bench.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
+    bench.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
+    bench.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)
+
+
+def count_model(bench: Bench, model: torch.nn.Module) -> None:
+    """Count what the model in memory really holds."""
+    total, trainable = parameters(model)
+    bench.count("params_total", total, "parameters")
+    bench.count("trainable_params", trainable, "parameters")
+    bench.count("resident_bytes", storage_bytes(model), "bytes")
+
+
+def save_artefact(bench: Bench, model: torch.nn.Module) -> None:
+    """Write the artefact so that it is there whole or not at all."""
+    from effbench.files import replace_folder, scratch_folder
+
+    with scratch_folder(bench.folder.path, "artefact") as new:
+        bench.method.save(model, new)
+        (new / "method.json").write_text(json.dumps(plain(bench.spec.method), indent=1))
+        replace_folder(new, bench.folder.artefact)
+    size = sum(f.stat().st_size for f in bench.folder.artefact.rglob("*") if f.is_file())
+    bench.count("artefact_bytes", size, "bytes")
+
+
+def finish(bench: Bench) -> Record:
+    """Write the record and mark the run as finished."""
+    seconds = time.time() - bench.started
+    assert bench.shape is not None
+    prediction = predict(bench.spec, bench.shape, bench.job.runtime.machine)
+    record = Record(
+        schema=SCHEMA,
+        key=bench.spec.key,
+        label=bench.spec.label,
+        stage=bench.spec.stage,
+        spec=plain(bench.spec),
+        environment=fingerprint(),
+        parent=bench.spec.parent,
+        started=datetime.fromtimestamp(bench.started, UTC).isoformat(timespec="seconds"),
+        seconds=seconds,
+        metrics=bench.metrics,
+        plan=prediction.summary(),
+        notes=bench.notes,
+        outcomes=bench.outcomes,
+    )
+    bench.folder.write_json("environment.json", record.environment)
+    write(record, bench.store.records)
+    bench.events.close()
+    bench.folder.finish()
+    return record
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean."""
+    return sum(values) / len(values)

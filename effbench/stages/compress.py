@@ -1,0 +1,95 @@
+"""Compression: part by part, each part a resume point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from effbench.errors import StoppedError
+from effbench.files import write_atomic
+from effbench.methods.base import Batch
+from effbench.nn.state import read_tensors
+from effbench.records import Metric
+from effbench.stages.common import (
+    Bench,
+    as_batch,
+    count_model,
+    evaluate,
+    open_data,
+    open_model,
+    save_artefact,
+)
+from effbench.stages.train import stop_signal
+
+CALIBRATION_ROWS = 64
+"""Training rows that a compression method may look at."""
+
+
+class Parts(Mapping[str, Mapping[str, torch.Tensor]]):
+    """Finished parts of a compression, on disk, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise KeyError(name)
+        return read_tensors(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (p.name.removesuffix(".safetensors") for p in self.folder.glob("*.safetensors"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def add(self, name: str, part: torch.nn.Module) -> None:
+        """Keep a finished part."""
+        tensors = {n: t.contiguous().cpu() for n, t in part.state_dict().items()}
+        write_atomic(self.folder / f"{name}.safetensors", save(tensors))
+
+
+def compress(bench: Bench) -> None:
+    """Compress, save and evaluate.
+
+    Raises:
+        StoppedError: After Ctrl-C or a termination signal; finished parts are kept.
+    """
+    model = open_model(bench).eval()
+    data = open_data(bench)
+    if not bench.folder.artefact.is_dir():
+        with bench.phase("compress"):
+            _parts(bench, model, _calibration(bench, data.examples("train")))
+        count_model(bench, model)
+        save_artefact(bench, model)
+        bench.folder.write_json("trained.json", [vars(m) for m in bench.metrics])
+    else:
+        model = bench.method.load(model, bench.folder.artefact, bench.context())
+        bench.metrics = [Metric(**m) for m in bench.folder.read_json("trained.json")]
+    evaluate(bench, model, data)
+
+
+def _calibration(bench: Bench, examples: list) -> list[Batch]:  # type: ignore[type-arg]
+    pad = bench.tokenizer.pad_token_id
+    return [as_batch(e, pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
+
+
+def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:
+    ctx = bench.context()
+    parts = Parts(bench.folder.path / "parts")
+    ctx.finished = parts
+    before = set(parts)
+    total = len(before)
+    with stop_signal() as stop:
+        for done, (name, part) in enumerate(bench.method.compress(model, calibration, ctx), 1):
+            if name not in before:
+                parts.add(name, part)
+            total = max(total, done)
+            bench.events.append("part", name=name)
+            bench.progress.bar("parts", done, total + 1, name)
+            if stop.requested:
+                raise StoppedError(f"part {name}")

@@ -1,0 +1,13 @@
+"""Evaluation of a model as it is, or of what an earlier run made."""
+
+from __future__ import annotations
+
+from effbench.stages.common import Bench, count_model, evaluate, open_data, open_model
+
+
+def evaluate_only(bench: Bench) -> None:
+    """Load and evaluate; nothing is changed and nothing is saved but the results."""
+    model = open_model(bench).requires_grad_(False)
+    data = open_data(bench)
+    count_model(bench, model)
+    evaluate(bench, model, data)

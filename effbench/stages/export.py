@@ -1,0 +1,38 @@
+"""Writes what a run made in another tool's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effbench.errors import UserError, did_you_mean
+from effbench.spec import Job, Runtime
+from effbench.store import Store
+
+
+def export(ref: str, folder: Path, point: str, results: Path) -> None:
+    """Write the artefact of a run at one operating point into a new folder.
+
+    Raises:
+        UserError: For an unknown run or point, a folder that exists, or a method without export.
+    """
+    store = Store(results)
+    key = store.resolve(ref)
+    spec = store.spec_of(key)
+    while spec.stage == "eval" and spec.parent:
+        key, spec = spec.parent, store.spec_of(spec.parent)
+    if spec.stage == "eval":
+        raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
+    if folder.exists():
+        raise UserError(f"{folder} is there already.", "Choose another folder.")
+
+    from effbench.stages.common import open_bench, open_model
+
+    bench = open_bench(Job(spec, Runtime(results=str(results))), store.run(key), store)
+    points = bench.method.points()
+    point = point or points[-1]
+    if point not in points:
+        raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
+    model = open_model(bench)
+    model = bench.method.load(model, store.run(key).artefact, bench.context())
+    folder.mkdir(parents=True)
+    bench.method.export(model, point, folder)

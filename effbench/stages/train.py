@@ -1,0 +1,457 @@
+"""The training loop: short, exactly resumable, on accelerate."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from effbench.datasets import Data, Example
+from effbench.errors import StoppedError, UserError
+from effbench.evaluators.base import by_length, make_batch
+from effbench.events import read_events
+from effbench.files import open_atomic
+from effbench.methods.base import Batch, Context
+from effbench.nn.losses import token_nll
+from effbench.progress import duration
+from effbench.records import Metric
+from effbench.spec import TrainSpec
+from effbench.stages.common import (
+    Bench,
+    as_batch,
+    count_model,
+    evaluate,
+    mean,
+    open_data,
+    open_model,
+    save_artefact,
+)
+from effbench.stats import median_interval
+
+WARMUP_STEPS = 3
+"""Steps left out of the steady-state speed."""
+
+
+@dataclass
+class Progressed:
+    """Counters of a training run; saved with checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    waited: int = 0
+    """Validations since the best loss."""
+    stopped: bool = False
+    """Whether early stopping ended the run."""
+
+
+@dataclass
+class Trainer:
+    """Everything one training run holds."""
+
+    bench: Bench
+    model: torch.nn.Module
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    ctx: Context
+    accelerator: Accelerator
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    done: Progressed = field(default_factory=Progressed)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> TrainSpec:
+        """The training part of the spec."""
+        return self.bench.spec.train
+
+
+def train(bench: Bench) -> None:
+    """Train, save and evaluate.
+
+    Raises:
+        StoppedError: After Ctrl-C or a termination signal, once the state is saved.
+        UserError: For settings that cannot work, or a loss that is not finite.
+    """
+    model = open_model(bench)
+    data = open_data(bench)
+    if not bench.folder.artefact.is_dir():
+        trainer = prepare(bench, model, data)
+        model = trainer.model
+        with bench.phase("train"):
+            _loop(trainer)
+        if trainer.best:
+            _restore(bench, model, trainer.best)
+        count_model(bench, model)
+        save_artefact(bench, model)
+        _summarise(bench, trainer.done)
+        bench.folder.write_json("trained.json", [vars(m) for m in bench.metrics])
+    else:
+        model = bench.method.load(model, bench.folder.artefact, bench.context())
+        bench.metrics = [Metric(**m) for m in bench.folder.read_json("trained.json")]
+    if bench.method.weights == "float32":
+        model = model.to(bench.dtype)
+    evaluate(bench, model, data)
+
+
+def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
+    """Choose the data, put the method in, and make optimiser and schedule.
+
+    Raises:
+        UserError: When there is nothing to train, or nothing to train on.
+    """
+    spec, method = bench.spec, bench.method
+    accelerator = Accelerator(
+        mixed_precision=_mixed_precision(bench), cpu=bench.device.type == "cpu"
+    )
+    ctx = bench.context()
+    ctx.total_steps = spec.train.max_steps
+    ctx.backward = accelerator.backward
+    ctx.autocast = accelerator.autocast
+    ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train.clip_norm)
+
+    examples = data.examples("train")
+    bench.folder.write_json("data.json", data.ids("train"))
+    batches = [as_batch(e, bench.tokenizer.pad_token_id) for e in examples]
+    chosen = method.select(model, batches, ctx)
+    if not chosen:
+        raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
+    model = method.prepare(model, ctx)
+    if spec.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
+    optimizer = _optimizer(spec.train, trainable)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_at(spec.train, step)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return Trainer(
+        bench=bench,
+        model=model,
+        examples=[examples[i] for i in chosen],
+        validation=data.examples("validation") if spec.train.validate_every else [],
+        ctx=ctx,
+        accelerator=accelerator,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+
+
+def _mixed_precision(bench: Bench) -> str:
+    if bench.dtype == torch.float16:
+        return "fp16"
+    masters = bench.method.weights == "float32"
+    return "bf16" if masters and bench.dtype == torch.bfloat16 else "no"
+
+
+def _clip(accelerator: Accelerator, parameters: Sequence[torch.Tensor], norm: float) -> None:
+    if norm:
+        accelerator.clip_grad_norm_(parameters, norm)
+
+
+def _optimizer(settings: TrainSpec, parameters: Sequence[torch.nn.Parameter]) -> Any:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    assert rate is not None
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+    if settings.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(
+            parameters, lr=rate, betas=settings.betas, weight_decay=decay
+        )
+    return torch.optim.AdamW(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
+
+
+def rate_at(settings: TrainSpec, step: int) -> float:
+    """Return the learning rate of a step (from 0) as a share of the peak."""
+    warmup = math.ceil(settings.warmup * settings.max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    rest = (step - warmup) / max(1, settings.max_steps - warmup)
+    return 1 - rest if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+def _loop(trainer: Trainer) -> None:
+    done, settings = trainer.done, trainer.settings
+    _resume(trainer)
+    first = done.step
+    begun = time.perf_counter()
+    with stop_signal() as stop:
+        while done.step < settings.max_steps and not done.stopped:
+            loss = one_step(trainer)
+            if settings.validate_every and done.step % settings.validate_every == 0:
+                _validate(trainer)
+            _show(trainer, loss, first, begun)
+            last = done.step == settings.max_steps or done.stopped
+            due = done.step % settings.checkpoint_every == 0
+            if (stop.requested or due) and not last:
+                _checkpoint(trainer)
+            if stop.requested and not last:
+                raise StoppedError(f"step {done.step} of {settings.max_steps}")
+
+
+def one_step(trainer: Trainer) -> float:
+    """Make the next optimiser step; return its loss in nats per token.
+
+    Raises:
+        UserError: When the loss is not finite.
+    """
+    bench, ctx, done = trainer.bench, trainer.ctx, trainer.done
+    start = time.perf_counter()
+    window = window_of(trainer, done.step)
+    ctx.step = done.step
+    bench.method.on_step(_bare(trainer), ctx)
+    loss = float(bench.method.update(trainer.model, trainer.optimizer, window, ctx))
+    rate = trainer.schedule.get_last_lr()[0]
+    trainer.schedule.step()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} at step {done.step + 1}.",
+            f"Lower train.learning_rate ({trainer.settings.learning_rate}) or set "
+            "train.clip_norm; the last checkpoint is kept.",
+        )
+    tokens = sum(int(b.attention_mask.sum()) for b in window)
+    done.step += 1
+    done.tokens += tokens
+    bench.events.append(
+        "step",
+        step=done.step,
+        loss=loss,
+        seconds=round(time.perf_counter() - start, 6),
+        tokens=tokens,
+        learning_rate=rate,
+    )
+    return loss
+
+
+def _bare(trainer: Trainer) -> torch.nn.Module:
+    model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return model
+
+
+def window_of(trainer: Trainer, step: int) -> list[Batch]:
+    """Return the micro-batches of a step for this process; a function of seed and step alone."""
+    settings, world = trainer.settings, trainer.accelerator.num_processes
+    size = settings.batch_size * settings.accumulation * world
+    count = len(trainer.examples)
+    places = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, position = divmod(place, count)
+        places.append(_order(count, trainer.bench.spec.seed, epoch)[position])
+    places.sort(key=lambda i: (len(trainer.examples[i].ids), i))
+    groups = [
+        places[i : i + settings.batch_size] for i in range(0, size, settings.batch_size)
+    ]
+    pad = trainer.bench.tokenizer.pad_token_id
+    batches = []
+    for group in groups:
+        rows = [trainer.examples[i] for i in group]
+        batch = make_batch([(e.ids, e.labels()) for e in rows], pad)
+        batch.rows = group
+        batches.append(batch)
+    tokens = sum(b.loss_tokens for b in batches)
+    if tokens == 0:
+        raise UserError(
+            "A whole accumulation window has no token to learn from.",
+            "Raise dataset.max_length, or check the answers.",
+        )
+    mine = [b.to(trainer.ctx.device) for b in batches[trainer.accelerator.process_index :: world]]
+    for batch in mine:
+        batch.window_tokens = tokens // world if world > 1 else tokens
+    return mine
+
+
+_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the rows in an epoch; the last one asked for is kept."""
+    key = (count, seed, epoch)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        _ORDERS[key] = torch.randperm(count, generator=draws).tolist()
+    return _ORDERS[key]
+
+
+def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
+    bench, done = trainer.bench, trainer.done
+    elapsed = time.perf_counter() - begun
+    left = elapsed / (done.step - first) * (trainer.settings.max_steps - done.step)
+    speed = _speed(bench, done, first, elapsed)
+    bench.progress.bar(
+        "step",
+        done.step,
+        trainer.settings.max_steps,
+        f"loss {loss:.4f}  {speed:.0f} tok/s  {bench.memory_now()}  {duration(left)} left",
+    )
+
+
+def _speed(bench: Bench, done: Progressed, first: int, elapsed: float) -> float:
+    return done.tokens / done.step * (done.step - first) / max(elapsed, 1e-9)
+
+
+@torch.no_grad()
+def _validate(trainer: Trainer) -> None:
+    """Measure the loss on the validation split; remember the best weights; decide to stop."""
+    bench, model, done = trainer.bench, trainer.model, trainer.done
+    model.eval()
+    total, count = 0.0, 0
+    with bench.method.at(_bare(trainer), bench.method.points()[-1]):
+        for group in by_length([len(e.ids) for e in trainer.validation], 2048):
+            rows = [trainer.validation[i] for i in group]
+            pad = bench.tokenizer.pad_token_id
+            batch = make_batch([(e.ids, e.labels()) for e in rows], pad).to(trainer.ctx.device)
+            with trainer.ctx.autocast():
+                nll = token_nll(bench.method.logits(model, batch), batch.labels)
+            total += float(nll.double().sum())
+            count += batch.loss_tokens
+    model.train()
+    loss = total / count
+    bench.events.append("validation", step=done.step, loss=loss)
+    bench.progress.say(f"step {done.step}: validation loss {loss:.4f}")
+    if loss < done.best_loss:
+        done.best_loss, done.waited = loss, 0
+        if trainer.settings.patience:
+            tensors = bench.method.tensors(_bare(trainer))
+            trainer.best = {n: t.detach().clone() for n, t in tensors.items()}
+    else:
+        done.waited += 1
+        if trainer.settings.patience and done.waited >= trainer.settings.patience:
+            done.stopped = True
+            bench.notes.append(
+                f"stopped early at step {done.step}: no better validation loss in "
+                f"{done.waited} validations"
+            )
+
+
+def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    for name, target in bench.method.tensors(model).items():
+        target.copy_(tensors[name])
+
+
+# -- resume ----------------------------------------------------------------------------------------
+
+
+def _checkpoint(trainer: Trainer) -> None:
+    state = {
+        "tensors": trainer.bench.method.tensors(_bare(trainer)),
+        "best": trainer.best,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.schedule.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "draws": trainer.ctx.generator.get_state(),
+        "method": trainer.ctx.state,
+        "done": vars(trainer.done),
+        "notes": trainer.bench.notes,
+        "events": trainer.bench.events.position(),
+    }
+    with open_atomic(trainer.bench.folder.checkpoint) as file:
+        torch.save(state, file)
+
+
+def _resume(trainer: Trainer) -> None:
+    """Put everything back to where the last checkpoint was, if there is one.
+
+    Raises:
+        UserError: When the checkpoint cannot be read.
+    """
+    bench = trainer.bench
+    path = bench.folder.checkpoint
+    if not path.is_file():
+        bench.events.cut(0)
+        return
+    try:
+        state = torch.load(path, map_location=bench.device, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            "Start anew with --fresh.",
+        ) from None
+    with torch.no_grad():
+        _restore(bench, _bare(trainer), state["tensors"])
+    trainer.best = state["best"]
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["random"].cpu())
+    if state["random_cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
+    trainer.ctx.generator.set_state(state["draws"].cpu())
+    trainer.ctx.state = state["method"]
+    trainer.done.__dict__.update(state["done"])
+    bench.notes[:] = state["notes"]
+    bench.events.cut(state["events"])
+    bench.progress.say(f"going on from step {trainer.done.step}")
+
+
+class Stop:
+    """Whether somebody asked the run to stop."""
+
+    requested = False
+
+
+@contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """Turn the first Ctrl-C or termination signal into a request; a second one acts at once."""
+    stop = Stop()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        stop.requested = True
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, request)
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _summarise(bench: Bench, done: Progressed) -> None:
+    """Turn the step events into metrics."""
+    steps = list(read_events(bench.folder.path / "events.jsonl", "step"))
+    losses = [s["loss"] for s in steps]
+    tail = max(1, len(losses) // 10)
+    seconds = [s["seconds"] for s in steps][WARMUP_STEPS:] or [s["seconds"] for s in steps]
+    rates = [s["tokens"] / s["seconds"] for s in steps][WARMUP_STEPS:] or [0.0]
+    step, low, high = median_interval(seconds, seed=bench.spec.seed)
+    speed, slow, fast = median_interval(rates, seed=bench.spec.seed)
+    counted: dict[str, Any] = {"phase": "train", "obtained": "counted"}
+    bench.metrics += [
+        Metric("train_loss_first", mean(losses[:tail]), "nats/token", n=tail, phase="train"),
+        Metric("train_loss_last", mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
+        Metric("train_steps", done.step, "steps", **counted),
+        Metric("train_tokens", done.tokens, "tokens", **counted),
+        Metric(
+            "step_seconds", step, "s", n=len(seconds), low=low, high=high, phase="train"
+        ),
+        Metric(
+            "train_tokens_per_second",
+            speed,
+            "tokens/s",
+            n=len(rates),
+            low=slow,
+            high=fast,
+            phase="train",
+        ),
+    ]

@@ -1,0 +1,192 @@
+"""Run folders: one per key, locked while in use, finished only when the marker stands.
+
+```
+results/runs/<key>/
+    spec.json  environment.json  events.jsonl  log.txt
+    data.json            content hashes of the rows that were trained on
+    checkpoint.pt        the last checkpoint of an unfinished run
+    parts/               finished parts of an unfinished compression
+    evaluations/         finished evaluations of an unfinished run
+    artefact/            what the run made
+    FINISHED             written last
+results/records/<key>.json
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from effbench.errors import UserError, did_you_mean
+from effbench.files import write_atomic
+from effbench.schema import build, plain
+from effbench.spec import Spec
+
+MARKER = "FINISHED"
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def key(self) -> str:
+        """The run key."""
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; a half-written run never does."""
+        return (self.path / MARKER).is_file()
+
+    @property
+    def artefact(self) -> Path:
+        """Folder of what the run made."""
+        return self.path / "artefact"
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the last checkpoint."""
+        return self.path / "checkpoint.pt"
+
+    def create(self, spec: Spec) -> None:
+        """Make the folder with its spec."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path.parent} cannot be written: {error.strerror}.",
+                "Choose another folder: run.results=PATH.",
+            ) from None
+        self.write_json("spec.json", plain(spec))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically."""
+        write_atomic(self.path / name, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Return the content of a JSON file, or None when it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish(self) -> None:
+        """Mark the run as finished and drop what only an unfinished one needs."""
+        write_atomic(self.path / MARKER, f"{time.time():.3f}\n")
+        self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
+
+    def clear(self) -> None:
+        """Forget everything about the run; the marker goes first."""
+        (self.path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def locked(self, on_wait: Any = None) -> Iterator[None]:
+        """Hold the run alone; wait for another process that holds it.
+
+        Args:
+            on_wait: Called once with the holder's description before waiting.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (self.path.parent / f".{self.key}.lock").open("a+") as file:
+            if not _try_lock(file):
+                file.seek(0)
+                if on_wait:
+                    on_wait(file.read().strip() or "another process")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Store:
+    """All runs and records under one results folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs = root / "runs"
+        self.records = root / "records"
+
+    def run(self, key: str) -> RunFolder:
+        """Return the folder of a key, whether it exists or not."""
+        return RunFolder(self.runs / key)
+
+    def keys(self) -> list[str]:
+        """Return the keys of all run folders, newest first."""
+        if not self.runs.is_dir():
+            return []
+        folders = [p for p in self.runs.iterdir() if (p / "spec.json").is_file()]
+        return [p.name for p in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+    def resolve(self, ref: str) -> str:
+        """Return the full key of a finished run.
+
+        Args:
+            ref: A key, a unique prefix of one, or `latest`.
+
+        Raises:
+            UserError: When no run, several runs or only an unfinished run fits.
+        """
+        keys = self.keys()
+        if ref == "latest":
+            keys = [k for k in keys if self.run(k).finished]
+            if not keys:
+                raise UserError(
+                    f"There is no finished run in {self.root}.", "Run effbench train first."
+                )
+            return keys[0]
+        fits = [k for k in keys if k.startswith(ref)]
+        if not fits:
+            raise UserError(
+                f"There is no run {ref!r} in {self.root}.",
+                did_you_mean(ref, keys) + " See: effbench runs",
+            )
+        if len(fits) > 1:
+            raise UserError(f"{ref!r} fits {len(fits)} runs.", f"They are: {', '.join(fits[:6])}.")
+        if not self.run(fits[0]).finished:
+            raise UserError(
+                f"Run {fits[0]} is not finished.",
+                "Give its command again: it goes on from where it stopped.",
+            )
+        return fits[0]
+
+    def spec_of(self, key: str) -> Spec:
+        """Return the spec of a run."""
+        return build(Spec, self.run(key).read_json("spec.json"), "spec")
+
+    def ancestors(self, spec: Spec) -> list[Spec]:
+        """Return the specs of the runs that made what `spec` starts from, first to last.
+
+        Evaluations make nothing and are left out.
+        """
+        chain: list[Spec] = []
+        key = spec.parent
+        while key:
+            parent = self.spec_of(key)
+            if parent.stage != "eval":
+                chain.insert(0, parent)
+            key = parent.parent
+        return chain

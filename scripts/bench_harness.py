@@ -1,0 +1,79 @@
+"""A training step of effbench against a bare PyTorch loop that does the same work, in turn.
+
+Both train the same LoRA model on the same windows; each pair of steps runs in one process, one
+right after the other, in changing order. Reported is the median of the paired ratios.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from effbench.config import compose
+from effbench.stages import train as stage
+from effbench.stages.common import open_bench, open_data, open_model
+from effbench.stats import ratio_interval
+from effbench.store import Store
+
+LIMIT = 1.02
+PAIRS = 24
+
+
+def trainer(results: str) -> stage.Trainer:
+    job = compose(
+        "train",
+        ["method=lora", f"run.results={results}", "run.progress=false", "train.batch_size=4",
+         "train.max_steps=1000", "train.checkpoint_every=1000", *sys.argv[1:]],
+    )
+    folder = Store(Path(results)).run(job.spec.key)
+    folder.create(job.spec)
+    bench = open_bench(job, folder, Store(Path(results)))
+    model = open_model(bench)
+    return stage.prepare(bench, model, open_data(bench))
+
+
+def bare_step(model: Any, optimizer: Any, batch: Any, parameters: list[Any]) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits[:, :-1]
+    targets = batch.labels[:, 1:]
+    kept = targets != -100
+    loss = F.cross_entropy(logits[kept].float(), targets[kept])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return float(loss)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as results:
+        ours = trainer(results)
+        parameters = [p for p in ours.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        harness, bare = [], []
+        for pair in range(PAIRS + 2):
+            batch = stage.window_of(ours, ours.done.step)[0]
+            step = ours.done.step
+            for which in ("harness", "bare") if pair % 2 else ("bare", "harness"):
+                start = time.perf_counter()
+                if which == "harness":
+                    ours.done.step = step
+                    stage.one_step(ours)
+                else:
+                    bare_step(ours.model, optimizer, batch, parameters)
+                (harness if which == "harness" else bare).append(time.perf_counter() - start)
+    ratio = ratio_interval(harness[2:], bare[2:])
+    print(f"effbench step / bare step: {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
+    print(f"{PAIRS} pairs, limit {LIMIT}: {'reached' if ratio.value <= LIMIT else 'MISSED'}")
+    return int(ratio.value > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from effbench.config import compose
+from effbench.records import Record, read
+from effbench.schema import plain
+from effbench.spec import Job, Stage
+from effbench.store import RunFolder, Store
+
+TINY = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=24"]
+"""A random model on generated questions: no download, a run in a second or two."""
+
+
+class Bench:
+    """Runs jobs inside the test's process, in a results folder of the test's own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = Store(root)
+
+    def job(self, stage: Stage, *overrides: str) -> Job:
+        own = {o.split("=")[0].split(".")[0] for o in overrides}
+        tiny = [t for t in TINY if t.split("=")[0] not in own]
+        if "from" in own:
+            tiny = [t for t in tiny if not t.startswith(("model", "dataset"))]
+        if "+dataset.limit" not in tiny:
+            tiny = [("+" + t if t.startswith("dataset.limit") else t) for t in tiny]
+        return compose(stage, [*tiny, f"run.results={self.root}", *overrides])
+
+    def folder(self, job: Job) -> RunFolder:
+        return self.store.run(job.spec.key)
+
+    def run(self, stage: Stage, *overrides: str) -> Record:
+        """Run to the end; raises what the run's process would print."""
+        from effbench.worker import run_here
+
+        job = self.job(stage, *overrides)
+        run_here(job)
+        return read(self.store.records / f"{job.spec.key}.json")
+
+    def spec_file(self, key: str) -> dict:
+        return json.loads((self.store.run(key).path / "spec.json").read_text())
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Bench(tmp_path / "results")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run `effbench` in this process; returns exit status, stdout and stderr."""
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        import effbench.cli as module
+
+        captured: dict[str, int] = {}
+
+        def command() -> None:
+            result = runner.invoke(module.app, list(words), prog_name="effbench")
+            captured["status"] = result.exit_code
+            captured["out"] = result.stdout  # type: ignore[assignment]
+            captured["err"] = result.stderr  # type: ignore[assignment]
+            if result.exception and not isinstance(result.exception, SystemExit):
+                raise result.exception
+
+        runner = CliRunner()
+        said: list[str] = []
+        monkeypatch.setattr(module, "_say", said.append)
+        status = module._guarded(command)
+        return (
+            status or captured["status"],
+            str(captured.get("out", "")),
+            "\n".join([*said, str(captured.get("err", ""))]),
+        )
+
+    return call
+
+
+def as_json(value: object) -> str:
+    return json.dumps(plain(value), sort_keys=True)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from helpers import (
+    SHAPE,
+    adamw,
+    base_for,
+    batch_of,
+    context,
+    counted,
+    logits,
+    prepared,
+    stated,
+    storage_hash,
+    train,
+)
+from peft import PeftModel
+
+from effbench.methods.lora import LoRA, peft_adapters
+from effbench.methods.qlora import QLoRA
+from effbench.nn.quantised import NF4Linear
+
+
+def test_the_base_is_nf4_and_the_adapters_start_as_those_of_lora():
+    quantised, _ = prepared(QLoRA(rank=4))
+    dense, _ = prepared(LoRA(rank=4))
+    assert sum(isinstance(m, NF4Linear) for m in quantised.modules()) == 14
+    starts = [{n: a.weight for n, a, _ in peft_adapters(m)} for m in (quantised, dense)]
+    assert starts[0].keys() == starts[1].keys()
+    assert all(starts[0][n].equal(starts[1][n]) for n in starts[0])
+
+
+def test_the_untrained_adapter_changes_nothing():
+    model, _ = prepared(QLoRA(rank=4))
+    assert logits(model).equal(logits(base_for(QLoRA())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_after_an_evaluation(dtype):
+    # Some 4-bit layers repack themselves for inference at the first forward pass in eval mode and
+    # pass no gradients on from then: a run that validates before it trains would learn nothing.
+    method = QLoRA(rank=4)
+    model, ctx = prepared(method, dtype=dtype)
+    model.eval()
+    before = method.loss(model, batch_of(), ctx).item()
+    logits(model)
+    train(method, model.train(), ctx, 1, adamw(model), same_batch=True)
+    for name, _, b in peft_adapters(model):
+        assert b.weight.grad is not None, name
+        assert b.weight.grad.abs().max() > 0, name
+    model.eval()
+    method.loss(model, batch_of(), ctx)
+    train(method, model.train(), ctx, 9, same_batch=True)
+    assert method.loss(model.eval(), batch_of(), ctx).item() < before - 0.1
+
+
+def test_the_base_is_never_touched():
+    method = QLoRA(rank=4)
+    model, ctx = prepared(method)
+    before = storage_hash(model)
+    train(method, model, ctx, 3)
+    logits(model)
+    assert storage_hash(model) == before
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_cost_is_what_is_counted():
+    method = QLoRA(rank=4, targets=("v_proj", "up_proj"))
+    model, _ = prepared(method)
+    assert stated(method) == counted(model)
+    assert method.cost(SHAPE, "float32").saving == "physical"
+
+
+def test_peft_loads_the_export_on_the_quantised_base(tmp_path):
+    method = QLoRA(rank=8, eval_ranks=(2,), truncation="svd")
+    model, ctx = prepared(method)
+    train(method, model, ctx, 3)
+    method.export(model, "r2", tmp_path)
+    theirs = PeftModel.from_pretrained(base_for(method), tmp_path)
+    with method.at(model, "r2"):
+        torch.testing.assert_close(logits(theirs), logits(model), atol=1e-6, rtol=0)
+
+
+def test_save_and_load_give_the_same_logits(tmp_path):
+    method = QLoRA(rank=4)
+    model, ctx = prepared(method)
+    train(method, model, ctx, 2)
+    method.save(model, tmp_path)
+    again = method.load(base_for(method), tmp_path, context(seed=9))
+    assert logits(again).equal(logits(model))
