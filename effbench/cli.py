@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from effbench.errors import UserError
+from effbench.errors import RunFailedError, UserError
 
 app = typer.Typer(
     name="effbench",
@@ -62,15 +62,11 @@ ConfigDirs = Annotated[
 Multirun = Annotated[
     bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
 ]
-PrintKey = Annotated[
-    bool, typer.Option("--print-key", help="Print the run key and run nothing.")
-]
+PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
 Results = Annotated[
     Path, typer.Option("--results", help="Folder of runs and records.", envvar="EFFBENCH_RESULTS")
 ]
@@ -295,8 +291,10 @@ def runs_query(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(help="Two or more runs; the first is the one compared with.",
-                       autocompletion=complete_run),
+        typer.Argument(
+            help="Two or more runs; the first is the one compared with.",
+            autocompletion=complete_run,
+        ),
     ],
     results: Results = Path("results"),
     form: Annotated[
@@ -396,18 +394,20 @@ def fetch(
     from effbench import assets
 
     if not names:
-        for line in assets.status_lines():
-            typer.echo(line)
+        from effbench.report.terminal import print_assets
+
+        print_assets(assets.status())
     for name in names or []:
         typer.echo(assets.fetch(name))
 
 
 @app.command()
-def doctor() -> None:
+def doctor(results: Results = Path("results")) -> None:
     """Say what this machine has, what is missing and how to get it."""
-    from effbench.doctor import render, report
+    from effbench.doctor import report
+    from effbench.report.terminal import print_checks
 
-    typer.echo(render(report()))
+    print_checks(report(results))
 
 
 @app.command()
@@ -434,8 +434,6 @@ def _say(text: str) -> None:
 
 
 def _guarded(command: Callable[[], Any]) -> int:
-    from effbench.launch import RunFailedError
-
     try:
         command()
     except UserError as error:

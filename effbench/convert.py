@@ -74,9 +74,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from None
         raise
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise UserError(
-            f"{gguf} cannot be converted: {str(error).splitlines()[0]}.",
+            f"{gguf} cannot be converted: {(str(error) or repr(error)).splitlines()[0]}.",
             "The file is truncated or corrupt, or of an architecture that transformers "
             "does not read from GGUF.",
         ) from error

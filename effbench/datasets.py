@@ -77,9 +77,7 @@ def fingerprint(spec: DatasetSpec) -> str:
     if spec.source != "file":
         return ""
     if not spec.files:
-        raise UserError(
-            f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH"
-        )
+        raise UserError(f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH")
     total = hashlib.sha256()
     for split, name in sorted(spec.files.items()):
         path = Path(name).expanduser()
@@ -423,7 +421,9 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
 
 
 def _plain(example: Example) -> list[Any]:
-    choices = example.choices and [[c.ids, c.prompt_length, c.answer_bytes] for c in example.choices]
+    choices = example.choices and [
+        [c.ids, c.prompt_length, c.answer_bytes] for c in example.choices
+    ]
     return [
         example.id,
         example.ids,

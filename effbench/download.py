@@ -24,6 +24,7 @@ from effbench.cache import sha256_of
 from effbench.errors import UserError
 
 ATTEMPTS = 4
+PAUSE_SECONDS = 0.2
 TIMEOUT_SECONDS = 60
 CHUNK_BYTES = 1 << 18
 OFFLINE_HINT = (
@@ -174,7 +175,7 @@ def _download(url: str, part: Path, bar: Bar) -> None:
         except (OSError, HTTPException) as error:
             if _disk_full(error) or attempt == ATTEMPTS:
                 raise
-        time.sleep(0.2 * attempt)
+        time.sleep(PAUSE_SECONDS * attempt)
 
 
 def _append(url: str, part: Path, context: ssl.SSLContext | None, bar: Bar) -> None:

@@ -27,6 +27,14 @@ class StoppedError(Exception):
     """A run was asked to stop and its state is safe; says how far it came."""
 
 
+class RunFailedError(Exception):
+    """A run's process ended with another exit status than zero; it has said why itself."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known words nearest to `word`, best first."""
     words = sorted(set(known))

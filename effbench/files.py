@@ -20,6 +20,7 @@ HINTS = {
     errno.EPERM: "Choose a folder that you may write to.",
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENOTDIR: "A file stands where a folder is needed: choose another folder.",
+    errno.EEXIST: "A file stands where a folder is needed: choose another folder.",
 }
 """What to do about an error that is the user's to mend; any other one is a bug."""
 

@@ -8,19 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from effbench.errors import UserError
+from effbench.errors import RunFailedError, UserError
 from effbench.records import Record, read
 from effbench.schema import plain
 from effbench.spec import Job
 from effbench.store import Store
-
-
-class RunFailedError(Exception):
-    """A run that ended with another exit status than zero; its process has said why."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"exit status {status}")
-        self.status = status
 
 
 def record_of(job: Job) -> Record | None:

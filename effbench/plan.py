@@ -156,8 +156,7 @@ def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
     lines.append(f"  KV cache         {cost.kv_bytes_per_token / 1024:.1f} KiB per token")
     if prediction.flops:
         lines.append(
-            f"  training         {prediction.tokens:,} tokens at most, "
-            f"{prediction.flops:.3g} FLOPs"
+            f"  training         {prediction.tokens:,} tokens at most, {prediction.flops:.3g} FLOPs"
         )
     if prediction.seconds is not None:
         lines.append(

@@ -101,7 +101,7 @@ class DatasetSpec:
 class TrainSpec:
     """The training loop."""
 
-    max_steps: PositiveInt = 60
+    max_steps: PositiveInt = 40
     """Optimiser steps."""
     batch_size: PositiveInt = 8
     """Sequences in a micro-batch."""

@@ -165,8 +165,12 @@ def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> float:
     if not (_binary(x) and _binary(y)):
         raise ValueError("McNemar's test needs outcomes that are 0 or 1")
     only_a, only_b = int((x > y).sum()), int((y > x).sum())
-    ways = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * ways / 2 ** (only_a + only_b))
+    differing = only_a + only_b
+    term = ways = 1
+    for k in range(min(only_a, only_b)):  # whole numbers, so nothing is rounded or overflows
+        term = term * (differing - k) // (k + 1)
+        ways += term
+    return min(1.0, 2 * ways / 2**differing)
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:

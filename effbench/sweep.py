@@ -19,8 +19,8 @@ from effbench.config import (
     register_plugin_configs,
     to_plain,
 )
-from effbench.errors import UserError
-from effbench.launch import RunFailedError, execute
+from effbench.errors import RunFailedError, UserError
+from effbench.launch import execute
 from effbench.spec import Stage
 
 OUTCOME = "outcome.json"
@@ -79,9 +79,7 @@ def sweep(
             error = str(problem)
         place = Path(context.runtime.output_dir)
         place.mkdir(parents=True, exist_ok=True)
-        (place / OUTCOME).write_text(
-            json.dumps({"overrides": mine, "key": key, "error": error})
-        )
+        (place / OUTCOME).write_text(json.dumps({"overrides": mine, "key": key, "error": error}))
 
     with _arguments(["effbench", "-m", *words]):
         try:

@@ -28,8 +28,15 @@ PAIRS = 24
 def trainer(results: str) -> stage.Trainer:
     job = compose(
         "train",
-        ["method=lora", f"run.results={results}", "run.progress=false", "train.batch_size=4",
-         "train.max_steps=1000", "train.checkpoint_every=1000", *sys.argv[1:]],
+        [
+            "method=lora",
+            f"run.results={results}",
+            "run.progress=false",
+            "train.batch_size=4",
+            "train.max_steps=1000",
+            "train.checkpoint_every=1000",
+            *sys.argv[1:],
+        ],
     )
     folder = Store(Path(results)).run(job.spec.key)
     folder.create(job.spec)

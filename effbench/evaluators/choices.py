@@ -13,7 +13,6 @@ from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.lazy import torch
 from effbench.records import Metric, Outcomes
 from effbench.schema import PositiveInt, digest
-from effbench.stats import mean_interval
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Choices(Evaluator):
         Raises:
             UserError: When the dataset has no choices.
         """
+        from effbench.stats import mean_interval
+
         examples = subject.data.examples(self.split)
         if subject.data.spec.kind != "choices":
             raise UserError(

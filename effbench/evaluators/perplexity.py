@@ -14,7 +14,6 @@ from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.lazy import torch
 from effbench.records import Metric, Outcomes
 from effbench.schema import PositiveInt, digest
-from effbench.stats import mean_interval
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Perplexity(Evaluator):
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
         from effbench.nn.losses import token_nll
+        from effbench.stats import mean_interval
 
         examples = subject.data.examples(self.split)
         sums = [0.0] * len(examples)
@@ -70,9 +70,7 @@ class Perplexity(Evaluator):
                     high=high * bits,
                     **shared,
                 ),
-                Metric(
-                    "loss_tokens", sum(counts), "tokens", obtained="counted", **shared
-                ),
+                Metric("loss_tokens", sum(counts), "tokens", obtained="counted", **shared),
             ],
             [
                 Outcomes(

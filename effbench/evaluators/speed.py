@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
-from effbench.measure.timing import Clock
 from effbench.records import Metric
 from effbench.schema import PositiveInt
-from effbench.stats import median_interval
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,9 @@ class Speed(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return prefill and decode tokens per second and the cache's bytes."""
+        from effbench.measure.timing import Clock
+        from effbench.stats import median_interval
+
         vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         draws = torch.Generator().manual_seed(subject.seed)
         prompt = torch.randint(

@@ -1,0 +1,1 @@
+"""Packed weights: storage formats and the arithmetic on them."""

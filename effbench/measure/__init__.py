@@ -1,0 +1,1 @@
+"""Time, memory, counts and the environment they were taken in."""

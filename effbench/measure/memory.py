@@ -127,6 +127,10 @@ def _status_bytes(name: str) -> int:
 
 
 def _largest_so_far() -> int:
-    """Return the largest resident size since the process began (KiB on Linux, bytes on macOS)."""
+    """Return the largest resident size since the process began.
+
+    The system gives KiB, on macOS bytes. On Linux a process starts out with the figure of the one
+    that launched it, so this may be too large.
+    """
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024

@@ -80,6 +80,6 @@ def mean_losses(
                 input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False
             ).logits
             total = float(token_nll(logits, row.labels).sum())
-            losses.append(total / row.loss_tokens if row.loss_tokens else math.nan)
+            losses.append(total if row.loss_tokens else math.nan)
     model.train(training)
     return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from effbench.report.table import Cell, Table, as_value, comparison, runs_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from effbench.assets import Status
+    from effbench.doctor import Check
     from effbench.query import Rows
     from effbench.report.compare import Comparison
 
@@ -89,3 +92,23 @@ def print_rows(rows: Rows) -> None:
 
 def _cell(value: object) -> Cell:
     return value if isinstance(value, str | int | float) or value is None else str(value)
+
+
+def print_assets(found: Sequence[Status]) -> None:
+    """Print what can be fetched and what is there."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            status.asset.name,
+            str(status.path) if status.path else f"not fetched ({status.asset.megabytes} MB)",
+            status.asset.licence,
+            status.asset.summary,
+        )
+        for status in found
+    ]
+    print_table(Table("", ("asset", "where", "licence", "what"), rows))
+
+
+def print_checks(found: Sequence[Check]) -> None:
+    """Print what was looked at, and what to do about what is missing."""
+    rows: list[tuple[Cell, ...]] = [(c.status, c.name, c.found, c.advice) for c in found]
+    print_table(Table("", ("", "check", "found", "advice"), rows))

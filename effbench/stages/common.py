@@ -68,9 +68,7 @@ class Bench:
             Metric("peak_bytes", memory.peak.peak_bytes, "bytes", phase=name),
             Metric("phase_seconds", seconds, "s", phase=name),
         ]
-        self.events.append(
-            "phase", name=name, seconds=seconds, peak_bytes=memory.peak.peak_bytes
-        )
+        self.events.append("phase", name=name, seconds=seconds, peak_bytes=memory.peak.peak_bytes)
 
     def count(self, name: str, value: float, unit: str, point: str = "") -> None:
         """Add an exact count to the metrics."""
@@ -210,9 +208,7 @@ def _read_result(path: Path) -> Result | None:
     )
 
 
-def _run_one(
-    bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str
-) -> Result:
+def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str) -> Result:
     subject = Subject(
         model=model,
         method=bench.method,

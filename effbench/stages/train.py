@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from effbench.stats import median_interval
 
 WARMUP_STEPS = 3
 """Steps left out of the steady-state speed."""
+POOLED_STEPS = 16
+"""Steps whose rows are drawn together and grouped by length."""
 
 
 @dataclass
@@ -131,10 +134,8 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     if not trainable:
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
     optimizer = _optimizer(spec.train, trainable)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_at(spec.train, step)
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
+    optimizer = accelerator.prepare(optimizer)
     return Trainer(
         bench=bench,
         model=model,
@@ -155,6 +156,16 @@ def _mixed_precision(bench: Bench) -> str:
 
 
 def _clip(accelerator: Accelerator, parameters: Sequence[torch.Tensor], norm: float) -> None:
+    """Add up the gradients of all processes, then clip.
+
+    The model is not wrapped for distributed training, so that methods can walk its layers; every
+    loss is divided by the tokens of the whole window, so gradients add up.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
     if norm:
         accelerator.clip_grad_norm_(parameters, norm)
 
@@ -216,7 +227,7 @@ def one_step(trainer: Trainer) -> float:
     start = time.perf_counter()
     window = window_of(trainer, done.step)
     ctx.step = done.step
-    bench.method.on_step(_bare(trainer), ctx)
+    bench.method.on_step(trainer.model, ctx)
     loss = float(bench.method.update(trainer.model, trainer.optimizer, window, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
@@ -240,27 +251,16 @@ def one_step(trainer: Trainer) -> float:
     return loss
 
 
-def _bare(trainer: Trainer) -> torch.nn.Module:
-    model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-    return model
-
-
 def window_of(trainer: Trainer, step: int) -> list[Batch]:
     """Return the micro-batches of a step for this process; a function of seed and step alone."""
     settings, world = trainer.settings, trainer.accelerator.num_processes
     size = settings.batch_size * settings.accumulation * world
-    count = len(trainer.examples)
-    places = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, position = divmod(place, count)
-        places.append(_order(count, trainer.bench.spec.seed, epoch)[position])
-    places.sort(key=lambda i: (len(trainer.examples[i].ids), i))
-    groups = [
-        places[i : i + settings.batch_size] for i in range(0, size, settings.batch_size)
-    ]
+    lengths = [len(e.ids) for e in trainer.examples]
+    places = row_order(lengths, trainer.bench.spec.seed, step, size)
     pad = trainer.bench.tokenizer.pad_token_id
     batches = []
-    for group in groups:
+    for start in range(0, size, settings.batch_size):
+        group = places[start : start + settings.batch_size]
         rows = [trainer.examples[i] for i in group]
         batch = make_batch([(e.ids, e.labels()) for e in rows], pad)
         batch.rows = group
@@ -273,21 +273,37 @@ def window_of(trainer: Trainer, step: int) -> list[Batch]:
         )
     mine = [b.to(trainer.ctx.device) for b in batches[trainer.accelerator.process_index :: world]]
     for batch in mine:
-        batch.window_tokens = tokens // world if world > 1 else tokens
+        batch.window_tokens = tokens
     return mine
 
 
-_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+def row_order(lengths: Sequence[int], seed: int, step: int, size: int) -> list[int]:
+    """Return the rows of a step: random, but of similar length, so that little is padding.
+
+    The rows of `POOLED_STEPS` steps are drawn together (each row once per epoch), sorted by length,
+    dealt into steps, and the steps are shuffled.
+
+    Args:
+        lengths: Tokens of every row.
+        seed: Of the run.
+        step: From 0.
+        size: Rows of one step.
+    """
+    pool, position = divmod(step, POOLED_STEPS)
+    count = len(lengths)
+    rows = []
+    for place in range(pool * POOLED_STEPS * size, (pool + 1) * POOLED_STEPS * size):
+        epoch, offset = divmod(place, count)
+        rows.append(_permutation(count, seed * 1_000_003 + epoch)[offset])
+    rows.sort(key=lambda i: lengths[i])
+    chosen = _permutation(POOLED_STEPS, seed * 1_000_003 + pool + 500_000)[position]
+    return rows[chosen * size : (chosen + 1) * size]
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of the rows in an epoch; the last one asked for is kept."""
-    key = (count, seed, epoch)
-    if key not in _ORDERS:
-        _ORDERS.clear()
-        draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _ORDERS[key] = torch.randperm(count, generator=draws).tolist()
-    return _ORDERS[key]
+@lru_cache(maxsize=16)
+def _permutation(count: int, seed: int) -> list[int]:
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=draws).tolist()
 
 
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
@@ -313,7 +329,7 @@ def _validate(trainer: Trainer) -> None:
     bench, model, done = trainer.bench, trainer.model, trainer.done
     model.eval()
     total, count = 0.0, 0
-    with bench.method.at(_bare(trainer), bench.method.points()[-1]):
+    with bench.method.at(trainer.model, bench.method.points()[-1]):
         for group in by_length([len(e.ids) for e in trainer.validation], 2048):
             rows = [trainer.validation[i] for i in group]
             pad = bench.tokenizer.pad_token_id
@@ -329,7 +345,7 @@ def _validate(trainer: Trainer) -> None:
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
-            tensors = bench.method.tensors(_bare(trainer))
+            tensors = bench.method.tensors(trainer.model)
             trainer.best = {n: t.detach().clone() for n, t in tensors.items()}
     else:
         done.waited += 1
@@ -351,7 +367,7 @@ def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tens
 
 def _checkpoint(trainer: Trainer) -> None:
     state = {
-        "tensors": trainer.bench.method.tensors(_bare(trainer)),
+        "tensors": trainer.bench.method.tensors(trainer.model),
         "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.schedule.state_dict(),
@@ -386,7 +402,7 @@ def _resume(trainer: Trainer) -> None:
             "Start anew with --fresh.",
         ) from None
     with torch.no_grad():
-        _restore(bench, _bare(trainer), state["tensors"])
+        _restore(bench, trainer.model, state["tensors"])
     trainer.best = state["best"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
@@ -442,9 +458,7 @@ def _summarise(bench: Bench, done: Progressed) -> None:
         Metric("train_loss_last", mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
         Metric("train_steps", done.step, "steps", **counted),
         Metric("train_tokens", done.tokens, "tokens", **counted),
-        Metric(
-            "step_seconds", step, "s", n=len(seconds), low=low, high=high, phase="train"
-        ),
+        Metric("step_seconds", step, "s", n=len(seconds), low=low, high=high, phase="train"),
         Metric(
             "train_tokens_per_second",
             speed,

@@ -230,6 +230,18 @@ def test_protected_ranks_and_their_moments_stay_bit_for_bit(mode, first):
             assert by_rank(name, after[key])[kept].equal(by_rank(name, before[key])[kept])
 
 
+def test_protection_reaches_moments_that_a_step_has_just_made():
+    method = DyLoRA(rank=6, protect_inactive=True)
+    model, ctx = prepared(method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.1)
+    step_at(method, model, ctx, optimizer, 2)
+    for (name, _), state in zip(
+        factors(model).items(), optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert (by_rank(name, state["momentum_buffer"])[2:] == 0).all()
+
+
 def test_unprotected_ranks_are_moved_by_momentum():
     method = DyLoRA(rank=6)
     model, ctx = prepared(method)
