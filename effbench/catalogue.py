@@ -13,6 +13,7 @@ import yaml
 from effbench import config, registry
 from effbench.errors import UserError, did_you_mean
 from effbench.schema import field_docs
+from effbench.shapes import Shape
 
 
 def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[str, str]]:
@@ -98,7 +99,7 @@ def _type(annotation: Any) -> str:
     return str(annotation).replace("typing.", "")
 
 
-EXAMPLE = config.Shape(
+EXAMPLE = Shape(
     hidden_size=4096,
     intermediate_size=11008,
     num_layers=32,

@@ -404,7 +404,7 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
             "texts": [t.id for t in texts],
             "form": [spec.kind, spec.max_length, spec.chat],
             "tokenizer": tokenizer_hash(tokenizer),
-            "version": 1,
+            "version": 2,
         },
         32,
     )
@@ -420,23 +420,13 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
     return examples
 
 
-def _plain(example: Example) -> list[Any]:
-    choices = example.choices and [
-        [c.ids, c.prompt_length, c.answer_bytes] for c in example.choices
-    ]
-    return [
-        example.id,
-        example.ids,
-        example.prompt_length,
-        example.answer_bytes,
-        choices,
-        example.right,
-    ]
+def _plain(example: Example) -> dict[str, Any]:
+    return {**vars(example), "choices": example.choices and [vars(c) for c in example.choices]}
 
 
-def _example(values: list[Any]) -> Example:
-    *front, choices, right = values
-    return Example(*front, choices and [Choice(*c) for c in choices], right)
+def _example(values: dict[str, Any]) -> Example:
+    choices = values["choices"]
+    return Example(**{**values, "choices": choices and [Choice(**c) for c in choices]})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -480,7 +470,7 @@ def _chat(prompt: str, tokenizer: Any) -> str:
 
 
 def _choice(prompt: str, answer: str, limit: int, tokenizer: Any, special: bool) -> Choice:
-    """Tokenise prompt and answer together; of a pair that is too long the prompt loses its start."""
+    """Tokenise prompt and answer together; when too long, the prompt loses its start."""
     start: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
     whole: list[int] = tokenizer(prompt + answer, add_special_tokens=special)["input_ids"]
     if whole[: len(start)] != start:

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import json
 import textwrap
-from functools import cache
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
@@ -39,20 +38,25 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(cls).validate_json(json.dumps(values), strict=True)
+        checked: T = _adapter(cls).validate_json(json.dumps(values), strict=True)
+        return checked
     except ValidationError as error:
         raise _explain(cls, error.errors()[0], where) from None
     except TypeError as error:
         raise UserError(f"{where} holds a value that JSON cannot hold: {error}") from None
 
 
-@cache
+_ADAPTERS: dict[type, Any] = {}
+
+
 def _adapter(cls: type) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    for part in _dataclasses_in(cls):
-        part.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:
+        for part in _dataclasses_in(cls):
+            part.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def _dataclasses_in(cls: type) -> set[type]:

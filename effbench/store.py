@@ -134,7 +134,7 @@ class Store:
         """Return the folder of a key, whether it exists or not."""
         return RunFolder(self.runs / key)
 
-    def keys(self) -> list[str]:
+    def run_keys(self) -> list[str]:
         """Return the keys of all run folders, newest first."""
         if not self.runs.is_dir():
             return []
@@ -150,7 +150,7 @@ class Store:
         Raises:
             UserError: When no run, several runs or only an unfinished run fits.
         """
-        keys = self.keys()
+        keys = self.run_keys()
         if ref == "latest":
             keys = [k for k in keys if self.run(k).finished]
             if not keys:

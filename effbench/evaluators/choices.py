@@ -6,13 +6,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.lazy import torch
 from effbench.records import Metric, Outcomes
 from effbench.schema import PositiveInt, digest
+
+if TYPE_CHECKING:
+    from effbench.datasets import Choice
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Choices(Evaluator):
                 "Leave it out: evaluator=perplexity",
             )
         flat = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices or []))]
-        scores = self._scores(subject, [examples[i].choices[j] for i, j in flat])  # type: ignore
+        scores = self._scores(subject, [(examples[i].choices or [])[j] for i, j in flat])
         by_item: list[list[float]] = [[] for _ in examples]
         for (i, _), score in zip(flat, scores, strict=True):
             by_item[i].append(score)
@@ -64,7 +69,7 @@ class Choices(Evaluator):
             )
         return result
 
-    def _scores(self, subject: Subject, choices: list) -> list[float]:  # type: ignore[type-arg]
+    def _scores(self, subject: Subject, choices: Sequence[Choice]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
         from effbench.nn.losses import token_nll
 

@@ -50,27 +50,23 @@ class Perplexity(Evaluator):
         values = [s / tokens_per_item for s in sums]
         loss, low, high = mean_interval(values, seed=subject.seed)
         bits = sum(counts) / math.log(2) / sum(e.answer_bytes for e in examples)
-        shared = {"point": subject.point, "split": self.split, "n": len(examples)}
+
+        def metric(name: str, unit: str, value: float, low: float, high: float) -> Metric:
+            return Metric(name, value, unit, subject.point, self.split, len(values), low, high)
+
         return Result(
             [
-                Metric("loss", loss, "nats/token", low=low, high=high, **shared),
+                metric("loss", "nats/token", loss, low, high),
+                metric("perplexity", "", math.exp(loss), math.exp(low), math.exp(high)),
+                metric("bits_per_byte", "bits/byte", loss * bits, low * bits, high * bits),
                 Metric(
-                    "perplexity",
-                    math.exp(loss),
-                    "",
-                    low=math.exp(low),
-                    high=math.exp(high),
-                    **shared,
+                    "loss_tokens",
+                    sum(counts),
+                    "tokens",
+                    subject.point,
+                    self.split,
+                    obtained="counted",
                 ),
-                Metric(
-                    "bits_per_byte",
-                    loss * bits,
-                    "bits/byte",
-                    low=low * bits,
-                    high=high * bits,
-                    **shared,
-                ),
-                Metric("loss_tokens", sum(counts), "tokens", obtained="counted", **shared),
             ],
             [
                 Outcomes(

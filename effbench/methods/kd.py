@@ -56,13 +56,7 @@ class Distillation(Method):
         """
         model = super().prepare(model, ctx)
         teacher = ctx.load_model(self.teacher).requires_grad_(False).eval()
-        ours, theirs = model.config.vocab_size, teacher.config.vocab_size  # type: ignore[union-attr]
-        if ours != theirs:
-            raise UserError(
-                f"method.teacher={self.teacher} has {theirs} vocabulary entries, "
-                f"the student {ours}: their logits cannot be compared.",
-                "Choose a teacher of the same tokenizer.",
-            )
+        check_vocabulary("teacher", self.teacher, teacher, model)
         # Straight in __dict__ it is no part of the model: neither trained, moved nor saved with it.
         vars(model)["teacher"] = teacher
         return model
@@ -72,7 +66,7 @@ class Distillation(Method):
         from effbench.nn.losses import token_nll
 
         logits = self.logits(model, batch)
-        loss = (1 - self.weight) * token_nll(logits, batch.labels).sum()
+        loss = token_nll(logits, batch.labels).sum()
         if self.weight:
             with torch.no_grad():
                 target = self.logits(vars(model)["teacher"], batch)
@@ -87,6 +81,20 @@ class Distillation(Method):
         model = super().prepare(model, ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
+
+
+def check_vocabulary(key: str, name: str, other: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Refuse another model that reads or writes other tokens than `model`.
+
+    Raises:
+        UserError: Naming `method.<key>`.
+    """
+    theirs, ours = (m.config.vocab_size for m in (other, model))  # type: ignore[union-attr]
+    if theirs != ours:
+        raise UserError(
+            f"method.{key}={name} has {theirs} vocabulary entries, the trained model {ours}.",
+            "Choose a model with the same tokenizer.",
+        )
 
 
 def token_kl(

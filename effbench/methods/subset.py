@@ -22,6 +22,7 @@ from annotated_types import Interval
 
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Paper
+from effbench.methods.kd import check_vocabulary
 from effbench.methods.lora import LoRA
 
 
@@ -43,19 +44,17 @@ class Subset(LoRA):
     """Name of the model config that scores the rows; empty for the model itself before training."""
 
     def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
-        """Return the chosen rows in order; a resumed run keeps its first choice."""
-        if "subset" not in ctx.state:
-            ctx.state["subset"] = self.choose(model, batches, ctx)
-        chosen: list[int] = ctx.state["subset"]
-        return chosen
+        """Return the chosen rows in order; `model` is the base, before anything is put into it.
 
-    def choose(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
-        """Return the first `fraction` of the ranking, sorted by index."""
+        Raises:
+            UserError: When the reference's vocabulary is not the model's.
+        """
         keep = max(1, round(self.fraction * len(batches)))
         if self.by == "random":
             generator = torch.Generator().manual_seed(ctx.seed)
             return sorted(torch.randperm(len(batches), generator=generator)[:keep].tolist())
         judge = ctx.load_model(self.reference) if self.reference else model
+        check_vocabulary("reference", self.reference, judge, model)
         losses = mean_losses(judge, batches, ctx.device)
         sign = 1 if self.by == "lowest_loss" else -1
         ranking = sorted(
@@ -80,6 +79,6 @@ def mean_losses(
                 input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False
             ).logits
             total = float(token_nll(logits, row.labels).sum())
-            losses.append(total if row.loss_tokens else math.nan)
+            losses.append(total / row.loss_tokens if row.loss_tokens else math.nan)
     model.train(training)
     return losses

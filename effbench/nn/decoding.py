@@ -65,18 +65,16 @@ class CachedSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the sequences `rows`, in this order."""
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows.long())  # type: ignore[arg-type]
         if self.mask is not None:
             self.mask = self.mask[rows]
 
     def kv_bytes(self) -> int:
         """Return the bytes of all cached keys and values."""
-        return sum(
-            t.numel() * t.element_size()
-            for layer in self.cache.layers
-            for t in (layer.keys, layer.values)
-            if t is not None
-        )
+        tensors = [
+            getattr(layer, name) for layer in self.cache.layers for name in ("keys", "values")
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @torch.inference_mode()

@@ -75,7 +75,7 @@ def print_runs(results: Path) -> None:
 
     store = Store(results)
     records = read_all(store.records, outcomes=False)
-    unfinished = [k for k in store.keys() if not store.run(k).finished]
+    unfinished = [k for k in store.run_keys() if not store.run(k).finished]
     if not records and not unfinished:
         raise UserError(f"There are no runs in {results}.", "Start with: effbench train")
     if records:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from effbench.datasets import Example
 from effbench.errors import StoppedError
 from effbench.files import write_atomic
 from effbench.methods.base import Batch
@@ -73,7 +74,7 @@ def compress(bench: Bench) -> None:
     evaluate(bench, model, data)
 
 
-def _calibration(bench: Bench, examples: list) -> list[Batch]:  # type: ignore[type-arg]
+def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
     pad = bench.tokenizer.pad_token_id
     return [as_batch(e, pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
 

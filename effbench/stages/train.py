@@ -176,11 +176,9 @@ def _optimizer(settings: TrainSpec, parameters: Sequence[torch.nn.Parameter]) ->
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
     if settings.optimizer == "adamw8bit":
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
 
-        return bitsandbytes.optim.AdamW8bit(
-            parameters, lr=rate, betas=settings.betas, weight_decay=decay
-        )
+        return AdamW8bit(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
 
 

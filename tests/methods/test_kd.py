@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from helpers import (
 from effbench.errors import UserError
 from effbench.methods.base import Method
 from effbench.methods.kd import Distillation, token_kl
-from effbench.shapes import Shape
 
 
 def student_of(method, teacher_seed=7):
@@ -102,8 +103,7 @@ def test_the_teacher_is_neither_trained_nor_saved_nor_counted(tmp_path):
 
 
 def test_another_vocabulary_is_refused():
-    shape = Shape(64, 128, 2, 4, 2, 16, 160)
-    ctx = context(load_model=lambda name: tiny_model(shape=shape))
+    ctx = context(load_model=lambda name: tiny_model(shape=replace(SHAPE, vocab_size=160)))
     with pytest.raises(UserError, match=r"method\.teacher=big has 160 .* 128"):
         Distillation(teacher="big").prepare(tiny_model(), ctx)
 
@@ -116,4 +116,5 @@ def test_a_teacher_has_to_be_named():
 
 def test_cost_is_what_is_counted():
     method = Distillation(teacher="big")
+    assert method.weights == "float32"
     assert stated(method) == counted(method.prepare(base_for(method), context()))

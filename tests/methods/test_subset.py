@@ -10,7 +10,7 @@ from effbench.methods.subset import Subset, mean_losses
 from effbench.nn.losses import token_nll
 from effbench.schema import build
 
-ROWS = [batch_of(seed, rows=1) for seed in range(10)]
+ROWS = [batch_of(seed, rows=1, length=8 + 5 * (seed % 3)) for seed in range(10)]
 
 
 def select(seed=0, rows=ROWS, model=None, ctx=None, **settings):
@@ -18,10 +18,10 @@ def select(seed=0, rows=ROWS, model=None, ctx=None, **settings):
     return method.select(model or tiny_model(), rows, ctx or context(seed))
 
 
-def losses_of(model, rows=ROWS):
+def losses_of(model):
     model.eval()
     found = []
-    for row in rows:
+    for row in ROWS:
         nll = token_nll(Method().logits(model, row), row.labels)
         found.append((nll.sum() / (row.labels[:, 1:] != -100).sum()).item())
     return found
@@ -78,12 +78,17 @@ def test_at_least_one_row_is_kept():
     assert len(select(fraction=0.001)) == 1
 
 
-def test_a_resumed_run_keeps_its_choice():
-    ctx = context()
-    chosen = select(ctx=ctx, fraction=0.3, by="lowest_loss")
-    again = context()
-    again.state.update(ctx.state)
-    assert select(ctx=again, model=tiny_model(seed=3), fraction=0.3, by="lowest_loss") == chosen
+def test_the_same_model_makes_the_same_choice():
+    # The loop asks again when it resumes, with the untrained base.
+    settings = {"fraction": 0.3, "by": "lowest_loss"}
+    assert select(**settings) == select(**settings)
+    assert select(model=tiny_model(seed=3), **settings) != select(**settings)
+
+
+def test_a_judge_of_another_vocabulary_is_refused():
+    ctx = context(load_model=lambda name: tiny_model(shape=replace(SHAPE, vocab_size=160)))
+    with pytest.raises(UserError, match=r"method\.reference=other has 160 .* 128"):
+        select(ctx=ctx, by="lowest_loss", reference="other")
 
 
 @pytest.mark.parametrize("training", [True, False])
