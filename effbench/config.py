@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from effbench import registry
-from effbench.errors import UserError, did_you_mean, nearest
-from effbench.schema import build, plain
+from effbench.errors import UserError, did_you_mean
+from effbench.schema import NonNegativeInt, build, plain
 from effbench.shapes import Shape
 from effbench.spec import (
     DatasetSpec,
@@ -34,6 +34,10 @@ from effbench.store import Store
 DEFAULT_METHOD = {"train": "lora", "compress": "rtn", "eval": "none"}
 """What a stage takes when no `method=` is given."""
 TOP_LEVEL = {"seed", "from", "train", "run", "hydra"}
+JUDGED_BY_US = {"model", "dataset", "method", "hardware", "train", "run"}
+"""Parts of a config whose keys a dataclass judges, so that a file need not name every key."""
+SEVERAL = {"evaluator"}
+"""Groups of which a config takes any number of members."""
 
 
 @cache
@@ -96,10 +100,14 @@ def compose(
             an unknown `from=`, a pair of methods that cannot follow each other.
     """
     extra = [_existing(p) for p in extra]
-    chosen = check_overrides(overrides, extra)
-    if "method" not in chosen and "experiment" not in chosen:
-        overrides = [*overrides, f"method={DEFAULT_METHOD[stage or 'train']}"]
-    return job_from(stage, _hydra_compose(overrides, extra), chosen)
+    words = check_overrides(overrides, extra)
+    if words.swept:
+        raise UserError(
+            f"{words.swept} asks for several runs.",
+            "Add -m to train, compress or eval to run them all; without it, give one value "
+            "(in quotes when it holds a comma).",
+        )
+    return job_from(stage, hydra_compose(words.with_method(stage), extra), words.chosen)
 
 
 def _existing(folder: Path) -> Path:
@@ -108,28 +116,45 @@ def _existing(folder: Path) -> Path:
     return folder.resolve()
 
 
-def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> set[str]:
-    """Check the names in overrides and return the groups and keys that they set.
+@dataclass(frozen=True)
+class Words:
+    """Checked overrides."""
+
+    words: list[str]
+    """As Hydra takes them."""
+    chosen: set[str]
+    """The groups and keys that they set."""
+    swept: str = ""
+    """The first one that asks for several runs."""
+
+    def with_method(self, stage: Stage | None) -> list[str]:
+        """Return the words, with a method for the stage when they name none."""
+        if self.chosen & {"method", "experiment"}:
+            return self.words
+        return [*self.words, f"method={DEFAULT_METHOD[stage or 'train']}"]
+
+
+def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Words:
+    """Check the names in overrides.
 
     Raises:
         UserError: For a word that is no override, an unknown group, key or config name.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     known = groups(extra)
-    chosen = set()
+    words, chosen, swept = [], set(), ""
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
-        except OverrideParseException:
+        except HydraException:
             raise UserError(
                 f"{text!r} is not an override.",
                 "Write key=value, for example method=qdylora or train.max_steps=100; "
                 "quote values with spaces or commas.",
             ) from None
         key = override.key_or_group
-        chosen.add(key)
         top = key.split(".")[0].split("/")[0].split("@")[0]
         if top not in TOP_LEVEL and top not in known:
             raise UserError(
@@ -137,9 +162,26 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> set
                 did_you_mean(top, [*known, *TOP_LEVEL]),
             )
         if key in known:
-            for name in _names_in(override):
-                _check_option(key, name, extra)
-    return chosen
+            text = _check_group(override, text, extra)
+        elif top in JUDGED_BY_US and "." in key and not override.is_delete():
+            text = "++" + text.lstrip("+")
+        words.append(text)
+        chosen.add(key)
+        swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
+    return Words(words, chosen, swept)
+
+
+def _check_group(override: Any, text: str, extra: Sequence[Path]) -> str:
+    """Return the override of a whole group as Hydra takes it."""
+    group, value = override.key_or_group, override._value
+    for name in _names_in(override):
+        _check_option(group, name, extra)
+    empty = override.is_delete() or value is None
+    if empty and group in SEVERAL:
+        return f"{group}=[]"
+    if (empty and group != "experiment") or (isinstance(value, list) and group not in SEVERAL):
+        raise UserError(f"A run has exactly one {group}.", did_you_mean("", options(group, extra)))
+    return text
 
 
 def _names_in(override: Any) -> list[str]:
@@ -166,11 +208,14 @@ def _check_option(group: str, name: str, extra: Sequence[Path]) -> None:
         )
 
 
-def _hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
+def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
+    """Return the composed config of one run as plain values.
+
+    Raises:
+        UserError: When it cannot be composed, with the reason.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.errors import ConfigCompositionException, HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     register_plugin_configs()
     paths = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
@@ -179,12 +224,7 @@ def _hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str,
             config = compose("config", overrides=[*paths, *overrides])
             return to_plain(config)
         except (ConfigCompositionException, HydraException) as error:
-            bare = [o for o in overrides if "." not in o.split("=")[0]]
-            try:
-                keys = _flat_keys(OmegaConf.to_container(compose("config", [*paths, *bare])))
-            except (HydraException, OmegaConfBaseException):
-                keys = []
-            raise _explain(error, overrides, keys) from None
+            raise _explain(error, overrides) from None
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -229,27 +269,8 @@ def settings_of(cls: type) -> dict[str, Any]:
     return values
 
 
-def _flat_keys(config: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in config.items():
-        keys.append(prefix + key)
-        if isinstance(value, dict):
-            keys += _flat_keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def _explain(error: Exception, overrides: Sequence[str], keys: list[str]) -> UserError:
+def _explain(error: Exception, overrides: Sequence[str]) -> UserError:
     reason = str(error.__cause__ or error).splitlines()[0]
-    for text in overrides:
-        key = text.split("=")[0].lstrip("+~")
-        if keys and "." in key and key not in keys:
-            prefix = key.rpartition(".")[0] + "."
-            siblings = [k for k in keys if k.startswith(prefix) and not k.endswith(".name")]
-            close = nearest(key, siblings) or nearest(key, keys)
-            hint = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-            if not close:
-                hint = did_you_mean(key, siblings or keys)
-            return UserError(f"Unknown key {key!r}.", hint)
     launcher = re.search(r"hydra/launcher/(\w+)", str(error))
     if launcher:
         name = launcher[1].removeprefix("submitit_")
@@ -257,7 +278,27 @@ def _explain(error: Exception, overrides: Sequence[str], keys: list[str]) -> Use
             f"The launcher plug-in {launcher[1]!r} is not installed.",
             f"pip install 'effbench[{name}]'",
         )
-    return UserError(f"The config cannot be composed: {reason}")
+    for text in overrides:
+        group, _, rest = text.split("=")[0].partition(".")
+        name = rest.split(".")[0]
+        if group in SEVERAL and name:
+            return _explain_member(group, name, text)
+    return UserError(f"The config cannot be composed: {reason.rstrip('.')}.")
+
+
+def _explain_member(group: str, name: str, text: str) -> UserError:
+    known = options(group)
+    if name not in known:
+        return UserError(f"There is no {group} called {name!r}.", did_you_mean(name, known))
+    path = known[name]
+    key = text.split("=")[0].rpartition(".")[2]
+    keys = keys_of(path) if path else []
+    if key in keys:
+        return UserError(
+            f"{text} is set, but {name} is not chosen.",
+            f"Choose it too, for example {group}=[perplexity,{name}].",
+        )
+    return UserError(f"Unknown key {text.split('=')[0]!r}.", did_you_mean(key, keys))
 
 
 def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
@@ -268,6 +309,9 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     if unknown:
         first = min(unknown)
         raise UserError(f"Unknown key {first!r}.", did_you_mean(first, [*TOP_LEVEL, *groups()]))
+    for part in ("hardware", "run", "method", "model", "dataset", "train"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
     hardware, machine = _hardware(config["hardware"])
     runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
     store = Store(Path(runtime.results))
@@ -290,16 +334,17 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
         ],
         train=train,
         hardware=hardware,
-        seed=build(_Seed, {"seed": config["seed"]}, "config").seed,
+        seed=build(_Seed, {"seed": config["seed"]}, "").seed,
         parent=parent.key if parent else "",
     )
     _check_methods(spec, store)
+    _check_data(spec)
     return Job(spec, runtime)
 
 
 @dataclass(frozen=True)
 class _Seed:
-    seed: int
+    seed: NonNegativeInt
 
 
 def _inherit(
@@ -317,9 +362,32 @@ def _inherit(
                 f"from= already fixes the {key} ({getattr(parent, key).name}).",
                 f"Leave {key}= out" + (", or leave from= out." if stage != "eval" else "."),
             )
-    own_data = any(c.split(".")[0] in ("dataset", "experiment") for c in chosen)
-    dataset = _dataset(config["dataset"]) if own_data else parent.dataset
+    if chosen & {"dataset", "experiment"}:
+        dataset = _dataset(config["dataset"])
+    else:
+        keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
+        dataset = _dataset(_overlaid(plain(parent.dataset), config["dataset"], keys))
+    if _model(plain(parent.model)) != parent.model:
+        raise UserError(
+            f"The files of {parent.model.path} have changed since run {parent.key}.",
+            "Put them back, or run that one again first.",
+        )
     return (parent.method if stage == "eval" else method), parent.model, dataset
+
+
+def _overlaid(
+    values: dict[str, Any], changed: dict[str, Any], keys: Sequence[list[str]]
+) -> dict[str, Any]:
+    """Return values with those of `changed` at some keys; a key that is gone there goes."""
+    for *path, last in keys:
+        there, here = changed, values
+        for part in path:
+            there, here = there.get(part) or {}, here.setdefault(part, {})
+        if last in there:
+            here[last] = there[last]
+        else:
+            here.pop(last, None)
+    return values
 
 
 def _plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str) -> Plugin:
@@ -347,6 +415,11 @@ def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
     machine_keys = {f.name for f in dataclasses.fields(Machine)}
     machine = {k: v for k, v in values.items() if k in machine_keys}
     rest = {k: v for k, v in values.items() if k not in machine_keys}
+    known = {f.name for f in dataclasses.fields(HardwareSpec)}
+    if unknown := sorted(rest.keys() - known):
+        raise UserError(
+            f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known | machine_keys)
+        )
     if rest.get("device") == "auto":
         rest["device"] = default_device()
     if rest.get("dtype") == "auto":
@@ -360,7 +433,7 @@ def _check_methods(spec: Spec, store: Store) -> None:
         if method.stage == "eval":
             raise UserError(
                 f"{method.name} changes nothing, so there is nothing to {spec.stage}.",
-                f"Choose a method ({did_you_mean('', options('method'))}) or use effbench eval.",
+                "Choose another method (effbench list methods), or use effbench eval.",
             )
         raise UserError(
             f"{method.name} is not a method to {spec.stage} with.",
@@ -377,6 +450,29 @@ def _check_methods(spec: Spec, store: Store) -> None:
     shape = known_shape(spec.model)
     if shape:
         method.check(shape)
+
+
+def _check_data(spec: Spec) -> None:
+    """Refuse splits that the dataset will not have, and sequences longer than the model takes."""
+    from effbench.datasets import split_names
+
+    known = split_names(spec.dataset)
+    wanted = ["train"] if spec.stage == "train" else []
+    if spec.stage == "train" and spec.train.validate_every:
+        wanted.append("validation")
+    wanted += [p.settings["split"] for p in spec.evaluators if "split" in p.settings]
+    for split in wanted:
+        if split not in known:
+            raise UserError(
+                f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
+            )
+    shape = known_shape(spec.model)
+    if shape and spec.dataset.max_length > shape.max_positions:
+        raise UserError(
+            f"dataset.max_length={spec.dataset.max_length} is more than the "
+            f"{shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={shape.max_positions}",
+        )
 
 
 def make_method(plugin: Plugin) -> Any:

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,32 @@ def splits(spec: DatasetSpec) -> dict[str, list[Text]]:
         name: sorted({t.id: t for t in render(rows, spec, name)}.values(), key=lambda t: t.id)
         for name, rows in _sources(spec).items()
     }
-    result = _cut(next(iter(native.values())), spec.cut) if spec.cut else native
+    result = _cut(native["all"], spec.cut) if _is_cut(spec) else native
     result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
     _refuse_overlap(spec, result)
     return result
+
+
+def split_names(spec: DatasetSpec) -> list[str]:
+    """Return the names of the splits that a dataset will have, without reading it."""
+    return list(spec.cut) if _is_cut(spec) else _native_names(spec)
+
+
+def _native_names(spec: DatasetSpec) -> list[str]:
+    if spec.source == "generator":
+        return ["all"]
+    return list(spec.files if spec.source == "file" else spec.splits)
+
+
+def _is_cut(spec: DatasetSpec) -> bool:
+    """Whether the one source split, `all`, is cut; splits with names of their own are not."""
+    names = _native_names(spec)
+    if spec.cut and "all" in names and len(names) > 1:
+        raise UserError(
+            f"dataset {spec.name!r} has the split 'all', which is cut, beside others.",
+            f"Name either all alone or not at all; now there are: {', '.join(names)}.",
+        )
+    return bool(spec.cut) and names == ["all"]
 
 
 def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
@@ -154,14 +177,13 @@ def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
 def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
     if spec.allow_overlap:
         return
-    train = {t.id for t in parts.get("train", [])}
-    for name, texts in parts.items():
-        shared = train & {t.id for t in texts} if name != "train" else set()
+    for first, second in combinations(parts, 2):
+        shared = {t.id for t in parts[first]} & {t.id for t in parts[second]}
         if shared:
             raise UserError(
-                f"{len(shared)} of {len(texts)} rows of split {name!r} are in the training data "
-                f"of dataset {spec.name!r} too.",
-                "Remove them, or say dataset.allow_overlap=true.",
+                f"{len(shared)} rows stand both in split {first!r} and in split {second!r} of "
+                f"dataset {spec.name!r}.",
+                "Remove them from one, or say dataset.allow_overlap=true.",
             )
 
 
@@ -401,7 +423,7 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
     """Return texts as examples; done once per content and tokenizer, then read from the cache."""
     key = digest(
         {
-            "texts": [t.id for t in texts],
+            "texts": [[t.id, t.right] for t in texts],
             "form": [spec.kind, spec.max_length, spec.chat],
             "tokenizer": tokenizer_hash(tokenizer),
             "version": 2,

@@ -18,6 +18,7 @@ class EventLog:
     """Facts with a clock. A tracker, when asked for, gets a copy of each."""
 
     def __init__(self, path: Path, job: Job) -> None:
+        _mend(path)
         self._file = path.open("a", encoding="utf-8")
         self._tracker = _wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
 
@@ -36,15 +37,22 @@ class EventLog:
 
     def cut(self, position: int) -> None:
         """Forget all events behind `position`."""
-        self._file.flush()
-        os.truncate(self._file.fileno(), position)
-        self._file.seek(position)
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.truncate(min(position, end))
+        self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the log and the tracker."""
         self._file.close()
         if self._tracker is not None:
             self._tracker.finish()
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that a crash left unfinished, so that the next one stands alone."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_events(path: Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -38,12 +38,13 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        checked: T = _adapter(cls).validate_json(json.dumps(values), strict=True)
+        text = json.dumps(values, allow_nan=False)
+        checked: T = _adapter(cls).validate_json(text, strict=True)
         return checked
     except ValidationError as error:
         raise _explain(cls, error.errors()[0], where) from None
-    except TypeError as error:
-        raise UserError(f"{where} holds a value that JSON cannot hold: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} holds a value that JSON cannot hold: {error}.") from None
 
 
 _ADAPTERS: dict[type, Any] = {}
@@ -69,16 +70,32 @@ def _dataclasses_in(cls: type) -> set[type]:
 
 
 def _explain(cls: type, error: Any, where: str) -> UserError:
-    place = ".".join([where, *(str(p) for p in error["loc"])])
+    loc = [str(p) for p in error["loc"]]
+    place = ".".join([where, *loc] if where else loc)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = [f.name for f in dataclasses.fields(cls)]
-        return UserError(f"Unknown key {place!r}.", did_you_mean(str(error["loc"][-1]), names))
+        return UserError(f"Unknown key {place!r}.", did_you_mean(loc[-1], _names_in(cls, loc[:-1])))
     if error["type"].startswith("missing"):
+        if isinstance(error["loc"][-1], int):
+            list_ = place.rpartition(".")[0]
+            return UserError(f"{list_}={json.dumps(error['input'])} has too few values.")
         return UserError(f"{place} is missing.", f"Set it, for example {place}=VALUE.")
     given = error.get("input")
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return UserError(f"{place}={given!r} is not possible: {reason}.")
+    shown = "null" if given is None else repr(given)
+    return UserError(f"{place}={shown} is not possible: {reason}.")
+
+
+def _names_in(cls: type, path: list[str]) -> list[str]:
+    """Return the fields of the dataclass that stands at a path of field names in another."""
+    for name in path:
+        hint = get_type_hints(cls).get(name)
+        parts = (hint, *getattr(hint, "__args__", ()))
+        inner = [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        if not inner:
+            return []
+        cls = inner[0]
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def plain(value: Any) -> Any:

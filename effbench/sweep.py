@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from effbench.config import (
-    DEFAULT_METHOD,
     check_overrides,
     conf_dir,
+    hydra_compose,
     job_from,
-    register_plugin_configs,
     to_plain,
 )
 from effbench.errors import RunFailedError, UserError
@@ -52,23 +51,19 @@ def sweep(
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    chosen = check_overrides(overrides, extra)
-    register_plugin_configs()
-    words = list(overrides)
-    if "method" not in chosen and "experiment" not in chosen:
-        words.append(f"method={DEFAULT_METHOD[stage]}")
+    words = check_overrides(overrides, extra).with_method(stage)
+    _try_one(stage, words, extra)
     if extra:
         words.append(f"hydra.searchpath=[{','.join(f'file://{p.resolve()}' for p in extra)}]")
-    results = next((w.split("=", 1)[1] for w in words if w.startswith("run.results=")), "results")
-    folder = Path(results).resolve() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     words.append(f"hydra.sweep.dir={folder}")
 
     def task(config: Any) -> None:
         context = HydraConfig.get()
-        mine = [str(o) for o in context.overrides.task]
+        mine = [str(o).lstrip("+") for o in context.overrides.task]
         key, error = "", ""
         try:
-            job = job_from(stage, to_plain(config), {o.split("=")[0].lstrip("+~") for o in mine})
+            job = job_from(stage, to_plain(config), _chosen_in(mine))
             key = job.spec.key
             execute(job, fresh)
         except UserError as problem:
@@ -94,6 +89,41 @@ def sweep(
                 ) from None
     files = sorted(folder.glob(f"*/{OUTCOME}"), key=lambda p: int(p.parent.name))
     return [Outcome(**json.loads(p.read_text())) for p in files]
+
+
+def _try_one(stage: Stage, words: Sequence[str], extra: Sequence[Path]) -> None:
+    """Compose runs of the grid until one is possible.
+
+    Raises:
+        UserError: What is wrong with the first one, when none is.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        points = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException:
+        return  # another sweeper draws the points itself
+    problem: UserError | None = None
+    for point in points:
+        try:
+            job_from(stage, hydra_compose(point, extra), _chosen_in(point))
+            return
+        except UserError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+
+
+def _chosen_in(overrides: Sequence[str]) -> set[str]:
+    return {o.partition("=")[0].lstrip("+~") for o in overrides}
+
+
+def _results(words: Sequence[str]) -> Path:
+    given = [w.partition("=")[2] for w in words if w.lstrip("+").startswith("run.results=")]
+    return Path(given[-1].strip("'\"") if given else "results").resolve()
 
 
 @contextmanager

@@ -45,18 +45,22 @@ def trainer(results: str) -> stage.Trainer:
     return stage.prepare(bench, model, open_data(bench))
 
 
-def bare_step(model: Any, optimizer: Any, batch: Any, parameters: list[Any]) -> float:
+def bare_step(model: Any, optimizer: Any, batches: list[Any], parameters: list[Any]) -> float:
     optimizer.zero_grad(set_to_none=True)
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits[:, :-1]
-    targets = batch.labels[:, 1:]
-    kept = targets != -100
-    loss = F.cross_entropy(logits[kept].float(), targets[kept])
-    loss.backward()
+    total = 0.0
+    for batch in batches:
+        hidden = model.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state[:, :-1]
+        targets = batch.labels[:, 1:]
+        kept = targets != -100
+        logits = model.lm_head(hidden[kept]).float()
+        loss = F.cross_entropy(logits, targets[kept], reduction="sum") / batch.window_tokens
+        loss.backward()
+        total += float(loss)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return float(loss)
+    return total
 
 
 def main() -> int:
@@ -66,7 +70,7 @@ def main() -> int:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
         harness, bare = [], []
         for pair in range(PAIRS + 2):
-            batch = stage.window_of(ours, ours.done.step)[0]
+            batches = stage.window_of(ours, ours.done.step)
             step = ours.done.step
             for which in ("harness", "bare") if pair % 2 else ("bare", "harness"):
                 start = time.perf_counter()
@@ -74,7 +78,7 @@ def main() -> int:
                     ours.done.step = step
                     stage.one_step(ours)
                 else:
-                    bare_step(ours.model, optimizer, batch, parameters)
+                    bare_step(ours.model, optimizer, batches, parameters)
                 (harness if which == "harness" else bare).append(time.perf_counter() - start)
     ratio = ratio_interval(harness[2:], bare[2:])
     print(f"effbench step / bare step: {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")

@@ -29,12 +29,9 @@ class Bench:
         self.store = Store(root)
 
     def job(self, stage: Stage, *overrides: str) -> Job:
-        own = {o.split("=")[0].split(".")[0] for o in overrides}
-        tiny = [t for t in TINY if t.split("=")[0] not in own]
-        if "from" in own:
-            tiny = [t for t in tiny if not t.startswith(("model", "dataset"))]
-        if "+dataset.limit" not in tiny:
-            tiny = [("+" + t if t.startswith("dataset.limit") else t) for t in tiny]
+        own = {o.partition("=")[0] for o in overrides}
+        inherited = ("model", "dataset") if "from" in own else ()
+        tiny = [t for t in TINY if t.partition("=")[0] not in own and not t.startswith(inherited)]
         return compose(stage, [*tiny, f"run.results={self.root}", *overrides])
 
     def folder(self, job: Job) -> RunFolder:

@@ -71,7 +71,6 @@ class Choices(Evaluator):
 
     def _scores(self, subject: Subject, choices: Sequence[Choice]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
-        from effbench.nn.losses import token_nll
 
         scores = [0.0] * len(choices)
         done = 0
@@ -83,7 +82,7 @@ class Choices(Evaluator):
                         for c in (choices[i] for i in group)
                     ]
                 )
-                nll = token_nll(subject.method.logits(subject.model, batch), batch.labels)
+                nll = subject.method.token_nll(subject.model, batch)
                 for i, total in zip(group, nll.double().sum(1).tolist(), strict=True):
                     scores[i] = -total
                 done += len(group)

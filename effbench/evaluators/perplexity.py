@@ -27,7 +27,6 @@ class Perplexity(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
-        from effbench.nn.losses import token_nll
         from effbench.stats import mean_interval
 
         examples = subject.data.examples(self.split)
@@ -37,7 +36,7 @@ class Perplexity(Evaluator):
         with torch.inference_mode():
             for group in by_length([len(e.ids) for e in examples], self.batch_tokens):
                 batch = subject.batch([(examples[i].ids, examples[i].labels()) for i in group])
-                nll = token_nll(subject.method.logits(subject.model, batch), batch.labels)
+                nll = subject.method.token_nll(subject.model, batch)
                 tokens = (batch.labels[:, 1:] != -100).sum(1)
                 for i, total, count in zip(
                     group, nll.double().sum(1).tolist(), tokens.tolist(), strict=True

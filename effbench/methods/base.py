@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -129,6 +129,11 @@ class Method:
     """Kinds of linear layers it can start from: `dense`, `nf4`, `packed`, `adapted`."""
     leaves: ClassVar[str] = "dense"
     """The kind of linear layers that its artefact has."""
+    identity: ClassVar[dict[str, Any] | None] = {}
+    """Settings under which the method, put in but not trained, gives the base's own logits bit for
+    bit; None where there are none. A contract test holds every method to it."""
+    needs: ClassVar[dict[str, Any]] = {}
+    """Settings without a usable default, as a trial run would have them."""
 
     @property
     def weights(self) -> Weights:
@@ -182,15 +187,24 @@ class Method:
         ).logits
         return output
 
+    def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
+
+        Float32, zero where the label is -100. Follows `logits` where a method has its own.
+        """
+        from effbench.nn.losses import answer_nll, token_nll
+
+        if type(self).logits is Method.logits:
+            return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
+        return token_nll(self.logits(model, batch), batch.labels)
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, a scalar.
 
         The sum over its loss tokens divided by `batch.window_tokens`, so that the micro-batches of
         one window add up to the mean over all its tokens.
         """
-        from effbench.nn.losses import token_nll
-
-        return token_nll(self.logits(model, batch), batch.labels).sum() / batch.window_tokens
+        return self.token_nll(model, batch).sum() / batch.window_tokens
 
     def update(
         self,
@@ -288,7 +302,8 @@ class Method:
             point: One of `points()`.
         """
         size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        return dense_cost(shape, size, trainable=shape.params)
+        cost = dense_cost(shape, size, trainable=shape.params)
+        return replace(cost, kv_bytes_per_token=shape.kv_bytes_per_token(DTYPE_BYTES[dtype]))
 
 
 def dense_cost(shape: Shape, weight_bytes: int, trainable: int = 0) -> Cost:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from effbench.errors import UserError
 from effbench.lazy import F, torch
@@ -30,6 +30,7 @@ class Distillation(Method):
         "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
     )
     learning_rate: ClassVar[float] = 5e-5
+    needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 
     teacher: str = ""
     """Name of the teacher's model config; has to be set."""
@@ -66,7 +67,7 @@ class Distillation(Method):
         from effbench.nn.losses import token_nll
 
         logits = self.logits(model, batch)
-        loss = token_nll(logits, batch.labels).sum()
+        loss = (1 - self.weight) * token_nll(logits, batch.labels).sum()
         if self.weight:
             with torch.no_grad():
                 target = self.logits(vars(model)["teacher"], batch)

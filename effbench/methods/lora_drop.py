@@ -55,6 +55,7 @@ class LoRADrop(Method):
     )
     learning_rate: ClassVar[float] = 1e-3
     leaves: ClassVar[str] = "adapted"
+    identity: ClassVar[dict[str, Any] | None] = {"window": 0}
 
     rank: PositiveInt = 16
     """Rank r of each stand-in."""

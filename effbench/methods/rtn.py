@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from effbench.kernels.groupwise import grouped_bytes
 from effbench.lazy import torch
@@ -40,6 +40,7 @@ class RTN(Method):
     )
     stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
     leaves: ClassVar[str] = "packed"
+    identity: ClassVar[dict[str, Any] | None] = None
 
     bits: Bits = 4
     """Bits per weight, scales not counted."""

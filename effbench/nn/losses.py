@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -25,4 +27,44 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     nll[counted] = F.cross_entropy(
         logits[:, :-1][counted].float(), targets[counted], reduction="none"
     )
+    return nll
+
+
+PLAIN_HEADS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gpt_neox", "olmo2"}
+)
+"""Model types whose logits are the head applied to the last hidden states, and nothing more."""
+
+
+def answer_nll(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Return what `token_nll` gives on a causal model's logits, with less work.
+
+    The head is applied only to the positions that predict a counted token: in prompt/answer data
+    most positions do not, and the head is a fifth of the work of a small model.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: [B, T].
+        attention_mask: [B, T].
+        labels: [B, T], not shifted; -100 where a token does not count.
+
+    Returns:
+        [B, T - 1] float32, zero where the label is -100.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    causal: Any = model
+    if causal.config.model_type not in PLAIN_HEADS:
+        return token_nll(causal(**inputs).logits, labels)
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    decoder = getattr(causal, causal.base_model_prefix)
+    hidden = decoder(**inputs).last_hidden_state[:, :-1]
+    logits = causal.get_output_embeddings()(hidden[counted])
+    nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
+    nll[counted] = F.cross_entropy(logits.float(), targets[counted], reduction="none")
     return nll

@@ -29,6 +29,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast all parameters in place; buffers stay, for rotary angles do not bear a short dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def load_tensors(targets: Mapping[str, torch.Tensor], path: Path) -> None:
     """Copy the tensors of a file into `targets`; names and shapes must be the same.
 

@@ -22,7 +22,7 @@ from effbench.events import EventLog
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
 from effbench.measure.memory import PeakMemory, memory_in_use
-from effbench.methods.base import Batch, Context, Method
+from effbench.methods.base import Batch, Context, Method, Weights
 from effbench.nn.quantised import quantise_nf4, storage_bytes
 from effbench.plan import gib, predict
 from effbench.progress import Progress
@@ -124,22 +124,21 @@ def open_model(bench: Bench) -> torch.nn.Module:
     """
     spec, own = bench.spec, bench.method
     chain = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
-    first = chain[0][1] if chain else own
-    weights = first.weights
-    if weights == "float32" and spec.stage != "train":
-        weights = "compute"
     with bench.phase("load"):
         loaded = models.load(
-            spec.model, device=spec.hardware.device, dtype=bench.dtype, weights=weights
+            spec.model,
+            device=spec.hardware.device,
+            dtype=bench.dtype,
+            weights=_base_weights(bench, [m for _, m in chain]),
         )
         model, bench.tokenizer, bench.shape = loaded.model, loaded.tokenizer, loaded.shape
-        for earlier, method in chain:
+        for place, (earlier, method) in enumerate(chain):
+            if place and method.weights == "nf4":
+                quantise_nf4(model, compute_dtype=bench.dtype)
             model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
             model.requires_grad_(False)
         if chain and spec.stage == "train" and own.weights == "nf4":
             quantise_nf4(model, compute_dtype=bench.dtype)
-        if chain and spec.stage == "train" and own.weights == "float32":
-            model = model.float()
     if spec.dataset.max_length > bench.shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "
@@ -149,6 +148,15 @@ def open_model(bench: Bench) -> torch.nn.Module:
     own.check(bench.shape)
     bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
     return model
+
+
+def _base_weights(bench: Bench, chain: Sequence[Method]) -> Weights:
+    """Return how to hold the base: as its first method wants it, float32 only to train it all."""
+    first = chain[0] if chain else bench.method
+    if first.weights == "nf4":
+        return "nf4"
+    masters = bench.spec.stage == "train" and bench.method.weights == "float32"
+    return "float32" if masters else "compute"
 
 
 def open_data(bench: Bench) -> Data:
@@ -182,7 +190,8 @@ def evaluate(bench: Bench, model: torch.nn.Module, data: Data) -> None:
     """Run every evaluator at every operating point; finished ones are not run again."""
     if not bench.spec.evaluators:
         return
-    model.eval()
+    # Frozen, because torch multiplies by a weight that requires gradients in another order.
+    model.eval().requires_grad_(False)
     done = bench.folder.path / "evaluations"
     done.mkdir(exist_ok=True)
     with bench.phase("evaluate"):
@@ -196,7 +205,7 @@ def evaluate(bench: Bench, model: torch.nn.Module, data: Data) -> None:
                         bench.folder.write_json(f"evaluations/{path.name}", asdict(result))
                     bench.metrics += result.metrics
                     bench.outcomes += result.outcomes
-            _count_cost(bench, point)
+                _count_cost(bench, model, point)
 
 
 def _read_result(path: Path) -> Result | None:
@@ -227,11 +236,11 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
     return result
 
 
-def _count_cost(bench: Bench, point: str) -> None:
+def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
     assert bench.shape is not None
     cost = bench.method.cost(bench.shape, bench.spec.hardware.dtype, point)
     bench.count("params", cost.params, "parameters", point)
-    bench.count("weight_bytes", cost.resident_bytes, "bytes", point)
+    bench.count("weight_bytes", storage_bytes(model), "bytes", point)
     bench.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
     bench.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
     bench.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)
@@ -255,6 +264,22 @@ def save_artefact(bench: Bench, model: torch.nn.Module) -> None:
         replace_folder(new, bench.folder.artefact)
     size = sum(f.stat().st_size for f in bench.folder.artefact.rglob("*") if f.is_file())
     bench.count("artefact_bytes", size, "bytes")
+
+
+def note_made(bench: Bench) -> None:
+    """Remember that the artefact is whole, with what was found out while making it."""
+    facts = {"metrics": [vars(m) for m in bench.metrics], "notes": bench.notes}
+    bench.folder.write_json("made.json", facts)
+
+
+def load_made(bench: Bench, model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the base `model` turned into what an interrupted run had made; None if nothing yet."""
+    facts = bench.folder.read_json("made.json")
+    if facts is None:
+        return None
+    bench.metrics = [Metric(**m) for m in facts["metrics"]]
+    bench.notes = facts["notes"]
+    return bench.method.load(model, bench.folder.artefact, bench.context())
 
 
 def finish(bench: Bench) -> Record:

@@ -13,12 +13,13 @@ from effbench.errors import StoppedError
 from effbench.files import write_atomic
 from effbench.methods.base import Batch
 from effbench.nn.state import read_tensors
-from effbench.records import Metric
 from effbench.stages.common import (
     Bench,
     as_batch,
     count_model,
     evaluate,
+    load_made,
+    note_made,
     open_data,
     open_model,
     save_artefact,
@@ -60,18 +61,16 @@ def compress(bench: Bench) -> None:
     Raises:
         StoppedError: After Ctrl-C or a termination signal; finished parts are kept.
     """
-    model = open_model(bench).eval()
+    model = open_model(bench).requires_grad_(False).eval()
     data = open_data(bench)
-    if not bench.folder.artefact.is_dir():
+    made = load_made(bench, model)
+    if made is None:
         with bench.phase("compress"):
             _parts(bench, model, _calibration(bench, data.examples("train")))
         count_model(bench, model)
         save_artefact(bench, model)
-        bench.folder.write_json("trained.json", [vars(m) for m in bench.metrics])
-    else:
-        model = bench.method.load(model, bench.folder.artefact, bench.context())
-        bench.metrics = [Metric(**m) for m in bench.folder.read_json("trained.json")]
-    evaluate(bench, model, data)
+        note_made(bench)
+    evaluate(bench, made or model, data)
 
 
 def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
@@ -89,8 +88,8 @@ def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> No
         for done, (name, part) in enumerate(bench.method.compress(model, calibration, ctx), 1):
             if name not in before:
                 parts.add(name, part)
+                bench.events.append("part", name=name)
             total = max(total, done)
-            bench.events.append("part", name=name)
             bench.progress.bar("parts", done, total + 1, name)
             if stop.requested:
                 raise StoppedError(f"part {name}")

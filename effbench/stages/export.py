@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from effbench.errors import UserError, did_you_mean
+from effbench.files import replace_folder, scratch_folder
 from effbench.spec import Job, Runtime
 from effbench.store import Store
 
@@ -34,5 +35,8 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
         raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
     model = open_model(bench)
     model = bench.method.load(model, store.run(key).artefact, bench.context())
-    folder.mkdir(parents=True)
-    bench.method.export(model, point, folder)
+    bench.events.close()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent, folder.name) as new:
+        bench.method.export(model, point, new)
+        replace_folder(new, folder)

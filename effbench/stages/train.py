@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +19,19 @@ from effbench.evaluators.base import by_length, make_batch
 from effbench.events import read_events
 from effbench.files import open_atomic
 from effbench.methods.base import Batch, Context
-from effbench.nn.losses import token_nll
+from effbench.nn.state import cast_parameters
 from effbench.progress import duration
 from effbench.records import Metric
 from effbench.spec import TrainSpec
+from effbench.stages.batching import rows_of_step, window
 from effbench.stages.common import (
     Bench,
     as_batch,
     count_model,
     evaluate,
+    load_made,
     mean,
+    note_made,
     open_data,
     open_model,
     save_artefact,
@@ -38,8 +40,6 @@ from effbench.stats import median_interval
 
 WARMUP_STEPS = 3
 """Steps left out of the steady-state speed."""
-POOLED_STEPS = 16
-"""Steps whose rows are drawn together and grouped by length."""
 
 
 @dataclass
@@ -85,7 +85,8 @@ def train(bench: Bench) -> None:
     """
     model = open_model(bench)
     data = open_data(bench)
-    if not bench.folder.artefact.is_dir():
+    made = load_made(bench, model)
+    if made is None:
         trainer = prepare(bench, model, data)
         model = trainer.model
         with bench.phase("train"):
@@ -95,12 +96,11 @@ def train(bench: Bench) -> None:
         count_model(bench, model)
         save_artefact(bench, model)
         _summarise(bench, trainer.done)
-        bench.folder.write_json("trained.json", [vars(m) for m in bench.metrics])
+        note_made(bench)
     else:
-        model = bench.method.load(model, bench.folder.artefact, bench.context())
-        bench.metrics = [Metric(**m) for m in bench.folder.read_json("trained.json")]
+        model = made
     if bench.method.weights == "float32":
-        model = model.to(bench.dtype)
+        cast_parameters(model, bench.dtype)
     evaluate(bench, model, data)
 
 
@@ -209,9 +209,9 @@ def _loop(trainer: Trainer) -> None:
             _show(trainer, loss, first, begun)
             last = done.step == settings.max_steps or done.stopped
             due = done.step % settings.checkpoint_every == 0
-            if (stop.requested or due) and not last:
+            if stop.requested or (due and not last):
                 _checkpoint(trainer)
-            if stop.requested and not last:
+            if stop.requested:
                 raise StoppedError(f"step {done.step} of {settings.max_steps}")
 
 
@@ -223,10 +223,10 @@ def one_step(trainer: Trainer) -> float:
     """
     bench, ctx, done = trainer.bench, trainer.ctx, trainer.done
     start = time.perf_counter()
-    window = window_of(trainer, done.step)
+    batches = window_of(trainer, done.step)
     ctx.step = done.step
     bench.method.on_step(trainer.model, ctx)
-    loss = float(bench.method.update(trainer.model, trainer.optimizer, window, ctx))
+    loss = float(bench.method.update(trainer.model, trainer.optimizer, batches, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
     if not math.isfinite(loss):
@@ -235,7 +235,7 @@ def one_step(trainer: Trainer) -> float:
             f"Lower train.learning_rate ({trainer.settings.learning_rate}) or set "
             "train.clip_norm; the last checkpoint is kept.",
         )
-    tokens = sum(int(b.attention_mask.sum()) for b in window)
+    tokens = sum(int(b.attention_mask.sum()) for b in batches)
     done.step += 1
     done.tokens += tokens
     bench.events.append(
@@ -250,58 +250,17 @@ def one_step(trainer: Trainer) -> float:
 
 
 def window_of(trainer: Trainer, step: int) -> list[Batch]:
-    """Return the micro-batches of a step for this process; a function of seed and step alone."""
-    settings, world = trainer.settings, trainer.accelerator.num_processes
-    size = settings.batch_size * settings.accumulation * world
-    lengths = [len(e.ids) for e in trainer.examples]
-    places = row_order(lengths, trainer.bench.spec.seed, step, size)
-    pad = trainer.bench.tokenizer.pad_token_id
-    batches = []
-    for start in range(0, size, settings.batch_size):
-        group = places[start : start + settings.batch_size]
-        rows = [trainer.examples[i] for i in group]
-        batch = make_batch([(e.ids, e.labels()) for e in rows], pad)
-        batch.rows = group
-        batches.append(batch)
-    tokens = sum(b.loss_tokens for b in batches)
-    if tokens == 0:
-        raise UserError(
-            "A whole accumulation window has no token to learn from.",
-            "Raise dataset.max_length, or check the answers.",
-        )
-    mine = [b.to(trainer.ctx.device) for b in batches[trainer.accelerator.process_index :: world]]
-    for batch in mine:
-        batch.window_tokens = tokens
-    return mine
-
-
-def row_order(lengths: Sequence[int], seed: int, step: int, size: int) -> list[int]:
-    """Return the rows of a step: random, but of similar length, so that little is padding.
-
-    The rows of `POOLED_STEPS` steps are drawn together (each row once per epoch), sorted by length,
-    dealt into steps, and the steps are shuffled.
-
-    Args:
-        lengths: Tokens of every row.
-        seed: Of the run.
-        step: From 0.
-        size: Rows of one step.
-    """
-    pool, position = divmod(step, POOLED_STEPS)
-    count = len(lengths)
-    rows = []
-    for place in range(pool * POOLED_STEPS * size, (pool + 1) * POOLED_STEPS * size):
-        epoch, offset = divmod(place, count)
-        rows.append(_permutation(count, seed * 1_000_003 + epoch)[offset])
-    rows.sort(key=lambda i: lengths[i])
-    chosen = _permutation(POOLED_STEPS, seed * 1_000_003 + pool + 500_000)[position]
-    return rows[chosen * size : (chosen + 1) * size]
-
-
-@lru_cache(maxsize=16)
-def _permutation(count: int, seed: int) -> list[int]:
-    draws = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=draws).tolist()
+    """Return the micro-batches of a step for this process."""
+    settings, accelerator = trainer.settings, trainer.accelerator
+    size = settings.batch_size * settings.accumulation * accelerator.num_processes
+    return window(
+        trainer.examples,
+        rows_of_step(len(trainer.examples), trainer.bench.spec.seed, step, size),
+        settings.batch_size,
+        trainer.bench.tokenizer.pad_token_id,
+        trainer.ctx.device,
+        (accelerator.process_index, accelerator.num_processes),
+    )
 
 
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
@@ -333,7 +292,7 @@ def _validate(trainer: Trainer) -> None:
             pad = bench.tokenizer.pad_token_id
             batch = make_batch([(e.ids, e.labels()) for e in rows], pad).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                nll = token_nll(bench.method.logits(model, batch), batch.labels)
+                nll = bench.method.token_nll(model, batch)
             total += float(nll.double().sum())
             count += batch.loss_tokens
     model.train()
