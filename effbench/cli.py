@@ -207,8 +207,9 @@ def plan(
 
 
 def _plan(job: Any) -> None:
-    from effbench.config import known_shape
+    from effbench.config import known_shape, make_method
     from effbench.plan import predict, render
+    from effbench.store import Store
 
     shape = known_shape(job.spec.model)
     if shape is None:
@@ -217,7 +218,9 @@ def _plan(job: Any) -> None:
             "Give it as model.shape.*, or fetch the model first.",
         )
     machine = job.runtime.machine
-    typer.echo(render(predict(job.spec, shape, machine), job.spec, machine))
+    store = Store(Path(job.runtime.results))
+    earlier = [make_method(s.method) for s in store.ancestors(job.spec)]
+    typer.echo(render(predict(job.spec, shape, machine, earlier), job.spec, machine))
 
 
 runs_app = typer.Typer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         UserError: As `write_atomic`.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with _mendable(path):
+    with mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("xb") as file:
@@ -76,7 +77,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     folder = parent / f".{name}.{secrets.token_hex(4)}.part"
     try:
-        with _mendable(parent):
+        with mendable(parent):
             folder.mkdir()
             yield folder
     finally:
@@ -93,7 +94,7 @@ def replace_folder(new: Path, final: Path) -> None:
         UserError: When the place cannot be written; `final` is then as it was.
     """
     old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
-    with _mendable(final):
+    with mendable(final):
         for place in (*new.rglob("*"), new):
             _sync(place)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +120,31 @@ def _sync(place: Path) -> None:
 
 
 @contextmanager
-def _mendable(path: Path) -> Iterator[None]:
+def mendable(path: Path) -> Iterator[None]:
+    """Turn a full disk or a place that cannot be written into an error that says what to do.
+
+    Raises:
+        UserError: For the errors in `HINTS`; any other one is a bug and goes on.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in HINTS:
+    except Exception as error:
+        number = _system_error(error)
+        if number not in HINTS:
             raise
-        message = f"{path} cannot be written: {error.strerror}."
-        raise UserError(message, HINTS[error.errno]) from None
+        message = f"{path} cannot be written: {os.strerror(number)}."
+        raise UserError(message, HINTS[number]) from None
+
+
+def _system_error(error: BaseException | None) -> int:
+    """Return the number of the system error behind an exception, 0 when there is none.
+
+    torch raises an error of its own while it handles that of the file; safetensors only quotes it.
+    """
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError):
+            return error.errno or 0
+        if quoted := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(quoted[1])
+        error = error.__cause__ or error.__context__
+    return 0

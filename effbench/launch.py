@@ -14,6 +14,9 @@ from effbench.schema import plain
 from effbench.spec import Job
 from effbench.store import Store
 
+REFUSED = 2
+"""Exit status of a run that the user can mend; `effbench.worker` gives it."""
+
 
 def record_of(job: Job) -> Record | None:
     """Return the record of a job that was run before, or None."""
@@ -41,6 +44,9 @@ def execute(job: Job, fresh: bool = False) -> Record:
         return record
     store.run(job.spec.key).create(job.spec)
     status = _run_process([sys.executable, "-m", "effbench.worker"], json.dumps(plain(job)))
+    if status == REFUSED:
+        with store.run(job.spec.key).locked():
+            store.run(job.spec.key).discard_unless_begun()
     if status:
         raise RunFailedError(status)
     record = record_of(job)

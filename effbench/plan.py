@@ -5,12 +5,13 @@ Counts are exact; activations and time are models, and are labelled so. Nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from effbench.config import make_method
-from effbench.methods.base import Cost, Method
+from effbench.methods.base import Cost, Method, chain_cost
 from effbench.shapes import DTYPE_BYTES, Shape
 from effbench.spec import Machine, Spec
 
@@ -58,16 +59,19 @@ class Prediction:
         }
 
 
-def predict(spec: Spec, shape: Shape, machine: Machine) -> Prediction:
+def predict(
+    spec: Spec, shape: Shape, machine: Machine, earlier: Sequence[Method] = ()
+) -> Prediction:
     """Return what a run will need.
 
     Args:
         spec: The run.
         shape: Its model's shape.
         machine: Stated ceilings; zeros are left open.
+        earlier: The methods that made what the run starts from, first to last.
     """
-    method: Method = make_method(spec.method)
-    cost = method.cost(shape, spec.hardware.dtype, method.points()[-1])
+    methods = chain(spec, earlier)
+    cost = chain_cost(methods, shape, spec.hardware.dtype, methods[-1].points()[-1])
     train = spec.stage == "train"
     sequences = spec.train.batch_size if train else 1
     tokens = sequences * spec.dataset.max_length
@@ -91,6 +95,12 @@ def predict(spec: Spec, shape: Shape, machine: Machine) -> Prediction:
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
     return Prediction(cost, memory, flops, total, seconds, available, _notes(spec, cost))
+
+
+def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
+    """Return all methods that a run's model goes through; an evaluation adds none of its own."""
+    own: Method = make_method(spec.method)
+    return [*earlier] if spec.stage == "eval" and earlier else [*earlier, own]
 
 
 def _activations(spec: Spec, shape: Shape, tokens: int, element: int) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from effbench.errors import UserError, did_you_mean
-from effbench.files import write_atomic
+from effbench.files import mendable, write_atomic
 from effbench.schema import build, plain
 from effbench.spec import Spec
 
@@ -51,6 +51,11 @@ class RunFolder:
         return (self.path / MARKER).is_file()
 
     @property
+    def finished_at(self) -> float:
+        """Seconds since the epoch at which a finished run came to its end."""
+        return float((self.path / MARKER).read_text())
+
+    @property
     def artefact(self) -> Path:
         """Folder of what the run made."""
         return self.path / "artefact"
@@ -62,13 +67,8 @@ class RunFolder:
 
     def create(self, spec: Spec) -> None:
         """Make the folder with its spec."""
-        try:
+        with mendable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.path.parent} cannot be written: {error.strerror}.",
-                "Choose another folder: run.results=PATH.",
-            ) from None
         self.write_json("spec.json", plain(spec))
 
     def write_json(self, name: str, value: Any) -> None:
@@ -91,6 +91,12 @@ class RunFolder:
         (self.path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def discard_unless_begun(self) -> None:
+        """Drop an unfinished run that has nothing to go on from."""
+        kept = (MARKER, "checkpoint.pt", "artefact", "parts/*", "evaluations/*")
+        if not any(any(self.path.glob(name)) for name in kept):
+            self.clear()
+
     @contextmanager
     def locked(self, on_wait: Any = None) -> Iterator[None]:
         """Hold the run alone; wait for another process that holds it.
@@ -98,8 +104,11 @@ class RunFolder:
         Args:
             on_wait: Called once with the holder's description before waiting.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with (self.path.parent / f".{self.key}.lock").open("a+") as file:
+        lock = self.path.parent / f".{self.key}.lock"
+        with mendable(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+")
+        with file:
             if not _try_lock(file):
                 file.seek(0)
                 if on_wait:
@@ -152,12 +161,12 @@ class Store:
         """
         keys = self.run_keys()
         if ref == "latest":
-            keys = [k for k in keys if self.run(k).finished]
-            if not keys:
+            finished = [k for k in keys if self.run(k).finished]
+            if not finished:
                 raise UserError(
                     f"There is no finished run in {self.root}.", "Run effbench train first."
                 )
-            return keys[0]
+            return max(finished, key=lambda k: self.run(k).finished_at)
         fits = [k for k in keys if k.startswith(ref)]
         if not fits:
             raise UserError(
@@ -174,8 +183,18 @@ class Store:
         return fits[0]
 
     def spec_of(self, key: str) -> Spec:
-        """Return the spec of a run."""
-        return build(Spec, self.run(key).read_json("spec.json"), "spec")
+        """Return the spec of a run.
+
+        Raises:
+            UserError: When the run is gone, or this version cannot read its spec.
+        """
+        try:
+            return build(Spec, self.run(key).read_json("spec.json"), "spec")
+        except (UserError, ValueError) as error:
+            raise UserError(
+                f"The spec of run {key} cannot be read: {str(error).splitlines()[0]}",
+                "Its folder is gone, damaged or of another version; give its command again.",
+            ) from None
 
     def ancestors(self, spec: Spec) -> list[Spec]:
         """Return the specs of the runs that made what `spec` starts from, first to last.

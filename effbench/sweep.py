@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from effbench.config import (
 from effbench.errors import RunFailedError, UserError
 from effbench.launch import execute
 from effbench.spec import Stage
+from effbench.store import Store
 
 OUTCOME = "outcome.json"
 
@@ -52,6 +54,7 @@ def sweep(
     from hydra.core.hydra_config import HydraConfig
 
     words = check_overrides(overrides, extra).with_method(stage)
+    words = [_latest_now(w, _results(words)) for w in words]
     _try_one(stage, words, extra)
     if extra:
         words.append(f"hydra.searchpath=[{','.join(f'file://{p.resolve()}' for p in extra)}]")
@@ -119,6 +122,13 @@ def _try_one(stage: Stage, words: Sequence[str], extra: Sequence[Path]) -> None:
 
 def _chosen_in(overrides: Sequence[str]) -> set[str]:
     return {o.partition("=")[0].lstrip("+~") for o in overrides}
+
+
+def _latest_now(word: str, results: Path) -> str:
+    """Name the latest run, which the grid's own runs would otherwise replace one by one."""
+    if word.startswith("from=") and re.search(r"\blatest\b", word):
+        return re.sub(r"\blatest\b", Store(results).resolve("latest"), word)
+    return word
 
 
 def _results(words: Sequence[str]) -> Path:

@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,11 +53,17 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     yield Bench(tmp_path / "results")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps its precision for the life of a process; a run has a process of its own."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -89,6 +97,24 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         )
 
     return call
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let commands run their jobs in this process; holds the exit status of each."""
+    statuses: list[int] = []
+
+    def process(command: list[str], text: str) -> int:
+        from effbench import worker
+
+        forget_accelerator()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(text))
+            statuses.append(worker.main())
+        return statuses[-1]
+
+    monkeypatch.setattr("effbench.launch._run_process", process)
+    return statuses
 
 
 def as_json(value: object) -> str:

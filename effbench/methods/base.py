@@ -293,25 +293,35 @@ class Method:
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return what a model of `shape` under this method needs at `point`.
 
         Args:
             shape: The base model's shape.
             dtype: Compute dtype, a key of `DTYPE_BYTES`.
             point: One of `points()`.
+            base: Cost of what the method starts from; None for the unchanged model.
         """
         size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        cost = dense_cost(shape, size, trainable=shape.params)
-        return replace(cost, kv_bytes_per_token=shape.kv_bytes_per_token(DTYPE_BYTES[dtype]))
+        cost = base or dense_cost(shape, size)
+        kv_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[dtype])
+        return replace(cost, trainable=shape.params, kv_bytes_per_token=kv_bytes)
 
 
-def dense_cost(shape: Shape, weight_bytes: int, trainable: int = 0) -> Cost:
+def chain_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
+    """Return the cost of what a chain of methods made; `point` is one of the last method's."""
+    cost = None
+    for method in methods[:-1]:
+        cost = method.cost(shape, dtype, method.points()[-1], cost)
+    return methods[-1].cost(shape, dtype, point, cost)
+
+
+def dense_cost(shape: Shape, weight_bytes: int) -> Cost:
     """Return the cost of an unchanged model whose weights take `weight_bytes` bytes each."""
     head = shape.vocab_size * shape.hidden_size
     return Cost(
         params=shape.params,
-        trainable=trainable,
+        trainable=0,
         resident_bytes=shape.params * weight_bytes,
         bytes_per_token=(shape.linear_params + head + shape.norm_params) * weight_bytes,
         flops_per_token=shape.flops_per_token(),

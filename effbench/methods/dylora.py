@@ -160,11 +160,11 @@ class DyLoRA(Method):
             base_name(model),
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Count all R ranks as held in memory and those of `point` as read and multiplied."""
         nf4 = self.weights == "nf4"
         used = rank_of(point, self.rank)
-        return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used)
+        return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used, base)
 
 
 def powers(rank: int) -> tuple[int, ...]:

@@ -64,16 +64,17 @@ class Distillation(Method):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the mixed loss of one micro-batch, a scalar."""
+        if not self.weight:
+            return super().loss(model, batch, ctx)
         from effbench.nn.losses import token_nll
 
         logits = self.logits(model, batch)
-        loss = (1 - self.weight) * token_nll(logits, batch.labels).sum()
-        if self.weight:
-            with torch.no_grad():
-                target = self.logits(vars(model)["teacher"], batch)
-            divergence = token_kl(target, logits, batch.labels, self.temperature)
-            loss = loss + self.weight * self.temperature**2 * divergence.sum()
-        return loss / batch.window_tokens
+        with torch.no_grad():
+            target = self.logits(vars(model)["teacher"], batch)
+        hard = token_nll(logits, batch.labels).sum()
+        soft = token_kl(target, logits, batch.labels, self.temperature).sum()
+        mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
+        return mixed / batch.window_tokens
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the trained student; the teacher is not needed any more."""

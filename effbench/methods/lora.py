@@ -42,6 +42,7 @@ class LoRA(Method):
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
     learning_rate: ClassVar[float] = 1e-3
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     leaves: ClassVar[str] = "adapted"
 
     rank: PositiveInt = 16
@@ -124,10 +125,10 @@ class LoRA(Method):
             base_name(model),
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Count the base as it is held and the adapter as it is at `point`, in float32."""
         rank = rank_of(point, self.rank)
-        return low_rank_cost(shape, dtype, self.weights == "nf4", self.targets, rank, rank)
+        return low_rank_cost(shape, dtype, self.weights == "nf4", self.targets, rank, rank, base)
 
 
 def peft_adapters(
@@ -208,7 +209,13 @@ def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str]) -> None:
 
 
 def low_rank_cost(
-    shape: Shape, dtype: str, nf4: bool, targets: Sequence[str], held: int, used: int
+    shape: Shape,
+    dtype: str,
+    nf4: bool,
+    targets: Sequence[str],
+    held: int,
+    used: int,
+    base: Cost | None = None,
 ) -> Cost:
     """Count a frozen base with float32 adapters.
 
@@ -219,9 +226,10 @@ def low_rank_cost(
         targets: Adapted linears.
         held: Ranks in memory.
         used: Ranks that a forward pass multiplies with.
+        base: Cost of what the adapters are put on; None for the unchanged model.
     """
     size = DTYPE_BYTES[dtype]
-    base = dense_cost(shape, size)
+    base = base or dense_cost(shape, size)
     per_rank = sum(i + o for _, name, i, o in shape.linears() if name in targets)
     saved = 0
     if nf4:
@@ -235,5 +243,5 @@ def low_rank_cost(
         resident_bytes=base.resident_bytes - saved + 4 * held * per_rank,
         bytes_per_token=base.bytes_per_token - saved + 4 * used * per_rank,
         flops_per_token=base.flops_per_token + 2 * used * per_rank,
-        saving="physical" if nf4 else "none",
+        saving="physical" if nf4 else base.saving,
     )

@@ -231,7 +231,7 @@ class LoRADrop(Method):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost of a decoded token, averaged over a cycle."""
         size, window = DTYPE_BYTES[dtype], self._window(point)
         count = len(self.droppable(shape.num_layers))
@@ -244,7 +244,7 @@ class LoRADrop(Method):
         if self.kv == "fill":  # attention and the norm before it run all the same
             saved = sum(linears[name][0] * linears[name][1] for name in MLP)
             norms = shape.hidden_size
-        base = super().cost(shape, dtype)
+        base = super().cost(shape, dtype, "", base)
         share = 0 if self.kv == "fill" else skips / shape.num_layers
         return replace(
             base,
@@ -255,7 +255,7 @@ class LoRADrop(Method):
             - skips * ((saved + norms) * size - stand_in * DTYPE_BYTES["float32"]),
             flops_per_token=base.flops_per_token - 2 * skips * (saved - stand_in),
             kv_bytes_per_token=base.kv_bytes_per_token * (1 - share),
-            saving="physical" if skips else "none",
+            saving="physical" if skips else base.saving,
         )
 
 

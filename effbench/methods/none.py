@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -27,6 +27,6 @@ class Unchanged(Method):
         """Return the model; there is nothing to read."""
         return self.prepare(model, ctx)
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
-        """Return the cost of the dense model, nothing trainable."""
-        return dense_cost(shape, DTYPE_BYTES[dtype])
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Return the cost of what is there, nothing trainable."""
+        return replace(base or dense_cost(shape, DTYPE_BYTES[dtype]), trainable=0)

@@ -88,17 +88,18 @@ class RTN(Method):
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
 
-    def cost(self, shape: Shape, dtype: str, point: str = "") -> Cost:
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost with every decoder linear packed."""
         size = DTYPE_BYTES[dtype]
         packed = sum(
             grouped_bytes(d_in, d_out, self.bits, self.group_size, self.symmetric)
             for _, _, d_in, d_out in shape.linears()
         )
-        dense = dense_cost(shape, size)
+        dense = base or dense_cost(shape, size)
         saved = shape.linear_params * size - packed
         return replace(
             dense,
+            trainable=0,
             resident_bytes=dense.resident_bytes - saved,
             bytes_per_token=dense.bytes_per_token - saved,
             saving="physical",

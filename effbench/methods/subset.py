@@ -55,30 +55,23 @@ class Subset(LoRA):
             return sorted(torch.randperm(len(batches), generator=generator)[:keep].tolist())
         judge = ctx.load_model(self.reference) if self.reference else model
         check_vocabulary("reference", self.reference, judge, model)
-        losses = mean_losses(judge, batches, ctx.device)
+        losses = self.mean_losses(judge, batches, ctx)
         sign = 1 if self.by == "lowest_loss" else -1
         ranking = sorted(
             range(len(batches)), key=lambda i: (math.isnan(losses[i]), sign * losses[i], i)
         )
         return sorted(ranking[:keep])
 
-
-def mean_losses(
-    model: torch.nn.Module, batches: Sequence[Batch], device: torch.device
-) -> list[float]:
-    """Return each row's mean loss over its tokens that count, in nats; NaN where none does."""
-    from effbench.nn.losses import token_nll
-
-    training = model.training
-    model.eval()
-    losses = []
-    with torch.no_grad():
-        for batch in batches:
-            row = batch.to(device)
-            logits = model(
-                input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False
-            ).logits
-            total = float(token_nll(logits, row.labels).sum())
-            losses.append(total / row.loss_tokens if row.loss_tokens else math.nan)
-    model.train(training)
-    return losses
+    def mean_losses(
+        self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context
+    ) -> list[float]:
+        """Return each row's mean loss over its tokens that count, in nats; NaN where none does."""
+        training = model.training
+        model.eval()
+        losses = []
+        with torch.no_grad():
+            for batch in batches:
+                total = float(self.token_nll(model, batch.to(ctx.device)).sum())
+                losses.append(total / batch.loss_tokens if batch.loss_tokens else math.nan)
+        model.train(training)
+        return losses

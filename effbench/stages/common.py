@@ -22,9 +22,9 @@ from effbench.events import EventLog
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
 from effbench.measure.memory import PeakMemory, memory_in_use
-from effbench.methods.base import Batch, Context, Method, Weights
+from effbench.methods.base import Batch, Context, Method, Weights, chain_cost
 from effbench.nn.quantised import quantise_nf4, storage_bytes
-from effbench.plan import gib, predict
+from effbench.plan import chain, gib, predict
 from effbench.progress import Progress
 from effbench.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.schema import plain
@@ -56,6 +56,10 @@ class Bench:
     def spec(self) -> Spec:
         """The spec of the run."""
         return self.job.spec
+
+    def earlier(self) -> list[Method]:
+        """Return the methods that made what the run starts from, first to last."""
+        return [make_method(s.method) for s in self.store.ancestors(self.spec)]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -238,7 +242,8 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
 
 def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
     assert bench.shape is not None
-    cost = bench.method.cost(bench.shape, bench.spec.hardware.dtype, point)
+    methods = chain(bench.spec, bench.earlier())
+    cost = chain_cost(methods, bench.shape, bench.spec.hardware.dtype, point)
     bench.count("params", cost.params, "parameters", point)
     bench.count("weight_bytes", storage_bytes(model), "bytes", point)
     bench.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
@@ -252,6 +257,8 @@ def count_model(bench: Bench, model: torch.nn.Module) -> None:
     bench.count("params_total", total, "parameters")
     bench.count("trainable_params", trainable, "parameters")
     bench.count("resident_bytes", storage_bytes(model), "bytes")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bench.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
 
 
 def save_artefact(bench: Bench, model: torch.nn.Module) -> None:
@@ -286,7 +293,7 @@ def finish(bench: Bench) -> Record:
     """Write the record and mark the run as finished."""
     seconds = time.time() - bench.started
     assert bench.shape is not None
-    prediction = predict(bench.spec, bench.shape, bench.job.runtime.machine)
+    prediction = predict(bench.spec, bench.shape, bench.job.runtime.machine, bench.earlier())
     record = Record(
         schema=SCHEMA,
         key=bench.spec.key,

@@ -6,7 +6,7 @@ from helpers import SHAPE, batch_of, context, counted, prepared, stated, tiny_mo
 
 from effbench.errors import UserError
 from effbench.methods.base import Method
-from effbench.methods.subset import Subset, mean_losses
+from effbench.methods.subset import Subset
 from effbench.nn.losses import token_nll
 from effbench.schema import build
 
@@ -95,7 +95,7 @@ def test_a_judge_of_another_vocabulary_is_refused():
 def test_judging_leaves_the_model_as_it_was(training):
     model = tiny_model().train(training)
     before = [p.detach().clone() for p in model.parameters()]
-    mean_losses(model, ROWS, torch.device("cpu"))
+    Subset().mean_losses(model, ROWS, context())
     assert model.training == training
     assert all(
         p.equal(b) and p.grad is None for p, b in zip(model.parameters(), before, strict=True)

@@ -1,0 +1,520 @@
+"""What every method promises; a new method is held to it by its two files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import Bench
+
+from effbench import models, registry
+from effbench.config import compose, make_method, options, settings_of
+from effbench.errors import StoppedError, UserError
+from effbench.evaluators.base import make_batch
+from effbench.events import EventLog, read_events
+from effbench.measure.counting import flops, parameters
+from effbench.methods.base import Batch, Context, Method
+from effbench.nn.quantised import QuantisedLinear, storage_bytes
+from effbench.nn.state import cast_parameters, read_tensors
+from effbench.records import Record
+from effbench.spec import Job
+from effbench.stages import common, compress, train
+from effbench.worker import run_here
+
+NAMES = registry.names("methods")
+MAKERS = [n for n in NAMES if registry.find("methods", n).stage != "eval"]
+TRAINED = [n for n in NAMES if registry.find("methods", n).stage == "train"]
+SMALL = [
+    "train.max_steps=4",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "+dataset.limit.train=16",
+    "hardware.device=cpu",
+    "hardware.dtype=float32",
+    "hardware.threads=1",
+]
+EVALUATORS = {
+    "perplexity": "loss",
+    "choices": "accuracy",
+    "speed": "decode_tokens_per_second",
+}
+"""Every evaluator and a metric that it gives."""
+ALL_EVALUATORS = [
+    f"evaluator=[{','.join(EVALUATORS)}]",
+    "evaluator.speed.prompt_tokens=6",
+    "evaluator.speed.new_tokens=5",
+    "evaluator.speed.repeats=1",
+]
+
+
+class HardKill(BaseException):
+    """Stands for a process that ends without a chance to save anything."""
+
+
+@dataclasses.dataclass
+class Made:
+    """A finished run of a method, and what its model gave just before it was saved."""
+
+    bench: Bench
+    job: Job
+    record: Record
+    logits: dict[str, str]
+
+    @property
+    def artefact(self) -> dict[str, bytes]:
+        return files(self.bench.folder(self.job).artefact)
+
+    @property
+    def losses(self) -> list[float]:
+        return losses(self.bench, self.job)
+
+
+def overrides(name: str, **settings: Any) -> list[str]:
+    """Return the overrides of a small run; dropout is on, so that random numbers are drawn."""
+    cls = registry.find("methods", name)
+    given = {**cls.needs, **settings}
+    if "dropout" in {f.name for f in dataclasses.fields(cls)}:
+        given.setdefault("dropout", 0.1)
+    return [f"method={name}", *SMALL, *(f"method.{k}={v}" for k, v in given.items())]
+
+
+def stage_of(name: str) -> Any:
+    return registry.find("methods", name).stage
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def losses(bench: Bench, job: Job) -> list[float]:
+    path = bench.folder(job).path / "events.jsonl"
+    return [e["loss"] for e in read_events(path, "step")]
+
+
+def probe() -> Batch:
+    ids = torch.randint(4, 512, (2, 14), generator=torch.Generator().manual_seed(5)).tolist()
+    return make_batch([(ids[0], [-100] * 3 + ids[0][3:]), (ids[1][:9], ids[1][:9])], 0)
+
+
+@torch.no_grad()
+def logits(method: Method, model: torch.nn.Module) -> torch.Tensor:
+    """Return evaluation logits; frozen, because torch then multiplies in one and the same order."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    out = method.logits(model.eval(), probe())
+    for p in trained:
+        p.requires_grad_(True)
+    return out
+
+
+def digests(method: Method, model: torch.nn.Module) -> dict[str, str]:
+    """Return a hash of the logits at every operating point."""
+    training, found = model.training, {}
+    for point in method.points():
+        with method.at(model, point):
+            found[point] = hashlib.sha256(logits(method, model).numpy().tobytes()).hexdigest()
+    model.train(training)
+    return found
+
+
+def state_hash(model: torch.nn.Module) -> str:
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def fresh(name: str, dtype: str = "float32", **settings: Any) -> tuple[Any, Any, Any, Any]:
+    """Return method, base as the method wants it, its shape, and a context."""
+    cls = registry.find("methods", name)
+    job = compose(
+        stage_of(name),
+        [
+            *overrides(name, **settings),
+            "model=tiny",
+            "dataset=arithmetic",
+            f"hardware.dtype={dtype}",
+        ],
+    )
+    method = make_method(job.spec.method)
+    held = getattr(torch, dtype)
+    loaded = models.load(
+        job.spec.model, device="cpu", dtype=held, weights=cls.weights.fget(method), tokenizer=False
+    )
+
+    def load_model(other: str) -> torch.nn.Module:
+        spec = compose("eval", [f"model={other}"]).spec.model
+        return models.load(spec, device="cpu", dtype=held, tokenizer=False).model
+
+    draws = torch.Generator().manual_seed(0)
+    ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
+    return method, loaded.model, loaded.shape, ctx
+
+
+def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    """Return the model with the method in it, as its stage would put it there."""
+    if method.stage == "compress":
+        for _ in method.compress(model.requires_grad_(False), [probe()], ctx):
+            pass
+        return model
+    return method.prepare(model, ctx)
+
+
+def strengthened(name: str, **settings: Any) -> tuple[Any, Any]:
+    """Return a method and its model, what trains in it moved away from where it started."""
+    method, model, _, ctx = fresh(name, **settings)
+    model = changed(method, model, ctx)
+    draws = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn(p.shape, generator=draws))
+    return method, model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Made]]:
+    """Run a method once for all tests, uninterrupted, with every evaluator."""
+    torch.set_num_threads(1)
+
+    @cache
+    def run(name: str) -> Made:
+        found: dict[str, str] = {}
+
+        def save(bench: Any, model: torch.nn.Module) -> None:
+            found.update(digests(bench.method, model))
+            common.save_artefact(bench, model)
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        bench = Bench(tmp_path_factory.mktemp(name) / "results")
+        job = bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (train, compress):
+                patch.setattr(module, "save_artefact", save)
+            record = bench.run(stage_of(name), *overrides(name), *ALL_EVALUATORS)
+        return Made(bench, job, record, found)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# -- 1: the config -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_yaml_holds_its_defaults(name: str) -> None:
+    cls = registry.find("methods", name)
+    needs = [f"method.{k}={v}" for k, v in cls.needs.items()]
+    job = compose(stage_of(name), [f"method={name}", "model=tiny", "dataset=arithmetic", *needs])
+    assert job.spec.method.settings == {**settings_of(cls), **cls.needs}
+    assert options("method")[name] is not None
+    assert registry.summary("methods", name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_key_is_refused_with_the_nearest(name: str) -> None:
+    fields = [f.name for f in dataclasses.fields(registry.find("methods", name))]
+    key = fields[0] if fields else "nothing"
+    with pytest.raises(UserError, match=f"method.{key}x") as error:
+        compose(stage_of(name), [f"method={name}", "model=tiny", f"method.{key}x=1"])
+    assert not fields or f"{key}'" in error.value.hint
+
+
+# -- 2: the identity ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_untrained_it_is_the_base(name: str) -> None:
+    settings = registry.find("methods", name).identity
+    if settings is None:
+        pytest.skip("has no setting at which it changes nothing")
+    method, model, _, ctx = fresh(name, **settings)
+    expected = logits(Method(), model)
+    model = method.prepare(model, ctx)
+    for point in method.points():
+        with method.at(model, point):
+            assert logits(method, model).equal(expected)
+
+
+# -- 3: the cost -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_its_cost_is_what_is_counted(name: str, dtype: str) -> None:
+    method, model, shape, ctx = fresh(name, dtype)
+    model = changed(method, model, ctx)
+    packed = any(isinstance(m, QuantisedLinear) for m in model.modules())
+    for point in method.points():
+        cost = method.cost(shape, dtype, point)
+        with method.at(model, point):
+            assert cost.resident_bytes == storage_bytes(model)
+            counted = parameters(model)
+            if method.stage == "train":
+                assert cost.trainable == counted.trainable
+            if packed and not hasattr(QuantisedLinear, "logical_params"):
+                pytest.xfail("packed linears do not say how many parameters they stand for")
+            assert cost.params == counted.total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_its_cache_grows_as_stated(name: str, dtype: str) -> None:
+    method, model, shape, ctx = fresh(name, dtype)
+    model = changed(method, model, ctx).requires_grad_(False).eval()
+    cast_parameters_to_use(method, model, dtype)
+    for point in method.points():
+        with method.at(model, point):
+            session = method.session(model)
+            session.prefill(torch.arange(8)[None])
+            before = session.kv_bytes()
+            for token in range(24):  # a multiple of any short cycle
+                session.step(torch.tensor([[token]]))
+            grown = (session.kv_bytes() - before) / 24
+        assert grown == method.cost(shape, dtype, point).kv_bytes_per_token
+
+
+def cast_parameters_to_use(method: Method, model: torch.nn.Module, dtype: str) -> None:
+    """Do what the training stage does with float32 masters before it evaluates."""
+    if method.weights == "float32":
+        cast_parameters(model, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_flops_are_what_torch_counts(name: str) -> None:
+    # torch counts matrix products; on a CPU neither the attention over the context nor the
+    # expansion of packed weights is one of them, and the cost states neither.
+    method, model, shape, ctx = fresh(name)
+    model = changed(method, model, ctx).requires_grad_(False).eval()
+    for point in method.points():
+        with method.at(model, point):
+            session = method.session(model)
+            session.prefill(torch.tensor([[5]]))
+
+            def decode(session: Any = session) -> None:
+                for token in range(24):
+                    session.step(torch.tensor([[token]]))
+
+            counted = flops(decode) / 24
+        assert method.cost(shape, "float32", point).flops_per_token == pytest.approx(counted, 0.01)
+
+
+# -- 4: the artefact ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_loaded_artefact_gives_the_same_logits(
+    name: str, made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(name)
+    found: dict[str, str] = {}
+
+    def look(bench: Any, model: torch.nn.Module, data: Any) -> None:
+        found.update(digests(bench.method, model))
+        raise HardKill
+
+    monkeypatch.setattr("effbench.stages.evaluate.evaluate", look)
+    monkeypatch.setattr("effbench.stages.evaluate.count_model", lambda bench, model: None)
+    with pytest.raises(HardKill):
+        run_here(compose("eval", eval_words(run)))
+    assert run.logits == found
+
+
+def eval_words(run: Made) -> list[str]:
+    return [
+        f"from={run.record.key}",
+        "evaluator=[perplexity,choices]",
+        f"run.results={run.bench.root}",
+        "run.progress=false",
+        "hardware.device=cpu",
+        "hardware.dtype=float32",
+        "hardware.threads=1",
+    ]
+
+
+@pytest.mark.parametrize("name", ["lora", "qdylora", "rtn", "lora_drop"])
+def test_a_fresh_process_gives_the_same_numbers(name: str, made: Callable[[str], Made]) -> None:
+    run = made(name)
+    words = eval_words(run)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from effbench.cli import main; main()", "eval", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    job = compose("eval", words)
+    again = json.loads((run.bench.store.records / f"{job.spec.key}.json").read_text())
+    expected = [m for m in run.record.metrics if m.split]
+    assert len(expected) > 4
+    values = {(m["name"], m["point"]): m["value"] for m in again["metrics"] if m["split"]}
+    assert values == {(m.name, m.point): m.value for m in expected}
+
+
+# -- 5: interruptions --------------------------------------------------------------------------
+
+
+class Interrupted:
+    """Does something as soon as the n-th step or part of this session is on the record."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> None:
+        seen = 0
+        append = EventLog.append
+
+        def watched(log: EventLog, kind: str, **facts: Any) -> None:
+            nonlocal seen
+            append(log, kind, **facts)
+            seen += kind in ("step", "part")
+            if kind in ("step", "part") and seen == at:
+                act()
+
+        patch.setattr(EventLog, "append", watched)
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill() -> None:
+    raise HardKill
+
+
+def without_evaluation(patch: pytest.MonkeyPatch) -> None:
+    for module in (train, compress):
+        patch.setattr(module, "evaluate", lambda bench, model, data: None)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_stopped_after_every_step_it_ends_the_same(
+    name: str, made: Callable[[str], Made], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(name)
+    job = bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS)
+    without_evaluation(monkeypatch)
+    stops = 0
+    parts = 1 if stage_of(name) == "train" else 9
+    while True:
+        with monkeypatch.context() as patch:
+            Interrupted(patch, parts, ask_to_stop)
+            try:
+                run_here(job)
+                break
+            except StoppedError:
+                stops += 1
+    assert stops >= 3
+    assert losses(bench, job) == run.losses
+    assert files(bench.folder(job).artefact) == run.artefact
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("name", MAKERS)
+def test_killed_it_goes_on_from_the_last_checkpoint(
+    name: str,
+    at: int,
+    made: Callable[[str], Made],
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = made(name)
+    job = bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS)
+    without_evaluation(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(HardKill):
+        Interrupted(patch, at, kill)
+        run_here(job)
+    assert bench.folder(job).checkpoint.is_file() == (at == 3 and stage_of(name) == "train")
+    run_here(job)
+    assert losses(bench, job) == run.losses
+    assert files(bench.folder(job).artefact) == run.artefact
+
+
+# -- 6: nothing is left behind -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_and_sessions_leave_no_trace(name: str) -> None:
+    method, model = strengthened(name)
+    before, expected = state_hash(model), digests(method, model)
+    whole = logits(method, model)
+    for point in method.points():
+        with pytest.raises(HardKill), method.at(model, point):
+            session = method.session(model)
+            session.prefill(torch.arange(10).view(2, 5))
+            for token in range(5):
+                session.step(torch.full((2, 1), token))
+            session.reorder(torch.tensor([1, 0]))
+            session.step(torch.full((2, 1), 7))
+            raise HardKill
+        assert logits(method, model).equal(whole)
+    assert state_hash(model) == before
+    assert digests(method, model) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_session_decodes_what_one_pass_gives(name: str) -> None:
+    method, model = strengthened(name)
+    ids = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(1))
+    batch = make_batch([(ids[0].tolist(), [-100] * 5 + ids[0, 5:].tolist())], 0)
+    for point in method.points():
+        with method.at(model, point), torch.no_grad():
+            session = method.session(model)
+            steps = [session.prefill(ids[:, :5])]
+            steps += [session.step(ids[:, t : t + 1]) for t in range(5, 12)]
+            one_pass = method.logits(model, batch)[0, 4:]
+        torch.testing.assert_close(torch.cat(steps), one_pass, atol=2e-5, rtol=1e-4)
+
+
+# -- 7: seeds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_another_seed_is_another_run(
+    name: str, made: Callable[[str], Made], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(name)
+    without_evaluation(monkeypatch)
+    jobs = [
+        bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS, f"seed={seed}")
+        for seed in (0, 1)
+    ]
+    assert jobs[0].spec.key == run.record.key
+    assert jobs[1].spec.key != run.record.key
+    if stage_of(name) == "compress":
+        return
+    run_here(jobs[1])
+    weights = "weights.safetensors"
+    assert losses(bench, jobs[1]) != run.losses
+    path = bench.folder(jobs[1]).artefact / weights
+    other, one = read_tensors(path), read_tensors(run.bench.folder(run.job).artefact / weights)
+    assert any(not other[n].equal(one[n]) for n in one)
+
+
+# -- 8: operating points -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Made]) -> None:
+    assert set(EVALUATORS) == set(registry.names("evaluators"))
+    run = made(name)
+    method = make_method(run.job.spec.method)
+    shape = compose("eval", ["model=tiny"]).spec.model.shape
+    assert shape is not None
+    found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
+    for point in method.points():
+        for metric in EVALUATORS.values():
+            assert found[metric, point].value >= 0
+        stated = method.cost(shape, "float32", point)
+        assert found["weight_bytes", point].value == stated.resident_bytes
+        assert found["params", point].value == stated.params
+    assert len({(m.name, m.point, m.split, m.phase) for m in run.record.metrics}) == len(
+        run.record.metrics
+    )
