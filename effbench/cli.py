@@ -32,11 +32,11 @@ First steps:
 )
 
 
-def complete_override(incomplete: str) -> list[str]:
+def complete_override(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `group=`, `group=name` and `group.key=`."""
-    from effbench.completion import complete
+    from effbench.completion import complete_after
 
-    return complete(incomplete)
+    return complete_after(context.params.get("overrides") or [], incomplete)
 
 
 def complete_run(incomplete: str) -> list[str]:

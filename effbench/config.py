@@ -351,17 +351,12 @@ def _inherit(
     stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec | None
 ) -> tuple[Plugin, ModelSpec, DatasetSpec]:
     """Return method, model and dataset; what an earlier run fixed cannot be chosen again."""
+    if parent:
+        _refuse_fixed(stage, chosen, parent)
     settings = dict(config["method"])
     method = _plugin("methods", settings.pop("name"), settings, "method")
     if parent is None:
         return method, _model(config["model"]), _dataset(config["dataset"])
-    fixed = ["model", "method"] if stage == "eval" else ["model"]
-    for key in fixed:
-        if any(c == key or c.startswith(f"{key}.") for c in chosen):
-            raise UserError(
-                f"from= already fixes the {key} ({getattr(parent, key).name}).",
-                f"Leave {key}= out" + (", or leave from= out." if stage != "eval" else "."),
-            )
     if chosen & {"dataset", "experiment"}:
         dataset = _dataset(config["dataset"])
     else:
@@ -373,6 +368,15 @@ def _inherit(
             "Put them back, or run that one again first.",
         )
     return (parent.method if stage == "eval" else method), parent.model, dataset
+
+
+def _refuse_fixed(stage: Stage, chosen: set[str], parent: Spec) -> None:
+    for key in ("model", "method") if stage == "eval" else ("model",):
+        if any(c == key or c.startswith(f"{key}.") for c in chosen):
+            raise UserError(
+                f"from= already fixes the {key} ({getattr(parent, key).name}).",
+                f"Leave {key} out, or leave from= out.",
+            )
 
 
 def _overlaid(

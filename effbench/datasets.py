@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -425,7 +426,7 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
         {
             "texts": [[t.id, t.right] for t in texts],
             "form": [spec.kind, spec.max_length, spec.chat],
-            "tokenizer": tokenizer_hash(tokenizer),
+            "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
             "version": 2,
         },
         32,
@@ -434,7 +435,8 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
 
     path = cache_dir() / "tokens" / f"{key}.json"
     if path.is_file():
-        return [_example(e) for e in json.loads(path.read_text())]
+        with suppress(ValueError):  # a damaged file is made again
+            return [_example(e) for e in json.loads(path.read_text())]
     make = _packed if spec.kind == "text" else _paired
     examples = make(texts, spec, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from annotated_types import Ge, Gt, Interval
 from effbench.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""What pydantic calls an unknown key; often the reason why another one is missing."""
 
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -42,7 +44,8 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         checked: T = _adapter(cls).validate_json(text, strict=True)
         return checked
     except ValidationError as error:
-        raise _explain(cls, error.errors()[0], where) from None
+        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
+        raise _explain(cls, first, where) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} holds a value that JSON cannot hold: {error}.") from None
 
@@ -72,7 +75,7 @@ def _dataclasses_in(cls: type) -> set[type]:
 def _explain(cls: type, error: Any, where: str) -> UserError:
     loc = [str(p) for p in error["loc"]]
     place = ".".join([where, *loc] if where else loc)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in UNKNOWN:
         return UserError(f"Unknown key {place!r}.", did_you_mean(loc[-1], _names_in(cls, loc[:-1])))
     if error["type"].startswith("missing"):
         if isinstance(error["loc"][-1], int):

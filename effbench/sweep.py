@@ -20,6 +20,7 @@ from effbench.config import (
     to_plain,
 )
 from effbench.errors import RunFailedError, UserError
+from effbench.files import mendable
 from effbench.launch import execute
 from effbench.spec import Stage
 from effbench.store import Store
@@ -59,6 +60,8 @@ def sweep(
     if extra:
         words.append(f"hydra.searchpath=[{','.join(f'file://{p.resolve()}' for p in extra)}]")
     folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    with mendable(folder):
+        folder.mkdir(parents=True)
     words.append(f"hydra.sweep.dir={folder}")
 
     def task(config: Any) -> None:

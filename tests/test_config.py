@@ -90,7 +90,7 @@ SPEC = Spec(
 
 
 def test_the_key_of_a_spec_is_what_it_was() -> None:
-    assert SPEC.key == "GOLDEN", "raise SPEC_VERSION when keys change on purpose"
+    assert SPEC.key == "90f3cea0138d52a1", "raise SPEC_VERSION when keys change on purpose"
 
 
 def test_the_key_survives_json() -> None:
@@ -232,10 +232,10 @@ def test_a_method_of_another_package_needs_no_file(monkeypatch: pytest.MonkeyPat
     assert "foreign" in options("method")
     spec = compose("train", ["model=tiny", "method=foreign", "method.strength=3"]).spec
     assert spec.method == Plugin("foreign", {"strength": 3, "width": 0.5})
-    with pytest.raises(UserError, match="method.strength has no value"):
+    with pytest.raises(UserError, match=r"method\.strength has no value"):
         compose("train", ["model=tiny", "method=foreign"])
-    with pytest.raises(UserError, match="Unknown key 'method.strenght'"):
-        compose("train", ["model=tiny", "method=foreign", "method.strenght=3"])
+    with pytest.raises(UserError, match=r"Unknown key .method\.strenght."):
+        compose("train", ["model=tiny", "method=foreign", "method.strength=1", "method.strenght=3"])
     page = describe("method", "foreign")
     assert "method.strength = ???" in page
     assert "How wide." in page
@@ -268,9 +268,9 @@ def test_a_run_goes_on_with_the_data_of_its_parent(bench, parent) -> None:
 
 def test_single_settings_change_the_data_of_the_parent(bench, parent) -> None:
     first = parent("train", "dataset.max_length=48", "dataset.limit.train=50")
-    spec = bench.job("eval", f"from={first}", "dataset.limit.test=9", "~dataset.limit.train").spec
+    spec = bench.job("eval", f"from={first}", "dataset.limit.test=9").spec
     assert spec.dataset.name == "arithmetic"
-    assert (spec.dataset.limit, spec.dataset.max_length) == ({"test": 9}, 48)
+    assert (spec.dataset.limit, spec.dataset.max_length) == ({"train": 50, "test": 9}, 48)
 
 
 def test_other_data_take_their_own_settings(bench, parent) -> None:

@@ -133,7 +133,7 @@ def digests(method: Method, model: torch.nn.Module) -> dict[str, str]:
 def state_hash(model: torch.nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -281,9 +281,9 @@ def test_its_cache_grows_as_stated(name: str, dtype: str) -> None:
             session = method.session(model)
             session.prefill(torch.arange(8)[None])
             before = session.kv_bytes()
-            for token in range(24):  # a multiple of any short cycle
+            for token in range(12):  # a multiple of any short cycle
                 session.step(torch.tensor([[token]]))
-            grown = (session.kv_bytes() - before) / 24
+            grown = (session.kv_bytes() - before) / 12
         assert grown == method.cost(shape, dtype, point).kv_bytes_per_token
 
 
@@ -299,16 +299,16 @@ def test_its_flops_are_what_torch_counts(name: str) -> None:
     # expansion of packed weights is one of them, and the cost states neither.
     method, model, shape, ctx = fresh(name)
     model = changed(method, model, ctx).requires_grad_(False).eval()
-    for point in method.points():
+    for point in {method.points()[0], method.points()[-1]}:
         with method.at(model, point):
             session = method.session(model)
             session.prefill(torch.tensor([[5]]))
 
             def decode(session: Any = session) -> None:
-                for token in range(24):
+                for token in range(12):
                     session.step(torch.tensor([[token]]))
 
-            counted = flops(decode) / 24
+            counted = flops(decode) / 12
         assert method.cost(shape, "float32", point).flops_per_token == pytest.approx(counted, 0.01)
 
 
@@ -336,6 +336,9 @@ def test_a_loaded_artefact_gives_the_same_logits(
 def eval_words(run: Made) -> list[str]:
     return [
         f"from={run.record.key}",
+        "dataset=arithmetic",
+        "+dataset.limit.test=24",
+        "+dataset.limit.train=16",
         "evaluator=[perplexity,choices]",
         f"run.results={run.bench.root}",
         "run.progress=false",

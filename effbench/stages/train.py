@@ -111,6 +111,11 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
         UserError: When there is nothing to train, or nothing to train on.
     """
     spec, method = bench.spec, bench.method
+    if spec.train.patience and not spec.train.validate_every:
+        raise UserError(
+            f"train.patience={spec.train.patience} waits for validations, but there are none.",
+            "Set train.validate_every too.",
+        )
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(bench), cpu=bench.device.type == "cpu"
     )
@@ -354,8 +359,9 @@ def _resume(trainer: Trainer) -> None:
     try:
         state = torch.load(path, map_location=bench.device, weights_only=True)
     except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            f"{path} cannot be read: {reason}",
             "Start anew with --fresh.",
         ) from None
     with torch.no_grad():

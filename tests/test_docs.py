@@ -1,0 +1,399 @@
+"""The documentation is true: commands compose, links lead somewhere, lists are complete."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from effbench import registry
+from effbench.cli import app
+from effbench.config import check_overrides, compose, groups
+from effbench.methods.base import Method
+from effbench.store import MARKER, Store
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+EXAMPLE = ROOT / "tests" / "plugin_example"
+STAGES = {"train": "train", "compress": "compress", "eval": "eval", "plan": None}
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    mark: str
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(
+        r"(?:^<!-- (.*?) -->\n)?^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S
+    )
+    return [Block(page, *parts) for parts in found]
+
+
+def shell_lines(program: str) -> list[tuple[str, str]]:
+    """Return `(page, command)` of every line in an unmarked block that runs `program`."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page):
+            if block.mark.startswith("no-test:") or block.language not in ("", "bash", "console"):
+                continue
+            for line in block.text.splitlines():
+                inner = re.search(r"\$\((.*?)\)", line)
+                command = inner[1] if inner else line.removeprefix("$ ")
+                if command.startswith(f"{program} "):
+                    found.setdefault(command, page.relative_to(ROOT).as_posix())
+    return [(page, command) for command, page in found.items()]
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """Return `(page, command)` of every command in running text that has no placeholder."""
+    found = {}
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        for command in re.findall(r"`(effbench [^`]+)`", text):
+            if not re.search(r"\b[A-Z]{2,}\b| --install", command):
+                found.setdefault(command, page.relative_to(ROOT).as_posix())
+    return [(page, command) for command, page in found.items()]
+
+
+def commands() -> list[Any]:
+    found = {c: p for p, c in [*inline_commands(), *shell_lines("effbench")]}
+    return [pytest.param(c, id=f"{p}: {c}") for c, p in sorted(found.items())]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files and runs that the documentation speaks of."""
+    import gguf
+
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "my.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    (folder / "my-model").mkdir()
+    (folder / "my-model" / "config.json").write_text(
+        '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,'
+        ' "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}'
+    )
+    writer = gguf.GGUFWriter(folder / "my-model.gguf", "llama")
+    for add, value in (
+        (writer.add_embedding_length, 64),
+        (writer.add_feed_forward_length, 128),
+        (writer.add_block_count, 2),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_vocab_size, 512),
+        (writer.add_context_length, 512),
+    ):
+        add(value)
+    writer.add_tensor("token_embd.weight", np.zeros((512, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def keys(desk: Path) -> dict[str, str]:
+    """The runs that the documentation speaks of: the key in the text, and the real one."""
+    store, found = Store(desk / "results"), {}
+    runs = {"3f2a": "lora", "91bc": "qlora", "07de": "dylora", "latest": "full"}
+    for number, (name, method) in enumerate(runs.items()):
+        spec = compose("train", [f"method={method}", "model=tiny", "dataset=arithmetic"]).spec
+        run = store.run(spec.key)
+        run.create(spec)
+        (run.path / MARKER).write_text(f"{number}\n")
+        os.utime(run.path, (number, number))
+        found[name] = spec.key
+    return found
+
+
+@pytest.fixture
+def at_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(desk)
+    monkeypatch.delenv("EFFBENCH_RESULTS", raising=False)
+    return desk
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, at_desk: Path, keys: dict[str, str]) -> None:
+    words = [
+        re.sub(r"^from=(\w+)$", lambda m: f"from={keys[m[1]]}" if m[1] != "latest" else m[0], word)
+        for word in shlex.split(command)[1:]
+    ]
+    if len(words) == 1:
+        assert words[0] in get_command(app).commands  # type: ignore[attr-defined]
+        return
+    if words[0] in ("list", "show") or "--help" in words:
+        result = CliRunner().invoke(app, words)
+        assert result.exception is None, result.exception
+        assert result.stdout
+        return
+    context = parsed(words)
+    if words[0] in STAGES and context.params["overrides"]:
+        for point in points(list(context.params["overrides"]), context.params):
+            assert compose(STAGES[words[0]], point).spec.key  # type: ignore[arg-type]
+
+
+def parsed(words: list[str]) -> Any:
+    """Return the context of the last command in `words`, its options checked, nothing run."""
+    command: Any = get_command(app)
+    name, context = "effbench", None
+    while True:
+        context = command.make_context(name, list(words), parent=context)
+        rest = [*getattr(context, "_protected_args", ()), *context.args]
+        if not hasattr(command, "resolve_command") or not rest:
+            return context
+        name, command, words = command.resolve_command(context, rest)
+
+
+def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
+    """Return the first and the last run of a grid, for the launcher of this machine."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    elsewhere = [w for w in words if w.startswith("launcher=")]
+    check_overrides(elsewhere)
+    words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher."))]
+    if not (options.get("multirun") or elsewhere):
+        return [words]
+    parser = OverridesParser.create()
+    grid = BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
+    return [list(grid[0]), list(grid[-1])]
+
+
+def test_make_targets() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {word for _, c in shell_lines("make") for word in shlex.split(c)[1:] if "=" not in word}
+    assert used <= targets
+    assert {"demo", "test"} <= used
+
+
+def test_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    used = {e for page in PAGES for e in re.findall(r"effbench\[(\w+)\]", page.read_text())}
+    assert used <= set(project["optional-dependencies"])
+
+
+def test_groups_are_named() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    named = re.search(r"Groups: (.*?)\. Besides", text, re.S)
+    assert named is not None
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(groups())
+
+
+# -- links -------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+def test_readme_opens_with_two_commands() -> None:
+    first = blocks(ROOT / "README.md")[0]
+    assert first.text == "make demo\nmake test\n"
+
+
+# -- lists -------------------------------------------------------------------------------------
+
+
+def test_every_method_has_a_page_and_every_page_a_method() -> None:
+    pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"README"}
+    assert pages == own_methods()
+
+
+def test_index_of_methods() -> None:
+    text = (ROOT / "docs" / "methods" / "README.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.md\) \| (\w+) \|.*\| (?:\[(.*?)\].*)?\|$", text, re.M)
+    assert {name for name, *_ in rows} == own_methods()
+    for name, link, stage, paper in rows:
+        cls = registry.find("methods", name)
+        assert (link, stage, paper) == (name, cls.stage, cls.paper.identifier if cls.paper else "")
+
+
+def test_what_can_follow_what() -> None:
+    text = (ROOT / "docs" / "methods" / "README.md").read_text().split("## What can follow what")[1]
+    seen = set()
+    for names, starts, leaves in re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \| (\w+) \|$", text, re.M):
+        for name in names.split(", ") if names != "method" else ():
+            cls = registry.find("methods", name)
+            assert (set(starts.split(", ")), leaves) == (set(cls.works_on), cls.leaves), name
+            seen.add(name)
+    assert seen == own_methods()
+
+
+def own_methods() -> set[str]:
+    return set(registry.names("methods")) - set(registry.plugins("methods"))
+
+
+def test_layout_lists_the_modules_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)
+    package = ROOT / "effbench"
+    there = {p.relative_to(package).as_posix() for p in package.rglob("*.py")}
+    assert sorted(listed) == sorted(p for p in there if not p.endswith("__init__.py"))
+
+
+def test_protocol_lists_the_hooks_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## The method protocol")[1]
+    rows = re.findall(r"^\| (`.*?`) \|", text, re.M)
+    hooks = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    public = {n: v for n, v in vars(Method).items() if not n.startswith("_")}
+    there = {n for n, v in public.items() if callable(v) or isinstance(v, property)}
+    assert sorted(hooks) == sorted(there)
+    named = re.search(r"Class variables: (.*?)\.\n", text, re.S)
+    assert named is not None
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+
+
+# -- what may import what ----------------------------------------------------------------------
+
+ABOVE = ("cli", "launch", "sweep", "worker", "stages", "catalogue", "completion", "doctor")
+FORBIDDEN = {
+    "nn": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "store"),
+    "kernels": (*ABOVE, "methods", "nn", "evaluators", "models", "datasets", "config", "store"),
+    "methods": (*ABOVE, "evaluators", "models", "datasets", "config", "plan", "store", "records"),
+    "evaluators": (*ABOVE, "config", "plan", "store"),
+    "measure": (*ABOVE, "methods", "models", "datasets", "config", "plan", "store"),
+    "models": (*ABOVE, "evaluators", "datasets", "plan", "store"),
+    "datasets": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),
+    "stages": ("cli", "launch", "sweep", "worker", "catalogue", "completion", "doctor"),
+    "worker": ("cli", "launch", "sweep"),
+    "launch": ("cli", "sweep", "worker", "stages"),
+    "store": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "report"),
+    "records": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "report"),
+    "report": ("cli", "launch", "sweep", "worker", "stages", "methods", "models", "datasets"),
+    "plan": (*ABOVE, "models", "datasets", "evaluators", "report"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the parts of effbench that a file imports anywhere, type checking aside."""
+    found = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "effbench":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("effbench."):
+            found.add(str(node.module).split(".")[1])
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_go_down(part: str) -> None:
+    package = ROOT / "effbench"
+    files = sorted((package / part).rglob("*.py")) or [package / f"{part}.py"]
+    wrong = {f.name: imports(f) & set(FORBIDDEN[part]) for f in files}
+    assert not any(wrong.values()), wrong
+
+
+def test_torch_is_not_imported_before_or_after_a_run() -> None:
+    light = ["catalogue", "cli", "completion", "config", "doctor", "launch", "plan", "query"]
+    light += ["records", "store", "sweep"]
+    light += [f"report.{p.stem}" for p in (ROOT / "effbench" / "report").glob("*.py")]
+    light += [f"methods.{name}" for name in own_methods()]
+    light += [f"evaluators.{p.stem}" for p in (ROOT / "effbench" / "evaluators").glob("*.py")]
+    code = "\n".join(f"import effbench.{name.removesuffix('.__init__')}" for name in light)
+    code += "\nimport sys\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# -- adding a method ---------------------------------------------------------------------------
+
+
+def test_the_example_is_what_the_page_shows() -> None:
+    shown = {
+        b.mark.removeprefix("file: "): b.text
+        for b in blocks(ROOT / "docs" / "adding-a-method.md")
+        if b.mark.startswith("file: ")
+    }
+    files = {p.relative_to(ROOT).as_posix() for p in EXAMPLE.iterdir() if p.is_file()}
+    assert set(shown) == files
+    for name, text in shown.items():
+        assert text == (ROOT / name).read_text(), name
+
+
+def effbench(folder: Path, *words: str) -> str:
+    """Run the command line in a process that finds what lies in `folder` first."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from effbench.cli import main; main()", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_method_from_another_package(tmp_path: Path) -> None:
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    shutil.copy(EXAMPLE / "effbench_neftune.py", tmp_path)
+    info = tmp_path / f"effbench_neftune-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+    assert "neftune    NEFTune: LoRA whose token" in effbench(tmp_path, "list", "methods")
+    assert "method.noise = 5.0" in effbench(tmp_path, "show", "method", "neftune")
+    words = ["method=neftune", "model=tiny", "dataset=arithmetic", "train.max_steps=2"]
+    out = effbench(tmp_path, "train", *words)
+    assert "train neftune tiny arithmetic seed 0" in out
+    assert [p.suffix for p in (tmp_path / "results" / "records").iterdir()] == [".json"]
+
+
+def test_a_method_inside(tmp_path: Path) -> None:
+    for part in ("effbench", "conf"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(EXAMPLE / "effbench_neftune.py", tmp_path / "effbench" / "methods" / "neftune.py")
+    shutil.copy(EXAMPLE / "neftune.yaml", tmp_path / "conf" / "method")
+
+    assert "neftune    NEFTune: LoRA on token" in effbench(tmp_path, "list", "methods")
+    out = effbench(tmp_path, "plan", "method=neftune", "method.noise=0", "model=tiny")
+    assert "train neftune tiny piqa seed 0" in out

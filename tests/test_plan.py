@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+
+from effbench import plan
+from effbench.config import compose, known_shape
+from effbench.plan import Prediction, gib, predict, render
+from effbench.spec import Job, Machine
+
+LLAMA = ["model=llama2-7b", "dataset=arithmetic", "hardware=cpu", "hardware.dtype=bfloat16"]
+
+
+def job(*words: str) -> Job:
+    return compose(None, [*LLAMA, *words])
+
+
+def predicted(*words: str, machine: Machine | None = None) -> Prediction:
+    spec = job(*words).spec
+    shape = known_shape(spec.model)
+    assert shape is not None
+    return predict(spec, shape, machine or Machine())
+
+
+def text(*words: str) -> str:
+    one = job(*words)
+    shape = known_shape(one.spec.model)
+    assert shape is not None
+    return render(predict(one.spec, shape, one.runtime.machine), one.spec, one.runtime.machine)
+
+
+def test_memory_of_full_training_is_counted_from_the_parameters() -> None:
+    found = predicted("method=full")
+    count = found.cost.params
+    assert count == 6_738_415_616
+    assert found.cost.trainable == count
+    assert found.memory["weights"] == 4 * count
+    assert found.memory["gradients"] == 4 * count
+    assert found.memory["optimiser"] == 8 * count
+    assert found.peak == sum(found.memory.values())
+
+
+def test_memory_falls_with_what_is_trained_and_how_it_is_held() -> None:
+    full, lora, qlora = (predicted(f"method={m}").peak for m in ("full", "lora", "qlora"))
+    assert full > 4 * lora > 4 * qlora
+    eight = predicted("method=full", "train.optimizer=adamw8bit").memory["optimiser"]
+    assert eight * 4 == predicted("method=full").memory["optimiser"]
+    assert predicted("method=full", "train.optimizer=sgd").memory["optimiser"] == 0
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_recomputation() -> None:
+    one, two = (predicted(f"train.batch_size={n}").memory["activations"] for n in (1, 2))
+    assert two == 2 * one
+    recomputed = predicted("train.batch_size=2", "train.gradient_checkpointing=true")
+    assert recomputed.memory["activations"] < two / 8
+    assert recomputed.flops == pytest.approx(1.5 * predicted("train.batch_size=2").flops, rel=0.01)
+
+
+def test_work_is_six_flops_per_parameter_and_token_when_all_train() -> None:
+    found = predicted("method=full", "train.max_steps=10", "train.accumulation=2")
+    assert found.tokens == 10 * 2 * 8 * 64
+    multiplied = found.cost.params - 32000 * 4096  # the embedding is looked up
+    assert found.flops == pytest.approx(6 * multiplied * found.tokens, rel=0.03)
+
+
+def test_a_stage_without_training_has_neither_optimiser_nor_work() -> None:
+    found = predicted("method=rtn")
+    assert set(found.memory) == {"weights", "kv cache", "logits"}
+    assert (found.flops, found.tokens, found.seconds) == (0.0, 0, None)
+    assert found.memory["kv cache"] == 64 * 2 * 32 * 4096 * 2
+
+
+def test_a_run_fits_or_it_does_not_or_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    big = Machine("box", memory_gib=400, tflops=1)
+    found = predicted("method=full", machine=big)
+    assert found.fits is True
+    assert found.seconds == pytest.approx(found.flops / 1e12)
+    assert predicted("method=full", machine=Machine("box", memory_gib=4)).fits is False
+    monkeypatch.setattr(plan, "memory_bytes", lambda: (0, 0))
+    assert predicted("method=full").fits is None
+
+
+def test_the_verdict_says_what_to_do() -> None:
+    said = text("method=full", "hardware.memory_gib=8", "hardware.name=box")
+    assert "It does not fit" in said
+    assert "of 8.00 GiB on box" in said
+    assert "Most of it is optimiser: train fewer weights (method=lora)" in said
+    assert "method=qlora" in text("method=lora", "hardware.memory_gib=8", "train.batch_size=1")
+    assert "It fits" in text("method=qlora", "hardware.memory_gib=30")
+
+
+def test_the_machine_of_an_experiment_is_taken() -> None:
+    one = compose(None, ["experiment=qdylora_paper"])
+    shape = known_shape(one.spec.model)
+    assert shape is not None
+    found = predict(one.spec, shape, one.runtime.machine)
+    assert found.available == 30 * 2**30
+    assert found.seconds == pytest.approx(found.flops / 125e12)
+    said = render(found, one.spec, one.runtime.machine)
+    assert "125 TFLOP/s of NVIDIA V100 32 GB (modelled)" in said
+    assert one.spec.key in said
+
+
+def test_notes_say_what_a_saving_is_not() -> None:
+    assert "4-bit weights save memory, not time" in text("method=qlora")
+    assert "4-bit weights" not in text("method=lora")
+
+
+def test_the_summary_is_what_a_record_can_hold() -> None:
+    summary = predicted("method=lora").summary()
+    assert summary["peak_bytes"] == sum(summary["memory"].values())
+    assert summary["cost"]["saving"] == "none"
+
+
+@pytest.mark.parametrize("size, said", [(2**30, "1.00 GiB"), (3 * 2**20, "3.0 MiB")])
+def test_sizes_for_people(size: int, said: str) -> None:
+    assert gib(size) == said
