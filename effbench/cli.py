@@ -149,6 +149,11 @@ def _stage(
     from effbench.launch import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
+    if multirun and (dry_run or print_key):
+        raise UserError(
+            "--dry-run and --print-key are for one run, not for a grid.",
+            "Leave -m out and give one value for each key.",
+        )
     if (multirun or is_sweep(words)) and not (dry_run or print_key):
         _grid(stage, words, extra, fresh)
         return

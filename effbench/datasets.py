@@ -167,7 +167,7 @@ def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
     result: dict[str, list[Text]] = {name: [] for name in shares}
     for text in texts:
         place = int(hashlib.sha256(text.id.encode()).hexdigest()[:13], 16) / 16**13
-        for name, share in shares.items():
+        for name, share in sorted(shares.items()):
             if place < share:
                 result[name].append(text)
                 break

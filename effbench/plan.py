@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from effbench.config import make_method
+from effbench.measure.hardware import memory_bytes
 from effbench.methods.base import Cost, Method, chain_cost
 from effbench.shapes import DTYPE_BYTES, Shape
 from effbench.spec import Machine, Spec
@@ -94,7 +94,7 @@ def predict(
         }
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
-    return Prediction(cost, memory, flops, total, seconds, available, _notes(spec, cost))
+    return Prediction(cost, memory, flops, total, seconds, available, _notes(spec, methods, cost))
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
@@ -133,24 +133,18 @@ def _flops_per_trained_token(spec: Spec, cost: Cost, shape: Shape) -> float:
     return 2 * forward + 2.0 * cost.trainable + recompute
 
 
-def _notes(spec: Spec, cost: Cost) -> list[str]:
+def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
     notes = []
     if cost.saving == "simulated":
         notes.append("The saving is simulated: it is computed, but not held, in fewer bytes.")
-    if spec.method.name and spec.hardware.device == "cpu" and "nf4" in str(spec.method):
+    if spec.hardware.device == "cpu" and any(m.weights == "nf4" for m in methods):
         notes.append("On a CPU, 4-bit weights save memory, not time.")
     return notes
 
 
 def free_memory(device: str) -> int:
     """Return the bytes that are free on this machine's CPU side; 0 where that is not known."""
-    path = Path("/proc/meminfo")
-    if device != "cpu" or not path.is_file():
-        return 0
-    for line in path.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return memory_bytes()[1] if device == "cpu" else 0
 
 
 def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:

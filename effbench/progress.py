@@ -31,28 +31,35 @@ class Progress:
         """Show how far something is; called as often as one likes."""
         now = time.monotonic()
         interval = self.INTERVAL_TTY if self._tty else self.INTERVAL_PLAIN
-        last = done >= total
+        last = 0 < total <= done
         if not self._enabled or (now - self._last < interval and not (last and details)):
             return
         self._last = now
-        line = f"{what} {done}/{total} {details}".rstrip()
+        place = f"{done}/{total}" if total else str(done)
+        line = f"{what} {place} {details}".rstrip()
         if not self._tty:
             self._console.print(line, markup=False)
             return
-        width = 24
-        filled = round(width * done / max(total, 1))
-        bar = "━" * filled + "╺" * (width - filled)
-        text = f"{bar} {line}"[: self._console.width - 1]
+        text = f"{_drawn(done, total)} {line}".strip()[: self._console.width - 1]
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
         self._open_line = True
         if last:
             self._end_line()
 
+    def count(self, what: str, done: int, details: str = "") -> None:
+        """Show how far something is whose end is not known."""
+        self.bar(what, done, 0, details)
+
     def _end_line(self) -> None:
         if self._open_line:
             sys.stderr.write("\n")
             self._open_line = False
+
+
+def _drawn(done: int, total: int, width: int = 24) -> str:
+    filled = round(width * done / total) if total else 0
+    return "━" * filled + "╺" * (width - filled) if total else ""
 
 
 def duration(seconds: float) -> str:

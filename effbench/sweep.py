@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from effbench.config import (
+    Words,
     check_overrides,
     conf_dir,
     hydra_compose,
@@ -54,9 +55,10 @@ def sweep(
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    words = check_overrides(overrides, extra).with_method(stage)
+    checked = check_overrides(overrides, extra)
+    words = checked.with_method(stage)
     words = [_latest_now(w, _results(words)) for w in words]
-    _try_one(stage, words, extra)
+    _try_one(stage, replace(checked, words=words), extra)
     if extra:
         words.append(f"hydra.searchpath=[{','.join(f'file://{p.resolve()}' for p in extra)}]")
     folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -69,7 +71,7 @@ def sweep(
         mine = [str(o).lstrip("+") for o in context.overrides.task]
         key, error = "", ""
         try:
-            job = job_from(stage, to_plain(config), _chosen_in(mine))
+            job = job_from(stage, to_plain(config), checked.chosen)
             key = job.spec.key
             execute(job, fresh)
         except UserError as problem:
@@ -97,7 +99,7 @@ def sweep(
     return [Outcome(**json.loads(p.read_text())) for p in files]
 
 
-def _try_one(stage: Stage, words: Sequence[str], extra: Sequence[Path]) -> None:
+def _try_one(stage: Stage, checked: Words, extra: Sequence[Path]) -> None:
     """Compose runs of the grid until one is possible.
 
     Raises:
@@ -108,23 +110,19 @@ def _try_one(stage: Stage, words: Sequence[str], extra: Sequence[Path]) -> None:
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_overrides(list(words))
+        parsed = OverridesParser.create().parse_overrides(checked.words)
         points = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException:
         return  # another sweeper draws the points itself
     problem: UserError | None = None
     for point in points:
         try:
-            job_from(stage, hydra_compose(point, extra), _chosen_in(point))
+            job_from(stage, hydra_compose(point, extra), checked.chosen)
             return
         except UserError as error:
             problem = problem or error
     if problem:
         raise problem
-
-
-def _chosen_in(overrides: Sequence[str]) -> set[str]:
-    return {o.partition("=")[0].lstrip("+~") for o in overrides}
 
 
 def _latest_now(word: str, results: Path) -> str:

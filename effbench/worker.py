@@ -1,4 +1,4 @@
-"""The process of one run: `python -m effbench.worker RESULTS KEY`, the job on standard input."""
+"""The process of one run: `python -m effbench.worker`, with the job on standard input."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import Bench
+from conftest import Bench, forget_accelerator
 
 from effbench import models, registry
 from effbench.config import compose, make_method, options, settings_of
@@ -198,7 +197,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], M
             found.update(digests(bench.method, model))
             common.save_artefact(bench, model)
 
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerator()
         bench = Bench(tmp_path_factory.mktemp(name) / "results")
         job = bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS)
         with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +207,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], M
         return Made(bench, job, record, found)
 
     yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 # -- 1: the config -----------------------------------------------------------------------------

@@ -207,9 +207,7 @@ def test_finished_evaluations_are_not_done_again(
         record = bench.run("train", *words)
     assert set(done.values()) == {1} and len(done) == 6
     other = Bench(bench.root / "other").run("train", *words)
-    values = [
-        {(m.name, m.point): m.value for m in r.metrics if m.split} for r in (record, other)
-    ]
+    values = [{(m.name, m.point): m.value for m in r.metrics if m.split} for r in (record, other)]
     assert values[0] == values[1] and len(values[0]) == 3 * 6
     assert record.outcomes == other.outcomes
     names = [(m.name, m.point, m.split, m.phase) for m in record.metrics]

@@ -272,9 +272,7 @@ def test_early_stopping_keeps_the_best_weights(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         on_event(patch, "metric", 1, interrupt)  # the artefact is made, its evaluation begun
         run_here(made)
-    record = bench.run(
-        "train", "method=lora", *[o for o in SMALL if "max_steps" not in o], *words
-    )
+    record = bench.run("train", "method=lora", *[o for o in SMALL if "max_steps" not in o], *words)
     assert record.key == made.spec.key
     found = [e["loss"] for e in events(bench, made, "validation")]
     best = found.index(min(found))

@@ -43,6 +43,13 @@ class QuantisedLinear(torch.nn.Linear):
         self.compute_dtype = compute_dtype
 
     @property
+    def logical_params(self) -> int:
+        """The weights that the packed codes stand for, and the bias."""
+        return self.in_features * self.out_features + (
+            0 if self.bias is None else self.out_features
+        )
+
+    @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The packed codes, uint8."""
         return self.codes

@@ -72,7 +72,6 @@ def window(
     most: int,
     pad: int,
     device: torch.device,
-    share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
     """Return the micro-batches of one step; their losses add up to the mean over all its tokens.
 
@@ -82,7 +81,6 @@ def window(
         most: Rows that a micro-batch may have.
         pad: Token that fills up.
         device: Where the batches go.
-        share: This process and how many there are; each takes its share of the rows.
 
     Raises:
         UserError: When no token of the step counts in the loss.
@@ -93,13 +91,12 @@ def window(
             "A whole accumulation window has no token to learn from.",
             "Raise dataset.max_length, or check the answers.",
         )
-    mine = rows[share[0] :: share[1]]
     groups = micro_batches(
-        [len(examples[i].ids) for i in mine], most, PASS_TOKENS.get(device.type, 64)
+        [len(examples[i].ids) for i in rows], most, PASS_TOKENS.get(device.type, 64)
     )
     batches = []
     for group in groups:
-        chosen = [mine[position] for position in group]
+        chosen = [rows[position] for position in group]
         batch = make_batch([(examples[i].ids, examples[i].labels()) for i in chosen], pad)
         batch.rows = chosen
         batch.window_tokens = tokens

@@ -105,6 +105,8 @@ class Bench:
 def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
     """Set the process up for a run: seeds, threads, logs."""
     spec = job.spec
+    if not folder.started:
+        (folder.path / "events.jsonl").unlink(missing_ok=True)
     if spec.hardware.threads:
         torch.set_num_threads(spec.hardware.threads)
     torch.manual_seed(spec.seed)

@@ -83,13 +83,11 @@ def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> No
     parts = Parts(bench.folder.path / "parts")
     ctx.finished = parts
     before = set(parts)
-    total = len(before)
     with stop_signal() as stop:
         for done, (name, part) in enumerate(bench.method.compress(model, calibration, ctx), 1):
             if name not in before:
                 parts.add(name, part)
                 bench.events.append("part", name=name)
-            total = max(total, done)
-            bench.progress.bar("parts", done, total + 1, name)
+            bench.progress.count("part", done, name)
             if stop.requested:
                 raise StoppedError(f"part {name}")

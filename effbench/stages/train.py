@@ -39,7 +39,7 @@ from effbench.stages.common import (
 from effbench.stats import median_interval
 
 WARMUP_STEPS = 3
-"""Steps left out of the steady-state speed."""
+"""Steps left out of the steady-state speed, where there are more."""
 
 
 @dataclass
@@ -161,16 +161,6 @@ def _mixed_precision(bench: Bench) -> str:
 
 
 def _clip(accelerator: Accelerator, parameters: Sequence[torch.Tensor], norm: float) -> None:
-    """Add up the gradients of all processes, then clip.
-
-    The model is not wrapped for distributed training, so that methods can walk its layers; every
-    loss is divided by the tokens of the whole window, so gradients add up.
-    """
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
     if norm:
         accelerator.clip_grad_norm_(parameters, norm)
 
@@ -255,16 +245,15 @@ def one_step(trainer: Trainer) -> float:
 
 
 def window_of(trainer: Trainer, step: int) -> list[Batch]:
-    """Return the micro-batches of a step for this process."""
-    settings, accelerator = trainer.settings, trainer.accelerator
-    size = settings.batch_size * settings.accumulation * accelerator.num_processes
+    """Return the micro-batches of a step."""
+    settings = trainer.settings
+    size = settings.batch_size * settings.accumulation
     return window(
         trainer.examples,
         rows_of_step(len(trainer.examples), trainer.bench.spec.seed, step, size),
         settings.batch_size,
         trainer.bench.tokenizer.pad_token_id,
         trainer.ctx.device,
-        (accelerator.process_index, accelerator.num_processes),
     )
 
 
@@ -354,7 +343,6 @@ def _resume(trainer: Trainer) -> None:
     bench = trainer.bench
     path = bench.folder.checkpoint
     if not path.is_file():
-        bench.events.cut(0)
         return
     try:
         state = torch.load(path, map_location=bench.device, weights_only=True)
@@ -411,8 +399,9 @@ def _summarise(bench: Bench, done: Progressed) -> None:
     steps = list(read_events(bench.folder.path / "events.jsonl", "step"))
     losses = [s["loss"] for s in steps]
     tail = max(1, len(losses) // 10)
-    seconds = [s["seconds"] for s in steps][WARMUP_STEPS:] or [s["seconds"] for s in steps]
-    rates = [s["tokens"] / s["seconds"] for s in steps][WARMUP_STEPS:] or [0.0]
+    steady = steps[WARMUP_STEPS:] or steps
+    seconds = [s["seconds"] for s in steady]
+    rates = [s["tokens"] / s["seconds"] for s in steady]
     step, low, high = median_interval(seconds, seed=bench.spec.seed)
     speed, slow, fast = median_interval(rates, seed=bench.spec.seed)
     counted: dict[str, Any] = {"phase": "train", "obtained": "counted"}

@@ -1,0 +1,65 @@
+"""A short run on the real SmolLM2-135M, as a person would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effbench import models
+from effbench.config import compose
+from effbench.events import read_events
+from effbench.nn.linears import decoder_linears
+from effbench.nn.quantised import storage_bytes
+from effbench.records import Record, read
+from effbench.store import Store
+
+pytestmark = pytest.mark.real
+
+LINEAR_BYTES = 54_770_040
+"""What the decoder linears of SmolLM2-135M take in NF4 with double quantisation."""
+
+
+def effbench(folder: Path, stage: str, *words: str) -> Record:
+    command = [sys.executable, "-c", "from effbench.cli import main; main()", stage, *words]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    store = Store(folder / "results")
+    return read(store.records / f"{store.resolve('latest')}.json")
+
+
+def value(record: Record, name: str, point: str = "") -> float:
+    return next(m.value for m in record.metrics if m.name == name and m.point == point)
+
+
+def test_a_short_run_learns(tmp_path: Path) -> None:
+    limit = "dataset.limit.test=8"
+    words = ("method=qdylora", "train.max_steps=4", limit, "method.eval_ranks=[1,16]")
+    trained = effbench(tmp_path, "train", *words)
+    untouched = effbench(tmp_path, "eval", limit)
+    assert value(trained, "loss", "r16") < value(untouched, "loss")
+    assert [o.ids for o in trained.outcomes] == [untouched.outcomes[0].ids] * 2
+    steps = list(read_events(tmp_path / "results/runs" / trained.key / "events.jsonl", "step"))
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert value(trained, "weight_bytes", "r16") == value(trained, "resident_bytes")
+    assert value(trained, "resident_bytes") < 0.7 * value(untouched, "resident_bytes")
+    assert len(list((tmp_path / "results/records").iterdir())) == 2
+
+
+def test_the_base_takes_the_bytes_it_should() -> None:
+    spec = compose("train", ["method=qdylora", "model=smollm2-135m"]).spec.model
+    loaded = models.load(spec, device="cpu", dtype=torch.bfloat16, weights="nf4", tokenizer=False)
+    linears = [module for _, module in decoder_linears(loaded.model)]
+    assert len(linears) == 30 * 7
+    assert sum(storage_bytes(linear) for linear in linears) == LINEAR_BYTES
