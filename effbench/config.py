@@ -99,7 +99,7 @@ def compose(
         UserError: For anything a user can mend: unknown names, wrong types, impossible values,
             an unknown `from=`, a pair of methods that cannot follow each other.
     """
-    extra = [_existing(p) for p in extra]
+    extra = [existing(p) for p in extra]
     words = check_overrides(overrides, extra)
     if words.swept:
         raise UserError(
@@ -110,7 +110,12 @@ def compose(
     return job_from(stage, hydra_compose(words.with_method(stage), extra), words.chosen)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """Return the absolute path of a folder with somebody's own configs.
+
+    Raises:
+        UserError: When there is none.
+    """
     if not folder.is_dir():
         raise UserError(f"--config-dir {folder} is not a folder.", "Create it or correct the path.")
     return folder.resolve()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.errors import UserError
+from effbench.files import mendable
 from effbench.schema import plain
 from effbench.spec import Job
 
@@ -19,14 +20,16 @@ class EventLog:
 
     def __init__(self, path: Path, job: Job) -> None:
         _mend(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._tracker = _wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
 
     def append(self, kind: str, **facts: Any) -> None:
         """Add one event."""
         line = {"time": round(time.time(), 4), "event": kind, **facts}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with mendable(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._tracker is not None:
             self._tracker.log(_flat(kind, facts))
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -89,6 +90,11 @@ class Record:
     notes: list[str] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
 
+    @property
+    def ended(self) -> float:
+        """When the run finished, in seconds since the epoch."""
+        return datetime.fromisoformat(self.started).timestamp() + self.seconds
+
     def name_of(self, part: str) -> str:
         """Return the name of the `method`, `model` or `dataset`, or an empty string."""
         return str((self.spec.get(part) or {}).get("name", ""))
@@ -158,7 +164,7 @@ def find(folder: Path, ref: str) -> Record:
     if not paths:
         raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
     if ref == "latest":
-        newest = read_all(folder, outcomes=False)[-1]
+        newest = max(read_all(folder, outcomes=False), key=lambda r: r.ended)
         return read(paths[newest.key])
     if ref in paths:
         return read(paths[ref])

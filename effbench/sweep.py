@@ -16,6 +16,7 @@ from effbench.config import (
     Words,
     check_overrides,
     conf_dir,
+    existing,
     hydra_compose,
     job_from,
     to_plain,
@@ -55,12 +56,13 @@ def sweep(
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
+    extra = [existing(p) for p in extra]
     checked = check_overrides(overrides, extra)
     words = checked.with_method(stage)
     words = [_latest_now(w, _results(words)) for w in words]
     _try_one(stage, replace(checked, words=words), extra)
     if extra:
-        words.append(f"hydra.searchpath=[{','.join(f'file://{p.resolve()}' for p in extra)}]")
+        words.append(f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]")
     folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)

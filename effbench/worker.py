@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from effbench.errors import StoppedError, UserError
@@ -49,7 +50,7 @@ def run_here(job: Job) -> None:
             try:
                 _run(job, folder, store)
             except Exception:
-                with (folder.path / "log.txt").open("a") as log:
+                with suppress(OSError), (folder.path / "log.txt").open("a") as log:
                     log.write(traceback.format_exc())
                 raise
 

@@ -214,7 +214,6 @@ def rows(count: int = 40) -> str:
         ("a.parquet", "PAR1 no", ["a.parquet cannot be read"]),
         ("a.xlsx", "x", ["no known kind", ".jsonl"]),
         ("a.txt", "one\n\ntwo\n", ["no field 'prompt'", "text"]),
-        ("a.jsonl", rows(1), ["has no rows", "dataset.cut."]),
     ],
 )
 def test_a_broken_data_file_is_named(cli, inline, tmp_path, name, text, parts) -> None:
@@ -222,6 +221,14 @@ def test_a_broken_data_file_is_named(cli, inline, tmp_path, name, text, parts) -
     words = ["model=tiny", "dataset=file", f"dataset.files.all={name}", "run.progress=false"]
     message = refused(cli, "train", *words, *STEPS)
     assert all(p in message for p in parts), message
+
+
+def test_a_split_to_train_on_without_rows_is_named(cli, inline, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows())
+    words = ["dataset=file", "dataset.files.all=a.jsonl", "dataset.cut.train=0"]
+    text = refused(cli, "train", "model=tiny", *words, "run.progress=false", *STEPS)
+    assert "Split 'train' of dataset 'file' has no rows" in text
+    assert "dataset.cut.train" in text
 
 
 def test_a_file_that_is_not_utf8_is_named(cli, inline, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from effbench.evaluators.base import make_batch
 from effbench.events import EventLog, read_events
 from effbench.measure.counting import flops, parameters
 from effbench.methods.base import Batch, Context, Method
-from effbench.nn.quantised import QuantisedLinear, storage_bytes
+from effbench.nn.quantised import storage_bytes
 from effbench.nn.state import cast_parameters, read_tensors
 from effbench.records import Record
 from effbench.spec import Job
@@ -256,7 +256,6 @@ def test_untrained_it_is_the_base(name: str) -> None:
 def test_its_cost_is_what_is_counted(name: str, dtype: str) -> None:
     method, model, shape, ctx = fresh(name, dtype)
     model = changed(method, model, ctx)
-    packed = any(isinstance(m, QuantisedLinear) for m in model.modules())
     for point in method.points():
         cost = method.cost(shape, dtype, point)
         with method.at(model, point):
@@ -264,8 +263,6 @@ def test_its_cost_is_what_is_counted(name: str, dtype: str) -> None:
             counted = parameters(model)
             if method.stage == "train":
                 assert cost.trainable == counted.trainable
-            if packed and not hasattr(QuantisedLinear, "logical_params"):
-                pytest.xfail("packed linears do not say how many parameters they stand for")
             assert cost.params == counted.total
 
 
@@ -335,9 +332,6 @@ def test_a_loaded_artefact_gives_the_same_logits(
 def eval_words(run: Made) -> list[str]:
     return [
         f"from={run.record.key}",
-        "dataset=arithmetic",
-        "+dataset.limit.test=24",
-        "+dataset.limit.train=16",
         "evaluator=[perplexity,choices]",
         f"run.results={run.bench.root}",
         "run.progress=false",

@@ -71,6 +71,18 @@ def test_a_row_keeps_its_split_whatever_stands_beside_it(tmp_path: Path) -> None
         assert set(few[name]) <= set(many[name])
 
 
+def test_a_row_stands_where_it_has_always_stood(tmp_path: Path) -> None:
+    spec = pairs(tmp_path, rows(12))
+    found = {t.answer.split()[0]: name for name, part in splits(spec).items() for t in part}
+    validation = {n for n, name in found.items() if name == "validation"}
+    test = {n for n, name in found.items() if name == "test"}
+    assert (validation, test) == ({"5", "9"}, {"1", "10", "11", "4", "8"}), (
+        "records of earlier runs saw other rows"
+    )
+    turned = dict(reversed(CUT.items()))
+    assert texts(replace(spec, cut=turned)) == texts(spec), "the order of the shares is no matter"
+
+
 def test_a_row_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     assert texts(pairs(tmp_path, rows(50) + rows(50))) == texts(pairs(tmp_path, rows(50)))
 

@@ -248,9 +248,6 @@ def test_trained_items_are_refused_after_two_runs_and_in_other_files(
         bench.run("eval", f"from={second.key}", *data("again"), *HARDWARE)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dataset.cut deals rows by the order of its keys; spec.json sorts them"
-)
 def test_a_later_evaluation_sees_the_same_items(bench: Bench) -> None:
     made = bench.run("train", "method=lora", *DATA, *SMALL, *HARDWARE)
     again = bench.run("eval", f"from={made.key}", *HARDWARE)

@@ -65,6 +65,7 @@ def test_a_run_that_cannot_be_composed_does_not_stop_the_others(cli, inline) -> 
         (["method.rnak=4,8"], "Unknown key 'method.rnak'"),
         (["method.rank=100,200"], "method.rank=100 is more"),
         (["model=tiny,tniy"], "'tniy'"),
+        (["seed=0,1", "--config-dir", "nowhere"], "nowhere is not a folder"),
         (["seed=1", "launcher=slurm"], "pip install 'effbench[slurm]'"),
         (["seed=1,2", "launcher=joblib"], "pip install 'effbench[joblib]'"),
         (["seed=1,2", "launcher=ray"], "pip install 'effbench[ray]'"),

@@ -31,6 +31,8 @@ from effbench.stages.batching import micro_batches, rows_of_step
 from effbench.stages.common import open_bench, open_data, open_model
 from effbench.worker import run_here
 
+ALL_IN_ONE_STEP = ("train.batch_size=8", "+dataset.limit.train=8")
+"""Every step has the same rows, so that the loss must fall."""
 SMALL = [
     "train.batch_size=2",
     "train.max_steps=5",
@@ -362,6 +364,7 @@ def test_eight_bit_adam_learns_and_goes_on(bench: Bench, monkeypatch: pytest.Mon
     pytest.importorskip("bitsandbytes")
     without_evaluation(monkeypatch)
     words = ("train.optimizer=adamw8bit", "train.max_steps=8", "train.learning_rate=0.02")
+    words += ALL_IN_ONE_STEP
     made = job(bench, "full", *words)
     run_here(made)
     assert losses(bench, made)[-1] < losses(bench, made)[0] - 0.1
@@ -385,15 +388,14 @@ def test_eight_bit_moments_cannot_be_protected(bench: Bench) -> None:
 
 @pytest.mark.parametrize("method", ["full", "qdylora"])
 def test_bfloat16_learns_and_evaluates_alike_afterwards(bench: Bench, method: str) -> None:
-    words = ("hardware.dtype=bfloat16", "train.learning_rate=0.01", "train.batch_size=8")
+    words = ("hardware.dtype=bfloat16", "train.learning_rate=0.01", *ALL_IN_ONE_STEP)
     made = job(bench, method, *words)
     run_here(made)
     assert losses(bench, made)[-1] < losses(bench, made)[0]
     assert {t.dtype for t in weights(bench, made).values()} == {torch.float32}
     own = json.loads((bench.store.records / f"{made.spec.key}.json").read_text())
-    fixed = [o for o in SMALL if o.startswith(("+dataset", "hardware")) and "dtype" not in o]
-    data = ("dataset=arithmetic", "+dataset.limit.test=24", "hardware.dtype=bfloat16")
-    again = bench.run("eval", f"from={made.spec.key}", *data, *fixed)
+    fixed = [o for o in SMALL if o.startswith("hardware") and "dtype" not in o]
+    again = bench.run("eval", f"from={made.spec.key}", "hardware.dtype=bfloat16", *fixed)
     before = {(m["name"], m["point"]): m["value"] for m in own["metrics"] if m["split"]}
     assert before == {(m.name, m.point): m.value for m in again.metrics if m.split}
 

@@ -177,6 +177,8 @@ def open_data(bench: Bench) -> Data:
         seen |= set(bench.store.run(earlier.key).read_json("data.json") or [])
     for evaluator in map(make_evaluator, bench.spec.evaluators):
         split = getattr(evaluator, "split", None)
+        if split and not data.ids(split):
+            data.examples(split)  # says what is missing before anything is trained
         shared = seen & set(data.ids(split)) if split else set()
         if shared and not bench.spec.dataset.allow_overlap:
             raise UserError(
@@ -304,7 +306,7 @@ def finish(bench: Bench) -> Record:
         spec=plain(bench.spec),
         environment=fingerprint(),
         parent=bench.spec.parent,
-        started=datetime.fromtimestamp(bench.started, UTC).isoformat(timespec="seconds"),
+        started=datetime.fromtimestamp(bench.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,
         metrics=bench.metrics,
         plan=prediction.summary(),
