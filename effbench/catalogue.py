@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from effbench import config, registry
+from effbench import conf_files, config, registry
 from effbench.errors import UserError, did_you_mean
 from effbench.schema import field_docs
 from effbench.shapes import Shape
@@ -22,9 +22,9 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
         return _tables(pattern)
     group = kind.removesuffix("s") if kind != "hardware" else kind
     found = []
-    for name, path in config.options(group, extra).items():
+    for name, path in conf_files.options(group, extra).items():
         if fnmatch(name, pattern):
-            line = config.summary(path) if path else registry.summary("methods", name)
+            line = conf_files.summary(path) if path else registry.summary("methods", name)
             found.append((name, line))
     return found
 
@@ -40,7 +40,7 @@ def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
     Raises:
         UserError: When there is none of that name.
     """
-    known = config.options(kind, extra)
+    known = conf_files.options(kind, extra)
     if name not in known:
         raise UserError(f"There is no {kind} called {name!r}.", did_you_mean(name, known))
     if kind in ("method", "evaluator"):
@@ -48,7 +48,7 @@ def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
     path = known[name]
     assert path is not None
     values = yaml.safe_load(path.read_text())
-    lines = [f"{name}: {config.summary(path)}", ""]
+    lines = [f"{name}: {conf_files.summary(path)}", ""]
     return "\n".join(lines) + yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 

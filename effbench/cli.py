@@ -145,8 +145,9 @@ def _stage(
     fresh: bool,
     print_key: bool,
 ) -> None:
-    from effbench.config import compose, is_sweep
+    from effbench.config import compose
     from effbench.launch import execute, record_of
+    from effbench.overrides import is_sweep
 
     words, extra = list(overrides or []), list(config_dir or [])
     if multirun and (dry_run or print_key):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from effbench.config import SEVERAL, TOP_LEVEL, conf_dir, groups, keys_of, options
+from effbench.conf_files import conf_dir, groups, keys_of, options
+from effbench.overrides import SEVERAL, TOP_LEVEL
 
 PARTS = ("train", "run")
 """Parts of the top config that are no groups."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from effbench import registry
+from effbench.conf_files import conf_dir, groups
 from effbench.errors import UserError, did_you_mean
+from effbench.overrides import TOP_LEVEL, check_overrides, existing, explain
 from effbench.schema import NonNegativeInt, build, plain
 from effbench.shapes import Shape
 from effbench.spec import (
@@ -30,57 +27,6 @@ from effbench.spec import (
     TrainSpec,
 )
 from effbench.store import Store
-
-DEFAULT_METHOD = {"train": "lora", "compress": "rtn", "eval": "none"}
-"""What a stage takes when no `method=` is given."""
-TOP_LEVEL = {"seed", "from", "train", "run", "hydra"}
-JUDGED_BY_US = {"model", "dataset", "method", "hardware", "train", "run"}
-"""Parts of a config whose keys a dataclass judges, so that a file need not name every key."""
-SEVERAL = {"evaluator"}
-"""Groups of which a config takes any number of members."""
-
-
-@cache
-def conf_dir() -> Path:
-    """Return the folder of the configs that come with effbench."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
-
-
-def groups(extra: Sequence[Path] = ()) -> list[str]:
-    """Return the config groups, sorted."""
-    return sorted({p.name for d in (conf_dir(), *extra) for p in d.iterdir() if p.is_dir()})
-
-
-def options(group: str, extra: Sequence[Path] = ()) -> dict[str, Path | None]:
-    """Return the configs of a group by name; a method without a file is built from its fields."""
-    found: dict[str, Path | None] = {}
-    if group == "method":
-        found = dict.fromkeys(registry.plugins("methods"))
-    for folder in (conf_dir(), *extra):
-        found |= {p.stem: p for p in (folder / group).glob("*.yaml")}
-    return dict(sorted(found.items()))
-
-
-def summary(path: Path) -> str:
-    """Return the one-line summary in the first comment of a config file."""
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            return line.removeprefix("#").strip()
-    return ""
-
-
-def keys_of(path: Path) -> list[str]:
-    """Return the top keys of a config file."""
-    content = yaml.safe_load(path.read_text()) or {}
-    return [k for k in content if k not in ("defaults", "name")]
-
-
-def is_sweep(overrides: Iterable[str]) -> bool:
-    """Whether the overrides ask for several runs or for another launcher than this machine."""
-    return any(re.match(r"launcher=(?!local$)", o) for o in overrides)
 
 
 def compose(
@@ -110,109 +56,6 @@ def compose(
     return job_from(stage, hydra_compose(words.with_method(stage), extra), words.chosen)
 
 
-def existing(folder: Path) -> Path:
-    """Return the absolute path of a folder with somebody's own configs.
-
-    Raises:
-        UserError: When there is none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--config-dir {folder} is not a folder.", "Create it or correct the path.")
-    return folder.resolve()
-
-
-@dataclass(frozen=True)
-class Words:
-    """Checked overrides."""
-
-    words: list[str]
-    """As Hydra takes them."""
-    chosen: set[str]
-    """The groups and keys that they set."""
-    swept: str = ""
-    """The first one that asks for several runs."""
-
-    def with_method(self, stage: Stage | None) -> list[str]:
-        """Return the words, with a method for the stage when they name none."""
-        if self.chosen & {"method", "experiment"}:
-            return self.words
-        return [*self.words, f"method={DEFAULT_METHOD[stage or 'train']}"]
-
-
-def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Words:
-    """Check the names in overrides.
-
-    Raises:
-        UserError: For a word that is no override, an unknown group, key or config name.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    known = groups(extra)
-    words, chosen, swept = [], set(), ""
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            raise UserError(
-                f"{text!r} is not an override.",
-                "Write key=value, for example method=qdylora or train.max_steps=100; "
-                "quote values with spaces or commas.",
-            ) from None
-        key = override.key_or_group
-        top = key.split(".")[0].split("/")[0].split("@")[0]
-        if top not in TOP_LEVEL and top not in known:
-            raise UserError(
-                f"There is no config group or key {top!r}.",
-                did_you_mean(top, [*known, *TOP_LEVEL]),
-            )
-        if key in known:
-            text = _check_group(override, text, extra)
-        elif top in JUDGED_BY_US and "." in key and not override.is_delete():
-            text = "++" + text.lstrip("+")
-        words.append(text)
-        chosen.add(key)
-        swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
-    return Words(words, chosen, swept)
-
-
-def _check_group(override: Any, text: str, extra: Sequence[Path]) -> str:
-    """Return the override of a whole group as Hydra takes it."""
-    group, value = override.key_or_group, override._value
-    for name in _names_in(override):
-        _check_option(group, name, extra)
-    empty = override.is_delete() or value is None
-    if empty and group in SEVERAL:
-        return f"{group}=[]"
-    if (empty and group != "experiment") or (isinstance(value, list) and group not in SEVERAL):
-        raise UserError(f"A run has exactly one {group}.", did_you_mean("", options(group, extra)))
-    return text
-
-
-def _names_in(override: Any) -> list[str]:
-    from hydra.core.override_parser.types import QuotedString, Sweep
-
-    value = override._value
-    if isinstance(value, Sweep):
-        value = getattr(value, "list", None) or []
-    names: list[str] = []
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, QuotedString):
-            names.append(item.text)
-        elif isinstance(item, list):
-            names += [str(i) for i in item]
-        elif item is not None:
-            names.append(str(item))
-    return names
-
-
-def _check_option(group: str, name: str, extra: Sequence[Path]) -> None:
-    if name not in options(group, extra):
-        raise UserError(
-            f"There is no {group} called {name!r}.", did_you_mean(name, options(group, extra))
-        )
-
-
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
     """Return the composed config of one run as plain values.
 
@@ -229,7 +72,7 @@ def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, 
             config = compose("config", overrides=[*paths, *overrides])
             return to_plain(config)
         except (ConfigCompositionException, HydraException) as error:
-            raise _explain(error, overrides) from None
+            raise explain(error, overrides) from None
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -272,38 +115,6 @@ def settings_of(cls: type) -> dict[str, Any]:
         else:
             values[field.name] = "???"
     return values
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> UserError:
-    reason = str(error.__cause__ or error).splitlines()[0]
-    launcher = re.search(r"hydra/launcher/(\w+)", str(error))
-    if launcher:
-        name = launcher[1].removeprefix("submitit_")
-        return UserError(
-            f"The launcher plug-in {launcher[1]!r} is not installed.",
-            f"pip install 'effbench[{name}]'",
-        )
-    for text in overrides:
-        group, _, rest = text.split("=")[0].partition(".")
-        name = rest.split(".")[0]
-        if group in SEVERAL and name:
-            return _explain_member(group, name, text)
-    return UserError(f"The config cannot be composed: {reason.rstrip('.')}.")
-
-
-def _explain_member(group: str, name: str, text: str) -> UserError:
-    known = options(group)
-    if name not in known:
-        return UserError(f"There is no {group} called {name!r}.", did_you_mean(name, known))
-    path = known[name]
-    key = text.split("=")[0].rpartition(".")[2]
-    keys = keys_of(path) if path else []
-    if key in keys:
-        return UserError(
-            f"{text} is set, but {name} is not chosen.",
-            f"Choose it too, for example {group}=[perplexity,{name}].",
-        )
-    return UserError(f"Unknown key {text.split('=')[0]!r}.", did_you_mean(key, keys))
 
 
 def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
@@ -507,13 +318,3 @@ def known_shape(model: ModelSpec) -> Shape | None:
         except UserError:
             return None
     return shape_of(model)
-
-
-def spec_from(values: dict[str, Any]) -> Spec:
-    """Return the spec that a run folder or a record holds."""
-    return build(Spec, values, "spec")
-
-
-def read_spec(path: Path) -> Spec:
-    """Return the spec in a file that `Store` wrote."""
-    return spec_from(json.loads(path.read_text()))

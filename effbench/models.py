@@ -280,7 +280,7 @@ def offline_models() -> list[str]:
     """Return the configs of models that need no model hub."""
     import yaml
 
-    from effbench.config import options
+    from effbench.conf_files import options
 
     found = {n: yaml.safe_load(p.read_text()) for n, p in options("model").items() if p}
     return [n for n, values in found.items() if values["source"] in ("package", "random")]

@@ -12,18 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from effbench.config import (
-    Words,
-    check_overrides,
-    conf_dir,
-    existing,
-    hydra_compose,
-    job_from,
-    to_plain,
-)
+from effbench.conf_files import conf_dir
+from effbench.config import hydra_compose, job_from, to_plain
 from effbench.errors import RunFailedError, UserError
 from effbench.files import mendable
 from effbench.launch import execute
+from effbench.overrides import Words, check_overrides, existing
 from effbench.spec import Stage
 from effbench.store import Store
 

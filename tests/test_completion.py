@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from effbench.completion import complete, complete_after, run_keys
-from effbench.config import keys_of, options
+from effbench.conf_files import keys_of, options
 
 KEYS = ["aaaa0000aaaa0000", "bbbb0000bbbb0000"]
 

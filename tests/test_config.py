@@ -9,12 +9,14 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
-from effbench import config, registry
+from effbench import registry
 from effbench.catalogue import describe, entries
-from effbench.config import compose, conf_dir, options, settings_of
+from effbench.conf_files import conf_dir, options
+from effbench.config import compose, settings_of
 from effbench.errors import UserError
 from effbench.methods.base import Method
-from effbench.schema import PositiveInt, plain
+from effbench.overrides import DEFAULT_METHOD
+from effbench.schema import PositiveInt, build, plain
 from effbench.spec import DatasetSpec, HardwareSpec, ModelSpec, Plugin, Spec, TrainSpec
 
 NEEDS = {
@@ -94,7 +96,7 @@ def test_the_key_of_a_spec_is_what_it_was() -> None:
 
 
 def test_the_key_survives_json() -> None:
-    assert config.spec_from(json.loads(json.dumps(plain(SPEC)))).key == SPEC.key
+    assert build(Spec, json.loads(json.dumps(plain(SPEC))), "spec").key == SPEC.key
 
 
 def key(*words: str, stage: Literal["train", "compress", "eval"] = "train") -> str:
@@ -176,8 +178,8 @@ def test_a_run_may_have_no_evaluators(word: str) -> None:
 
 
 def test_the_stage_has_a_method_of_its_own() -> None:
-    names = {s: compose(s, ["model=tiny"]).spec.method.name for s in config.DEFAULT_METHOD}
-    assert names == config.DEFAULT_METHOD
+    names = {s: compose(s, ["model=tiny"]).spec.method.name for s in DEFAULT_METHOD}
+    assert names == DEFAULT_METHOD
 
 
 def test_plan_takes_the_stage_of_the_method() -> None:

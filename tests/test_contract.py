@@ -19,7 +19,8 @@ import torch
 from conftest import Bench, forget_accelerator
 
 from effbench import models, registry
-from effbench.config import compose, make_method, options, settings_of
+from effbench.conf_files import options
+from effbench.config import compose, make_method, settings_of
 from effbench.errors import StoppedError, UserError
 from effbench.evaluators.base import make_batch
 from effbench.events import EventLog, read_events

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 
 from effbench import registry
 from effbench.cli import app
-from effbench.config import check_overrides, compose, groups
+from effbench.conf_files import groups
+from effbench.config import compose
 from effbench.methods.base import Method
+from effbench.overrides import check_overrides
 from effbench.store import MARKER, Store
 
 ROOT = Path(__file__).parents[1]

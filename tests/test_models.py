@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from effbench import convert, hf, models
-from effbench.config import conf_dir
+from effbench.conf_files import conf_dir
 from effbench.errors import UserError
 from effbench.gguf_header import config_in, read_header
 from effbench.models import Loaded, fingerprint, load, load_tokenizer, shape_of
