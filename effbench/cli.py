@@ -309,6 +309,9 @@ def compare(
     form: Annotated[
         Literal["text", "md", "csv", "json"], typer.Option("--format", help="Form of the table.")
     ] = "text",
+    full: Annotated[
+        bool, typer.Option("--full", help="Show every number (other formats always do).")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the first metric over operating points.")
     ] = None,
@@ -329,7 +332,7 @@ def compare(
     records = [find(results / "records", r) for r in runs]
     found = compare_records(records)
     if form == "text":
-        print_comparison(found)
+        print_comparison(found, full)
     else:
         typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
     if plot:

@@ -6,6 +6,7 @@ so that splits are disjoint, the same on every machine, and comparable between r
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import random
@@ -208,7 +209,7 @@ def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a jsonl, json, csv, parquet or txt file.
+    """Return the rows of a jsonl (gzipped or not), json, csv, parquet or txt file.
 
     Raises:
         UserError: For a broken line (which one), an unknown ending or a file without rows.
@@ -219,6 +220,7 @@ def read_rows(path: Path) -> list[Row]:
         ".csv": _csv,
         ".parquet": _parquet,
         ".txt": _paragraphs,
+        ".gz": _jsonl,
     }
     if path.suffix not in readers:
         raise UserError(f"{path} is of no known kind.", f"Known: {', '.join(readers)}.")
@@ -232,8 +234,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _jsonl(path: Path) -> list[Row]:
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -294,6 +297,9 @@ def _package_rows(spec: DatasetSpec, split: str) -> list[Row]:
     from effbench.assets import fetch
 
     folder = fetch(spec.id) / spec.subset
+    lines = folder / f"{split}.jsonl.gz"
+    if lines.is_file():
+        return _jsonl(lines)
     files = sorted((folder / split).glob("*.arrow")) or sorted(folder.glob("*.arrow"))
     if not files:
         raise UserError(
@@ -315,7 +321,7 @@ def _hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
     except Exception as error:
         raise UserError(
             f"Dataset {spec.id!r} cannot be had from the hub: {str(error).splitlines()[0]}",
-            "Without a hub: dataset=piqa, arc-easy, arithmetic, or dataset=file with your own.",
+            "Without a hub: dataset=gsm8k-test, piqa, arc-easy, arithmetic, or dataset=file with your own.",
         ) from None
     return rows
 

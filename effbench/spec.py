@@ -101,9 +101,9 @@ class DatasetSpec:
 class TrainSpec:
     """The training loop."""
 
-    max_steps: PositiveInt = 40
+    max_steps: PositiveInt = 14
     """Optimiser steps."""
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = 2
     """Sequences in a micro-batch."""
     accumulation: PositiveInt = 1
     """Micro-batches in one optimiser step."""

@@ -398,4 +398,4 @@ def test_a_method_inside(tmp_path: Path) -> None:
 
     assert "neftune    NEFTune: LoRA on token" in effbench(tmp_path, "list", "methods")
     out = effbench(tmp_path, "plan", "method=neftune", "method.noise=0", "model=tiny")
-    assert "train neftune tiny piqa seed 0" in out
+    assert "train neftune tiny gsm8k-test seed 0" in out

@@ -57,7 +57,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     steps = list(read_events(tmp_path / "results/runs" / record.key / "events.jsonl", "step"))
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
-    assert 2 < value(record, "loss", "r16") < 5
+    assert 0.8 < value(record, "loss", "r16") < 3
     assert value(record, "weight_bytes", "r16") == value(record, "resident_bytes")
     embedding, norms = 49_152 * 576, 61 * 576
     adapters = 4 * value(record, "trainable_params")

@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte of held-out text or answers.
 
-Every item keeps its own loss. The stored outcome of an item is its summed loss divided by the mean
-number of loss tokens per item, so that the plain mean of the outcomes is the loss per token, and a
-paired test between two runs on the same items is a test of that very number.
+Every item keeps its own outcome. The loss per token, L, is a ratio of two sums over items: of their
+losses s and of their loss tokens n. The stored outcome of an item is L + (s - L n) / mean(n), the
+linearisation of that ratio (Woodruff 1971). Its mean over the items is L itself, its spread is that
+of L, and the difference between two runs on the same items is that of their losses per token.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Perplexity(Evaluator):
                 subject.progress("perplexity", done, len(examples))
 
         tokens_per_item = sum(counts) / len(counts)
-        values = [s / tokens_per_item for s in sums]
+        ratio = sum(sums) / sum(counts)
+        values = [
+            ratio + (s - ratio * n) / tokens_per_item for s, n in zip(sums, counts, strict=True)
+        ]
         loss, low, high = mean_interval(values, seed=subject.seed)
         bits = sum(counts) / math.log(2) / sum(e.answer_bytes for e in examples)
 

@@ -223,7 +223,8 @@ class Method:
         for batch in window:
             with ctx.autocast():
                 loss = self.loss(model, batch, ctx)
-            ctx.backward(loss)
+            if loss.requires_grad:
+                ctx.backward(loss)
             total += loss.detach()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in trained):

@@ -20,6 +20,17 @@ from effbench.stats import Difference, finding, holm, paired_difference, verdict
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
 
+USUAL = (
+    "peak_bytes",
+    "step_seconds",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "trainable_params",
+    "resident_bytes",
+    "artefact_bytes",
+    "kv_bytes",
+)
+"""Metrics without a test that a terminal shows unless everything is asked for."""
 EQUAL = 0.01
 """Budgets count as equal when the largest exceeds the smallest by at most this share."""
 
@@ -129,23 +140,28 @@ class Comparison:
     """Dotted keys of the specs that are not the same, with one value per run."""
     notes: list[str]
 
-    def tables(self) -> list[Table]:
-        """Return the tables for people: tested metrics, other numbers, budgets, settings."""
+    def tables(self, full: bool = True) -> list[Table]:
+        """Return the tables for people: tested metrics, other numbers, budgets, settings.
+
+        Args:
+            full: Whether to show every number that is there, or only the usual ones.
+        """
         found = [m.table() for m in self.metrics if m.tested]
+        shown = [m for m in self.metrics if full or m.kind.metric in USUAL]
         for obtained in ("measured", "counted", "modelled"):
-            rest = [m for m in self.metrics if not m.tested and m.kind.obtained == obtained]
+            rest = [m for m in shown if not m.tested and m.kind.obtained == obtained]
             for names in dict.fromkeys(m.names for m in rest):
                 found.append(_plain_table([m for m in rest if m.names == names], obtained))
         if len(self.keys) > 1:
-            found += [self._budget_table(), self._settings_table()]
+            found += [self._budget_table(), self._settings_table(full)]
         return found
 
-    def rich(self) -> RichGroup:
-        """Return the comparison for a terminal."""
+    def rich(self, full: bool = False) -> RichGroup:
+        """Return the comparison for a terminal; see `tables`."""
         from rich.console import Group as RichGroup
         from rich.text import Text
 
-        tables = [part for table in self.tables() for part in (table.rich(), Text())]
+        tables = [part for table in self.tables(full) for part in (table.rich(), Text())]
         return RichGroup(*tables, *(Text(f"Note: {note}") for note in self.notes))
 
     def markdown(self) -> str:
@@ -185,10 +201,12 @@ class Comparison:
         ]
         return Table("What was held equal", ("budget", *self.labels, "equal"), rows)
 
-    def _settings_table(self) -> Table:
+    def _settings_table(self, full: bool) -> Table:
+        """Return the settings that differ; unless `full`, only those that all runs have."""
         rows: list[tuple[Cell, ...]] = [
             (key, *(ABSENT if v is None else str(v) for v in values))
             for key, values in self.differs.items()
+            if full or ABSENT not in values
         ]
         return Table("What differs between the specs", ("setting", *self.labels), rows)
 
@@ -198,20 +216,21 @@ def compare(records: Sequence[Record]) -> Comparison:
     names = labels(records)
     groups = [_grouped(record) for record in records]
     tables, notes = [], []
+    missing: dict[str, list[str]] = {}
     for kind, own in groups[0].items():
         lacking = [n for n, group in zip(names, groups, strict=True) if kind not in group]
         if len(lacking) == len(records) - 1 and len(own) == 1:
             notes += [_not_shared(kind, names, groups)] if len(records) > 1 else []
             continue
-        notes += (
-            [f"{kind} ({kind.obtained}) is missing in {', '.join(lacking)}."] if lacking else []
-        )
+        if lacking:
+            missing.setdefault(", ".join(lacking), []).append(str(kind))
         entries = [
             (name, record, metric)
             for name, record, group in zip(names, records, groups, strict=True)
             for metric in group.get(kind, [])
         ]
         tables.append(MetricTable(kind, _rows(kind, entries)))
+    notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
     return Comparison(
         names,
         [record.key for record in records],

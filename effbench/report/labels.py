@@ -23,8 +23,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """Return the dotted keys whose values are not the same in all specs, one value per record."""
-    flat = [flatten(record.spec) for record in records]
+    """Return the dotted keys whose values are not the same in all specs, one value per record.
+
+    Training settings of a run that trained nothing are left out: they are not part of its key.
+    """
+    flat = [
+        {k: v for k, v in flatten(r.spec).items() if r.stage == "train" or k[:6] != "train."}
+        for r in records
+    ]
     keys = dict.fromkeys(key for spec in flat for key in spec)
     values = {key: [spec.get(key, ABSENT) for spec in flat] for key in keys}
     return {key: row for key, row in values.items() if any(v != row[0] for v in row)}

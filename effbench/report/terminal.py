@@ -27,9 +27,9 @@ def print_table(table: Table) -> None:
     _console().print(table.rich())
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(found: Comparison, full: bool = False) -> None:
     """Print a comparison of runs."""
-    _console().print(found.rich())
+    _console().print(found.rich(full))
 
 
 def _console() -> Console:

@@ -12,7 +12,7 @@ from effbench.errors import UserError
 from effbench.evaluators.base import make_batch
 from effbench.methods.base import Batch
 
-PASS_TOKENS = {"cpu": 64, "cuda": 256}
+PASS_TOKENS = {"cpu": 128, "cuda": 256}
 """Tokens whose arithmetic takes about as long as one more pass over the weights does, by device."""
 
 
@@ -92,7 +92,7 @@ def window(
             "Raise dataset.max_length, or check the answers.",
         )
     groups = micro_batches(
-        [len(examples[i].ids) for i in rows], most, PASS_TOKENS.get(device.type, 64)
+        [len(examples[i].ids) for i in rows], most, PASS_TOKENS.get(device.type, 128)
     )
     batches = []
     for group in groups:

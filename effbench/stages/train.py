@@ -123,7 +123,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     ctx.total_steps = spec.train.max_steps
     ctx.backward = accelerator.backward
     ctx.autocast = accelerator.autocast
-    ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train.clip_norm)
+    ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
     examples = data.examples("train")
     bench.folder.write_json("data.json", data.ids("train"))
@@ -160,9 +160,22 @@ def _mixed_precision(bench: Bench) -> str:
     return "bf16" if masters and bench.dtype == torch.bfloat16 else "no"
 
 
-def _clip(accelerator: Accelerator, parameters: Sequence[torch.Tensor], norm: float) -> None:
-    if norm:
-        accelerator.clip_grad_norm_(parameters, norm)
+def _clip(
+    accelerator: Accelerator, parameters: Sequence[torch.Tensor], settings: TrainSpec, step: int
+) -> None:
+    """Clip, and refuse gradients that are not finite (float16 has its own way of skipping them)."""
+    norm = accelerator.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+    if accelerator.scaler is None and norm is not None:
+        _refuse_infinite("gradient norm", float(norm), settings, step + 1)
+
+
+def _refuse_infinite(what: str, value: float, settings: TrainSpec, step: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"The {what} is {value} at step {step}.",
+            f"Lower train.learning_rate ({settings.learning_rate}) or set "
+            "train.clip_norm; the last checkpoint is kept.",
+        )
 
 
 def _optimizer(settings: TrainSpec, parameters: Sequence[torch.nn.Parameter]) -> Any:
@@ -224,12 +237,7 @@ def one_step(trainer: Trainer) -> float:
     loss = float(bench.method.update(trainer.model, trainer.optimizer, batches, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
-    if not math.isfinite(loss):
-        raise UserError(
-            f"The loss is {loss} at step {done.step + 1}.",
-            f"Lower train.learning_rate ({trainer.settings.learning_rate}) or set "
-            "train.clip_norm; the last checkpoint is kept.",
-        )
+    _refuse_infinite("loss", loss, trainer.settings, done.step + 1)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     done.step += 1
     done.tokens += tokens
