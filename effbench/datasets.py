@@ -321,7 +321,8 @@ def _hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
     except Exception as error:
         raise UserError(
             f"Dataset {spec.id!r} cannot be had from the hub: {str(error).splitlines()[0]}",
-            "Without a hub: dataset=gsm8k-test, piqa, arc-easy, arithmetic, or dataset=file with your own.",
+            "Without a hub: dataset=gsm8k-test, piqa, arc-easy or arithmetic, or dataset=file with "
+            "your own.",
         ) from None
     return rows
 

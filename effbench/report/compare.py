@@ -26,7 +26,7 @@ USUAL = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
     "trainable_params",
-    "resident_bytes",
+    "weight_bytes",
     "artefact_bytes",
     "kv_bytes",
 )
