@@ -198,12 +198,12 @@ def test_budgets_say_what_was_equal() -> None:
 
 def test_every_form_of_a_comparison() -> None:
     found = compare([LORA, FAMILY, FULL])
-    terminal, markdown = text_of(found.rich()), found.markdown()
-    for text in (terminal, markdown):
+    brief, full, markdown = text_of(found.rich()), text_of(found.rich(full=True)), found.markdown()
+    for text in (brief, full, markdown):
         assert "cannot be told apart" in text
         assert "against lora" in text
         assert "(2.00×)" in text
-        assert "method.settings.rank" in text
+        assert ("method.settings.rank" in text) is (text is not brief)
     rows = list(csv.DictReader(io.StringIO(found.csv())))
     assert len(rows) == sum(len(m.rows) for m in found.metrics)
     assert float(rows[1]["difference_low"]) < float(rows[1]["difference"])
