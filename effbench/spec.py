@@ -101,7 +101,7 @@ class DatasetSpec:
 class TrainSpec:
     """The training loop."""
 
-    max_steps: PositiveInt = 14
+    max_steps: PositiveInt = 12
     """Optimiser steps."""
     batch_size: PositiveInt = 2
     """Sequences in a micro-batch."""
