@@ -22,7 +22,7 @@ from effbench.stats import ratio_interval
 from effbench.store import Store
 
 LIMIT = 1.02
-PAIRS = 24
+PAIRS = 40
 
 
 def trainer(results: str) -> stage.Trainer:
@@ -32,7 +32,7 @@ def trainer(results: str) -> stage.Trainer:
             "method=lora",
             f"run.results={results}",
             "run.progress=false",
-            "train.batch_size=4",
+            "train.batch_size=1",
             "train.max_steps=1000",
             "train.checkpoint_every=1000",
             *sys.argv[1:],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import replace
@@ -69,7 +70,8 @@ def test_perplexity_is_that_of_a_naive_loop(subject: Subject) -> None:
     model = subject.model.double()
     examples = subject.data.examples("test")
     sums = [-log_likelihood(model, e.ids, e.prompt_length) for e in examples]
-    tokens = sum(len(e.ids) - e.prompt_length for e in examples)
+    counts = [len(e.ids) - e.prompt_length for e in examples]
+    tokens = sum(counts)
     loss = sum(sums) / tokens
     assert found["loss"].value == pytest.approx(loss, rel=1e-5)
     assert found["perplexity"].value == pytest.approx(math.exp(loss), rel=1e-4)
@@ -79,11 +81,27 @@ def test_perplexity_is_that_of_a_naive_loop(subject: Subject) -> None:
     assert found["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
     assert found["loss_tokens"].value == tokens and found["loss_tokens"].obtained == "counted"
     outcomes = result.outcomes[0]
-    assert outcomes.values == pytest.approx([s / (tokens / len(sums)) for s in sums], rel=1e-5)
+    residuals = [s - loss * n for s, n in zip(sums, counts, strict=True)]
+    linearised = [loss + r * len(sums) / tokens for r in residuals]
+    assert outcomes.values == pytest.approx(linearised, rel=1e-4)
     assert sum(outcomes.values) / len(outcomes.values) == pytest.approx(found["loss"].value)
     assert outcomes.ids == digest([e.id for e in examples])
     assert found["loss"].n == len(examples) == 12
     assert found["loss"].low < found["loss"].value < found["loss"].high  # type: ignore
+
+
+def test_differences_of_outcomes_are_those_of_the_ratio(subject: Subject) -> None:
+    """Items of other lengths must not blur a difference that is the same on every token."""
+    shifted = Perplexity().run(subject).outcomes[0].values
+    nll = subject.method.token_nll
+
+    class Worse(type(subject.method)):  # type: ignore[misc]
+        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+            return nll(model, batch) + 0.5 * (batch.labels[:, 1:] != -100)
+
+    worse = Perplexity().run(dataclasses.replace(subject, method=Worse())).outcomes[0].values
+    gaps = [w - s for w, s in zip(worse, shifted, strict=True)]
+    assert gaps == pytest.approx([0.5] * len(gaps), abs=1e-5)
 
 
 def test_choices_are_those_of_a_naive_loop(subject: Subject) -> None:
