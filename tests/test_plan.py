@@ -56,7 +56,9 @@ def test_activations_grow_with_the_batch_and_shrink_with_recomputation() -> None
 
 
 def test_work_is_six_flops_per_parameter_and_token_when_all_train() -> None:
-    found = predicted("method=full", "train.max_steps=10", "train.accumulation=2")
+    found = predicted(
+        "method=full", "train.max_steps=10", "train.accumulation=2", "train.batch_size=8"
+    )
     assert found.tokens == 10 * 2 * 8 * 64
     multiplied = found.cost.params - 32000 * 4096  # the embedding is looked up
     assert found.flops == pytest.approx(6 * multiplied * found.tokens, rel=0.03)
