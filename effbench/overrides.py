@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.conf_files import groups, keys_of, options
 from effbench.errors import UserError, did_you_mean
-from effbench.spec import Stage
+
+if TYPE_CHECKING:
+    from effbench.spec import Stage
 
 DEFAULT_METHOD = {"train": "lora", "compress": "rtn", "eval": "none"}
 """What a stage takes when no `method=` is given."""

@@ -19,17 +19,17 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from effbench.errors import UserError, did_you_mean
 from effbench.files import mendable, write_atomic
-from effbench.schema import build, plain
-from effbench.spec import Spec
+
+if TYPE_CHECKING:
+    from effbench.spec import Spec
 
 MARKER = "FINISHED"
 
@@ -75,6 +75,8 @@ class RunFolder:
         """Make the folder with its spec."""
         with mendable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        from effbench.schema import plain
+
         self.write_json("spec.json", plain(spec))
 
     def write_json(self, name: str, value: Any) -> None:
@@ -121,7 +123,7 @@ class RunFolder:
                     on_wait(file.read().strip() or "another process")
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             file.flush()
             try:
                 yield
@@ -194,6 +196,9 @@ class Store:
         Raises:
             UserError: When the run is gone, or this version cannot read its spec.
         """
+        from effbench.schema import build
+        from effbench.spec import Spec
+
         try:
             return build(Spec, self.run(key).read_json("spec.json"), "spec")
         except (UserError, ValueError) as error:

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from effbench import registry
-from effbench.catalogue import describe, entries
+from effbench.catalogue import entries
 from effbench.conf_files import conf_dir, options
 from effbench.config import compose, settings_of
+from effbench.describe import describe
 from effbench.errors import UserError
 from effbench.methods.base import Method
 from effbench.overrides import DEFAULT_METHOD

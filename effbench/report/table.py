@@ -91,6 +91,20 @@ class Table:
             table.add_row(*(escape(show(cell)) for cell in row))
         return table
 
+    def text(self) -> str:
+        """Return the table as aligned columns, without rich, for commands that start at once."""
+        grid = [self.columns, *(tuple(show(cell) for cell in row) for row in self.rows)]
+        widths = [max(len(row[i]) for row in grid) for i in self._indices()]
+        cells = [
+            [
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, self._numeric(), strict=True)
+            ]
+            for row in grid
+        ]
+        lines = ["  ".join(row).rstrip() for row in cells]
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], *self.notes])
+
     def markdown(self) -> str:
         """Return the table as GitHub Markdown."""
         lines = [f"**{self.title}**", ""] if self.title else []

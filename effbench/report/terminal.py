@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,11 @@ EVALUATED = ("loss", "bits_per_byte", "accuracy", "accuracy_norm", "decode_token
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as it needs to be when the output is no terminal."""
-    _console().print(table.rich())
+    """Print a table: drawn in a terminal, as plain aligned columns elsewhere."""
+    if sys.stdout.isatty():
+        _console().print(table.rich())
+    else:
+        print(f"{table.title}\n\n{table.text()}\n" if table.title else f"{table.text()}\n")
 
 
 def print_comparison(found: Comparison, full: bool = False) -> None:
@@ -79,7 +83,7 @@ def print_runs(results: Path) -> None:
     if not records and not unfinished:
         raise UserError(f"There are no runs in {results}.", "Start with: effbench train")
     if records:
-        print_table(runs_table(records))
+        print(runs_table(records).text())
     for key in unfinished:
         print(f"unfinished: {key} (the same command goes on from where it stopped)")
 
