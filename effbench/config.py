@@ -155,6 +155,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     )
     _check_methods(spec, store)
     _check_data(spec)
+    _check_evaluators(spec, store)
     return Job(spec, runtime)
 
 
@@ -293,6 +294,15 @@ def _check_data(spec: Spec) -> None:
             f"{shape.max_positions} positions of {spec.model.name}.",
             f"Lower it: dataset.max_length={shape.max_positions}",
         )
+
+
+def _check_evaluators(spec: Spec, store: Store) -> None:
+    from effbench.plan import chain
+
+    methods = chain(spec, [make_method(s.method) for s in store.ancestors(spec)])
+    shape = known_shape(spec.model)
+    for plugin in spec.evaluators:
+        make_evaluator(plugin).check(spec, methods, shape)
 
 
 def make_method(plugin: Plugin) -> Any:

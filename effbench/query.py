@@ -46,6 +46,7 @@ METRIC_COLUMNS = {
     "high": "DOUBLE",
     "obtained": "VARCHAR",
     "phase": "VARCHAR",
+    "task": "VARCHAR",
 }
 
 

@@ -20,10 +20,12 @@ from effbench.files import write_atomic
 if TYPE_CHECKING:
     from effbench.query import Rows
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when the form of a record changes; `MIGRATIONS` then gets an entry."""
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda values: {**values, "schema": 2},  # 2 added `task` and `clusters`, empty by default
+}
 """From a schema number: a function that turns such a record into one of the next number."""
 
 Obtained = Literal["measured", "counted", "modelled"]
@@ -52,6 +54,8 @@ class Metric:
     """`measured` on the device, `counted` exactly, or `modelled` from shapes and ceilings."""
     phase: str = ""
     """Part of the run (load, train, evaluate)."""
+    task: str = ""
+    """Benchmark task that an evaluator brought along; empty for the run's own dataset."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Outcomes:
     """`schema.digest` of the item ids in order: runs with equal `ids` saw the same items."""
     values: list[float]
     """One per item, in order; their mean is the metric. Stored with 6 significant digits."""
+    task: str = ""
+    """As in `Metric`."""
+    clusters: list[int] = field(default_factory=list)
+    """Group of each item, where items are not independent (questions on one passage); else empty.
+    Intervals and tests then resample whole groups."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,13 @@ class Difference:
 # -- intervals ---------------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
+def mean_interval(
+    values: Sequence[float],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+    clusters: Sequence[int] = (),
+) -> Interval:
     """Return the mean over items with its interval.
 
     BCa bootstrap over items; for outcomes that are all 0 or 1 it is Wilson's score interval, which
@@ -66,8 +72,12 @@ def mean_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 
         values: One per item.
         level: Confidence.
         seed: Of the resampling.
+        clusters: Group of each item; whole groups are resampled then. Empty when items are
+            independent.
     """
     x = _array(values)
+    if len(clusters):
+        return _cluster_bootstrap(x, np.asarray(clusters), level, seed)
     if _binary(x):
         return _wilson(float(x.mean()), x.size, level)
     return _bca(x, level, seed)
@@ -129,6 +139,20 @@ def _bca(x: Floats, level: float, seed: int) -> Interval:
         z = bias + _NORMAL.inv_cdf(share)
         ends.append(_NORMAL.cdf(bias + z / (1 - acceleration * z)))
     low, high = np.quantile(means, ends)
+    return Interval(mean, float(low), float(high))
+
+
+def _cluster_bootstrap(x: Floats, clusters: npt.NDArray[Any], level: float, seed: int) -> Interval:
+    """Return the mean with its percentile bootstrap interval over whole groups of items."""
+    _, place = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(place, weights=x), np.bincount(place)
+    mean = float(x.mean())
+    if sums.size == 1:
+        return Interval(mean, -math.inf, math.inf)
+    means = np.concatenate(
+        [sums[i].sum(axis=1) / counts[i].sum(axis=1) for i in _resamples(sums.size, seed)]
+    )
+    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
     return Interval(mean, float(low), float(high))
 
 

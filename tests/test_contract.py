@@ -45,17 +45,14 @@ SMALL = [
     "hardware.dtype=float32",
     "hardware.threads=1",
 ]
-EVALUATORS = {
-    "perplexity": "loss",
-    "choices": "accuracy",
-    "speed": "decode_tokens_per_second",
-}
-"""Every evaluator and a metric that it gives."""
+EVALUATORS = registry.names("evaluators")
 ALL_EVALUATORS = [
     f"evaluator=[{','.join(EVALUATORS)}]",
-    "evaluator.speed.prompt_tokens=6",
-    "evaluator.speed.new_tokens=5",
-    "evaluator.speed.repeats=1",
+    *(
+        f"evaluator.{name}.{key}={json.dumps(value)}"
+        for name in EVALUATORS
+        for key, value in registry.find("evaluators", name).trial.items()
+    ),
 ]
 
 
@@ -500,18 +497,18 @@ def test_another_seed_is_another_run(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Made]) -> None:
-    assert set(EVALUATORS) == set(registry.names("evaluators"))
     run = made(name)
     method = make_method(run.job.spec.method)
     shape = compose("eval", ["model=tiny"]).spec.model.shape
     assert shape is not None
     found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
     for point in method.points():
-        for metric in EVALUATORS.values():
-            assert found[metric, point].value >= 0
+        for evaluator in EVALUATORS:
+            headline = registry.find("evaluators", evaluator).headline
+            assert found[headline, point].value >= 0
         stated = method.cost(shape, "float32", point)
         assert found["weight_bytes", point].value == stated.resident_bytes
         assert found["params", point].value == stated.params
-    assert len({(m.name, m.point, m.split, m.phase) for m in run.record.metrics}) == len(
+    assert len({(m.name, m.point, m.split, m.phase, m.task) for m in run.record.metrics}) == len(
         run.record.metrics
     )

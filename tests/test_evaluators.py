@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +140,9 @@ def test_groups_fit_and_hold_every_position() -> None:
     assert list(by_length([], 10)) == []
 
 
-def test_choices_need_choices(subject: Subject) -> None:
-    subject.data.spec = replace(subject.data.spec, kind="pairs")
+def test_choices_need_choices(bench: Bench) -> None:
     with pytest.raises(UserError, match="needs a dataset with choices"):
-        Choices().run(subject)
+        bench.job("eval", "evaluator=choices", "dataset=gsm8k-test")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

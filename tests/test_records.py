@@ -98,7 +98,7 @@ def test_a_diverged_run_is_still_strict_json(tmp_path: Path) -> None:
         lambda t: t.replace('"obtained":"counted"', '"obtained":"guessed"'),
         lambda t: t.replace('"label":', '"lable":'),
         lambda t: t.replace('"stage":"train",', ""),
-        lambda t: t.replace('"schema":1,', ""),
+        lambda t: t.replace(f'"schema":{records.SCHEMA},', ""),
     ],
 )
 def test_a_damaged_record_is_named_not_skipped(tmp_path: Path, damage: Any) -> None:
@@ -119,9 +119,20 @@ def test_a_newer_record_asks_for_an_upgrade(tmp_path: Path) -> None:
 
 def test_an_older_record_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(record(), tmp_path)
-    monkeypatch.setattr(records, "SCHEMA", 2)
-    monkeypatch.setitem(records.MIGRATIONS, 1, lambda v: {**v, "schema": 2, "label": "migrated"})
+    now, following = records.SCHEMA, records.SCHEMA + 1
+    monkeypatch.setattr(records, "SCHEMA", following)
+    change = {"schema": following, "label": "migrated"}
+    monkeypatch.setitem(records.MIGRATIONS, now, lambda v: {**v, **change})
     assert read(path).label == "migrated"
+
+
+def test_a_record_of_the_first_schema_is_read(tmp_path: Path) -> None:
+    path = write(record(), tmp_path)
+    text = path.read_text().replace(f'"schema":{records.SCHEMA}', '"schema":1')
+    path.write_text(text.replace(',"task":""', "").replace(',"clusters":[]', ""))
+    old = read(path)
+    assert old.schema == records.SCHEMA
+    assert {m.task for m in old.metrics} == {""} and old.outcomes[0].clusters == []
 
 
 def test_find_by_key_prefix_and_latest(tmp_path: Path) -> None:

@@ -6,12 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from effbench.errors import UserError
 from effbench.lazy import torch
-from effbench.methods.base import Batch, Method
+from effbench.methods.base import Batch, Cost, Method
 from effbench.records import Metric, Outcomes
+from effbench.schema import digest
+from effbench.spec import Machine
 
 if TYPE_CHECKING:
     from effbench.datasets import Data
+    from effbench.journal import Journal
+    from effbench.nn.scoring import Request, Score
+    from effbench.shapes import Shape
+    from effbench.spec import Spec
+
+
+def _no_journal(name: str, items: Sequence[str]) -> Journal:
+    from effbench.journal import Journal
+
+    return Journal(None, items)
+
+
+def _no_model(name: str) -> torch.nn.Module:
+    raise UserError(f"There is no way to load {name!r} here.")
 
 
 @dataclass
@@ -27,10 +44,71 @@ class Subject:
     pad_token_id: int
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what is done, how many and of how many."""
+    tokenizer: Any = None
+    shape: Shape | None = None
+    """Sizes of the base model."""
+    dtype: str = "float32"
+    """Compute dtype, a key of `shapes.DTYPE_BYTES`."""
+    cost: Cost | None = None
+    """What the model needs at this point, counted from shapes."""
+    machine: Machine = field(default_factory=Machine)
+    """Stated ceilings of the hardware; zeros where nothing is stated."""
+    journal: Callable[[str, Sequence[str]], Journal] = _no_journal
+    """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
+    finished is in it. Kept in memory when there is no run folder."""
+    load_model: Callable[[str], torch.nn.Module] = _no_model
+    """Loads another model by its config name, frozen, on the device."""
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""
         return make_batch(sequences, self.pad_token_id).to(self.device)
+
+    def token_nll(self, batch: Batch) -> torch.Tensor:
+        """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
+
+        Raises:
+            UserError: When one is not a finite number; it names the first layer that gave such a
+                number.
+        """
+        from effbench.nn.finite import require_finite
+
+        def run() -> torch.Tensor:
+            return self.method.token_nll(self.model, batch)
+
+        nll = run()
+        require_finite(self.model, nll, run)
+        return nll
+
+    def score(
+        self, requests: Sequence[Request], name: str, batch_tokens: int = 1024
+    ) -> list[Score]:
+        """Return the log-likelihood of each continuation after its context.
+
+        Args:
+            requests: What to score.
+            name: Names the journal and the progress line; unique within one evaluator.
+            batch_tokens: Largest batch, padding included, in tokens.
+        """
+        from effbench.nn.scoring import Score, padded_scores
+
+        ids = [digest([r.context, r.continuation]) for r in requests]
+        journal = self.journal(name, ids)
+        lengths = [len(r.context) + len(r.continuation) for r in requests]
+        groups = journal.pending(list(by_length(lengths, batch_tokens)))
+        for scores in padded_scores(self._logits, self.batch, requests, groups):
+            journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
+            self.progress(name, len(journal), len(requests))
+        return [Score(*value) for value in journal.values()]
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        from effbench.nn.finite import require_finite
+
+        def run() -> torch.Tensor:
+            return self.method.logits(self.model, batch)
+
+        logits = run()
+        require_finite(self.model, logits, run)
+        return logits
 
 
 @dataclass
@@ -40,6 +118,51 @@ class Result:
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
 
+    def add_items(
+        self,
+        subject: Subject,
+        evaluator: str,
+        metric: str,
+        values: Sequence[float],
+        ids: Sequence[str],
+        *,
+        unit: str = "",
+        split: str = "",
+        task: str = "",
+        clusters: Sequence[int] = (),
+    ) -> Metric:
+        """Add the mean over items with its interval, and the items themselves.
+
+        Args:
+            subject: Gives the operating point and the seed of the resampling.
+            evaluator: Name of the evaluator.
+            metric: Name of the metric.
+            values: One outcome per item.
+            ids: One id per item, in the same order.
+            unit: Unit of a value.
+            split: Split of the data.
+            task: Benchmark task, if the evaluator brought one along.
+            clusters: Group of each item, where items are not independent.
+        """
+        from effbench.stats import mean_interval
+
+        mean, low, high = mean_interval(values, seed=subject.seed, clusters=clusters)
+        head = Metric(metric, mean, unit, subject.point, split, len(values), low, high, task=task)
+        self.metrics.append(head)
+        self.outcomes.append(
+            Outcomes(
+                evaluator,
+                metric,
+                subject.point,
+                split,
+                digest(list(ids)),
+                list(values),
+                task,
+                list(clusters),
+            )
+        )
+        return head
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -47,6 +170,22 @@ class Evaluator:
 
     name: ClassVar[str] = ""
     """The name of its file and its config; set by the registry."""
+    headline: ClassVar[str] = ""
+    """The metric that it is there for, zero or more; the contract tests look for it."""
+    trial: ClassVar[dict[str, Any]] = {}
+    """Settings with which it takes a moment on a tiny model, for the contract tests."""
+
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse what cannot be evaluated, before any weight is loaded.
+
+        Args:
+            spec: The run.
+            methods: The methods that make what is evaluated, first to last.
+            shape: The model's shape; None when it can be known only after a download.
+
+        Raises:
+            UserError: When the evaluator does not apply, with what to change.
+        """
 
     def run(self, subject: Subject) -> Result:
         """Return what was measured.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.lazy import torch
@@ -20,6 +21,8 @@ from effbench.schema import PositiveInt, digest
 @dataclass(frozen=True)
 class Perplexity(Evaluator):
     """Teacher-forced loss on a split of the dataset."""
+
+    headline: ClassVar[str] = "loss"
 
     split: str = "test"
     """Which split."""
@@ -37,7 +40,7 @@ class Perplexity(Evaluator):
         with torch.inference_mode():
             for group in by_length([len(e.ids) for e in examples], self.batch_tokens):
                 batch = subject.batch([(examples[i].ids, examples[i].labels()) for i in group])
-                nll = subject.method.token_nll(subject.model, batch)
+                nll = subject.token_nll(batch)
                 tokens = (batch.labels[:, 1:] != -100).sum(1)
                 for i, total, count in zip(
                     group, nll.double().sum(1).tolist(), tokens.tolist(), strict=True

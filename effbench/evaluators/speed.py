@@ -7,6 +7,7 @@ is dropped; medians with bootstrap intervals over the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
@@ -17,6 +18,9 @@ from effbench.schema import PositiveInt
 @dataclass(frozen=True)
 class Speed(Evaluator):
     """Tokens per second of prefill and decode, and bytes of the cache."""
+
+    headline: ClassVar[str] = "decode_tokens_per_second"
+    trial: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 5, "repeats": 1}
 
     batch_size: PositiveInt = 1
     """Sequences decoded at once."""

@@ -40,12 +40,14 @@ class Kind(NamedTuple):
 
     evaluator: str
     metric: str
+    task: str
     split: str
     phase: str
     obtained: str
 
     def __str__(self) -> str:
-        where = f" on {self.split}" if self.split else ""
+        where = f" of {self.task}" if self.task else ""
+        where += f" on {self.split}" if self.split else ""
         when = f" ({self.phase})" if self.phase else ""
         return f"{self.metric}{where}{when}"
 
@@ -242,11 +244,12 @@ def compare(records: Sequence[Record]) -> Comparison:
 
 
 def _grouped(record: Record) -> dict[Kind, list[Metric]]:
-    evaluators = {(o.metric, o.split): o.evaluator for o in record.outcomes}
+    evaluators = {(o.metric, o.task, o.split): o.evaluator for o in record.outcomes}
     groups: dict[Kind, list[Metric]] = {}
     for m in record.metrics:
-        evaluator = evaluators.get((m.name, m.split), "")
-        groups.setdefault(Kind(evaluator, m.name, m.split, m.phase, m.obtained), []).append(m)
+        evaluator = evaluators.get((m.name, m.task, m.split), "")
+        kind = Kind(evaluator, m.name, m.task, m.split, m.phase, m.obtained)
+        groups.setdefault(kind, []).append(m)
     return groups
 
 
@@ -257,7 +260,7 @@ def _not_shared(
         f"{other.obtained} in {name}"
         for name, group in zip(names, groups, strict=True)
         for other in group
-        if other[1:4] == kind[1:4] and other.obtained != kind.obtained
+        if other[1:5] == kind[1:5] and other.obtained != kind.obtained
     ]
     if others:
         return f"{kind} is {kind.obtained} in {names[0]} but {', '.join(others)}: not compared."
@@ -297,8 +300,10 @@ def _judged(row: Row, first: Row, p: float) -> Row:
 
 
 def _outcomes(record: Record, kind: Kind, point: str) -> Outcomes | None:
-    wanted = (kind.evaluator, kind.metric, kind.split, point)
-    found = (o for o in record.outcomes if (o.evaluator, o.metric, o.split, o.point) == wanted)
+    wanted = (kind.evaluator, kind.metric, kind.task, kind.split, point)
+    found = (
+        o for o in record.outcomes if (o.evaluator, o.metric, o.task, o.split, o.point) == wanted
+    )
     return next(found, None)
 
 

@@ -134,8 +134,8 @@ def _values(record: Record, metric: str, split: str) -> list[Metric]:
     return [m for m in found if _kind(m) == _kind(found[0])]
 
 
-def _kind(metric: Metric) -> tuple[str, str, str]:
-    return metric.split, metric.phase, metric.obtained
+def _kind(metric: Metric) -> tuple[str, ...]:
+    return metric.task, metric.split, metric.phase, metric.obtained
 
 
 def _scaled(series: list[list[Metric]], unit: str) -> tuple[list[list[Metric]], str]:

@@ -246,12 +246,12 @@ def _digits(width: float, value: float) -> int:
     return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
 
 
-def _column(metric: Metric) -> tuple[str, str, str, str]:
-    return metric.name, metric.split, metric.phase, metric.obtained
+def _column(metric: Metric) -> tuple[str, ...]:
+    return metric.name, metric.task, metric.split, metric.phase, metric.obtained
 
 
 def _head(metric: Metric) -> str:
-    place = " ".join(p for p in (metric.split, metric.phase) if p)
+    place = " ".join(p for p in (metric.task, metric.split, metric.phase) if p)
     unit = "" if metric.unit.startswith("bytes") else metric.unit
     details = [d for d in (place, unit, modelled(metric.obtained)) if d]
     return f"{metric.name} ({', '.join(details)})" if details else metric.name

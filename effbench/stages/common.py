@@ -19,10 +19,11 @@ from effbench.datasets import Data, Example
 from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject, make_batch
 from effbench.events import EventLog
+from effbench.journal import Journal
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
 from effbench.measure.memory import PeakMemory, memory_in_use
-from effbench.methods.base import Batch, Context, Method, Weights, chain_cost
+from effbench.methods.base import Batch, Context, Cost, Method, Weights, chain_cost
 from effbench.nn.quantised import quantise_nf4, storage_bytes
 from effbench.plan import chain, gib, predict
 from effbench.progress import Progress
@@ -77,6 +78,12 @@ class Bench:
     def count(self, name: str, value: float, unit: str, point: str = "") -> None:
         """Add an exact count to the metrics."""
         self.metrics.append(Metric(name, value, unit, point=point, obtained="counted"))
+
+    def cost(self, point: str) -> Cost:
+        """Return what the model that is evaluated needs at one operating point."""
+        assert self.shape is not None
+        methods = chain(self.spec, self.earlier())
+        return chain_cost(methods, self.shape, self.spec.hardware.dtype, point)
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
@@ -226,6 +233,8 @@ def _read_result(path: Path) -> Result | None:
 
 
 def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str) -> Result:
+    place = bench.folder.path / "evaluations"
+    where = f"{plugin.name}{'@' if point else ''}{point}"
     subject = Subject(
         model=model,
         method=bench.method,
@@ -233,8 +242,15 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         data=data,
         device=bench.device,
         seed=bench.spec.seed,
-        pad_token_id=bench.tokenizer.pad_token_id,
+        pad_token_id=bench.tokenizer.pad_token_id or 0,
         progress=lambda what, n, of: bench.progress.bar(f"{what} {point}".strip(), n, of),
+        tokenizer=bench.tokenizer,
+        shape=bench.shape,
+        dtype=bench.spec.hardware.dtype,
+        cost=bench.cost(point),
+        machine=bench.job.runtime.machine,
+        journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
+        load_model=bench.load_frozen,
     )
     result = make_evaluator(plugin).run(subject)
     for metric in result.metrics:
@@ -245,9 +261,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
 
 
 def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
-    assert bench.shape is not None
-    methods = chain(bench.spec, bench.earlier())
-    cost = chain_cost(methods, bench.shape, bench.spec.hardware.dtype, point)
+    cost = bench.cost(point)
     bench.count("params", cost.params, "parameters", point)
     bench.count("weight_bytes", storage_bytes(model), "bytes", point)
     bench.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
