@@ -423,6 +423,34 @@ def doctor(results: Results = Path("results")) -> None:
 
 
 @app.command()
+def selfcheck(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Families of checks; none runs all.")
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="The form that takes seconds.")] = False,
+) -> None:
+    """Check on this machine that intervals cover, counts agree and oracles give what they must.
+
+    \b
+    Examples:
+      effbench selfcheck --short
+    """
+    from effbench.selfcheck.base import run
+
+    failed = 0
+    for family, check in run(names or [], short):
+        failed += not check.passed
+        bounds = f"[{check.low:.6g}, {check.high:.6g}]"
+        state = "ok    " if check.passed else "FAILED"
+        value = f"{check.value:.6g} {check.unit}".rstrip()
+        typer.echo(f"{state}  {family}: {check.name}: {value} in {bounds}  {check.detail}".rstrip())
+    if failed:
+        raise UserError(
+            f"{failed} checks failed.", "Numbers from this machine are not to be trusted."
+        )
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],

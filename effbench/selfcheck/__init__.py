@@ -1,0 +1,1 @@
+"""Proof that the numbers hold: one file per family of checks, each with a function `run`."""
