@@ -1,7 +1,7 @@
 """What a check is, and how all of them are run.
 
-A file `effbench/selfcheck/NAME.py` is a family of checks. Its function `run(short)` yields a `Check`
-for every number that has to lie between two bounds; the short form takes seconds.
+A file `effbench/selfcheck/NAME.py` is a family of checks. Its function `run(short)` yields a
+`Check` for every number that has to lie between two bounds; the short form takes seconds.
 """
 
 from __future__ import annotations
