@@ -172,6 +172,8 @@ class Evaluator:
     """The name of its file and its config; set by the registry."""
     headline: ClassVar[str] = ""
     """The metric that it is there for, zero or more; the contract tests look for it."""
+    itemwise: ClassVar[bool] = True
+    """Whether it works item by item through `Subject.journal`, so that it resumes at an item."""
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
 

@@ -19,6 +19,7 @@ from effbench.schema import PositiveInt
 class Speed(Evaluator):
     """Tokens per second of prefill and decode, and bytes of the cache."""
 
+    itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "decode_tokens_per_second"
     trial: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 5, "repeats": 1}
 
