@@ -70,7 +70,7 @@ def predict(
         machine: Stated ceilings; zeros are left open.
         earlier: The methods that made what the run starts from, first to last.
     """
-    methods = chain(spec, earlier)
+    methods = [method.fitted(shape) for method in chain(spec, earlier)]
     cost = chain_cost(methods, shape, spec.hardware.dtype, methods[-1].points()[-1])
     train = spec.stage == "train"
     sequences = spec.train.batch_size if train else 1
@@ -98,9 +98,14 @@ def predict(
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
-    """Return all methods that a run's model goes through; an evaluation adds none of its own."""
+    """Return all methods that a run's model goes through.
+
+    An evaluation goes through the last one again, perhaps with other settings of evaluation, unless
+    its own method is one of evaluation.
+    """
     own: Method = make_method(spec.method)
-    return [*earlier] if spec.stage == "eval" and earlier else [*earlier, own]
+    same = spec.stage == "eval" and own.stage != "eval"
+    return [*(earlier[:-1] if same else earlier), own]
 
 
 def _activations(spec: Spec, shape: Shape, tokens: int, element: int) -> int:

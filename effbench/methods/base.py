@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.errors import UserError
 from effbench.lazy import torch
@@ -132,6 +132,9 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {}
     """Settings under which the method, put in but not trained, gives the base's own logits bit for
     bit; None where there are none. A contract test holds every method to it."""
+    at_evaluation: ClassVar[frozenset[str]] = frozenset()
+    """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
+    """
     needs: ClassVar[dict[str, Any]] = {}
     """Settings without a usable default, as a trial run would have them."""
 
@@ -139,6 +142,10 @@ class Method:
     def weights(self) -> Weights:
         """How the base is held: in the compute dtype, as float32 masters, or as NF4."""
         return "compute"
+
+    def fitted(self, shape: Shape) -> Self:
+        """Return the method with the defaults filled in that depend on the model's shape."""
+        return self
 
     def check(self, shape: Shape) -> None:
         """Refuse what cannot work on a model of this shape.
@@ -313,7 +320,7 @@ def chain_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str =
     """Return the cost of what a chain of methods made; `point` is one of the last method's."""
     cost = None
     for method in methods[:-1]:
-        cost = method.cost(shape, dtype, method.points()[-1], cost)
+        cost = method.cost(shape, dtype, method.fitted(shape).points()[-1], cost)
     return methods[-1].cost(shape, dtype, point, cost)
 
 

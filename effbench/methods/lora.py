@@ -44,6 +44,7 @@ class LoRA(Method):
     learning_rate: ClassVar[float] = 1e-3
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     leaves: ClassVar[str] = "adapted"
+    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
 
     rank: PositiveInt = 16
     """Rank R of the update."""

@@ -315,6 +315,7 @@ def _budgets(records: Sequence[Record]) -> list[Budget]:
         "base model": [r.name_of("model") or None for r in records],
         "dataset": [r.name_of("dataset") or None for r in records],
         "training tokens": [_metric(r, "train_tokens") for r in records],
+        "layer forwards": [_metric(r, "train_layer_forwards") for r in records],
         "optimiser steps": [_steps(r) for r in records],
         "trainable parameters": [_metric(r, "trainable_params") for r in records],
     }

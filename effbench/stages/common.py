@@ -148,6 +148,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
         for place, (earlier, method) in enumerate(chain):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
+            method = method.fitted(bench.shape)
             model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
             model.requires_grad_(False)
         if chain and spec.stage == "train" and own.weights == "nf4":
@@ -159,6 +160,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
             f"Lower it: dataset.max_length={bench.shape.max_positions}",
         )
     own.check(bench.shape)
+    bench.method = own.fitted(bench.shape)
     bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
     return model
 
