@@ -234,7 +234,7 @@ def write_peft_adapter(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=list(targets),
-        modules_to_save=[name.rpartition(".")[2] for name in whole or {}] or None,
+        modules_to_save=list(whole or {}) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         inference_mode=True,
