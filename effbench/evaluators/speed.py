@@ -33,8 +33,9 @@ class Speed(Evaluator):
     """Timed repeats."""
 
     def run(self, subject: Subject) -> Result:
-        """Return prefill and decode tokens per second and the cache's bytes."""
+        """Return prefill and decode tokens per second, the cache's bytes, and what was counted."""
         from effbench.measure.timing import Clock
+        from effbench.nn.decoding import Counting
         from effbench.stats import median_interval
 
         vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -43,6 +44,7 @@ class Speed(Evaluator):
             vocabulary, (self.batch_size, self.prompt_tokens), generator=draws
         ).to(subject.device)
         prefill, decode, kv_bytes = [], [], 0
+        counts: dict[str, float] = {}
         clock = Clock(subject.device)
         for repeat in range(self.repeats + 1):
             session = subject.method.session(subject.model)
@@ -53,6 +55,7 @@ class Speed(Evaluator):
                 token = session.step(token).argmax(-1, keepdim=True)
             end = clock.now()
             kv_bytes = session.kv_bytes()
+            counts = session.counts() if isinstance(session, Counting) else {}
             if repeat:
                 prefill.append(self.batch_size * self.prompt_tokens / (middle - start))
                 decode.append(self.batch_size * self.new_tokens / (end - middle))
@@ -70,6 +73,10 @@ class Speed(Evaluator):
                 rate("decode_tokens_per_second", decode, "decode"),
                 Metric(
                     "kv_bytes", kv_bytes, "bytes", subject.point, obtained="counted", phase="decode"
+                ),
+                *(
+                    Metric(name, value, "", subject.point, obtained="counted", phase="decode")
+                    for name, value in counts.items()
                 ),
             ]
         )

@@ -296,27 +296,22 @@ def test_a_resumed_run_draws_on_and_ends_the_same():
 
 
 def test_reweighting_is_a_learning_rate_of_each_layer():
-    def run(method, optimizer_of):
-        ctx = context()
-        model = method.prepare(deep(), ctx)
-        train(method, model, ctx, 4, optimizer_of(model))
+    rate = {-1: 1, 0: 1, 1: 1, 2: 3 / 2, 3: 3, 4: 3}
+
+    def step(reweight, by_layer):
+        method, model, ctx = trained_model(reweight=reweight)
+        groups = [
+            {"params": [p], "lr": 1e-2 * (rate[layer_of(n)] if by_layer else 1)}
+            for n, p in trainable(model).items()
+        ]
+        ctx.state["depths"] = [5, 5]
+        method.update(model, torch.optim.AdamW(groups, weight_decay=0.1), window(), ctx)
         return trainable(model)
 
-    def by_layer(model):
-        rate = {-1: 1, 0: 1, 1: 1, 2: 3 / 2, 3: 3, 4: 3}
-        return torch.optim.AdamW(
-            [{"params": [p], "lr": 1e-2 * rate[layer_of(n)]} for n, p in trainable(model).items()],
-            weight_decay=0.1,
-        )
-
-    plain = SortedLoRA(rank=4, depths=(2, 3, 5))
-    ours = run(replace(plain, reweight=True), lambda m: adamw(m, weight_decay=0.1))
-    theirs = run(plain, by_layer)
+    ours, theirs, plain = step(True, False), step(False, True), step(False, False)
     for name, p in ours.items():
-        torch.testing.assert_close(p, theirs[name], atol=1e-5, rtol=1e-4)
-    unweighted = run(plain, lambda m: adamw(m, weight_decay=0.1))
-    name = next(n for n in ours if layer_of(n) == 4)
-    assert not torch.allclose(ours[name], unweighted[name], atol=1e-5)
+        torch.testing.assert_close(p, theirs[name], atol=1e-6, rtol=1e-5)
+        assert torch.allclose(p, plain[name], atol=1e-5) == (rate[layer_of(name)] == 1), name
 
 
 # -- training ----------------------------------------------------------------------------------
