@@ -25,14 +25,14 @@ from effbench.worker import run_here
 
 DEPTHS = (18, 21, 24, 27, 30)
 LISTED = ",".join(map(str, DEPTHS))
-TRAINING = ["train.max_steps=20", "train.batch_size=2", "train.accumulation=5", "train.warmup=0.1"]
-TRAINING += ["train.checkpoint_every=1000", "dataset.limit.test=24"]
+TRAINING = ["train.max_steps=16", "train.batch_size=2", "train.accumulation=5", "train.warmup=0.1"]
+TRAINING += ["train.checkpoint_every=1000", "dataset.limit.test=12"]
 ARMS = {
     "LoRA": ["method=sorted_lora", f"method.depths=[{DEPTHS[-1]}]"],
     "Sorted-LoRA": ["method=sorted_lora", f"method.depths=[{LISTED}]"],
     "SoFT-LoRA": ["method=sorted_lora", f"method.depths=[{LISTED}]", "method.objective=soft"],
 }
-PROMPTS, PROMPT, NEW, PAIRS = 4, 32, 24, 5
+PROMPTS, PROMPT, NEW, PAIRS = 2, 32, 16, 4
 
 
 def run(stage: Any, words: list[str]) -> tuple[Job, Record]:

@@ -273,6 +273,7 @@ def test_speculation_gives_the_full_models_tokens(
     assert greedy(session, ids, 24).equal(greedy(CachedSession(model), ids, 24))
     assert 0 < session.kept < session.drafted or quiet == 1
     assert session.counts()["acceptance_length"] == 1 + session.kept / session.rounds
+    assert session.steps == session.rounds + session.kept - len(session.ahead)
 
 
 def test_layers_that_change_nothing_agree_with_every_draft() -> None:
