@@ -85,7 +85,8 @@ class Depths(Method):
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         """Return the depths at which decoding can leave, ascending."""
-        return tuple(sorted({*self.listed(), self.full_depth(num_layers)}))
+        full = self.full_depth(num_layers)
+        return (*(n for n in self.listed() if n < full), full)
 
     def check(self, shape: Shape) -> None:
         """Refuse depths that the model does not have, and exits that lead nowhere."""

@@ -97,6 +97,23 @@ def test_settings_of_evaluation_can_be_changed_after_training(bench: Bench) -> N
         bench.job("eval", *start, "method.kv=never")
 
 
+def test_speed_reports_what_a_session_counted(bench: Bench) -> None:
+    sizes = ["prompt_tokens=6", "new_tokens=5", "repeats=1"]
+    found = bench.run(
+        "eval",
+        "method=depths",
+        "method.eval_depths=[2,4]",
+        "method.decoding=[exit,speculative]",
+        "evaluator=[speed]",
+        *(f"evaluator.speed.{size}" for size in sizes),
+        *SMALL[-3:],
+    )
+    assert metric(found, "exit_depth", "exit") == 4  # random weights are sure of nothing
+    assert metric(found, "acceptance_length", "speculative") >= 1
+    assert metric(found, "layer_passes", "speculative") > 0
+    assert all(m.obtained == "counted" for m in found.metrics if m.name == "exit_depth")
+
+
 def test_layer_forwards_are_counted_and_compared(bench: Bench) -> None:
     plain, sorted_ = (
         bench.run("train", *words, "train.accumulation=2", *SMALL)

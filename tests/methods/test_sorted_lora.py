@@ -503,6 +503,7 @@ def test_the_points_of_dynamic_decoding_come_first():
     method, _, _ = ready(decoding=("exit", "speculative"))
     assert method.points() == ("exit", "speculative", "d2", "d3", "d5")
     assert replace(method, eval_depths=(3,)).exits(5) == (3, 5)
+    assert replace(method, depths=(3,), eval_depths=(2, 4)).exits(5) == (2, 3)
 
 
 @pytest.mark.parametrize("kv", ["recompute", "propagate"])
