@@ -319,7 +319,7 @@ def test_a_run_without_a_seed_adds_no_spread_of_its_own() -> None:
     a, fixed = runs_of(3, 60, 0.4), runs_of(1, 60, 0.0, of=1)
     found = seeds_and_items(a, fixed, fixed=True)
     seeds, items = a.mean(axis=1).var(ddof=1) / 3, (0.3**2 + 0.3**2 / 3) / 60
-    assert found.error == pytest.approx(math.sqrt(seeds + items - 0.3**2 / 180), rel=0.02)
+    assert found.error == pytest.approx(math.sqrt(seeds + items - 0.3**2 / 180), rel=0.05)
     assert 2 <= found.df < 4
     assert seeds_interval(a).value == pytest.approx(a.mean())
     with pytest.raises(ValueError, match="two seeds"):
