@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from effbench.errors import UserError, did_you_mean
 from effbench.files import write_atomic
 from effbench.records import Metric, Record
-from effbench.report.labels import labels
+from effbench.report.labels import better, labels
 from effbench.report.table import scale
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 MARKERS = "osD^vPX"
 """So that lines stay distinct without colour too."""
-
-LOWER_IS_BETTER = ("loss", "perplexity", "bits", "seconds", "bytes", "params")
-HIGHER_IS_BETTER = ("accuracy", "per_second")
 
 GREY = "#555555"
 LABEL_GAP = 0.055
@@ -72,8 +69,9 @@ def points_plot(records: Sequence[Record], metric: str, path: Path, split: str =
         marks.append(((pointed or values)[-1].value, name, colour))
     _finish_x(axes, positions, axis_name, log)
     where = f" on {first.split}" if first.split else ""
-    direction = _direction(metric)
-    title = f"{_words(metric)}{where}{f', {direction}' if direction else ''}"
+    direction = f", {better(metric)} is better" if better(metric) else ""
+    task = f" of {first.task}" if first.task else ""
+    title = f"{_words(metric)}{task}{where}{direction}"
     axes.set_title(title[0].upper() + title[1:], loc="left")
     axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
     notes = ["modelled, not measured"] if first.obtained == "modelled" else []
@@ -227,12 +225,6 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
         near = min(reach, i, len(values) - 1 - i)
         means.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
     return means
-
-
-def _direction(metric: str) -> str:
-    if any(part in metric for part in HIGHER_IS_BETTER):
-        return "higher is better"
-    return "lower is better" if any(part in metric for part in LOWER_IS_BETTER) else ""
 
 
 def _words(metric: str) -> str:
