@@ -27,7 +27,7 @@ from effbench.stats import (
 from effbench.stats.base import mean_of
 from effbench.stats.bootstrap import studentised
 from effbench.stats.paired import paired_estimate
-from effbench.stats.power import least, mcnemar_power, paired_power, seeds_power, smallest
+from effbench.stats.power import least, mcnemar_power, paired_power, seeds_power, smallest, t_power
 
 RNG = np.random.default_rng(0)
 
@@ -165,6 +165,11 @@ def test_holm() -> None:
 @pytest.mark.parametrize("n, d", [(5, 0.8), (30, 0.5), (400, 0.1), (20_000, 0.02)])
 def test_power_of_the_paired_t(n: int, d: float) -> None:
     assert paired_power(n, 2.0, 2 * d) == pytest.approx(TTestPower().power(d, n, 0.05), abs=1e-4)
+
+
+@pytest.mark.parametrize("effect", np.geomspace(30, 1e4, 40))
+def test_power_of_a_huge_effect_is_one(effect: float) -> None:
+    assert all(t_power(effect, df) == pytest.approx(1.0, abs=1e-3) for df in (2, 8.3, 40, 900))
 
 
 def test_items_for_the_paired_t() -> None:

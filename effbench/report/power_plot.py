@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from effbench.power import Case, Wanted, smallest_difference
-from effbench.report.plot import COLOURS, _canvas, _direct_labels, _footnote, _save
+from effbench.report.canvas import COLOURS, canvas, direct_labels, footnote, save
 
 REACH = 30.0
 """The axis goes from this factor below to this factor above the items at hand."""
@@ -31,7 +31,7 @@ def power_plot(case: Case, wanted: Wanted, path: Path) -> Path:
     if case.seed_sd is not None:
         lines |= {f"{s} seeds": s for s in ([wanted.seeds] if wanted.seeds else [3, 5, 10])}
     scale, unit = (100, "points") if case.shares else (1, case.unit)
-    figure, axes = _canvas()
+    figure, axes = canvas()
     axes.set_xscale("log")
     axes.set_yscale("log")
     ends = []
@@ -44,6 +44,6 @@ def power_plot(case: Case, wanted: Wanted, path: Path) -> Path:
     axes.set_ylabel(f"smallest difference ({unit})" if unit else "smallest difference")
     head = f"Difference of {case.metric} that is seen in {wanted.power:.0%} of cases"
     axes.set_title(head, loc="left")
-    _footnote(figure, [f"alpha {wanted.alpha:g}", "one pair of runs: over items alone"])
-    _direct_labels(axes, ends)
-    return _save(figure, path)
+    footnote(figure, [f"alpha {wanted.alpha:g}", "one pair of runs: over items alone"])
+    direct_labels(axes, ends)
+    return save(figure, path)

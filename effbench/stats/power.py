@@ -75,8 +75,9 @@ def t_power(effect: float, df: float, alpha: float = ALPHA) -> float:
     t = t_quantile(1 - alpha / 2, df)
     if df > 1e4:
         return float(ndtr(abs(effect) - t) + ndtr(-abs(effect) - t))
-    other = float(nctdtr(df, abs(effect), -t))
-    return 1 - float(nctdtr(df, abs(effect), t)) + (other if math.isfinite(other) else 0.0)
+    within = nctdtr(df, abs(effect), t) - nctdtr(df, abs(effect), -t)
+    # SciPy gives NaN for some effects far beyond the critical value, where nothing is left within.
+    return 1 - float(within) if math.isfinite(within) else 1.0
 
 
 def paired_power(n: int, sd: float, difference: float, alpha: float = ALPHA) -> float:
