@@ -71,10 +71,9 @@ def _errors(sums: Floats, sizes: Floats) -> Floats:
     mean = sums.sum(axis=1) / items
     rest = sums - mean[:, None] * sizes
     error = np.sqrt(groups / (groups - 1) * np.einsum("ij,ij->i", rest, rest)) / items
-    tiny = error <= 1e-12 * np.abs(mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = mean / error
-    return np.where(tiny, np.sign(mean) * math.inf, np.where(np.isfinite(t), t, 0.0))
+    far = np.where(mean > 0, math.inf, np.where(mean < 0, -math.inf, 0.0))
+    spread = error > 1e-12 * np.abs(mean)
+    return np.divide(mean, error, out=far, where=spread)
 
 
 def _quantile(ts: Floats, share: float) -> float:

@@ -148,14 +148,24 @@ def paired_difference(
     return Difference(value, low, high, p, x.size, test, same)
 
 
-def paired_estimate(x: Floats, y: Floats, clusters: Sequence[int] = (), seed: int = 0) -> Estimate:
-    """Return the mean difference x - y as an estimate; the arguments are `paired_difference`'s."""
+def paired_estimate(
+    x: Floats, y: Floats, clusters: Sequence[int] = (), seed: int = 0, resamples: int = 0
+) -> Estimate:
+    """Return the mean difference x - y as an estimate; the arguments are `paired_difference`'s.
+
+    Args:
+        x: One outcome per item.
+        y: Of the other run.
+        clusters: Group of each item.
+        seed: Of the resampling.
+        resamples: How many; 0 takes as many as the time allows.
+    """
     mean = mean_of(x - y, clusters)
     if binary(x) and binary(y):
         return _paired_shares(x, y, mean)
     if mean.groups < MANY or not math.isfinite(mean.value) or mean.variance == 0:
         return mean.student()
-    return studentised(x - y, clusters, seed=seed)
+    return studentised(x - y, clusters, seed=seed, rows=resamples)
 
 
 def paired_test(
