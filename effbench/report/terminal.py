@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from effbench.assets import Status
     from effbench.doctor import Check
     from effbench.query import Rows
-    from effbench.report.compare import Comparison
+    from effbench.report.compared import Comparison
 
 EVALUATED = ("loss", "bits_per_byte", "accuracy", "accuracy_norm", "decode_tokens_per_second")
 """Columns of one run, where it has them."""
