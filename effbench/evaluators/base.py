@@ -163,6 +163,39 @@ class Result:
         )
         return head
 
+    def add_ratio(
+        self,
+        subject: Subject,
+        evaluator: str,
+        metric: str,
+        sums: Sequence[float],
+        counts: Sequence[float],
+        ids: Sequence[str],
+        *,
+        unit: str = "",
+        split: str = "",
+    ) -> Metric:
+        """Add a ratio of two sums over items, such as a loss per token, and the items themselves.
+
+        The outcome of an item is the linearised ratio R + (s - R n) / mean(n) (Woodruff 1971). Its
+        mean over the items is R itself, its spread is that of R, and the difference between two
+        runs on the same items is that of their ratios.
+
+        Args:
+            subject: As for `add_items`.
+            evaluator: Name of the evaluator.
+            metric: Name of the metric.
+            sums: Of each item, s.
+            counts: What each item's sum is over, n; not all zero.
+            ids: One id per item, in the same order.
+            unit: Unit of the ratio.
+            split: Split of the data.
+        """
+        ratio = sum(sums) / sum(counts)
+        size = sum(counts) / len(counts)
+        values = [ratio + (s - ratio * n) / size for s, n in zip(sums, counts, strict=True)]
+        return self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
+
 
 @dataclass(frozen=True)
 class Evaluator:
