@@ -31,6 +31,10 @@ def _no_model(name: str) -> torch.nn.Module:
     raise UserError(f"There is no way to load {name!r} here.")
 
 
+def _no_base() -> torch.nn.Module:
+    raise UserError("There is no way to load the base model here.")
+
+
 @dataclass
 class Subject:
     """A model at one operating point, ready to be evaluated."""
@@ -58,6 +62,9 @@ class Subject:
     finished is in it. Kept in memory when there is no run folder."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
     """Loads another model by its config name, frozen, on the device."""
+    load_base: Callable[[], torch.nn.Module] = _no_base
+    """Loads the dense model that the run started from, whatever made `model` of it; frozen, on the
+    device."""
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""

@@ -30,7 +30,7 @@ from effbench.progress import Progress
 from effbench.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.schema import plain
 from effbench.shapes import Shape
-from effbench.spec import Job, Spec
+from effbench.spec import Job, ModelSpec, Spec
 from effbench.store import RunFolder, Store
 
 
@@ -104,8 +104,14 @@ class Bench:
         """Return another model by its config name, frozen, on the device."""
         from effbench.config import compose
 
-        other = compose("eval", [f"model={name}"]).spec.model
-        loaded = models.load(other, device=self.spec.hardware.device, dtype=self.dtype)
+        return self._load_dense(compose("eval", [f"model={name}"]).spec.model)
+
+    def load_base(self) -> torch.nn.Module:
+        """Return the model of the spec before any method touched it, frozen, on the device."""
+        return self._load_dense(self.spec.model)
+
+    def _load_dense(self, model: ModelSpec) -> torch.nn.Module:
+        loaded = models.load(model, device=self.spec.hardware.device, dtype=self.dtype)
         return loaded.model.requires_grad_(False).eval()
 
 
@@ -251,6 +257,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
         load_model=bench.load_frozen,
+        load_base=bench.load_base,
     )
     result = make_evaluator(plugin).run(subject)
     for metric in result.metrics:
