@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError
@@ -102,12 +103,17 @@ class Subject:
         journal = self.journal(name, ids)
         lengths = [len(r.context) + len(r.continuation) for r in requests]
         groups = journal.pending(list(by_length(lengths, batch_tokens)))
-        for scores in padded_scores(self._logits, self.batch, requests, groups):
+        for scores in padded_scores(self.logits, self.batch, requests, groups):
             journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
             self.progress(name, len(journal), len(requests))
         return [Score(*value) for value in journal.values()]
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits, [B, T, V].
+
+        Raises:
+            UserError: When one is not a finite number, as `token_nll` does.
+        """
         from effbench.nn.finite import require_finite
 
         def run() -> torch.Tensor:
@@ -181,6 +187,7 @@ class Result:
         *,
         unit: str = "",
         split: str = "",
+        bounds: tuple[float, float] = (-math.inf, math.inf),
     ) -> Metric:
         """Add a ratio of two sums over items, such as a loss per token, and the items themselves.
 
@@ -197,11 +204,16 @@ class Result:
             ids: One id per item, in the same order.
             unit: Unit of the ratio.
             split: Split of the data.
+            bounds: What the ratio can be at all; its interval ends there.
         """
         ratio = sum(sums) / sum(counts)
         size = sum(counts) / len(counts)
         values = [ratio + (s - ratio * n) / size for s, n in zip(sums, counts, strict=True)]
-        return self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
+        head = self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
+        least, most = bounds
+        low, high = max(least, _number(head.low)), min(most, _number(head.high))
+        self.metrics[-1] = replace(head, value=ratio, low=low, high=high)
+        return self.metrics[-1]
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,11 @@ class Evaluator:
             UserError: When the evaluator does not apply to the data or the model.
         """
         raise NotImplementedError
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value
 
 
 def make_batch(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:
