@@ -105,7 +105,7 @@ class Data:
         Raises:
             UserError: When there is no such split or it has no rows.
         """
-        return tokenise(self._rows(split), self.spec, self.tokenizer)
+        return tokenise(self.rows(split), self.spec, self.tokenizer)
 
     def documents(self, split: str) -> list[Example]:
         """Return the rows of a split for evaluation, in content-hash order.
@@ -117,9 +117,14 @@ class Data:
         Raises:
             UserError: As `examples`, and when the tokenizer has no token to start with.
         """
-        return tokenise(self._rows(split), self.spec, self.tokenizer, whole=True)
+        return tokenise(self.rows(split), self.spec, self.tokenizer, whole=True)
 
-    def _rows(self, split: str) -> list[Text]:
+    def rows(self, split: str) -> list[Text]:
+        """Return the rendered rows of a split, in content-hash order.
+
+        Raises:
+            UserError: When there is no such split or it has no rows.
+        """
         if split not in self.texts:
             raise UserError(
                 f"dataset {self.spec.name!r} has no split {split!r}.",
@@ -497,7 +502,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _paired(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
     examples = []
     for text in texts:
-        prompt = _chat(text.prompt, tokenizer) if spec.chat else text.prompt
+        prompt = chat_prompt(text.prompt, tokenizer) if spec.chat else text.prompt
         special = not spec.chat
         right = _choice(prompt, text.answer, spec.max_length, tokenizer, special)
         ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -517,9 +522,17 @@ def _paired(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Ex
     return examples
 
 
-def _chat(prompt: str, tokenizer: Any) -> str:
+def chat_prompt(prompt: str, tokenizer: Any) -> str:
+    """Return a prompt as the user's turn in the model's chat template, ready for an answer.
+
+    Raises:
+        UserError: When the model has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("The model has no chat template.", "Set dataset.chat=false.")
+        raise UserError(
+            "The model has no chat template.",
+            "Set dataset.chat=false, or chat=false of the evaluator.",
+        )
     rendered: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +61,8 @@ class Subject:
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal
     """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
     finished is in it. Kept in memory when there is no run folder."""
+    keep: Callable[[str, Sequence[Mapping[str, Any]]], None] = lambda name, rows: None
+    """Writes rows that are too much for the record into the run folder, one JSON line each."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
     """Loads another model by its config name, frozen, on the device."""
     load_base: Callable[[], torch.nn.Module] = _no_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from effbench.datasets import Data, Example
 from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject, make_batch
 from effbench.events import EventLog
+from effbench.files import write_atomic
 from effbench.journal import Journal
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
@@ -256,6 +257,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         cost=bench.cost(point),
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
+        keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),
         load_model=bench.load_frozen,
         load_base=bench.load_base,
     )
@@ -265,6 +267,10 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
     headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
     bench.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
     return result
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
