@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.datasets import Data, chat_prompt
 from effbench.errors import UserError
+from effbench.schema import digest
 
 if TYPE_CHECKING:
     from effbench.tasks import BenchmarkTask
 
 NEW_TOKENS = 256
 """Most tokens of an answer, where a task does not say (lm-eval's own default)."""
+
+IFEVAL_TOKENS = 1280
+"""Most tokens of an answer to IFEval, as lm-eval has it."""
 
 Grades = dict[str, float | list[float]]
 """Value by metric; a list where one answer is graded on several counts."""
@@ -47,6 +51,8 @@ class Questions:
     """From a question's index and the text of its answer."""
     shorten: str = ""
     """What makes the prompts shorter, for messages."""
+    left_out: int = 0
+    """Questions that cannot be graded here."""
 
 
 # -- the run's own dataset -----------------------------------------------------------------------
@@ -128,6 +134,34 @@ def of_task(task: BenchmarkTask, chat: Any = None) -> Questions:
         return {_metric(name): _plain(value) for name, value in found.items()}
 
     return Questions(task.name, task.split, asked, grade, "Lower evaluator.generation.num_fewshot")
+
+
+def of_ifeval(rows: Sequence[Mapping[str, Any]], limit: int | None, chat: Any = None) -> Questions:
+    """Return IFEval's questions, judged by the rules of `ifeval`.
+
+    Args:
+        rows: With the columns of the published file.
+        limit: Only the first rows.
+        chat: As for `of_task`.
+    """
+    from effbench import ifeval
+
+    kept = [row for row in rows[:limit] if ifeval.supported(row)]
+    asked = [
+        Question(
+            digest(row),
+            row["prompt"] if chat is None else chat_prompt(row["prompt"], chat),
+            max_new_tokens=IFEVAL_TOKENS,
+            special=chat is None,
+        )
+        for row in kept
+    ]
+
+    def grade(index: int, text: str) -> Grades:
+        return ifeval.grades(kept[index], text)
+
+    left_out = len(rows[:limit]) - len(kept)
+    return Questions("ifeval", "train", asked, grade, "Give shorter prompts", left_out)
 
 
 def _question(id_: str, prompt: str, settings: Mapping[str, Any], special: bool) -> Question:

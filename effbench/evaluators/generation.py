@@ -16,6 +16,7 @@ from annotated_types import Interval
 from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.lazy import torch
+from effbench.records import Metric
 from effbench.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
 
 if TYPE_CHECKING:
@@ -104,14 +105,17 @@ class Generation(Evaluator):
         return result
 
     def _questions(self, subject: Subject) -> Iterator[Questions]:
-        from effbench.questions import of_dataset, of_task
+        from effbench import tasks
+        from effbench.questions import of_dataset, of_ifeval, of_task
+        from effbench.task_data import find, rows_of
 
         if not self.tasks:
             yield of_dataset(subject.data, self.split, self.limit, self.pattern, self.until)
+        chat = subject.data.tokenizer if self.chat else None
         for name in self.tasks:
-            from effbench import tasks
-
-            chat = subject.data.tokenizer if self.chat else None
+            if name == "ifeval" and name in self.files:
+                yield of_ifeval(rows_of(find(name), "train", self.files), self.limit, chat)
+                continue
             for task in tasks.load_all(
                 name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
             ):
@@ -228,6 +232,18 @@ class Generation(Evaluator):
                 split=questions.split,
                 task=questions.task,
                 clusters=clusters,
+            )
+        if questions.left_out:
+            result.metrics.append(
+                Metric(
+                    "left_out",
+                    questions.left_out,
+                    "questions",
+                    subject.point,
+                    questions.split,
+                    obtained="counted",
+                    task=questions.task,
+                )
             )
         rows = [
             {"id": q.id, "prompt": q.prompt, "text": a.text, **grade}

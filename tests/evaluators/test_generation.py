@@ -333,6 +333,34 @@ def test_a_task_has_metrics_of_its_own(bench: Bench, tmp_path: Path) -> None:
     assert kept == ["gsm8k"]
 
 
+def test_instructions_are_judged_on_a_file_of_rows(bench: Bench, tmp_path: Path) -> None:
+    rows = [
+        {
+            "key": 1,
+            "prompt": "Say it without a comma.",
+            "instruction_id_list": ["punctuation:no_comma", "change_case:english_capital"],
+            "kwargs": [{}, {}],
+        },
+        {
+            "key": 2,
+            "prompt": "Answer in French.",
+            "instruction_id_list": ["language:response_language"],
+            "kwargs": [{"language": "fr"}],
+        },
+    ]
+    path = tmp_path / "ifeval.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    files = {"ifeval": {"train": str(path)}}
+    evaluator = Generation(tasks=("ifeval",), files=files, max_new_tokens=4)
+    subject = subject_of(bench, "dataset=arithmetic")
+    [questions] = list(evaluator._questions(subject))
+    assert questions.asked[0].max_new_tokens == 1280
+    assert questions.grade(0, "no comma")["inst_level_strict_acc"] == [1.0, 0.0]
+    found = by_name(evaluator.run(subject))
+    assert found["prompt_level_strict_acc"].n == 1 and found["inst_level_strict_acc"].n == 2
+    assert found["left_out"].value == 1 and found["left_out"].obtained == "counted"
+
+
 def test_several_grades_of_one_answer_are_a_cluster() -> None:
     values, ids, clusters = flattened([[1.0, 0.0], [1.0]], ["a", "b"])
     assert (values, clusters) == ([1.0, 0.0, 1.0], [0, 0, 1])
@@ -440,12 +468,12 @@ def test_answers_are_those_of_lm_eval(bench: Bench) -> None:
     kept: dict[str, list[Any]] = {}
     subject = dataclasses.replace(subject, keep=lambda name, rows: kept.update({name: rows}))
     names = ("gsm8k_cot", "gsm8k_cot_zeroshot")
-    Generation(tasks=names, limit=3, max_new_tokens=48).run(subject)
-    theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=3)
+    Generation(tasks=names, limit=2, max_new_tokens=40).run(subject)
+    theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=2)
     for name in names:
-        asked = [i[0] for i in tasks.load(name, limit=3).instances()]
+        asked = [i[0] for i in tasks.load(name, limit=2).instances()]
         for instance in asked:
-            instance.args[1]["max_gen_toks"] = 48
+            instance.args[1]["max_gen_toks"] = 40
         expected = theirs.generate_until(asked, disable_tqdm=True)
         assert [row["text"] for row in kept[name]] == expected
     assert any(row["output_tokens"] > 10 for row in kept["gsm8k_cot"])
