@@ -99,13 +99,19 @@ class Subject:
             name: Names the journal and the progress line; unique within one evaluator.
             batch_tokens: Largest batch, padding included, in tokens.
         """
-        from effbench.nn.scoring import Score, padded_scores
+        from effbench.nn.scoring import Plan, Score, has_trees, padded_scores, tree_scores
 
         ids = [digest([r.context, r.continuation]) for r in requests]
         journal = self.journal(name, ids)
-        lengths = [len(r.context) + len(r.continuation) for r in requests]
-        groups = journal.pending(list(by_length(lengths, batch_tokens)))
-        for scores in padded_scores(self.logits, self.batch, requests, groups):
+        if type(self.method).logits is Method.logits and has_trees(self.model):
+            plan = Plan(requests, batch_tokens)
+            pending = journal.pending([g.requests for g in plan.groups])
+            found = tree_scores(self.model, plan, plan.of(pending), self.device)
+        else:
+            lengths = [len(r.context) + len(r.continuation) for r in requests]
+            pending = journal.pending(list(by_length(lengths, batch_tokens)))
+            found = padded_scores(self.logits, self.batch, requests, pending)
+        for scores in found:
             journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
             self.progress(name, len(journal), len(requests))
         return [Score(*value) for value in journal.values()]
