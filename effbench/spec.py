@@ -57,8 +57,8 @@ class DatasetSpec:
     source: Literal["package", "hub", "file", "generator"]
     """Where the rows come from."""
     kind: Literal["text", "pairs", "choices"]
-    """`text`: language modelling, packed. `pairs`: loss on the answer only. `choices`: pairs
-    whose wrong answers are known too."""
+    """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
+    `choices`: pairs whose wrong answers are known too."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
@@ -86,7 +86,8 @@ class DatasetSpec:
     cut: dict[str, Fraction] = field(default_factory=dict)
     """Or: shares of the one source split that each of our splits gets, drawn by content hash."""
     max_length: PositiveInt = 256
-    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it."""
+    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it.
+    Texts are evaluated whole, in windows of that size."""
     chat: bool = False
     """Whether prompts go through the model's chat template."""
     limit: dict[str, PositiveInt] = field(default_factory=dict)

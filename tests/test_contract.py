@@ -330,7 +330,7 @@ def test_a_loaded_artefact_gives_the_same_logits(
 def eval_words(run: Made) -> list[str]:
     return [
         f"from={run.record.key}",
-        "evaluator=[perplexity,choices]",
+        *ALL_EVALUATORS,
         f"run.results={run.bench.root}",
         "run.progress=false",
         "hardware.device=cpu",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError
@@ -31,6 +32,10 @@ def _no_model(name: str) -> torch.nn.Module:
     raise UserError(f"There is no way to load {name!r} here.")
 
 
+def _no_base() -> torch.nn.Module:
+    raise UserError("There is no way to load the base model here.")
+
+
 @dataclass
 class Subject:
     """A model at one operating point, ready to be evaluated."""
@@ -56,8 +61,13 @@ class Subject:
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal
     """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
     finished is in it. Kept in memory when there is no run folder."""
+    keep: Callable[[str, Sequence[Mapping[str, Any]]], None] = lambda name, rows: None
+    """Writes rows that are too much for the record into the run folder, one JSON line each."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
     """Loads another model by its config name, frozen, on the device."""
+    load_base: Callable[[], torch.nn.Module] = _no_base
+    """Loads the dense model that the run started from, whatever made `model` of it; frozen, on the
+    device."""
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""
@@ -100,13 +110,18 @@ class Subject:
         else:
             lengths = [len(r.context) + len(r.continuation) for r in requests]
             pending = journal.pending(list(by_length(lengths, batch_tokens)))
-            found = padded_scores(self._logits, self.batch, requests, pending)
+            found = padded_scores(self.logits, self.batch, requests, pending)
         for scores in found:
             journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
             self.progress(name, len(journal), len(requests))
         return [Score(*value) for value in journal.values()]
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits, [B, T, V].
+
+        Raises:
+            UserError: When one is not a finite number, as `token_nll` does.
+        """
         from effbench.nn.finite import require_finite
 
         def run() -> torch.Tensor:
@@ -169,6 +184,45 @@ class Result:
         )
         return head
 
+    def add_ratio(
+        self,
+        subject: Subject,
+        evaluator: str,
+        metric: str,
+        sums: Sequence[float],
+        counts: Sequence[float],
+        ids: Sequence[str],
+        *,
+        unit: str = "",
+        split: str = "",
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Metric:
+        """Add a ratio of two sums over items, such as a loss per token, and the items themselves.
+
+        The outcome of an item is the linearised ratio R + (s - R n) / mean(n) (Woodruff 1971). Its
+        mean over the items is R itself, its spread is that of R, and the difference between two
+        runs on the same items is that of their ratios.
+
+        Args:
+            subject: As for `add_items`.
+            evaluator: Name of the evaluator.
+            metric: Name of the metric.
+            sums: Of each item, s.
+            counts: What each item's sum is over, n; not all zero.
+            ids: One id per item, in the same order.
+            unit: Unit of the ratio.
+            split: Split of the data.
+            bounds: What the ratio can be at all; its interval ends there.
+        """
+        ratio = sum(sums) / sum(counts)
+        size = sum(counts) / len(counts)
+        values = [ratio + (s - ratio * n) / size for s, n in zip(sums, counts, strict=True)]
+        head = self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
+        least, most = bounds
+        low, high = max(least, _number(head.low)), min(most, _number(head.high))
+        self.metrics[-1] = replace(head, value=ratio, low=low, high=high)
+        return self.metrics[-1]
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -202,6 +256,11 @@ class Evaluator:
             UserError: When the evaluator does not apply to the data or the model.
         """
         raise NotImplementedError
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value
 
 
 def make_batch(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:

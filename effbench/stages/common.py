@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from effbench.datasets import Data, Example
 from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject, make_batch
 from effbench.events import EventLog
+from effbench.files import write_atomic
 from effbench.journal import Journal
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
@@ -30,7 +31,7 @@ from effbench.progress import Progress
 from effbench.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.schema import plain
 from effbench.shapes import Shape
-from effbench.spec import Job, Spec
+from effbench.spec import Job, ModelSpec, Spec
 from effbench.store import RunFolder, Store
 
 
@@ -104,8 +105,14 @@ class Bench:
         """Return another model by its config name, frozen, on the device."""
         from effbench.config import compose
 
-        other = compose("eval", [f"model={name}"]).spec.model
-        loaded = models.load(other, device=self.spec.hardware.device, dtype=self.dtype)
+        return self._load_dense(compose("eval", [f"model={name}"]).spec.model)
+
+    def load_base(self) -> torch.nn.Module:
+        """Return the model of the spec before any method touched it, frozen, on the device."""
+        return self._load_dense(self.spec.model)
+
+    def _load_dense(self, model: ModelSpec) -> torch.nn.Module:
+        loaded = models.load(model, device=self.spec.hardware.device, dtype=self.dtype)
         return loaded.model.requires_grad_(False).eval()
 
 
@@ -250,7 +257,9 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         cost=bench.cost(point),
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
+        keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),
         load_model=bench.load_frozen,
+        load_base=bench.load_base,
     )
     result = make_evaluator(plugin).run(subject)
     for metric in result.metrics:
@@ -258,6 +267,10 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
     headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
     bench.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
     return result
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
