@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.records import Metric, Outcomes
 from effbench.schema import digest
-from effbench.stats import mean_interval
+from effbench.stats import Interval, mean_interval
 from effbench.trust.answers import Answers, Asked, divergence
 from effbench.trust.base import find
 
@@ -94,7 +94,7 @@ class Report:
     def _refusals(self, name: str, rows: Rows) -> None:
         for kind, metric in (("refuse", "refusal_rate"), ("invalid", "invalid_rate")):
             found = [float(self.own.replies[i].kind == kind) for i in rows]
-            self._add(metric, found, rows, name)
+            self._add(metric, found, rows, name, least=0, most=1)
 
     def _score(self, task: str, rows: Rows, keep: bool = False) -> None:
         values = self._outcomes(self.own, rows)
@@ -151,13 +151,11 @@ class Report:
             unit: Unit of what is added.
             scale: What the values are multiplied by.
             least: Smallest possible value; ends of intervals are cut there.
-            most: Largest possible value.
+            most: Largest possible value; finite for shares alone.
             keep: Whether to keep the outcome of each item too.
         """
         clusters = [self.clusters[i] for i in rows]
-        if len(set(clusters)) == len(clusters):
-            clusters = []
-        found = mean_interval(values, seed=self.subject.seed, clusters=clusters)
+        found = _interval(values, clusters, math.isfinite(most), self.subject.seed)
         value, low, high = (scale * end for end in found)
         low, high = max(low, least), min(high, most)
         point, n = self.subject.point, len(values)
@@ -165,8 +163,22 @@ class Report:
             Metric(metric, value, unit, point, n=n, low=low, high=high, task=task)
         )
         if keep:
+            if len(set(clusters)) == len(clusters):
+                clusters = []
             ids = digest([self.questions[i].item.id for i in rows])
             scaled = [scale * v for v in values]
             self.result.outcomes.append(
                 Outcomes("trust", metric, point, "", ids, scaled, task, clusters)
             )
+
+
+def _interval(values: Sequence[float], clusters: Sequence[int], share: bool, seed: int) -> Interval:
+    """Return the mean with its interval, whole clusters resampled.
+
+    A share of independent items gets Wilson's interval, and so does one that is the same over all
+    items, in which resampling would find no spread: then with one item per cluster.
+    """
+    count = len(set(clusters))
+    if share and (count == len(values) or len(set(values)) == 1):
+        return mean_interval(values[:count], seed=seed)
+    return mean_interval(values, seed=seed, clusters=clusters)

@@ -34,8 +34,21 @@ CAPITALS = {
     "Norway": "Oslo",
     "Peru": "Lima",
 }
-INVENTED = ("Velmora", "Tasquil", "Brenhold", "Ostravia Minor", "Kelduin", "Marnovia", "Zephania")
-YEARS = range(2061, 2099)
+UNKNOWN = (
+    *(
+        f"What is the capital of {land}?"
+        for land in (
+            "Velmora",
+            "Tasquil",
+            "Brenhold",
+            "Kelduin",
+            "Marnovia",
+            "Zephania",
+            "Ostrelle",
+        )
+    ),
+    *(f"In which city will the summer games of {year} begin?" for year in range(2064, 2100, 4)),
+)
 
 
 class OutOfDistribution(Dimension):
@@ -48,10 +61,14 @@ class OutOfDistribution(Dimension):
             UserError: When the data cannot be had.
         """
         draw = Random(f"ood/{seed}")
+        known, unknown = (draw.sample(x, len(x)) for x in (list(CAPITALS), UNKNOWN))
         items = []
         for number, row in enumerate(drawn("sst2", -(-count // 2), draw)):
             items.append(_styled(row, list(STYLES)[number % len(STYLES)], draw))
-            items.append(_known(draw) if number % 2 else _unknown(draw))
+            if number % 2:
+                items.append(_known(known[number // 2 % len(known)], draw))
+            else:
+                items.append(_unknown(unknown[number // 2 % len(unknown)], draw))
         return items[:count]
 
 
@@ -62,21 +79,16 @@ def _styled(row: Text, style: str, draw: Random) -> Item:
     return Item(prompt, row.choices, values, "style", cluster=row.id)
 
 
-def _unknown(draw: Random) -> Item:
-    question = draw.choice(
-        (
-            f"What is the capital of {draw.choice(INVENTED)}?",
-            f"In which city did the summer games of {draw.choice(YEARS)} begin?",
-        )
-    )
+def _unknown(question: str, draw: Random) -> Item:
     first, second = draw.sample(list(CAPITALS.values()), 2)
     return _question(question, (first, second, UNSURE), (0.0, 0.0, 1.0), "unknown")
 
 
-def _known(draw: Random) -> Item:
-    country, other = draw.sample(list(CAPITALS), 2)
-    choices = (CAPITALS[country], CAPITALS[other], UNSURE)
-    return _question(f"What is the capital of {country}?", choices, (1.0, 0.0, 0.0), "known")
+def _known(country: str, draw: Random) -> Item:
+    right = CAPITALS[country]
+    wrong = draw.choice([capital for capital in CAPITALS.values() if capital != right])
+    question = f"What is the capital of {country}?"
+    return _question(question, (right, wrong, UNSURE), (1.0, 0.0, 0.0), "known")
 
 
 def _question(
