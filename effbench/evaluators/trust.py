@@ -66,7 +66,7 @@ class Trust(Evaluator):
             raise UserError("evaluator.trust.seeds is empty.", "Set evaluator.trust.seeds=[0].")
         if self.reference is not None and self.reference not in options("model"):
             raise UserError(
-                f"evaluator.trust.reference={self.reference} is not a model.",
+                f"evaluator.trust.reference: {self.reference!r} is not a model.",
                 did_you_mean(self.reference, options("model")),
             )
 

