@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.errors import UserError
+from effbench.errors import UserError, did_you_mean
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.methods.base import Method
 from effbench.schema import NonNegativeInt, PositiveInt
@@ -48,13 +48,12 @@ class Trust(Evaluator):
     """Whether questions go through the model's chat template."""
     generate: bool = False
     """Whether scores come from generated answers; KL is over the given ones in any case."""
-    new_tokens: PositiveInt = 16
+    new_tokens: PositiveInt = 32
     """Length of a generated answer."""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse an unknown dimension or reference, and seeds that are none or the same."""
         from effbench.conf_files import options
-        from effbench.errors import did_you_mean
         from effbench.trust.base import find
 
         for name in self.dimensions:
@@ -98,7 +97,7 @@ class Trust(Evaluator):
         from effbench.methods.none import Unchanged
 
         model = subject.load_model(self.reference) if self.reference else subject.load_base()
-        theirs, ours = (m.config.vocab_size for m in (model, subject.model))  # type: ignore
+        theirs, ours = (m.config.vocab_size for m in (model, subject.model))  # type: ignore[union-attr]
         if theirs != ours:
             raise UserError(
                 f"evaluator.trust.reference={self.reference} has {theirs} vocabulary entries, "

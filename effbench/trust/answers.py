@@ -139,9 +139,16 @@ def _generated(
     for (index,) in journal.pending([[i] for i in range(len(questions))]):
         ids = torch.tensor([contexts[index]], device=subject.device)
         session = subject.method.session(subject.model)
-        new = greedy(session, ids, how.new_tokens)[0].tolist()
-        text = subject.tokenizer.decode(new, skip_special_tokens=True).strip().split("\n")[0]
+        text = _first_line(subject.tokenizer, greedy(session, ids, how.new_tokens)[0].tolist())
         reply = find(questions[index].dimension).reply(questions[index].item, text)
         journal.add({index: asdict(reply)})
         subject.progress(name, len(journal), len(questions))
     return [Reply(**value) for value in journal.values()]
+
+
+def _first_line(tokenizer: Any, ids: list[int]) -> str:
+    end = tokenizer.eos_token_id
+    if end in ids:
+        ids = ids[: ids.index(end)]
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip().partition("\n")[0]

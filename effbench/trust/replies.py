@@ -18,10 +18,10 @@ class Reply:
 
 
 REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)"
-    r"|i (?:can't|cannot|can not|won't|will not|must not|refuse to|decline to)"
-    r"|i (?:would|'d) rather not"
-    r"|as an ai\b|i apologi[sz]e"
+    r"\b(?:i(?:'m| am) (?:sorry,? but|unable|not able)"
+    r"|i (?:can't|cannot|can not|won't|will not|must not|refuse|must decline|decline)\b"
+    r"|i (?:would|'d) rather not|i apologi[sz]e"
+    r"|as an ai\b"
     r"|it(?:'s| is) not (?:appropriate|possible) to)"
 )
 
@@ -30,7 +30,7 @@ def parse(text: str, choices: Sequence[str]) -> Reply:
     """Return what `text` says; total, every text is one of the three.
 
     What comes first counts: a choice named in whole words, or words of refusal. Where two choices
-    start at the same place, the longer one counts.
+    start at the same place, the longer one counts. A negation around a choice is not understood.
 
     Args:
         text: What a model generated.
