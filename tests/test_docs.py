@@ -290,6 +290,7 @@ FORBIDDEN = {
     "kernels": (*ABOVE, "methods", "nn", "evaluators", "models", "datasets", "config", "store"),
     "methods": (*ABOVE, "evaluators", "models", "datasets", "config", "plan", "store", "records"),
     "evaluators": (*ABOVE, "config", "plan", "store"),
+    "trust": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),
     "measure": (*ABOVE, "methods", "models", "datasets", "config", "plan", "store"),
     "models": (*ABOVE, "evaluators", "datasets", "plan", "store"),
     "datasets": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),

@@ -62,7 +62,13 @@ def _evaluated(record: Record) -> Table:
 
 def _others(record: Record) -> Table:
     rows: list[tuple[Cell, ...]] = [
-        (m.name, m.phase, as_value(m), m.unit if not m.unit.startswith("bytes") else "", m.obtained)
+        (
+            m.name,
+            m.task or m.phase,
+            as_value(m),
+            m.unit if not m.unit.startswith("bytes") else "",
+            m.obtained,
+        )
         for m in record.metrics
         if not m.point and not m.split
     ]
