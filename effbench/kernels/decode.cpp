@@ -1,9 +1,9 @@
 // One decoding step of a Llama-style model on a CPU, for a small batch.
 //
 // Decoding reads every weight once per token, so it is as fast as memory gives the weights. Here the
-// whole step is one parallel region: each thread streams its share of the rows of every matrix, and
-// what lies between two products (norms, rotary positions, attention, the gated MLP) is done on the
-// way. Queries, keys and values are one product over three matrices, gate and up another over two,
+// whole step is one parallel region: each thread takes piece after piece of the rows of every matrix,
+// and what lies between two products (norms, rotary positions, attention, the gated MLP) is done on
+// the way. Queries, keys and values are one product over three matrices, gate and up another over two,
 // by pointers: no weight is copied. Numbers are rounded to the dtype of the model where the layers of
 // transformers round them; sums are in float32.
 //
@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <vector>
 
 #include <omp.h>
 #if defined(__x86_64__)
@@ -25,7 +26,10 @@ namespace {
 constexpr int kRows = 4;      // rows of a matrix that are read side by side
 constexpr int kBatch = 4;     // sequences that share one pass over those rows
 constexpr int kAhead = 4096;  // bytes by which rows are fetched before they are used
-constexpr int kSpins = 20000;  // looks at a barrier before the core is given away
+constexpr int kSpins = 2000;  // looks at what is not done yet before the core is given away
+constexpr int64_t kPiece = 65536;  // bytes of weights in one piece of work
+constexpr int kPieces = 4;         // pieces that each thread gets, at least, where there are rows
+constexpr int kPhases = 6;  // of one decoder block
 constexpr int64_t kChunk = 256;  // positions of one head that one thread attends to at a time
 
 struct bf16 {
@@ -195,36 +199,37 @@ void dots(const T* const* w, const T* x, int64_t stride, int64_t K, int batch, f
 
 // -- threads -------------------------------------------------------------------------------------
 
-struct Barrier {
-  std::atomic<int> waiting{0};
-  std::atomic<int> turn{0};
-
-  void wait(int threads) {
-    if (threads == 1) return;
-    int now = turn.load(std::memory_order_relaxed);
-    if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      waiting.store(0, std::memory_order_relaxed);
-      turn.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn.load(std::memory_order_acquire) == now; ++spins) {
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-      if (spins > kSpins) std::this_thread::yield();  // someone else needs the core
-    }
-  }
-};
-
 struct Range {
   int64_t begin, end;
 };
 
-// The share of thread `id`, in units of `grain`.
-Range share(int64_t n, int64_t grain, int id, int threads) {
-  int64_t units = (n + grain - 1) / grain;
-  int64_t begin = units * id / threads * grain, end = units * (id + 1) / threads * grain;
-  return {begin < n ? begin : n, end < n ? end : n};
+// A part of a step whose pieces any thread may do, in any order. It is over when all pieces are
+// done; a thread that comes late (because something else has its core) finds none left and goes on.
+struct alignas(64) Phase {
+  std::atomic<int64_t> next{0}, done{0};
+
+  template <typename Work>
+  void run(int64_t n, int64_t grain, Work work) {
+    const int64_t pieces = (n + grain - 1) / grain;
+    for (int64_t piece; (piece = next.fetch_add(1)) < pieces;) {
+      int64_t begin = piece * grain;
+      work(Range{begin, begin + grain < n ? begin + grain : n});
+      done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; done.load(std::memory_order_acquire) < pieces; ++spins) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+      if (spins > kSpins) std::this_thread::yield();
+    }
+  }
+};
+
+// Units of `bytes` each that make one piece: a multiple of `align`, several pieces to a thread.
+int64_t grain(int64_t n, int64_t bytes, int64_t align, int64_t threads) {
+  int64_t units = kPiece / bytes, most = n / (kPieces * threads);
+  if (units > most) units = most;
+  return (units / align + 1) * align;
 }
 
 }  // namespace
@@ -273,9 +278,10 @@ struct Work {
   T *hidden, *query, *mixed, *act;
   float* partial;  // per head and chunk: largest score, sum of weights, weighted values
   int64_t q_width, kv_width, chunks;
-  Barrier barrier;
+  std::vector<Phase> phases;
 
-  Work(const Model& model, const Step& step) : m(model), s(step) {
+  Work(const Model& model, const Step& step)
+      : m(model), s(step), phases(size_t(model.layers * kPhases + 2)) {
     q_width = m.heads * m.head_dim;
     kv_width = m.kv_heads * m.head_dim;
     chunks = (s.length + 1 + kChunk - 1) / kChunk;
@@ -444,38 +450,46 @@ struct Work {
     }
   }
 
-  void run(int id, int threads, T* own) {
-    auto mine = [&](int64_t n, int64_t grain) { return share(n, grain, id, threads); };
-    Range r = mine(m.hidden, 1);
-    for (int64_t b = 0; b < s.batch; ++b)
-      for (int64_t i = r.begin; i < r.end; ++i)
-        hidden[b * m.hidden + i] = at(m.embedding, s.tokens[b] * m.hidden)[i];
-    barrier.wait(threads);
+  // Everything, as one of several threads; `own` is room for one normed input.
+  void run(int threads, T* own) {
+    Phase* phase = phases.data();
+    auto pieces = [&](int64_t n, int64_t width, int64_t align) {
+      return grain(n, width * int64_t(sizeof(T)), align, threads);
+    };
+    (phase++)->run(s.batch, 1, [&](Range r) {
+      for (int64_t b = r.begin; b < r.end; ++b)
+        std::memcpy(hidden + b * m.hidden, at(m.embedding, s.tokens[b] * m.hidden),
+                    m.hidden * sizeof(T));
+    });
     for (int64_t index = 0; index < m.layers; ++index) {
       const Layer& l = m.layer[index];
-      normed(l.attention_norm, own);
-      r = mine((q_width + 2 * kv_width) / 2, 1);
-      for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, unit, own);
-      barrier.wait(threads);
-      r = mine(s.batch * m.heads * chunks, 1);
-      for (int64_t item = r.begin; item < r.end; ++item) attended(l, item);
-      barrier.wait(threads);
-      if (chunks > 1) {
-        r = mine(s.batch * m.heads, 1);
-        for (int64_t item = r.begin; item < r.end; ++item) combined(item);
-        barrier.wait(threads);
-      }
-      added(l.o, l.o_bias, mixed, q_width, mine(m.hidden, kRows));
-      barrier.wait(threads);
-      normed(l.mlp_norm, own);
-      gated(l, own, mine(m.inner, 2));
-      barrier.wait(threads);
-      added(l.down, l.down_bias, act, m.inner, mine(m.hidden, kRows));
-      barrier.wait(threads);
+      const int64_t units = q_width / 2 + kv_width, items = s.batch * m.heads;
+      bool ready = false;
+      (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
+        if (!ready) normed(l.attention_norm, own);
+        ready = true;
+        for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, unit, own);
+      });
+      (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, r.begin); });
+      (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(r.begin); });
+      (phase++)->run(m.hidden, pieces(m.hidden, q_width, kRows),
+                     [&](Range r) { added(l.o, l.o_bias, mixed, q_width, r); });
+      ready = false;
+      (phase++)->run(m.inner, pieces(m.inner, 2 * m.hidden, 2), [&](Range r) {
+        if (!ready) normed(l.mlp_norm, own);
+        ready = true;
+        gated(l, own, r);
+      });
+      (phase++)->run(m.hidden, pieces(m.hidden, m.inner, kRows),
+                     [&](Range r) { added(l.down, l.down_bias, act, m.inner, r); });
     }
-    normed(m.norm, own);
-    rows(m.head, own, m.hidden, mine(m.vocab, kRows), [&](int64_t b, int64_t row, float sum) {
-      static_cast<T*>(s.logits)[b * m.vocab + row] = rounded<T>(sum + bias(m.head_bias, row));
+    bool ready = false;
+    phase->run(m.vocab, pieces(m.vocab, m.hidden, kRows), [&](Range r) {
+      if (!ready) normed(m.norm, own);
+      ready = true;
+      rows(m.head, own, m.hidden, r, [&](int64_t b, int64_t row, float sum) {
+        static_cast<T*>(s.logits)[b * m.vocab + row] = rounded<T>(sum + bias(m.head_bias, row));
+      });
     });
   }
 };
@@ -485,17 +499,17 @@ void decode(const Model* m, const Step* s) {
   Work<T> work(*m, *s);
 #pragma omp parallel num_threads(int(s->threads))
   {
-    T* own = new T[s->batch * m->hidden];
-    work.run(omp_get_thread_num(), omp_get_num_threads(), own);
-    delete[] own;
+    std::vector<T> own(size_t(s->batch * m->hidden));
+    work.run(omp_get_num_threads(), own.data());
   }
 }
 
 template <typename T>
 void product(const void* w, const void* x, void* y, int64_t N, int64_t K, int64_t threads) {
+  Phase phase;
+  const int64_t piece = grain(N, K * int64_t(sizeof(T)), kRows, threads);
 #pragma omp parallel num_threads(int(threads))
-  {
-    Range r = share(N, kRows, omp_get_thread_num(), omp_get_num_threads());
+  phase.run(N, piece, [&](Range r) {
     float sums[kRows];
     for (int64_t row = r.begin; row < r.end; row += kRows) {
       int64_t many = r.end - row < kRows ? r.end - row : kRows;
@@ -505,7 +519,7 @@ void product(const void* w, const void* x, void* y, int64_t N, int64_t K, int64_
       Dot<T, kRows, 1>::run(rows, static_cast<const T*>(x), 0, K, sums);
       for (int j = 0; j < many; ++j) static_cast<T*>(y)[row + j] = rounded<T>(sums[j]);
     }
-  }
+  });
 }
 
 }  // namespace
