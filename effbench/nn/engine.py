@@ -98,10 +98,10 @@ class StaticSession:
         ValueError: When the engine does not apply to `model`.
     """
 
-    def __init__(self, model: torch.nn.Module, use_native: bool = True) -> None:
+    def __init__(self, model: Any, use_native: bool = True) -> None:
         if reason := why_not(model):
             raise ValueError(f"the engine does not apply: {reason}")
-        self.model: Any = model
+        self.model = model
         self.blocks = blocks_of(model)
         self.layers = [StaticLayer() for _ in self.blocks]
         embedding = self.model.model.embed_tokens.weight
