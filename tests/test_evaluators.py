@@ -16,7 +16,6 @@ from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject, by_length
 from effbench.evaluators.choices import Choices
 from effbench.evaluators.perplexity import Perplexity
-from effbench.evaluators.speed import Speed
 from effbench.methods.none import Unchanged
 from effbench.nn.decoding import CachedSession, greedy
 from effbench.records import Metric
@@ -99,19 +98,6 @@ def test_groups_fit_and_hold_every_position() -> None:
 def test_choices_need_choices(bench: Bench) -> None:
     with pytest.raises(UserError, match="needs a dataset with choices"):
         bench.job("eval", "evaluator=choices", "dataset=gsm8k-test")
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_speed_counts_the_cache(subject: Subject, batch: int) -> None:
-    settings = {"batch_size": batch, "prompt_tokens": 10, "new_tokens": 7, "repeats": 2}
-    found = metrics(Speed(**settings).run(subject))
-    per_token = 2 * 4 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
-    assert found["kv_bytes"].value == batch * (10 + 7) * per_token
-    assert found["kv_bytes"].obtained == "counted"
-    for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-        assert found[name].obtained == "measured" and found[name].n == 2
-        low, high = found[name].low, found[name].high
-        assert low is not None and high is not None and 0 < low <= found[name].value <= high
 
 
 @torch.no_grad()

@@ -259,10 +259,13 @@ class Method:
         return nullcontext()
 
     def session(self, model: torch.nn.Module) -> Session:
-        """Return a fresh decoding session; it keeps all its state to itself."""
-        from effbench.nn.decoding import CachedSession
+        """Return a fresh decoding session; it keeps all its state to itself.
 
-        return CachedSession(model)
+        Default: our engine where the model is laid out as Llama is, else the model's forward pass.
+        """
+        from effbench.nn.engine import session_for
+
+        return session_for(model)
 
     # -- artefact ------------------------------------------------------------------------------
 
