@@ -114,6 +114,8 @@ class TrainSpec:
     """`adamw8bit` is bitsandbytes' 8-bit AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of Adam's two moments."""
+    epsilon: PositiveFloat = 1e-8
+    """What Adam adds to the root of its second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -177,6 +177,21 @@ class Method:
         """Return the positions in `batches` (one sequence each) to train on, in order."""
         return list(range(len(batches)))
 
+    def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
+        """Run once before the first step: what has to look at data before anything trains.
+
+        A resumed run does not call it again; what it leaves must be in `tensors` or `ctx.state`.
+
+        Args:
+            model: The prepared model.
+            window: The micro-batches of the first step.
+            ctx: Of the run.
+        """
+
+    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """Return what trains, in groups, each with its share of the run's learning rate."""
+        return [([p for p in model.parameters() if p.requires_grad], 1.0)]
+
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Run before each optimiser step: schedules and draws."""
 

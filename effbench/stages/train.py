@@ -135,10 +135,10 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    groups = method.groups(model)
+    if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
-    optimizer = _optimizer(spec.train, trainable)
+    optimizer = _optimizer(spec.train, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
     optimizer = accelerator.prepare(optimizer)
     return Trainer(
@@ -178,16 +178,26 @@ def _refuse_infinite(what: str, value: float, settings: TrainSpec, step: int) ->
         )
 
 
-def _optimizer(settings: TrainSpec, parameters: Sequence[torch.nn.Parameter]) -> Any:
+def _optimizer(
+    settings: TrainSpec, groups: Sequence[tuple[list[torch.nn.Parameter], float]]
+) -> Any:
+    """Return the optimiser over groups of parameters, each with its share of the learning rate."""
     rate, decay = settings.learning_rate, settings.weight_decay
     assert rate is not None
+    parameters = [{"params": members, "lr": rate * share} for members, share in groups]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+    adam: dict[str, Any] = {
+        "lr": rate,
+        "betas": settings.betas,
+        "eps": settings.epsilon,
+        "weight_decay": decay,
+    }
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        return AdamW8bit(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
+        return AdamW8bit(parameters, **adam)
+    return torch.optim.AdamW(parameters, **adam)
 
 
 def rate_at(settings: TrainSpec, step: int) -> float:
@@ -208,6 +218,8 @@ def _loop(trainer: Trainer) -> None:
     done, settings = trainer.done, trainer.settings
     _resume(trainer)
     first = done.step
+    if first == 0:
+        trainer.bench.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
     begun = time.perf_counter()
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
