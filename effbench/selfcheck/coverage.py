@@ -267,8 +267,8 @@ CASES: Sequence[Case] = (
             ((5, 5), 400, 0.05, 1.0),
         ]
     ),
-    Case("5 seeds against an untrained model", partial(_against_untrained, 5, 100, 0.3)),
-    Case("mean over 5 seeds and 100 items", partial(_one_group, 5, 100)),
+    Case("8 seeds against an untrained model", partial(_against_untrained, 8, 100, 0.3)),
+    Case("mean over 8 seeds and 100 items", partial(_one_group, 8, 100)),
     Case("Welch over 5 and 7 seeds", _welch),
 )
 
