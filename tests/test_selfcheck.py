@@ -52,7 +52,7 @@ def test_an_interval_that_is_too_narrow_fails(name: str) -> None:
 
 
 def test_an_interval_that_is_slightly_too_narrow_fails_the_long_form() -> None:
-    (case,) = [c for c in coverage.CASES if c.name == "Welch over 4 and 6 seeds"]
+    (case,) = [c for c in coverage.CASES if c.name == "Welch over 5 and 7 seeds"]
     assert coverage.covered(case, 4000).passed
     assert not coverage.covered(narrowed(case, 0.9), 4000).passed
 

@@ -26,7 +26,7 @@ def power_plot(case: Case, wanted: Wanted, path: Path) -> Path:
         UserError: When the file is no picture.
     """
     middle = wanted.items or case.items or 1000
-    items = np.geomspace(max(20, middle / REACH), middle * REACH, 40).astype(int)
+    items = np.geomspace(max(20, middle / REACH), middle * REACH, 25).astype(int)
     lines: dict[str, int | None] = {"one pair of runs": None}
     if case.seed_sd is not None:
         lines |= {f"{s} seeds": s for s in ([wanted.seeds] if wanted.seeds else [3, 5, 10])}

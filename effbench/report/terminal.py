@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effbench.errors import UserError
 from effbench.records import Record, read_all
-from effbench.report.table import Cell, Table, as_value, comparison, runs_table
+from effbench.report.table import Cell, Table, as_value, comparison, runs_table, tasks_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,9 @@ def _console() -> Console:
 def print_record(record: Record) -> None:
     """Print what a run was, what it gave at each operating point, and what it cost."""
     print_table(_evaluated(record))
+    tasks = tasks_table(record)
+    if tasks.rows:
+        print_table(tasks)
     print_table(_others(record))
     for note in record.notes:
         print(f"Note: {note}")
@@ -53,9 +57,10 @@ def print_record(record: Record) -> None:
 
 
 def _evaluated(record: Record) -> Table:
-    names = {m.name for m in record.metrics}
+    own = replace(record, metrics=[m for m in record.metrics if not m.task])
+    names = {m.name for m in own.metrics}
     wanted = [n for n in (*EVALUATED, "params", "weight_bytes") if n in names]
-    table = comparison([record], wanted)
+    table = comparison([own], wanted)
     rows = [row[1:] for row in table.rows]
     return Table(record.label, table.columns[1:], rows, table.notes)
 
@@ -70,7 +75,7 @@ def _others(record: Record) -> Table:
             m.obtained,
         )
         for m in record.metrics
-        if not m.point and not m.split
+        if not m.point and not m.split and not m.task
     ]
     return Table("", ("metric", "phase", "value", "unit", "obtained"), rows)
 

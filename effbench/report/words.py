@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from effbench.report.budgets import Budget
 from effbench.report.compared import MetricTable, Row
 from effbench.report.groups import Group
+from effbench.stats import FEWEST_SEEDS
 
 APART = "cannot be told apart"
 
@@ -74,8 +75,11 @@ def _coverage(groups: Sequence[Group]) -> list[str]:
             f"Seeds: {'; '.join(several)}. Differences between such groups cover the choice of "
             "seeds and of items."
         )
-        if any(len(g.records) == 2 for g in groups):
-            lines.append("Two seeds are few: such intervals cover more often than stated.")
+        if any(1 < len(g.records) < FEWEST_SEEDS for g in groups):
+            lines.append(
+                f"Fewer than {FEWEST_SEEDS} seeds are few: such intervals cover only roughly as "
+                "often as stated."
+            )
     if single:
         lines.append(
             f"One seed only: {'; '.join(single)}. Intervals with such a run cover the choice of "
@@ -88,7 +92,6 @@ def _budgets(budgets: Sequence[Budget]) -> list[str]:
     equal = [b.name for b in budgets if b.equal]
     unequal = [f"{b.name} ({b.shown()})" for b in budgets if b.equal is False]
     unknown = [b.name for b in budgets if b.equal is None]
-    lines = [
-        f"Equal: {', '.join(equal) or 'nothing'}. Not equal: {', '.join(unequal) or 'nothing'}."
-    ]
-    return lines + ([f"Not recorded for all: {', '.join(unknown)}."] if unknown else [])
+    said = {"Equal": equal or ["nothing"], "Not equal": unequal or ["nothing"]}
+    said |= {"Not recorded for all": unknown} if unknown else {}
+    return [f"{head}: {', '.join(names)}." for head, names in said.items()]

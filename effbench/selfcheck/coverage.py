@@ -203,7 +203,7 @@ def _one_group(seeds: int, n: int, generator: Generator) -> tuple[Interval, floa
 
 
 def _welch(generator: Generator) -> tuple[Interval, float]:
-    a, b = generator.normal(0, 1, 4), generator.normal(0, 3, 6)
+    a, b = generator.normal(0, 1, 5), generator.normal(0, 3, 7)
     return welch(a.tolist(), b.tolist()).interval(), 0.0
 
 
@@ -256,20 +256,20 @@ CASES: Sequence[Case] = (
         Case(
             f"{s[0]} and {s[1]} seeds, {n} items, sd {sd:g} over seeds, {own:g} over items",
             partial(_two_groups, s, n, sd, own),
-            s == (3, 3),
+            n == 100,
         )
         for s, n, sd, own in [
-            ((3, 3), 100, 0.3, 0.0),
-            ((3, 3), 100, 0.3, 1.0),
-            ((3, 5), 100, 0.2, 0.5),
+            ((5, 5), 100, 0.3, 0.0),
+            ((5, 5), 100, 0.3, 1.0),
+            ((5, 8), 100, 0.2, 0.5),
             ((5, 5), 24, 0.5, 0.5),
             ((5, 5), 400, 0.2, 0.0),
             ((5, 5), 400, 0.05, 1.0),
         ]
     ),
-    Case("3 seeds against an untrained model", partial(_against_untrained, 3, 100, 0.3)),
-    Case("mean over 3 seeds and 100 items", partial(_one_group, 3, 100)),
-    Case("Welch over 4 and 6 seeds", _welch),
+    Case("8 seeds against an untrained model", partial(_against_untrained, 8, 100, 0.3)),
+    Case("mean over 8 seeds and 100 items", partial(_one_group, 8, 100)),
+    Case("Welch over 5 and 7 seeds", _welch),
 )
 
 

@@ -23,6 +23,7 @@ from effbench.stats.paired import (
     paired_test,
 )
 from effbench.stats.seeds import (
+    FEWEST_SEEDS,
     OverSeeds,
     over_seeds,
     seeds_and_items,
@@ -37,6 +38,7 @@ __all__ = [
     "DRAWS",
     "FEWEST",
     "FEWEST_REPEATS",
+    "FEWEST_SEEDS",
     "LEVEL",
     "Better",
     "Difference",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from effbench.stats.base import ALPHA, t_quantile
+from effbench.stats.base import ALPHA, t_quantile, z_quantile
 
 MOST = 10_000_000
 """Items beyond which no answer is looked for."""
@@ -54,12 +54,15 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
     """Return the largest k of which `m` differing items are significant, -1 where none is."""
     from scipy.special import bdtr
 
-    k = np.maximum(-1, np.floor(m / 2 - 2 * np.sqrt(m) - 2))
-    while True:
-        higher = (k + 1 <= m) & (2 * bdtr(k + 1, m, 0.5) <= alpha)
-        if not higher.any():
-            return k
+    def significant(k: np.ndarray) -> np.ndarray:
+        return (k < 0) | (2 * bdtr(np.maximum(k, 0), m, 0.5) <= alpha)
+
+    k = np.maximum(-1, np.floor((m - 1 - z_quantile(1 - alpha / 2) * np.sqrt(m)) / 2))
+    while not (fits := significant(k)).all():
+        k = np.where(fits, k, k - 1)
+    while (higher := (k < m) & significant(k + 1)).any():
         k = np.where(higher, k + 1, k)
+    return k
 
 
 def t_power(effect: float, df: float, alpha: float = ALPHA) -> float:
@@ -151,7 +154,7 @@ def smallest(power: Callable[[float], float], target: float, most: float) -> flo
     if power(most) < target:
         return None
     low, high = 0.0, most
-    for _ in range(50):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if power(middle) >= target else (middle, high)
     return high

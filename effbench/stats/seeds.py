@@ -2,7 +2,9 @@
 
 With outcomes y[s, i] of seed s on item i, the mean varies with the choice of seeds and of items.
 The two variances are estimated apart and added, their common part (the noise of a single outcome,
-which both contain) taken off once; the degrees of freedom are Satterthwaite's (1946).
+which both contain) taken off once. The degrees of freedom are Satterthwaite's (1946). For a single
+group these are too many when its few seeds make up most of the variance (coverage falls to 92 % in
+simulations); there it is the harmonic mean of those of the parts, weighted by their variances.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from effbench.stats.base import LEVEL, Floats, Interval, Student, mean_of
+
+FEWEST_SEEDS = 5
+"""Seeds from which on an interval over seeds covers in 95 ± 1 %."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ def seeds_and_items(
 ) -> Student:
     """Return the mean of a group, or the difference a - b of two, over seeds and items.
 
-    Honest for three seeds or more; with two it covers somewhat more often than stated.
+    Honest from `FEWEST_SEEDS` seeds on; with fewer it covers only roughly as often as
+    stated: more often where both groups spread alike, less where the smaller one spreads more.
 
     Args:
         a: Outcomes of the first group, [seeds, items], two seeds or more.
@@ -65,9 +71,15 @@ def seeds_and_items(
         return Student(value, math.inf, 0.0)
     noise = [_noise(side) for side in sides]
     surplus = over_items.variance - sum(part.variance for part in noise)
-    parts = [*seeds, Part(over_items.variance, over_items.df), *noise] if surplus > 0 else seeds
     variance = total + max(0.0, surplus)
-    return Student(value, math.sqrt(variance), _satterthwaite(variance, parts, seeds))
+    if surplus <= 0:
+        df = _satterthwaite(variance, seeds, seeds)
+    elif len(seeds) == 1:
+        df = _harmonic([*seeds, Part(surplus, over_items.df)])
+    else:
+        parts = [*seeds, Part(over_items.variance, over_items.df), *noise]
+        df = _satterthwaite(variance, parts, seeds)
+    return Student(value, math.sqrt(variance), df)
 
 
 def _noise(side: Floats) -> Part:
@@ -83,6 +95,12 @@ def _satterthwaite(variance: float, parts: Sequence[Part], seeds: Sequence[Part]
     least = min(part.df for part in seeds)
     square = sum(part.variance**2 / part.df for part in parts if part.df)
     return max(least, variance**2 / square) if square > 0 else least
+
+
+def _harmonic(parts: Sequence[Part]) -> float:
+    """Return the harmonic mean of the degrees of freedom, weighted by the variances."""
+    total = sum(part.variance for part in parts)
+    return total / sum(part.variance / part.df for part in parts)
 
 
 def over_seeds(a: Sequence[float], b: Sequence[float], pairs: int = 0) -> OverSeeds:
