@@ -23,14 +23,13 @@ from transformers.models.auto import AutoModelForCausalLM
 from effbench import models
 from effbench.config import compose
 from effbench.kernels import native
-from effbench.nn import engine
 from effbench.nn.decoding import CachedSession, Session, greedy
 from effbench.nn.engine import StaticSession, session_for
 from effbench.nn.graph import StaticStep
 from effbench.nn.layout import why_not
 from effbench.nn.linears import replace_linears
 from effbench.nn.lowrank import LowRankLinear, RankControl
-from effbench.nn.pointwise import EAGER, Pointwise, gate, rms_norm, turn
+from effbench.nn.pointwise import fused
 from effbench.nn.quantised import quantise_nf4
 
 SIZES: dict[str, Any] = {
@@ -175,13 +174,12 @@ def test_a_padded_batch_decodes_as_each_prompt_alone(way: str) -> None:
 def test_the_static_form_of_a_step_gives_the_same(way: str) -> None:
     """What is captured on a CUDA device: fixed addresses, a mask over the whole cache."""
     model, ids = random_model(FAMILIES["llama"]), some_ids(2, 14)
-    explicit = Pointwise(lambda n, x: rms_norm(x, n.weight, n.variance_epsilon), turn, gate)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :3] = 0
     session, other = session_of(model, way), session_of(model, "walk")
     session.prefill(ids[:, :9], mask), other.prefill(ids[:, :9], mask)
     with torch.inference_mode():
-        static = StaticStep(other, explicit)
+        static = StaticStep(other, fused(lambda function: function))
         for t in range(9, 14):
             static.token.copy_(ids[:, t : t + 1])
             found = static.logits(other)
@@ -380,4 +378,3 @@ def test_the_engine_is_what_methods_decode_with() -> None:
 
     model = random_model(FAMILIES["llama"])
     assert isinstance(Unchanged().session(model), StaticSession)
-    assert engine.EAGER is EAGER

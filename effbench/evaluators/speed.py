@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from effbench.errors import UserError
@@ -23,6 +23,7 @@ from effbench.schema import PositiveInt, canonical
 from effbench.shapes import DTYPE_BYTES
 
 if TYPE_CHECKING:
+    from effbench.measure.requests import Times
     from effbench.measure.roofline import Ceilings
     from effbench.measure.timing import Ratio
     from effbench.nn.decoding import Session
@@ -53,17 +54,6 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"b{self.batch} p{self.prompt} n{self.new}"
-
-
-class Times(NamedTuple):
-    """One request of a batch, in seconds."""
-
-    first: float
-    """From the prompt to the first token."""
-    gaps: list[float]
-    """Between one token and the next."""
-    kv_bytes: int
-    """Bytes of the cache at the end; 0 where the engine does not show it."""
 
 
 @dataclass(frozen=True)
@@ -240,14 +230,16 @@ def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
     Raises:
         UserError: When the engine does not apply to the model.
     """
+    from effbench.measure.requests import timed_generate, timed_session
+
     vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     draws = torch.Generator().manual_seed(subject.seed)
     prompt = torch.randint(vocabulary, (cell.batch, cell.prompt), generator=draws)
     prompt = prompt.to(subject.device)
     if engine == "generate":
-        return lambda: _generate(subject, prompt, cell.new)
+        return lambda: timed_generate(subject.model, prompt, cell.new, subject.device)
     make = session_maker(subject, engine)
-    return lambda: _decode(make(), prompt, cell.new, subject.device)
+    return lambda: timed_session(make(), prompt, cell.new, subject.device)
 
 
 def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
@@ -272,60 +264,6 @@ def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
     return lambda: subject.method.session(subject.model)
 
 
-def _decode(session: Any, prompt: torch.Tensor, new: int, device: Any) -> Times:
-    from effbench.measure.timing import Clock
-
-    clock = Clock(device)
-    if hasattr(session, "reserve"):
-        session.reserve(prompt.shape[0], prompt.shape[1] + new)
-    marks = [clock.now()]
-    token = session.prefill(prompt).argmax(-1, keepdim=True)
-    marks.append(clock.now())
-    for _ in range(new):
-        token = session.step(token).argmax(-1, keepdim=True)
-        marks.append(clock.now())
-    return _times(marks, session.kv_bytes())
-
-
-def _generate(subject: Subject, prompt: torch.Tensor, new: int) -> Times:
-    """Time transformers' loop, greedy and with its default cache, by when it hands tokens out."""
-    from transformers import DynamicCache
-    from transformers.generation.streamers import BaseStreamer
-
-    from effbench.measure.timing import Clock
-
-    clock = Clock(subject.device)
-    marks: list[float] = []
-
-    class Watch(BaseStreamer):
-        def put(self, value: Any) -> None:
-            marks.append(clock.now())
-
-        def end(self) -> None:
-            pass
-
-    cache = DynamicCache()
-    model: Any = subject.model
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new + 1,
-        min_new_tokens=new + 1,
-        do_sample=False,
-        pad_token_id=subject.pad_token_id,
-        past_key_values=cache,
-        streamer=Watch(),
-    )
-    layers: list[Any] = list(cache.layers)
-    kept = [t for layer in layers for t in (layer.keys, layer.values)]
-    return _times(marks, sum(t.numel() * t.element_size() for t in kept))
-
-
-def _times(marks: Sequence[float], kv_bytes: int) -> Times:
-    gaps = [b - a for a, b in pairwise(marks)]
-    return Times(gaps[0], gaps[1:], kv_bytes)
-
-
 def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -> Ratio:
     """Time whole requests of two engines in turn; engine `a` with itself has a ratio of 1."""
     from effbench.measure.timing import Clock, interleaved
@@ -341,7 +279,7 @@ def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -
 def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
     """Return one value per repeat of everything that is timed; keys are `name@phase`."""
     found: dict[str, list[float]] = {}
-    for first, gaps, _ in times:
+    for first, gaps, *_ in times:
         tokens = sorted(gaps)
         values = {
             "ttft_ms@prefill": 1e3 * first,

@@ -296,19 +296,20 @@ class StaticSession:
             pointwise: What lies between two products.
         """
         cos, sin = (table[positions][:, None, None] for table in (self.cos, self.sin))
-        hidden = self.model.model.embed_tokens(input_ids)
+        hidden, added = self.model.model.embed_tokens(input_ids), None
+        heads = self.model.config.num_key_value_heads
         for block, layer in zip(self.blocks, self.layers, strict=True):
-            x = pointwise.norm(block.attention_norm, hidden)
-            q, k, v = (
-                m(x).view(len(x), 1, -1, self.head_dim).transpose(1, 2)
-                for m in (block.q, block.k, block.v)
+            hidden, x = pointwise.norm(block.attention_norm, hidden, added)
+            q, k, v = (m(x).view(len(x), heads, -1, self.head_dim) for m in block.linears()[:3])
+            keys, values = store(layer, pointwise.turn(k, cos, sin), v)
+            # The query heads of one key head are queries at one place: nothing is repeated.
+            q = pointwise.turn(q, cos, sin)
+            mixed = F.scaled_dot_product_attention(q, keys, values, mask)
+            hidden, x = pointwise.norm(
+                block.mlp_norm, hidden, block.o(mixed.reshape(len(x), 1, -1))
             )
-            q, k = pointwise.turn(q, cos, sin), pointwise.turn(k, cos, sin)
-            keys, values = store(layer, k, v)
-            mixed = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
-            hidden = hidden + block.o(mixed.transpose(1, 2).flatten(2))
-            x = pointwise.norm(block.mlp_norm, hidden)
-            hidden = hidden + block.down(pointwise.gate(block.gate(x), block.up(x)))
-        x = pointwise.norm(self.model.model.norm, hidden)
-        logits: torch.Tensor = self.model.lm_head(x)
+            added = block.down(pointwise.gate(block.gate(x), block.up(x)))
+        logits: torch.Tensor = self.model.lm_head(
+            pointwise.norm(self.model.model.norm, hidden, added)[1]
+        )
         return logits[:, -1]
