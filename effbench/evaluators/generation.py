@@ -110,7 +110,7 @@ class Generation(Evaluator):
         from effbench.task_data import find, rows_of
 
         if not self.tasks:
-            yield of_dataset(subject.data, self.split, self.limit, self.pattern, self.until)
+            yield of_dataset(subject.data, self.split, self.limit, self.pattern)
         chat = subject.data.tokenizer if self.chat else None
         for name in self.tasks:
             if name == "ifeval" and name in self.files:

@@ -424,6 +424,15 @@ def test_logits_that_are_not_numbers_name_the_layer(subject: Subject) -> None:
         Generation(tasks=(), max_new_tokens=3).run(subject)
 
 
+def test_a_stop_that_is_a_token_of_its_own_ends_an_answer(subject: Subject) -> None:
+    evaluator = Generation(tasks=(), until=("<unk>", "\n"))
+    [questions] = list(evaluator._questions(subject))
+    prompt = evaluator._prompts(subject, questions)[0]
+    tokenizer = subject.data.tokenizer
+    assert prompt.stop_ids == {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    assert prompt.stop == ("<unk>", "\n")
+
+
 def test_all_end_tokens_count(subject: Subject) -> None:
     subject.model.generation_config.eos_token_id = [7, 9]  # type: ignore[union-attr]
     assert end_tokens(subject) == {subject.data.tokenizer.eos_token_id, 7, 9}
