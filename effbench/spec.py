@@ -198,6 +198,8 @@ class Machine:
     """Matrix product ceiling at the compute dtype, 10^12 FLOP/s."""
     bandwidth_gbs: NonNegativeFloat = 0
     """Memory bandwidth, 10^9 bytes/s."""
+    tdp_watts: NonNegativeFloat = 0
+    """Thermal design power of the device, where energy is modelled; 0 takes 7 W per CPU core."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,9 @@ class Runtime:
     """Where to mirror events; wandb is offline unless WANDB_MODE says otherwise."""
     progress: bool = True
     """Show progress lines."""
+    exact_memory: bool = False
+    """On a CPU, give every large block of memory back at once: peaks are those of the tensors, but
+    each block costs time."""
     machine: Machine = field(default_factory=Machine)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError
+from effbench.footprint import Pass
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Cost, Method
 from effbench.records import Metric, Outcomes
@@ -68,6 +69,10 @@ class Subject:
     load_base: Callable[[], torch.nn.Module] = _no_base
     """Loads the dense model that the run started from, whatever made `model` of it; frozen, on the
     device."""
+    base_bytes: int = 0
+    """Memory of the process before the model was loaded."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """The job of the run as plain values, for an evaluator that repeats it in another process."""
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""
@@ -254,6 +259,34 @@ class Evaluator:
             UserError: When the evaluator does not apply to the data or the model.
         """
         raise NotImplementedError
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the largest passes that it makes, for the prediction of its peak.
+
+        Default: batches of `batch_tokens` that are scored whole, as the split has them where the
+        data is given; `batch_size` prompts of `prompt_tokens` and `new_tokens` after them.
+        """
+        found = []
+        if budget := getattr(self, "batch_tokens", 0):
+            found += scored(data, getattr(self, "split", ""), budget)
+        if prompt := getattr(self, "prompt_tokens", 0):
+            rows = getattr(self, "batch_size", 1)
+            total = prompt + getattr(self, "new_tokens", 0)
+            found += [Pass("prefill", rows, prompt, rows), Pass("decode", rows, total, rows)]
+        return found
+
+
+def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:
+    """Return the batches of a split's rows, or the largest possible one without data."""
+    if data is None or split not in data.texts:
+        return [Pass("score", 1, batch_tokens, batch_tokens)]
+    examples = data.examples(split)
+    counted = [sum(label != -100 for label in e.labels()[1:]) for e in examples]
+    lengths = [len(e.ids) for e in examples]
+    return [
+        Pass("score", len(group), lengths[group[0]], sum(counted[i] for i in group))
+        for group in by_length(lengths, batch_tokens)
+    ]
 
 
 def _number(value: float | None) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effbench.errors import UserError
+from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -132,6 +133,8 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {}
     """Settings under which the method, put in but not trained, gives the base's own logits bit for
     bit; None where there are none. A contract test holds every method to it."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
     """Settings without a usable default, as a trial run would have them."""
 
@@ -237,6 +240,9 @@ class Method:
         optimizer.step()
         return total
 
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of what only training needed, before the model is evaluated."""
+
     # -- compression ---------------------------------------------------------------------------
 
     def compress(
@@ -308,13 +314,48 @@ class Method:
         kv_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[dtype])
         return replace(cost, trainable=shape.params, kv_bytes_per_token=kv_bytes)
 
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step keeps from its forward pass and its work, from shapes.
+
+        Args:
+            shape: The base model's shape.
+            dtype: Compute dtype, a key of `DTYPE_BYTES`.
+        """
+        return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the config names of the other models that are in memory while it trains."""
+        return ()
+
 
 def chain_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
-    """Return the cost of what a chain of methods made; `point` is one of the last method's."""
+    """Return the cost of what a chain of methods made; `point` is one of the last method's.
+
+    The last method's weights are as it trains them, those of the earlier ones as they are used.
+    """
     cost = None
     for method in methods[:-1]:
-        cost = method.cost(shape, dtype, method.points()[-1], cost)
+        cost = _in_use(method, method.cost(shape, dtype, method.points()[-1], cost), dtype)
     return methods[-1].cost(shape, dtype, point, cost)
+
+
+def inference_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
+    """Return the cost of what a chain of methods made, as it is evaluated.
+
+    Float32 masters are cast to the compute dtype for that.
+    """
+    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point), dtype)
+
+
+def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
+    if method.weights != "float32":
+        return cost
+    share = DTYPE_BYTES[dtype] / DTYPE_BYTES["float32"]
+    return replace(
+        cost,
+        resident_bytes=int(cost.resident_bytes * share),
+        bytes_per_token=cost.bytes_per_token * share,
+    )
 
 
 def dense_cost(shape: Shape, weight_bytes: int) -> Cost:
