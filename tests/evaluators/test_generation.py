@@ -270,6 +270,14 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
     assert rest + 2 == calls[0] >= 3
 
 
+def test_its_passes_are_those_of_a_full_batch(bench: Bench) -> None:
+    spec = bench.job("eval").spec
+    prefill, decode = Generation(tasks=(), max_new_tokens=36, batch_tokens=1000).passes(spec)
+    assert (prefill.kind, prefill.rows, prefill.tokens) == ("prefill", 10, 64)
+    assert (decode.kind, decode.rows, decode.tokens) == ("decode", 10, 100)
+    assert all(p.counted == 10 for p in (prefill, decode))
+
+
 def test_texts_are_kept_in_the_run_folder(bench: Bench) -> None:
     words = ["evaluator=generation", "evaluator.generation.tasks=[]", *HARDWARE]
     words += ["evaluator.generation.limit=3", "evaluator.generation.max_new_tokens=4"]
