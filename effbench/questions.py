@@ -58,9 +58,7 @@ class Questions:
 # -- the run's own dataset -----------------------------------------------------------------------
 
 
-def of_dataset(
-    data: Data, split: str, limit: int | None, pattern: str, until: Sequence[str]
-) -> Questions:
+def of_dataset(data: Data, split: str, limit: int | None, pattern: str) -> Questions:
     """Return the prompts of a split; the right answer is that of the row.
 
     Args:
@@ -69,7 +67,6 @@ def of_dataset(
         limit: Only the first rows.
         pattern: Regular expression of what counts in an answer: its last match, or the first group
             of it. Empty when the whole answer counts, but for white space around it.
-        until: Strings at which an answer ends.
 
     Raises:
         UserError: When a row's own answer holds nothing that the pattern matches.
@@ -84,8 +81,7 @@ def of_dataset(
             )
     prompts = [chat_prompt(r.prompt, data.tokenizer) if chat else r.prompt for r in rows]
     asked = [
-        Question(r.id, prompt, tuple(until), special=not chat)
-        for r, prompt in zip(rows, prompts, strict=True)
+        Question(r.id, prompt, special=not chat) for r, prompt in zip(rows, prompts, strict=True)
     ]
 
     def grade(index: int, text: str) -> Grades:

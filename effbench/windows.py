@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from effbench.datasets import IGNORED, Example
+from effbench.datasets import IGNORED, Data, Example
 from effbench.errors import UserError
+from effbench.evaluators.base import by_length
+from effbench.footprint import Pass
 from effbench.shapes import Shape
 
 
@@ -67,6 +69,38 @@ def cut(examples: Sequence[Example], window: int, stride: int) -> list[Window]:
         for start, first, stop in spans(len(example.ids), window, stride)
         if stop > max(first, example.prompt_length)
     ]
+
+
+def passes(
+    data: Data | None, split: str, window: int, stride: int, batch_tokens: int
+) -> list[Pass]:
+    """Return the batches of windows that a split makes, or the largest possible one without data.
+
+    Args:
+        data: The run's own.
+        split: Which split.
+        window: Most tokens of a window.
+        stride: As for `cut`.
+        batch_tokens: Largest batch of several windows.
+    """
+    if data is None:
+        largest = max(window, batch_tokens)
+        return [Pass("score", 1, largest, largest)]
+    windows = cut(data.documents(split), window, stride)
+    return [
+        Pass(
+            "score",
+            len(group),
+            windows[group[0]].stop - windows[group[0]].start,
+            sum(windows[i].stop - windows[i].first for i in group),
+        )
+        for group in groups(windows, batch_tokens)
+    ]
+
+
+def groups(windows: Sequence[Window], batch_tokens: int) -> list[list[int]]:
+    """Return which windows are computed together, each batch at most `batch_tokens`."""
+    return list(by_length([w.stop - w.start for w in windows], batch_tokens))
 
 
 def sizes(window: int | None, stride: int | None, max_length: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 
 from effbench.config import compose
 from effbench.evaluators.base import Result, Subject
+from effbench.measure.energy import Energy, Meter
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.nn import divergence, generate, losses
 from effbench.nn.scoring import Score
@@ -47,7 +48,7 @@ def test_all_of_them_hold() -> None:
     checks = [check for _, check in base.run(["oracles"], short=True)]
     assert failing(checks) == set()
     text = " ".join(c.name for c in checks)
-    for word in ("forgetting", "agreement", "kl", "flips", "speed", "bits", "accuracy", "match"):
+    for word in ("forgetting", "agreement", "kl", "flips", "speed", "energy", "bits", "match"):
         assert word in text
 
 
@@ -138,6 +139,19 @@ def test_a_wrong_loss_is_found(made_up: DatasetSpec, monkeypatch: Patch) -> None
     nll = losses.answer_nll
     monkeypatch.setattr(losses, "answer_nll", lambda *words: 1.001 * nll(*words))
     assert failing(oracles.uniform(made_up)) == {"perplexity of a uniform model"}
+
+
+def test_energy_that_does_not_add_up_is_found(monkeypatch: Patch) -> None:
+    assert oracles.energy(0.05).passed
+
+    class Doubled(Meter):
+        @property
+        def energy(self) -> Energy:
+            found = super().energy
+            return dataclasses.replace(found, joules=found.joules + 1)
+
+    monkeypatch.setattr(oracles, "Meter", Doubled)
+    assert not oracles.energy(0.05).passed
 
 
 def test_a_biased_clock_is_found(monkeypatch: Patch) -> None:

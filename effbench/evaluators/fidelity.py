@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject, by_length
+from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
 from effbench.methods.base import Method
 from effbench.schema import PositiveInt, build
@@ -22,7 +22,8 @@ from effbench.schema import PositiveInt, build
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effbench.datasets import Example
+    from effbench.datasets import Data, Example
+    from effbench.footprint import Pass
     from effbench.shapes import Shape
     from effbench.spec import ModelSpec, Spec
 
@@ -67,6 +68,13 @@ class Fidelity(Evaluator):
         check_sizes("evaluator.fidelity", self.window, self.stride, limit, theirs)
         if theirs and shape and theirs.vocab_size != shape.vocab_size:
             raise self._other_vocabulary(f"{theirs.vocab_size} entries, not {shape.vocab_size}")
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of windows that it scores."""
+        from effbench.windows import passes, sizes
+
+        window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
+        return passes(data, self.split, window, stride, self.batch_tokens)
 
     def run(self, subject: Subject) -> Result:
         """Return the metrics over tokens, and those over answers where the dataset has them."""
@@ -128,13 +136,12 @@ class Fidelity(Evaluator):
     ) -> list[list[float]]:
         """Return each row's sums of `divergence.FIELDS` and its number of positions."""
         from effbench.nn.divergence import FIELDS, row_sums
-        from effbench.windows import cut, sizes
+        from effbench.windows import cut, groups, sizes
 
         limit = subject.data.spec.max_length
         windows = cut(examples, *sizes(self.window, self.stride, limit))
         journal = subject.journal(self.split, [w.name(examples[w.row]) for w in windows])
-        groups = list(by_length([w.stop - w.start for w in windows], self.batch_tokens))
-        for group in journal.pending(groups):
+        for group in journal.pending(groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
                 found = row_sums(other.logits(batch), subject.logits(batch), batch.labels)

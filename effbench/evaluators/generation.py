@@ -20,11 +20,17 @@ from effbench.records import Metric
 from effbench.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
 
 if TYPE_CHECKING:
+    from effbench.datasets import Data
+    from effbench.footprint import Pass
     from effbench.methods.base import Method
     from effbench.nn.generate import Generated, Prompt, Sampling
     from effbench.questions import Questions
     from effbench.shapes import Shape
     from effbench.spec import Spec
+
+
+TASK_PROMPT = 1024
+"""Tokens of a task's prompt with its examples, about what eight of GSM8K have."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,19 @@ class Generation(Evaluator):
                     )
             tasks.check(name, self.num_fewshot, self.files)
 
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return a full batch of prompts and answers; what prompts a task has is not known here."""
+        from effbench.footprint import Pass
+        from effbench.questions import NEW_TOKENS
+
+        new = self.max_new_tokens or NEW_TOKENS
+        prompt = TASK_PROMPT if self.tasks else spec.dataset.max_length
+        rows = max(1, self.batch_tokens // (prompt + new))
+        return [
+            Pass("prefill", rows, prompt, rows),
+            Pass("decode", rows, prompt + new, rows),
+        ]
+
     def run(self, subject: Subject) -> Result:
         """Return each task's own metrics, `output_tokens` and `truncated`, with intervals.
 
@@ -110,7 +129,7 @@ class Generation(Evaluator):
         from effbench.task_data import find, rows_of
 
         if not self.tasks:
-            yield of_dataset(subject.data, self.split, self.limit, self.pattern, self.until)
+            yield of_dataset(subject.data, self.split, self.limit, self.pattern)
         chat = subject.data.tokenizer if self.chat else None
         for name in self.tasks:
             if name == "ifeval" and name in self.files:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from effbench.evaluators.base import Evaluator, Result, Subject, by_length
+from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
 from effbench.records import Metric
 from effbench.schema import PositiveInt
@@ -19,7 +19,8 @@ from effbench.schema import PositiveInt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effbench.datasets import Example
+    from effbench.datasets import Data, Example
+    from effbench.footprint import Pass
     from effbench.methods.base import Method
     from effbench.shapes import Shape
     from effbench.spec import Spec
@@ -47,6 +48,13 @@ class Perplexity(Evaluator):
 
         limit = spec.dataset.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, shape)
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of windows that it scores."""
+        from effbench.windows import passes, sizes
+
+        window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
+        return passes(data, self.split, window, stride, self.batch_tokens)
 
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
@@ -83,14 +91,13 @@ class Perplexity(Evaluator):
 
     def _sums(self, subject: Subject, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
         """Return each row's summed loss in nats, and how many tokens it is over."""
-        from effbench.windows import check_sizes, cut, sizes
+        from effbench.windows import check_sizes, cut, groups, sizes
 
         limit = subject.data.spec.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)
         windows = cut(examples, *sizes(self.window, self.stride, limit))
         journal = subject.journal(self.split, [w.name(examples[w.row]) for w in windows])
-        groups = list(by_length([w.stop - w.start for w in windows], self.batch_tokens))
-        for group in journal.pending(groups):
+        for group in journal.pending(groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
                 nll = subject.token_nll(batch).double().sum(1).tolist()

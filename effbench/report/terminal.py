@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from effbench.query import Rows
     from effbench.report.compared import Comparison
 
-EVALUATED = ("loss", "bits_per_byte", "accuracy", "accuracy_norm", "decode_tokens_per_second")
+EVALUATED = (
+    "loss",
+    "bits_per_byte",
+    "accuracy",
+    "accuracy_norm",
+    "exact_match",
+    "agreement",
+    "kl",
+    "flips",
+    "decode_tokens_per_second",
+)
 """Columns of one run, where it has them."""
 
 

@@ -1,9 +1,9 @@
 """Metrics of models whose answers are known beforehand, made of the tiny random model.
 
 A method that changes nothing forgets nothing and agrees with its base in everything. A session is
-as fast as itself. A model that always says the same has a known accuracy, and a known distance to
-the model that gives every token the same probability; that one has the vocabulary as its
-perplexity.
+as fast as itself, and the parts of a time take the energy of the whole. A model that always says
+the same has a known accuracy, and a known distance to the model that gives every token the same
+probability; that one has the vocabulary as its perplexity.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from effbench.evaluators.choices import Choices
 from effbench.evaluators.fidelity import Fidelity
 from effbench.evaluators.generation import Generation
 from effbench.evaluators.perplexity import Perplexity
+from effbench.measure.energy import Meter
 from effbench.measure.timing import interleaved
 from effbench.methods.base import Context, Method
 from effbench.methods.none import Unchanged
@@ -50,6 +52,7 @@ def run(short: bool) -> Iterator[Check]:
     for name in ("none", "lora") if short else identities():
         yield from identity(name, spec.dataset)
     yield speed(40 if short else 200)
+    yield energy(0.1 if short else 0.5)
     yield bits(spec.dataset)
     with tempfile.TemporaryDirectory() as folder:
         made_up = write_questions(spec.dataset, Path(folder) / "questions.jsonl")
@@ -127,6 +130,24 @@ def speed(repeats: int) -> Check:
     return Check(
         "speed of a session to itself, outside its interval", outside, 0, TIMING_SLACK, "", detail
     )
+
+
+def energy(seconds: float) -> Check:
+    """Return the energy of windows that follow each other over that of one window around them.
+
+    Args:
+        seconds: Length of each window.
+    """
+    parts, matrix = [], torch.ones(64, 64)
+    with Meter() as around:
+        for _ in range(4):
+            with Meter() as part:
+                end = time.perf_counter() + seconds
+                while time.perf_counter() < end:
+                    matrix = (matrix @ matrix).clamp(max=1)
+            parts.append(part.energy)
+    share = sum(p.joules for p in parts) / around.energy.joules
+    return Check("energy of windows to that of all", share, 0.95, 1.05, "", around.energy.obtained)
 
 
 # -- definitions ---------------------------------------------------------------------------------

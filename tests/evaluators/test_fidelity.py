@@ -14,7 +14,7 @@ from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
 from effbench.errors import UserError
-from effbench.evaluators.base import Subject
+from effbench.evaluators.base import Result, Subject
 from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_outcomes
 from effbench.journal import Journal
 from effbench.nn.divergence import CHUNK, FIELDS, divergences, row_sums
@@ -147,6 +147,18 @@ def test_it_is_that_of_a_naive_loop(subject: Subject) -> None:
         assert low is not None and high is not None
         assert BOUNDS[name][0] <= low <= found[name].value <= high <= BOUNDS[name][1]
         assert found[name].n == 12 and found[name].obtained == "measured"
+
+
+def test_an_interval_keeps_to_what_a_number_can_be(subject: Subject) -> None:
+    counts = [1.0, 1.0, 1.0, 200.0]
+    agreed = [0.0, 1.0, 1.0, 200.0]
+    ids = list("abcd")
+    wide, kept = (
+        Result().add_ratio(subject, "fidelity", "agreement", agreed, counts, ids, **settings)
+        for settings in ({}, {"bounds": (0.0, 1.0)})
+    )
+    assert wide.high is not None and wide.high > 1
+    assert kept.value == wide.value and kept.high == 1 and kept.low == wide.low
 
 
 def test_the_batch_size_does_not_matter(subject: Subject) -> None:

@@ -270,6 +270,14 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
     assert rest + 2 == calls[0] >= 3
 
 
+def test_its_passes_are_those_of_a_full_batch(bench: Bench) -> None:
+    spec = bench.job("eval").spec
+    prefill, decode = Generation(tasks=(), max_new_tokens=36, batch_tokens=1000).passes(spec)
+    assert (prefill.kind, prefill.rows, prefill.tokens) == ("prefill", 10, 64)
+    assert (decode.kind, decode.rows, decode.tokens) == ("decode", 10, 100)
+    assert all(p.counted == 10 for p in (prefill, decode))
+
+
 def test_texts_are_kept_in_the_run_folder(bench: Bench) -> None:
     words = ["evaluator=generation", "evaluator.generation.tasks=[]", *HARDWARE]
     words += ["evaluator.generation.limit=3", "evaluator.generation.max_new_tokens=4"]
@@ -422,6 +430,15 @@ def test_logits_that_are_not_numbers_name_the_layer(subject: Subject) -> None:
         subject.model.model.layers[2].mlp.up_proj.weight.fill_(float("nan"))  # type: ignore
     with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj"):
         Generation(tasks=(), max_new_tokens=3).run(subject)
+
+
+def test_a_stop_that_is_a_token_of_its_own_ends_an_answer(subject: Subject) -> None:
+    evaluator = Generation(tasks=(), until=("<unk>", "\n"))
+    [questions] = list(evaluator._questions(subject))
+    prompt = evaluator._prompts(subject, questions)[0]
+    tokenizer = subject.data.tokenizer
+    assert prompt.stop_ids == {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    assert prompt.stop == ("<unk>", "\n")
 
 
 def test_all_end_tokens_count(subject: Subject) -> None:

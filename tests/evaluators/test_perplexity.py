@@ -160,6 +160,24 @@ def test_windows_that_cannot_be_are_refused(bench: Bench, words: list[str], mess
         bench.job("eval", *words)
 
 
+def test_its_passes_are_its_batches(documents: Subject, bench: Bench) -> None:
+    evaluator = Perplexity(window=20, stride=5, batch_tokens=60)
+    batches: list[tuple[int, int, int]] = []
+    nll = documents.method.token_nll
+
+    class Watched(type(documents.method)):  # type: ignore[misc]
+        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+            batches.append((*batch.input_ids.shape, batch.loss_tokens))
+            return nll(model, batch)
+
+    evaluator.run(dataclasses.replace(documents, method=Watched()))
+    spec = bench.job("eval").spec
+    found = evaluator.passes(spec, documents.data)
+    assert [(p.rows, p.tokens, p.counted) for p in found] == batches
+    [largest] = evaluator.passes(spec)
+    assert largest.size == 60
+
+
 def test_an_interrupted_evaluation_goes_on_at_the_next_batch(
     documents: Subject, tmp_path: Path
 ) -> None:
