@@ -1,8 +1,9 @@
 """Does trust go as the paper says: does it move least with 8 bits, more with 4, most with 3?
 
 The default model (weights of a Q4_1 file, so rounded once already), rounded to nearest, against
-itself before that, on the same questions under three seeds. Pruning, the paper's other half, waits for a method that prunes. Weights are expanded
-once after rounding: the products are those of the packed layers, without expanding for each batch.
+itself before that, on the same questions under three seeds. Pruning, the paper's other half, waits
+for a method that prunes. Weights are expanded once after rounding: the products are those of the
+packed layers, without expanding for each batch.
 """
 
 from __future__ import annotations
