@@ -30,7 +30,7 @@ from effbench.trust.base import names
 
 BITS = (8, 4, 3)
 GROUP = 128
-TRUST = Trust(items=8, seeds=[0, 1, 2])
+TRUST = Trust(items=12, seeds=[0, 1, 2])
 
 
 @torch.no_grad()
