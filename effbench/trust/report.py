@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.records import Metric, Outcomes
 from effbench.schema import digest
-from effbench.stats import Interval, mean_interval
+from effbench.stats import Interval, mean_interval, paired_difference
 from effbench.trust.answers import Answers, Asked, divergence
 from effbench.trust.base import find
 
@@ -86,9 +86,7 @@ class Report:
     def _dimension(self, name: str, rows: Rows) -> None:
         shifts = [self.shifts[i] for i in rows]
         self._score(name, rows, keep=True)
-        self._add(
-            "trust_delta", self._changes(rows), rows, name, "points", scale=100, within=(-100, 100)
-        )
+        self._delta(name, rows)
         self._add("trust_shift", shifts, rows, name, "nats", within=POSITIVE, keep=True)
         self._spread(name, rows)
         items = [self.questions[i].item for i in rows]
@@ -96,6 +94,21 @@ class Report:
             self._add(metric, values, rows, name, within=(0, 1), share=True)
         for kind, part in self._split(rows, [item.kind for item in items]).items():
             self._score(f"{name}.{kind}", part)
+
+    def _delta(self, name: str, rows: Rows) -> None:
+        """Add the difference from the reference, as `effbench compare` would find it."""
+        found = paired_difference(
+            self._outcomes(self.own, rows),
+            self._outcomes(self.other, rows),
+            seed=self.subject.seed,
+            clusters=[self.clusters[i] for i in rows],
+        )
+        value, low, high = (100 * end for end in (found.value, found.low, found.high))
+        point, n = self.subject.point, len(rows)
+        low, high = max(low, -100.0), min(high, 100.0)
+        self.result.metrics.append(
+            Metric("trust_delta", value, "points", point, n=n, low=low, high=high, task=name)
+        )
 
     def _refusals(self, name: str, rows: Rows) -> None:
         for kind, metric in (("refuse", "refusal_rate"), ("invalid", "invalid_rate")):
