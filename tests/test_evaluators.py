@@ -147,13 +147,13 @@ def test_choices_need_choices(bench: Bench) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_speed_counts_the_cache(subject: Subject, batch: int) -> None:
-    settings = {"batch_size": batch, "prompt_tokens": 10, "new_tokens": 7, "repeats": 2}
+    settings = {"batch_size": batch, "prompt_tokens": 10, "new_tokens": 7, "repeats": 6}
     found = metrics(Speed(**settings).run(subject))
     per_token = 2 * 4 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
     assert found["kv_bytes"].value == batch * (10 + 7) * per_token
     assert found["kv_bytes"].obtained == "counted"
     for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-        assert found[name].obtained == "measured" and found[name].n == 2
+        assert found[name].obtained == "measured" and found[name].n == 6
         low, high = found[name].low, found[name].high
         assert low is not None and high is not None and 0 < low <= found[name].value <= high
 
