@@ -345,6 +345,14 @@ def test_a_difference_that_seeds_explain_is_no_finding() -> None:
     assert "One seed only: lora; full." in compare([a[0], b[0]]).markdown()
 
 
+def test_seeds_of_one_spec_alone_show_their_spread() -> None:
+    found = compare(seeds_of("lora", 0.0, 10))
+    (table,) = [t for t in found.tables(full=False) if t.title.startswith("loss")]
+    assert table.columns == ("run", "seeds", "value", "sd over seeds")
+    assert table.rows[0][:2] == ("lora", 4)
+    assert found.words == ["lora: 4 seeds of one spec, and nothing to compare with."]
+
+
 def test_a_seed_that_is_there_twice_begins_another_group() -> None:
     again = run("lora", {"": 0.0}, number=7)
     assert [g.label for g in grouped([LORA, again])] == ["lora, 00000000", "lora, 00070000"]

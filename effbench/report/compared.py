@@ -105,6 +105,11 @@ class MetricTable:
         return any(row.finding for row in self.rows)
 
     @property
+    def of_seeds(self) -> bool:
+        """Whether it is about items and has several seeds."""
+        return bool(self.kind.evaluator) and any(row.seeds > 1 for row in self.rows)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the rows."""
         return tuple(row.name for row in self.rows)
@@ -126,18 +131,21 @@ class MetricTable:
             ("seeds", [r.seeds for r in rows], seeds),
             ("value", [r.value._replace(unit="") for r in rows], True),
             ("sd over seeds", [_short(r.spread) for r in rows], seeds),
-            ("difference", [_value(r.difference) for r in rows], True),
-            ("p", [_p(r.p_adjusted) for r in rows], True),
-            ("finding", [r.finding for r in rows], True),
+            ("difference", [_value(r.difference) for r in rows], self.tested),
+            ("p", [_p(r.p_adjusted) for r in rows], self.tested),
+            ("finding", [r.finding for r in rows], self.tested),
             ("letters", [r.letters for r in rows], any(r.letters for r in rows)),
             (f"within {_short(self.margin)}", [r.at_margin for r in rows], bool(self.margin)),
         ]
+        seeds = seeds and self.tested
         columns += [(f"p {name}", [_over(r, name) for r in rows], seeds) for name in OVER]
         kept = [(name, cells) for name, cells, there in columns if there]
         body: list[tuple[Cell, ...]] = list(zip(*(cells for _, cells in kept), strict=True))
         return Table(self.title, tuple(name for name, _ in kept), body, self._notes(seeds))
 
     def _notes(self, seeds: bool) -> tuple[str, ...]:
+        if not self.tested:
+            return ("Value: mean over seeds, 95 % interval over seeds and items.",)
         covers = sorted({row.covers for row in self.rows if row.covers})
         tests = sorted({row.difference.test for row in self.rows if row.difference})
         notes = [f"Difference: against {self.rows[0].name}, mean over items, 95 % interval"]
@@ -172,10 +180,11 @@ class Comparison:
         Args:
             full: Whether to show every number that is there, or only the usual ones.
         """
-        found = [m.table() for m in self.metrics if m.tested]
-        shown = [m for m in self.metrics if full or m.kind.metric in USUAL]
+        found = [m.table() for m in self.metrics if m.tested or m.of_seeds]
+        plain = [m for m in self.metrics if not (m.tested or m.of_seeds)]
+        shown = [m for m in plain if full or m.kind.metric in USUAL]
         for obtained in ("measured", "counted", "modelled"):
-            rest = [m for m in shown if not m.tested and m.kind.obtained == obtained]
+            rest = [m for m in shown if m.kind.obtained == obtained]
             for names in dict.fromkeys(m.names for m in rest):
                 found.append(_plain_table([m for m in rest if m.names == names], obtained))
         if len(self.keys) > 1:

@@ -25,6 +25,9 @@ def in_words(
     tested = [t for t in tables if t.tested]
     lines = [line for table in tested for line in _metric(table)]
     lines += _coverage(groups) if tested else []
+    if len(groups) == 1 and len(groups[0].records) > 1 and not tested:
+        seeds = len(groups[0].records)
+        lines.append(f"{groups[0].label}: {seeds} seeds of one spec, and nothing to compare with.")
     return lines + (_budgets(budgets) if len(groups) > 1 else [])
 
 
