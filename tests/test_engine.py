@@ -166,6 +166,8 @@ def test_a_padded_batch_decodes_as_each_prompt_alone(way: str) -> None:
         expected.append(torch.cat([s.step(torch.full((1, 1), 50 + token)) for s in alone]))
     torch.testing.assert_close(torch.stack(logits), torch.stack(expected), atol=5e-5, rtol=0)
     both.reorder(torch.tensor([1, 0, 1]))
+    both.reorder(torch.tensor([2, 2, 1, 0]))
+    both.reorder(torch.tensor([3, 2, 1]))
     found = both.step(torch.full((3, 1), 9))
     again = torch.cat([s.step(torch.full((1, 1), 9)) for s in alone])
     torch.testing.assert_close(found, again[[1, 0, 1]], atol=5e-5, rtol=0)
@@ -270,6 +272,27 @@ def test_a_watched_or_changed_block_is_not_passed_over() -> None:
     assert why_not(model.train()) == "the model is in train mode"
 
 
+def narrowed(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linear:
+    new = torch.nn.Linear(columns, rows, bias=False)
+    new.weight = torch.nn.Parameter(linear.weight[:rows, :columns].clone(), requires_grad=False)
+    return new
+
+
+def test_layers_of_other_sizes_than_the_config_states() -> None:
+    model, ids = random_model(FAMILIES["llama"]), some_ids(1, 12)
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = (narrowed(m, 50, 72) for m in (mlp.gate_proj, mlp.up_proj))
+    mlp.down_proj = narrowed(mlp.down_proj, 72, 50)
+    session = session_of(model, "walk")
+    assert StaticSession(model).engine == "walk"
+    with torch.no_grad():
+        expected = model(ids).logits[:, 4:]
+    torch.testing.assert_close(decoded(session, ids, 5), expected, atol=5e-5, rtol=0)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = narrowed(attention.q_proj, 60, 72)
+    assert why_not(model) == "it lacks some heads"
+
+
 def test_misuse_is_refused(way: str) -> None:
     model, ids = random_model(FAMILIES["llama"]), some_ids(1, 6)
     session = session_of(model, way)
@@ -280,6 +303,9 @@ def test_misuse_is_refused(way: str) -> None:
         session.prefill(ids)
     with pytest.raises(IndexError):
         session.step(torch.tensor([[131]]))
+    if way == "native":
+        with pytest.raises(ValueError, match="one token for each of 1"):
+            session.step(torch.tensor([[1], [2]]))
 
 
 # -- the kernels -------------------------------------------------------------------------------

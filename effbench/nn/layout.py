@@ -69,7 +69,17 @@ def why_not(model: torch.nn.Module) -> str:
             return f"a {type(module).__name__} stands where a {family + kind} should"
         if not untouched(module):
             return f"the forward pass of a {type(module).__name__} is changed or watched"
-    return ""
+    return "" if all(_whole_heads(model, b) for b in blocks_of(model)) else "it lacks some heads"
+
+
+def _whole_heads(model: Any, block: Block) -> bool:
+    """Whether queries, keys and values of a block have all heads that the config states."""
+    width, config = model.model.layers[0].self_attn.head_dim, model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    projections: Any = (block.q, block.k, block.v)
+    return [getattr(m, "out_features", 0) for m in projections] == [
+        width * n for n in (heads, kv_heads, kv_heads)
+    ]
 
 
 def _config_reason(model: Any) -> str:

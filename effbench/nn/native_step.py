@@ -27,7 +27,9 @@ class NativeStep:
         self.sizes = _sizes(session)
         self.sizes.layer = ctypes.cast(self.blocks, ctypes.POINTER(native.Layer))
         self.scratch = torch.empty(0)
-        self._seen: tuple[int, int] = (0, 0)
+        # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
+        self._weights = [p.detach() for p in session.model.parameters()]
+        self._seen: torch.Tensor | None = None
 
     @classmethod
     def of(cls, session: StaticSession) -> Self | None:
@@ -41,6 +43,7 @@ class NativeStep:
             and untouched(inner.embed_tokens)
             and inner.embed_tokens.weight.is_contiguous()
             and all(n.weight.dtype == session.dtype for n in norms)
+            and all(_fits(block, session) for block in session.blocks)
             and session.head_dim % 2 == 0
             and session.head_dim <= native.LARGEST_HEAD
         )
@@ -50,8 +53,10 @@ class NativeStep:
     def run(self, session: StaticSession, input_ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token."""
         self._follow(session)
+        if input_ids.shape != (session.batch, 1):
+            raise ValueError(f"a step takes one token for each of {session.batch} sequences")
         tokens = input_ids.reshape(-1).long().contiguous()
-        if tokens.amin() < 0 or tokens.amax() >= self.sizes.vocab:
+        if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
         step = native.Step(
@@ -71,15 +76,25 @@ class NativeStep:
     def _follow(self, session: StaticSession) -> None:
         """Take over the addresses of the cache when it has moved."""
         buffers = [layer.buffers for layer in session.layers]
-        addresses = buffers[0][0].data_ptr(), session.cos.data_ptr()
-        if addresses == self._seen:
+        if buffers[0][0] is self._seen:  # all layers' buffers are made anew together
             return
         for pointers, (keys, values) in zip(self.blocks, buffers, strict=True):
             pointers.keys, pointers.values = keys.data_ptr(), values.data_ptr()
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
         need = self.kernels.scratch_floats(self.sizes, session.batch, session.capacity)
         self.scratch = torch.empty(need, dtype=torch.float32)
-        self._seen = addresses
+        self._seen = buffers[0][0]
+
+
+def _fits(block: Block, session: StaticSession) -> bool:
+    """Whether every matrix of a block has the size that the model's config states."""
+    config = session.model.config
+    d, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * session.head_dim
+    kv = config.num_key_value_heads * session.head_dim
+    sizes = [(q, d), (kv, d), (kv, d), (d, q), (inner, d), (inner, d), (d, inner)]
+    linears: Any = block.linears()
+    return [tuple(m.weight.shape) for m in linears] == sizes
 
 
 def _fill(pointers: native.Layer, block: Block) -> None:
