@@ -20,7 +20,7 @@ from effbench.schema import (
 )
 from effbench.shapes import Shape
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 """Raised when the same spec would give another result; part of every key."""
 
 Stage = Literal["train", "compress", "eval"]
