@@ -428,6 +428,18 @@ def test_margins_say_what_is_equivalent() -> None:
     assert "'loss'" in caught.value.hint
 
 
+def test_margins_of_several_rows_are_adjusted() -> None:
+    twins = [run(name, {"": 0.01}, number=80) for name in ("dora", "vera")]
+    for margin in np.arange(0.010, 0.020, 0.0001):
+        row = compare([LORA, twins[0]], margins={"": margin}).metrics[0].rows[1]
+        assert row.difference and row.difference.equivalence
+        if row.difference.equivalence.p < 0.045:
+            break
+    assert row.at_margin == "equivalent"
+    both = compare([LORA, *twins], margins={"": margin}).metrics[0].rows[1:]
+    assert [r.at_margin for r in both] == ["not shown", "not shown"]
+
+
 def test_margins_are_numbers_above_zero() -> None:
     assert margins_of(["0.01", "loss=0.02"]) == {"": 0.01, "loss": 0.02}
     for word in ("loss", "loss=0", "loss=-1", "loss=nan", "=inf"):

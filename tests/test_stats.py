@@ -362,6 +362,8 @@ def test_rows_share_a_letter_exactly_when_they_do_not_differ() -> None:
             differ = {(i, j): bool(generator.integers(0, 2)) for j in range(rows) for i in range(j)}
             found = letters(list(range(rows)), differ)
             assert all(shares(found, i, j) != different for (i, j), different in differ.items())
+            columns = [{i for i, f in enumerate(found) if x in f} for x in set("".join(found))]
+            assert not any(a <= b for a in columns for b in columns if a is not b)
 
 
 def test_the_variance_over_groups_against_the_matrices_of_its_definition() -> None:
