@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,26 @@ def test_any_tree_gives_the_scores_of_its_requests(
     close(found, [alone(model, r) for r in requests])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["pieces", "sdpa", "eager"])
 @pytest.mark.parametrize(
     ("prefix", "question", "answer"), [(0, 20, 9), (90, 12, 1), (40, 30, 5), (200, 4, 1)]
 )
 def test_benchmarks_give_the_scores_of_their_requests(
-    model: Any, attention: str, prefix: int, question: int, answer: int
+    model: Any,
+    attention: str,
+    prefix: int,
+    question: int,
+    answer: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = benchmark(random.Random(prefix), 12, prefix, question, answer)
     random.Random(1).shuffle(requests)
     before = model.config._attn_implementation
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    if attention == "pieces":
+        monkeypatch.setattr("effbench.nn.attention.PIECE", 500)  # several in every row
+    else:
+        monkeypatch.setattr(scoring, "in_pieces", lambda model, device: nullcontext())
     try:
         expected = [alone(model, r) for r in requests]
         # Eager attention takes its softmax in float32, whatever the model's dtype.

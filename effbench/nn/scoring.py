@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from effbench.nn.attention import in_pieces
 from effbench.nn.finite import require_finite
 from effbench.nn.losses import PLAIN_HEADS
 
-ROW_TOKENS = 256
+ROW_TOKENS = 192
 """Tokens of a row; a longer one spends more on attention between branches that never meet."""
 
 LARGEST_BRANCH = 1024
@@ -391,9 +392,10 @@ def _group_scores(
 
     def run() -> torch.Tensor:
         cache = _cache(cached, len(rows))
-        hidden: torch.Tensor = decoder(
-            **inputs, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        with in_pieces(model, device):
+            hidden: torch.Tensor = decoder(
+                **inputs, past_key_values=cache, use_cache=cache is not None
+            ).last_hidden_state
         return hidden.flatten(0, 1)[torch.tensor(at, device=device)]
 
     hidden = run()
