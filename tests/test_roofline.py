@@ -59,7 +59,7 @@ def test_ceilings_are_work_over_the_least_time(monkeypatch: pytest.MonkeyPatch) 
         return times[next(turns) % 3]
 
     monkeypatch.setattr(timing.Clock, "seconds", seconds)
-    monkeypatch.setattr(roofline, "SIDES", (64, 128))
+    monkeypatch.setattr(roofline, "SIDES", (64, 128, 4096))
     found = probe("cpu", torch.float32, working_set=2**21, side=32, repeats=3)
     assert found == Ceilings(2 * 32**3 / 0.5, 2**21 / 0.5, 2**21 / 0.5)
 

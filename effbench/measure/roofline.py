@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SIDES = (512, 1024, 2048, 4096, 8192)
 """Widths of the square products, and of the matrices in matrix-vector products."""
+MOST_MATRICES = 64
+"""Most matrices of one width: narrower ones would measure how fast products can be started."""
 SMALLEST = 2**20
 """Bytes of the smallest set of matrices that a probe goes through."""
 CUDA_SIDE = 8192
@@ -90,7 +92,7 @@ def probe(
             *(
                 lambda width=width: {"gemv": _gemv(clock, matrices, width, repeats)}
                 for width in SIDES
-                if width * width <= matrices.numel()
+                if 1 <= matrices.numel() // width**2 <= MOST_MATRICES
             ),
             lambda: {"copy": _copy(clock, matrices, repeats)},
         ]
