@@ -93,7 +93,7 @@ def trained_layers(shape: Shape, element: int, masters: bool) -> Training:
         layer = 16 * d + 2 * element * d + element * 4 * m + attention
         fixed, boundary = 0, element * d
     return Training(
-        layer * shape.num_layers,
+        layer * shape.num_layers + 8 * d,  # the last norm
         layer,
         boundary,
         fixed,

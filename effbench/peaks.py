@@ -20,6 +20,9 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 WORKSPACE = 24 * 2**20
 """Bytes of scratch space and code that a CPU process needs in its first pass; modelled from
 measurements (PyTorch 2.13 with oneDNN and MKL)."""
+TRAINING_WORKSPACE = 40 * 2**20
+"""The same that a CPU process needs for its first backward pass, on top, and keeps: an evaluation
+after training still holds it. Measured were 30 to 100 MiB."""
 HOLES = 0.2
 """Share by which the C library's allocator needs more than the tensors of a training step, because
 it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
@@ -91,7 +94,7 @@ class Peaks:
             "weights": cost.resident_bytes,
             "other models": others,
             **changing,
-            **self._around(0, HOLES * sum(changing.values())),
+            **self._around(0, HOLES * sum(changing.values()), trained=True),
         }
 
     def _temporaries(self, settings: TrainSpec, cost: Cost) -> int:
@@ -104,13 +107,16 @@ class Peaks:
         """Return the peak of compressing one linear after the other, from `weights` bytes."""
         return {"weights": weights, **self._around(self.expanded)}
 
-    def inference(self, cost: Cost, one: Pass, every: bool = False) -> Components:
+    def inference(
+        self, cost: Cost, one: Pass, every: bool = False, trained: bool = False
+    ) -> Components:
         """Return the peak of a pass without gradients.
 
         Args:
             cost: The model's as it is evaluated.
             one: The pass.
             every: Whether the head runs on all positions, not only on those that count.
+            trained: Whether the process has trained before.
         """
         adapted = cost.params > self.shape.params
         packed = cost.resident_bytes < self.shape.params * self.element
@@ -124,7 +130,7 @@ class Peaks:
             "weights": cost.resident_bytes,
             "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
             **({"activations": running} if running > residual + logits else last),
-            **self._around(self.expanded if packed else 0),
+            **self._around(self.expanded if packed else 0, trained=trained),
         }
 
     @property
@@ -133,8 +139,9 @@ class Peaks:
         largest = max(i * o for i, o in self.shape.linear_sizes().values())
         return largest * (self.element + 16)
 
-    def _around(self, room: float, holes: float = 0) -> Components:
+    def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:
         """Return scratch space, and on a CPU what the process needs beside its tensors."""
         if not self.cpu:
             return {"workspace": room}
-        return {"workspace": WORKSPACE + room, "allocator": 0 if self.exact else holes}
+        room += WORKSPACE + (TRAINING_WORKSPACE if trained else 0)
+        return {"workspace": room, "allocator": 0 if self.exact else holes}

@@ -217,7 +217,9 @@ def _phases(
         used = inference_cost(methods, shape, dtype, own.points()[-1])
         every = type(own).logits is not Method.logits
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
-        found["evaluate"] = max((peaks.inference(used, p, every) for p in passes), key=_total)
+        found["evaluate"] = max(
+            (peaks.inference(used, p, every, spec.stage == "train") for p in passes), key=_total
+        )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
 
 

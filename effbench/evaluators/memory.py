@@ -104,7 +104,8 @@ class Memory(Evaluator):
         one = Pass(kind, self.batch_size, tokens, self.batch_size)
         on_cpu = not str(subject.device).startswith("cuda")
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
-        return peaks.inference(subject.cost, one)
+        trained = subject.job.get("spec", {}).get("stage") == "train"
+        return peaks.inference(subject.cost, one, trained=trained)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:
         """Count weights and cache from their tensors."""

@@ -11,7 +11,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +48,32 @@ def energy_name(obtained: Obtained) -> str:
     return "energy_j" if obtained == "measured" else "energy_modelled_j"
 
 
+def total(parts: Sequence[Energy]) -> Energy:
+    """Return the energy of disjoint windows together; a modelled one makes all of it modelled."""
+    modelled = [p for p in parts if p.obtained == "modelled"]
+    joules, seconds = sum(p.joules for p in parts), sum(p.seconds for p in parts)
+    how: Obtained = "modelled" if modelled else "measured"
+    return Energy(joules, seconds, how, (modelled or parts)[-1].source)
+
+
 class Meter:
     """A context that measures the energy of the work inside it; `energy` holds it afterwards.
 
     Args:
         device: `cpu`, `cuda` or `cuda:N`, or a torch device.
         tdp_watts: Thermal design power of the device, for the model; 0 takes 7 W per core.
+        least_seconds: Shortest window for which NVML's counter is taken; 0 where many windows are
+            added up.
     """
 
-    def __init__(self, device: Any = "cpu", tdp_watts: float = 0) -> None:
+    def __init__(
+        self,
+        device: Any = "cpu",
+        tdp_watts: float = 0,
+        least_seconds: float = LEAST_NVML_SECONDS,
+    ) -> None:
         self.device = str(device)
+        self.least_seconds = least_seconds
         self.tdp_watts = tdp_watts
         self._energy: Energy | None = None
         self._done = threading.Event()
@@ -110,7 +126,7 @@ class Meter:
         rapl = sum(c.joules for c in self._rapl)
         if not self.device.startswith("cuda"):
             return Energy(rapl, seconds, "measured", "RAPL") if self._rapl else None
-        if self._nvml is None or seconds < LEAST_NVML_SECONDS:
+        if self._nvml is None or seconds < self.least_seconds:
             return None
         source = "NVML and RAPL" if self._rapl else "NVML, the device alone"
         return Energy(self._nvml.joules() + rapl, seconds, "measured", source)
