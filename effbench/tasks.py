@@ -14,14 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError
 from effbench.schema import digest
 from effbench.task_data import ASSET as ASSET
 from effbench.task_data import GROUPS as GROUPS
-from effbench.task_data import TASKS, Entry, Files, check_hub, find, from_hub, needed, rows_of
+from effbench.task_data import TASKS as TASKS
+from effbench.task_data import Entry, Files, check_hub, from_hub, needed, rows_of
+from effbench.task_data import find as find
 from effbench.task_data import members as members
+from effbench.task_data import overlaps as shared_rows
+
+if TYPE_CHECKING:
+    from effbench.nn.scoring import Request
+    from effbench.spec import DatasetSpec
 
 FEWSHOT_SEED = 1234
 """Seed with which lm-eval draws examples; part of what makes a score comparable."""
@@ -47,6 +54,32 @@ def check(name: str, num_fewshot: int | None = None, files: Files | None = None)
     """
     for member in members(name):
         check_hub(find(member), num_fewshot, files or {})
+
+
+def overlaps(name: str, dataset: DatasetSpec, files: Files | None = None) -> bool:
+    """Whether a run that trains on `dataset` trains on rows that a task or group evaluates."""
+    return any(shared_rows(find(member), dataset, files or {}) for member in members(name))
+
+
+def fingerprint(files: Files) -> str:
+    """Return a content hash of local files; empty when there are none.
+
+    Raises:
+        UserError: When one is missing.
+    """
+    from effbench.cache import sha256_of
+
+    hashes = {}
+    for task, by_split in sorted(files.items()):
+        for split, name in sorted(by_split.items()):
+            path = Path(name).expanduser()
+            if not path.is_file():
+                raise UserError(
+                    f"{name}, given as split {split!r} of {task}, is not a file.",
+                    "Correct the path.",
+                )
+            hashes[f"{task}.{split}"] = sha256_of(path)
+    return digest(hashes) if hashes else ""
 
 
 @dataclass
@@ -173,6 +206,7 @@ def load(
     hub = from_hub(entry, num_fewshot, files)
     data = None if hub else {split: rows_of(entry, split, files) for split in splits}
     if data:
+        data[splits[0]] = data[splits[0]][:limit]  # lm-eval prepares every row that it has
         _check_shots(entry, splits, data, num_fewshot)
     task = _task(entry, data)
     shots = entry.default_shots if num_fewshot is None else num_fewshot
@@ -196,6 +230,67 @@ def _check_shots(
             f"not {shots}.",
             f"Set num_fewshot={len(data[splits[1]])} or less.",
         )
+
+
+def requests(task: BenchmarkTask, tokenizer: Any) -> list[list[Request]]:
+    """Return each row's requests as tokens, cut into context and continuation as lm-eval does it.
+
+    Spaces at the end of a context belong to the continuation; both are tokenised together, and
+    the context's own tokens are taken off the front. An empty context is the token that begins a
+    text, or else the one that ends it.
+
+    Raises:
+        UserError: When a continuation has no token of its own.
+    """
+    from effbench.nn.scoring import Request
+
+    pairs = [[_moved(*i.args) for i in row] for row in task.instances()]
+    texts = {t for row in pairs for context, answer in row for t in (context, context + answer)}
+    ids = _encoded(sorted(texts), tokenizer)
+    made: list[list[Request]] = []
+    for number, row in enumerate(pairs):
+        made.append([])
+        for context, answer in row:
+            if context:
+                start = ids[context]
+                rest = ids[context + answer][len(start) :]
+            else:
+                start, rest = _without_context(answer, tokenizer)
+            if not rest:
+                raise UserError(
+                    f"Row {number + 1} of {task.name} has an answer without a token: {answer!r}.",
+                    "Its data or the tokenizer are damaged.",
+                )
+            made[-1].append(Request(start, rest))
+    return made
+
+
+def _moved(context: str, continuation: str) -> tuple[str, str]:
+    bare = context.rstrip()
+    return (bare, context[len(bare) :] + continuation) if context else (context, continuation)
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+    """Return the tokens of each text; one that names the first token itself gets no other."""
+    begin = tokenizer.decode(_prefix_token(tokenizer))
+    found: dict[str, list[int]] = {}
+    for special in (True, False):
+        some = [t for t in texts if t and t.startswith(begin) != special]
+        if some:
+            ids = tokenizer(some, add_special_tokens=special)["input_ids"]
+            found |= dict(zip(some, ids, strict=True))
+    return found
+
+
+def _without_context(answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    prefix = _prefix_token(tokenizer)
+    return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
+
+
+def _prefix_token(tokenizer: Any) -> int:
+    begin = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if begin is None else begin)
 
 
 # -- lm-eval's objects ---------------------------------------------------------------------------

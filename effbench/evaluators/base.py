@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from effbench.journal import Journal
     from effbench.nn.scoring import Request, Score
     from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.spec import DatasetSpec, Spec
 
 
 def _no_journal(name: str, items: Sequence[str]) -> Journal:
@@ -95,14 +95,21 @@ class Subject:
         return nll
 
     def score(
-        self, requests: Sequence[Request], name: str, batch_tokens: int = 1024
+        self, requests: Sequence[Request], name: str, batch_tokens: int = 2048
     ) -> list[Score]:
         """Return the log-likelihood of each continuation after its context.
+
+        What requests share is computed once, unless the method has logits of its own or the model
+        takes no mask of ours; then each request is a padded row.
 
         Args:
             requests: What to score.
             name: Names the journal and the progress line; unique within one evaluator.
             batch_tokens: Largest batch, padding included, in tokens.
+
+        Raises:
+            UserError: When a result is not a finite number; it names the first layer that gave
+                such a number.
         """
         from effbench.nn.scoring import Plan, Score, has_trees, padded_scores, tree_scores
 
@@ -251,6 +258,23 @@ class Evaluator:
         Raises:
             UserError: When the evaluator does not apply, with what to change.
         """
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits of the run's dataset that it reads."""
+        split = getattr(self, "split", "")
+        return (split,) if split else ()
+
+    def sealed(self) -> Evaluator:
+        """Return itself with a hash of the local files that it reads, so that they are in the key.
+
+        Raises:
+            UserError: When a file is missing.
+        """
+        return self
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return what of its own data are the rows that a run on `dataset` trains on, if any."""
+        return ""
 
     def run(self, subject: Subject) -> Result:
         """Return what was measured.

@@ -286,19 +286,29 @@ def open_data(bench: Bench) -> Data:
     open_tokenizer(bench)
     data = Data(bench.spec.dataset, bench.tokenizer)
     seen: set[str] = set()
+    trained = [bench.spec.dataset] if bench.spec.stage == "train" else []
     for earlier in bench.store.ancestors(bench.spec):
-        seen |= set(bench.store.run(earlier.key).read_json("data.json") or [])
+        rows = bench.store.run(earlier.key).read_json("data.json") or []
+        seen |= set(rows)
+        trained += [earlier.dataset] if rows else []
     for evaluator in map(make_evaluator, bench.spec.evaluators):
-        split = getattr(evaluator, "split", None)
-        if split and not data.ids(split):
-            data.examples(split)  # says what is missing before anything is trained
-        shared = seen & set(data.ids(split)) if split else set()
-        if shared and not bench.spec.dataset.allow_overlap:
-            raise UserError(
-                f"{len(shared)} items of split {split!r} were training data of the run that "
-                "this one goes on from.",
-                "Evaluate on another split, or say dataset.allow_overlap=true.",
-            )
+        for split in evaluator.splits():
+            if not data.ids(split):
+                data.examples(split)  # says what is missing before anything is trained
+            shared = seen & set(data.ids(split))
+            if shared and not bench.spec.dataset.allow_overlap:
+                raise UserError(
+                    f"{len(shared)} items of split {split!r} were training data of the run that "
+                    "this one goes on from.",
+                    "Evaluate on another split, or say dataset.allow_overlap=true.",
+                )
+        for dataset in trained:
+            own = evaluator.overlap(dataset)
+            if own and not bench.spec.dataset.allow_overlap:
+                raise UserError(
+                    f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
+                    "Train on others, leave it out, or say dataset.allow_overlap=true.",
+                )
     return data
 
 
