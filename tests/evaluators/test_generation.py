@@ -373,7 +373,7 @@ def test_the_rows_of_a_file_are_in_the_key(bench: Bench, tmp_path: Path) -> None
     place = gsm8k(tmp_path)["gsm8k"]["test"]
     words = ["evaluator=generation", "evaluator.generation.tasks=[gsm8k]"]
     words += ["evaluator.generation.num_fewshot=0"]
-    words += [f"evaluator.generation.files={{gsm8k:{{test:{place}}}}}"]
+    words += [f"evaluator.generation.files.gsm8k.test={place}"]
     before = bench.job("eval", *words).spec
     assert before.evaluators[0].settings["fingerprint"]
     Path(place).write_text(json.dumps(GSM8K[0]))
