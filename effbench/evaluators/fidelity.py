@@ -10,22 +10,23 @@ Need", NeurIPS 2024, arXiv 2407.09141.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from effbench.errors import UserError, did_you_mean
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
 from effbench.methods.base import Method
-from effbench.schema import PositiveInt, build
+from effbench.schema import NonNegativeInt, PositiveInt, build
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from effbench.datasets import Data, Example
     from effbench.footprint import Pass
+    from effbench.nn.scoring import Request
     from effbench.shapes import Shape
-    from effbench.spec import ModelSpec, Spec
+    from effbench.spec import DatasetSpec, ModelSpec, Spec
 
 BOUNDS = {
     "agreement": (0.0, 1.0),
@@ -55,6 +56,29 @@ class Fidelity(Evaluator):
     """Tokens that each window after a document's first one counts; null is half a window."""
     batch_tokens: PositiveInt = 1024
     """Largest batch, padding included, in tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Multiple-choice tasks and groups of lm-eval whose answers are compared too."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question of a task; null for what lm-eval defines."""
+    limit: PositiveInt | None = None
+    """Only the first rows of each task."""
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Local files with a task's rows, by task and split."""
+    fingerprint: str = ""
+    """Content hash of these files; filled in when the config is composed."""
+
+    def sealed(self) -> Fidelity:
+        """Return itself with the hash of its files."""
+        from effbench.tasks import fingerprint
+
+        return replace(self, fingerprint=fingerprint(self.files))
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return the tasks whose evaluated rows `dataset` trains on."""
+        from effbench import tasks
+
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        return f"Task {', '.join(found)} of evaluator fidelity" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse a reference of another vocabulary, and windows that cannot be."""
@@ -62,12 +86,24 @@ class Fidelity(Evaluator):
 
         limit = spec.dataset.max_length
         check_sizes("evaluator.fidelity", self.window, self.stride, limit, shape)
+        self._check_tasks()
         if not self.reference:
             return
         theirs = model_spec(self.reference).shape
         check_sizes("evaluator.fidelity", self.window, self.stride, limit, theirs)
         if theirs and shape and theirs.vocab_size != shape.vocab_size:
             raise self._other_vocabulary(f"{theirs.vocab_size} entries, not {shape.vocab_size}")
+
+    def _check_tasks(self) -> None:
+        from effbench import tasks
+
+        for name in self.tasks:
+            tasks.check(name, self.num_fewshot, self.files)
+            if tasks.find(tasks.members(name)[0]).kind != "multiple_choice":
+                raise UserError(
+                    f"{name} has no choices that two models could answer alike.",
+                    "Name multiple-choice tasks: evaluator.fidelity.tasks=[piqa]",
+                )
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of windows that it scores."""
@@ -84,6 +120,8 @@ class Fidelity(Evaluator):
         self._add_tokens(result, subject, other, examples)
         if subject.data.spec.kind == "choices":
             self._add_answers(result, subject, other, examples)
+        for name in self.tasks:
+            self._add_task(result, subject, other, name)
         return result
 
     def _reference(self, subject: Subject) -> Subject:
@@ -158,53 +196,106 @@ class Fidelity(Evaluator):
     def _add_answers(
         self, result: Result, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> None:
-        ours = self._answer_scores(subject, examples, "answers")
-        theirs = self._answer_scores(other, examples, "reference")
-        outcomes = [
-            answer_outcomes(p, q, e.right) for p, q, e in zip(theirs, ours, examples, strict=True)
-        ]
-        ids = [e.id for e in examples]
-        for name in ("label_loyalty", "answer_loyalty", "flips"):
-            values = [o[name] for o in outcomes]
-            result.add_items(subject, "fidelity", name, values, ids, split=self.split)
-
-    def _answer_scores(
-        self, subject: Subject, examples: Sequence[Example], name: str
-    ) -> list[list[float]]:
-        """Return the summed log-likelihood of each answer of each question."""
         from effbench.nn.scoring import Request
 
-        choices = [c for e in examples for c in e.choices or []]
-        requests = [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices]
-        scores = iter(subject.score(requests, f"{self.split}.{name}", self.batch_tokens))
-        return [[next(scores).loglikelihood for _ in e.choices or []] for e in examples]
+        rows = [
+            [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices or []]
+            for e in examples
+        ]
+        ours, theirs = self._scores(subject, other, rows, self.split)
+        right = [
+            [chosen(s) == e.right for s, e in zip(side, examples, strict=True)]
+            for side in (ours, theirs)
+        ]
+        self._add_outcomes(result, subject, ours, theirs, right, [e.id for e in examples])
+
+    def _add_task(self, result: Result, subject: Subject, other: Subject, name: str) -> None:
+        """Add what both models answer to a task; right is what lm-eval's `acc` says."""
+        from effbench import tasks
+
+        loaded = tasks.load_all(
+            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
+        )
+        places = [(task, index) for task in loaded for index in range(len(task.docs))]
+        rows = [row for task in loaded for row in tasks.requests(task, subject.data.tokenizer)]
+        check_lengths(subject, name, rows)
+        ours, theirs = self._scores(subject, other, rows, name)
+        right = [
+            [
+                bool(task.results(index, [(x, False) for x in s])["acc"])
+                for (task, index), s in zip(places, side, strict=True)
+            ]
+            for side in (ours, theirs)
+        ]
+        ids = [i for task in loaded for i in task.ids]
+        self._add_outcomes(result, subject, ours, theirs, right, ids, name, loaded[0].split)
+
+    def _scores(
+        self, subject: Subject, other: Subject, rows: Sequence[Sequence[Request]], name: str
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Return each answer's log-likelihood under the model and under the reference."""
+        flat = [request for row in rows for request in row]
+        sides = []
+        for who, title in ((subject, "answers"), (other, "reference")):
+            scores = iter(who.score(flat, f"{name}.{title}", self.batch_tokens))
+            sides.append([[next(scores).loglikelihood for _ in row] for row in rows])
+        return sides[0], sides[1]
+
+    def _add_outcomes(
+        self,
+        result: Result,
+        subject: Subject,
+        ours: Sequence[Sequence[float]],
+        theirs: Sequence[Sequence[float]],
+        right: Sequence[Sequence[bool]],
+        ids: Sequence[str],
+        task: str = "",
+        split: str = "",
+    ) -> None:
+        outcomes = {
+            "label_loyalty": [
+                float(chosen(p) == chosen(q)) for p, q in zip(theirs, ours, strict=True)
+            ],
+            "answer_loyalty": [answer_loyalty(p, q) for p, q in zip(theirs, ours, strict=True)],
+            "flips": [float(a != b) for a, b in zip(*right, strict=True)],
+        }
+        for name, values in outcomes.items():
+            result.add_items(
+                subject, "fidelity", name, values, ids, split=split or self.split, task=task
+            )
 
 
-def answer_outcomes(
-    reference: Sequence[float], model: Sequence[float], right: int
-) -> dict[str, float]:
-    """Return what a question says of fidelity.
+def chosen(scores: Sequence[float]) -> int:
+    """Return the index of the highest log-likelihood, the first of equal ones."""
+    return list(scores).index(max(scores))
+
+
+def answer_loyalty(reference: Sequence[float], model: Sequence[float]) -> float:
+    """Return 1 - sqrt(JS) between two softmax distributions over a question's answers.
 
     Args:
         reference: Log-likelihood of each answer under the reference.
         model: The same under the model.
-        right: Index of the right answer.
-
-    Returns:
-        `label_loyalty`: whether both choose the same answer. `answer_loyalty`: 1 - sqrt(JS) between
-        the two softmax distributions over the answers. `flips`: whether one is right and the other
-        is not.
     """
     from effbench.nn.divergence import FIELDS, divergences
 
-    theirs, ours = (list(s).index(max(s)) for s in (reference, model))
     p, q = (torch.tensor([list(s)], dtype=torch.float64) for s in (reference, model))
-    loyalty = FIELDS.index("probability_loyalty")
-    return {
-        "label_loyalty": float(theirs == ours),
-        "answer_loyalty": float(divergences(p, q)[0, loyalty]),
-        "flips": float((theirs == right) != (ours == right)),
-    }
+    return float(divergences(p, q)[0, FIELDS.index("probability_loyalty")])
+
+
+def check_lengths(subject: Subject, name: str, rows: Sequence[Sequence[Request]]) -> None:
+    """Refuse a task whose questions are longer than the model's positions.
+
+    Raises:
+        UserError: Naming the task.
+    """
+    longest = max(len(r.context) + len(r.continuation) - 1 for row in rows for r in row)
+    if subject.shape and longest > subject.shape.max_positions:
+        raise UserError(
+            f"{name} has a question of {longest} tokens, more than the "
+            f"{subject.shape.max_positions} positions of the model.",
+            "Lower evaluator.fidelity.num_fewshot, or leave the task out.",
+        )
 
 
 def model_spec(name: str) -> ModelSpec:

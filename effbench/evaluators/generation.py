@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from effbench.nn.generate import Generated, Prompt, Sampling
     from effbench.questions import Questions
     from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.spec import DatasetSpec, Spec
 
 
 TASK_PROMPT = 1024
@@ -46,8 +46,10 @@ class Generation(Evaluator):
     """Examples before each question of a task; null is what lm-eval defines."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Local files with a task's rows, by task and split."""
+    fingerprint: str = ""
+    """Content hash of these files; filled in when the config is composed."""
     split: str = "test"
-    """Which split of the run's own dataset."""
+    """Which split of the run's own dataset; not used with `tasks`."""
     pattern: str = ""
     """For the own dataset: regular expression of what counts in an answer, its last match or the
     first group of that; empty for the whole answer."""
@@ -68,6 +70,23 @@ class Generation(Evaluator):
     own dataset)."""
     batch_tokens: PositiveInt = 8192
     """Largest batch, prompts and the longest possible answers, in tokens."""
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the dataset's split, unless tasks are asked."""
+        return () if self.tasks else (self.split,)
+
+    def sealed(self) -> Generation:
+        """Return itself with the hash of its files."""
+        from effbench.tasks import fingerprint
+
+        return replace(self, fingerprint=fingerprint(self.files))
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return the tasks whose evaluated rows `dataset` trains on."""
+        from effbench import tasks
+
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        return f"Task {', '.join(found)} of evaluator generation" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse tasks that cannot be had or generate nothing, and a pattern that is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from subjects import by_name, subject_of, text_file
 
 from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject
-from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_outcomes
+from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_loyalty, chosen
 from effbench.journal import Journal
 from effbench.nn.divergence import CHUNK, FIELDS, divergences, row_sums
 
@@ -103,18 +104,15 @@ def test_row_sums_take_the_positions_that_count() -> None:
     torch.testing.assert_close(found[2, :-1].float(), single.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_outcomes_of_answers() -> None:
-    same = answer_outcomes([-4.0, -2.0], [-400.0, -398.0], right=0)
-    assert same == {"label_loyalty": 1.0, "answer_loyalty": 1.0, "flips": 0.0}
-    lost = answer_outcomes([-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0], right=0)
-    assert (lost["label_loyalty"], lost["flips"]) == (0.0, 1.0)
-    wrong = answer_outcomes([-1.0, -2.0, -3.0], [-2.0, -1.0, -3.0], right=2)
-    assert (wrong["label_loyalty"], wrong["flips"]) == (0.0, 0.0)
+def test_loyalty_over_answers() -> None:
+    assert answer_loyalty([-4.0, -2.0], [-400.0, -398.0]) == 1
     p = F.softmax(torch.tensor([-1.0, -2.0, -3.0]).double(), 0)
     q = p.flip(0)
     m = (p + q) / 2
     js = float(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
-    assert lost["answer_loyalty"] == pytest.approx(1 - js**0.5, abs=1e-9)
+    found = answer_loyalty([-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0])
+    assert found == pytest.approx(1 - js**0.5, abs=1e-9)
+    assert chosen([-2.0, -1.0, -1.0]) == 1
 
 
 # -- the evaluator -----------------------------------------------------------------------------
@@ -159,6 +157,57 @@ def test_an_interval_keeps_to_what_a_number_can_be(subject: Subject) -> None:
     )
     assert wide.high is not None and wide.high > 1
     assert kept.value == wide.value and kept.high == 1 and kept.low == wide.low
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, subject: Subject) -> list[int]:
+    """Return the answer that a model chooses, scored one at a time."""
+    found = []
+    for e in subject.data.examples("test"):
+        scores = []
+        for c in e.choices or []:
+            log_p = model(torch.tensor([c.ids])).logits[0].double().log_softmax(-1)
+            places = range(c.prompt_length, len(c.ids))
+            scores.append(sum(float(log_p[t - 1, c.ids[t]]) for t in places))
+        found.append(chosen(scores))
+    return found
+
+
+def test_answers_are_compared_as_a_naive_loop_does(subject: Subject) -> None:
+    theirs = answers(subject.load_base(), subject)
+    found = Fidelity().run(disturbed(subject, 0.05))
+    ours = answers(subject.model, subject)
+    right = [e.right for e in subject.data.examples("test")]
+    values = {o.metric: o.values for o in found.outcomes}
+    assert values["label_loyalty"] == [float(a == b) for a, b in zip(ours, theirs, strict=True)]
+    flips = [float((a == r) != (b == r)) for a, b, r in zip(ours, theirs, right, strict=True)]
+    assert values["flips"] == flips
+    changed = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    assert 0 < sum(flips) < changed, "a change from wrong to wrong is no flip"
+
+
+def test_answers_to_tasks_are_compared(bench: Bench, tmp_path: Path) -> None:
+    rows = [{"goal": f"Do {i}", "sol1": "this", "sol2": "that", "label": i % 2} for i in range(8)]
+    path = tmp_path / "piqa.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    evaluator = Fidelity(tasks=["piqa"], files={"piqa": {"validation": str(path)}}, limit=6)
+    subject = subject_of(bench, "dataset=arithmetic", "+dataset.limit.test=4")
+
+    def of_task() -> dict[str, Any]:
+        return {m.name: m for m in evaluator.run(subject).metrics if m.task == "piqa"}
+
+    same = of_task()
+    assert {n: (m.value, m.n) for n, m in same.items()} == {
+        "label_loyalty": (1, 6),
+        "answer_loyalty": (1, 6),
+        "flips": (0, 6),
+    }
+    disturbed(subject, 0.5)
+    found = of_task()
+    assert found["answer_loyalty"].value < 1
+    # Of two answers one is right, so every change is a flip.
+    assert found["flips"].value == pytest.approx(1 - found["label_loyalty"].value)
+    assert found["flips"].value > 0
 
 
 def test_the_batch_size_does_not_matter(subject: Subject) -> None:
@@ -236,6 +285,11 @@ def test_a_reference_with_another_embedding_is_refused(subject: Subject) -> None
     base.resize_token_embeddings(600)  # type: ignore[operator]
     with pytest.raises(UserError, match="600 entries, not 512"):
         Fidelity().run(dataclasses.replace(subject, load_base=lambda: base))
+
+
+def test_a_task_without_choices_is_refused(bench: Bench) -> None:
+    with pytest.raises(UserError, match="gsm8k_cot has no choices"):
+        bench.job("eval", "evaluator=fidelity", "evaluator.fidelity.tasks=[gsm8k_cot]")
 
 
 def test_windows_that_cannot_be_are_refused(bench: Bench) -> None:

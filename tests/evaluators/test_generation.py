@@ -369,6 +369,17 @@ def test_instructions_are_judged_on_a_file_of_rows(bench: Bench, tmp_path: Path)
     assert found["left_out"].value == 1 and found["left_out"].obtained == "counted"
 
 
+def test_the_rows_of_a_file_are_in_the_key(bench: Bench, tmp_path: Path) -> None:
+    place = gsm8k(tmp_path)["gsm8k"]["test"]
+    words = ["evaluator=generation", "evaluator.generation.tasks=[gsm8k]"]
+    words += ["evaluator.generation.num_fewshot=0"]
+    words += [f"evaluator.generation.files.gsm8k.test={place}"]
+    before = bench.job("eval", *words).spec
+    assert before.evaluators[0].settings["fingerprint"]
+    Path(place).write_text(json.dumps(GSM8K[0]))
+    assert bench.job("eval", *words).spec.key != before.key
+
+
 def test_several_grades_of_one_answer_are_a_cluster() -> None:
     values, ids, clusters = flattened([[1.0, 0.0], [1.0]], ["a", "b"])
     assert (values, clusters) == ([1.0, 0.0, 1.0], [0, 0, 1])
