@@ -344,7 +344,15 @@ def compare(
 
 KINDS = ("methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments")
 Kind = Literal[
-    "methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments", "tables"
+    "methods",
+    "models",
+    "datasets",
+    "evaluators",
+    "hardware",
+    "launchers",
+    "experiments",
+    "tables",
+    "tasks",
 ]
 
 
