@@ -425,7 +425,15 @@ def power(
 
 KINDS = ("methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments")
 Kind = Literal[
-    "methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments", "tables"
+    "methods",
+    "models",
+    "datasets",
+    "evaluators",
+    "hardware",
+    "launchers",
+    "experiments",
+    "tables",
+    "tasks",
 ]
 
 

@@ -221,3 +221,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files = {"ifeval": {"train": write(tmp_path / "own.jsonl", [row])}}
     with pytest.raises(UserError, match="ifeval needs the package 'langdetect'"):
         tasks.load("ifeval", files=files)
+
+
+def test_tasks_are_listed() -> None:
+    from effbench.catalogue import entries
+
+    found = dict(entries("tasks", "*"))
+    assert set(found) == set(tasks.names())
+    assert found["truthfulqa_mc1"].startswith("multiple_choice, validation: a file, or ")
+    assert list(dict(entries("tasks", "mmlu_an*"))) == ["mmlu_anatomy"]
