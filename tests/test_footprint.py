@@ -11,6 +11,7 @@ from methods.helpers import adamw, generator, tiny_model
 
 from effbench.footprint import Pass, logit_bytes, step_flops
 from effbench.methods.base import Batch, Context, Method
+from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
@@ -29,6 +30,9 @@ METHODS = [
     QLoRA(rank=4),
     DyLoRA(rank=4),
     Distillation(teacher="t"),
+    DeepLoRA(rank=4),
+    DeepLoRA(rank=4, form="narrow", targets=("q_proj", "down_proj")),
+    DeepLoRA(form="full"),
 ]
 
 

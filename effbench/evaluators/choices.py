@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from effbench.spec import DatasetSpec, Spec
     from effbench.tasks import BenchmarkTask
 
+LARGEST_EXPONENT = 709.0
+"""Of a finite double."""
+
 KINDS = ("multiple_choice", "loglikelihood")
 """lm-eval's output types that need no generated text."""
 
@@ -214,7 +217,8 @@ def _add(
         )
         if perplexity:
             assert head.low is not None and head.high is not None
-            low, high = math.exp(-head.high), math.exp(min(-head.low, 700.0))
+            low = math.exp(-head.high)
+            high = math.exp(-head.low) if -head.low < LARGEST_EXPONENT else math.inf
             made = task.aggregate(metric, found)
             result.metrics.append(
                 replace(head, name=metric, value=made, low=low, high=high, unit="")

@@ -31,6 +31,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from effbench.errors import UserError
+from effbench.footprint import BOTTOM, Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
 from effbench.methods.lora import base_name, check_rank_fits, check_targets
@@ -174,6 +175,29 @@ class DeepLoRA(Method):
             resident_bytes=cost.resident_bytes + 4 * added,
             bytes_per_token=cost.bytes_per_token + 4 * added,
             flops_per_token=cost.flops_per_token + 2 * added,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count a frozen base, the updates' inputs and what lies between their factors."""
+        base = adapted_layers(shape, DTYPE_BYTES[dtype], 0, self.targets)
+        held, products, unneeded = 0, 0, 0
+        for name, (d_in, d_out) in shape.linear_sizes().items():
+            if name not in self.targets:
+                continue
+            inner = self.rank if self.form != "full" else min(d_in, d_out)
+            held += 4 * inner * (self.depth + 1 if self.form == "compressed" else self.depth - 1)
+            params, frames = update_params(self.form, d_in, d_out, self.rank, self.depth)
+            products += 2 * params * shape.num_layers
+            if name in BOTTOM:  # nothing below the first layer needs its inputs' gradient
+                unneeded += 2 * inner * d_in
+            if not self.frame_rate:
+                unneeded += 2 * frames * shape.num_layers
+        return replace(
+            base,
+            layers=base.layers + held * shape.num_layers,
+            layer=base.layer + held,
+            forward=base.forward + products,
+            gradient=base.gradient + 2 * products - unneeded,
         )
 
 

@@ -148,9 +148,9 @@ def test_it_is_that_of_a_naive_loop(subject: Subject) -> None:
 
 
 def test_an_interval_keeps_to_what_a_number_can_be(subject: Subject) -> None:
-    counts = [1.0, 1.0, 1.0, 200.0]
-    agreed = [0.0, 1.0, 1.0, 200.0]
-    ids = list("abcd")
+    counts = [1.0, 2.0, 3.0, 4.0, 5.0] * 2 + [6.0, 200.0]
+    agreed = [0.0, *counts[1:]]
+    ids = list("abcdefghijkl")
     wide, kept = (
         Result().add_ratio(subject, "fidelity", "agreement", agreed, counts, ids, **settings)
         for settings in ({}, {"bounds": (0.0, 1.0)})

@@ -10,7 +10,7 @@ from effbench.errors import UserError
 from effbench.evaluators.memory import bisect
 from effbench.measure import cap
 from effbench.measure.cap import succeeds_under
-from effbench.nn.decoding import CachedSession
+from effbench.nn.engine import StaticSession
 
 SIZES = ["evaluator=memory", "evaluator.memory.batch_size=2"]
 SIZES += ["evaluator.memory.prompt_tokens=6", "evaluator.memory.new_tokens=4"]
@@ -43,13 +43,13 @@ def test_the_cache_holds_what_the_cost_says(bench: Bench) -> None:
 
 def test_a_session_is_used_and_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step = CachedSession.step
+    step = StaticSession.step
 
-    def counted(self: CachedSession, ids: torch.Tensor) -> torch.Tensor:
+    def counted(self: StaticSession, ids: torch.Tensor) -> torch.Tensor:
         steps.append(ids.shape)
         return step(self, ids)
 
-    monkeypatch.setattr(CachedSession, "step", counted)
+    monkeypatch.setattr(StaticSession, "step", counted)
     bench.run("eval", "method=none", *SIZES)
     assert steps == [(2, 1)] * 4
 

@@ -25,7 +25,7 @@ from effbench.spec import Machine
 from effbench.stages.common import open_bench, open_model
 
 WORDS = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
-SMALL: dict[str, Any] = {"prompt_tokens": 10, "new_tokens": 7, "repeats": 2, "roofline": False}
+SMALL: dict[str, Any] = {"prompt_tokens": 10, "new_tokens": 7, "repeats": 6, "roofline": False}
 HIGH = Ceilings(1e15, 1e15, 1e14)
 
 
@@ -70,7 +70,7 @@ def test_the_cache_is_counted(subject: Subject, engine: Any, batch: int) -> None
         ("tpot_ms", "decode"),
     ):
         m = found[name, phase, ""]
-        assert m.obtained == "measured" and m.n == 2
+        assert m.obtained == "measured" and m.n == 6
         assert m.low is not None and m.high is not None and 0 < m.low <= m.value <= m.high
 
 
@@ -181,7 +181,7 @@ def test_the_grid_names_its_cells_and_goes_on_where_it_was(
 
 
 def test_an_engine_is_as_fast_as_itself(subject: Subject, ticks: None) -> None:
-    ratio = compared(subject, "auto", "auto", Cell(1, 4, 3), 4)
+    ratio = compared(subject, "auto", "auto", Cell(1, 4, 3), 6)
     assert ratio.speedup == (1.0, 1.0, 1.0)
     found = metrics(Speed(**SMALL, baseline="self").run(subject))
     assert found["speedup", "", ""].value == 1.0

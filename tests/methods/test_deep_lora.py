@@ -163,11 +163,12 @@ def test_the_compressed_trajectory_is_that_of_the_full_width(size: str, bound: f
     apart = max(float((a - b).norm()) for a, b in zip(whole, kept, strict=True))
     assert apart <= 1.05 * bound * (min(d_in, d_out) - 4) ** 0.5
     for path in (whole, kept):
-        assert float((path[-1] - target).norm()) < 3 * bound
+        assert float((path[-1] - target).norm()) < 5 * bound
         assert float((path[0] - target).norm()) > 1
     if size == "square":
-        middle = torch.linalg.svdvals(full.factors[1].detach())[4:]
-        assert float(middle.max() - middle.min()) < 1e-8
+        values = torch.linalg.svdvals(full.factors[1].detach())
+        still = values[2:-2]  # two directions have grown, two have shrunk, the others never mixed
+        assert float(still.max() - still.min()) < 1e-8 and values[0] > 0.5
 
 
 def test_the_gradient_is_that_of_the_frozen_weight() -> None:
