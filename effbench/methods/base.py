@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.errors import UserError
+from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -135,6 +136,8 @@ class Method:
     at_evaluation: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
     """Settings without a usable default, as a trial run would have them."""
 
@@ -184,6 +187,21 @@ class Method:
         """Return the positions in `batches` (one sequence each) to train on, in order."""
         return list(range(len(batches)))
 
+    def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
+        """Run once before the first step: what has to look at data before anything trains.
+
+        A resumed run does not call it again; what it leaves must be in `tensors` or `ctx.state`.
+
+        Args:
+            model: The prepared model.
+            window: The micro-batches of the first step.
+            ctx: Of the run.
+        """
+
+    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """Return what trains, in groups, each with its share of the run's learning rate."""
+        return [([p for p in model.parameters() if p.requires_grad], 1.0)]
+
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Run before each optimiser step: schedules and draws."""
 
@@ -193,6 +211,13 @@ class Method:
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
         return output
+
+    def plain_logits(self, point: str) -> bool:
+        """Return whether the logits at a point are those of the model's own forward pass there.
+
+        Then what requests share can be computed once, and the head only where it is needed.
+        """
+        return type(self).logits is Method.logits
 
     def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
@@ -244,6 +269,9 @@ class Method:
         optimizer.step()
         return total
 
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of what only training needed, before the model is evaluated."""
+
     # -- compression ---------------------------------------------------------------------------
 
     def compress(
@@ -266,10 +294,13 @@ class Method:
         return nullcontext()
 
     def session(self, model: torch.nn.Module) -> Session:
-        """Return a fresh decoding session; it keeps all its state to itself."""
-        from effbench.nn.decoding import CachedSession
+        """Return a fresh decoding session; it keeps all its state to itself.
 
-        return CachedSession(model)
+        Default: our engine where the model is laid out as Llama is, else the model's forward pass.
+        """
+        from effbench.nn.engine import session_for
+
+        return session_for(model)
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -315,13 +346,49 @@ class Method:
         kv_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[dtype])
         return replace(cost, trainable=shape.params, kv_bytes_per_token=kv_bytes)
 
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step keeps from its forward pass and its work, from shapes.
+
+        Args:
+            shape: The base model's shape.
+            dtype: Compute dtype, a key of `DTYPE_BYTES`.
+        """
+        return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the config names of the other models that are in memory while it trains."""
+        return ()
+
 
 def chain_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
-    """Return the cost of what a chain of methods made; `point` is one of the last method's."""
+    """Return the cost of what a chain of methods made; `point` is one of the last method's.
+
+    The last method's weights are as it trains them, those of the earlier ones as they are used.
+    """
     cost = None
     for method in methods[:-1]:
-        cost = method.cost(shape, dtype, method.fitted(shape).points()[-1], cost)
+        last = method.fitted(shape).points()[-1]
+        cost = _in_use(method, method.cost(shape, dtype, last, cost), dtype)
     return methods[-1].cost(shape, dtype, point, cost)
+
+
+def inference_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
+    """Return the cost of what a chain of methods made, as it is evaluated.
+
+    Float32 masters are cast to the compute dtype for that.
+    """
+    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point), dtype)
+
+
+def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
+    if method.weights != "float32":
+        return cost
+    share = DTYPE_BYTES[dtype] / DTYPE_BYTES["float32"]
+    return replace(
+        cost,
+        resident_bytes=int(cost.resident_bytes * share),
+        bytes_per_token=cost.bytes_per_token * share,
+    )
 
 
 def dense_cost(shape: Shape, weight_bytes: int) -> Cost:

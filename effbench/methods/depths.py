@@ -174,6 +174,10 @@ class Depths(Method):
         prompts = prompt_lengths(batch.labels)
         return stepwise_logits(lambda: self.session(model), *inputs, prompts)
 
+    def plain_logits(self, point: str) -> bool:
+        """Return whether all tokens at a point leave at the same depth."""
+        return point != "exit"
+
     def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood, [B, T - 1], in nats."""
         from effbench.nn.losses import answer_nll, token_nll

@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.errors import UserError
+from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
 from effbench.methods.depths import Depths, check_depths, cut_cost, depth_set
 from effbench.schema import PositiveInt
-from effbench.shapes import Shape
+from effbench.shapes import DTYPE_BYTES, Shape
 
 
 @dataclass(frozen=True)
@@ -238,3 +239,33 @@ class SortedFull(Depths):
     def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
         """Return the cost at full depth."""
         return Method.cost(self, shape, dtype, "", base)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the mean work of a drawn depth, or that of all; what is kept is the most."""
+        method = self.fitted(shape)
+        each = [method.one_depth(replace(shape, num_layers=n), dtype) for n in method.depths]
+        if self.objective == "sampled":
+            return _working(each[-1], each, len(each))
+        passes = each[-1:] if self.layout == "prefix" else each
+        most = replace(
+            each[-1],
+            layers=sum(t.layers for t in passes) + len(each) * each[-1].boundary,
+            heads=2 * len(each),  # each exit's logits are computed again in the backward pass
+            head_gradients=len(each) * each[-1].head_gradients,
+        )
+        return _working(most, passes, 1)
+
+    def one_depth(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step of a sub-model of `shape` keeps, and its work."""
+        return trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
+
+
+def _working(kept: Training, each: Sequence[Training], steps: int) -> Training:
+    """Return what `kept` keeps with the work of several passes in so many steps."""
+    return replace(
+        kept,
+        forward=sum(t.forward for t in each) / steps,
+        gradient=sum(t.gradient for t in each) / steps,
+        run=sum(t.run for t in each) / steps,
+        passed=sum(t.passed for t in each) / steps,
+    )

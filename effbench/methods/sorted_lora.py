@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from effbench.footprint import Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Context, Cost, Paper, Weights
 from effbench.methods.lora import Dropout, LoRA, base_name, peft_adapters
@@ -40,6 +41,7 @@ class SortedLoRA(SortedFull):
     learning_rate: ClassVar[float] = 5e-4
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     leaves: ClassVar[str] = "adapted"
+    libraries: ClassVar[tuple[str, ...]] = ("peft",)
     shallowest: ClassVar[float] = 0.6
 
     objective: Literal["soft", "sampled"] = "sampled"
@@ -122,3 +124,8 @@ class SortedLoRA(SortedFull):
             resident_bytes=cost.resident_bytes + more,
             bytes_per_token=cost.bytes_per_token + more,
         )
+
+    def one_depth(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step of a sub-model of `shape` keeps, and its work."""
+        found = adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+        return replace(found, layers=found.layers + 8 * shape.hidden_size * self.train_norm)

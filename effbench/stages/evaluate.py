@@ -7,7 +7,7 @@ from effbench.stages.common import Bench, count_model, evaluate, open_data, open
 
 def evaluate_only(bench: Bench) -> None:
     """Load and evaluate; nothing is changed and nothing is saved but the results."""
-    model = open_model(bench).requires_grad_(False)
     data = open_data(bench)
+    model = open_model(bench).requires_grad_(False)
     count_model(bench, model)
     evaluate(bench, model, data)

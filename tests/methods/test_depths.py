@@ -1,21 +1,26 @@
 """Models and artefacts read out after fewer layers; settings that an evaluation can change."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import Bench
-from helpers import SHAPE, batch_of, counted, tiny_model
+from helpers import SHAPE, batch_of, context, counted, generator, tiny_model
 
 from effbench import models
 from effbench.config import compose
 from effbench.errors import UserError
+from effbench.evaluators.base import make_batch
 from effbench.methods.base import Method, chain_cost
 from effbench.methods.depths import Depths
 from effbench.methods.lora import LoRA
 from effbench.methods.lora_drop import LoRADrop
+from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn.engine import StaticSession
 from effbench.nn.quantised import storage_bytes
+from effbench.nn.scoring import Plan, Request, padded_scores, tree_scores
 from effbench.report.compare import compare
 from effbench.stages.export import export
 
@@ -98,7 +103,7 @@ def test_settings_of_evaluation_can_be_changed_after_training(bench: Bench) -> N
 
 
 def test_speed_reports_what_a_session_counted(bench: Bench) -> None:
-    sizes = ["prompt_tokens=6", "new_tokens=5", "repeats=1"]
+    sizes = ["prompt_tokens=6", "new_tokens=5", "repeats=1", "probe_mb=1", "probe_side=128"]
     found = bench.run(
         "eval",
         "method=depths",
@@ -112,6 +117,56 @@ def test_speed_reports_what_a_session_counted(bench: Bench) -> None:
     assert metric(found, "acceptance_length", "speculative") >= 1
     assert metric(found, "layer_passes", "speculative") > 0
     assert all(m.obtained == "counted" for m in found.metrics if m.name == "exit_depth")
+    # Shares of the ceilings are for work that is known beforehand.
+    assert {m.point for m in found.metrics if m.name == "mbu"} == {"d2", "d4"}
+
+
+def with_depths(adapters: bool) -> tuple[Any, Any]:
+    """Return a method whose points are depths, and its model."""
+    model: Any = tiny_model(shape=DEEP)
+    if not adapters:
+        return Depths(eval_depths=(2, 3, 5)), model.eval().requires_grad_(False)
+    method = SortedLoRA(rank=4, depths=(2, 3, 5))
+    model = method.prepare(model, context()).eval()
+    for p in method.tensors(model).values():
+        p.add_(0.1 * torch.randn(p.shape, generator=generator(3)))
+    return method, model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_requests_share_the_work_of_each_depth(adapters: bool) -> None:
+    method, model = with_depths(adapters)
+    stem = batch_of().input_ids[0].tolist() * 12
+    requests = [Request([*stem, n], [n + 1, n + 2]) for n in range(4, 90)]
+    plan = Plan(requests, 128, 64)
+    assert any(g.stem for g in plan.groups)
+    seen = set()
+    for point in method.points():
+        with method.at(model, point):
+            trees = tree_scores(model, plan, iter(plan.groups), torch.device("cpu"))
+            found = {i: score for scores in trees for i, score in scores.items()}
+            logits, rows = partial(method.logits, model), iter([range(len(requests))])
+            (expected,) = padded_scores(logits, lambda r: make_batch(r, 0), requests, rows)
+        assert method.plain_logits(point) and len(found) == len(requests)
+        for i, score in found.items():
+            assert score.loglikelihood == pytest.approx(expected[i].loglikelihood, abs=1e-4)
+        seen.add(found[0].loglikelihood)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_engine_decodes_each_depth(adapters: bool) -> None:
+    method, model = with_depths(adapters)
+    ids = torch.randint(3, 128, (2, 12), generator=generator(4))
+    for n in (2, 3, 5):
+        with method.at(model, f"d{n}"):
+            session = method.session(model)
+            assert isinstance(session, StaticSession) and len(session.layers) == n
+            assert session.engine == "walk" if adapters else session.engine != "graph"
+            steps = [session.prefill(ids[:, :6])]
+            steps += [session.step(ids[:, t : t + 1]) for t in range(6, 12)]
+            whole = model(ids).logits[:, 5:]
+        torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_layer_forwards_are_counted_and_compared(bench: Bench) -> None:
