@@ -121,7 +121,7 @@ def dequantise_bitsandbytes(
 ) -> torch.Tensor:
     """Return the same weights from bitsandbytes' compiled kernel, where it covers the case.
 
-    Where a block spans two rows, its AVX512 kernel (0.50.2) takes wrong scales from the second row on.
+    Where a block spans two rows, its AVX512 kernel (0.50.2) takes wrong scales.
     """
     ragged = stored.codes.device.type == "cpu" and shape[-1] % BLOCK != 0
     if ragged or dtype not in (torch.float32, torch.bfloat16, torch.float16):
