@@ -78,7 +78,7 @@ class Speed(Evaluator):
     """Tokens of each prompt; one number or a list."""
     new_tokens: Grid = 32
     """Steps after the first token; one number or a list."""
-    repeats: PositiveInt = 5
+    repeats: PositiveInt = 7
     """Timed repeats of each cell."""
     engine: Engine = "auto"
     """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
