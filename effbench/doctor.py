@@ -45,7 +45,7 @@ def report(results: Path = Path("results"), deep: bool = False) -> list[Check]:
         results: Folder of the results, whose disk is looked at.
         deep: Whether to import torch and ask it too.
     """
-    checks = [_python(), _packages(), _device(), _bf16(), _processor(), _memory()]
+    checks = [_python(), _packages(), _device(), _bf16(), _processor(), _memory(), _compiler()]
     if deep:
         checks.append(_torch())
     checks += [_space("cache", cache_dir()), _space("results", results)]
@@ -54,6 +54,19 @@ def report(results: Path = Path("results"), deep: bool = False) -> list[Check]:
 
 def _python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _compiler() -> Check:
+    from effbench.kernels.native import compiler
+
+    if program := compiler():
+        return Check("C++ compiler", "ok", f"{program}: decoding on the CPU takes its C++ step")
+    return Check(
+        "C++ compiler",
+        "warn",
+        "none: decoding on the CPU walks through the blocks, slower",
+        "Install g++ or clang, or set CXX.",
+    )
 
 
 def _packages() -> Check:

@@ -152,3 +152,13 @@ def test_every_problem_has_advice_and_torch_stays_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_compiler_of_the_decoding_step(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effbench.kernels import native
+
+    monkeypatch.setattr(native, "compiler", lambda: "/usr/bin/c++" if there else None)
+    check = found("C++ compiler")
+    assert check.status == ("ok" if there else "warn")
+    assert "C++ step" in check.found if there else "slower" in check.found
