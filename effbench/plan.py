@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from effbench.config import make_method
 from effbench.measure.hardware import memory_bytes
-from effbench.methods.base import Cost, Method, chain_cost
+from effbench.methods.base import Cost, Method, chain_cost, chain_shapes
 from effbench.shapes import DTYPE_BYTES, Shape
 from effbench.spec import Machine, Spec
 
@@ -37,6 +38,8 @@ class Prediction:
     available: int
     """Bytes that the machine has."""
     notes: list[str] = field(default_factory=list)
+    trained: int = 0
+    """Parameters that train at the most; what is left of them is in `cost`."""
 
     @property
     def peak(self) -> int:
@@ -60,7 +63,11 @@ class Prediction:
 
 
 def predict(
-    spec: Spec, shape: Shape, machine: Machine, earlier: Sequence[Method] = ()
+    spec: Spec,
+    shape: Shape,
+    machine: Machine,
+    earlier: Sequence[Method] = (),
+    folders: Sequence[Path] = (),
 ) -> Prediction:
     """Return what a run will need.
 
@@ -69,24 +76,34 @@ def predict(
         shape: Its model's shape.
         machine: Stated ceilings; zeros are left open.
         earlier: The methods that made what the run starts from, first to last.
+        folders: Their artefacts.
     """
-    methods = chain(spec, earlier)
-    cost = chain_cost(methods, shape, spec.hardware.dtype, methods[-1].points()[-1])
+    methods, dtype = chain(spec, earlier), spec.hardware.dtype
+    cost = chain_cost(methods, shape, dtype, methods[-1].points()[-1], folders)
     train = spec.stage == "train"
+    working = cost
+    if train:
+        start = chain_shapes(earlier, shape, folders)[-1] if earlier else shape
+        made = None
+        if earlier:
+            made = chain_cost(earlier, shape, dtype, earlier[-1].points()[-1], folders)
+        working, shape = methods[-1].training_cost(start, dtype, made), start
+    else:
+        shape = chain_shapes(methods, shape, folders)[-1]
     sequences = spec.train.batch_size if train else 1
     tokens = sequences * spec.dataset.max_length
     element = DTYPE_BYTES[spec.hardware.dtype]
-    memory = {"weights": cost.resident_bytes}
+    memory = {"weights": working.resident_bytes}
     flops, total = 0.0, 0
     if train:
         memory |= {
-            "gradients": cost.trainable * GRADIENT_BYTES,
-            "optimiser": cost.trainable * OPTIMIZER_BYTES[spec.train.optimizer],
+            "gradients": working.trainable * GRADIENT_BYTES,
+            "optimiser": working.trainable * OPTIMIZER_BYTES[spec.train.optimizer],
             "activations": _activations(spec, shape, tokens, element),
             "logits": tokens * shape.vocab_size * (2 * element + 8),
         }
         total = spec.train.max_steps * spec.train.accumulation * tokens
-        flops = float(total) * _flops_per_trained_token(spec, cost, shape)
+        flops = float(total) * _flops_per_trained_token(spec, working, shape)
     else:
         memory |= {
             "kv cache": int(tokens * cost.kv_bytes_per_token),
@@ -94,7 +111,10 @@ def predict(
         }
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
-    return Prediction(cost, memory, flops, total, seconds, available, _notes(spec, methods, cost))
+    notes = _notes(spec, methods, cost)
+    return Prediction(
+        cost, memory, flops, total, seconds, available, notes, trained=working.trainable
+    )
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
@@ -154,7 +174,7 @@ def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
     lines += [f"  {k:<{width}}  {gib(v):>12}" for k, v in prediction.memory.items()]
     lines += [f"  {'peak':<{width}}  {gib(prediction.peak):>12}  (activations are modelled)", ""]
     cost = prediction.cost
-    lines.append(f"  parameters       {cost.params:,} ({cost.trainable:,} trained)")
+    lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
     lines.append(f"  weights read     {gib(cost.bytes_per_token)} per decoded token")
     lines.append(f"  KV cache         {cost.kv_bytes_per_token / 1024:.1f} KiB per token")

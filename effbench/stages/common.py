@@ -23,7 +23,7 @@ from effbench.journal import Journal
 from effbench.measure.counting import parameters
 from effbench.measure.environment import fingerprint
 from effbench.measure.memory import PeakMemory, memory_in_use
-from effbench.methods.base import Batch, Context, Cost, Method, Weights, chain_cost
+from effbench.methods.base import Batch, Context, Cost, Method, Weights, chain_cost, chain_shapes
 from effbench.nn.quantised import quantise_nf4, storage_bytes
 from effbench.plan import chain, gib, predict
 from effbench.progress import Progress
@@ -50,7 +50,8 @@ class Bench:
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    shape: Shape | None = None
+    base_shape: Shape | None = None
+    """Sizes of the base model."""
     tokenizer: Any = None
 
     @property
@@ -61,6 +62,25 @@ class Bench:
     def earlier(self) -> list[Method]:
         """Return the methods that made what the run starts from, first to last."""
         return [make_method(s.method) for s in self.store.ancestors(self.spec)]
+
+    def folders(self) -> list[Path]:
+        """Return the artefacts of what the run starts from, first to last."""
+        return [self.store.run(s.key).artefact for s in self.store.ancestors(self.spec)]
+
+    def start_shape(self) -> Shape:
+        """Return the sizes of what the run starts from."""
+        assert self.base_shape is not None
+        return [self.base_shape, *chain_shapes(self.earlier(), self.base_shape, self.folders())][-1]
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of what the run evaluates, once it is made."""
+        assert self.base_shape is not None
+        methods = chain(self.spec, self.earlier())
+        return chain_shapes(methods, self.base_shape, self._all_folders())[-1]
+
+    def _all_folders(self) -> list[Path]:
+        return [*self.folders(), self.folder.artefact]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -81,9 +101,9 @@ class Bench:
 
     def cost(self, point: str) -> Cost:
         """Return what the model that is evaluated needs at one operating point."""
-        assert self.shape is not None
-        methods = chain(self.spec, self.earlier())
-        return chain_cost(methods, self.shape, self.spec.hardware.dtype, point)
+        assert self.base_shape is not None
+        methods, dtype = chain(self.spec, self.earlier()), self.spec.hardware.dtype
+        return chain_cost(methods, self.base_shape, dtype, point, self._all_folders())
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
@@ -144,7 +164,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
             dtype=bench.dtype,
             weights=_base_weights(bench, [m for _, m in chain]),
         )
-        model, bench.tokenizer, bench.shape = loaded.model, loaded.tokenizer, loaded.shape
+        model, bench.tokenizer, bench.base_shape = loaded.model, loaded.tokenizer, loaded.shape
         for place, (earlier, method) in enumerate(chain):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
@@ -152,13 +172,14 @@ def open_model(bench: Bench) -> torch.nn.Module:
             model.requires_grad_(False)
         if chain and spec.stage == "train" and own.weights == "nf4":
             quantise_nf4(model, compute_dtype=bench.dtype)
-    if spec.dataset.max_length > bench.shape.max_positions:
+    if spec.dataset.max_length > loaded.shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{bench.shape.max_positions} positions of {spec.model.name}.",
-            f"Lower it: dataset.max_length={bench.shape.max_positions}",
+            f"{loaded.shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={loaded.shape.max_positions}",
         )
-    own.check(bench.shape)
+    if spec.stage != "eval":
+        own.check(bench.start_shape())
     bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
     return model
 
@@ -271,10 +292,13 @@ def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
 
 def count_model(bench: Bench, model: torch.nn.Module) -> None:
     """Count what the model in memory really holds."""
-    total, trainable = parameters(model)
-    bench.count("params_total", total, "parameters")
-    bench.count("trainable_params", trainable, "parameters")
+    bench.count("params_total", parameters(model).total, "parameters")
     bench.count("resident_bytes", storage_bytes(model), "bytes")
+
+
+def count_trained(bench: Bench, model: torch.nn.Module) -> None:
+    """Count what trains, before a method puts it away."""
+    bench.count("trainable_params", parameters(model).trainable, "parameters")
     trained = [p for p in model.parameters() if p.requires_grad]
     bench.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
 
@@ -310,8 +334,14 @@ def load_made(bench: Bench, model: torch.nn.Module) -> torch.nn.Module | None:
 def finish(bench: Bench) -> Record:
     """Write the record and mark the run as finished."""
     seconds = time.time() - bench.started
-    assert bench.shape is not None
-    prediction = predict(bench.spec, bench.shape, bench.job.runtime.machine, bench.earlier())
+    assert bench.base_shape is not None
+    prediction = predict(
+        bench.spec,
+        bench.base_shape,
+        bench.job.runtime.machine,
+        bench.earlier(),
+        bench.folders(),
+    )
     record = Record(
         schema=SCHEMA,
         key=bench.spec.key,

@@ -39,4 +39,6 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
         bench.method.export(model, point, new)
+        if (new / "config.json").is_file():  # a whole model: it needs its tokenizer
+            bench.tokenizer.save_pretrained(new)
         replace_folder(new, folder)

@@ -28,6 +28,7 @@ from effbench.stages.common import (
     Bench,
     as_batch,
     count_model,
+    count_trained,
     evaluate,
     load_made,
     mean,
@@ -88,11 +89,12 @@ def train(bench: Bench) -> None:
     made = load_made(bench, model)
     if made is None:
         trainer = prepare(bench, model, data)
-        model = trainer.model
         with bench.phase("train"):
             _loop(trainer)
-        if trainer.best:
-            _restore(bench, model, trainer.best)
+            if trainer.best:
+                _restore(bench, trainer.model, trainer.best)
+            count_trained(bench, trainer.model)
+            model = bench.method.finish(trainer.model, trainer.ctx)
         count_model(bench, model)
         save_artefact(bench, model)
         _summarise(bench, trainer.done)
@@ -248,6 +250,7 @@ def one_step(trainer: Trainer) -> float:
         seconds=round(time.perf_counter() - start, 6),
         tokens=tokens,
         learning_rate=rate,
+        **bench.method.facts(trainer.model, ctx),
     )
     return loss
 
@@ -301,6 +304,8 @@ def _validate(trainer: Trainer) -> None:
     loss = total / count
     bench.events.append("validation", step=done.step, loss=loss)
     bench.progress.say(f"step {done.step}: validation loss {loss:.4f}")
+    if not bench.method.settled(model, trainer.ctx):
+        return
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
@@ -360,6 +365,10 @@ def _resume(trainer: Trainer) -> None:
             f"{path} cannot be read: {reason}",
             "Start anew with --fresh.",
         ) from None
+    trainer.ctx.state = state["method"]
+    trainer.model = bench.method.rebuild(trainer.model, trainer.ctx)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer.param_groups[0]["params"] = trained  # some may be new
     with torch.no_grad():
         _restore(bench, trainer.model, state["tensors"])
     trainer.best = state["best"]
@@ -369,7 +378,6 @@ def _resume(trainer: Trainer) -> None:
     if state["random_cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
     trainer.ctx.generator.set_state(state["draws"].cpu())
-    trainer.ctx.state = state["method"]
     trainer.done.__dict__.update(state["done"])
     bench.notes[:] = state["notes"]
     bench.events.cut(state["events"])
