@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from effbench.errors import UserError
+from effbench.hf import quiet
 from effbench.nn.slicing import layer_sizes, resize
 from effbench.nn.state import read_tensors
 from effbench.shapes import SIZES, SLICED, LayerSize
@@ -27,7 +28,8 @@ WEIGHTS = "model.safetensors"
 def write_folder(model: Any, folder: Path) -> None:
     """Write a dense model, sliced or not, into an existing folder."""
     if stock(model.config):
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         return
     from safetensors.torch import save_file
 

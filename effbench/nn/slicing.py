@@ -315,6 +315,12 @@ def _cut_parameter(
     columns: torch.Tensor | None,
     replace: Replace | None,
 ) -> nn.Parameter:
+    wanted = (len(old) if rows is None else len(rows), *old.shape[1:])
+    if columns is not None:
+        wanted = (wanted[0], len(columns))
+    if wanted == old.shape:
+        return old
+
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         if rows is not None:
             tensor = tensor.index_select(0, rows.to(tensor.device))
