@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow lint format bench bench-cli bench-harness bench-qdylora bench-rerun selfcheck tables clean
+.PHONY: help setup demo test test-fast test-slow lint format bench bench-cli bench-harness bench-qdylora bench-apt bench-rerun selfcheck tables clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,7 @@ format: $(READY) ## Put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-cli bench-rerun bench-harness bench-qdylora ## All benchmarks below
+bench: bench-cli bench-rerun bench-harness bench-qdylora bench-apt ## All benchmarks below
 
 bench-cli: $(READY) ## CPU-seconds of help, list, runs and completion
 	$(BIN)/python scripts/bench_cli.py
@@ -60,6 +60,9 @@ bench-harness: $(READY) ## Time of a training step against a bare PyTorch loop
 
 bench-qdylora: $(READY) ## Time of a QDyLoRA step against a QLoRA step; bytes of the base
 	$(BIN)/python scripts/bench_qdylora.py
+
+bench-apt: $(READY) ## APT against pruning before and after LoRA; speed of the slice
+	$(BIN)/python scripts/bench_apt.py
 
 selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracles
 	$(BIN)/effbench selfcheck

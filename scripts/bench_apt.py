@@ -18,16 +18,16 @@ import torch
 
 from effbench import models
 from effbench.config import compose, make_method
+from effbench.launch import execute
 from effbench.measure.counting import parameters
 from effbench.measure.timing import interleaved
 from effbench.methods.base import Context, Method
 from effbench.nn.decoding import greedy
 from effbench.nn.quantised import storage_bytes
-from effbench.records import Record, read
+from effbench.records import Record
 from effbench.shapes import Shape
 from effbench.stats import mean_interval
 from effbench.store import Store
-from effbench.worker import run_here
 
 KEEP = 0.75
 PROMPT, NEW, REPEATS = 128, 24, 5
@@ -64,13 +64,12 @@ ARMS: dict[str, list[list[str]]] = {
 
 
 def run(results: str, words: Sequence[str], parent: str = "") -> Record:
-    """Run one job in this process and return its record."""
+    """Run one job in a process of its own and return its record."""
     stage: Any = "compress" if "method=structured" in words else "train"
     fixed = [w for w in COMMON if not (parent and w.startswith("dataset."))]
     start = [f"from={parent}"] if parent else []
     job = compose(stage, [f"run.results={results}", *fixed, *start, *words, *sys.argv[1:]])
-    run_here(job)
-    return read(Store(Path(results)).records / f"{job.spec.key}.json")
+    return execute(job)
 
 
 def value(record: Record, name: str, phase: str = "") -> float:

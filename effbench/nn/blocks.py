@@ -190,6 +190,7 @@ def search_uniform(
     return Found(kept[portion], portion, order, int(kept.sum()))
 
 
+@torch.no_grad()
 def block_sums(
     model: Any,
     layout: Layout,
