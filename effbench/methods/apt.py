@@ -38,6 +38,7 @@ from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
 
 if TYPE_CHECKING:
     from effbench.nn.masking import Masks
+    from effbench.nn.pruning_schedule import PruningSchedule
     from effbench.nn.salience import Salience
 
 Kind = Literal["groups", "neurons", "dims"]
@@ -209,45 +210,31 @@ class APT(Method):
 
     def _distilled(self, model: Any, watcher: Salience, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
-        from effbench.methods.kd import token_kl
-        from effbench.nn.losses import token_nll
+        from effbench.nn.losses import token_kl, token_nll
         from effbench.nn.masking import masks_of
-        from effbench.nn.selfdistill import (
-            as_teacher,
-            captured,
-            draw_layers,
-            layer_loss,
-            not_empty,
-        )
+        from effbench.nn.selfdistill import captured, distillation_terms
 
         masks = masks_of(model)
         assert masks is not None
-        mu = self.distill_share(ctx)
+        mu = self.schedule(ctx.total_steps).share(ctx.step)
         with watcher.watching(batch.attention_mask), captured(model) as student:
             logits = self.logits(model, batch)
         hard = token_nll(logits, batch.labels).sum() / batch.window_tokens
         if not mu:
             return hard
-        with as_teacher(model, masks, ctx.state["teacher"]), captured(model) as teacher:
-            target = self.logits(model, batch)
-        soft = token_kl(target, logits, batch.labels, 1.0).sum() / batch.window_tokens
-        layers = layer_loss(
+        target, layers = distillation_terms(
+            model,
+            masks,
+            ctx.state["teacher"],
+            lambda: self.logits(model, batch),
             student,
-            teacher,
-            draw_layers(len(teacher), ctx.generator),
-            not_empty(masks),
-            model.transfer,
-            masks.layout.dims(masks.values),
             batch.attention_mask.bool(),
+            ctx.generator,
         )
+        soft = token_kl(target, logits, batch.labels, 1.0).sum() / batch.window_tokens
         share = batch.loss_tokens / batch.window_tokens
         learnt = self.distill_logits * soft + self.distill_layers * share * layers
         return mu * learnt + (1 - mu) * hard
-
-    def distill_share(self, ctx: Context) -> float:
-        """Return mu at a step: 0 up to the start of the window, 1 from its end on."""
-        first, last = self.window(ctx.total_steps)
-        return min(1.0, max(0.0, (ctx.step - first) / max(1, last - first)))
 
     def on_gradients(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
@@ -256,54 +243,33 @@ class APT(Method):
         from effbench.nn.growth import Swap
         from effbench.nn.masking import masks_of
         from effbench.nn.salience import salience_of
+        from effbench.nn.selfdistill import copy_adapters
 
-        swap = Swap(optimizer, self.moments)
+        swap, schedule = Swap(optimizer, self.moments), self.schedule(ctx.total_steps)
         masks, watcher = masks_of(model), salience_of(model)
         if masks and watcher:
             watcher.finish_step()
-            self._copy_teacher(model, ctx)
-            if ctx.step in self.pruning_steps(ctx.total_steps):
-                self._search(model, masks, watcher, self.ratio_at(ctx), ctx)
+            if self.distill and ("teacher" not in ctx.state or not schedule.share(ctx.step)):
+                ctx.state["teacher"] = copy_adapters(model)
+            if ctx.step in schedule.pruning_steps:
+                self._search(model, masks, watcher, schedule.ratio(ctx.step, self.keep), ctx)
             masks.move(self.mask_step)
         self._grow(model, swap, ctx)
-        if masks and masks.hard and self._window_over(ctx) and not self.distill:
+        if masks and masks.hard and schedule.over(ctx.step) and not self.distill:
             self._slice_at(model, masks, swap, ctx)
         if ctx.step < self.warm_steps:
             for parameter in model.parameters():
                 parameter.grad = None
 
-    def _copy_teacher(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Keep a copy of the adapters up to the start of the pruning window."""
-        from effbench.nn.selfdistill import copy_adapters
-
-        if self.distill and ("teacher" not in ctx.state or not self.distill_share(ctx)):
-            ctx.state["teacher"] = copy_adapters(model)
-
     # -- pruning -------------------------------------------------------------------------------
 
-    def window(self, total: int) -> tuple[int, int]:
-        """Return the first and the last step of the pruning window, counted from 0."""
-        first = max(0, self.warm_steps - 1, round(self.start * total) - 1)
-        return first, max(first, round(self.end * total) - 1)
+    def schedule(self, total: int) -> PruningSchedule:
+        """Return when a run of `total` steps prunes and grows."""
+        from effbench.nn.pruning_schedule import PruningSchedule
 
-    def pruning_steps(self, total: int) -> set[int]:
-        """Return the steps that search for blocks, counted from 0."""
-        first, last = self.window(total)
-        return {round(first + (last - first) * k / self.prunings) for k in self._counts()}
-
-    def _counts(self) -> range:
-        return range(1, self.prunings + 1)
-
-    def ratio_at(self, ctx: Context) -> float:
-        """Return gamma, the share of weights to keep, at a step."""
-        from effbench.nn.blocks import kept_ratio
-
-        first, last = self.window(ctx.total_steps)
-        progress = 1.0 if ctx.step >= last else (ctx.step - first) / (last - first)
-        return kept_ratio(progress, self.keep)
-
-    def _window_over(self, ctx: Context) -> bool:
-        return ctx.step >= self.window(ctx.total_steps)[1]
+        return PruningSchedule(
+            total, self.start, self.end, self.prunings, self.growths, self.warm_steps
+        )
 
     def _search(
         self, model: torch.nn.Module, masks: Masks, watcher: Salience, ratio: float, ctx: Context
@@ -343,16 +309,6 @@ class APT(Method):
 
     # -- growth --------------------------------------------------------------------------------
 
-    def growth_steps(self, total: int) -> dict[int, float]:
-        """Return how many times its first size the adapter may have, by growth step from 0."""
-        first, last = self.window(total)
-        last = max(last, total // 2)
-        found = {}
-        for k in range(1, self.growths + 1):
-            step = round(first + (last - first) * k / self.growths)
-            found[step] = 1 + (self.grow - 1) * k / self.growths
-        return found
-
     def _grow(self, model: torch.nn.Module, swap: Any, ctx: Context) -> None:
         from effbench.nn.growth import adapters_by_name, grow, grown_ranks, rank_sums
 
@@ -363,7 +319,7 @@ class APT(Method):
         for name, (layer, _) in layers.items():
             now = float(rank_sums(layer).mean())
             importance[name] = self.beta * importance.get(name, 0.0) + (1 - self.beta) * now
-        factor = self.growth_steps(ctx.total_steps).get(ctx.step)
+        factor = self.schedule(ctx.total_steps).growth_steps(self.grow).get(ctx.step)
         if factor is None:
             return
         larger = grown_ranks(
@@ -383,9 +339,9 @@ class APT(Method):
         """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
         from effbench.nn.masking import masks_of
 
-        masks = masks_of(model)
-        pruned = masks is None or (masks.hard and self._window_over(ctx))
-        growing = self.grow > 1 and ctx.step < max(self.growth_steps(ctx.total_steps))
+        masks, schedule = masks_of(model), self.schedule(ctx.total_steps)
+        pruned = masks is None or (masks.hard and schedule.over(ctx.step))
+        growing = self.grow > 1 and ctx.step < max(schedule.growth_steps(self.grow))
         return pruned and not growing
 
     def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:

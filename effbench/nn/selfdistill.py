@@ -11,7 +11,7 @@ development set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -121,3 +121,31 @@ def not_empty(masks: Masks) -> list[int]:
     """Return the layers with a block whose mask is above 0."""
     views = enumerate(masks.layout.views(masks.values))
     return [i for i, view in views if bool((view.groups > 0).any() or (view.neurons > 0).any())]
+
+
+def distillation_terms(
+    model: Any,
+    masks: Masks,
+    copies: Mapping[str, Sequence[torch.Tensor]],
+    run: Callable[[], torch.Tensor],
+    student: Sequence[torch.Tensor],
+    real: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the teacher's logits [B, T, V], and L_layer of the student's layers.
+
+    Args:
+        model: With its transfer map as `model.transfer`.
+        masks: Of the student.
+        copies: The teacher's adapters.
+        run: Gives logits of the batch; it is run once more, as the teacher.
+        student: Outputs of the student's layers.
+        real: [B, T] bool, the tokens that count.
+        generator: Draws the teacher's layers.
+    """
+    with as_teacher(model, masks, copies), captured(model) as teacher:
+        target = run()
+    dims = masks.layout.dims(masks.values)
+    drawn = draw_layers(len(teacher), generator)
+    left = not_empty(masks)
+    return target, layer_loss(student, teacher, drawn, left, model.transfer, dims, real)

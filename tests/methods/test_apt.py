@@ -45,6 +45,7 @@ from effbench.nn.growth import (
 )
 from effbench.nn.lowrank import low_rank_layers
 from effbench.nn.masking import masks_of
+from effbench.nn.pruning_schedule import PruningSchedule
 from effbench.nn.salience import Salience, outliers, ranked, root_kurtosis, salience_of
 from effbench.nn.selfdistill import as_teacher, captured, copy_adapters, draw_layers, layer_loss
 from effbench.nn.temporal import LowRankMap
@@ -307,20 +308,17 @@ def test_what_adds_nothing_goes_first() -> None:
 
 def test_the_steps_of_a_run() -> None:
     method = APT(start=0.1, end=0.5, prunings=4, keep=0.4)
-    assert method.window(100) == (9, 49)
-    assert method.pruning_steps(100) == {19, 29, 39, 49}
-    ctx = context()
-    ctx.total_steps = 100
-    ratios = []
-    for ctx.step in range(100):
-        ratios.append(method.ratio_at(ctx))
+    schedule = method.schedule(100)
+    assert schedule.window == (9, 49)
+    assert schedule.pruning_steps == {19, 29, 39, 49}
+    ratios = [schedule.ratio(step, 0.4) for step in range(100)]
     assert ratios[0] == ratios[9] == 1
     assert ratios[49] == ratios[99] == pytest.approx(0.4)
     assert all(a >= b for a, b in pairwise(ratios))
     once = APT(start=0.2, end=0.2, prunings=1)
-    assert once.pruning_steps(10) == {1}
-    assert APT(start=0.0, end=0.0, prunings=1, warm_steps=4).pruning_steps(10) == {3}
-    assert APT(start=1.0, end=1.0, prunings=1).pruning_steps(10) == {9}
+    assert once.schedule(10).pruning_steps == {1}
+    assert APT(start=0.0, end=0.0, prunings=1, warm_steps=4).schedule(10).pruning_steps == {3}
+    assert APT(start=1.0, end=1.0, prunings=1).schedule(10).pruning_steps == {9}
 
 
 def test_masks_through_a_run() -> None:
@@ -382,7 +380,7 @@ def test_slicing_early_is_slicing_late(optimizer: Any, monkeypatch: pytest.Monke
         model, ctx, _ = ready(method, torch.float64)
         shaken(model)
         if late:
-            monkeypatch.setattr(APT, "_window_over", lambda self, ctx: False)
+            monkeypatch.setattr(PruningSchedule, "over", lambda self, step: step > 99)
         trained = [p for p in model.parameters() if p.requires_grad]
         train(method, model, ctx, 8, optimizer(trained, lr=1e-2))
         assert (masks_of(model) is not None) == late
@@ -473,7 +471,7 @@ def test_ranks_through_a_run() -> None:
     method = APT(keep=0.9, grow=4.0, growths=4, rank=2, max_rank=6, end=0.5, mask_step=0.1)
     model, ctx, optimizer = ready(method, steps=12)
     first = adapter_parameters(model)
-    steps = method.growth_steps(12)
+    steps = method.schedule(12).growth_steps(4.0)
     assert max(steps.values()) == 4
     before, ever = {n: 2 for n, _ in low_rank_layers(model)}, 0
     for step in range(12):
@@ -532,12 +530,9 @@ def test_quantised_moments_cannot_be_cut() -> None:
 
 
 def test_the_share_of_distillation() -> None:
-    method, ctx = APT(distill=True, start=0.2, end=0.6), context()
-    ctx.total_steps = 50
-    shares = []
-    for ctx.step in range(50):
-        shares.append(method.distill_share(ctx))
-    first, last = method.window(50)
+    schedule = APT(distill=True, start=0.2, end=0.6).schedule(50)
+    shares = [schedule.share(step) for step in range(50)]
+    first, last = schedule.window
     assert shares[: first + 1] == [0.0] * (first + 1)
     assert shares[last:] == [1.0] * (50 - last)
     assert shares[(first + last) // 2] == pytest.approx(0.5)
