@@ -1,8 +1,8 @@
 """APT against pruning before and after LoRA: same weights left, same tokens; speed of the slice.
 
 Every arm trains adapters of rank 8 on the same linears with the same learning rate, steps and rows
-of a real model, and is evaluated on held-out rows. Give Hydra overrides to change the runs, for
-example `train.max_steps=200`.
+of a real model, and is evaluated on held-out rows. Parameters are those after merging. Give Hydra
+overrides to change the runs, for example `train.max_steps=200`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from effbench.stats import mean_interval
 from effbench.store import Store
 
 KEEP = 0.75
-PROMPT, NEW, REPEATS = 128, 24, 5
+PROMPT, NEW, REPEATS = 128, 24, 9
 TARGETS = "[q_proj,v_proj,gate_proj,up_proj,down_proj]"
 COMMON = [
     "run.progress=false",
@@ -49,16 +49,19 @@ ARMS: dict[str, list[list[str]]] = {
     "LoRA, unpruned": [LORA],
     "APT": [["method=apt", *BLOCKS, *GRADUAL]],
     "APT without growth": [["method=apt", *BLOCKS, *GRADUAL, "method.grow=1"]],
-    "Wanda blocks, then LoRA": [
-        ["method=structured", *BLOCKS, "method.criterion=wanda", "method.scope=global"],
+    "APT, neurons only": [["method=apt", *BLOCKS, *GRADUAL, "method.blocks=[neurons]"]],
+    "Wanda neurons, then LoRA": [
+        [
+            "method=structured",
+            *BLOCKS,
+            "method.criterion=wanda",
+            "method.scope=layer",
+            "method.blocks=[neurons]",
+        ],
         LORA,
     ],
     "LoRA, then APT's blocks": [
         ["method=apt", *BLOCKS, *ONCE, "method.start=1", "method.end=1"],
-    ],
-    "random blocks, then LoRA": [
-        ["method=structured", *BLOCKS, "method.criterion=random", "method.scope=global"],
-        LORA,
     ],
 }
 
@@ -94,10 +97,12 @@ def main() -> int:
                 parent = record.key
             assert record is not None
             records[arm] = record
+            adapters = value(record, "trainable_params") if parts[-1] is LORA else 0
             peak = value(record, "peak_bytes", "train") / 2**30
+            trained = value(record, "trainable_params")
             print(
                 f"{arm:26} loss {value(record, 'loss'):.4f}  parameters "
-                f"{value(record, 'params'):,.0f}  trained {value(record, 'trainable_params'):,.0f}"
+                f"{value(record, 'params') - adapters:,.0f}  trained {trained:,.0f}"
                 f"  step {value(record, 'step_seconds', 'train'):.2f} s  peak {peak:.2f} GiB",
                 flush=True,
             )
