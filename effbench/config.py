@@ -213,7 +213,8 @@ def _overlaid(
 
 def _plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str) -> Plugin:
     cls = registry.find(kind, name)
-    return Plugin(name, plain(build(cls, settings, where)))
+    plugin = build(cls, settings, where)
+    return Plugin(name, plain(plugin.sealed() if kind == "evaluators" else plugin))
 
 
 def _model(values: dict[str, Any]) -> ModelSpec:
@@ -281,7 +282,7 @@ def _check_data(spec: Spec) -> None:
     wanted = ["train"] if spec.stage == "train" else []
     if spec.stage == "train" and spec.train.validate_every:
         wanted.append("validation")
-    wanted += [p.settings["split"] for p in spec.evaluators if "split" in p.settings]
+    wanted += [s for p in spec.evaluators for s in make_evaluator(p).splits()]
     for split in wanted:
         if split not in known:
             raise UserError(

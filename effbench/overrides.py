@@ -88,10 +88,22 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
             text = _check_group(override, text, extra)
         elif top in JUDGED_BY_US and "." in key and not override.is_delete():
             text = "++" + text.lstrip("+")
+        elif top in SEVERAL and key.count(".") > 2:  # a key inside a setting, such as `files`
+            _check_member(key, text, overrides)
+            text = "++" + text.lstrip("+")
         words.append(text)
         chosen.add(key)
         swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
     return Words(words, chosen, swept)
+
+
+def _check_member(key: str, text: str, overrides: Sequence[str]) -> None:
+    """Refuse a key inside a setting of what is not chosen, or of no setting that there is."""
+    group, name, setting, *_ = key.split(".")
+    path = options(group).get(name)
+    words = [w for w in overrides if w.partition("=")[0] in (group, "experiment")]
+    if not (path and setting in keys_of(path)) or not any(name in w for w in words):
+        raise _explain_member(group, name, f"{group}.{name}.{setting}={text.partition('=')[2]}")
 
 
 def _check_group(override: Any, text: str, extra: Sequence[Path]) -> str:

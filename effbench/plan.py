@@ -1,25 +1,55 @@
-"""What a run will need before it runs: memory by component, work, and the least time it can take.
+"""What a run will need before it runs: the peak of each phase by component, work, and least time.
 
-Counts are exact; activations and time are models, and are labelled so. Nothing here needs torch.
+Tensors are counted from shapes (`effbench.footprint` says what autograd keeps). What a CPU process
+needs beside them is modelled from measurements, and is labelled so: scratch space of kernels, and
+the pieces that the C library's allocator cannot use again. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from effbench.config import make_method
+from effbench.config import compose, known_shape, make_evaluator, make_method
+from effbench.footprint import Pass, step_flops
 from effbench.measure.hardware import memory_bytes
-from effbench.methods.base import Cost, Method, chain_cost, chain_shapes
+from effbench.methods.base import Cost, Method, chain_cost, chain_shapes, inference_cost
+from effbench.peaks import Components, Peaks
+from effbench.records import Obtained
 from effbench.shapes import DTYPE_BYTES, Shape
 from effbench.spec import Machine, Spec
 
-GRADIENT_BYTES = 4
-"""Gradients of trained weights are float32."""
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
-"""Bytes of optimiser state per trained weight."""
+STORED_BYTES = 2
+"""Bytes per weight of a checkpoint, where its files are not at hand."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run works on, as far as memory depends on it."""
+
+    train: tuple[Pass, ...] = ()
+    """Micro-batches of training; any of them can be the largest."""
+    micro_batches: int = 1
+    """Most micro-batches of one step."""
+    evaluate: tuple[Pass, ...] = ()
+    """Batches of the evaluators."""
+    stored_bytes: int | None = None
+    """Bytes of the checkpoint's files that are converted while loading; None when not known."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The predicted peak of one phase, by component, in bytes."""
+
+    name: str
+    memory: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The sum of the components."""
+        return sum(self.memory.values())
 
 
 @dataclass(frozen=True)
@@ -27,14 +57,15 @@ class Prediction:
     """The prediction for one run. Bytes, FLOPs and seconds."""
 
     cost: Cost
-    memory: dict[str, int]
-    """Bytes by component at the peak of the stage's main phase."""
+    phases: tuple[Phase, ...]
+    """In the order they run. Bytes are those beyond the process itself: Python, its libraries, the
+    tokenizer and the data."""
     flops: float
     """FLOPs of all training steps (0 when nothing is trained)."""
     tokens: int
     """Most tokens that training can see."""
     seconds: float | None
-    """Least time at the machine's ceilings; None when they are not known."""
+    """Least time of training at the machine's ceilings; None when they are not known."""
     available: int
     """Bytes that the machine has."""
     notes: list[str] = field(default_factory=list)
@@ -42,24 +73,132 @@ class Prediction:
     """Parameters that train at the most; what is left of them is in `cost`."""
 
     @property
+    def largest(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda p: p.peak)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by component at the highest peak."""
+        return self.largest.memory
+
+    @property
     def peak(self) -> int:
         """Predicted peak in bytes."""
-        return sum(self.memory.values())
+        return self.largest.peak
 
     @property
     def fits(self) -> bool | None:
         """Whether the peak fits; None when the machine's memory is not known."""
         return self.peak <= self.available if self.available else None
 
-    def summary(self) -> dict[str, Any]:
-        """Return the prediction as plain values, for the record."""
+    def phase(self, name: str) -> Phase | None:
+        """Return the prediction of a phase; None when the run has no such phase."""
+        return next((p for p in self.phases if p.name == name), None)
+
+    def summary(self, took: Mapping[str, Taken] | None = None, base: int = 0) -> dict[str, Any]:
+        """Return the prediction as plain values, for the record.
+
+        Args:
+            took: What each phase then took.
+            base: Measured bytes of the process before the model was loaded.
+        """
+        phases: dict[str, Any] = {
+            p.name: {"memory": p.memory, "peak_bytes": p.peak, **_held_against(p, took, base)}
+            for p in self.phases
+        }
+        if self.seconds is not None and "measured_seconds" in phases.get("train", {}):
+            train = phases["train"]
+            train["seconds_error"] = self.seconds / train["measured_seconds"] - 1
         return {
             "peak_bytes": self.peak,
             "memory": self.memory,
+            "base_bytes": base,
+            "phases": phases,
             "flops": self.flops,
             "seconds": self.seconds,
             "cost": asdict(self.cost),
         }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a phase took."""
+
+    peak_bytes: int
+    """The process's largest resident size, or the CUDA allocator's peak."""
+    seconds: float
+    joules: float = 0.0
+    energy: Obtained = "modelled"
+    """How the joules were obtained."""
+
+
+def _held_against(phase: Phase, took: Mapping[str, Taken] | None, base: int) -> dict[str, float]:
+    """Return measurement and error of a phase; the error is relative to what was measured.
+
+    `error` is that of the whole peak, with the measured base on both sides; `own_error` is that of
+    what the run added to the base.
+    """
+    if not took or phase.name not in took:
+        return {}
+    measured = took[phase.name].peak_bytes
+    own = measured - base
+    return {
+        "measured_bytes": measured,
+        "measured_seconds": took[phase.name].seconds,
+        "error": (base + phase.peak) / measured - 1,
+        "own_error": phase.peak / own - 1 if own > 0 else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run makes of its model, from shapes."""
+
+    methods: tuple[Method, ...]
+    """All that the model goes through, first to last."""
+    base: Shape
+    """Of the base model."""
+    start: Shape
+    """Of what the run starts from."""
+    left: Shape
+    """Of what it leaves, as far as it is known."""
+    before: Cost | None
+    """Of what earlier runs made, as it is used; None for the base model."""
+    working: Cost
+    """While it trains, at the most."""
+    cost: Cost
+    """Of what it leaves, in the dtype that it trains in."""
+    used: Cost
+    """The same as it is evaluated."""
+
+    @property
+    def own(self) -> Method:
+        """The method of the run."""
+        return self.methods[-1]
+
+    @classmethod
+    def of(
+        cls, spec: Spec, shape: Shape, earlier: Sequence[Method], folders: Sequence[Path] = ()
+    ) -> Course:
+        """Return the course of a run; see `predict`."""
+        methods, dtype = chain(spec, earlier), spec.hardware.dtype
+        own, point = methods[-1], methods[-1].points()[-1]
+        start = [shape, *chain_shapes(earlier, shape, folders)][-1]
+        before = None
+        if earlier:
+            before = inference_cost(earlier, shape, dtype, earlier[-1].points()[-1], folders)
+        cost = chain_cost(methods, shape, dtype, point, folders)
+        return cls(
+            methods=tuple(methods),
+            base=shape,
+            start=start,
+            left=chain_shapes(methods, shape, folders)[-1],
+            before=before,
+            working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
+            cost=cost,
+            used=inference_cost(methods, shape, dtype, point, folders),
+        )
 
 
 def predict(
@@ -67,6 +206,8 @@ def predict(
     shape: Shape,
     machine: Machine,
     earlier: Sequence[Method] = (),
+    workload: Workload | None = None,
+    exact: bool = False,
     folders: Sequence[Path] = (),
 ) -> Prediction:
     """Return what a run will need.
@@ -76,44 +217,27 @@ def predict(
         shape: Its model's shape.
         machine: Stated ceilings; zeros are left open.
         earlier: The methods that made what the run starts from, first to last.
-        folders: Their artefacts.
+        workload: The batches it really has; None takes the largest that its settings allow.
+        exact: Whether the allocator gives blocks back at once.
+        folders: Artefacts of the earlier methods.
     """
-    methods, dtype = chain(spec, earlier), spec.hardware.dtype
-    cost = chain_cost(methods, shape, dtype, methods[-1].points()[-1], folders)
+    course = Course.of(spec, shape, earlier, folders)
+    work = workload or at_most(spec)
     train = spec.stage == "train"
-    working = cost
-    if train:
-        start = chain_shapes(earlier, shape, folders)[-1] if earlier else shape
-        made = None
-        if earlier:
-            made = chain_cost(earlier, shape, dtype, earlier[-1].points()[-1], folders)
-        working, shape = methods[-1].training_cost(start, dtype, made), start
-    else:
-        shape = chain_shapes(methods, shape, folders)[-1]
-    sequences = spec.train.batch_size if train else 1
-    tokens = sequences * spec.dataset.max_length
-    element = DTYPE_BYTES[spec.hardware.dtype]
-    memory = {"weights": working.resident_bytes}
-    flops, total = 0.0, 0
-    if train:
-        memory |= {
-            "gradients": working.trainable * GRADIENT_BYTES,
-            "optimiser": working.trainable * OPTIMIZER_BYTES[spec.train.optimizer],
-            "activations": _activations(spec, shape, tokens, element),
-            "logits": tokens * shape.vocab_size * (2 * element + 8),
-        }
-        total = spec.train.max_steps * spec.train.accumulation * tokens
-        flops = float(total) * _flops_per_trained_token(spec, working, shape)
-    else:
-        memory |= {
-            "kv cache": int(tokens * cost.kv_bytes_per_token),
-            "logits": tokens * shape.vocab_size * (element + 4),
-        }
+    total = spec.train.max_steps * spec.train.accumulation * spec.train.batch_size
+    tokens = total * spec.dataset.max_length if train else 0
+    flops = tokens * _flops_per_trained_token(spec, course.own, course.start) if train else 0.0
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
-    notes = _notes(spec, methods, cost)
     return Prediction(
-        cost, memory, flops, total, seconds, available, notes, trained=working.trainable
+        course.cost,
+        _phases(spec, course, work, exact),
+        flops,
+        tokens,
+        seconds,
+        available,
+        _notes(spec, course.methods, course.cost),
+        course.working.trainable,
     )
 
 
@@ -123,34 +247,85 @@ def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
     return [*earlier] if spec.stage == "eval" and earlier else [*earlier, own]
 
 
-def _activations(spec: Spec, shape: Shape, tokens: int, element: int) -> int:
-    """Return the bytes that one forward pass keeps for the backward pass.
-
-    Per token and layer: the float32 inputs of both norms, the inputs of the seven linears (in
-    float32 where an adapter stands beside them), queries, keys, values, and the four tensors of
-    the gated MLP.
-    """
-    d, inner = shape.hidden_size, shape.intermediate_size
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    if spec.train.gradient_checkpointing:
-        return tokens * d * element * shape.num_layers + _layer(d, inner, q, kv, element) * tokens
-    return tokens * shape.num_layers * _layer(d, inner, q, kv, element)
+def at_most(spec: Spec) -> Workload:
+    """Return the largest work that the settings of a run allow."""
+    rows, tokens = spec.train.batch_size, spec.dataset.max_length
+    passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
+    return Workload(
+        (Pass("train", rows, tokens, rows * (tokens - 1)),),
+        spec.train.accumulation,
+        tuple(passes),
+    )
 
 
-def _layer(d: int, inner: int, q: int, kv: int, element: int) -> int:
-    norms = 2 * (4 * d + 2 * element * d)
-    linears = 4 * (5 * d + q + inner)
-    attention = element * (2 * q + 2 * kv)
-    mlp = element * 4 * inner
-    return norms + linears + attention + mlp
+def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Phase, ...]:
+    """Return the phases of a run in their order."""
+    dtype, own = spec.hardware.dtype, course.own
+    cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
+    base, start, left = (
+        Peaks(s, size, cpu, exact) for s in (course.base, course.start, course.left)
+    )
+    loaded = _loaded(spec, course.base, course.methods, work)
+    found = {"load": base.load(*loaded, _packed(course.methods))}
+    if spec.stage == "train":
+        saved, others = own.training(course.start, dtype), _others(own, size)
+        several = work.micro_batches > 1
+        steps = (
+            start.step(spec.train, course.working, saved, p, others, several) for p in work.train
+        )
+        found["train"] = max(steps, key=_total)
+    if spec.stage == "compress":
+        dense = course.start.params * size
+        found["compress"] = start.compress(course.before.resident_bytes if course.before else dense)
+    if spec.evaluators:
+        every = type(own).logits is not Method.logits
+        passes = work.evaluate or (Pass("score", 1, 1, 1),)
+        found["evaluate"] = max(
+            (left.inference(course.used, p, every, spec.stage == "train") for p in passes),
+            key=_total,
+        )
+    return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
 
 
-def _flops_per_trained_token(spec: Spec, cost: Cost, shape: Shape) -> float:
-    """Forward, gradients of inputs, gradients of what is trained, and recomputation if any."""
-    context = spec.dataset.max_length / 2
-    forward = cost.flops_per_token + shape.flops_per_token(int(context)) - shape.flops_per_token()
-    recompute = forward if spec.train.gradient_checkpointing else 0.0
-    return 2 * forward + 2.0 * cost.trainable + recompute
+def _total(memory: Components) -> float:
+    return sum(memory.values())
+
+
+def _packed(methods: Sequence[Method]) -> bool:
+    return any(m.leaves == "packed" or m.weights == "nf4" for m in methods)
+
+
+def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload) -> tuple[int, int]:
+    """Return the bytes of the weights as they are first held, and of what they are made from."""
+    masters = spec.stage == "train" and methods[-1].weights == "float32"
+    size = 4 if masters and methods[0].weights != "nf4" else DTYPE_BYTES[spec.hardware.dtype]
+    made_from = work.stored_bytes
+    if spec.model.source == "random":
+        made_from = 4 * shape.vocab_size * shape.hidden_size  # drawn matrix by matrix, in float32
+    elif made_from is None:
+        made_from = 0 if size == STORED_BYTES else shape.params * STORED_BYTES
+    return shape.params * size, made_from
+
+
+def _others(method: Method, element: int) -> int:
+    """Return the bytes of the other models that training holds."""
+    return sum(s.params * element for s in _other_shapes(method))
+
+
+def _other_shapes(method: Method) -> list[Shape]:
+    """Return the shapes of the other models that training holds, as far as they are known."""
+    shapes = (known_shape(compose("eval", [f"model={n}"]).spec.model) for n in method.holds())
+    return [s for s in shapes if s]
+
+
+def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
+    """Return the FLOPs of a training step per token, with rows of full length."""
+    length = spec.dataset.max_length
+    work = method.training(shape, spec.hardware.dtype)
+    row = Pass("train", 1, length, length)
+    own = step_flops(shape, work, row, spec.train.gradient_checkpointing)
+    others = (s.flops_per_token(length // 2) for s in _other_shapes(method))
+    return own / length + sum(others)
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
@@ -169,10 +344,7 @@ def free_memory(device: str) -> int:
 
 def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
     """Return the prediction as text for a terminal."""
-    lines = [f"{spec.label} (key {spec.key})", ""]
-    width = max(len(k) for k in prediction.memory)
-    lines += [f"  {k:<{width}}  {gib(v):>12}" for k, v in prediction.memory.items()]
-    lines += [f"  {'peak':<{width}}  {gib(prediction.peak):>12}  (activations are modelled)", ""]
+    lines = [f"{spec.label} (key {spec.key})", "", *_table(prediction.phases), ""]
     cost = prediction.cost
     lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
@@ -193,6 +365,19 @@ def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def _table(phases: Sequence[Phase]) -> list[str]:
+    """Return one column per phase and one row per component."""
+    rows = list(dict.fromkeys(k for p in phases for k in p.memory))
+    width = max(map(len, [*rows, "peak"]))
+    lines = [f"  {'':<{width}}" + "".join(f"  {p.name:>12}" for p in phases)]
+    for row in rows:
+        cells = (gib(p.memory[row]) if row in p.memory else "" for p in phases)
+        lines.append((f"  {row:<{width}}" + "".join(f"  {c:>12}" for c in cells)).rstrip())
+    peaks = "".join(f"  {gib(p.peak):>12}" for p in phases)
+    note = "  Beside Python and its libraries. Workspace and allocator are modelled."
+    return [*lines, f"  {'peak':<{width}}{peaks}", "", note]
+
+
 def _verdict(prediction: Prediction, machine: Machine) -> str:
     if prediction.fits is None:
         return f"Whether it fits is open: the memory of {machine.name} is not known here."
@@ -205,8 +390,9 @@ def _verdict(prediction: Prediction, machine: Machine) -> str:
         "gradients": "train fewer weights (method=lora)",
         "optimiser": "train fewer weights (method=lora) or train.optimizer=adamw8bit",
         "activations": "train.gradient_checkpointing=true or a smaller train.batch_size",
-        "logits": "a smaller train.batch_size or dataset.max_length",
-    }.get(worst, "a smaller dataset.max_length")
+        "logits": "a smaller batch or dataset.max_length",
+        "kv cache": "a smaller batch or fewer tokens",
+    }.get(worst, "a smaller model")
     return (
         f"It does not fit: {gib(prediction.peak)} of {have} on {machine.name}. "
         f"Most of it is {worst}: {advice}."

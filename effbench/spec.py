@@ -20,7 +20,7 @@ from effbench.schema import (
 )
 from effbench.shapes import Shape
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 """Raised when the same spec would give another result; part of every key."""
 
 Stage = Literal["train", "compress", "eval"]
@@ -57,8 +57,8 @@ class DatasetSpec:
     source: Literal["package", "hub", "file", "generator"]
     """Where the rows come from."""
     kind: Literal["text", "pairs", "choices"]
-    """`text`: language modelling, packed. `pairs`: loss on the answer only. `choices`: pairs
-    whose wrong answers are known too."""
+    """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
+    `choices`: pairs whose wrong answers are known too."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
@@ -86,7 +86,8 @@ class DatasetSpec:
     cut: dict[str, Fraction] = field(default_factory=dict)
     """Or: shares of the one source split that each of our splits gets, drawn by content hash."""
     max_length: PositiveInt = 256
-    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it."""
+    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it.
+    Texts are evaluated whole, in windows of that size."""
     chat: bool = False
     """Whether prompts go through the model's chat template."""
     limit: dict[str, PositiveInt] = field(default_factory=dict)
@@ -113,6 +114,8 @@ class TrainSpec:
     """`adamw8bit` is bitsandbytes' 8-bit AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of Adam's two moments."""
+    epsilon: PositiveFloat = 1e-8
+    """What Adam adds to the root of its second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -197,6 +200,8 @@ class Machine:
     """Matrix product ceiling at the compute dtype, 10^12 FLOP/s."""
     bandwidth_gbs: NonNegativeFloat = 0
     """Memory bandwidth, 10^9 bytes/s."""
+    tdp_watts: NonNegativeFloat = 0
+    """Thermal design power of the device, where energy is modelled; 0 takes 7 W per CPU core."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,9 @@ class Runtime:
     """Where to mirror events; wandb is offline unless WANDB_MODE says otherwise."""
     progress: bool = True
     """Show progress lines."""
+    exact_memory: bool = False
+    """On a CPU, give every large block of memory back at once: peaks are those of the tensors, but
+    each block costs time."""
     machine: Machine = field(default_factory=Machine)
 
 

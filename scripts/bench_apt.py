@@ -42,7 +42,7 @@ COMMON = [
     "dataset.limit.test=64",
 ]
 BLOCKS = ["method.blocks=[groups,neurons]", f"method.keep={KEEP}"]
-GRADUAL = ["method.start=0.1", "method.end=0.5", "method.prunings=5", "method.mask_step=0.1"]
+GRADUAL = ["method.begin=0.1", "method.end=0.5", "method.prunings=5", "method.mask_step=0.1"]
 ONCE = ["method.prunings=1", "method.mask_step=1", "method.grow=1"]
 LORA = ["method=lora", "method.rank=8", "method.alpha=16", f"method.targets={TARGETS}"]
 ARMS: dict[str, list[list[str]]] = {
@@ -61,7 +61,7 @@ ARMS: dict[str, list[list[str]]] = {
         LORA,
     ],
     "LoRA, then APT's blocks": [
-        ["method=apt", *BLOCKS, *ONCE, "method.start=1", "method.end=1"],
+        ["method=apt", *BLOCKS, *ONCE, "method.begin=1", "method.end=1"],
     ],
 }
 

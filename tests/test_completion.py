@@ -34,7 +34,7 @@ def runs(folder: Path) -> None:
         ("method.trunc", ["method.truncation="]),
         ("train.max", ["train.max_steps="]),
         ("run.tr", ["run.tracker="]),
-        ("evaluator.perp", ["evaluator.perplexity.batch_tokens=", "evaluator.perplexity.split="]),
+        ("evaluator.perplexity.s", ["evaluator.perplexity.split=", "evaluator.perplexity.stride="]),
         ("hydra", []),
         ("nothing", []),
         ("nothing.", []),

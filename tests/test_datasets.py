@@ -282,6 +282,39 @@ def test_a_text_shorter_than_a_block_is_one_block(tmp_path: Path, tokenizer) -> 
     assert tokenizer.decode(example.ids[:-1]) == "short"
 
 
+def test_documents_are_whole_and_start_with_a_prefix(tmp_path: Path, tokenizer) -> None:
+    path = tmp_path / "a.txt"
+    texts = ["short", "Paragraph é " + "of text " * 20]
+    path.write_text("\n\n".join(texts))
+    spec = DatasetSpec("t", "file", "text", files={"test": str(path)}, max_length=50)
+    data = Data(spec, tokenizer)
+    documents = data.documents("test")
+    assert [e.id for e in documents] == data.ids("test")
+    for example, text in zip(documents, data.texts["test"], strict=True):
+        assert example.ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(example.ids[1:]) == text.answer
+        assert example.prompt_length == 1
+        assert example.answer_bytes == len(text.answer.encode())
+    assert max(len(e.ids) for e in documents) > 50
+    assert data.documents("test") == documents, "the cache"
+    assert {len(e.ids) for e in data.examples("test")} == {50}
+
+
+def test_documents_start_with_the_end_token_where_there_is_no_other(tokenizer) -> None:
+    tokenizer = byte_tokenizer(SHAPE)
+    tokenizer.bos_token = None
+    assert datasets.prefix_token(tokenizer) == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a beginning-of-text nor an end-of-text token"):
+        datasets.prefix_token(tokenizer)
+
+
+def test_rows_that_are_no_texts_are_the_same_in_evaluation(tokenizer) -> None:
+    spec = DatasetSpec("q", "generator", "pairs", max_length=16)
+    rows = [Text("1", "a", " b")]
+    assert tokenise(rows, spec, tokenizer, whole=True) == tokenise(rows, spec, tokenizer)
+
+
 # -- the cache -------------------------------------------------------------------------------------
 
 

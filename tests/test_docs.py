@@ -187,6 +187,7 @@ def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
 
 def test_make_targets() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets |= {p.stem.replace("_", "-") for p in (ROOT / "scripts").glob("bench_*.py")}
     used = {word for _, c in shell_lines("make") for word in shlex.split(c)[1:] if "=" not in word}
     assert used <= targets
     assert {"demo", "test"} <= used
@@ -290,6 +291,7 @@ FORBIDDEN = {
     "kernels": (*ABOVE, "methods", "nn", "evaluators", "models", "datasets", "config", "store"),
     "methods": (*ABOVE, "evaluators", "models", "datasets", "config", "plan", "store", "records"),
     "evaluators": (*ABOVE, "config", "plan", "store"),
+    "trust": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),
     "measure": (*ABOVE, "methods", "models", "datasets", "config", "plan", "store"),
     "models": (*ABOVE, "evaluators", "datasets", "plan", "store"),
     "datasets": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),

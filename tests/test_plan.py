@@ -4,7 +4,8 @@ import pytest
 
 from effbench import plan
 from effbench.config import compose, known_shape
-from effbench.plan import Prediction, gib, predict, render
+from effbench.footprint import Pass
+from effbench.plan import Prediction, Taken, Workload, gib, predict, render
 from effbench.spec import Job, Machine
 
 LLAMA = ["model=llama2-7b", "dataset=arithmetic", "hardware=cpu", "hardware.dtype=bfloat16"]
@@ -21,6 +22,12 @@ def predicted(*words: str, machine: Machine | None = None) -> Prediction:
     return predict(spec, shape, machine or Machine())
 
 
+def train(*words: str) -> dict[str, int]:
+    phase = predicted(*words).phase("train")
+    assert phase is not None
+    return phase.memory
+
+
 def text(*words: str) -> str:
     one = job(*words)
     shape = known_shape(one.spec.model)
@@ -33,10 +40,12 @@ def test_memory_of_full_training_is_counted_from_the_parameters() -> None:
     count = found.cost.params
     assert count == 6_738_415_616
     assert found.cost.trainable == count
-    assert found.memory["weights"] == 4 * count
-    assert found.memory["gradients"] == 4 * count
-    assert found.memory["optimiser"] == 8 * count
-    assert found.peak == sum(found.memory.values())
+    memory = train("method=full")
+    assert memory["weights"] == 4 * count
+    assert memory["gradients"] == 4 * count
+    assert memory["optimiser"] == 8 * count
+    assert memory["temporaries"] == 2 * 4 * 32000 * 4096
+    assert found.peak == sum(memory.values())
 
 
 def test_memory_falls_with_what_is_trained_and_how_it_is_held() -> None:
@@ -44,14 +53,16 @@ def test_memory_falls_with_what_is_trained_and_how_it_is_held() -> None:
     assert full > 4 * lora > 4 * qlora
     eight = predicted("method=full", "train.optimizer=adamw8bit").memory["optimiser"]
     assert eight * 4 == predicted("method=full").memory["optimiser"]
-    assert predicted("method=full", "train.optimizer=sgd").memory["optimiser"] == 0
+    assert "optimiser" not in predicted("method=full", "train.optimizer=sgd").memory
+    assert "optimiser" not in predicted("method=full", "train.max_steps=1").memory
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_recomputation() -> None:
-    one, two = (predicted(f"train.batch_size={n}").memory["activations"] for n in (1, 2))
+    one, two = (train(f"train.batch_size={n}")["activations"] for n in (1, 2))
     assert two == 2 * one
-    recomputed = predicted("train.batch_size=2", "train.gradient_checkpointing=true")
-    assert recomputed.memory["activations"] < two / 8
+    words = "train.batch_size=16", "train.gradient_checkpointing=true"
+    assert train(*words)["activations"] < train(words[0])["activations"] / 8
+    recomputed = predicted("train.batch_size=2", words[1])
     assert recomputed.flops == pytest.approx(1.5 * predicted("train.batch_size=2").flops, rel=0.01)
 
 
@@ -66,9 +77,9 @@ def test_work_is_six_flops_per_parameter_and_token_when_all_train() -> None:
 
 def test_a_stage_without_training_has_neither_optimiser_nor_work() -> None:
     found = predicted("method=rtn")
-    assert set(found.memory) == {"weights", "kv cache", "logits"}
+    assert [p.name for p in found.phases] == ["load", "compress", "evaluate"]
+    assert not {"optimiser", "gradients"} & {k for p in found.phases for k in p.memory}
     assert (found.flops, found.tokens, found.seconds) == (0.0, 0, None)
-    assert found.memory["kv cache"] == 64 * 2 * 32 * 4096 * 2
 
 
 def test_a_run_fits_or_it_does_not_or_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +122,47 @@ def test_the_summary_is_what_a_record_can_hold() -> None:
     summary = predicted("method=lora").summary()
     assert summary["peak_bytes"] == sum(summary["memory"].values())
     assert summary["cost"]["saving"] == "none"
+    assert not any("error" in p for p in summary["phases"].values())
+
+
+def test_the_summary_holds_the_prediction_against_what_was_taken() -> None:
+    found = predicted("method=lora", machine=Machine("box", memory_gib=400, tflops=1))
+    phase = found.phase("train")
+    assert phase is not None
+    base = 2**30
+    taken = Taken(base + 2 * phase.peak, seconds=10.0)
+    summary = found.summary({"train": taken}, base)
+    one = summary["phases"]["train"]
+    assert one["own_error"] == pytest.approx(-0.5)
+    assert one["error"] == pytest.approx(-phase.peak / (base + 2 * phase.peak))
+    assert found.seconds is not None
+    assert one["seconds_error"] == pytest.approx(found.seconds / 10 - 1)
+    assert summary["base_bytes"] == base
+
+
+def test_every_phase_has_a_column() -> None:
+    lines = text("method=kd", "method.teacher=llama2-7b").splitlines()
+    assert lines[2].split() == ["load", "train", "evaluate"]
+    rows = {line.split("  ")[1] for line in lines if line.startswith("  ")}
+    assert {"weights", "other models", "activations", "logits", "peak"} <= rows
+
+
+def test_blocks_given_back_at_once_leave_no_holes() -> None:
+    spec = job("method=lora").spec
+    shape = known_shape(spec.model)
+    assert shape is not None
+    usual, exact = (predict(spec, shape, Machine(), exact=e).phases[1] for e in (False, True))
+    assert usual.peak - exact.peak == usual.memory["allocator"] > 0
+
+
+def test_the_real_batches_take_the_place_of_the_largest_possible_ones() -> None:
+    spec = job("method=lora").spec
+    shape = known_shape(spec.model)
+    assert shape is not None
+    small = Workload(train=(Pass("train", 1, 32, 4), Pass("train", 1, 64, 4)))
+    found = predict(spec, shape, Machine(), workload=small).phases[1]
+    assert found.memory["logits"] == 4 * 32000 * 12
+    assert found.memory["activations"] * 2 == train("method=lora")["activations"]
 
 
 @pytest.mark.parametrize("size, said", [(2**30, "1.00 GiB"), (3 * 2**20, "3.0 MiB")])

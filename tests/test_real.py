@@ -64,7 +64,10 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     size = 2 if record.spec["hardware"]["dtype"] == "bfloat16" else 4
     expected = LINEAR_BYTES + size * (embedding + norms) + adapters
     assert value(record, "resident_bytes") == expected
-    assert [len(o.values) for o in record.outcomes] == [8]
+    assert [(o.metric, len(o.values)) for o in record.outcomes] == [
+        ("loss", 8),
+        ("bits_per_byte", 8),
+    ]
     assert len(list((tmp_path / "results/records").iterdir())) == 1
 
 

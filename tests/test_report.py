@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ from rich.console import Console
 
 from effbench.errors import UserError
 from effbench.records import SCHEMA, Metric, Outcomes, Record
-from effbench.report.compare import compare
+from effbench.report.budgets import tuning_trials
+from effbench.report.compare import compare, margins_of
+from effbench.report.groups import grouped
 from effbench.report.labels import differences, labels
 from effbench.report.plot import _axis, _running_mean, loss_plot, points_plot
-from effbench.report.table import Table, Value, comparison, headline, readable, runs_table
+from effbench.report.table import (
+    Table,
+    Value,
+    comparison,
+    headline,
+    readable,
+    runs_table,
+    tasks_table,
+)
 from effbench.stats import mean_interval
 
 ITEMS = np.random.default_rng(0).gamma(20, 0.12, 120)
@@ -254,3 +265,234 @@ def test_loss_plot_of_training_and_validation(tmp_path: Path) -> None:
 def test_the_running_mean_is_centred() -> None:
     assert _running_mean([1.0, 2.0, 3.0, 4.0, 50.0], 1) == [1.0, 2.0, 3.0, 19.0, 50.0]
     assert _running_mean([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+# -- tasks -------------------------------------------------------------------------------------
+
+
+def with_tasks(number: int, shift: float = 0.0) -> Record:
+    tasks = [
+        Metric("accuracy", 0.5 + shift, point=p, unit="", n=100, low=0.4, high=0.6, task=task)
+        for p in ("r1", "r8")
+        for task in ("piqa", "copa")
+    ]
+    made = run("lora", {}, number=number)
+    return replace(made, metrics=[*made.metrics, *tasks])
+
+
+def test_tasks_are_kept_apart() -> None:
+    made = with_tasks(1)
+    assert headline(made) == "accuracy of piqa 0.5000 over 2 points"
+    table = tasks_table(made)
+    assert table.columns == ("task", "point", "accuracy")
+    assert [row[:2] for row in table.rows] == [
+        ("piqa", "r1"),
+        ("copa", "r1"),
+        ("piqa", "r8"),
+        ("copa", "r8"),
+    ]
+    assert tasks_table(LORA).rows == []
+    heads = comparison([made], ["accuracy"]).columns
+    assert heads == ("run", "point", "accuracy (piqa)", "accuracy (copa)")
+
+
+def test_a_plot_names_its_task(tmp_path: Path) -> None:
+    path = points_plot([with_tasks(1)], "accuracy", tmp_path / "x.svg")
+    assert path.stat().st_size > 2000
+    made = [m.title for m in compare([with_tasks(1), with_tasks(2)]).metrics]
+    assert "accuracy of piqa" in made and "accuracy of copa" in made
+
+
+# -- seeds -------------------------------------------------------------------------------------
+
+
+def seeds_of(
+    method: str, shift: float, first: int, count: int = 4, **settings: Any
+) -> list[Record]:
+    level = np.random.default_rng(first).normal(0, 0.05, count)
+    return [
+        run(method, {"": shift + level[s]}, number=first + s, seed=s, **settings)
+        for s in range(count)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_one_row() -> None:
+    found = compare([*seeds_of("lora", 0.0, 10), *seeds_of("full", -0.6, 20)])
+    assert found.labels == ["lora", "full"]
+    (loss,) = [m for m in found.metrics if m.tested]
+    first, row = loss.rows
+    assert (first.seeds, row.seeds) == (4, 4)
+    assert row.key.count("+") == 3
+    assert row.spread == pytest.approx(0.05, rel=0.9)
+    assert row.covers == "seeds and items" and row.finding == "lower"
+    assert row.difference and row.items and row.over_seeds
+    assert row.difference.test == "t over seeds and items"
+    assert row.difference.high - row.difference.low > 3 * (row.items.high - row.items.low)
+    assert row.over_seeds.pairs == 4
+    assert row.over_seeds.wilcoxon == pytest.approx(0.125)
+    text = found.markdown()
+    assert "sd over seeds" in text and "p Wilcoxon" in text
+    assert "Seeds: lora: 4; full: 4." in text
+    assert "One seed only" not in text
+
+
+def test_a_difference_that_seeds_explain_is_no_finding() -> None:
+    a, b = seeds_of("lora", 0.0, 10), seeds_of("full", -0.05, 20)
+    alone = compare([a[0], b[0]]).metrics[0].rows[1]
+    together = compare([*a, *b]).metrics[0].rows[1]
+    assert alone.finding in ("lower", "higher") and alone.covers == "items"
+    assert together.finding == "cannot be told apart"
+    assert "One seed only: lora; full." in compare([a[0], b[0]]).markdown()
+
+
+def test_seeds_of_one_spec_alone_show_their_spread() -> None:
+    found = compare(seeds_of("lora", 0.0, 10))
+    (table,) = [t for t in found.tables(full=False) if t.title.startswith("loss")]
+    assert table.columns == ("run", "seeds", "value", "sd over seeds")
+    assert table.rows[0][:2] == ("lora", 4)
+    assert found.words == ["lora: 4 seeds of one spec, and nothing to compare with."]
+
+
+def test_a_seed_that_is_there_twice_begins_another_group() -> None:
+    again = run("lora", {"": 0.0}, number=7)
+    assert [g.label for g in grouped([LORA, again])] == ["lora, 00000000", "lora, 00070000"]
+    (one,) = grouped(list(reversed(seeds_of("lora", 0.0, 10))))
+    assert one.seeds == [(0,), (1,), (2,), (3,)]
+    three = [*seeds_of("lora", 0.0, 10, 3), run("full", {"": 0.0}, number=9, seed=1)]
+    assert [g.label for g in grouped(three)] == ["lora, seed 0–2", "full, seed 1"]
+
+
+def test_seeds_of_earlier_runs_do_not_count_either() -> None:
+    parents = seeds_of("lora", 0.0, 10, 2)
+    children = [
+        replace(
+            run("rtn", {"": 0.1}, number=30 + i),
+            parent=p.key,
+            spec={**run("rtn", {}, number=30).spec, "parent": p.key},
+        )
+        for i, p in enumerate(parents)
+    ]
+    (group,) = grouped(children, parents)
+    assert group.seeds == [(0, 0), (0, 1)]
+    assert len(grouped(children)) == 2
+
+
+def test_points_of_one_run_are_paired_by_their_seed() -> None:
+    level = np.random.default_rng(3).normal(0, 0.5, 4)
+    family = [
+        run("qdylora", {"r1": 0.1 + v, "r8": 0.0 + v}, number=40 + s, seed=s)
+        for s, v in enumerate(level)
+    ]
+    row = compare(family).metrics[0].rows[1]
+    assert row.finding == "lower" and row.covers == "seeds and items"
+    assert row.over_seeds and row.over_seeds.wilcoxon == pytest.approx(0.125)
+
+
+def test_an_untrained_model_needs_no_seeds() -> None:
+    base = replace(run("none", {"": 0.8}, number=50), stage="eval")
+    row = compare([base, *seeds_of("lora", 0.0, 10)]).metrics[0].rows[1]
+    assert row.finding == "lower" and row.covers == "seeds and items"
+    turned = compare([*seeds_of("lora", 0.0, 10), base]).metrics[0].rows[1]
+    assert turned.difference and row.difference
+    assert turned.difference.low == pytest.approx(-row.difference.high)
+    assert "One seed only" not in compare([base, *seeds_of("lora", 0.0, 10)]).markdown()
+
+
+def test_groups_of_items_are_kept_together() -> None:
+    def grouped_run(record: Record) -> Record:
+        clusters = [i // 6 for i in range(120)]
+        return replace(record, outcomes=[replace(o, clusters=clusters) for o in record.outcomes])
+
+    row = compare([grouped_run(LORA), grouped_run(FULL)]).metrics[0].rows[1]
+    assert row.difference and row.difference.test == "sign-flip permutation of groups"
+
+
+# -- margins, letters, words -------------------------------------------------------------------
+
+
+def test_margins_say_what_is_equivalent() -> None:
+    found = compare([LORA, FAMILY, FULL], margins={"loss": 0.02})
+    (loss,) = [m for m in found.metrics if m.tested]
+    assert [r.at_margin for r in loss.rows] == [
+        "",
+        "not shown",
+        "not shown",
+        "equivalent",
+        "not worse",
+    ]
+    text = found.markdown()
+    assert "| within 0.02 |" in text
+    assert "Equivalent: qdylora r8. Not worse, but not shown to be equivalent: full." in text
+    with pytest.raises(UserError, match="no test of 'los'") as caught:
+        compare([LORA, FULL], margins={"los": 0.1})
+    assert "'loss'" in caught.value.hint
+
+
+def test_margins_of_several_rows_are_adjusted() -> None:
+    twins = [run(name, {"": 0.01}, number=80) for name in ("dora", "vera")]
+    for margin in np.arange(0.010, 0.020, 0.0001):
+        row = compare([LORA, twins[0]], margins={"": margin}).metrics[0].rows[1]
+        assert row.difference and row.difference.equivalence
+        if row.difference.equivalence.p < 0.045:
+            break
+    assert row.at_margin == "equivalent"
+    both = compare([LORA, *twins], margins={"": margin}).metrics[0].rows[1:]
+    assert [r.at_margin for r in both] == ["not shown", "not shown"]
+
+
+def test_margins_are_numbers_above_zero() -> None:
+    assert margins_of(["0.01", "loss=0.02"]) == {"": 0.01, "loss": 0.02}
+    for word in ("loss", "loss=0", "loss=-1", "loss=nan", "=inf"):
+        with pytest.raises(UserError, match="no number above zero"):
+            margins_of([word])
+
+
+def test_letters_cover_all_pairs() -> None:
+    rows = compare([LORA, FAMILY, FULL]).metrics[0].rows
+    marks = {row.name: row.letters for row in rows}
+    assert marks == {
+        "full": "a",
+        "lora": "b",
+        "qdylora r8": "b",
+        "qdylora r2": "c",
+        "qdylora r1": "d",
+    }
+    assert [row.letters for row in compare([LORA, FULL]).metrics[0].rows] == ["", ""]
+
+
+def test_the_words_say_what_was_and_was_not_equal() -> None:
+    longer = run("full", {"": 0.0}, number=6, tokens=2000)
+    words = compare([LORA, longer]).words
+    assert words[0].startswith(
+        "loss on test (nats/token), against lora. Cannot be told apart: full"
+    )
+    assert "Equal: base model, dataset, optimiser steps, tuning trials, seeds." in words
+    assert "Not equal: training tokens (1,000 against 2,000)." in words
+    assert "Not recorded for all: trainable parameters." in words
+    other = compare([LORA, run("dora", {"": 0.3}, number=4, ids="bb")]).words
+    assert "Not the same items: no paired test: dora." in other[0]
+
+
+def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None:
+    tried = [run("lora", {}, number=60 + r, settings={"rank": r}) for r in (2, 4, 8)]
+    tried += [run("lora", {}, number=70, settings={"rank": 8}, seed=1)]
+    longer = run("lora", {}, number=71, settings={"rank": 16})
+    longer.spec["train"] = {"max_steps": 120}
+    other = run("full", {}, number=72)
+    assert tuning_trials(tried[0], [*tried, longer, other]) == 3
+    assert tuning_trials(other, [*tried, longer, other]) == 1
+    (trials,) = [b for b in compare([tried[0], other], tried).budgets if b.name == "tuning trials"]
+    assert trials.values == [3, 1] and trials.equal is False
+
+
+def test_forms_agree_on_seeds_and_margins() -> None:
+    found = compare([*seeds_of("lora", 0.0, 10), *seeds_of("full", -0.6, 20)], margins={"": 0.01})
+    (line,) = [r for r in csv.DictReader(io.StringIO(found.csv())) if r["difference"]]
+    row = json.loads(found.json())["metrics"][0]["rows"][1]
+    assert float(line["difference"]) == row["difference"]["value"]
+    assert float(line["p_wilcoxon"]) == row["over_seeds"]["wilcoxon"]
+    assert float(line["p_equivalence"]) == row["difference"]["equivalence"]["p"]
+    assert line["at_margin"] == row["at_margin"] == "not worse"
+    assert float(line["margin"]) == 0.01 and int(line["seeds"]) == row["seeds"] == 4
+    assert json.loads(found.json())["words"] == found.words
+    assert all(word in found.markdown() for word in found.words)

@@ -98,6 +98,7 @@ def test_completion_loads_neither_models_nor_configs(folder, line, said) -> None
     [
         ("show method qdylora", "method.rank = 16"),
         ("show model tiny", "hidden_size: 64"),
+        ("power --accuracy 0.5", "points"),
         ("plan method=qdylora model=tiny", "peak"),
         ("plan experiment=qdylora_paper", "V100"),
         ("train model=tiny --dry-run", "peak"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError
+from effbench.footprint import Pass
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Cost, Method
 from effbench.records import Metric, Outcomes
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from effbench.journal import Journal
     from effbench.nn.scoring import Request, Score
     from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.spec import DatasetSpec, Spec
 
 
 def _no_journal(name: str, items: Sequence[str]) -> Journal:
@@ -29,6 +31,10 @@ def _no_journal(name: str, items: Sequence[str]) -> Journal:
 
 def _no_model(name: str) -> torch.nn.Module:
     raise UserError(f"There is no way to load {name!r} here.")
+
+
+def _no_base() -> torch.nn.Module:
+    raise UserError("There is no way to load the base model here.")
 
 
 @dataclass
@@ -56,8 +62,17 @@ class Subject:
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal
     """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
     finished is in it. Kept in memory when there is no run folder."""
+    keep: Callable[[str, Sequence[Mapping[str, Any]]], None] = lambda name, rows: None
+    """Writes rows that are too much for the record into the run folder, one JSON line each."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
     """Loads another model by its config name, frozen, on the device."""
+    load_base: Callable[[], torch.nn.Module] = _no_base
+    """Loads the dense model that the run started from, whatever made `model` of it; frozen, on the
+    device."""
+    base_bytes: int = 0
+    """Memory of the process before the model was loaded."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """The job of the run as plain values, for an evaluator that repeats it in another process."""
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""
@@ -80,27 +95,45 @@ class Subject:
         return nll
 
     def score(
-        self, requests: Sequence[Request], name: str, batch_tokens: int = 1024
+        self, requests: Sequence[Request], name: str, batch_tokens: int = 2048
     ) -> list[Score]:
         """Return the log-likelihood of each continuation after its context.
+
+        What requests share is computed once, unless the method has logits of its own or the model
+        takes no mask of ours; then each request is a padded row.
 
         Args:
             requests: What to score.
             name: Names the journal and the progress line; unique within one evaluator.
             batch_tokens: Largest batch, padding included, in tokens.
+
+        Raises:
+            UserError: When a result is not a finite number; it names the first layer that gave
+                such a number.
         """
-        from effbench.nn.scoring import Score, padded_scores
+        from effbench.nn.scoring import Plan, Score, has_trees, padded_scores, tree_scores
 
         ids = [digest([r.context, r.continuation]) for r in requests]
         journal = self.journal(name, ids)
-        lengths = [len(r.context) + len(r.continuation) for r in requests]
-        groups = journal.pending(list(by_length(lengths, batch_tokens)))
-        for scores in padded_scores(self._logits, self.batch, requests, groups):
+        if type(self.method).logits is Method.logits and has_trees(self.model):
+            plan = Plan(requests, batch_tokens)
+            pending = journal.pending([g.requests for g in plan.groups])
+            found = tree_scores(self.model, plan, plan.of(pending), self.device)
+        else:
+            lengths = [len(r.context) + len(r.continuation) for r in requests]
+            pending = journal.pending(list(by_length(lengths, batch_tokens)))
+            found = padded_scores(self.logits, self.batch, requests, pending)
+        for scores in found:
             journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
             self.progress(name, len(journal), len(requests))
         return [Score(*value) for value in journal.values()]
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits, [B, T, V].
+
+        Raises:
+            UserError: When one is not a finite number, as `token_nll` does.
+        """
         from effbench.nn.finite import require_finite
 
         def run() -> torch.Tensor:
@@ -163,6 +196,45 @@ class Result:
         )
         return head
 
+    def add_ratio(
+        self,
+        subject: Subject,
+        evaluator: str,
+        metric: str,
+        sums: Sequence[float],
+        counts: Sequence[float],
+        ids: Sequence[str],
+        *,
+        unit: str = "",
+        split: str = "",
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Metric:
+        """Add a ratio of two sums over items, such as a loss per token, and the items themselves.
+
+        The outcome of an item is the linearised ratio R + (s - R n) / mean(n) (Woodruff 1971). Its
+        mean over the items is R itself, its spread is that of R, and the difference between two
+        runs on the same items is that of their ratios.
+
+        Args:
+            subject: As for `add_items`.
+            evaluator: Name of the evaluator.
+            metric: Name of the metric.
+            sums: Of each item, s.
+            counts: What each item's sum is over, n; not all zero.
+            ids: One id per item, in the same order.
+            unit: Unit of the ratio.
+            split: Split of the data.
+            bounds: What the ratio can be at all; its interval ends there.
+        """
+        ratio = sum(sums) / sum(counts)
+        size = sum(counts) / len(counts)
+        values = [ratio + (s - ratio * n) / size for s, n in zip(sums, counts, strict=True)]
+        head = self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
+        least, most = bounds
+        low, high = max(least, _number(head.low)), min(most, _number(head.high))
+        self.metrics[-1] = replace(head, value=ratio, low=low, high=high)
+        return self.metrics[-1]
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -189,6 +261,23 @@ class Evaluator:
             UserError: When the evaluator does not apply, with what to change.
         """
 
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits of the run's dataset that it reads."""
+        split = getattr(self, "split", "")
+        return (split,) if split else ()
+
+    def sealed(self) -> Evaluator:
+        """Return itself with a hash of the local files that it reads, so that they are in the key.
+
+        Raises:
+            UserError: When a file is missing.
+        """
+        return self
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return what of its own data are the rows that a run on `dataset` trains on, if any."""
+        return ""
+
     def run(self, subject: Subject) -> Result:
         """Return what was measured.
 
@@ -196,6 +285,39 @@ class Evaluator:
             UserError: When the evaluator does not apply to the data or the model.
         """
         raise NotImplementedError
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the largest passes that it makes, for the prediction of its peak.
+
+        Default: batches of `batch_tokens` that are scored whole, as the split has them where the
+        data is given; `batch_size` prompts of `prompt_tokens` and `new_tokens` after them.
+        """
+        found = []
+        if budget := getattr(self, "batch_tokens", 0):
+            found += scored(data, getattr(self, "split", ""), budget)
+        if prompt := getattr(self, "prompt_tokens", 0):
+            rows = getattr(self, "batch_size", 1)
+            total = prompt + getattr(self, "new_tokens", 0)
+            found += [Pass("prefill", rows, prompt, rows), Pass("decode", rows, total, rows)]
+        return found
+
+
+def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:
+    """Return the batches of a split's rows, or the largest possible one without data."""
+    if data is None or split not in data.texts:
+        return [Pass("score", 1, batch_tokens, batch_tokens)]
+    examples = data.examples(split)
+    counted = [sum(label != -100 for label in e.labels()[1:]) for e in examples]
+    lengths = [len(e.ids) for e in examples]
+    return [
+        Pass("score", len(group), lengths[group[0]], sum(counted[i] for i in group))
+        for group in by_length(lengths, batch_tokens)
+    ]
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value
 
 
 def make_batch(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:

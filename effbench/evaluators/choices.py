@@ -1,48 +1,118 @@
-"""Accuracy on multiple-choice questions: the answer with the highest log-likelihood wins.
+"""Multiple choice by log-likelihood: the answer with the highest one wins.
 
-`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the answer's bytes first
-(the two scores of lm-eval's multiple-choice tasks).
+On the run's own dataset, `accuracy` compares summed log-likelihoods and `accuracy_norm` divides
+them by the answer's bytes first. On lm-eval's tasks the prompts, the metrics and their names are
+lm-eval's own (Gao et al., doi 10.5281/zenodo.10256836).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.errors import UserError
+from effbench.errors import UserError, did_you_mean
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.methods.base import Method
-from effbench.schema import PositiveInt
+from effbench.records import Metric, Outcomes
+from effbench.schema import NonNegativeInt, PositiveInt, digest
 
 if TYPE_CHECKING:
     from effbench.datasets import Choice
+    from effbench.nn.scoring import Score
     from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.spec import DatasetSpec, Spec
+    from effbench.tasks import BenchmarkTask
+
+LARGEST_EXPONENT = 709.0
+"""Of a finite double."""
+
+KINDS = ("multiple_choice", "loglikelihood")
+"""lm-eval's output types that need no generated text."""
 
 
 @dataclass(frozen=True)
 class Choices(Evaluator):
-    """Multiple choice by log-likelihood on a split of the dataset."""
+    """Multiple choice by log-likelihood on a split of the dataset, or on tasks of lm-eval."""
 
     headline: ClassVar[str] = "accuracy"
 
     split: str = "test"
-    """Which split."""
-    batch_tokens: PositiveInt = 1024
+    """Which split of the dataset; not used with `tasks`."""
+    batch_tokens: PositiveInt = 2048
     """Largest batch, padding included, in tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks and groups of lm-eval (`effbench list tasks`); empty for the run's own dataset."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question; null for what lm-eval defines."""
+    limit: PositiveInt | None = None
+    """Only the first rows of each task, in its own order; for a trial, not for a result."""
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Local files of rows, by task and split, in the columns that lm-eval reads."""
+    fingerprint: str = ""
+    """Content hash of these files; filled in when the config is composed."""
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the dataset's split, unless lm-eval's tasks are evaluated."""
+        return () if self.tasks else (self.split,)
+
+    def sealed(self) -> Choices:
+        """Return itself with the hash of its files."""
+        from effbench.tasks import fingerprint
+
+        return replace(self, fingerprint=fingerprint(self.files))
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
-        """Refuse a dataset without choices."""
-        if spec.dataset.kind != "choices":
+        """Refuse a dataset without choices, and tasks that cannot be had."""
+        if self.tasks:
+            self._check_tasks()
+        elif spec.dataset.kind != "choices":
             raise UserError(
                 f"Evaluator choices needs a dataset with choices; {spec.dataset.name!r} "
                 f"is of kind {spec.dataset.kind!r}.",
-                "Leave it out: evaluator=perplexity",
+                "Leave it out: evaluator=perplexity, or name tasks: evaluator.choices.tasks=[piqa]",
             )
 
+    def _check_tasks(self) -> None:
+        from effbench import tasks
+
+        for name in self.files:
+            if name not in tasks.TASKS:
+                raise UserError(
+                    f"evaluator.choices.files.{name}: there is no task {name!r}.",
+                    did_you_mean(name, tasks.TASKS),
+                )
+        for name in self.tasks:
+            if self.tasks.count(name) > 1:
+                raise UserError(f"evaluator.choices.tasks names {name!r} twice.", "Once will do.")
+            tasks.check(name, self.num_fewshot, self.files)
+            kind = tasks.find(tasks.members(name)[0]).kind
+            if kind not in KINDS:
+                raise UserError(
+                    f"{name} is answered by generated text, not by a choice.",
+                    f"Use: evaluator=generation 'evaluator.generation.tasks=[{name}]'",
+                )
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return the tasks whose evaluated rows `dataset` trains on."""
+        from effbench import tasks
+
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        return f"Task {', '.join(found)} of evaluator choices" if found else ""
+
     def run(self, subject: Subject) -> Result:
-        """Return `accuracy` and `accuracy_norm` with intervals, and each item's outcome."""
+        """Return the metrics with intervals, and each item's outcome."""
+        result = Result()
+        if not self.tasks:
+            self._own_dataset(subject, result)
+        for name in self.tasks:
+            self._task(subject, name, result)
+        return result
+
+    # -- the run's own dataset -----------------------------------------------------------------
+
+    def _own_dataset(self, subject: Subject, result: Result) -> None:
         examples = subject.data.examples(self.split)
         flat = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices or []))]
         scores = self._scores(subject, [(examples[i].choices or [])[j] for i, j in flat])
@@ -57,11 +127,9 @@ class Choices(Evaluator):
             right.append(float(item.index(max(item)) == example.right))
             right_norm.append(float(normed.index(max(normed)) == example.right))
 
-        result = Result()
         ids = [e.id for e in examples]
         for name, values in (("accuracy", right), ("accuracy_norm", right_norm)):
             result.add_items(subject, "choices", name, values, ids, split=self.split)
-        return result
 
     def _scores(self, subject: Subject, choices: Sequence[Choice]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
@@ -70,3 +138,117 @@ class Choices(Evaluator):
         requests = [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices]
         scores = subject.score(requests, self.split, self.batch_tokens)
         return [s.loglikelihood for s in scores]
+
+    # -- lm-eval's tasks -----------------------------------------------------------------------
+
+    def _task(self, subject: Subject, name: str, result: Result) -> None:
+        """Add the metrics of a task, or of a group and of each of its members."""
+        from effbench import tasks
+
+        loaded = tasks.load_all(
+            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
+        )
+        rows = [row for task in loaded for row in tasks.requests(task, subject.tokenizer)]
+        self._check_lengths(subject, name, rows)
+        flat = iter(subject.score([r for row in rows for r in row], name, self.batch_tokens))
+        scores = [[next(flat) for _ in row] for row in rows]
+
+        whole: dict[str, list[float]] = {}
+        ids: list[str] = []
+        clusters: list[int] = []
+        for number, task in enumerate(loaded):
+            own = scores[len(ids) : len(ids) + len(task.docs)]
+            values = _outcomes(task, own)
+            if len(loaded) > 1:
+                _add(subject, result, task, task.name, values, task.ids)
+            for metric, found in values.items():
+                whole.setdefault(metric, []).extend(found)
+            ids += task.ids
+            clusters += [number] * len(task.docs)
+        _add(subject, result, loaded[0], name, whole, ids, clusters if len(loaded) > 1 else ())
+        _add_loglikelihoods(subject, result, loaded[0].split, name, ids, scores)
+
+    def _check_lengths(self, subject: Subject, name: str, rows: Sequence[Any]) -> None:
+        """Refuse what is longer than the model's positions; lm-eval would cut off its start."""
+        assert subject.shape is not None
+        room = subject.shape.max_positions
+        long = [r for r in rows if max(len(q.context) + len(q.continuation) for q in r) - 1 > room]
+        if long:
+            raise UserError(
+                f"{len(long)} of {len(rows)} items of {name} are longer than the model's "
+                f"{room} positions.",
+                "Give fewer examples (evaluator.choices.num_fewshot), or leave out what is long: "
+                "another task, a lower evaluator.choices.limit.",
+            )
+
+
+def _outcomes(task: BenchmarkTask, scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:
+    """Return lm-eval's value of each metric for every row."""
+    values: dict[str, list[float]] = {}
+    for index, row in enumerate(scores):
+        found = task.results(index, [(s.loglikelihood, s.greedy) for s in row])
+        for metric, value in found.items():
+            values.setdefault(metric, []).append(float(value))
+    return values
+
+
+def _add(
+    subject: Subject,
+    result: Result,
+    task: BenchmarkTask,
+    name: str,
+    values: dict[str, list[float]],
+    ids: Sequence[str],
+    clusters: Sequence[int] = (),
+) -> None:
+    """Add the metrics of one task or group, and which version of it with how many examples."""
+    for metric, found in values.items():
+        perplexity = metric == "perplexity"  # of which lm-eval's value per row is a log-likelihood
+        head = result.add_items(
+            subject,
+            "choices",
+            "loglikelihood" if perplexity else metric,
+            found,
+            ids,
+            unit="nats" if perplexity else "",
+            split=task.split,
+            task=name,
+            clusters=clusters,
+        )
+        if perplexity:
+            assert head.low is not None and head.high is not None
+            low = math.exp(-head.high)
+            high = math.exp(-head.low) if -head.low < LARGEST_EXPONENT else math.inf
+            made = task.aggregate(metric, found)
+            result.metrics.append(
+                replace(head, name=metric, value=made, low=low, high=high, unit="")
+            )
+    facts = {"num_fewshot": float(task.num_fewshot)}
+    with_number = task.version.replace(".", "", 1).isdigit()
+    facts |= {"task_version": float(task.version)} if with_number else {}
+    for fact, value in facts.items():
+        result.metrics.append(Metric(fact, value, "", subject.point, task=name, obtained="counted"))
+
+
+def _add_loglikelihoods(
+    subject: Subject,
+    result: Result,
+    split: str,
+    name: str,
+    ids: Sequence[str],
+    scores: Sequence[Sequence[Score]],
+) -> None:
+    """Keep the log-likelihood of every answer, for other estimates from the same run."""
+    places = [(i, j) for i, row in enumerate(scores) for j in range(len(row))]
+    result.outcomes.append(
+        Outcomes(
+            "choices",
+            "loglikelihoods",
+            subject.point,
+            split,
+            digest([f"{ids[i]}.{j}" for i, j in places]),
+            [scores[i][j].loglikelihood for i, j in places],
+            name,
+            [i for i, _ in places],
+        )
+    )

@@ -1,21 +1,29 @@
 """Loss, perplexity and bits per byte of held-out text or answers.
 
-Every item keeps its own outcome. The loss per token, L, is a ratio of two sums over items: of their
-losses s and of their loss tokens n. The stored outcome of an item is L + (s - L n) / mean(n), the
-linearisation of that ratio (Woodruff 1971). Its mean over the items is L itself, its spread is that
-of L, and the difference between two runs on the same items is that of their losses per token.
+A text is scored as a whole document, window after window where it is longer than one, so that each
+of its tokens counts exactly once and none is predicted from another document. Every document keeps
+its own outcome; see `Result.add_ratio` for what it is.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from effbench.evaluators.base import Evaluator, Result, Subject, by_length
+from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
-from effbench.records import Metric, Outcomes
-from effbench.schema import PositiveInt, digest
+from effbench.records import Metric
+from effbench.schema import PositiveInt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from effbench.datasets import Data, Example
+    from effbench.footprint import Pass
+    from effbench.methods.base import Method
+    from effbench.shapes import Shape
+    from effbench.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -26,62 +34,79 @@ class Perplexity(Evaluator):
 
     split: str = "test"
     """Which split."""
+    window: PositiveInt | None = None
+    """Most tokens that the model sees at once; null is the dataset's `max_length`."""
+    stride: PositiveInt | None = None
+    """Tokens that each window after a document's first one scores; null is half a window. Less is
+    more context for each token, and more work."""
     batch_tokens: PositiveInt = 1024
     """Largest batch, padding included, in tokens."""
 
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse windows that the model has no positions for, or that leave no context."""
+        from effbench.windows import check_sizes
+
+        limit = spec.dataset.max_length
+        check_sizes("evaluator.perplexity", self.window, self.stride, limit, shape)
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of windows that it scores."""
+        from effbench.windows import passes, sizes
+
+        window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
+        return passes(data, self.split, window, stride, self.batch_tokens)
+
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
-        from effbench.stats import mean_interval
+        examples = subject.data.documents(self.split)
+        sums, counts = self._sums(subject, examples)
+        ids, sizes = [e.id for e in examples], [e.answer_bytes for e in examples]
+        bits = [s / math.log(2) for s in sums]
 
-        examples = subject.data.examples(self.split)
-        sums = [0.0] * len(examples)
-        counts = [0] * len(examples)
-        done = 0
-        with torch.inference_mode():
-            for group in by_length([len(e.ids) for e in examples], self.batch_tokens):
-                batch = subject.batch([(examples[i].ids, examples[i].labels()) for i in group])
-                nll = subject.token_nll(batch)
-                tokens = (batch.labels[:, 1:] != -100).sum(1)
-                for i, total, count in zip(
-                    group, nll.double().sum(1).tolist(), tokens.tolist(), strict=True
-                ):
-                    sums[i], counts[i] = total, count
-                done += len(group)
-                subject.progress("perplexity", done, len(examples))
-
-        tokens_per_item = sum(counts) / len(counts)
-        ratio = sum(sums) / sum(counts)
-        values = [
-            ratio + (s - ratio * n) / tokens_per_item for s, n in zip(sums, counts, strict=True)
-        ]
-        loss, low, high = mean_interval(values, seed=subject.seed)
-        bits = sum(counts) / math.log(2) / sum(e.answer_bytes for e in examples)
-
-        def metric(name: str, unit: str, value: float, low: float, high: float) -> Metric:
-            return Metric(name, value, unit, subject.point, self.split, len(values), low, high)
-
-        return Result(
-            [
-                metric("loss", "nats/token", loss, low, high),
-                metric("perplexity", "", math.exp(loss), math.exp(low), math.exp(high)),
-                metric("bits_per_byte", "bits/byte", loss * bits, low * bits, high * bits),
-                Metric(
-                    "loss_tokens",
-                    sum(counts),
-                    "tokens",
-                    subject.point,
-                    self.split,
-                    obtained="counted",
-                ),
-            ],
-            [
-                Outcomes(
-                    "perplexity",
-                    "loss",
-                    subject.point,
-                    self.split,
-                    digest([e.id for e in examples]),
-                    values,
-                )
-            ],
+        result = Result()
+        loss = result.add_ratio(
+            subject, "perplexity", "loss", sums, counts, ids, unit="nats/token", split=self.split
         )
+        result.metrics.append(self._perplexity(loss))
+        result.add_ratio(
+            subject,
+            "perplexity",
+            "bits_per_byte",
+            bits,
+            sizes,
+            ids,
+            unit="bits/byte",
+            split=self.split,
+        )
+        result.metrics.append(
+            Metric("loss_tokens", sum(counts), "tokens", loss.point, self.split, obtained="counted")
+        )
+        return result
+
+    def _perplexity(self, loss: Metric) -> Metric:
+        assert loss.low is not None
+        assert loss.high is not None
+        value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
+        return Metric("perplexity", value, "", loss.point, self.split, loss.n, low, high)
+
+    def _sums(self, subject: Subject, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+        """Return each row's summed loss in nats, and how many tokens it is over."""
+        from effbench.windows import check_sizes, cut, groups, sizes
+
+        limit = subject.data.spec.max_length
+        check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)
+        windows = cut(examples, *sizes(self.window, self.stride, limit))
+        journal = subject.journal(self.split, [w.name(examples[w.row]) for w in windows])
+        for group in journal.pending(groups(windows, self.batch_tokens)):
+            batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
+            with torch.inference_mode():
+                nll = subject.token_nll(batch).double().sum(1).tolist()
+            tokens = (batch.labels[:, 1:] != -100).sum(1).tolist()
+            journal.add(dict(zip(group, zip(nll, tokens, strict=True), strict=True)))
+            subject.progress("perplexity", len(journal), len(windows))
+
+        sums, counts = [0.0] * len(examples), [0] * len(examples)
+        for window, (nll, tokens) in zip(windows, journal.values(), strict=True):
+            sums[window.row] += nll
+            counts[window.row] += tokens
+        return sums, counts

@@ -1,75 +1,357 @@
-"""Prefill and decode speed of the method's own decoding session, first version.
+"""Speed of decoding over a grid of batch size, prompt length and new tokens.
 
-Prompts are random tokens, so the speed does not depend on the data. The first repeat warms up and
-is dropped; medians with bootstrap intervals over the others.
+Prompts are random tokens, so the speed does not depend on the data. Each cell of the grid is timed
+a few times; the first time warms up and is dropped. Prefill ends with the first token, so its time
+is the time to first token (TTFT); the gaps after it are the times per output token (TPOT).
+
+Shares of the machine's roofline stand beside the times: see `effbench.measure.roofline`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
+from effbench.methods.base import Method, chain_cost
 from effbench.records import Metric
-from effbench.schema import PositiveInt
+from effbench.schema import PositiveInt, canonical
+from effbench.shapes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from effbench.measure.requests import Times
+    from effbench.measure.roofline import Ceilings
+    from effbench.measure.timing import Ratio
+    from effbench.nn.decoding import Session
+    from effbench.shapes import Shape
+    from effbench.spec import Spec
+
+Engine = Literal["auto", "static", "eager", "generate"]
+Grid = PositiveInt | list[PositiveInt]
+
+UNITS = {
+    "ttft_ms": "ms",
+    "tpot_ms": "ms",
+    "tpot_p95_ms": "ms",
+    "tpot_p99_ms": "ms",
+    "prefill_tokens_per_second": "tokens/s",
+    "decode_tokens_per_second": "tokens/s",
+}
+"""Units of what is timed; shares have none."""
+PROBES = 3
+"""How often the machine is probed again before a share above 1 is an error."""
+CEILINGS = ("ceiling_gemm", "ceiling_gemv", "ceiling_copy")
+
+
+class Cell(NamedTuple):
+    """One point of the grid."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"b{self.batch} p{self.prompt} n{self.new}"
 
 
 @dataclass(frozen=True)
 class Speed(Evaluator):
-    """Tokens per second of prefill and decode, and bytes of the cache."""
+    """Time to first token, time per token, tokens per second, and shares of the roofline."""
 
     itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "decode_tokens_per_second"
-    trial: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 5, "repeats": 1}
+    trial: ClassVar[dict[str, Any]] = {
+        "prompt_tokens": 6,
+        "new_tokens": 5,
+        "repeats": 1,
+        "probe_mb": 1,
+        "probe_side": 128,
+    }
 
-    batch_size: PositiveInt = 1
-    """Sequences decoded at once."""
-    prompt_tokens: PositiveInt = 128
-    """Tokens of each prompt."""
-    new_tokens: PositiveInt = 32
-    """Tokens decoded after it."""
+    batch_sizes: Grid = 1
+    """Sequences decoded at once; one number or a list."""
+    prompt_tokens: Grid = 128
+    """Tokens of each prompt; one number or a list."""
+    new_tokens: Grid = 32
+    """Steps after the first token; one number or a list."""
     repeats: PositiveInt = 5
-    """Timed repeats."""
+    """Timed repeats of each cell."""
+    engine: Engine = "auto"
+    """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
+    engine or an error. `eager`: the model's forward pass with a growing cache. `generate`:
+    transformers' own loop."""
+    baseline: Literal["none", "self", "eager", "generate"] = "none"
+    """What each cell is timed against in turn, for `speedup`; `self` is the engine once more."""
+    roofline: bool = True
+    """Whether the machine is probed for its ceilings."""
+    probe_mb: PositiveInt = 256
+    """Most memory that the probe takes, 10^6 bytes."""
+    probe_side: PositiveInt = 2048
+    """Side of the largest square product of the probe on a CPU."""
+
+    def cells(self) -> list[Cell]:
+        """Return the cells of the grid, in the order they are timed."""
+        axes = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
+        lists = [axis if isinstance(axis, list) else [axis] for axis in axes]
+        return [Cell(*point) for point in product(*lists)]
+
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse an empty grid, cells that the model or the memory has no room for, and engines
+        that would not be the method.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        if not self.cells():
+            raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
+        own = type(methods[-1]).session is not Method.session
+        if own and (self.engine != "auto" or self.baseline not in ("none", "self")):
+            raise UserError(
+                f"{methods[-1].name} decodes in a way of its own, which no other engine has.",
+                "Leave evaluator.speed.engine=auto and evaluator.speed.baseline=none.",
+            )
+        for cell in self.cells() if shape else ():
+            assert shape is not None
+            _check_positions(cell, shape)
+            _check_memory(cell, spec, methods, shape)
 
     def run(self, subject: Subject) -> Result:
-        """Return prefill and decode tokens per second and the cache's bytes."""
-        from effbench.measure.timing import Clock
-        from effbench.stats import median_interval
-
-        vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        draws = torch.Generator().manual_seed(subject.seed)
-        prompt = torch.randint(
-            vocabulary, (self.batch_size, self.prompt_tokens), generator=draws
-        ).to(subject.device)
-        prefill, decode, kv_bytes = [], [], 0
-        clock = Clock(subject.device)
-        for repeat in range(self.repeats + 1):
-            session = subject.method.session(subject.model)
-            start = clock.now()
-            token = session.prefill(prompt).argmax(-1, keepdim=True)
-            middle = clock.now()
-            for _ in range(self.new_tokens):
-                token = session.step(token).argmax(-1, keepdim=True)
-            end = clock.now()
-            kv_bytes = session.kv_bytes()
-            if repeat:
-                prefill.append(self.batch_size * self.prompt_tokens / (middle - start))
-                decode.append(self.batch_size * self.new_tokens / (end - middle))
-            subject.progress("speed", repeat, self.repeats)
-
-        def rate(name: str, values: list[float], phase: str) -> Metric:
-            median, low, high = median_interval(values, seed=subject.seed)
-            return Metric(
-                name, median, "tokens/s", subject.point, "", len(values), low, high, phase=phase
-            )
-
+        """Return times, rates, shares and bytes of every cell."""
+        cells = self.cells()
+        settings = [self.engine, self.baseline, self.repeats, self.roofline]
+        journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
+        ceilings: Ceilings | None = None
+        for index, cell in enumerate(cells):
+            if index in journal:
+                continue
+            if self.roofline and ceilings is None and subject.cost and subject.shape:
+                ceilings = self._probe(subject)
+            found, ceilings = self._cell(subject, cell, ceilings, (index, len(cells)))
+            journal.add({index: found})
+        named = [str(cell) if len(cells) > 1 else "" for cell in cells]
         return Result(
             [
-                rate("prefill_tokens_per_second", prefill, "prefill"),
-                rate("decode_tokens_per_second", decode, "decode"),
-                Metric(
-                    "kv_bytes", kv_bytes, "bytes", subject.point, obtained="counted", phase="decode"
-                ),
+                metric
+                for task, found in zip(named, journal.values(), strict=True)
+                for metric in _metrics(subject, task, found)
             ]
         )
+
+    def _probe(self, subject: Subject) -> Ceilings:
+        from effbench.measure.roofline import probe
+
+        assert subject.cost is not None
+        return probe(
+            subject.device,
+            getattr(torch, subject.dtype),
+            working_set=subject.cost.bytes_per_token,
+            most=self.probe_mb * 1e6,
+            side=self.probe_side,
+            progress=subject.progress,
+        )
+
+    def _cell(
+        self,
+        subject: Subject,
+        cell: Cell,
+        ceilings: Ceilings | None,
+        place: tuple[int, int],
+    ) -> tuple[dict[str, Any], Ceilings | None]:
+        """Return what one cell gave, as plain values, and the ceilings as they are known then."""
+        request = timer(subject, self.engine, cell)
+        times = []
+        for repeat in range(self.repeats + 1):
+            times.append(request())
+            done = place[0] * (self.repeats + 1) + repeat + 1
+            subject.progress("speed", done, place[1] * (self.repeats + 1))
+        found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": times[-1].kv_bytes}
+        if ceilings is not None:
+            shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
+            found["values"] |= shares
+            found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
+        if self.baseline != "none":
+            other = self.engine if self.baseline == "self" else self.baseline
+            ratio = compared(subject, self.engine, other, cell, self.repeats)
+            found["speedup"] = list(ratio.speedup)
+        return found, ceilings
+
+    def _shares(
+        self, subject: Subject, cell: Cell, times: Sequence[Times], ceilings: Ceilings
+    ) -> tuple[dict[str, list[float]], Ceilings]:
+        """Return the shares of the ceilings; a share above 1 has the machine probed again."""
+        for _ in range(PROBES):
+            try:
+                return _shares(subject, cell, times, ceilings), ceilings
+            except UserError:
+                ceilings = ceilings.best(self._probe(subject))
+        return _shares(subject, cell, times, ceilings), ceilings
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def _check_positions(cell: Cell, shape: Shape) -> None:
+    longest = cell.prompt + cell.new
+    if longest > shape.max_positions:
+        raise UserError(
+            f"evaluator.speed: {cell.prompt} prompt and {cell.new} new tokens are more than the "
+            f"model's {shape.max_positions} positions.",
+            "Lower evaluator.speed.prompt_tokens or evaluator.speed.new_tokens.",
+        )
+
+
+def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shape) -> None:
+    """Refuse a batch whose weights, cache and logits alone are more than the memory."""
+    from effbench.measure.hardware import gpus, memory_bytes
+
+    dtype = spec.hardware.dtype
+    cost = chain_cost(methods, shape, dtype, methods[-1].points()[-1])
+    cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
+    need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
+    if spec.hardware.device == "cpu":
+        have = memory_bytes()[1]
+    else:
+        have = max((gpu.memory_mib for gpu in gpus()), default=0) * 2**20
+    if have and need > have:
+        raise UserError(
+            f"evaluator.speed: {cell} needs {need / 2**30:.1f} GiB, of which {cache / 2**30:.1f} "
+            f"are its cache, but {have / 2**30:.1f} are there.",
+            "Lower evaluator.speed.batch_sizes or evaluator.speed.prompt_tokens.",
+        )
+
+
+# -- timing ------------------------------------------------------------------------------------
+
+
+def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
+    """Return a function that decodes one request of a cell and says how long it took.
+
+    Raises:
+        UserError: When the engine does not apply to the model.
+    """
+    from effbench.measure.requests import timed_generate, timed_session
+
+    vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    draws = torch.Generator().manual_seed(subject.seed)
+    prompt = torch.randint(vocabulary, (cell.batch, cell.prompt), generator=draws)
+    prompt = prompt.to(subject.device)
+    if engine == "generate":
+        return lambda: timed_generate(subject.model, prompt, cell.new, subject.device)
+    make = session_maker(subject, engine)
+    return lambda: timed_session(make(), prompt, cell.new, subject.device)
+
+
+def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
+    """Return what makes a fresh session of an engine.
+
+    Raises:
+        UserError: When our engine is asked for and does not apply.
+    """
+    from effbench.nn.decoding import CachedSession
+    from effbench.nn.engine import StaticSession
+    from effbench.nn.layout import why_not
+
+    if engine == "eager":
+        return lambda: CachedSession(subject.model)
+    if engine == "static":
+        if reason := why_not(subject.model):
+            raise UserError(
+                f"evaluator.speed.engine=static does not apply: {reason}.",
+                "Use engine=auto, which takes another session then.",
+            )
+        return lambda: StaticSession(subject.model)
+    return lambda: subject.method.session(subject.model)
+
+
+def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -> Ratio:
+    """Time whole requests of two engines in turn; engine `a` with itself has a ratio of 1."""
+    from effbench.measure.timing import Clock, interleaved
+
+    work_a, work_b = timer(subject, a, cell), timer(subject, b, cell)
+    clock = Clock(subject.device)
+    return interleaved(work_a, work_b, repeats, clock=clock, seed=subject.seed)
+
+
+# -- from times to metrics ---------------------------------------------------------------------
+
+
+def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
+    """Return one value per repeat of everything that is timed; keys are `name@phase`."""
+    found: dict[str, list[float]] = {}
+    for first, gaps, *_ in times:
+        tokens = sorted(gaps)
+        values = {
+            "ttft_ms@prefill": 1e3 * first,
+            "prefill_tokens_per_second@prefill": cell.batch * cell.prompt / first,
+            "decode_tokens_per_second@decode": cell.batch * cell.new / sum(gaps),
+            "tpot_ms@decode": 1e3 * _percentile(tokens, 0.50),
+            "tpot_p95_ms@decode": 1e3 * _percentile(tokens, 0.95),
+            "tpot_p99_ms@decode": 1e3 * _percentile(tokens, 0.99),
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _percentile(values: Sequence[float], level: float) -> float:
+    """Return the percentile of sorted values, linear between the two nearest."""
+    place = level * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
+
+
+def _shares(
+    subject: Subject, cell: Cell, times: Sequence[Times], ceilings: Ceilings
+) -> dict[str, list[float]]:
+    """Return MFU of prefill and MFU and MBU of decode against probed and stated ceilings."""
+    from effbench.measure.roofline import decode_bytes, decode_flops, prefill_flops, share
+
+    assert subject.cost is not None and subject.shape is not None
+    cost, shape, machine = subject.cost, subject.shape, subject.machine
+    work = {
+        "mfu@prefill": prefill_flops(cost, shape, cell.batch, cell.prompt),
+        "mfu@decode": decode_flops(cost, shape, *cell),
+        "mbu@decode": decode_bytes(cost, *cell),
+    }
+    limits = {
+        "probed": {"mfu": ceilings.gemm, "mbu": ceilings.bandwidth},
+        "stated": {"mfu": machine.tflops * 1e12, "mbu": machine.bandwidth_gbs * 1e9},
+    }
+    found: dict[str, list[float]] = {}
+    for source, ceiling in limits.items():
+        for key, done in work.items():
+            name, _, phase = key.partition("@")
+            if not ceiling[name]:
+                continue
+            full = f"{name}{'' if source == 'probed' else '_stated'}@{phase}"
+            seconds = [t.first if phase == "prefill" else sum(t.gaps) for t in times]
+            found[full] = [share(full, done, s, ceiling[name], source) for s in seconds]
+    return found
+
+
+def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]:
+    """Return the metrics of one cell."""
+    from effbench.stats import median_interval
+
+    metrics = []
+    for key, values in found["values"].items():
+        name, _, phase = key.partition("@")
+        median, low, high = median_interval(values, seed=subject.seed)
+        unit = UNITS.get(name, "")
+        metrics.append(
+            Metric(name, median, unit, subject.point, "", len(values), low, high, "measured", phase)
+        )
+    if "speedup" in found:
+        value, low, high = found["speedup"]
+        n = len(next(iter(found["values"].values())))
+        metrics.append(Metric("speedup", value, "", subject.point, "", n, low, high))
+    for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
+        unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
+        metrics.append(Metric(name, rate, unit, subject.point, phase="roofline"))
+    kv = Metric("kv_bytes", found["kv_bytes"], "bytes", subject.point, obtained="counted")
+    return [replace(m, task=task) for m in [*metrics, replace(kv, phase="decode")]]

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Interval
 
 from effbench.errors import UserError
+from effbench.footprint import Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
 from effbench.methods.lora import check_rank_fits, check_targets, low_rank_cost
@@ -63,10 +64,10 @@ class APT(Method):
     """Kinds of blocks that may go."""
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time; 64 suits most hardware."""
-    start: Fraction = 0.0
+    begin: Fraction = 0.0
     """Where the pruning window begins, as a share of all steps."""
     end: Fraction = 0.5
-    """Where it ends; equal to `start` for a single pruning."""
+    """Where it ends; equal to `begin` for a single pruning."""
     prunings: PositiveInt = 10
     """Pruning steps in the window."""
     mask_step: Annotated[float, Interval(gt=0, le=1)] = 0.01
@@ -107,9 +108,9 @@ class APT(Method):
 
     def __post_init__(self) -> None:
         check_targets(self.targets)
-        if self.start > self.end:
+        if self.begin > self.end:
             raise UserError(
-                f"method.start={self.start} lies behind method.end={self.end}.",
+                f"method.begin={self.begin} lies behind method.end={self.end}.",
                 "Let the pruning window begin before it ends.",
             )
         if self.rank > self.max_rank:
@@ -268,7 +269,7 @@ class APT(Method):
         from effbench.nn.pruning_schedule import PruningSchedule
 
         return PruningSchedule(
-            total, self.start, self.end, self.prunings, self.growths, self.warm_steps
+            total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
         )
 
     def _search(
@@ -439,6 +440,14 @@ class APT(Method):
             trainable=trained,
             resident_bytes=first.resident_bytes + 4 * more,
         )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the first step: nothing pruned, first ranks, gradients down to the embedding.
+
+        Salience needs those. Ranks grow later and the model shrinks; neither is counted, nor is
+        the teacher of `distill`.
+        """
+        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets, through=True)
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Count a dense model of the shape that is left; nothing of the unpruned base stays."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effbench.errors import UserError
+from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -132,6 +133,8 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {}
     """Settings under which the method, put in but not trained, gives the base's own logits bit for
     bit; None where there are none. A contract test holds every method to it."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
     """Settings without a usable default, as a trial run would have them."""
 
@@ -176,6 +179,21 @@ class Method:
     def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
         """Return the positions in `batches` (one sequence each) to train on, in order."""
         return list(range(len(batches)))
+
+    def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
+        """Run once before the first step: what has to look at data before anything trains.
+
+        A resumed run does not call it again; what it leaves must be in `tensors` or `ctx.state`.
+
+        Args:
+            model: The prepared model.
+            window: The micro-batches of the first step.
+            ctx: Of the run.
+        """
+
+    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """Return what trains, in groups, each with its share of the run's learning rate."""
+        return [([p for p in model.parameters() if p.requires_grad], 1.0)]
 
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Run before each optimiser step: schedules and draws."""
@@ -268,6 +286,9 @@ class Method:
         optimizer.step()
         return total
 
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of what only training needed, before the model is evaluated."""
+
     # -- compression ---------------------------------------------------------------------------
 
     def compress(
@@ -290,10 +311,13 @@ class Method:
         return nullcontext()
 
     def session(self, model: torch.nn.Module) -> Session:
-        """Return a fresh decoding session; it keeps all its state to itself."""
-        from effbench.nn.decoding import CachedSession
+        """Return a fresh decoding session; it keeps all its state to itself.
 
-        return CachedSession(model)
+        Default: our engine where the model is laid out as Llama is, else the model's forward pass.
+        """
+        from effbench.nn.engine import session_for
+
+        return session_for(model)
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -353,6 +377,21 @@ class Method:
         kv_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[dtype])
         return replace(cost, trainable=shape.params, kv_bytes_per_token=kv_bytes)
 
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step keeps from its forward pass and its work, from shapes.
+
+        A method whose structure changes while it trains counts its first step.
+
+        Args:
+            shape: The shape of the model that it starts from.
+            dtype: Compute dtype, a key of `DTYPE_BYTES`.
+        """
+        return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the config names of the other models that are in memory while it trains."""
+        return ()
+
 
 def chain_cost(
     methods: Sequence[Method],
@@ -362,6 +401,8 @@ def chain_cost(
     folders: Sequence[Path] = (),
 ) -> Cost:
     """Return the cost of what a chain of methods made; `point` is one of the last method's.
+
+    The last method's weights are as it trains them, those of the earlier ones as they are used.
 
     Args:
         methods: First to last.
@@ -373,7 +414,7 @@ def chain_cost(
     shapes = chain_shapes(methods, shape, folders)
     cost = None
     for method, here in zip(methods[:-1], shapes, strict=False):
-        cost = method.cost(here, dtype, method.points()[-1], cost)
+        cost = _in_use(method, method.cost(here, dtype, method.points()[-1], cost), dtype)
     return methods[-1].cost(shapes[-1], dtype, point, cost)
 
 
@@ -386,6 +427,31 @@ def chain_shapes(
         shape = method.left(shape, folders[place] if place < len(folders) else None)
         found.append(shape)
     return found
+
+
+def inference_cost(
+    methods: Sequence[Method],
+    shape: Shape,
+    dtype: str,
+    point: str = "",
+    folders: Sequence[Path] = (),
+) -> Cost:
+    """Return the cost of what a chain of methods made, as it is evaluated; see `chain_cost`.
+
+    Float32 masters are cast to the compute dtype for that.
+    """
+    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point, folders), dtype)
+
+
+def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
+    if method.weights != "float32":
+        return cost
+    share = DTYPE_BYTES[dtype] / DTYPE_BYTES["float32"]
+    return replace(
+        cost,
+        resident_bytes=int(cost.resident_bytes * share),
+        bytes_per_token=cost.bytes_per_token * share,
+    )
 
 
 def dense_cost(shape: Shape, weight_bytes: int) -> Cost:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.errors import UserError
+from effbench.footprint import Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper
 from effbench.methods.lora import (
@@ -36,7 +37,7 @@ from effbench.methods.lora import (
     rank_of,
 )
 from effbench.schema import PositiveFloat, PositiveInt
-from effbench.shapes import LINEARS, Shape
+from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ class DyLoRA(Method):
         nf4 = self.weights == "nf4"
         used = rank_of(point, self.rank)
         return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used, base)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count a step that draws the highest rank."""
+        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
 
 
 def powers(rank: int) -> tuple[int, ...]:

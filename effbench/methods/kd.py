@@ -11,15 +11,20 @@ second term of the first one's size. Our choices: forward KL in float32, w = 0.5
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from effbench.errors import UserError
+from effbench.footprint import Training
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Method, Paper, Weights
 from effbench.schema import Fraction, PositiveFloat
 from effbench.shapes import Shape
+
+DISTILLED_BYTES = 28
+"""Bytes per counted logit when the backward pass begins: seven float32 tensors. They are the
+student's two log-softmaxes, the teacher's, its exponential, their difference, two gradients."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Distillation(Method):
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of the teacher."""
+        vars(model).pop("teacher", None)
+
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the trained student; the teacher is not needed any more."""
         from effbench.nn.state import load_tensors
@@ -83,6 +92,14 @@ class Distillation(Method):
         model = super().prepare(model, ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count both distributions, their products and their gradients beside plain training."""
+        return replace(super().training(shape, dtype), loss_bytes=DISTILLED_BYTES, every=True)
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the teacher."""
+        return (self.teacher,) if self.teacher else ()
 
 
 def check_vocabulary(key: str, name: str, other: torch.nn.Module, model: torch.nn.Module) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Interval
 
 from effbench.errors import UserError, did_you_mean
+from effbench.footprint import Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Context, Cost, Method, Paper, dense_cost
 from effbench.schema import PositiveFloat, PositiveInt
@@ -44,6 +45,7 @@ class LoRA(Method):
     learning_rate: ClassVar[float] = 1e-3
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     leaves: ClassVar[str] = "adapted"
+    libraries: ClassVar[tuple[str, ...]] = ("peft",)
 
     rank: PositiveInt = 16
     """Rank R of the update."""
@@ -129,6 +131,10 @@ class LoRA(Method):
         """Count the base as it is held and the adapter as it is at `point`, in float32."""
         rank = rank_of(point, self.rank)
         return low_rank_cost(shape, dtype, self.weights == "nf4", self.targets, rank, rank, base)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count a frozen base, and the inputs of the adapters in float32."""
+        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
 
 
 def peft_adapters(

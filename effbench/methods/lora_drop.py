@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from effbench.errors import UserError, did_you_mean
+from effbench.footprint import Training, passed_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper
 from effbench.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
@@ -263,6 +264,30 @@ class LoRADrop(Method):
             flops_per_token=base.flops_per_token - 2 * skips * (saved - stand_in),
             kv_bytes_per_token=base.kv_bytes_per_token * (1 - share),
             saving="physical" if skips else base.saving,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the layers above the first stand-in, which a gradient passes, and the stand-ins.
+
+        Where a token is dropped, a droppable layer sees other keys than the rest: its attention
+        keeps a mask, and keys and values repeated for all heads.
+        """
+        size, droppable = DTYPE_BYTES[dtype], self.droppable(shape.num_layers)
+        if not droppable or not self.window:
+            return passed_layers(shape, size, 0)
+        per_map = 2 * self.rank * shape.hidden_size  # FLOPs of one of a stand-in's two products
+        plain = passed_layers(shape, size, shape.num_layers - 1 - droppable[0])
+        d, repeated = shape.hidden_size, shape.num_heads - shape.num_kv_heads
+        above = len(droppable) - 1
+        stand_ins = len(droppable) * 4 * (d + self.rank)
+        masked = above * size * (d + 2 * repeated * shape.head_dim)
+        return replace(
+            plain,
+            layers=plain.layers + stand_ins + masked,
+            quadratic=float(above * size),
+            forward=plain.forward + 2 * len(droppable) * per_map,
+            gradient=plain.gradient + (4 * len(droppable) - 1) * per_map,
+            every=True,
         )
 
 

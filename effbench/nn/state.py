@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +35,42 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast all parameters in place; buffers stay, for rotary angles do not bear a short dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+MAPS = Path("/proc/self/maps")
+DONT_NEED = 4
+"""MADV_DONTNEED of madvise(2)."""
+
+
+def own_weights(model: torch.nn.Module) -> None:
+    """Copy weights that are still pages of a mapped file, and let go of those pages one by one.
+
+    A mapped file stays whole in memory for as long as one of its tensors lives: a model whose other
+    weights were packed into 4 bits would hold all that it was made from.
+    """
+    files = _mapped_files()
+    for parameter in model.parameters():
+        old = parameter.data
+        if any(start <= old.data_ptr() < end for start, end in files):
+            parameter.data = old.clone()
+            _forget_pages(old)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the address ranges of mapped safetensors files; none where the system does not say."""
+    if not MAPS.exists():
+        return []
+    lines = (line.split() for line in MAPS.read_text().splitlines())
+    ranges = [words[0].split("-") for words in lines if words[-1].endswith(".safetensors")]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+
+def _forget_pages(tensor: torch.Tensor) -> None:
+    """Drop the whole pages of a tensor from memory; read again, they come from their file."""
+    begin = -(tensor.data_ptr() // -mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONT_NEED)
 
 
 def load_tensors(targets: Mapping[str, torch.Tensor], path: Path) -> None:

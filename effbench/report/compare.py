@@ -1,265 +1,152 @@
-"""What several runs show side by side: differences with their tests, and what was not equal.
+"""Several runs side by side: differences with their tests, and what was not equal.
 
-Every run and operating point is held against the first one. Where both kept the outcomes of the
-same items, the difference comes from a paired test whose p-value is corrected (Holm) for the rows
-of its table. What was measured, counted and modelled never shares a column.
+Runs of one spec with several seeds make one row. Every row is held against the first one. Where
+both kept the outcomes of the same items, the difference comes from a paired test whose p-value is
+corrected (Holm) for the rows of its table. What was measured, counted and modelled never shares a
+column.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 
-from effbench.records import Metric, Outcomes, Record, strict
-from effbench.report.labels import ABSENT, differences, labels
-from effbench.report.table import Cell, Table, Value, as_value, modelled, show
-from effbench.stats import Difference, finding, holm, paired_difference, verdict
+import numpy as np
 
-if TYPE_CHECKING:
-    from rich.console import Group as RichGroup
-
-USUAL = (
-    "peak_bytes",
-    "step_seconds",
-    "prefill_tokens_per_second",
-    "decode_tokens_per_second",
-    "trainable_params",
-    "weight_bytes",
-    "artefact_bytes",
-    "kv_bytes",
+from effbench.errors import UserError, did_you_mean
+from effbench.records import Metric, Outcomes, Record
+from effbench.report.budgets import budgets
+from effbench.report.compared import Comparison, Kind, MetricTable, Row
+from effbench.report.contrast import OTHER_ITEMS, Contrast, Side, contrast, p_of_difference
+from effbench.report.groups import Group, grouped
+from effbench.report.labels import better, differences
+from effbench.report.table import Value, as_value
+from effbench.report.words import in_words
+from effbench.stats import (
+    ALPHA,
+    equivalent,
+    finding,
+    holm,
+    letters,
+    seeds_interval,
+    verdict,
 )
-"""Metrics without a test that a terminal shows unless everything is asked for."""
-EQUAL = 0.01
-"""Budgets count as equal when the largest exceeds the smallest by at most this share."""
+from effbench.stats.intervals import spread_interval
 
-
-class Kind(NamedTuple):
-    """What two metrics must have in common to be compared."""
-
-    evaluator: str
-    metric: str
-    task: str
-    split: str
-    phase: str
-    obtained: str
-
-    def __str__(self) -> str:
-        where = f" of {self.task}" if self.task else ""
-        where += f" on {self.split}" if self.split else ""
-        when = f" ({self.phase})" if self.phase else ""
-        return f"{self.metric}{where}{when}"
+Margins = Mapping[str, float]
+"""Margin of a metric, by its name; under an empty name that of all others."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run at one operating point against the first one."""
+class Entry:
+    """A metric of one group at one point."""
 
-    label: str
-    key: str
-    point: str
-    value: Value
-    ratio: float | None = None
-    """Value / first value."""
-    difference: Difference | None = None
-    """Value - first value by a paired test; None for the first row or without shared items."""
-    p_adjusted: float | None = None
-    """Its p-value, Holm-adjusted over the rows of the table."""
-    finding: str = ""
-    """`lower`, `higher`, `cannot be told apart`, or why there is no test."""
-    verdict: str = ""
-    """The same in a sentence."""
+    number: int
+    """Of the group."""
+    group: Group
+    metrics: list[Metric]
+    """One per run."""
+    outcomes: list[Outcomes]
+    """One per run; empty when one of them kept none."""
 
-    @property
-    def name(self) -> str:
-        """Label and point."""
-        return f"{self.label} {self.point}".rstrip()
-
-
-@dataclass(frozen=True)
-class MetricTable:
-    """One metric over all runs and points."""
-
-    kind: Kind
-    rows: list[Row]
-
-    @property
-    def tested(self) -> bool:
-        """Whether any row has a paired test, or says why it has none."""
-        return any(row.finding for row in self.rows)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the rows."""
-        return tuple(row.name for row in self.rows)
-
-    def table(self) -> Table:
-        """Return the table for people."""
-        unit = self.rows[0].value.unit
-        by = f", {self.kind.evaluator}" if self.kind.evaluator else ""
-        warning = modelled(self.kind.obtained)
-        title = f"{self.kind}{f', {unit}' if unit else ''}{by}{f', {warning}' if warning else ''}"
-        first = self.rows[0].name
-        rows: list[tuple[Cell, ...]] = [
-            (r.name, r.value._replace(unit=""), _value(r.difference), _p(r.p_adjusted), r.finding)
-            for r in self.rows
-        ]
-        tests = sorted({row.difference.test for row in self.rows if row.difference})
-        notes = [f"Difference: against {first}, mean over items, 95 % interval."]
-        notes += [f"p: {' and '.join(tests)}, adjusted after Holm."] if tests else []
-        return Table(title, ("run", "value", "difference", "p", "finding"), rows, tuple(notes))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Something that a fair comparison holds equal."""
-
-    name: str
-    values: list[float | str | None]
-    """One per run; None where it is not recorded."""
-
-    @property
-    def equal(self) -> bool | None:
-        """Whether all runs had the same, within 1 %; None when it is not recorded for all."""
-        if any(v is None for v in self.values):
+    def side(self) -> Side | None:
+        """Return the outcomes for a test; None when there are none."""
+        if not self.outcomes:
             return None
-        numbers = [v for v in self.values if isinstance(v, int | float)]
-        if len(numbers) < len(self.values):
-            return len(set(self.values)) == 1
-        return max(numbers) <= (1 + EQUAL) * min(numbers)
+        return Side(self.number, self.group.seeds, self.outcomes, self.group.seedless)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that a comparison found."""
+def compare(
+    records: Sequence[Record], known: Sequence[Record] = (), margins: Margins | None = None
+) -> Comparison:
+    """Compare runs, or the operating points of one run, with the first run's first point.
 
-    labels: list[str]
-    keys: list[str]
-    metrics: list[MetricTable]
-    budgets: list[Budget]
-    differs: dict[str, list[Any]]
-    """Dotted keys of the specs that are not the same, with one value per run."""
-    notes: list[str]
+    Args:
+        records: The runs; those that differ in their seed only become one row.
+        known: All finished runs of the folder: what was tried to tune these, and their parents.
+        margins: Differences that would still count as none.
 
-    def tables(self, full: bool = True) -> list[Table]:
-        """Return the tables for people: tested metrics, other numbers, budgets, settings.
-
-        Args:
-            full: Whether to show every number that is there, or only the usual ones.
-        """
-        found = [m.table() for m in self.metrics if m.tested]
-        shown = [m for m in self.metrics if full or m.kind.metric in USUAL]
-        for obtained in ("measured", "counted", "modelled"):
-            rest = [m for m in shown if not m.tested and m.kind.obtained == obtained]
-            for names in dict.fromkeys(m.names for m in rest):
-                found.append(_plain_table([m for m in rest if m.names == names], obtained))
-        if len(self.keys) > 1:
-            found += [self._budget_table(), self._settings_table(full)]
-        return found
-
-    def rich(self, full: bool = False) -> RichGroup:
-        """Return the comparison for a terminal; see `tables`."""
-        from rich.console import Group as RichGroup
-        from rich.text import Text
-
-        tables = [part for table in self.tables(full) for part in (table.rich(), Text())]
-        return RichGroup(*tables, *(Text(f"Note: {note}") for note in self.notes))
-
-    def markdown(self) -> str:
-        """Return the comparison as GitHub Markdown."""
-        parts = [table.markdown() for table in self.tables()]
-        parts += ["\n".join(f"- {note}" for note in self.notes) + "\n"] if self.notes else []
-        return "\n".join(parts)
-
-    def csv(self) -> str:
-        """Return all metrics as one long CSV, one row per metric, run and point."""
-        head = (*Kind._fields, "unit", "run", "key", "point", "value", "difference", "ratio")
-        tail = ("p_adjusted", "finding", "verdict")
-        rows: list[tuple[Cell, ...]] = [
-            (
-                *(*m.kind, r.value.unit, r.label, r.key, r.point),
-                *(r.value, _value(r.difference), r.ratio, r.p_adjusted, r.finding, r.verdict),
-            )
-            for m in self.metrics
-            for r in m.rows
-        ]
-        return Table("", (*head, *tail), rows).csv()
-
-    def json(self) -> str:
-        """Return the comparison as JSON."""
-        metrics = [
-            {**m.kind._asdict(), "rows": [_row_json(row) for row in m.rows]} for m in self.metrics
-        ]
-        budgets = [{**asdict(b), "equal": b.equal} for b in self.budgets]
-        whole = {**asdict(replace(self, metrics=[], budgets=[]))}
-        whole |= {"metrics": metrics, "budgets": budgets}
-        return json.dumps(strict(whole), indent=1, allow_nan=False) + "\n"
-
-    def _budget_table(self) -> Table:
-        words = {True: "yes", False: "NO", None: "not recorded for all"}
-        rows: list[tuple[Cell, ...]] = [
-            (b.name, *(show(v) for v in b.values), words[b.equal]) for b in self.budgets
-        ]
-        return Table("What was held equal", ("budget", *self.labels, "equal"), rows)
-
-    def _settings_table(self, full: bool) -> Table:
-        """Return the settings that differ; unless `full`, only those that all runs have."""
-        rows: list[tuple[Cell, ...]] = [
-            (key, *(ABSENT if v is None else str(v) for v in values))
-            for key, values in self.differs.items()
-            if full or ABSENT not in values
-        ]
-        return Table("What differs between the specs", ("setting", *self.labels), rows)
-
-
-def compare(records: Sequence[Record]) -> Comparison:
-    """Compare runs, or the operating points of one run, with the first run's first point."""
-    names = labels(records)
-    groups = [_grouped(record) for record in records]
+    Raises:
+        UserError: For a margin of a metric that is not compared.
+    """
+    groups = grouped(records, known)
+    names = [group.label for group in groups]
+    kinds = [_by_kind(group) for group in groups]
     tables, notes = [], []
     missing: dict[str, list[str]] = {}
-    for kind, own in groups[0].items():
-        lacking = [n for n, group in zip(names, groups, strict=True) if kind not in group]
-        if len(lacking) == len(records) - 1 and len(own) == 1:
-            notes += [_not_shared(kind, names, groups)] if len(records) > 1 else []
-            continue
+    for kind, own in kinds[0].items():
+        lacking = [n for n, found in zip(names, kinds, strict=True) if kind not in found]
+        if len(lacking) == len(groups) - 1 and len(own) == 1:
+            notes += [_not_shared(kind, names, kinds)] if len(groups) > 1 else []
+            if len(groups) > 1 or len(records) == 1:
+                continue
         if lacking:
             missing.setdefault(", ".join(lacking), []).append(str(kind))
         entries = [
-            (name, record, metric)
-            for name, record, group in zip(names, records, groups, strict=True)
-            for metric in group.get(kind, [])
+            Entry(number, group, metrics, _outcomes(group, kind, point))
+            for number, (group, found) in enumerate(zip(groups, kinds, strict=True))
+            for point, metrics in found.get(kind, {}).items()
         ]
-        tables.append(MetricTable(kind, _rows(kind, entries)))
+        tables.append(_table(kind, entries, _margin(kind, margins or {})))
+    _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
+    equal = budgets(groups, [*known, *records])
     return Comparison(
         names,
-        [record.key for record in records],
+        [group.keys for group in groups],
         tables,
-        _budgets(records),
-        differences(records),
+        equal,
+        differences([group.records[0] for group in groups]),
         notes,
+        in_words(groups, tables, equal),
     )
 
 
-def _grouped(record: Record) -> dict[Kind, list[Metric]]:
-    evaluators = {(o.metric, o.task, o.split): o.evaluator for o in record.outcomes}
-    groups: dict[Kind, list[Metric]] = {}
-    for m in record.metrics:
-        evaluator = evaluators.get((m.name, m.task, m.split), "")
-        kind = Kind(evaluator, m.name, m.task, m.split, m.phase, m.obtained)
-        groups.setdefault(kind, []).append(m)
-    return groups
+def margins_of(words: Sequence[str]) -> dict[str, float]:
+    """Return margins from words like `0.01` or `accuracy=0.01`.
+
+    Raises:
+        UserError: For what is no number above zero.
+    """
+    found = {}
+    for word in words:
+        name, _, text = word.rpartition("=")
+        try:
+            found[name] = float(text)
+        except ValueError:
+            found[name] = math.nan
+        if not 0 < found[name] < math.inf:
+            raise UserError(
+                f"--margin {word}: {text!r} is no number above zero.",
+                "For example: --margin 0.01, or --margin accuracy=0.01 --margin loss=0.02.",
+            )
+    return found
 
 
-def _not_shared(
-    kind: Kind, names: Sequence[str], groups: Sequence[dict[Kind, list[Metric]]]
-) -> str:
+def _by_kind(group: Group) -> dict[Kind, dict[str, list[Metric]]]:
+    """Return the metrics that all runs of a group have, by kind and point."""
+    found: dict[Kind, dict[str, list[Metric]]] = {}
+    for record in group.records:
+        evaluators = {(o.metric, o.task, o.split): o.evaluator for o in record.outcomes}
+        for m in record.metrics:
+            evaluator = evaluators.get((m.name, m.task, m.split), "")
+            kind = Kind(evaluator, m.name, m.task, m.split, m.phase, m.obtained)
+            found.setdefault(kind, {}).setdefault(m.point, []).append(m)
+    runs = len(group.records)
+    whole = {
+        kind: {p: metrics for p, metrics in points.items() if len(metrics) == runs}
+        for kind, points in found.items()
+    }
+    return {kind: points for kind, points in whole.items() if points}
+
+
+def _not_shared(kind: Kind, names: Sequence[str], kinds: Sequence[Mapping[Kind, object]]) -> str:
     others = [
         f"{other.obtained} in {name}"
-        for name, group in zip(names, groups, strict=True)
-        for other in group
+        for name, found in zip(names, kinds, strict=True)
+        for other in found
         if other[1:5] == kind[1:5] and other.obtained != kind.obtained
     ]
     if others:
@@ -267,120 +154,124 @@ def _not_shared(
     return f"{kind} is only in {names[0]}."
 
 
-def _rows(kind: Kind, entries: list[tuple[str, Record, Metric]]) -> list[Row]:
-    label, first, base = entries[0]
-    rows = [Row(label, first.key, base.point, as_value(base))]
-    reference = _outcomes(first, kind, base.point)
-    for name, record, metric in entries[1:]:
-        row = Row(name, record.key, metric.point, as_value(metric))
-        if base.value:
-            row = replace(row, ratio=metric.value / base.value)
-        rows.append(_tested(row, _outcomes(record, kind, metric.point), reference))
-    adjusted = iter(holm([row.difference.p for row in rows if row.difference]))
-    return [_judged(row, rows[0], next(adjusted)) if row.difference else row for row in rows]
-
-
-def _tested(row: Row, own: Outcomes | None, reference: Outcomes | None) -> Row:
-    if own is None or reference is None:
-        return row
-    if own.ids != reference.ids or len(own.values) != len(reference.values):
-        words = "not the same items: no paired test"
-        return replace(row, finding=words, verdict=words)
-    return replace(row, difference=paired_difference(own.values, reference.values))
-
-
-def _judged(row: Row, first: Row, p: float) -> Row:
-    assert row.difference is not None
-    return replace(
-        row,
-        p_adjusted=p,
-        finding=finding(row.difference, p),
-        verdict=verdict(row.name, first.name, row.difference, row.value.unit, p),
-    )
-
-
-def _outcomes(record: Record, kind: Kind, point: str) -> Outcomes | None:
+def _outcomes(group: Group, kind: Kind, point: str) -> list[Outcomes]:
     wanted = (kind.evaluator, kind.metric, kind.task, kind.split, point)
-    found = (
-        o for o in record.outcomes if (o.evaluator, o.metric, o.task, o.split, o.point) == wanted
+    found = [
+        next(
+            (
+                o
+                for o in record.outcomes
+                if (o.evaluator, o.metric, o.task, o.split, o.point) == wanted
+            ),
+            None,
+        )
+        for record in group.records
+    ]
+    return [] if None in found else [o for o in found if o is not None]
+
+
+def _margin(kind: Kind, margins: Margins) -> float | None:
+    return margins.get(kind.metric, margins.get(""))
+
+
+def _check_margins(margins: Margins, tables: Sequence[MetricTable]) -> None:
+    tested = {table.kind.metric for table in tables if table.tested}
+    for name in margins:
+        if name and name not in tested:
+            hint = did_you_mean(name, tested)
+            raise UserError(f"There is no test of {name!r} to put a margin on.", hint)
+
+
+# -- one table ---------------------------------------------------------------------------------
+
+
+def _table(kind: Kind, entries: Sequence[Entry], margin: float | None) -> MetricTable:
+    sides = [entry.side() for entry in entries]
+    direction = better(kind.metric)
+    rows = [_plain(entry, entries[0]) for entry in entries]
+    found: dict[int, Contrast] = {}
+    for i, side in enumerate(sides[1:], 1):
+        first = sides[0]
+        if side is None or first is None:
+            continue
+        if side.same_items(first):
+            found[i] = contrast(side, first, margin, direction)
+        else:
+            rows[i] = replace(rows[i], finding=OTHER_ITEMS, verdict=OTHER_ITEMS)
+    _judge(rows, found)
+    marks = _letters(rows, sides, found) if len(rows) > 2 else {}
+    rows = [replace(row, letters=marks.get(i, "")) for i, row in enumerate(rows)]
+    return MetricTable(kind, rows, margin if found else None)
+
+
+def _plain(entry: Entry, first: Entry) -> Row:
+    """Return a row without a test: the value, over seeds where there are several."""
+    values = np.array([m.value for m in entry.metrics])
+    base = float(np.mean([m.value for m in first.metrics]))
+    value, spread = as_value(entry.metrics[0]), None
+    if len(values) > 1:
+        spread = float(values.std(ddof=1))
+        value = Value(float(values.mean()), entry.metrics[0].unit, *_bounds(entry, values))
+    return Row(
+        entry.group.label,
+        entry.group.keys,
+        entry.metrics[0].point,
+        value,
+        len(values),
+        spread,
+        value.value / base if base else None,
     )
-    return next(found, None)
 
 
-# -- budgets -----------------------------------------------------------------------------------
+def _bounds(entry: Entry, values: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """Return the interval of a mean over seeds, over their items too where these are known."""
+    side = entry.side()
+    if side is not None and side.same_items(side):
+        found = seeds_interval(side.values, side.outcomes[0].clusters)
+    elif np.ptp(values) > 0:
+        found = spread_interval(values)
+    else:
+        return None, None
+    return found.low, found.high
 
 
-def _budgets(records: Sequence[Record]) -> list[Budget]:
-    rows: dict[str, list[float | str | None]] = {
-        "base model": [r.name_of("model") or None for r in records],
-        "dataset": [r.name_of("dataset") or None for r in records],
-        "training tokens": [_metric(r, "train_tokens") for r in records],
-        "optimiser steps": [_steps(r) for r in records],
-        "trainable parameters": [_metric(r, "trainable_params") for r in records],
-    }
-    return [Budget(name, values) for name, values in rows.items()]
+def _judge(rows: list[Row], found: Mapping[int, Contrast]) -> None:
+    """Put the tests into the rows, adjusted for each other."""
+    differences = {i: c.difference for i, c in found.items()}
+    adjusted = _adjusted({i: d.p for i, d in differences.items()})
+    same = {i: d.equivalence for i, d in differences.items() if d.equivalence}
+    equal = _adjusted({i: e.p for i, e in same.items()})
+    worse = _adjusted({i: e.p_worse for i, e in same.items() if e.p_worse is not None})
+    for i, c in found.items():
+        row, d = rows[i], c.difference
+        rows[i] = replace(
+            row,
+            difference=d,
+            covers=c.covers,
+            items=c.items,
+            over_seeds=c.seeds,
+            p_adjusted=adjusted[i],
+            finding=finding(d, adjusted[i]),
+            verdict=verdict(row.name, rows[0].name, d, row.value.unit, adjusted[i]),
+            at_margin=equivalent(d, equal.get(i), worse.get(i)),
+        )
 
 
-def _metric(record: Record, name: str) -> float | None:
-    """Return a metric of the whole run, or its largest one over the operating points."""
-    return max((m.value for m in record.metrics if m.name == name), default=None)
+def _adjusted(pvalues: Mapping[int, float]) -> dict[int, float]:
+    return dict(zip(pvalues, holm(list(pvalues.values())), strict=True))
 
 
-def _steps(record: Record) -> float | None:
-    if record.stage != "train":
-        return None
-    taken = _metric(record, "train_steps")
-    return taken if taken is not None else (record.spec.get("train") or {}).get("max_steps")
-
-
-# -- parts of tables ---------------------------------------------------------------------------
-
-
-def _plain_table(metrics: Sequence[MetricTable], obtained: str) -> Table:
-    """Return metrics of the same rows, without a test, along the shorter side of the table."""
-    titles = {
-        "measured": "Measured, without a paired test",
-        "counted": "Counted",
-        "modelled": "Modelled, not measured",
-    }
-    heads = [_metric_head(m) for m in metrics]
-    names = metrics[0].names
-    cells: list[list[Cell]] = [[_with_ratio(row, m.rows[0]) for row in m.rows] for m in metrics]
-    if len(names) <= len(metrics):
-        rows = [(head, *row) for head, row in zip(heads, cells, strict=True)]
-        return Table(titles[obtained], ("metric", *names), rows)
-    turned = [(name, *column) for name, column in zip(names, zip(*cells, strict=True), strict=True)]
-    return Table(titles[obtained], ("run", *heads), turned)
-
-
-def _metric_head(metric: MetricTable) -> str:
-    unit = metric.rows[0].value.unit
-    return f"{metric.kind}, {unit}" if unit and not unit.startswith("bytes") else str(metric.kind)
-
-
-def _with_ratio(row: Row, first: Row) -> str:
-    if row.ratio is None or row.value.value == first.value.value:
-        return str(row.value)
-    return f"{row.value} ({_times(row.ratio)}×)"
-
-
-def _times(ratio: float) -> str:
-    if abs(ratio) >= 100:
-        return f"{ratio:,.0f}"
-    return f"{ratio:.2f}" if abs(ratio) >= 0.1 else f"{ratio:.2g}"
-
-
-def _value(difference: Difference | None) -> Value | None:
-    if difference is None:
-        return None
-    return Value(difference.value, "", difference.low, difference.high)
-
-
-def _p(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "value": row.value._asdict()}
+def _letters(
+    rows: Sequence[Row], sides: Sequence[Side | None], found: Mapping[int, Contrast]
+) -> dict[int, str]:
+    """Return the letters of all rows that were tested, from all pairs of them."""
+    tested = [0, *found] if found else []
+    pairs: dict[tuple[int, int], float] = {}
+    for (m, i), (n, j) in combinations(enumerate(tested), 2):
+        a, b = sides[i], sides[j]
+        assert a is not None and b is not None
+        pairs[m, n] = found[j].difference.p if i == 0 else p_of_difference(a, b)
+    adjusted = holm(list(pairs.values()))
+    differ = {pair: p <= ALPHA for pair, p in zip(pairs, adjusted, strict=True)}
+    marks = letters([rows[i].value.value for i in tested], differ)
+    return dict(zip(tested, marks, strict=True))

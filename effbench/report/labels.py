@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.records import Record
 
+if TYPE_CHECKING:
+    from effbench.stats import Better
+
 ABSENT = "—"
 """Stands for a value that a run does not have."""
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits", "seconds", "bytes", "params")
+HIGHER_IS_BETTER = ("accuracy", "acc", "exact_match", "agreement", "per_second")
+
+
+def better(metric: str) -> Better:
+    """Return which direction of a metric is the good one, by its name; empty when none is."""
+    if any(part in metric for part in HIGHER_IS_BETTER):
+        return "higher"
+    return "lower" if any(part in metric for part in LOWER_IS_BETTER) else ""
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

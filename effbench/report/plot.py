@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError, did_you_mean
-from effbench.files import write_atomic
 from effbench.records import Metric, Record
-from effbench.report.labels import labels
+from effbench.report.canvas import COLOURS, canvas, direct_labels, footnote, save
+from effbench.report.labels import better, labels
 from effbench.report.table import scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""The palette of Okabe and Ito: distinct for all common forms of colour vision."""
-
 MARKERS = "osD^vPX"
 """So that lines stay distinct without colour too."""
-
-LOWER_IS_BETTER = ("loss", "perplexity", "bits", "seconds", "bytes", "params")
-HIGHER_IS_BETTER = ("accuracy", "per_second")
-
-GREY = "#555555"
-LABEL_GAP = 0.055
-"""Least distance between two direct labels, as a share of the axis."""
 
 
 def points_plot(records: Sequence[Record], metric: str, path: Path, split: str = "") -> Path:
@@ -59,7 +47,7 @@ def points_plot(records: Sequence[Record], metric: str, path: Path, split: str =
     series, unit = _scaled([values for _, values in shown], first.unit)
     positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
     places = _places(sum(not any(m.point for m in values) for values in series), bool(positions))
-    figure, axes = _canvas()
+    figure, axes = canvas()
     axes.margins(x=0.1 if len(places) > 1 else 0.05)
     marks = []
     for number, (name, values) in enumerate(zip(names, series, strict=True)):
@@ -72,16 +60,17 @@ def points_plot(records: Sequence[Record], metric: str, path: Path, split: str =
         marks.append(((pointed or values)[-1].value, name, colour))
     _finish_x(axes, positions, axis_name, log)
     where = f" on {first.split}" if first.split else ""
-    direction = _direction(metric)
-    title = f"{_words(metric)}{where}{f', {direction}' if direction else ''}"
+    direction = f", {better(metric)} is better" if better(metric) else ""
+    task = f" of {first.task}" if first.task else ""
+    title = f"{_words(metric)}{task}{where}{direction}"
     axes.set_title(title[0].upper() + title[1:], loc="left")
     axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
     notes = ["modelled, not measured"] if first.obtained == "modelled" else []
     if any(_bounded(m) for values in series for m in values):
         notes.append("bars and bands: 95 % interval of each value alone, not of differences")
-    _footnote(figure, notes)
-    _direct_labels(axes, marks)
-    return _save(figure, path)
+    footnote(figure, notes)
+    direct_labels(axes, marks)
+    return save(figure, path)
 
 
 def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
@@ -102,7 +91,7 @@ def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") 
             lines[kind].append((event["step"], event["loss"]))
     if not any(lines.values()):
         raise UserError("The run has no losses to plot.", "Only training writes them.")
-    figure, axes = _canvas()
+    figure, axes = canvas()
     marks = []
     for (kind, line), colour in zip(lines.items(), COLOURS, strict=False):
         if not line:
@@ -114,15 +103,15 @@ def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") 
             axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(steps, smooth, color=colour, linewidth=2)
             marks.append((smooth[-1], kind, colour))
-            _footnote(figure, [f"thick line: mean over {2 * reach + 1} steps"] if reach else [])
+            footnote(figure, [f"thick line: mean over {2 * reach + 1} steps"] if reach else [])
         else:
             axes.plot(steps, losses, color=colour, linewidth=1.5, marker="s", markersize=5)
             marks.append((losses[-1], kind, colour))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats/token)")
     axes.set_title(title or "Loss over training", loc="left")
-    _direct_labels(axes, marks)
-    return _save(figure, path)
+    direct_labels(axes, marks)
+    return save(figure, path)
 
 
 # -- what is drawn -----------------------------------------------------------------------------
@@ -229,31 +218,8 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def _direction(metric: str) -> str:
-    if any(part in metric for part in HIGHER_IS_BETTER):
-        return "higher is better"
-    return "lower is better" if any(part in metric for part in LOWER_IS_BETTER) else ""
-
-
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
-
-
-# -- the canvas --------------------------------------------------------------------------------
-
-
-def _canvas() -> tuple[Any, Axes]:
-    """Return a figure that needs no display and belongs to no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> None:
@@ -268,43 +234,3 @@ def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> 
     if len(positions) == 1:
         (x,) = positions.values()
         axes.set_xlim(x / 2, x * 2) if log else axes.set_xlim(x - 1, x + 1)
-
-
-def _direct_labels(axes: Axes, marks: Sequence[tuple[float, str, str]]) -> None:
-    """Write each series' name to the right of its end, moved apart where they would touch."""
-    low, high = axes.get_ylim()
-    finite = [m for m in marks if math.isfinite(m[0])]
-    ordered = sorted(((value - low) / (high - low), name, c) for value, name, c in finite)
-    heights = [height for height, _, _ in ordered]
-    for _ in range(50):
-        for below, above in pairwise(range(len(heights))):
-            overlap = LABEL_GAP - (heights[above] - heights[below])
-            if overlap > 0:
-                heights[below] -= overlap / 2
-                heights[above] += overlap / 2
-    for height, (_, name, colour) in zip(heights, ordered, strict=True):
-        axes.annotate(
-            name,
-            (1.02, height),
-            xycoords="axes fraction",
-            color=colour,
-            va="center",
-            fontweight="bold",
-            fontsize=9,
-        )
-
-
-def _footnote(figure: Any, notes: Sequence[str]) -> None:
-    if notes:
-        figure.supxlabel("; ".join(notes), x=0.01, ha="left", fontsize=8, color=GREY)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    kinds = figure.canvas.get_supported_filetypes()
-    kind = path.suffix.removeprefix(".")
-    if kind not in kinds:
-        raise UserError(f"{path.name} is not a kind of picture.", "End it with .png, .pdf or .svg.")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=160)
-    write_atomic(path, picture.getvalue())
-    return path

@@ -20,6 +20,9 @@ HEADLINES = (
     "loss",
     "perplexity",
     "bits_per_byte",
+    "exact_match",
+    "exact_match_strict_match",
+    "agreement",
     "decode_tokens_per_second",
     "train_loss_last",
     "weight_bytes",
@@ -164,12 +167,13 @@ def headline(record: Record) -> str:
         found = [m for m in record.metrics if m.name == name]
         if not found:
             continue
-        values = sorted(m.value for m in found if m.split == found[0].split)
-        unit = found[0].unit
+        first, unit = found[0], found[0].unit
+        values = sorted(m.value for m in found if (m.task, m.split) == (first.task, first.split))
         shown = " to ".join(dict.fromkeys(readable(v, unit) for v in (values[0], values[-1])))
         tail = "" if unit.startswith("bytes") else unit
         over = f"over {len(values)} points" if len(values) > 1 else ""
-        return " ".join(part for part in (name, shown, tail, over) if part)
+        of = f"of {first.task}" if first.task else ""
+        return " ".join(part for part in (name, of, shown, tail, over) if part)
     return ABSENT
 
 
@@ -193,6 +197,19 @@ def comparison(records: Sequence[Record], metrics: Sequence[str] = ()) -> Table:
             rows.append((label, point, *values))
     heads = tuple(_head(found[c]) for c in columns)
     table = Table("", ("run", "point", *heads), rows)
+    return table if any(row[1] for row in rows) else _without(table, 1)
+
+
+def tasks_table(record: Record) -> Table:
+    """Return one row per benchmark task and operating point of a run, one column per metric."""
+    found = [m for m in record.metrics if m.task]
+    names = list(dict.fromkeys(m.name for m in found))
+    cells = {(m.task, m.point, m.name): as_value(m) for m in found}
+    rows: list[tuple[Cell, ...]] = [
+        (task, point, *(cells.get((task, point, name)) for name in names))
+        for task, point in dict.fromkeys((m.task, m.point) for m in found)
+    ]
+    table = Table("", ("task", "point", *names), rows)
     return table if any(row[1] for row in rows) else _without(table, 1)
 
 

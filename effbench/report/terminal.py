@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effbench.errors import UserError
 from effbench.records import Record, read_all
-from effbench.report.table import Cell, Table, as_value, comparison, runs_table
+from effbench.report.table import Cell, Table, as_value, comparison, runs_table, tasks_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
     from effbench.assets import Status
     from effbench.doctor import Check
     from effbench.query import Rows
-    from effbench.report.compare import Comparison
+    from effbench.report.compared import Comparison
 
-EVALUATED = ("loss", "bits_per_byte", "accuracy", "accuracy_norm", "decode_tokens_per_second")
+EVALUATED = (
+    "loss",
+    "bits_per_byte",
+    "accuracy",
+    "accuracy_norm",
+    "exact_match",
+    "agreement",
+    "kl",
+    "flips",
+    "decode_tokens_per_second",
+)
 """Columns of one run, where it has them."""
 
 
@@ -46,6 +57,9 @@ def _console() -> Console:
 def print_record(record: Record) -> None:
     """Print what a run was, what it gave at each operating point, and what it cost."""
     print_table(_evaluated(record))
+    tasks = tasks_table(record)
+    if tasks.rows:
+        print_table(tasks)
     print_table(_others(record))
     for note in record.notes:
         print(f"Note: {note}")
@@ -53,18 +67,25 @@ def print_record(record: Record) -> None:
 
 
 def _evaluated(record: Record) -> Table:
-    names = {m.name for m in record.metrics}
+    own = replace(record, metrics=[m for m in record.metrics if not m.task])
+    names = {m.name for m in own.metrics}
     wanted = [n for n in (*EVALUATED, "params", "weight_bytes") if n in names]
-    table = comparison([record], wanted)
+    table = comparison([own], wanted)
     rows = [row[1:] for row in table.rows]
     return Table(record.label, table.columns[1:], rows, table.notes)
 
 
 def _others(record: Record) -> Table:
     rows: list[tuple[Cell, ...]] = [
-        (m.name, m.phase, as_value(m), m.unit if not m.unit.startswith("bytes") else "", m.obtained)
+        (
+            m.name,
+            m.task or m.phase,
+            as_value(m),
+            m.unit if not m.unit.startswith("bytes") else "",
+            m.obtained,
+        )
         for m in record.metrics
-        if not m.point and not m.split
+        if not m.point and not m.split and not m.task
     ]
     return Table("", ("metric", "phase", "value", "unit", "obtained"), rows)
 

@@ -66,6 +66,11 @@ def micro_batches(lengths: Sequence[int], most: int, pass_tokens: int) -> list[l
     return groups
 
 
+def groups_of(rows: Sequence[Example], most: int, device: torch.device) -> list[list[int]]:
+    """Return the positions of a step's rows, by micro-batch."""
+    return micro_batches([len(r.ids) for r in rows], most, PASS_TOKENS.get(device.type, 128))
+
+
 def window(
     examples: Sequence[Example],
     rows: Sequence[int],
@@ -91,11 +96,8 @@ def window(
             "A whole accumulation window has no token to learn from.",
             "Raise dataset.max_length, or check the answers.",
         )
-    groups = micro_batches(
-        [len(examples[i].ids) for i in rows], most, PASS_TOKENS.get(device.type, 128)
-    )
     batches = []
-    for group in groups:
+    for group in groups_of([examples[i] for i in rows], most, device):
         chosen = [rows[position] for position in group]
         batch = make_batch([(examples[i].ids, examples[i].labels()) for i in chosen], pad)
         batch.rows = chosen

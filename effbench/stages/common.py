@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,32 @@ from effbench.datasets import Data, Example
 from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject, make_batch
 from effbench.events import EventLog
+from effbench.files import write_atomic
 from effbench.journal import Journal
 from effbench.measure.counting import parameters
+from effbench.measure.energy import Energy, Meter, energy_name
 from effbench.measure.environment import fingerprint
-from effbench.measure.memory import PeakMemory, memory_in_use
-from effbench.methods.base import Batch, Context, Cost, Method, Weights, chain_cost, chain_shapes
+from effbench.measure.memory import PeakMemory, exact_blocks, memory_in_use, release
+from effbench.methods.base import (
+    Batch,
+    Context,
+    Cost,
+    Method,
+    Weights,
+    chain_shapes,
+    inference_cost,
+)
 from effbench.nn.quantised import quantise_nf4, storage_bytes
-from effbench.plan import chain, gib, predict
+from effbench.plan import Prediction, Taken, Workload, at_most, chain, gib, predict
 from effbench.progress import Progress
 from effbench.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.schema import plain
 from effbench.shapes import Shape
-from effbench.spec import Job, Spec
+from effbench.spec import Job, ModelSpec, Spec
 from effbench.store import RunFolder, Store
+
+SAME_DTYPE = 0.1
+"""Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
 
 
 @dataclass
@@ -53,6 +67,12 @@ class Bench:
     base_shape: Shape | None = None
     """Sizes of the base model."""
     tokenizer: Any = None
+    base_bytes: int = 0
+    """Memory of the process before the model is loaded."""
+    workload: Workload | None = None
+    """The batches of this run, once its data is there."""
+    took: dict[str, Taken] = field(default_factory=dict)
+    """What each phase took."""
 
     @property
     def spec(self) -> Spec:
@@ -84,16 +104,47 @@ class Bench:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure wall time and peak memory of a part of the run."""
-        start = time.perf_counter()
-        with PeakMemory(self.device, name) as memory:
-            yield
-        seconds = time.perf_counter() - start
+        """Measure wall time, peak memory and energy of a part of the run.
+
+        A part that was stopped and goes on in another process counts with what it took before.
+        """
+        release()
+        meter = Meter(self.device, self.job.runtime.machine.tdp_watts)
+        memory = PeakMemory(self.device, name)
+        try:
+            with meter, memory:
+                yield
+        except BaseException:
+            self._keep(name, self._taken(name, meter.energy, memory.peak.peak_bytes))
+            raise
+        took = self.took[name] = self._taken(name, meter.energy, memory.peak.peak_bytes)
+        self._keep(name, None)
+        energy = energy_name(took.energy)
         self.metrics += [
-            Metric("peak_bytes", memory.peak.peak_bytes, "bytes", phase=name),
-            Metric("phase_seconds", seconds, "s", phase=name),
+            Metric("peak_bytes", took.peak_bytes, "bytes", phase=name),
+            Metric("phase_seconds", took.seconds, "s", phase=name),
+            Metric(energy, took.joules, "J", phase=name, obtained=took.energy),
         ]
-        self.events.append("phase", name=name, seconds=seconds, peak_bytes=memory.peak.peak_bytes)
+        self.events.append("phase", name=name, **asdict(took), source=meter.energy.source)
+
+    def _taken(self, name: str, energy: Energy, peak_bytes: int) -> Taken:
+        """Return what a phase took, sessions before this one included."""
+        kept = (self.folder.read_json("phases.json") or {}).get(name)
+        before = Taken(**kept) if kept else Taken(0, 0.0, 0.0, energy.obtained)
+        measured = before.energy == energy.obtained == "measured"
+        return Taken(
+            max(peak_bytes, before.peak_bytes),
+            energy.seconds + before.seconds,
+            energy.joules + before.joules,
+            "measured" if measured else "modelled",
+        )
+
+    def _keep(self, name: str, took: Taken | None) -> None:
+        """Remember what an interrupted phase took, or forget it."""
+        kept = self.folder.read_json("phases.json") or {}
+        if took is not None or name in kept:
+            kept[name] = asdict(took) if took else None
+            self.folder.write_json("phases.json", kept)
 
     def count(self, name: str, value: float, unit: str, point: str = "") -> None:
         """Add an exact count to the metrics."""
@@ -103,7 +154,25 @@ class Bench:
         """Return what the model that is evaluated needs at one operating point."""
         assert self.base_shape is not None
         methods, dtype = chain(self.spec, self.earlier()), self.spec.hardware.dtype
-        return chain_cost(methods, self.base_shape, dtype, point, self._all_folders())
+        return inference_cost(methods, self.base_shape, dtype, point, self._all_folders())
+
+    def know(self, **parts: Any) -> None:
+        """Put what was found out about the run's batches in the place of what is possible."""
+        self.workload = replace(self.workload or at_most(self.spec), **parts)
+
+    def prediction(self) -> Prediction:
+        """Return what this run was predicted to take, for the batches that it has."""
+        assert self.base_shape is not None
+        runtime = self.job.runtime
+        return predict(
+            self.spec,
+            self.base_shape,
+            runtime.machine,
+            self.earlier(),
+            self.workload,
+            runtime.exact_memory and exact_blocks(),
+            self.folders(),
+        )
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
@@ -124,8 +193,14 @@ class Bench:
         """Return another model by its config name, frozen, on the device."""
         from effbench.config import compose
 
-        other = compose("eval", [f"model={name}"]).spec.model
-        loaded = models.load(other, device=self.spec.hardware.device, dtype=self.dtype)
+        return self._load_dense(compose("eval", [f"model={name}"]).spec.model)
+
+    def load_base(self) -> torch.nn.Module:
+        """Return the model of the spec before any method touched it, frozen, on the device."""
+        return self._load_dense(self.spec.model)
+
+    def _load_dense(self, model: ModelSpec) -> torch.nn.Module:
+        loaded = models.load(model, device=self.spec.hardware.device, dtype=self.dtype)
         return loaded.model.requires_grad_(False).eval()
 
 
@@ -137,6 +212,8 @@ def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
     if spec.hardware.threads:
         torch.set_num_threads(spec.hardware.threads)
     torch.manual_seed(spec.seed)
+    if job.runtime.exact_memory:
+        exact_blocks()
     return Bench(
         job=job,
         store=store,
@@ -157,14 +234,24 @@ def open_model(bench: Bench) -> torch.nn.Module:
     """
     spec, own = bench.spec, bench.method
     chain = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
+    weights = _base_weights(bench, [m for _, m in chain])
+    stored = models.fetch(spec.model)
+    models.import_libraries()
+    open_tokenizer(bench)
+    for method in (own, *(m for _, m in chain)):
+        for library in method.libraries:
+            importlib.import_module(library)
+    release()
+    bench.base_bytes = memory_in_use(bench.device)
     with bench.phase("load"):
         loaded = models.load(
             spec.model,
             device=spec.hardware.device,
             dtype=bench.dtype,
-            weights=_base_weights(bench, [m for _, m in chain]),
+            weights=weights,
+            tokenizer=False,
         )
-        model, bench.tokenizer, bench.base_shape = loaded.model, loaded.tokenizer, loaded.shape
+        model, bench.base_shape = loaded.model, loaded.shape
         for place, (earlier, method) in enumerate(chain):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
@@ -180,8 +267,29 @@ def open_model(bench: Bench) -> torch.nn.Module:
         )
     if spec.stage != "eval":
         own.check(bench.start_shape())
+    if stored is not None:
+        element = (torch.float32 if weights == "float32" else bench.dtype).itemsize
+        same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
+        bench.know(stored_bytes=0 if same else stored)
     bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
     return model
+
+
+def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, Method]:
+    """Return the model that a run evaluates, and its method; the run itself is left alone.
+
+    Args:
+        job: The run; it has made its artefact.
+        store: Where it is.
+        scratch: An empty folder for logs that nobody reads.
+    """
+    spec = replace(job.spec, stage="eval")
+    bench = open_bench(replace(job, spec=spec), RunFolder(scratch), store)
+    model = open_model(bench)
+    if job.spec.stage != "eval":
+        artefact = store.run(job.spec.key).artefact
+        model = bench.method.load(model, artefact, bench.context())
+    return model.eval().requires_grad_(False), bench.method
 
 
 def _base_weights(bench: Bench, chain: Sequence[Method]) -> Weights:
@@ -193,27 +301,44 @@ def _base_weights(bench: Bench, chain: Sequence[Method]) -> Weights:
     return "float32" if masters else "compute"
 
 
+def open_tokenizer(bench: Bench) -> None:
+    """Load the tokenizer, unless it is there."""
+    if bench.tokenizer is None:
+        bench.tokenizer = models.load_tokenizer(bench.spec.model)
+
+
 def open_data(bench: Bench) -> Data:
     """Return the data, after making sure that no evaluation item was trained on earlier.
 
     Raises:
         UserError: When an earlier run trained on items that this one evaluates.
     """
+    open_tokenizer(bench)
     data = Data(bench.spec.dataset, bench.tokenizer)
     seen: set[str] = set()
+    trained = [bench.spec.dataset] if bench.spec.stage == "train" else []
     for earlier in bench.store.ancestors(bench.spec):
-        seen |= set(bench.store.run(earlier.key).read_json("data.json") or [])
+        rows = bench.store.run(earlier.key).read_json("data.json") or []
+        seen |= set(rows)
+        trained += [earlier.dataset] if rows else []
     for evaluator in map(make_evaluator, bench.spec.evaluators):
-        split = getattr(evaluator, "split", None)
-        if split and not data.ids(split):
-            data.examples(split)  # says what is missing before anything is trained
-        shared = seen & set(data.ids(split)) if split else set()
-        if shared and not bench.spec.dataset.allow_overlap:
-            raise UserError(
-                f"{len(shared)} items of split {split!r} were training data of the run that "
-                "this one goes on from.",
-                "Evaluate on another split, or say dataset.allow_overlap=true.",
-            )
+        for split in evaluator.splits():
+            if not data.ids(split):
+                data.examples(split)  # says what is missing before anything is trained
+            shared = seen & set(data.ids(split))
+            if shared and not bench.spec.dataset.allow_overlap:
+                raise UserError(
+                    f"{len(shared)} items of split {split!r} were training data of the run that "
+                    "this one goes on from.",
+                    "Evaluate on another split, or say dataset.allow_overlap=true.",
+                )
+        for dataset in trained:
+            own = evaluator.overlap(dataset)
+            if own and not bench.spec.dataset.allow_overlap:
+                raise UserError(
+                    f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
+                    "Train on others, leave it out, or say dataset.allow_overlap=true.",
+                )
     return data
 
 
@@ -230,6 +355,8 @@ def evaluate(bench: Bench, model: torch.nn.Module, data: Data) -> None:
     model.eval().requires_grad_(False)
     done = bench.folder.path / "evaluations"
     done.mkdir(exist_ok=True)
+    plugins = [make_evaluator(p) for p in bench.spec.evaluators]
+    bench.know(evaluate=tuple(p for e in plugins for p in e.passes(bench.spec, data)))
     with bench.phase("evaluate"):
         for point in bench.method.points():
             with bench.method.at(model, point):
@@ -271,7 +398,11 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         cost=bench.cost(point),
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
+        keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),
         load_model=bench.load_frozen,
+        load_base=bench.load_base,
+        base_bytes=bench.base_bytes,
+        job=plain(bench.job),
     )
     result = make_evaluator(plugin).run(subject)
     for metric in result.metrics:
@@ -279,6 +410,10 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
     headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
     bench.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
     return result
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
@@ -317,7 +452,11 @@ def save_artefact(bench: Bench, model: torch.nn.Module) -> None:
 
 def note_made(bench: Bench) -> None:
     """Remember that the artefact is whole, with what was found out while making it."""
-    facts = {"metrics": [vars(m) for m in bench.metrics], "notes": bench.notes}
+    facts = {
+        "metrics": [vars(m) for m in bench.metrics],
+        "notes": bench.notes,
+        "took": {name: asdict(t) for name, t in bench.took.items()},
+    }
     bench.folder.write_json("made.json", facts)
 
 
@@ -328,20 +467,19 @@ def load_made(bench: Bench, model: torch.nn.Module) -> torch.nn.Module | None:
         return None
     bench.metrics = [Metric(**m) for m in facts["metrics"]]
     bench.notes = facts["notes"]
+    bench.took |= {name: Taken(**t) for name, t in facts["took"].items()}
     return bench.method.load(model, bench.folder.artefact, bench.context())
 
 
 def finish(bench: Bench) -> Record:
     """Write the record and mark the run as finished."""
     seconds = time.time() - bench.started
-    assert bench.base_shape is not None
-    prediction = predict(
-        bench.spec,
-        bench.base_shape,
-        bench.job.runtime.machine,
-        bench.earlier(),
-        bench.folders(),
-    )
+    summary = bench.prediction().summary(bench.took, bench.base_bytes)
+    bench.metrics.append(Metric("base_bytes", bench.base_bytes, "bytes", phase="start"))
+    for name, phase in summary["phases"].items():
+        if "error" in phase:
+            error = Metric("plan_error", phase["error"], "", phase=name, obtained="modelled")
+            bench.metrics.append(error)
     record = Record(
         schema=SCHEMA,
         key=bench.spec.key,
@@ -353,7 +491,7 @@ def finish(bench: Bench) -> Record:
         started=datetime.fromtimestamp(bench.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,
         metrics=bench.metrics,
-        plan=prediction.summary(),
+        plan=summary,
         notes=bench.notes,
         outcomes=bench.outcomes,
     )

@@ -62,8 +62,8 @@ def compress(bench: Bench) -> None:
     Raises:
         StoppedError: After Ctrl-C or a termination signal; finished parts are kept.
     """
-    model = open_model(bench).requires_grad_(False).eval()
     data = open_data(bench)
+    model = open_model(bench).requires_grad_(False).eval()
     made = load_made(bench, model)
     if made is None:
         with bench.phase("compress"):

@@ -14,8 +14,8 @@ from effbench.stages.common import (
 
 def evaluate_only(bench: Bench) -> None:
     """Load and evaluate; nothing is changed and nothing is saved but the results."""
-    model = open_model(bench).requires_grad_(False)
     data = open_data(bench)
+    model = open_model(bench).requires_grad_(False)
     count_model(bench, model)
     count_trained(bench, model)
     evaluate(bench, model, data)

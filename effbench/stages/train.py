@@ -18,12 +18,13 @@ from effbench.errors import StoppedError, UserError
 from effbench.evaluators.base import by_length, make_batch
 from effbench.events import read_events
 from effbench.files import open_atomic
+from effbench.footprint import Pass
 from effbench.methods.base import Batch, Context
 from effbench.nn.state import cast_parameters
 from effbench.progress import duration
 from effbench.records import Metric
 from effbench.spec import TrainSpec
-from effbench.stages.batching import rows_of_step, window
+from effbench.stages.batching import groups_of, rows_of_step, window
 from effbench.stages.common import (
     Bench,
     as_batch,
@@ -39,6 +40,8 @@ from effbench.stages.common import (
 )
 from effbench.stats import median_interval
 
+FORESEEN_STEPS = 500
+"""Steps whose batches are looked at to predict the peak."""
 WARMUP_STEPS = 3
 """Steps left out of the steady-state speed, where there are more."""
 
@@ -84,26 +87,41 @@ def train(bench: Bench) -> None:
         StoppedError: After Ctrl-C or a termination signal, once the state is saved.
         UserError: For settings that cannot work, or a loss that is not finite.
     """
-    model = open_model(bench)
     data = open_data(bench)
-    made = load_made(bench, model)
-    if made is None:
-        trainer = prepare(bench, model, data)
-        with bench.phase("train"):
-            _loop(trainer)
-            if trainer.best:
-                _restore(bench, trainer.model, trainer.best)
-            count_trained(bench, trainer.model)
-            model = bench.method.finish(trainer.model, trainer.ctx)
-        count_model(bench, model)
-        save_artefact(bench, model)
-        _summarise(bench, trainer.done)
-        note_made(bench)
-    else:
-        model = made
+    data.examples("train")  # held by the process before the model's memory is measured
+    model = open_model(bench)
+    model = load_made(bench, model) or _made(bench, model, data)
     if bench.method.weights == "float32":
         cast_parameters(model, bench.dtype)
     evaluate(bench, model, data)
+
+
+def _made(bench: Bench, model: torch.nn.Module, data: Data) -> torch.nn.Module:
+    """Train and save; the optimiser, gradients and other models are gone when this returns."""
+    trainer = prepare(bench, model, data)
+    with bench.phase("train"):
+        _loop(trainer)
+        if trainer.best:
+            _restore(bench, trainer.model, trainer.best)
+        count_trained(bench, trainer.model)
+        _count_state(bench, trainer)
+        model = bench.method.finish(trainer.model, trainer.ctx)
+    count_model(bench, model)
+    save_artefact(bench, model)
+    _summarise(bench, trainer.done)
+    note_made(bench)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    bench.method.release(model)
+    return model
+
+
+def _count_state(bench: Bench, trainer: Trainer) -> None:
+    """Count what training holds beside the weights, from the tensors themselves."""
+    states = trainer.optimizer.state.values()
+    moments = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    for name, tensors in (("optimizer_bytes", moments), ("gradient_bytes", gradients)):
+        bench.count(name, sum(t.numel() * t.element_size() for t in tensors), "bytes")
 
 
 def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
@@ -137,22 +155,39 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    groups = method.groups(model)
+    if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
-    optimizer = _optimizer(spec.train, trainable)
+    optimizer = _optimizer(spec.train, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
     optimizer = accelerator.prepare(optimizer)
+    kept = [examples[i] for i in chosen]
+    bench.know(**_work(bench, kept))
     return Trainer(
         bench=bench,
         model=model,
-        examples=[examples[i] for i in chosen],
+        examples=kept,
         validation=data.examples("validation") if spec.train.validate_every else [],
         ctx=ctx,
         accelerator=accelerator,
         optimizer=optimizer,
         schedule=schedule,
     )
+
+
+def _work(bench: Bench, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return the micro-batches that training will have, as far as memory depends on them."""
+    settings, found, most = bench.spec.train, set(), 1
+    size = settings.batch_size * settings.accumulation
+    for step in range(min(settings.max_steps, FORESEEN_STEPS)):
+        rows = [examples[i] for i in rows_of_step(len(examples), bench.spec.seed, step, size)]
+        groups = groups_of(rows, settings.batch_size, bench.device)
+        most = max(most, len(groups))
+        for group in groups:
+            longest = max(len(rows[i].ids) for i in group)
+            counted = sum(label != -100 for i in group for label in rows[i].labels()[1:])
+            found.add(Pass("train", len(group), longest, counted))
+    return {"train": tuple(found), "micro_batches": most}
 
 
 def _mixed_precision(bench: Bench) -> str:
@@ -180,16 +215,26 @@ def _refuse_infinite(what: str, value: float, settings: TrainSpec, step: int) ->
         )
 
 
-def _optimizer(settings: TrainSpec, parameters: Sequence[torch.nn.Parameter]) -> Any:
+def _optimizer(
+    settings: TrainSpec, groups: Sequence[tuple[list[torch.nn.Parameter], float]]
+) -> Any:
+    """Return the optimiser over groups of parameters, each with its share of the learning rate."""
     rate, decay = settings.learning_rate, settings.weight_decay
     assert rate is not None
+    parameters = [{"params": members, "lr": rate * share} for members, share in groups]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+    adam: dict[str, Any] = {
+        "lr": rate,
+        "betas": settings.betas,
+        "eps": settings.epsilon,
+        "weight_decay": decay,
+    }
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        return AdamW8bit(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, betas=settings.betas, weight_decay=decay)
+        return AdamW8bit(parameters, **adam)
+    return torch.optim.AdamW(parameters, **adam)
 
 
 def rate_at(settings: TrainSpec, step: int) -> float:
@@ -210,6 +255,8 @@ def _loop(trainer: Trainer) -> None:
     done, settings = trainer.done, trainer.settings
     _resume(trainer)
     first = done.step
+    if first == 0:
+        trainer.bench.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
     begun = time.perf_counter()
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
@@ -367,8 +414,9 @@ def _resume(trainer: Trainer) -> None:
         ) from None
     trainer.ctx.state = state["method"]
     trainer.model = bench.method.rebuild(trainer.model, trainer.ctx)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    trainer.optimizer.param_groups[0]["params"] = trained  # some may be new
+    groups = bench.method.groups(trainer.model)
+    for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
+        group["params"] = members  # some may be new
     with torch.no_grad():
         _restore(bench, trainer.model, state["tensors"])
     trainer.best = state["best"]

@@ -307,7 +307,7 @@ def test_what_adds_nothing_goes_first() -> None:
 
 
 def test_the_steps_of_a_run() -> None:
-    method = APT(start=0.1, end=0.5, prunings=4, keep=0.4)
+    method = APT(begin=0.1, end=0.5, prunings=4, keep=0.4)
     schedule = method.schedule(100)
     assert schedule.window == (9, 49)
     assert schedule.pruning_steps == {19, 29, 39, 49}
@@ -315,10 +315,10 @@ def test_the_steps_of_a_run() -> None:
     assert ratios[0] == ratios[9] == 1
     assert ratios[49] == ratios[99] == pytest.approx(0.4)
     assert all(a >= b for a, b in pairwise(ratios))
-    once = APT(start=0.2, end=0.2, prunings=1)
+    once = APT(begin=0.2, end=0.2, prunings=1)
     assert once.schedule(10).pruning_steps == {1}
-    assert APT(start=0.0, end=0.0, prunings=1, warm_steps=4).schedule(10).pruning_steps == {3}
-    assert APT(start=1.0, end=1.0, prunings=1).schedule(10).pruning_steps == {9}
+    assert APT(begin=0.0, end=0.0, prunings=1, warm_steps=4).schedule(10).pruning_steps == {3}
+    assert APT(begin=1.0, end=1.0, prunings=1).schedule(10).pruning_steps == {9}
 
 
 def test_masks_through_a_run() -> None:
@@ -530,7 +530,7 @@ def test_quantised_moments_cannot_be_cut() -> None:
 
 
 def test_the_share_of_distillation() -> None:
-    schedule = APT(distill=True, start=0.2, end=0.6).schedule(50)
+    schedule = APT(distill=True, begin=0.2, end=0.6).schedule(50)
     shares = [schedule.share(step) for step in range(50)]
     first, last = schedule.window
     assert shares[: first + 1] == [0.0] * (first + 1)
@@ -585,7 +585,7 @@ def test_one_layer_of_each_quarter_is_drawn() -> None:
 
 
 def test_a_distilled_run() -> None:
-    method = APT(distill=True, start=0.25, end=0.75, prunings=2, mask_step=0.5, keep=0.6, rank=4)
+    method = APT(distill=True, begin=0.25, end=0.75, prunings=2, mask_step=0.5, keep=0.6, rank=4)
     model, ctx, optimizer = ready(method, steps=8)
     train(method, model, ctx, 3, optimizer)
     frozen = copy.deepcopy(ctx.state["teacher"])
@@ -724,7 +724,7 @@ def test_the_plan() -> None:
 
 def test_refused_settings() -> None:
     with pytest.raises(UserError, match="behind"):
-        APT(start=0.5, end=0.1)
+        APT(begin=0.5, end=0.1)
     with pytest.raises(UserError, match="max_rank"):
         APT(rank=8, max_rank=4)
     with pytest.raises(UserError, match="cannot be reached"):

@@ -1,0 +1,316 @@
+"""Exact match of written answers: lm-eval's generation tasks, or the run's own dataset.
+
+Answers come from the method's own decoding session, so a method that decodes differently from its
+teacher-forced pass is judged as it decodes. Tasks keep lm-eval's prompts, filters and metrics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import Interval
+
+from effbench.errors import UserError
+from effbench.evaluators.base import Evaluator, Result, Subject, by_length
+from effbench.lazy import torch
+from effbench.records import Metric
+from effbench.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
+
+if TYPE_CHECKING:
+    from effbench.datasets import Data
+    from effbench.footprint import Pass
+    from effbench.methods.base import Method
+    from effbench.nn.generate import Generated, Prompt, Sampling
+    from effbench.questions import Questions
+    from effbench.shapes import Shape
+    from effbench.spec import DatasetSpec, Spec
+
+
+TASK_PROMPT = 1024
+"""Tokens of a task's prompt with its examples, about what eight of GSM8K have."""
+
+
+@dataclass(frozen=True)
+class Generation(Evaluator):
+    """Exact match of written answers, and how long they are."""
+
+    headline: ClassVar[str] = "exact_match"
+    trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
+
+    tasks: tuple[str, ...] = ("gsm8k_cot",)
+    """lm-eval's generation tasks; none asks the prompts of the run's own dataset."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question of a task; null is what lm-eval defines."""
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Local files with a task's rows, by task and split."""
+    fingerprint: str = ""
+    """Content hash of these files; filled in when the config is composed."""
+    split: str = "test"
+    """Which split of the run's own dataset; not used with `tasks`."""
+    pattern: str = ""
+    """For the own dataset: regular expression of what counts in an answer, its last match or the
+    first group of that; empty for the whole answer."""
+    until: tuple[str, ...] = ()
+    """Strings that end an answer, besides those of a task and the end token."""
+    limit: PositiveInt | None = 100
+    """Only the first so many questions of each task; null for all."""
+    max_new_tokens: PositiveInt | None = None
+    """Most tokens of an answer; null is what the task defines, else 256."""
+    temperature: NonNegativeFloat | None = None
+    """0 takes the most likely token; null is what the task defines, else 0."""
+    top_k: NonNegativeInt = 0
+    """When sampling, only the k most likely tokens; 0 for all."""
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """When sampling, only the most likely tokens that together reach this probability."""
+    chat: bool = False
+    """Whether a task's prompts go through the model's chat template (`dataset.chat` says so for the
+    own dataset)."""
+    batch_tokens: PositiveInt = 8192
+    """Largest batch, prompts and the longest possible answers, in tokens."""
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the dataset's split, unless tasks are asked."""
+        return () if self.tasks else (self.split,)
+
+    def sealed(self) -> Generation:
+        """Return itself with the hash of its files."""
+        from effbench.tasks import fingerprint
+
+        return replace(self, fingerprint=fingerprint(self.files))
+
+    def overlap(self, dataset: DatasetSpec) -> str:
+        """Return the tasks whose evaluated rows `dataset` trains on."""
+        from effbench import tasks
+
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        return f"Task {', '.join(found)} of evaluator generation" if found else ""
+
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse tasks that cannot be had or generate nothing, and a pattern that is none."""
+        if not self.tasks and spec.dataset.kind == "text":
+            raise UserError(
+                f"Evaluator generation has no prompts in {spec.dataset.name!r}: it is plain text.",
+                "Name tasks: evaluator.generation.tasks=[gsm8k_cot]",
+            )
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(
+                f"evaluator.generation.pattern={self.pattern!r} is no regular expression: {error}."
+            ) from None
+        if self.tasks:
+            self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        from effbench import tasks
+        from effbench.task_data import find
+
+        for name in self.tasks:
+            for member in tasks.members(name):
+                if find(member).kind != "generate_until":
+                    raise UserError(
+                        f"{name} is no generation task.",
+                        f"Known: {', '.join(tasks.names('generate_until'))}. "
+                        "Others belong to evaluator=choices.",
+                    )
+            tasks.check(name, self.num_fewshot, self.files)
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return a full batch of prompts and answers; what prompts a task has is not known here."""
+        from effbench.footprint import Pass
+        from effbench.questions import NEW_TOKENS
+
+        new = self.max_new_tokens or NEW_TOKENS
+        prompt = TASK_PROMPT if self.tasks else spec.dataset.max_length
+        rows = max(1, self.batch_tokens // (prompt + new))
+        return [
+            Pass("prefill", rows, prompt, rows),
+            Pass("decode", rows, prompt + new, rows),
+        ]
+
+    def run(self, subject: Subject) -> Result:
+        """Return each task's own metrics, `output_tokens` and `truncated`, with intervals.
+
+        Raises:
+            UserError: When a prompt and its answer need more positions than the model has.
+        """
+        result = Result()
+        for questions in self._questions(subject):
+            self._add(result, subject, questions, self._answers(subject, questions))
+        return result
+
+    def _questions(self, subject: Subject) -> Iterator[Questions]:
+        from effbench import tasks
+        from effbench.questions import of_dataset, of_ifeval, of_task
+        from effbench.task_data import find, rows_of
+
+        if not self.tasks:
+            yield of_dataset(subject.data, self.split, self.limit, self.pattern)
+        chat = subject.data.tokenizer if self.chat else None
+        for name in self.tasks:
+            if name == "ifeval" and name in self.files:
+                yield of_ifeval(rows_of(find(name), "train", self.files), self.limit, chat)
+                continue
+            for task in tasks.load_all(
+                name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
+            ):
+                yield of_task(task, chat)
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def _answers(self, subject: Subject, questions: Questions) -> list[Generated]:
+        """Return the answer to each question, finished ones from the journal."""
+        from effbench.nn.generate import Generated
+
+        prompts = self._prompts(subject, questions)
+        sampling = self._sampling(questions)
+        ids = [
+            digest([vars(p) | {"stop_ids": sorted(p.stop_ids)}, vars(sampling)]) for p in prompts
+        ]
+        name = questions.task or questions.split
+        journal = subject.journal(name, ids)
+        sizes = [len(p.ids) + p.max_new_tokens for p in prompts]
+        for group in journal.pending(list(by_length(sizes, self.batch_tokens))):
+            made = self._generate(subject, [prompts[i] for i in group], sampling)
+            journal.add({i: [g.ids, g.text, g.ended] for i, g in zip(group, made, strict=True)})
+            subject.progress(f"generation {name}", len(journal), len(prompts))
+        return [Generated(*value) for value in journal.values()]
+
+    def _generate(
+        self, subject: Subject, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Generated]:
+        from effbench.nn.finite import require_finite
+        from effbench.nn.generate import generate
+
+        def check(logits: torch.Tensor) -> None:
+            batch = subject.batch([(p.ids, p.ids) for p in prompts])
+            require_finite(
+                subject.model, logits, lambda: subject.method.logits(subject.model, batch)
+            )
+
+        tokenizer = subject.data.tokenizer
+        with torch.inference_mode():
+            return generate(
+                subject.method.session(subject.model),
+                prompts,
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                device=subject.device,
+                pad_token_id=subject.pad_token_id,
+                sampling=sampling,
+                check=check,
+            )
+
+    def _sampling(self, questions: Questions) -> Sampling:
+        from effbench.nn.generate import Sampling
+
+        temperature = self.temperature
+        if temperature is None:
+            temperature = questions.asked[0].temperature
+        return Sampling(temperature, self.top_k, self.top_p)
+
+    def _prompts(self, subject: Subject, questions: Questions) -> list[Prompt]:
+        from effbench.datasets import prefix_token
+        from effbench.nn.generate import Prompt
+
+        tokenizer = subject.data.tokenizer
+        ends, added = end_tokens(subject), tokenizer.get_added_vocab()
+        prompts = []
+        for q in questions.asked:
+            stop = (*q.until, *self.until)
+            ids = tokenizer(q.prompt, add_special_tokens=q.special)["input_ids"]
+            prompts.append(
+                Prompt(
+                    ids or [prefix_token(tokenizer)],
+                    self.max_new_tokens or q.max_new_tokens,
+                    ends | {added[s] for s in stop if s in added},
+                    tuple(s for s in stop if s),
+                    int(digest([subject.seed, q.id], 15), 16),
+                )
+            )
+        self._check_positions(subject, questions, prompts)
+        return prompts
+
+    def _check_positions(
+        self, subject: Subject, questions: Questions, prompts: Sequence[Prompt]
+    ) -> None:
+        longest = max(prompts, key=lambda p: len(p.ids) + p.max_new_tokens)
+        needed = len(longest.ids) + longest.max_new_tokens
+        if subject.shape and needed > subject.shape.max_positions:
+            name = questions.task or subject.data.spec.name
+            raise UserError(
+                f"{name}: a prompt of {len(longest.ids)} tokens and an answer of up to "
+                f"{longest.max_new_tokens} are more than the "
+                f"{subject.shape.max_positions} positions of the model.",
+                f"{questions.shorten}, or evaluator.generation.max_new_tokens.",
+            )
+
+    # -- metrics -------------------------------------------------------------------------------
+
+    def _add(
+        self, result: Result, subject: Subject, questions: Questions, answers: Sequence[Generated]
+    ) -> None:
+        grades = [questions.grade(i, a.text) for i, a in enumerate(answers)]
+        for grade, answer in zip(grades, answers, strict=True):
+            grade["output_tokens"] = float(len(answer.ids))
+            grade["truncated"] = float(not answer.ended)
+        for metric in grades[0]:
+            values, ids, clusters = flattened(
+                [g[metric] for g in grades], [q.id for q in questions.asked]
+            )
+            result.add_items(
+                subject,
+                "generation",
+                metric,
+                values,
+                ids,
+                unit="tokens" if metric == "output_tokens" else "",
+                split=questions.split,
+                task=questions.task,
+                clusters=clusters,
+            )
+        if questions.left_out:
+            result.metrics.append(
+                Metric(
+                    "left_out",
+                    questions.left_out,
+                    "questions",
+                    subject.point,
+                    questions.split,
+                    obtained="counted",
+                    task=questions.task,
+                )
+            )
+        rows = [
+            {"id": q.id, "prompt": q.prompt, "text": a.text, **grade}
+            for q, a, grade in zip(questions.asked, answers, grades, strict=True)
+        ]
+        subject.keep(questions.task or questions.split, rows)
+
+
+def flattened(
+    values: Sequence[float | list[float]], ids: Sequence[str]
+) -> tuple[list[float], list[str], list[int]]:
+    """Return values, ids and clusters; the values that one item has several of are its cluster."""
+    lists = [v if isinstance(v, list) else [v] for v in values]
+    several = any(isinstance(v, list) for v in values)
+    return (
+        [x for part in lists for x in part],
+        [
+            f"{i}:{n}" if several else i
+            for i, part in zip(ids, lists, strict=True)
+            for n in range(len(part))
+        ],
+        [place for place, part in enumerate(lists) for _ in part] if several else [],
+    )
+
+
+def end_tokens(subject: Subject) -> frozenset[int]:
+    """Return the tokens that end a text, after the tokenizer and the model's own settings."""
+    settings: Any = getattr(subject.model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    found = [subject.data.tokenizer.eos_token_id, *listed]
+    return frozenset(int(t) for t in found if t is not None)

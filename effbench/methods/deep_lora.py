@@ -1,0 +1,210 @@
+"""Deep LoRA: an update of three factors, whose training stays in a small subspace by itself.
+
+Yaras et al., Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation, ICML
+2024, arXiv 2406.04112.
+
+    y = W x + W3 W2 W1 x        W1 [k, d_in], W2 [k, k], W3 [d_out, k]
+
+Every factor starts as eps times a matrix with orthonormal rows or columns, none of them at zero, so
+the update starts with singular values eps^3. There is no scale alpha / r. Three forms:
+
+- `narrow`: k = r.
+- `full`: k = min(d_in, d_out).
+- `compressed`: the full form's trajectory in r directions, left (W3 W2 W1) right^T with inner
+  factors [r, r] that start at eps I, and frames left [d_out, r] and right [d_in, r] that are chosen
+  from the first gradient and train at `frame_rate` times the learning rate.
+
+Our choices: the subspace comes from a truncated decomposition of the frozen weight's gradient
+(the same subspace as the paper's null-space construction, without a d x d decomposition); where
+d_in and d_out differ each frame gets its own directions, and the factor of the longer side starts
+as what the full form is between them; all seven linears of a block; clipping and schedule as for
+the other methods here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from effbench.errors import UserError
+from effbench.footprint import BOTTOM, Training, adapted_layers
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.lora import base_name, check_rank_fits, check_targets
+from effbench.schema import NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+
+Depth = Annotated[int, Ge(2)]
+
+
+@dataclass(frozen=True)
+class DeepLoRA(Method):
+    """Adaptation by a deep linear update."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation",
+        "ICML 2024",
+        "2406.04112",
+    )
+    learning_rate: ClassVar[float] = 1e-2
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    leaves: ClassVar[str] = "adapted"
+    identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
+
+    form: Literal["narrow", "full", "compressed"] = "compressed"
+    """Which of the three forms; the paper's tables are `full`, its scripts `narrow`."""
+    rank: PositiveInt = 8
+    """Inner width r; `compressed` wants an even one, twice the rank that the update is to have."""
+    depth: Depth = 3
+    """Factors; 2 is LoRA's product with another start."""
+    init_scale: PositiveFloat = 1e-3
+    """eps: the singular values of every factor at the start."""
+    frame_rate: NonNegativeFloat = 1e-2
+    """Learning rate of the frames over that of the inner factors; 0 leaves them as they start."""
+    subspace: Literal["gradient", "random"] = "gradient"
+    """Where the frames start: from the first gradient, or anywhere (to tell the two apart)."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an update."""
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        if self.form == "compressed" and self.rank % 2:
+            raise UserError(
+                f"method.rank={self.rank} is odd, but form=compressed takes half of its directions "
+                "from each side of the gradient.",
+                f"Set method.rank={self.rank + 1}, or method.form=narrow.",
+            )
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a rank that is more than full for a target."""
+        if self.form != "full":
+            check_rank_fits(shape, self.rank, self.targets)
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and put a deep update beside each target."""
+        from effbench.nn.deep import DeepLinear, deep_layers
+        from effbench.nn.linears import replace_linears
+
+        def adapt(name: str, linear: torch.nn.Module) -> DeepLinear:
+            return DeepLinear(
+                linear, self.form, self.rank, self.depth, self.init_scale, ctx.seed, name
+            )
+
+        model.requires_grad_(False)
+        replace_linears(model, adapt, self.targets)
+        for _, layer in deep_layers(model):
+            layer.factors.requires_grad_(True)
+            if self.form == "compressed":
+                layer.left.requires_grad_(self.frame_rate > 0)
+                layer.right.requires_grad_(self.frame_rate > 0)
+        return model
+
+    def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
+        """Choose the frames of the compressed form from the gradient of the first micro-batch."""
+        from effbench.nn.deep import DeepLinear, Frames, weight_gradients
+
+        if self.form != "compressed" or self.subspace == "random":
+            return
+        found: dict[DeepLinear, Frames] = {}
+
+        def look(layer: DeepLinear, gradient: torch.Tensor) -> None:
+            found[layer] = layer.directions(gradient, ctx.generator)
+
+        with weight_gradients(model, look):
+            with ctx.autocast():
+                loss = self.loss(model, window[0], ctx)
+            loss.backward()
+        for layer, directions in found.items():
+            layer.set_subspace(directions)
+        model.zero_grad(set_to_none=True)
+
+    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """Train the frames at `frame_rate` times the learning rate."""
+        from effbench.nn.deep import deep_layers
+
+        layers = [layer for _, layer in deep_layers(model)]
+        found = [([p for layer in layers for p in layer.factors], 1.0)]
+        if self.form == "compressed" and self.frame_rate:
+            frames = [p for layer in layers for p in (layer.left, layer.right)]
+            found.append((frames, self.frame_rate))
+        return found
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return all factors and frames, frozen ones too."""
+        from effbench.nn.deep import deep_layers
+
+        found = {}
+        for name, layer in deep_layers(model):
+            for part, tensor in layer.named_parameters():
+                if not part.startswith("base."):
+                    found[f"{name}.{part}"] = tensor.detach()
+        return found
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the update as a plain peft adapter: of rank r, or, for the full form, of its
+        singular values above a thousandth of the largest.
+        """
+        from effbench.nn.deep import deep_layers, low_rank_pair
+        from effbench.nn.lowrank import write_peft_adapter
+
+        layers = dict(deep_layers(model))
+        most = min(min(x.in_features, x.out_features) for x in layers.values())
+        most, tolerance = (most, 1e-3) if self.form == "full" else (self.rank, 0.0)
+        pairs = low_rank_pair([x.delta() for x in layers.values()], most, tolerance)
+        rank = pairs[0][0].shape[0]
+        write_peft_adapter(
+            folder, dict(zip(layers, pairs, strict=True)), rank, self.targets, base_name(model)
+        )
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the base as it is held and the updates in float32."""
+        cost = base or dense_cost(shape, DTYPE_BYTES[dtype])
+        added = frames = 0
+        for _, name, d_in, d_out in shape.linears():
+            if name in self.targets:
+                own, frame = update_params(self.form, d_in, d_out, self.rank, self.depth)
+                added, frames = added + own, frames + frame
+        return replace(
+            cost,
+            params=cost.params + added,
+            trainable=added if self.frame_rate else added - frames,
+            resident_bytes=cost.resident_bytes + 4 * added,
+            bytes_per_token=cost.bytes_per_token + 4 * added,
+            flops_per_token=cost.flops_per_token + 2 * added,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count a frozen base, the updates' inputs and what lies between their factors."""
+        base = adapted_layers(shape, DTYPE_BYTES[dtype], 0, self.targets)
+        held, products, unneeded = 0, 0, 0
+        for name, (d_in, d_out) in shape.linear_sizes().items():
+            if name not in self.targets:
+                continue
+            inner = self.rank if self.form != "full" else min(d_in, d_out)
+            held += 4 * inner * (self.depth + 1 if self.form == "compressed" else self.depth - 1)
+            params, frames = update_params(self.form, d_in, d_out, self.rank, self.depth)
+            products += 2 * params * shape.num_layers
+            if name in BOTTOM:  # nothing below the first layer needs its inputs' gradient
+                unneeded += 2 * inner * d_in
+            if not self.frame_rate:
+                unneeded += 2 * frames * shape.num_layers
+        return replace(
+            base,
+            layers=base.layers + held * shape.num_layers,
+            layer=base.layer + held,
+            forward=base.forward + products,
+            gradient=base.gradient + 2 * products - unneeded,
+        )
+
+
+def update_params(form: str, d_in: int, d_out: int, rank: int, depth: int) -> tuple[int, int]:
+    """Return the parameters of one update, and how many of them are in its frames."""
+    if form == "compressed":
+        frames = rank * (d_in + d_out)
+        return depth * rank**2 + frames, frames
+    inner = rank if form == "narrow" else min(d_in, d_out)
+    return inner * (d_in + d_out) + (depth - 2) * inner**2, 0

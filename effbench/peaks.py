@@ -1,0 +1,147 @@
+"""The peak of each kind of phase, by component: what `plan` and the memory evaluator predict.
+
+Tensors are counted from shapes; `workspace` and `allocator` are modelled from measurements. Bytes
+are those beyond the process itself: Python, its libraries, the tokenizer and the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effbench.footprint import Pass, Training, logit_bytes, transient
+from effbench.methods.base import Cost
+from effbench.shapes import Shape
+from effbench.spec import TrainSpec
+
+GRADIENT_BYTES = 4
+"""Gradients of trained weights are float32."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
+"""Bytes of optimiser state per trained weight."""
+WORKSPACE = 24 * 2**20
+"""Bytes of scratch space and code that a CPU process needs in its first pass; modelled from
+measurements (PyTorch 2.13 with oneDNN and MKL)."""
+TRAINING_WORKSPACE = 40 * 2**20
+"""The same that a CPU process needs for its first backward pass, on top, and keeps: an evaluation
+after training still holds it. Measured were 30 to 100 MiB."""
+HOLES = 0.2
+"""Share by which the C library's allocator needs more than the tensors of a training step, because
+it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
+0.14 to 0.57, and more with gradient checkpointing."""
+
+Components = dict[str, float]
+"""Bytes by component."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Predicts the peaks of one model on one device."""
+
+    shape: Shape
+    element: int
+    """Bytes of a compute element."""
+    cpu: bool = True
+    exact: bool = False
+    """Whether the allocator gives blocks back at once (`measure.memory.exact_blocks`)."""
+
+    def load(self, weights: int, made_from: int, packed: bool) -> Components:
+        """Return the peak of loading.
+
+        Args:
+            weights: Bytes of the weights as they are first held.
+            made_from: Bytes that are there beside them: files whose weights are cast.
+            packed: Whether linears are packed one after the other.
+        """
+        room = self.expanded if packed else 0
+        return {"weights": weights, "files": made_from, "workspace": room}
+
+    def step(
+        self,
+        settings: TrainSpec,
+        cost: Cost,
+        saved: Training,
+        one: Pass,
+        others: int = 0,
+        several: bool = False,
+    ) -> Components:
+        """Return the higher of a step's two peaks: when its backward pass begins, and its update.
+
+        Args:
+            settings: Of the training loop.
+            cost: The model's as it trains.
+            saved: What the method keeps from the forward pass.
+            one: The micro-batch.
+            others: Bytes of other models beside it.
+            several: Whether a step has several micro-batches, so that gradients are there already.
+        """
+        kept = saved.layers * one.size
+        if settings.gradient_checkpointing:
+            kept = (saved.boundary * self.shape.num_layers + saved.layer) * one.size
+        gradients = cost.trainable * GRADIENT_BYTES
+        backward: Components = {
+            "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
+            "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
+            "gradients": gradients if several else 0,
+        }
+        temporaries = self._temporaries(settings, cost)
+        update: Components = {"gradients": gradients, "temporaries": temporaries}
+        highest = max((backward, update), key=lambda m: sum(m.values()))
+        state = cost.trainable * OPTIMIZER_BYTES[settings.optimizer]
+        changing: Components = {
+            "optimiser": state if settings.max_steps > 1 else 0,
+            **highest,
+        }
+        return {
+            "weights": cost.resident_bytes,
+            "other models": others,
+            **changing,
+            **self._around(0, HOLES * sum(changing.values()), trained=True),
+        }
+
+    def _temporaries(self, settings: TrainSpec, cost: Cost) -> int:
+        """AdamW makes two temporaries of each weight in turn; only whole matrices are large."""
+        if settings.optimizer != "adamw" or cost.trainable < self.shape.params:
+            return 0
+        return 2 * GRADIENT_BYTES * self.shape.vocab_size * self.shape.hidden_size
+
+    def compress(self, weights: int) -> Components:
+        """Return the peak of compressing one linear after the other, from `weights` bytes."""
+        return {"weights": weights, **self._around(self.expanded)}
+
+    def inference(
+        self, cost: Cost, one: Pass, every: bool = False, trained: bool = False
+    ) -> Components:
+        """Return the peak of a pass without gradients.
+
+        Args:
+            cost: The model's as it is evaluated.
+            one: The pass.
+            every: Whether the head runs on all positions, not only on those that count.
+            trained: Whether the process has trained before.
+        """
+        adapted = cost.params > self.shape.params
+        packed = cost.resident_bytes < self.shape.params * self.element
+        positions = one.rows if one.kind == "decode" else one.size
+        running = transient(self.shape, self.element, adapted) * positions
+        residual = self.element * self.shape.hidden_size * positions
+        logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
+        last = {"activations": residual, "logits": logits}
+        cached = one.kind in ("prefill", "decode")
+        return {
+            "weights": cost.resident_bytes,
+            "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
+            **({"activations": running} if running > residual + logits else last),
+            **self._around(self.expanded if packed else 0, trained=trained),
+        }
+
+    @property
+    def expanded(self) -> int:
+        """Bytes of the largest linear while it is packed or expanded, in float32 on the way."""
+        largest = max((i * o for _, _, i, o in self.shape.linears()), default=0)
+        return largest * (self.element + 16)
+
+    def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:
+        """Return scratch space, and on a CPU what the process needs beside its tensors."""
+        if not self.cpu:
+            return {"workspace": room}
+        room += WORKSPACE + (TRAINING_WORKSPACE if trained else 0)
+        return {"workspace": room, "allocator": 0 if self.exact else holes}

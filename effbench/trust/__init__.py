@@ -1,0 +1,1 @@
+"""The trust of a compressed model: questions made here, and how answers are judged."""

@@ -1,0 +1,1 @@
+"""One dimension of trust per file, found by the name of the file."""

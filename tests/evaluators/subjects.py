@@ -1,0 +1,62 @@
+"""The tiny random model as the subject of an evaluator, without a run around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import Bench
+
+from effbench.datasets import Data
+from effbench.evaluators.base import Result, Subject
+from effbench.methods.none import Unchanged
+from effbench.records import Metric
+from effbench.stages.common import open_bench, open_model
+
+HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
+
+
+def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
+    """Return the tiny model, its weights made large enough for its outputs to differ."""
+    job = bench.job("eval", *words, *HARDWARE)
+    folder = bench.folder(job)
+    folder.create(job.spec)
+    work = open_bench(job, folder, bench.store)
+    model = strengthened(open_model(work), strength)
+    return Subject(
+        model,
+        Unchanged(),
+        "",
+        Data(job.spec.dataset, work.tokenizer),
+        torch.device("cpu"),
+        0,
+        0,
+        tokenizer=work.tokenizer,
+        shape=work.shape,
+        load_model=work.load_frozen,
+        load_base=lambda: strengthened(work.load_base(), strength),
+    )
+
+
+@torch.no_grad()
+def strengthened(model: torch.nn.Module, strength: float) -> torch.nn.Module:
+    for p in model.parameters():
+        p.mul_(strength if p.ndim > 1 else 1)
+    return model
+
+
+def text_file(folder: Path, texts: list[str]) -> list[str]:
+    """Write texts as a dataset of documents and return the words that choose it."""
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    return [
+        "dataset=file",
+        "dataset.kind=text",
+        f"+dataset.files.test={path}",
+        "dataset.cut={}",
+    ]
+
+
+def by_name(result: Result) -> dict[str, Metric]:
+    return {m.name: m for m in result.metrics}

@@ -1,0 +1,228 @@
+"""Speed: what is counted, what is refused, and times that a clock of the test's own gives."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench
+
+from effbench.datasets import Data
+from effbench.errors import UserError
+from effbench.evaluators import speed
+from effbench.evaluators.base import Result, Subject
+from effbench.evaluators.speed import Cell, Speed, compared, timer
+from effbench.journal import Journal
+from effbench.measure import timing
+from effbench.measure.roofline import Ceilings, decode_bytes, decode_flops, prefill_flops
+from effbench.methods.none import Unchanged
+from effbench.nn.decoding import CachedSession
+from effbench.nn.engine import StaticSession
+from effbench.records import Metric
+from effbench.spec import Machine
+from effbench.stages.common import open_bench, open_model
+
+WORDS = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
+SMALL: dict[str, Any] = {"prompt_tokens": 10, "new_tokens": 7, "repeats": 6, "roofline": False}
+HIGH = Ceilings(1e15, 1e15, 1e14)
+
+
+@pytest.fixture
+def subject(bench: Bench) -> Subject:
+    job = bench.job("eval", *WORDS)
+    folder = bench.folder(job)
+    folder.create(job.spec)
+    work = open_bench(job, folder, bench.store)
+    model = open_model(work).requires_grad_(False)
+    data = Data(job.spec.dataset, work.tokenizer)
+    device, method = torch.device("cpu"), Unchanged()
+    assert work.shape is not None
+    cost = method.cost(work.shape, "float32")
+    return Subject(model, method, "", data, device, 0, 0, shape=work.shape, cost=cost)
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by one second each time it is read."""
+    seconds = count()
+    monkeypatch.setattr(timing.Clock, "now", lambda self: float(next(seconds)))
+
+
+def metrics(result: Result) -> dict[tuple[str, str, str], Metric]:
+    found = {(m.name, m.phase, m.task): m for m in result.metrics}
+    assert len(found) == len(result.metrics)
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("engine", ["auto", "static", "eager", "generate"])
+def test_the_cache_is_counted(subject: Subject, engine: Any, batch: int) -> None:
+    found = metrics(Speed(batch_sizes=batch, engine=engine, **SMALL).run(subject))
+    per_token = 2 * 4 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
+    kv = found["kv_bytes", "decode", ""]
+    assert kv.value == batch * (10 + 7) * per_token and kv.obtained == "counted"
+    for name, phase in (
+        ("prefill_tokens_per_second", "prefill"),
+        ("ttft_ms", "prefill"),
+        ("decode_tokens_per_second", "decode"),
+        ("tpot_ms", "decode"),
+    ):
+        m = found[name, phase, ""]
+        assert m.obtained == "measured" and m.n == 6
+        assert m.low is not None and m.high is not None and 0 < m.low <= m.value <= m.high
+
+
+def test_every_engine_decodes_the_same_tokens(subject: Subject) -> None:
+    sessions = {e: speed.session_maker(subject, e)() for e in ("auto", "static", "eager")}  # type: ignore[arg-type]
+    assert isinstance(sessions["auto"], StaticSession)
+    assert isinstance(sessions["eager"], CachedSession)
+    ids = torch.randint(500, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits = [s.prefill(ids) for s in sessions.values()]
+    torch.testing.assert_close(logits[0], logits[2])
+    logits = [s.step(ids[:, :1]) for s in sessions.values()]
+    torch.testing.assert_close(logits[0], logits[2], atol=1e-5, rtol=1e-5)
+    assert logits[0].equal(logits[1])
+
+
+@pytest.mark.parametrize("engine", ["auto", "generate"])
+def test_times_are_those_of_the_clock(subject: Subject, engine: Any, ticks: None) -> None:
+    """One second from the prompt to the first token, one second from token to token."""
+    found = metrics(Speed(batch_sizes=2, engine=engine, **SMALL).run(subject))
+    expected = {
+        ("ttft_ms", "prefill"): 1000,
+        ("prefill_tokens_per_second", "prefill"): 2 * 10,
+        ("decode_tokens_per_second", "decode"): 2,
+        ("tpot_ms", "decode"): 1000,
+        ("tpot_p95_ms", "decode"): 1000,
+        ("tpot_p99_ms", "decode"): 1000,
+    }
+    assert {k: found[*k, ""].value for k in expected} == pytest.approx(expected)
+
+
+def test_percentiles_are_those_of_numpy() -> None:
+    import numpy as np
+
+    values = sorted(np.random.default_rng(0).exponential(size=37).tolist())
+    for level in (0.0, 0.5, 0.95, 0.99, 1.0):
+        assert speed._percentile(values, level) == pytest.approx(np.quantile(values, level))
+    assert speed._percentile([3.0], 0.99) == 3.0
+
+
+def test_shares_are_work_over_time_and_ceiling(
+    subject: Subject, ticks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Speed, "_probe", lambda self, subject: HIGH)
+    subject.machine = Machine("stated", 0, tflops=2.0, bandwidth_gbs=3.0)
+    found = metrics(Speed(batch_sizes=2, **{**SMALL, "roofline": True}).run(subject))
+    assert subject.cost and subject.shape
+    cost, shape = subject.cost, subject.shape
+    prefill, decode = (
+        prefill_flops(cost, shape, 2, 10),
+        decode_flops(cost, shape, 2, 10, 7),
+    )
+    moved = decode_bytes(cost, 2, 10, 7)
+    for key, value in {
+        ("mfu", "prefill"): prefill / 1e15,
+        ("mfu", "decode"): decode / 7 / 1e15,
+        ("mbu", "decode"): moved / 7 / 1e15,
+        ("mfu_stated", "prefill"): prefill / 2e12,
+        ("mbu_stated", "decode"): moved / 7 / 3e9,
+        ("ceiling_copy", "roofline"): 1e14,
+    }.items():
+        assert found[*key, ""].value == pytest.approx(value), key
+
+
+def test_a_share_above_one_is_an_error(
+    subject: Subject, ticks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes = []
+
+    def probe(self: Speed, subject: Subject) -> Ceilings:
+        probes.append(1)
+        return Ceilings(1e15, 1e3, 1e3)
+
+    monkeypatch.setattr(Speed, "_probe", probe)
+    with pytest.raises(UserError, match=r"mbu@decode of .* of the probed ceiling cannot be"):
+        Speed(**{**SMALL, "roofline": True}).run(subject)
+    assert len(probes) == 1 + speed.PROBES, "the machine is looked at again first"
+    monkeypatch.setattr(Speed, "_probe", lambda self, subject: HIGH)
+    subject.machine = Machine("wrong", 0, tflops=0, bandwidth_gbs=1e-6)
+    with pytest.raises(UserError, match="stated ceiling") as error:
+        Speed(**{**SMALL, "roofline": True}).run(subject)
+    assert "hardware.bandwidth_gbs" in error.value.hint
+
+
+def test_the_grid_names_its_cells_and_goes_on_where_it_was(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    settings = {**SMALL, "prompt_tokens": [4, 9], "batch_sizes": [1, 2], "baseline": "self"}
+    grid = Speed(**settings)
+    whole = metrics(grid.run(subject))
+    tasks = {"b1 p4 n7", "b1 p9 n7", "b2 p4 n7", "b2 p9 n7"}
+    assert {task for *_, task in whole} == tasks
+    subject.journal = lambda name, items: Journal(tmp_path / "cells", items)
+    timed: list[Cell] = []
+    real = Speed._cell
+
+    def watched(self: Speed, subject: Subject, cell: Cell, *rest: Any) -> Any:
+        if len(timed) == 2:
+            timed.append(cell)
+            raise KeyboardInterrupt
+        timed.append(cell)
+        return real(self, subject, cell, *rest)
+
+    monkeypatch.setattr(Speed, "_cell", watched)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run(subject)
+    assert set(metrics(grid.run(subject))) == set(whole)
+    assert timed == [*grid.cells()[:3], *grid.cells()[2:]]
+
+
+def test_an_engine_is_as_fast_as_itself(subject: Subject, ticks: None) -> None:
+    ratio = compared(subject, "auto", "auto", Cell(1, 4, 3), 6)
+    assert ratio.speedup == (1.0, 1.0, 1.0)
+    found = metrics(Speed(**SMALL, baseline="self").run(subject))
+    assert found["speedup", "", ""].value == 1.0
+
+
+def test_our_engine_where_it_does_not_apply_is_an_error(subject: Subject) -> None:
+    subject.model.model.layers[0].mlp.forward = lambda x: x  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match="engine=static does not apply: the forward pass of a"):
+        timer(subject, "static", Cell(1, 4, 3))
+    assert timer(subject, "auto", Cell(1, 4, 3))().kv_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evaluator.speed.prompt_tokens=500"], "500 prompt and 32 new tokens are more than"),
+        (["evaluator.speed.batch_sizes=[1,50000000]"], "b50000000 p128 n32 needs"),
+        (["evaluator.speed.new_tokens=[]"], "grid of evaluator.speed is empty"),
+        (["evaluator.speed.batch_sizes=0"], "evaluator.speed.batch_sizes"),
+        (["evaluator.speed.engine=fast"], "evaluator.speed.engine='fast' is not possible"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_loading(
+    bench: Bench, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        bench.job("eval", "evaluator=speed", *words)
+
+
+def test_a_method_that_decodes_in_its_own_way_has_one_engine(bench: Bench) -> None:
+    job = ["train", "method=lora_drop", "evaluator=speed"]
+    bench.job(*job)  # type: ignore[arg-type]
+    for word in ("engine=eager", "baseline=generate"):
+        with pytest.raises(UserError, match="lora_drop decodes in a way of its own"):
+            bench.job(*job, f"evaluator.speed.{word}")  # type: ignore[arg-type]
+
+
+def test_a_run_records_shares_of_the_roofline(bench: Bench) -> None:
+    trial = [f"evaluator.speed.{k}={v}" for k, v in Speed.trial.items()]
+    record = bench.run("eval", "evaluator=speed", *WORDS, *trial)
+    found = {(m.name, m.phase): m for m in record.metrics}
+    for key in (("mfu", "prefill"), ("mfu", "decode"), ("mbu", "decode")):
+        assert 0 < found[key].value < 1
+    assert found["ceiling_gemm", "roofline"].value > 1e6

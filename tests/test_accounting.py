@@ -1,0 +1,48 @@
+"""The self-check of counts and peaks: it passes, and it notices what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from effbench.methods.lora import LoRA
+from effbench.selfcheck import accounting
+from effbench.selfcheck.base import Check
+
+
+@pytest.mark.parametrize("name", accounting._methods())
+def test_counts_of_every_method_at_every_point(name: str) -> None:
+    checks = list(accounting._counts(name))
+    assert not [c for c in checks if not c.passed]
+    kinds = {c.name.split(",")[0] for c in checks}
+    assert {"forward FLOPs", "forward FLOPs again", "bytes of cache", "bytes of weights"} <= kinds
+
+
+def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoRA.cost
+
+    def wrong(self: LoRA, *args: object, **more: object) -> object:
+        cost = right(self, *args, **more)  # type: ignore[arg-type]
+        return replace(
+            cost,
+            flops_per_token=cost.flops_per_token * 1.02,
+            kv_bytes_per_token=cost.kv_bytes_per_token + 1,
+            resident_bytes=cost.resident_bytes + 1,
+        )
+
+    monkeypatch.setattr(LoRA, "cost", wrong)
+    failed = {c.name.split(",")[0] for c in accounting._counts("lora") if not c.passed}
+    assert failed == {"forward FLOPs", "bytes of cache", "bytes of weights"}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", accounting.SHORT)
+def test_peaks_of_runs_on_the_real_model(name: str) -> None:
+    checks: list[Check] = list(accounting._peaks(name))
+    assert [c.name.split(",")[0] for c in checks] == [
+        "peak of load",
+        "peak of train",
+        "peak of evaluate",
+    ]
+    assert not [c for c in checks if not c.passed]
