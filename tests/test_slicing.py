@@ -49,6 +49,7 @@ from effbench.nn.slicing import (
 from effbench.shapes import LayerSize, Shape, SlicedShape, planned_slice, sliced_shape
 from effbench.spec import ModelSpec
 
+SLOW = ("rtn", "qlora", "lora_drop", "full", "apt")
 TIED = replace(SHAPE, tied=True, num_layers=4, rms_eps=1e-6)
 LAYOUT = Layout(
     (LayerSize(4, 2, 30), LayerSize(4, 2, 17), LayerSize(6, 3, 8)), head_dim=8, hidden_size=24
@@ -453,7 +454,10 @@ SPEED = [
 ]
 
 
-@pytest.mark.parametrize("after", ["lora", "rtn", "qlora", "lora_drop", "full", "apt"])
+@pytest.mark.parametrize(
+    "after",
+    ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+)
 def test_what_comes_after_a_slice(after: str, bench: Bench) -> None:
     first = bench.run("compress", *PRUNED, *SMALL)
     stage: Any = "compress" if after == "rtn" else "train"

@@ -623,7 +623,14 @@ def steps_of(bench: Bench, job: Any) -> list[dict[str, Any]]:
     return [{k: e[k] for k in ("loss", "kept", "adapter_params")} for e in events]
 
 
-@pytest.mark.parametrize("extra", [[], ["method.distill=true"], ["method.moments=keep"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["method.moments=keep"],
+        pytest.param(["method.distill=true"], marks=pytest.mark.slow),
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_across_growth_and_slice(
     extra: list[str], bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
