@@ -712,6 +712,7 @@ def test_one_size_for_all_layers_loads_in_transformers(bench: Bench, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_the_slice(bench: Bench) -> None:
     words = ["train.validate_every=1", "train.patience=1", "train.learning_rate=1e-30"]
     record = bench.run("train", *RUN, *words)
