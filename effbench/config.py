@@ -169,9 +169,12 @@ def _inherit(
 ) -> tuple[Plugin, ModelSpec, DatasetSpec]:
     """Return method, model and dataset; what an earlier run fixed cannot be chosen again."""
     if parent:
-        _refuse_fixed(stage, chosen, parent)
+        _refuse_fixed(stage, config, chosen, parent)
     settings = dict(config["method"])
-    method = _plugin("methods", settings.pop("name"), settings, "method")
+    if parent and stage == "eval" and not _reads_out(config, chosen):
+        method = _at_evaluation(settings, chosen, parent.method)
+    else:
+        method = _plugin("methods", settings.pop("name"), settings, "method")
     if parent is None:
         return method, _model(config["model"]), _dataset(config["dataset"])
     if chosen & {"dataset", "experiment"}:
@@ -184,11 +187,27 @@ def _inherit(
             f"The files of {parent.model.path} have changed since run {parent.key}.",
             "Put them back, or run that one again first.",
         )
-    return (parent.method if stage == "eval" else method), parent.model, dataset
+    return method, parent.model, dataset
 
 
-def _refuse_fixed(stage: Stage, chosen: set[str], parent: Spec) -> None:
-    for key in ("model", "method") if stage == "eval" else ("model",):
+def _at_evaluation(settings: dict[str, Any], chosen: set[str], method: Plugin) -> Plugin:
+    """Return the method of an earlier run with the chosen settings of its evaluation."""
+    keys = {c.removeprefix("method.") for c in chosen if c.startswith("method.")}
+    given = {key: settings[key] for key in keys}
+    return _plugin("methods", method.name, {**method.settings, **given}, "method")
+
+
+def _reads_out(config: dict[str, Any], chosen: set[str]) -> bool:
+    """Whether a method was chosen that can evaluate what another method made."""
+    name = config["method"]["name"]
+    return "method" in chosen and name != "none" and registry.find("methods", name).stage == "eval"
+
+
+def _refuse_fixed(stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec) -> None:
+    free = registry.find("methods", parent.method.name).at_evaluation
+    chosen = chosen - {f"method.{key}" for key in free}
+    own = stage != "eval" or _reads_out(config, chosen)
+    for key in ("model",) if own else ("model", "method"):
         if any(c == key or c.startswith(f"{key}.") for c in chosen):
             raise UserError(
                 f"from= already fixes the {key} ({getattr(parent, key).name}).",
@@ -262,7 +281,7 @@ def _check_methods(spec: Spec, store: Store) -> None:
             f"Use: effbench {method.stage} method={method.name}",
         )
     earlier = [make_method(s.method) for s in store.ancestors(spec)]
-    if spec.stage != "eval":
+    if spec.stage != "eval" or (earlier and method.stage == "eval"):
         method.check_after(earlier)
     elif not spec.parent and method.stage != "eval":
         raise UserError(

@@ -51,7 +51,7 @@ def _method_facts(cls: Any) -> list[str]:
     lines.append(f"Command    effbench {cls.stage} method={cls.name}")
     lines.append(f"Starts on  {', '.join(sorted(cls.works_on))} linear layers")
     try:
-        method = cls()
+        method = cls().fitted(EXAMPLE)
         points = [p or "one" for p in method.points()]
         lines.append(f"Points     {', '.join(points)}")
         lines.append(f"Saving     {method.cost(EXAMPLE, 'bfloat16', method.points()[-1]).saving}")

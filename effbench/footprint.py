@@ -67,8 +67,12 @@ class Training:
     """FLOPs per token of the forward pass, matrix products without attention and head."""
     gradient: float = 0
     """The same of the backward pass."""
-    passed: int = 0
+    run: float = 0
+    """Layers that run, a mean over the steps."""
+    passed: float = 0
     """Layers whose attention a gradient passes."""
+    heads: int = 1
+    """Products of the head in the forward pass, those that the backward pass repeats included."""
     head_gradients: int = 1
     """Products of the head in the backward pass: 2 where its weight trains, else 1."""
     every: bool = False
@@ -99,6 +103,7 @@ def trained_layers(shape: Shape, element: int, masters: bool) -> Training:
         fixed,
         forward=2 * shape.linear_params,
         gradient=4 * shape.linear_params,
+        run=shape.num_layers,
         passed=shape.num_layers,
         head_gradients=2,
     )
@@ -135,6 +140,7 @@ def adapted_layers(
         element * d,
         forward=2 * shape.linear_params + products,
         gradient=2 * shape.linear_params + 2 * products - unneeded,
+        run=shape.num_layers,
         passed=shape.num_layers,
     )
 
@@ -158,6 +164,7 @@ def passed_layers(shape: Shape, element: int, layers: int) -> Training:
         element * d,
         forward=2 * shape.linear_params,
         gradient=sum(2 * i * o for layer, _, i, o in shape.linears() if layer >= passed),
+        run=shape.num_layers,
         passed=layers,
     )
 
@@ -175,13 +182,23 @@ def step_flops(
         square: Whether attention counts as if every position saw all of its row, as torch's
             counter has it; else half of that.
     """
-    heads = [shape.layer(index).num_heads for index in range(shape.num_layers)]
     attention = 4 * shape.head_dim * (one.tokens if square else one.tokens / 2)
-    layers = training.forward + attention * sum(heads)
-    backward = training.gradient + 2 * attention * sum(heads[shape.num_layers - training.passed :])
+    heads = _heads(shape, training.run)
+    passed = heads - _heads(shape, training.run - training.passed)
+    layers = training.forward + attention * heads
+    backward = training.gradient + 2 * attention * passed
     head = 2 * shape.vocab_size * shape.hidden_size * (one.size if training.every else one.counted)
     passes = layers * (2 if recompute else 1) + backward
-    return one.size * passes + head * (1 + training.head_gradients)
+    return one.size * passes + head * (training.heads + training.head_gradients)
+
+
+def _heads(shape: Shape, layers: float) -> float:
+    """Return the query heads of the first `layers` layers; of a broken one its part."""
+    whole = int(layers)
+    found: float = sum(shape.layer(index).num_heads for index in range(whole))
+    if layers > whole:
+        found += (layers - whole) * shape.layer(whole).num_heads
+    return found
 
 
 def _sizes(shape: Shape, element: int) -> tuple[int, list[tuple[int, int]]]:

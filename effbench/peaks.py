@@ -119,7 +119,7 @@ class Peaks:
             trained: Whether the process has trained before.
         """
         adapted = cost.params > self.shape.params
-        packed = cost.resident_bytes < self.shape.params * self.element
+        packed = cost.resident_bytes < cost.params * self.element
         positions = one.rows if one.kind == "decode" else one.size
         running = transient(self.shape, self.element, adapted) * positions
         residual = self.element * self.shape.hidden_size * positions

@@ -156,11 +156,11 @@ class Course:
     """What a run makes of its model, from shapes."""
 
     methods: tuple[Method, ...]
-    """All that the model goes through, first to last."""
+    """All that the model goes through, first to last, fitted."""
     base: Shape
     """Of the base model."""
     start: Shape
-    """Of what the run starts from."""
+    """Of what its method starts from."""
     left: Shape
     """Of what it leaves, as far as it is known."""
     before: Cost | None
@@ -183,17 +183,18 @@ class Course:
     ) -> Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
-        own, point = methods[-1], methods[-1].points()[-1]
-        start = [shape, *chain_shapes(earlier, shape, folders)][-1]
+        shapes = [shape, *chain_shapes(methods, shape, folders)]
+        *first, own = methods = [m.fitted(s) for m, s in zip(methods, shapes, strict=False)]
+        start, point = shapes[-2], own.points()[-1]
         before = None
-        if earlier:
-            before = inference_cost(earlier, shape, dtype, earlier[-1].points()[-1], folders)
+        if first:
+            before = inference_cost(first, shape, dtype, first[-1].points()[-1], folders)
         cost = chain_cost(methods, shape, dtype, point, folders)
         return cls(
             methods=tuple(methods),
             base=shape,
             start=start,
-            left=chain_shapes(methods, shape, folders)[-1],
+            left=shapes[-1],
             before=before,
             working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
             cost=cost,
@@ -242,9 +243,14 @@ def predict(
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
-    """Return all methods that a run's model goes through; an evaluation adds none of its own."""
+    """Return all methods that a run's model goes through.
+
+    An evaluation goes through the last one again, perhaps with other settings of evaluation, unless
+    its own method is one of evaluation.
+    """
     own: Method = make_method(spec.method)
-    return [*earlier] if spec.stage == "eval" and earlier else [*earlier, own]
+    same = spec.stage == "eval" and own.stage != "eval"
+    return [*(earlier[:-1] if same else earlier), own]
 
 
 def at_most(spec: Spec) -> Workload:
@@ -278,7 +284,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         dense = course.start.params * size
         found["compress"] = start.compress(course.before.resident_bytes if course.before else dense)
     if spec.evaluators:
-        every = type(own).logits is not Method.logits
+        every = not own.plain_logits(own.points()[-1])
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         found["evaluate"] = max(
             (left.inference(course.used, p, every, spec.stage == "train") for p in passes),

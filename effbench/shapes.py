@@ -18,6 +18,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SLICED = "sliced_llama"
 """`model_type` in the config of a saved model whose layers differ in size."""
 
+LAYERS_DIFFER = (
+    "The layers of this model differ in size, so a number of layers is not a depth.",
+    "Choose another method, or a model whose layers are alike.",
+)
+"""Message and hint of what works with equal layers alone."""
+
 
 @dataclass(frozen=True)
 class LayerSize:

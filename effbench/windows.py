@@ -86,14 +86,12 @@ def passes(
     if data is None:
         largest = max(window, batch_tokens)
         return [Pass("score", 1, largest, largest)]
-    windows = cut(data.documents(split), window, stride)
+    examples = data.documents(split)
+    windows = cut(examples, window, stride)
+    labels = [w.sequence(examples[w.row])[1] for w in windows]
+    counted = [sum(label != IGNORED for label in row[1:]) for row in labels]
     return [
-        Pass(
-            "score",
-            len(group),
-            windows[group[0]].stop - windows[group[0]].start,
-            sum(windows[i].stop - windows[i].first for i in group),
-        )
+        Pass("score", len(group), len(labels[group[0]]), sum(counted[i] for i in group))
         for group in groups(windows, batch_tokens)
     ]
 

@@ -105,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hellaswag", type=int, default=48, help="items")
     parser.add_argument("--mmlu", type=int, default=24, help="items of each of two subjects")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("overrides", nargs="*", help="for example hardware.dtype=float32")
     given = parser.parse_args()
 

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from effbench.methods.base import Method
 from effbench.methods.lora import LoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
 from effbench.selfcheck import accounting
 from effbench.selfcheck.base import Check
 
@@ -17,6 +20,20 @@ def test_counts_of_every_method_at_every_point(name: str) -> None:
     assert not [c for c in checks if not c.passed]
     kinds = {c.name.split(",")[0] for c in checks}
     assert {"forward FLOPs", "forward FLOPs again", "bytes of cache", "bytes of weights"} <= kinds
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SortedLoRA(depths=(3,)),
+        SortedLoRA(depths=(2, 4), objective="soft"),
+        SortedLoRA(depths=(2, 4), objective="soft", layout="skip_middle"),
+        SortedFull(depths=(2, 4), objective="sampled"),
+    ],
+)
+def test_a_step_over_several_depths(method: Method) -> None:
+    model, ctx = accounting._model(method)
+    assert accounting._step("", method, model, ctx).passed
 
 
 def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> tuple[Any, Any,
 
     draws = torch.Generator().manual_seed(0)
     ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
-    return method, loaded.model, loaded.shape, ctx
+    return method.fitted(loaded.shape), loaded.model, loaded.shape, ctx
 
 
 def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -527,6 +527,7 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     shape = compose("eval", ["model=tiny"]).spec.model.shape
     assert shape is not None
     shape = method.left(shape, run.bench.folder(run.job).artefact)
+    method = method.fitted(shape)
     found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
     for point in method.points():
         for evaluator in EVALUATORS:

@@ -269,6 +269,9 @@ def test_a_watched_or_changed_block_is_not_passed_over() -> None:
     hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *a: None)
     assert StaticSession(model).engine == "walk"
     hook.remove()
+    hook = model.model.norm.register_forward_hook(lambda *a: None)
+    assert StaticSession(model).engine == "walk"
+    hook.remove()
     assert why_not(model.train()) == "the model is in train mode"
 
 

@@ -19,6 +19,8 @@ from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
 from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.qlora import QLoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn.quantised import quantise_nf4
 from effbench.peaks import OPTIMIZER_BYTES
 
@@ -35,6 +37,11 @@ METHODS = [
     DeepLoRA(rank=4, form="narrow", targets=("q_proj", "down_proj")),
     DeepLoRA(form="full"),
     APT(rank=4),
+    SortedLoRA(rank=4, depths=(2,)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="soft"),
+    SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
+    SortedFull(depths=(2,), objective="sampled"),
+    SortedFull(depths=(1, 2)),
 ]
 
 

@@ -77,6 +77,15 @@ def nf4_in_float64(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat(out).view(weight.shape)
 
 
+def restored(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return what the tensors that bitsandbytes stored stand for, by their definition."""
+    absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
+    size = state.shape.numel()
+    weights = state.code[codes[:size].long()] * absmax.float().repeat_interleave(64)[:size]
+    return weights.view(state.shape).to(state.dtype)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stored_tensors_are_those_of_bitsandbytes(
@@ -95,7 +104,9 @@ def test_stored_tensors_are_those_of_bitsandbytes(
         assert other.float().mean() <= 0.03
         assert ((ours.absmax.int() - state.absmax.int()).abs() <= 1).all()
     same = ours._replace(absmax=state.absmax)
-    theirs = bnb.functional.dequantize_4bit(packed, state)
+    theirs = restored(packed, state)
+    if shape[1] % 64 == 0:  # elsewhere bitsandbytes' own AVX512 kernel is wrong
+        assert torch.equal(bnb.functional.dequantize_4bit(packed, state), theirs)
     assert torch.equal(nf4.dequantise(same, shape, dtype), theirs)
     assert torch.equal(nf4.dequantise_bitsandbytes(same, shape, dtype), theirs)
 

@@ -468,7 +468,7 @@ def test_the_words_say_what_was_and_was_not_equal() -> None:
     )
     assert "Equal: base model, dataset, optimiser steps, tuning trials, seeds." in words
     assert "Not equal: training tokens (1,000 against 2,000)." in words
-    assert "Not recorded for all: trainable parameters." in words
+    assert "Not recorded for all: layer forwards, trainable parameters." in words
     other = compare([LORA, run("dora", {"": 0.3}, number=4, ids="bb")]).words
     assert "Not the same items: no paired test: dora." in other[0]
 

@@ -11,17 +11,23 @@ import torch
 from methods.helpers import SHAPE, batch_of, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
+from effbench.errors import UserError
 from effbench.footprint import Pass, step_flops
 from effbench.kernels import native
 from effbench.measure.counting import flops
 from effbench.methods.apt import APT
-from effbench.methods.base import Context, Method
+from effbench.methods.base import Context, Method, inference_cost
 from effbench.methods.deep_lora import DeepLoRA
+from effbench.methods.depths import Depths
 from effbench.methods.full import Full
 from effbench.methods.lora import LoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn.decoding import CachedSession
 from effbench.nn.engine import StaticSession, session_for
+from effbench.nn.exits import StagedDecoder
 from effbench.nn.layout import why_not
+from effbench.nn.quantised import storage_bytes
 from effbench.nn.scoring import has_trees
 from effbench.nn.slicing import layer_sizes, resize, shape_left
 from effbench.shapes import LayerSize
@@ -109,3 +115,33 @@ def test_training_goes_on_at_the_stated_flops(method: Method, name: str) -> None
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
     stated = step_flops(shape, method.training(shape, "float32"), one, square=True)
     assert stated == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("kind", [Depths, SortedFull, SortedLoRA])
+def test_layers_that_differ_have_no_depths(name: str, kind: type[Depths]) -> None:
+    model = sliced(UNLIKE[name])
+    shape = shape_left(model, DEEP)
+    method = kind().fitted(shape)
+    with pytest.raises(UserError, match="differ in size"):
+        method.check(shape)
+    with pytest.raises(UserError, match="differ in size"), method.at(model, method.points()[-1]):
+        pass
+    with pytest.raises(UserError, match="differ in size"):
+        StagedDecoder(model, (2, 4))
+
+
+@pytest.mark.parametrize("point", ["d2", "d4"])
+def test_layers_that_are_alike_have_depths(point: str) -> None:
+    model, ids = sliced(ALIKE, torch.float32), tokens()
+    shape, method = shape_left(model, DEEP), Depths(eval_depths=(2, 4))
+    method.check(shape)
+    batch = batch_of(length=40)
+    with method.at(model, point):
+        expected = model(input_ids=ids).logits[:, 4:]
+        torch.testing.assert_close(decoded(method.session(model), ids, 5), expected)
+        counted = flops(lambda: method.logits(model, batch))
+        held = storage_bytes(model)
+    cost = inference_cost([method], shape, "float32", point)
+    assert cost.resident_bytes == held
+    assert cost.flops_per_token * batch.input_ids.numel() == pytest.approx(counted, rel=0.02)

@@ -115,7 +115,7 @@ class Subject:
 
         ids = [digest([r.context, r.continuation]) for r in requests]
         journal = self.journal(name, ids)
-        if type(self.method).logits is Method.logits and has_trees(self.model):
+        if self.method.plain_logits(self.point) and has_trees(self.model):
             plan = Plan(requests, batch_tokens)
             pending = journal.pending([g.requests for g in plan.groups])
             found = tree_scores(self.model, plan, plan.of(pending), self.device)

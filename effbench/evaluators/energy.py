@@ -31,6 +31,7 @@ PER = 1000
 class EnergyPerToken(Evaluator):
     """Joules per token of prefill and decode, and their cost."""
 
+    itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "co2_g"
     trial: ClassVar[dict[str, Any]] = {
         "prompt_tokens": 6,

@@ -33,6 +33,7 @@ LARGEST_CAP = 2**44
 class Memory(Evaluator):
     """Peaks of prefill and decode, what they are made of, and the smallest cap."""
 
+    itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "kv_cache_bytes"
     trial: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 4}
 

@@ -120,7 +120,7 @@ class Speed(Evaluator):
             _check_memory(cell, spec, methods, shape)
 
     def run(self, subject: Subject) -> Result:
-        """Return times, rates, shares and bytes of every cell."""
+        """Return times, rates, shares, bytes and what sessions counted, of every cell."""
         cells = self.cells()
         settings = [self.engine, self.baseline, self.repeats, self.roofline]
         journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
@@ -168,8 +168,10 @@ class Speed(Evaluator):
             times.append(request())
             done = place[0] * (self.repeats + 1) + repeat + 1
             subject.progress("speed", done, place[1] * (self.repeats + 1))
-        found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": times[-1].kv_bytes}
-        if ceilings is not None:
+        last = times[-1]
+        found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": last.kv_bytes}
+        found["counts"] = dict(last.counts)
+        if ceilings is not None and not last.counts:  # else the cost states only a bound
             shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
             found["values"] |= shares
             found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
@@ -353,5 +355,8 @@ def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]
     for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
         unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
         metrics.append(Metric(name, rate, unit, subject.point, phase="roofline"))
-    kv = Metric("kv_bytes", found["kv_bytes"], "bytes", subject.point, obtained="counted")
-    return [replace(m, task=task) for m in [*metrics, replace(kv, phase="decode")]]
+    counted = {"kv_bytes": found["kv_bytes"], **found["counts"]}
+    for name, value in counted.items():
+        unit = "bytes" if name == "kv_bytes" else ""
+        metrics.append(Metric(name, value, unit, subject.point, obtained="counted", phase="decode"))
+    return [replace(m, task=task) for m in metrics]

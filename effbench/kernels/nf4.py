@@ -119,9 +119,12 @@ def dequantise(stored: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> torch
 def dequantise_bitsandbytes(
     stored: NF4, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the same weights from bitsandbytes' compiled kernel, where it covers the case."""
-    odd = stored.codes.device.type == "cpu" and shape[-1] % 2 != 0
-    if odd or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Return the same weights from bitsandbytes' compiled kernel, where it covers the case.
+
+    Where a block spans two rows, its AVX512 kernel (0.50.2) takes wrong scales.
+    """
+    ragged = stored.codes.device.type == "cpu" and shape[-1] % BLOCK != 0
+    if ragged or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return dequantise(stored, shape, dtype)
     weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         stored.codes, restored_absmax(stored), BLOCK, "nf4", shape, dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,30 @@ def parameters(model: torch.nn.Module) -> Parameters:
             if parameter.requires_grad or not isinstance(logical, int):
                 total += size
     return Parameters(total, trainable)
+
+
+class LayerForwards:
+    """Counts the positions that go through each decoder block of a model in training mode.
+
+    Padding and recomputation are among them: it is the work that was done.
+
+    Args:
+        layers: The blocks.
+    """
+
+    def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
+        self.count = 0
+        """Summed over blocks."""
+        self._hooks = [layer.register_forward_pre_hook(self._add) for layer in layers]
+
+    def _add(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if layer.training:
+            self.count += inputs[0].shape[:-1].numel()
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def flops(work: Callable[[], object]) -> int:

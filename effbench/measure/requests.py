@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,8 @@ class Times(NamedTuple):
     """Bytes of the cache at the end."""
     tokens: torch.Tensor
     """[B, 1 + gaps] int64."""
+    counts: Mapping[str, float] = {}
+    """What the session counted, by name; empty where its work does not depend on the text."""
 
 
 def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any) -> Times:
@@ -31,6 +33,8 @@ def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any)
 
     A session that can be made ready before its prompt is (`reserve`), before the clock runs.
     """
+    from effbench.nn.decoding import Counting
+
     clock = Clock(device)
     reserve = getattr(session, "reserve", None)
     if reserve is not None:
@@ -41,7 +45,9 @@ def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any)
     for _ in range(new):
         tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
         marks.append(clock.now())
-    return _times(marks, session.kv_bytes(), torch.cat(tokens, dim=1))
+    counts = session.counts() if isinstance(session, Counting) else {}
+    times = _times(marks, session.kv_bytes(), torch.cat(tokens, dim=1))
+    return times._replace(counts=counts)
 
 
 def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> Times:

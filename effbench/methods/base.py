@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.errors import UserError
 from effbench.footprint import Training, trained_layers
@@ -133,6 +133,9 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {}
     """Settings under which the method, put in but not trained, gives the base's own logits bit for
     bit; None where there are none. A contract test holds every method to it."""
+    at_evaluation: ClassVar[frozenset[str]] = frozenset()
+    """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
+    """
     libraries: ClassVar[tuple[str, ...]] = ()
     """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
@@ -142,6 +145,10 @@ class Method:
     def weights(self) -> Weights:
         """How the base is held: in the compute dtype, as float32 masters, or as NF4."""
         return "compute"
+
+    def fitted(self, shape: Shape) -> Self:
+        """Return the method with the defaults filled in that depend on the model's shape."""
+        return self
 
     def check(self, shape: Shape) -> None:
         """Refuse what cannot work on a model of this shape.
@@ -233,6 +240,13 @@ class Method:
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
         return output
+
+    def plain_logits(self, point: str) -> bool:
+        """Return whether the logits at a point are those of the model's own forward pass there.
+
+        Then what requests share can be computed once, and the head only where it is needed.
+        """
+        return type(self).logits is Method.logits
 
     def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
@@ -414,7 +428,8 @@ def chain_cost(
     shapes = chain_shapes(methods, shape, folders)
     cost = None
     for method, here in zip(methods[:-1], shapes, strict=False):
-        cost = _in_use(method, method.cost(here, dtype, method.points()[-1], cost), dtype)
+        last = method.fitted(here).points()[-1]
+        cost = _in_use(method, method.cost(here, dtype, last, cost), dtype)
     return methods[-1].cost(shapes[-1], dtype, point, cost)
 
 

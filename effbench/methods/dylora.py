@@ -53,6 +53,7 @@ class DyLoRA(Method):
     learning_rate: ClassVar[float] = 1e-3
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
     leaves: ClassVar[str] = "adapted"
+    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
 
     rank: PositiveInt = 16
     """Highest rank R."""

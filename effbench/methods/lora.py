@@ -45,6 +45,7 @@ class LoRA(Method):
     learning_rate: ClassVar[float] = 1e-3
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     leaves: ClassVar[str] = "adapted"
+    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
 
     rank: PositiveInt = 16

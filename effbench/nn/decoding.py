@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import DynamicCache
@@ -24,6 +24,14 @@ class Session(Protocol):
 
     def kv_bytes(self) -> int:
         """Return the bytes of the key/value entries in use."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What a session offers beside that when its work depends on the text."""
+
+    def counts(self) -> dict[str, float]:
+        """Return what was counted over the tokens decoded so far, by name."""
 
 
 class CachedSession:

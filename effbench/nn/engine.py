@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from effbench.kernels import native
 from effbench.nn.decoding import CachedSession, Session
 from effbench.nn.graph import StepGraph
-from effbench.nn.layout import blocks_of, plain, why_not
+from effbench.nn.layout import blocks_of, plain, untouched, why_not
 from effbench.nn.native_step import NativeStep
 from effbench.nn.pointwise import EAGER, Pointwise
 
@@ -117,6 +117,7 @@ class StaticSession:
         self.cos = self.sin = torch.empty(0)
         linears = [m for block in self.blocks for m in block.linears()]
         self._plain = all(plain(m, self.dtype) for m in (*linears, self.model.lm_head))
+        self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native and self._plain else None
         self._graph: StepGraph | None = None
 

@@ -54,7 +54,10 @@ def blocks_of(model: Any) -> list[Block]:
 
 
 def why_not(model: torch.nn.Module) -> str:
-    """Return what keeps a step from walking through `model`'s blocks; empty when nothing does."""
+    """Return what keeps a step from walking through `model`'s blocks; empty when nothing does.
+
+    The last norm may be watched, for a step calls it as the module that it is unless all is plain.
+    """
     name = type(model).__name__
     family = name.removesuffix("ForCausalLM")
     ours = type(model).__module__.startswith("transformers.models.")
@@ -64,10 +67,11 @@ def why_not(model: torch.nn.Module) -> str:
         return "the model is in train mode"
     if reason := _config_reason(model):
         return reason
+    last: Any = model.model.norm
     for module, kind in _containers(model):
         if type(module).__name__ != family + kind:
             return f"a {type(module).__name__} stands where a {family + kind} should"
-        if not untouched(module):
+        if not untouched(module) and module is not last:
             return f"the forward pass of a {type(module).__name__} is changed or watched"
     return "" if all(_whole_heads(model, b) for b in blocks_of(model)) else "it lacks some heads"
 

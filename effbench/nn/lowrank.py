@@ -214,6 +214,7 @@ def write_peft_adapter(
     alpha: float,
     targets: Iterable[str],
     base_model: str = "",
+    whole: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a plain LoRA adapter that `peft.PeftModel.from_pretrained` loads.
 
@@ -223,6 +224,7 @@ def write_peft_adapter(
         alpha: The adapter's scale is alpha / r.
         targets: Names of the adapted linears.
         base_model: Hub id or folder of the base model.
+        whole: Weights of modules that were trained in full, by the qualified name of the module.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -232,6 +234,7 @@ def write_peft_adapter(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=list(targets),
+        modules_to_save=list(whole or {}) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -241,4 +244,6 @@ def write_peft_adapter(
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+    for name, weight in (whole or {}).items():
+        tensors[f"base_model.model.{name}.weight"] = weight.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 
 from effbench.errors import UserError
 from effbench.nn.decoding import CachedSession
+from effbench.nn.depths import require_plain_layers
 from effbench.nn.losses import IGNORED
 
 
@@ -97,26 +98,8 @@ def attach(model: torch.nn.Module, name: str, droppable: DroppableLayers) -> Non
     Raises:
         UserError: When the model is laid out differently or some layer sees a sliding window.
     """
-    decoder = getattr(model, "model", None)
-    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
-    if not hasattr(model, "lm_head") or not all(hasattr(decoder, p) for p in parts):
-        raise UserError(
-            f"{type(model).__name__} is not laid out as Llama is: its layers cannot be dropped.",
-            "Choose a model of the Llama family.",
-        )
-    config: Any = model.config
-    kinds = getattr(config, "layer_types", None)
-    if any(k != "full_attention" for k in kinds) if kinds else _slides(config):
-        raise UserError(
-            "Layers with a sliding attention window cannot be dropped: their cache would have gaps "
-            "that the window does not know of.",
-            "Choose a model whose layers attend to the whole context.",
-        )
+    require_plain_layers(model)
     model.add_module(name, droppable)
-
-
-def _slides(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is not None
 
 
 def causal_mask(

@@ -48,6 +48,7 @@ def budgets(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[Budge
         "base model": lambda r: r.name_of("model") or None,
         "dataset": lambda r: r.name_of("dataset") or None,
         "training tokens": lambda r: _metric(r, "train_tokens"),
+        "layer forwards": lambda r: _metric(r, "train_layer_forwards"),
         "optimiser steps": _steps,
         "trainable parameters": lambda r: _metric(r, "trainable_params"),
     }

@@ -88,9 +88,10 @@ class Bench:
         return [self.store.run(s.key).artefact for s in self.store.ancestors(self.spec)]
 
     def start_shape(self) -> Shape:
-        """Return the sizes of what the run starts from."""
+        """Return the sizes of what the method starts from; an evaluation goes through it again."""
         assert self.base_shape is not None
-        return [self.base_shape, *chain_shapes(self.earlier(), self.base_shape, self.folders())][-1]
+        methods = chain(self.spec, self.earlier())[:-1]
+        return [self.base_shape, *chain_shapes(methods, self.base_shape, self.folders())][-1]
 
     @property
     def shape(self) -> Shape:
@@ -252,9 +253,11 @@ def open_model(bench: Bench) -> torch.nn.Module:
             tokenizer=False,
         )
         model, bench.base_shape = loaded.model, loaded.shape
+        shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
         for place, (earlier, method) in enumerate(chain):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
+            method = method.fitted(shapes[place])
             model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
             model.requires_grad_(False)
         if chain and spec.stage == "train" and own.weights == "nf4":
@@ -265,8 +268,9 @@ def open_model(bench: Bench) -> torch.nn.Module:
             f"{loaded.shape.max_positions} positions of {spec.model.name}.",
             f"Lower it: dataset.max_length={loaded.shape.max_positions}",
         )
-    if spec.stage != "eval":
-        own.check(bench.start_shape())
+    start = bench.start_shape()
+    own.check(start)
+    bench.method = own.fitted(start)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else bench.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE

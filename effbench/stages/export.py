@@ -29,16 +29,16 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     from effbench.stages.common import open_bench, open_model
 
     bench = open_bench(Job(spec, Runtime(results=str(results))), store.run(key), store)
+    model = open_model(bench)
     points = bench.method.points()
     point = point or points[-1]
     if point not in points:
         raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
-    model = open_model(bench)
     model = bench.method.load(model, store.run(key).artefact, bench.context())
     bench.events.close()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
         bench.method.export(model, point, new)
-        if (new / "config.json").is_file():  # a whole model: it needs its tokenizer
+        if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
             bench.tokenizer.save_pretrained(new)
         replace_folder(new, folder)

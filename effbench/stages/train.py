@@ -19,7 +19,9 @@ from effbench.evaluators.base import by_length, make_batch
 from effbench.events import read_events
 from effbench.files import open_atomic
 from effbench.footprint import Pass
+from effbench.measure.counting import LayerForwards
 from effbench.methods.base import Batch, Context
+from effbench.nn.depths import decoder_layers
 from effbench.nn.state import cast_parameters
 from effbench.progress import duration
 from effbench.records import Metric
@@ -52,6 +54,8 @@ class Progressed:
 
     step: int = 0
     tokens: int = 0
+    layer_forwards: int = 0
+    """Positions through a decoder block, summed over blocks."""
     best_loss: float = math.inf
     waited: int = 0
     """Validations since the best loss."""
@@ -71,6 +75,7 @@ class Trainer:
     accelerator: Accelerator
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
+    layer_forwards: LayerForwards
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -101,6 +106,7 @@ def _made(bench: Bench, model: torch.nn.Module, data: Data) -> torch.nn.Module:
     trainer = prepare(bench, model, data)
     with bench.phase("train"):
         _loop(trainer)
+        trainer.layer_forwards.close()
         if trainer.best:
             _restore(bench, trainer.model, trainer.best)
         count_trained(bench, trainer.model)
@@ -172,6 +178,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
         accelerator=accelerator,
         optimizer=optimizer,
         schedule=schedule,
+        layer_forwards=LayerForwards(decoder_layers(model)),
     )
 
 
@@ -281,6 +288,7 @@ def one_step(trainer: Trainer) -> float:
     bench, ctx, done = trainer.bench, trainer.ctx, trainer.done
     start = time.perf_counter()
     batches = window_of(trainer, done.step)
+    before = trainer.layer_forwards.count
     ctx.step = done.step
     bench.method.on_step(trainer.model, ctx)
     loss = float(bench.method.update(trainer.model, trainer.optimizer, batches, ctx))
@@ -290,12 +298,15 @@ def one_step(trainer: Trainer) -> float:
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     done.step += 1
     done.tokens += tokens
+    layer_forwards = trainer.layer_forwards.count - before
+    done.layer_forwards += layer_forwards
     bench.events.append(
         "step",
         step=done.step,
         loss=loss,
         seconds=round(time.perf_counter() - start, 6),
         tokens=tokens,
+        layer_forwards=layer_forwards,
         learning_rate=rate,
         **bench.method.facts(trainer.model, ctx),
     )
@@ -474,6 +485,7 @@ def _summarise(bench: Bench, done: Progressed) -> None:
         Metric("train_loss_last", mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
         Metric("train_steps", done.step, "steps", **counted),
         Metric("train_tokens", done.tokens, "tokens", **counted),
+        Metric("train_layer_forwards", done.layer_forwards, "positions x layers", **counted),
         Metric("step_seconds", step, "s", n=len(seconds), low=low, high=high, phase="train"),
         Metric(
             "train_tokens_per_second",

@@ -1,0 +1,271 @@
+"""Sorted fine-tuning (SoFT): one training of every weight after which any listed depth is a model.
+
+Kavehzadeh et al., Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language
+Models for Dynamic Inference, Findings of EACL 2024, arXiv 2309.08968. With L layers and a set D of
+depths, L among them, sub-model n has the first n layers and the shared final norm and head:
+
+    f_n(x) = W_out norm(h_n),    h_i = layer_i(h_{i-1})          h_i [B, T, d], f_n(x) [B, T, V]
+
+    soft:     loss = (1 / |D|) sum_n CE(f_n(x), y)               one pass over all L layers
+    sampled:  loss = CE(f_n(x), y), n drawn from D uniformly     layers 1 ... n alone run
+
+`soft` is the paper's; `sampled` is that of SortedNet (Valipour et al., arXiv 2309.00255): each
+micro-batch draws its depth, so that one step over several of them mixes depths.
+
+Decoding: a depth of its own; the first exit whose most likely token is more probable than that
+exit's threshold (`exit`); or the shallowest exit drafts and the deepest one verifies, which loses
+nothing (`speculative`).
+
+Our choices: the paper's depth set for 40 layers (12, 16, ... 40) scaled to L; draws that go through
+all of D in random order before one repeats (`cycle`); exact repair of the key/value cache; a layout
+`skip_middle`, which leaves out middle layers instead of the last ones, as an ablation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from effbench.errors import UserError
+from effbench.footprint import Training, trained_layers
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
+from effbench.methods.depths import Depths, check_depths, cut_cost, depth_set
+from effbench.schema import PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class SortedFull(Depths):
+    """Training of every weight for several depths at once."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for "
+        "Dynamic Inference",
+        "Findings of EACL 2024",
+        "2309.08968",
+    )
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
+    learning_rate: ClassVar[float] = 5e-5
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
+    identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
+    at_evaluation: ClassVar[frozenset[str]] = frozenset(
+        {
+            "eval_depths",
+            "decoding",
+            "thresholds",
+            "kv",
+            "draft_depth",
+            "draft_tokens",
+            "draft_window",
+        }
+    )
+
+    depths: tuple[PositiveInt, ...] = ()
+    """Depths D that are trained, the number of layers among them; empty derives them from it. One
+    depth alone trains that sub-model alone, and the number of layers alone is plain fine-tuning."""
+    layout: Literal["prefix", "skip_middle"] = "prefix"
+    """Which layers a depth has: the first ones, or first and last ones in equal parts."""
+    objective: Literal["soft", "sampled"] = "soft"
+    """The mean loss of all depths in each micro-batch, or the loss of a drawn one."""
+    sampling: Literal["cycle", "uniform"] = "cycle"
+    """How depths are drawn: all of D in random order, again and again, or independently."""
+    reweight: bool = False
+    """Multiply a layer's learning rate by 1 / P(layer runs), for deep layers run less often."""
+
+    def __post_init__(self) -> None:
+        if self.decoding and self.layout != "prefix":
+            raise UserError(
+                f"method.decoding={list(self.decoding)} needs exits on the way through the layers, "
+                "which sub-models without middle layers do not have.",
+                "Set method.layout=prefix, or method.decoding=[].",
+            )
+        if self.reweight and self.objective == "soft":
+            raise UserError(
+                "method.reweight=true makes up for layers that do not run, but with "
+                "method.objective=soft all do.",
+                "Set method.objective=sampled, or method.reweight=false.",
+            )
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters."""
+        return "float32"
+
+    # -- depths --------------------------------------------------------------------------------
+
+    def fitted(self, shape: Shape) -> Self:
+        """Return the method with the depths of a model of `shape`."""
+        return replace(self, depths=self.depths or depth_set(shape.num_layers, self.shallowest))
+
+    def kept(self, depth: int, num_layers: int) -> list[int]:
+        """Return the layers of the sub-model `depth`, counted from 0."""
+        last = depth // 2 if self.layout == "skip_middle" and depth < num_layers else 0
+        return [*range(depth - last), *range(num_layers - last, num_layers)]
+
+    def trained_layers(self, num_layers: int) -> list[int]:
+        """Return the layers that some trained depth has."""
+        return self.kept(max(self.depths), num_layers)
+
+    def listed(self) -> tuple[int, ...]:
+        """Return the depths to evaluate, once fitted: the trained ones unless some are given."""
+        return self.eval_depths or self.depths
+
+    def full_depth(self, num_layers: int) -> int:
+        """Return the deepest trained depth."""
+        return max(self.depths)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse depths that the model does not have, and exits that lead nowhere."""
+        super().check(shape)
+        check_depths("depths", self.depths, shape.num_layers)
+        if len(self.depths) > 1 and max(self.depths) < shape.num_layers:
+            raise UserError(
+                f"method.depths={list(self.depths)} does not hold {shape.num_layers}, the "
+                "number of layers, so the full model would never be trained.",
+                f"Add {shape.num_layers}.",
+            )
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Make every weight train but those of layers that no depth has."""
+        from effbench.nn.depths import require_layers_alike
+
+        require_layers_alike(model)
+        model.requires_grad_(True)
+        self.freeze_rest(model)
+        return model
+
+    def freeze_rest(self, model: torch.nn.Module) -> None:
+        """Freeze the layers that no trained depth has."""
+        from effbench.nn.depths import decoder_layers
+
+        layers = decoder_layers(model)
+        for index in set(range(len(layers))) - set(self.trained_layers(len(layers))):
+            layers[index].requires_grad_(False)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the loss of a drawn depth, or the mean of those of all, a scalar."""
+        from effbench.nn.depths import at_layers, decoder_layers
+
+        if self.objective == "soft":
+            return self._mean_loss(model, batch)
+        depth = self.draw(ctx)
+        with at_layers(model, self.kept(depth, len(decoder_layers(model)))):
+            return super().loss(model, batch, ctx)
+
+    def draw(self, ctx: Context) -> int:
+        """Return the depth of the next micro-batch."""
+        if self.sampling == "uniform":
+            return self.depths[int(torch.randint(len(self.depths), (), generator=ctx.generator))]
+        left: list[int] = ctx.state.setdefault("depths", [])
+        if not left:
+            order = torch.randperm(len(self.depths), generator=ctx.generator)
+            left.extend(self.depths[i] for i in order.tolist())
+        return left.pop()
+
+    def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        from effbench.nn.depths import exit_nll
+
+        total = torch.zeros((), device=batch.labels.device)
+        for hidden in self._exit_states(model, batch):
+            total = total + exit_nll(model, hidden, batch.labels)
+        return total / (len(self.depths) * batch.window_tokens)
+
+    def _exit_states(self, model: torch.nn.Module, batch: Batch) -> Iterator[torch.Tensor]:
+        """Yield what the head reads at each depth; sub-models that share no exit run apart."""
+        from effbench.nn.depths import at_layers, decoder_layers, exit_states
+
+        inputs = batch.input_ids, batch.attention_mask
+        if self.layout == "prefix":
+            yield from exit_states(model, self.depths, *inputs).values()
+            return
+        for n in self.depths:
+            with at_layers(model, self.kept(n, len(decoder_layers(model)))):
+                yield exit_states(model, (n,), *inputs)[n]
+
+    def update(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        window: Sequence[Batch],
+        ctx: Context,
+    ) -> torch.Tensor:
+        """Make one optimiser step, with a learning rate for each layer when they are reweighted."""
+        from effbench.nn.depths import scaled_updates
+
+        factors = self._factors(model) if self.reweight else []
+        with scaled_updates(factors):
+            return super().update(model, optimizer, window, ctx)
+
+    def _factors(self, model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, float]]:
+        """Return 1 / P(layer runs) for every trained parameter of a layer."""
+        from effbench.nn.depths import decoder_layers
+
+        layers = decoder_layers(model)
+        runs = [0] * len(layers)
+        for n in self.depths:
+            for index in self.kept(n, len(layers)):
+                runs[index] += 1
+        return [
+            (parameter, len(self.depths) / count)
+            for layer, count in zip(layers, runs, strict=True)
+            for parameter in layer.parameters()
+            if parameter.requires_grad
+        ]
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the sub-model of a depth as a model of its own that transformers loads."""
+        from effbench.nn.depths import decoder_layers, write_submodel
+
+        count = len(decoder_layers(model))
+        write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the layers of a depth; those that no trained depth has are frozen."""
+        method = self.fitted(shape)
+        cost = super().cost(shape, dtype, point, base)
+        trained = min(method.depth_of(point, shape.num_layers), max(method.depths))
+        whole = self.whole_cost(shape, dtype, base)
+        return replace(cost, trainable=cut_cost(whole, shape, 0, trained).trainable)
+
+    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
+        """Return the cost at full depth."""
+        return Method.cost(self, shape, dtype, "", base)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the mean work of a drawn depth, or that of all; what is kept is the most."""
+        method = self.fitted(shape)
+        each = [method.one_depth(replace(shape, num_layers=n), dtype) for n in method.depths]
+        if self.objective == "sampled":
+            return _working(each[-1], each, len(each))
+        passes = each[-1:] if self.layout == "prefix" else each
+        most = replace(
+            each[-1],
+            layers=sum(t.layers for t in passes) + len(each) * each[-1].boundary,
+            heads=2 * len(each),  # each exit's logits are computed again in the backward pass
+            head_gradients=len(each) * each[-1].head_gradients,
+        )
+        return _working(most, passes, 1)
+
+    def one_depth(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step of a sub-model of `shape` keeps, and its work."""
+        return trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
+
+
+def _working(kept: Training, each: Sequence[Training], steps: int) -> Training:
+    """Return what `kept` keeps with the work of several passes in so many steps."""
+    return replace(
+        kept,
+        forward=sum(t.forward for t in each) / steps,
+        gradient=sum(t.gradient for t in each) / steps,
+        run=sum(t.run for t in each) / steps,
+        passed=sum(t.passed for t in each) / steps,
+    )

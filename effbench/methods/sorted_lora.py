@@ -1,0 +1,131 @@
+"""Sorted-LoRA: one set of LoRA adapters with which any listed depth is a model.
+
+H. Rajabzadeh, Efficient Learning for Large Language Models, PhD dissertation, University of
+Waterloo, of which the abstract alone was at hand. It speaks of stochastic depth-aware training that
+co-trains sub-models of several depths within a single cycle, on a frozen base. We read it as the
+drawn depths of SortedNet (arXiv 2309.00255), the shared head of SoFT (see `sorted_full`) and LoRA:
+
+    f_n(x) = W_out norm(h_n),  h_i = layer_i(h_{i-1}),  y = W x + (alpha / R) B A x  in every linear
+
+Each micro-batch draws a depth n from D and runs layers 1 ... n alone; the adapters of layer i
+belong to all depths from i on. Base and head are frozen, the final norm trains.
+
+Our choices, for the dissertation's are not known: rank 16, alpha 32, all seven linears, D of every
+ceil(L / 10)-th depth from 60 % of the layers on, draws in cycles through D, and the learning rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from effbench.footprint import Training, adapted_layers
+from effbench.lazy import torch
+from effbench.methods.base import Context, Cost, Paper, Weights
+from effbench.methods.lora import Dropout, LoRA, base_name, peft_adapters
+from effbench.methods.sorted_full import SortedFull
+from effbench.schema import PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+
+
+@dataclass(frozen=True)
+class SortedLoRA(SortedFull):
+    """Low-rank adaptation for several depths at once."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "SortedNet: A Scalable and Generalized Framework for Training Modular Deep Neural Networks",
+        "arXiv 2023",
+        "2309.00255",
+    )
+    learning_rate: ClassVar[float] = 5e-4
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
+    leaves: ClassVar[str] = "adapted"
+    libraries: ClassVar[tuple[str, ...]] = ("peft",)
+    shallowest: ClassVar[float] = 0.6
+
+    objective: Literal["soft", "sampled"] = "sampled"
+    """The loss of a drawn depth, or the mean loss of all depths in each micro-batch."""
+    rank: PositiveInt = 16
+    """Rank R of the update."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the update's scale alpha / R."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an adapter input in training."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an adapter."""
+    train_norm: bool = True
+    """Whether the final norm, which all depths share, trains too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.adapter()
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held in the compute dtype."""
+        return "compute"
+
+    def adapter(self) -> LoRA:
+        """Return the method that puts the adapters in."""
+        return LoRA(self.rank, self.alpha, self.dropout, self.targets)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse what cannot work as adapter or as depths."""
+        super().check(shape)
+        self.adapter().check(shape)
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base, put adapters in, and make the final norm train."""
+        from effbench.nn.depths import require_layers_alike, train_norm
+
+        require_layers_alike(model)
+        model.requires_grad_(False)
+        model = self.adapter().prepare(model, ctx)
+        self.freeze_rest(model)
+        if self.train_norm:
+            train_norm(model)
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the sub-model with its adapters merged, and the adapters alone in `adapter/`.
+
+        The adapter goes on the base loaded with `num_hidden_layers` set to the depth.
+        """
+        from effbench.nn.depths import at_layers, decoder_layers
+        from effbench.nn.lowrank import write_peft_adapter
+
+        super().export(model, point, folder)
+        count = len(decoder_layers(model))
+        (folder / "adapter").mkdir()
+        with at_layers(model, self.kept(self.depth_of(point, count), count)):
+            write_peft_adapter(
+                folder / "adapter",
+                {name: (a.weight, b.weight) for name, a, b in peft_adapters(model)},
+                self.alpha,
+                self.targets,
+                base_name(model),
+                {"model.norm": model.model.norm.weight} if self.train_norm else {},  # type: ignore
+            )
+
+    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
+        """Return the cost of base and adapters at full depth, without the norm's masters."""
+        return self.adapter().cost(shape, dtype, "", base)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the layers of a depth, their adapters, and the norm in float32."""
+        cost = super().cost(shape, dtype, point, base)
+        if not self.train_norm:
+            return cost
+        more = shape.hidden_size * (4 - DTYPE_BYTES[dtype])
+        return replace(
+            cost,
+            trainable=cost.trainable + shape.hidden_size,
+            resident_bytes=cost.resident_bytes + more,
+            bytes_per_token=cost.bytes_per_token + more,
+        )
+
+    def one_depth(self, shape: Shape, dtype: str) -> Training:
+        """Return what a training step of a sub-model of `shape` keeps, and its work."""
+        found = adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+        return replace(found, layers=found.layers + 8 * shape.hidden_size * self.train_norm)

@@ -1,0 +1,258 @@
+"""Sub-models that are some of a model's layers, under the same final norm and head.
+
+A sub-model of depth n is W_out norm(h), with h the output of the last of its n layers. Inside
+`at_layers` a model is that sub-model: layers, caches and counts are those of the n layers alone.
+`exit_states` gives the outputs h_n of several depths in one pass over the deepest.
+
+Sources: Valipour et al., SortedNet, arXiv 2309.00255; Kavehzadeh et al., Sorted LLaMA, arXiv
+2309.08968, whose exits share one norm and one head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from effbench.errors import UserError
+from effbench.nn.linears import decoder_linears
+from effbench.nn.losses import IGNORED
+from effbench.nn.quantised import QuantisedLinear
+from effbench.shapes import LAYERS_DIFFER
+
+
+def require_plain_layers(model: torch.nn.Module) -> None:
+    """Refuse a model whose layers cannot be called one by one as Llama's can.
+
+    Raises:
+        UserError: When the model is laid out differently or some layer sees a sliding window.
+    """
+    decoder = getattr(model, "model", None)
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if not hasattr(model, "lm_head") or not all(hasattr(decoder, p) for p in parts):
+        raise UserError(
+            f"{type(model).__name__} is not laid out as Llama is: its layers cannot be left out.",
+            "Choose a model of the Llama family.",
+        )
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) is not None
+    if any(k != "full_attention" for k in kinds) if kinds else slides:
+        raise UserError(
+            "Layers with a sliding attention window cannot be left out: their cache would have "
+            "gaps that the window does not know of.",
+            "Choose a model whose layers attend to the whole context.",
+        )
+
+
+def require_layers_alike(model: torch.nn.Module) -> None:
+    """Refuse a model that has no plain layers or whose layers differ in size, as slices' may.
+
+    In one whose layers differ, some have no place in the cache, and counts go layer by layer.
+
+    Raises:
+        UserError: When a depth would not be a number of equal layers.
+    """
+    require_plain_layers(model)
+    config: Any = model.config
+    if getattr(config, "layer_sizes", None):
+        raise UserError(*LAYERS_DIFFER)
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the decoder blocks of a causal language model, in the order they run."""
+    causal: Any = model
+    layers: torch.nn.ModuleList = getattr(causal, causal.base_model_prefix).layers
+    return layers
+
+
+@contextmanager
+def at_layers(model: torch.nn.Module, kept: Sequence[int]) -> Iterator[None]:
+    """Make `model` the sub-model of the layers `kept` inside the context.
+
+    Layers are numbered anew, since a cache has one entry for each layer that runs. The config is
+    shared by all of the model's parts: no other thread may use the model meanwhile.
+
+    Args:
+        model: A Llama-style causal language model.
+        kept: Indices of layers, ascending.
+    """
+    root: Any = model
+    decoder, config = root.model, root.config
+    every = decoder.layers
+    if list(kept) == list(range(len(every))):
+        yield
+        return
+    before = {k: getattr(config, k, None) for k in ("num_hidden_layers", "layer_types")}
+    places = [layer.self_attn.layer_idx for layer in every]
+    try:
+        decoder.layers = torch.nn.ModuleList(every[i] for i in kept)
+        config.num_hidden_layers = len(kept)
+        if before["layer_types"]:
+            config.layer_types = [before["layer_types"][i] for i in kept]
+        for place, index in enumerate(kept):
+            every[index].self_attn.layer_idx = place
+        yield
+    finally:
+        decoder.layers = every
+        config.num_hidden_layers = before["num_hidden_layers"]
+        if before["layer_types"]:
+            config.layer_types = before["layer_types"]
+        for layer, place in zip(every, places, strict=True):
+            layer.self_attn.layer_idx = place
+
+
+def exit_states(
+    model: torch.nn.Module,
+    depths: Iterable[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> dict[int, torch.Tensor]:
+    """Return h_n [B, T, d], not normed, for each of `depths`; deeper layers do not run.
+
+    Args:
+        model: A Llama-style causal language model.
+        depths: Numbers of layers n, from 1.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+    """
+    wanted = sorted(set(depths))
+    found: dict[int, torch.Tensor] = {}
+    layers = decoder_layers(model)
+    hooks = []
+    for n in wanted:
+
+        def keep(_: Any, __: Any, output: torch.Tensor, n: int = n) -> None:
+            found[n] = output
+
+        hooks.append(layers[n - 1].register_forward_hook(keep))
+    root: Any = model
+    try:
+        with at_layers(model, range(wanted[-1])):
+            root.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def readout(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [..., V] of an exit from its hidden states [..., d]."""
+    root: Any = model
+    logits: torch.Tensor = root.lm_head(root.model.norm(hidden))
+    return logits
+
+
+def exit_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed negative log-likelihood of an exit in nats, a scalar.
+
+    Its logits are computed again in the backward pass, so that those of several exits are never in
+    memory at once.
+
+    Args:
+        model: A Llama-style causal language model.
+        hidden: h_n [B, T, d].
+        labels: [B, T], not shifted; -100 where a token does not count.
+    """
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    wanted = targets[counted]
+
+    def head(chosen: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(readout(model, chosen).float(), wanted, reduction="sum")
+
+    total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
+    return total
+
+
+def train_norm(model: torch.nn.Module) -> None:
+    """Make the final norm a trained parameter, held in float32 whatever the model's dtype.
+
+    A learning step is smaller than a short dtype can tell from 1.
+    """
+    root: Any = model
+    norm = root.model.norm.float().requires_grad_(True)
+    # A float32 weight gives a float32 output, which the head does not take.
+    norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+@contextmanager
+def scaled_updates(factors: Iterable[tuple[torch.nn.Parameter, float]]) -> Iterator[None]:
+    """Multiply what happens to each parameter inside the context by its factor.
+
+    Around a step of an optimiser whose update is proportional to the learning rate, it multiplies
+    the learning rate of that parameter.
+    """
+    before = [(p, p.detach().clone(), factor) for p, factor in factors if factor != 1]
+    yield
+    with torch.no_grad():
+        for parameter, old, factor in before:
+            parameter.copy_(old + factor * (parameter - old))
+
+
+# -- extraction --------------------------------------------------------------------------------
+
+
+def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) -> None:
+    """Write the layers `kept` as a model of its own that transformers loads, in float32.
+
+    Adapters are added to their weights and packed weights are expanded, both in float32: a shorter
+    dtype would round away part of what was trained.
+
+    Raises:
+        UserError: When transformers cannot hold a model of these sizes.
+    """
+    from safetensors.torch import save_file
+
+    from effbench.nn.sliced_folder import stock
+
+    if not stock(model.config):
+        raise UserError(
+            "transformers cannot load a model whose width is no multiple of its heads.",
+            "Prune with method.blocks=[groups,neurons], which leaves the width.",
+        )
+
+    with at_layers(model, kept):
+        linears = dict(decoder_linears(model))
+        inside = tuple(f"{name}." for name in linears)
+        tensors = {
+            name: parameter.detach().float()
+            for name, parameter in model.named_parameters()
+            if not name.startswith(inside)
+        }
+        for name, linear in linears.items():
+            tensors[f"{name}.weight"] = merged_weight(linear)
+            bias = getattr(linear, "bias", None)
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.detach().float()
+        config: Any = copy.deepcopy(model.config)
+    config.dtype = torch.float32
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
+    """Return the dense weight [d_out, d_in] of a linear layer in float32, its adapter added."""
+    from peft.tuners.lora import LoraLayer
+
+    if isinstance(linear, LoraLayer):
+        factors: Any = [part["default"].weight for part in (linear.lora_A, linear.lora_B)]
+        a, b = (factor.detach().float() for factor in factors)
+        base: Any = linear.get_base_layer()
+        return merged_weight(base) + linear.scaling["default"] * (b @ a)
+    if isinstance(linear, QuantisedLinear):
+        return linear.dense_weight(torch.float32)
+    weight: Any = linear.weight
+    dense: torch.Tensor = weight.detach().float()
+    return dense
