@@ -225,8 +225,12 @@ def _plan(job: Any) -> None:
         )
     machine = job.runtime.machine
     store = Store(Path(job.runtime.results))
-    earlier = [make_method(s.method) for s in store.ancestors(job.spec)]
-    typer.echo(render(predict(job.spec, shape, machine, earlier), job.spec, machine))
+    ancestors = store.ancestors(job.spec)
+    earlier = [make_method(s.method) for s in ancestors]
+    folders = [store.run(s.key).artefact for s in ancestors]
+    typer.echo(
+        render(predict(job.spec, shape, machine, earlier, folders=folders), job.spec, machine)
+    )
 
 
 runs_app = typer.Typer(

@@ -87,18 +87,18 @@ def trained_layers(shape: Shape, element: int, masters: bool) -> Training:
         element: Bytes of a compute element.
         masters: Whether the weights are float32 masters under autocast to fewer bytes.
     """
-    d, m, attention = _sizes(shape, element)
+    d, blocks = _sizes(shape, element)
     if masters and element < 4:
         # Residual stream and norms in float32; each linear casts its input and its weight anew.
-        layer = 16 * d + element * (5 * d + 4 * m) + attention
+        layers = [16 * d + element * (5 * d + 4 * m) + attention for m, attention in blocks]
         fixed = element * (shape.linear_params + shape.vocab_size * shape.hidden_size)
         boundary = 4 * d
     else:
-        layer = 16 * d + 2 * element * d + element * 4 * m + attention
+        layers = [16 * d + 2 * element * d + element * 4 * m + attention for m, attention in blocks]
         fixed, boundary = 0, element * d
     return Training(
-        layer * shape.num_layers + 8 * d,  # the last norm
-        layer,
+        sum(layers) + 8 * d,  # the last norm
+        max(layers),
         boundary,
         fixed,
         forward=2 * shape.linear_params,
@@ -109,42 +109,61 @@ def trained_layers(shape: Shape, element: int, masters: bool) -> Training:
     )
 
 
-def adapted_layers(shape: Shape, element: int, rank: int, targets: Sequence[str]) -> Training:
-    """Return what float32 adapters of `rank` on the linears `targets` of a frozen base keep."""
-    d, m, attention = _sizes(shape, element)
-    sizes = shape.linear_sizes()
-    inputs = {name: d_in for name, (d_in, _) in sizes.items() if name in targets}
-    if element == 4:  # nothing is cast, so that linears with one input share it
-        shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-        inputs = {shared.get(name, name): size for name, size in inputs.items()}
-        inputs.pop("o_proj", None)  # the attention's output, which is kept anyway
-    layer = 8 * d + 3 * element * m + attention + 4 * sum(inputs.values()) + 4 * rank * len(targets)
-    products = (
-        2 * rank * shape.num_layers * sum(i + o for n, (i, o) in sizes.items() if n in targets)
-    )
-    first = sum(2 * sizes[n][0] * sizes[n][1] for n in BOTTOM)  # nothing below needs their gradient
-    first += sum(2 * rank * sizes[n][0] for n in BOTTOM if n in targets)
+def adapted_layers(
+    shape: Shape, element: int, rank: int, targets: Sequence[str], through: bool = False
+) -> Training:
+    """Return what float32 adapters of `rank` on the linears `targets` of a frozen base keep.
+
+    Args:
+        shape: The model's shape.
+        element: Bytes of a compute element.
+        rank: Of each adapter.
+        targets: Names of the adapted linears.
+        through: Whether gradients reach the embedding, though nothing trains there.
+    """
+    d, blocks = _sizes(shape, element)
+    layers = []
+    for index, (m, attention) in enumerate(blocks):
+        sizes = shape.linear_sizes(index)
+        inputs = {name: d_in for name, (d_in, _) in sizes.items() if name in targets}
+        hidden = 4 * rank * len(inputs)
+        if element == 4:  # nothing is cast, so that linears with one input share it
+            shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+            inputs = {shared.get(name, name): size for name, size in inputs.items()}
+            inputs.pop("o_proj", None)  # the attention's output, which is kept anyway
+        layers.append(8 * d + 3 * element * m + attention + 4 * sum(inputs.values()) + hidden)
+    products = 2 * rank * sum(i + o for _, name, i, o in shape.linears() if name in targets)
+    unneeded = 0 if through else _first_gradients(shape, rank, targets)
     return Training(
-        layer * shape.num_layers,
-        layer,
+        sum(layers),
+        max(layers),
         element * d,
         forward=2 * shape.linear_params + products,
-        gradient=2 * shape.linear_params + 2 * products - first,
+        gradient=2 * shape.linear_params + 2 * products - unneeded,
         run=shape.num_layers,
         passed=shape.num_layers,
     )
 
 
+def _first_gradients(shape: Shape, rank: int, targets: Sequence[str]) -> int:
+    """Return the FLOPs of gradients with respect to what the first linears read: none has a use."""
+    first = shape.linear_sizes()
+    readers = [n for n in BOTTOM if n in first]
+    base = sum(2 * first[n][0] * first[n][1] for n in readers)
+    return base + sum(2 * rank * first[n][0] for n in readers if n in targets)
+
+
 def passed_layers(shape: Shape, element: int, layers: int) -> Training:
     """Return what frozen layers without adapters keep where a gradient has to pass `layers`."""
-    d, m, attention = _sizes(shape, element)
-    layer = 8 * d + 3 * element * m + attention
+    d, blocks = _sizes(shape, element)
+    kept = [8 * d + 3 * element * m + attention for m, attention in blocks]
+    passed = shape.num_layers - layers
     return Training(
-        layer * layers,
-        layer,
+        sum(kept[passed:]),
+        max(kept),
         element * d,
         forward=2 * shape.linear_params,
-        gradient=2 * shape.linear_params * layers / shape.num_layers,
+        gradient=sum(2 * i * o for layer, _, i, o in shape.linears() if layer >= passed),
         run=shape.num_layers,
         passed=layers,
     )
@@ -163,20 +182,33 @@ def step_flops(
         square: Whether attention counts as if every position saw all of its row, as torch's
             counter has it; else half of that.
     """
-    width = shape.num_heads * shape.head_dim
-    attention = 4 * width * (one.tokens if square else one.tokens / 2)
-    layers = training.forward + attention * training.run
-    backward = training.gradient + 2 * attention * training.passed
+    attention = 4 * shape.head_dim * (one.tokens if square else one.tokens / 2)
+    heads = _heads(shape, training.run)
+    passed = heads - _heads(shape, training.run - training.passed)
+    layers = training.forward + attention * heads
+    backward = training.gradient + 2 * attention * passed
     head = 2 * shape.vocab_size * shape.hidden_size * (one.size if training.every else one.counted)
     passes = layers * (2 if recompute else 1) + backward
     return one.size * passes + head * (training.heads + training.head_gradients)
 
 
-def _sizes(shape: Shape, element: int) -> tuple[int, int, int]:
-    """Return d, m and the bytes that attention keeps per token and layer."""
-    q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = element * (2 * q + 2 * k) + 4 * shape.num_heads
-    return shape.hidden_size, shape.intermediate_size, attention
+def _heads(shape: Shape, layers: float) -> float:
+    """Return the query heads of the first `layers` layers; of a broken one its part."""
+    whole = int(layers)
+    found: float = sum(shape.layer(index).num_heads for index in range(whole))
+    if layers > whole:
+        found += (layers - whole) * shape.layer(whole).num_heads
+    return found
+
+
+def _sizes(shape: Shape, element: int) -> tuple[int, list[tuple[int, int]]]:
+    """Return d, and of each layer m and the bytes that attention keeps per token."""
+    found = []
+    for index in range(shape.num_layers):
+        size = shape.layer(index)
+        heads = 2 * shape.head_dim * (size.num_heads + size.num_kv_heads)
+        found.append((size.intermediate_size, element * heads + 4 * size.num_heads))
+    return shape.hidden_size, found
 
 
 def transient(shape: Shape, element: int, adapted: bool) -> int:

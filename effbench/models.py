@@ -24,7 +24,7 @@ from effbench.gguf_header import config_in, read_header
 from effbench.lazy import torch
 from effbench.methods.base import Weights
 from effbench.schema import build, digest
-from effbench.shapes import Shape
+from effbench.shapes import SLICED, LayerSize, Shape, sliced_shape
 from effbench.spec import ModelSpec
 
 SIZES = {
@@ -197,7 +197,7 @@ def shape_in(config: Mapping[str, Any], where: str) -> Shape:
         )
     values = {ours: config[theirs] for ours, theirs in SIZES.items()}
     rope = config.get("rope_parameters") or {}
-    return build(
+    shape = build(
         Shape,
         {
             **values,
@@ -210,6 +210,10 @@ def shape_in(config: Mapping[str, Any], where: str) -> Shape:
         },
         where,
     )
+    sizes = config.get("layer_sizes")
+    if not sizes:
+        return shape
+    return sliced_shape(shape, shape.hidden_size, [LayerSize(*size) for size in sizes])
 
 
 def _decimal(value: float) -> float:
@@ -339,6 +343,11 @@ def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
 
 
 def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
+    if spec.path and _is_sliced(Path(spec.path)):
+        from effbench.nn.sliced_folder import read_folder
+
+        with _load_errors(spec):
+            return read_folder(Path(spec.path), device, dtype)
     from transformers import AutoModelForCausalLM
 
     from effbench.hf import quiet
@@ -362,6 +371,15 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
             "The model was not saved completely; get its files anew.",
         )
     return model.eval()
+
+
+def _is_sliced(folder: Path) -> bool:
+    """Whether a folder holds a model whose layers differ in size: transformers cannot load it."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # transformers says what is wrong
+    return bool(config.get("model_type") == SLICED)
 
 
 def _check_stated(spec: ModelSpec, shape: Shape) -> None:

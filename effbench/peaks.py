@@ -136,7 +136,7 @@ class Peaks:
     @property
     def expanded(self) -> int:
         """Bytes of the largest linear while it is packed or expanded, in float32 on the way."""
-        largest = max(i * o for i, o in self.shape.linear_sizes().values())
+        largest = max((i * o for _, _, i, o in self.shape.linears()), default=0)
         return largest * (self.element + 16)
 
     def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:

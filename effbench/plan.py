@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from effbench.config import compose, known_shape, make_evaluator, make_method
 from effbench.footprint import Pass, step_flops
 from effbench.measure.hardware import memory_bytes
-from effbench.methods.base import Cost, Method, chain_cost, inference_cost
+from effbench.methods.base import Cost, Method, chain_cost, chain_shapes, inference_cost
 from effbench.peaks import Components, Peaks
 from effbench.records import Obtained
 from effbench.shapes import DTYPE_BYTES, Shape
@@ -68,6 +69,8 @@ class Prediction:
     available: int
     """Bytes that the machine has."""
     notes: list[str] = field(default_factory=list)
+    trained: int = 0
+    """Parameters that train at the most; what is left of them is in `cost`."""
 
     @property
     def largest(self) -> Phase:
@@ -148,6 +151,57 @@ def _held_against(phase: Phase, took: Mapping[str, Taken] | None, base: int) -> 
     }
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a run makes of its model, from shapes."""
+
+    methods: tuple[Method, ...]
+    """All that the model goes through, first to last, fitted."""
+    base: Shape
+    """Of the base model."""
+    start: Shape
+    """Of what its method starts from."""
+    left: Shape
+    """Of what it leaves, as far as it is known."""
+    before: Cost | None
+    """Of what earlier runs made, as it is used; None for the base model."""
+    working: Cost
+    """While it trains, at the most."""
+    cost: Cost
+    """Of what it leaves, in the dtype that it trains in."""
+    used: Cost
+    """The same as it is evaluated."""
+
+    @property
+    def own(self) -> Method:
+        """The method of the run."""
+        return self.methods[-1]
+
+    @classmethod
+    def of(
+        cls, spec: Spec, shape: Shape, earlier: Sequence[Method], folders: Sequence[Path] = ()
+    ) -> Course:
+        """Return the course of a run; see `predict`."""
+        methods, dtype = chain(spec, earlier), spec.hardware.dtype
+        shapes = [shape, *chain_shapes(methods, shape, folders)]
+        *first, own = methods = [m.fitted(s) for m, s in zip(methods, shapes, strict=False)]
+        start, point = shapes[-2], own.points()[-1]
+        before = None
+        if first:
+            before = inference_cost(first, shape, dtype, first[-1].points()[-1], folders)
+        cost = chain_cost(methods, shape, dtype, point, folders)
+        return cls(
+            methods=tuple(methods),
+            base=shape,
+            start=start,
+            left=shapes[-1],
+            before=before,
+            working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
+            cost=cost,
+            used=inference_cost(methods, shape, dtype, point, folders),
+        )
+
+
 def predict(
     spec: Spec,
     shape: Shape,
@@ -155,6 +209,7 @@ def predict(
     earlier: Sequence[Method] = (),
     workload: Workload | None = None,
     exact: bool = False,
+    folders: Sequence[Path] = (),
 ) -> Prediction:
     """Return what a run will need.
 
@@ -165,18 +220,26 @@ def predict(
         earlier: The methods that made what the run starts from, first to last.
         workload: The batches it really has; None takes the largest that its settings allow.
         exact: Whether the allocator gives blocks back at once.
+        folders: Artefacts of the earlier methods.
     """
-    methods = [method.fitted(shape) for method in chain(spec, earlier)]
-    cost = chain_cost(methods, shape, spec.hardware.dtype, methods[-1].points()[-1])
+    course = Course.of(spec, shape, earlier, folders)
     work = workload or at_most(spec)
     train = spec.stage == "train"
     total = spec.train.max_steps * spec.train.accumulation * spec.train.batch_size
     tokens = total * spec.dataset.max_length if train else 0
-    flops = tokens * _flops_per_trained_token(spec, methods[-1], shape) if train else 0.0
+    flops = tokens * _flops_per_trained_token(spec, course.own, course.start) if train else 0.0
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
-    phases = _phases(spec, shape, methods, cost, work, exact)
-    return Prediction(cost, phases, flops, tokens, seconds, available, _notes(spec, methods, cost))
+    return Prediction(
+        course.cost,
+        _phases(spec, course, work, exact),
+        flops,
+        tokens,
+        seconds,
+        available,
+        _notes(spec, course.methods, course.cost),
+        course.working.trainable,
+    )
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
@@ -201,29 +264,31 @@ def at_most(spec: Spec) -> Workload:
     )
 
 
-def _phases(
-    spec: Spec, shape: Shape, methods: Sequence[Method], cost: Cost, work: Workload, exact: bool
-) -> tuple[Phase, ...]:
+def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
-    dtype, own = spec.hardware.dtype, methods[-1]
-    peaks = Peaks(shape, DTYPE_BYTES[dtype], spec.hardware.device == "cpu", exact)
-    found = {"load": peaks.load(*_loaded(spec, shape, methods, work), _packed(methods))}
+    dtype, own = spec.hardware.dtype, course.own
+    cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
+    base, start, left = (
+        Peaks(s, size, cpu, exact) for s in (course.base, course.start, course.left)
+    )
+    loaded = _loaded(spec, course.base, course.methods, work)
+    found = {"load": base.load(*loaded, _packed(course.methods))}
     if spec.stage == "train":
-        saved, others = own.training(shape, dtype), _others(own, DTYPE_BYTES[dtype])
+        saved, others = own.training(course.start, dtype), _others(own, size)
         several = work.micro_batches > 1
-        steps = (peaks.step(spec.train, cost, saved, p, others, several) for p in work.train)
+        steps = (
+            start.step(spec.train, course.working, saved, p, others, several) for p in work.train
+        )
         found["train"] = max(steps, key=_total)
-    before = methods[:-1]
     if spec.stage == "compress":
-        dense = shape.params * DTYPE_BYTES[dtype]
-        start = inference_cost(before, shape, dtype, before[-1].points()[-1]) if before else None
-        found["compress"] = peaks.compress(start.resident_bytes if start else dense)
+        dense = course.start.params * size
+        found["compress"] = start.compress(course.before.resident_bytes if course.before else dense)
     if spec.evaluators:
-        used = inference_cost(methods, shape, dtype, own.points()[-1])
         every = not own.plain_logits(own.points()[-1])
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         found["evaluate"] = max(
-            (peaks.inference(used, p, every, spec.stage == "train") for p in passes), key=_total
+            (left.inference(course.used, p, every, spec.stage == "train") for p in passes),
+            key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
 
@@ -287,7 +352,7 @@ def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
     """Return the prediction as text for a terminal."""
     lines = [f"{spec.label} (key {spec.key})", "", *_table(prediction.phases), ""]
     cost = prediction.cost
-    lines.append(f"  parameters       {cost.params:,} ({cost.trainable:,} trained)")
+    lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
     lines.append(f"  weights read     {gib(cost.bytes_per_token)} per decoded token")
     lines.append(f"  KV cache         {cost.kv_bytes_per_token / 1024:.1f} KiB per token")

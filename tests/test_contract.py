@@ -168,7 +168,15 @@ def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Mo
         for _ in method.compress(model.requires_grad_(False), [probe()], ctx):
             pass
         return model
-    return method.prepare(model, ctx)
+    return method.finish(method.prepare(model, ctx), ctx)
+
+
+def left(method: Method, model: torch.nn.Module, shape: Any, folder: Path) -> Any:
+    """Return the shape that a changed model has, as its artefact says."""
+    if method.stage == "eval":
+        return shape
+    method.save(model, folder)
+    return method.left(shape, folder)
 
 
 def strengthened(name: str, **settings: Any) -> tuple[Any, Any]:
@@ -252,9 +260,10 @@ def test_untrained_it_is_the_base(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_its_cost_is_what_is_counted(name: str, dtype: str) -> None:
+def test_its_cost_is_what_is_counted(name: str, dtype: str, tmp_path: Path) -> None:
     method, model, shape, ctx = fresh(name, dtype)
     model = changed(method, model, ctx)
+    shape = left(method, model, shape, tmp_path)
     for point in method.points():
         cost = method.cost(shape, dtype, point)
         with method.at(model, point):
@@ -265,11 +274,21 @@ def test_its_cost_is_what_is_counted(name: str, dtype: str) -> None:
             assert cost.params == counted.total
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_trains_is_what_training_states(name: str) -> None:
+    method, model, shape, ctx = fresh(name)
+    counted = parameters(method.prepare(model, ctx)).trainable
+    stated = method.training_cost(shape, "float32").trainable
+    grows = type(method).training_cost is not Method.training_cost
+    assert 0 < counted < stated if grows else counted == stated
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_its_cache_grows_as_stated(name: str, dtype: str) -> None:
+def test_its_cache_grows_as_stated(name: str, dtype: str, tmp_path: Path) -> None:
     method, model, shape, ctx = fresh(name, dtype)
     model = changed(method, model, ctx).requires_grad_(False).eval()
+    shape = left(method, model, shape, tmp_path)
     cast_parameters_to_use(method, model, dtype)
     for point in method.points():
         with method.at(model, point):
@@ -289,13 +308,16 @@ def cast_parameters_to_use(method: Method, model: torch.nn.Module, dtype: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_flops_are_what_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_flops_are_what_torch_counts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # torch counts matrix products; on a CPU neither the attention over the context nor the
     # expansion of packed weights is one of them, and the cost states neither. Nor can it look into
     # the C++ step, which makes the same products as the walk through the blocks.
     monkeypatch.setattr(NativeStep, "of", lambda session: None)
     method, model, shape, ctx = fresh(name)
     model = changed(method, model, ctx).requires_grad_(False).eval()
+    shape = left(method, model, shape, tmp_path)
     for point in {method.points()[0], method.points()[-1]}:
         with method.at(model, point):
             session = method.session(model)
@@ -504,6 +526,7 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     method = make_method(run.job.spec.method)
     shape = compose("eval", ["model=tiny"]).spec.model.shape
     assert shape is not None
+    shape = method.left(shape, run.bench.folder(run.job).artefact)
     method = method.fitted(shape)
     found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
     for point in method.points():

@@ -10,6 +10,7 @@ from methods.helpers import SHAPE as TINY
 from methods.helpers import adamw, generator, tiny_model
 
 from effbench.footprint import Pass, logit_bytes, step_flops
+from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
@@ -35,6 +36,7 @@ METHODS = [
     DeepLoRA(rank=4),
     DeepLoRA(rank=4, form="narrow", targets=("q_proj", "down_proj")),
     DeepLoRA(form="full"),
+    APT(rank=4),
     SortedLoRA(rank=4, depths=(2,)),
     SortedLoRA(rank=4, depths=(1, 2), objective="soft"),
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),

@@ -205,6 +205,35 @@ class Method:
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Run before each optimiser step: schedules and draws."""
 
+    def on_gradients(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
+    ) -> None:
+        """Run in each optimiser step once all gradients are there, before they are clipped.
+
+        Parameters may be replaced here, as long as the optimiser is told (`nn.growth.Swap`) and
+        `rebuild` can do the same from `ctx.state`.
+        """
+
+    def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return a prepared `model` with the structure that `ctx.state` tells of.
+
+        Called when a run resumes, before the checkpoint's tensors are put in. A method whose
+        structure changes while it trains needs it.
+        """
+        return model
+
+    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
+        """Whether the structure will change no more: early stopping counts from then on."""
+        return True
+
+    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
+        """Return what the event of each training step says besides loss and time."""
+        return {}
+
+    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the trained model as it is used from now on: the artefact, not yet saved."""
+        return model
+
     def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return teacher-forced logits, [B, T, V]."""
         output: torch.Tensor = model(
@@ -265,6 +294,8 @@ class Method:
                 "Some layer computes without autograd, so nothing would be learnt; "
                 "`effbench doctor` lists the known causes.",
             )
+        self.on_gradients(model, optimizer, ctx)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         ctx.clip(trained)
         optimizer.step()
         return total
@@ -332,11 +363,25 @@ class Method:
 
     # -- accounting ----------------------------------------------------------------------------
 
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape of what the method leaves of a model of `shape`.
+
+        Args:
+            shape: The shape of what it starts from.
+            folder: Its artefact. Without one, or before there is one, the shape is the planned one,
+                where only the artefact can tell.
+        """
+        return shape
+
+    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
+        """Return what a model of `shape` needs while it trains, at the most."""
+        return self.cost(shape, dtype, self.points()[-1], base)
+
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return what a model of `shape` under this method needs at `point`.
 
         Args:
-            shape: The base model's shape.
+            shape: The model's shape, as the method leaves it (`left`).
             dtype: Compute dtype, a key of `DTYPE_BYTES`.
             point: One of `points()`.
             base: Cost of what the method starts from; None for the unchanged model.
@@ -349,8 +394,10 @@ class Method:
     def training(self, shape: Shape, dtype: str) -> Training:
         """Return what a training step keeps from its forward pass and its work, from shapes.
 
+        A method whose structure changes while it trains counts its first step.
+
         Args:
-            shape: The base model's shape.
+            shape: The shape of the model that it starts from.
             dtype: Compute dtype, a key of `DTYPE_BYTES`.
         """
         return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
@@ -360,24 +407,55 @@ class Method:
         return ()
 
 
-def chain_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
+def chain_cost(
+    methods: Sequence[Method],
+    shape: Shape,
+    dtype: str,
+    point: str = "",
+    folders: Sequence[Path] = (),
+) -> Cost:
     """Return the cost of what a chain of methods made; `point` is one of the last method's.
 
     The last method's weights are as it trains them, those of the earlier ones as they are used.
+
+    Args:
+        methods: First to last.
+        shape: The base model's shape.
+        dtype: Compute dtype.
+        point: Operating point.
+        folders: Artefacts of the methods, as far as there are any.
     """
+    shapes = chain_shapes(methods, shape, folders)
     cost = None
-    for method in methods[:-1]:
-        last = method.fitted(shape).points()[-1]
-        cost = _in_use(method, method.cost(shape, dtype, last, cost), dtype)
-    return methods[-1].cost(shape, dtype, point, cost)
+    for method, here in zip(methods[:-1], shapes, strict=False):
+        last = method.fitted(here).points()[-1]
+        cost = _in_use(method, method.cost(here, dtype, last, cost), dtype)
+    return methods[-1].cost(shapes[-1], dtype, point, cost)
 
 
-def inference_cost(methods: Sequence[Method], shape: Shape, dtype: str, point: str = "") -> Cost:
-    """Return the cost of what a chain of methods made, as it is evaluated.
+def chain_shapes(
+    methods: Sequence[Method], shape: Shape, folders: Sequence[Path] = ()
+) -> list[Shape]:
+    """Return the shape that each method of a chain leaves; see `chain_cost`."""
+    found = []
+    for place, method in enumerate(methods):
+        shape = method.left(shape, folders[place] if place < len(folders) else None)
+        found.append(shape)
+    return found
+
+
+def inference_cost(
+    methods: Sequence[Method],
+    shape: Shape,
+    dtype: str,
+    point: str = "",
+    folders: Sequence[Path] = (),
+) -> Cost:
+    """Return the cost of what a chain of methods made, as it is evaluated; see `chain_cost`.
 
     Float32 masters are cast to the compute dtype for that.
     """
-    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point), dtype)
+    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point, folders), dtype)
 
 
 def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:

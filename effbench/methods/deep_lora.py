@@ -180,22 +180,23 @@ class DeepLoRA(Method):
     def training(self, shape: Shape, dtype: str) -> Training:
         """Count a frozen base, the updates' inputs and what lies between their factors."""
         base = adapted_layers(shape, DTYPE_BYTES[dtype], 0, self.targets)
-        held, products, unneeded = 0, 0, 0
-        for name, (d_in, d_out) in shape.linear_sizes().items():
+        held, products, unneeded = [0] * shape.num_layers, 0, 0
+        for layer, name, d_in, d_out in shape.linears():
             if name not in self.targets:
                 continue
             inner = self.rank if self.form != "full" else min(d_in, d_out)
-            held += 4 * inner * (self.depth + 1 if self.form == "compressed" else self.depth - 1)
+            between = self.depth + 1 if self.form == "compressed" else self.depth - 1
+            held[layer] += 4 * inner * between
             params, frames = update_params(self.form, d_in, d_out, self.rank, self.depth)
-            products += 2 * params * shape.num_layers
-            if name in BOTTOM:  # nothing below the first layer needs its inputs' gradient
+            products += 2 * params
+            if layer == 0 and name in BOTTOM:  # nothing below needs their inputs' gradient
                 unneeded += 2 * inner * d_in
             if not self.frame_rate:
-                unneeded += 2 * frames * shape.num_layers
+                unneeded += 2 * frames
         return replace(
             base,
-            layers=base.layers + held * shape.num_layers,
-            layer=base.layer + held,
+            layers=base.layers + sum(held),
+            layer=base.layer + max(held),
             forward=base.forward + products,
             gradient=base.gradient + 2 * products - unneeded,
         )

@@ -25,7 +25,7 @@ from effbench.errors import UserError
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, dense_cost
 from effbench.schema import NonNegativeFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.shapes import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
 
 if TYPE_CHECKING:
     from effbench.nn.decoding import Session
@@ -90,6 +90,8 @@ class Depths(Method):
 
     def check(self, shape: Shape) -> None:
         """Refuse depths that the model does not have, and exits that lead nowhere."""
+        if isinstance(shape, SlicedShape):
+            raise UserError(*LAYERS_DIFFER)
         method = self.fitted(shape)
         check_depths("eval_depths", method.eval_depths, shape.num_layers)
         if method.decoding:
@@ -152,9 +154,9 @@ class Depths(Method):
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of a depth inside the context, or decode in the way of the point."""
-        from effbench.nn.depths import at_layers, decoder_layers, require_plain_layers
+        from effbench.nn.depths import at_layers, decoder_layers, require_layers_alike
 
-        require_plain_layers(model)
+        require_layers_alike(model)
         count = len(decoder_layers(model))
         kept = self.kept(self.depth_of(point, count), count)
         with at_layers(model, kept), _decoding(model, point if point in DYNAMIC else ""):

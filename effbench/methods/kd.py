@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from effbench.errors import UserError
 from effbench.footprint import Training
-from effbench.lazy import F, torch
+from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Method, Paper, Weights
 from effbench.schema import Fraction, PositiveFloat
 from effbench.shapes import Shape
@@ -71,7 +71,7 @@ class Distillation(Method):
         """Return the mixed loss of one micro-batch, a scalar."""
         if not self.weight:
             return super().loss(model, batch, ctx)
-        from effbench.nn.losses import token_nll
+        from effbench.nn.losses import token_kl, token_nll
 
         logits = self.logits(model, batch)
         with torch.no_grad():
@@ -114,25 +114,3 @@ def check_vocabulary(key: str, name: str, other: torch.nn.Module, model: torch.n
             f"method.{key}={name} has {theirs} vocabulary entries, the trained model {ours}.",
             "Choose a model with the same tokenizer.",
         )
-
-
-def token_kl(
-    teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Return KL(teacher || student) at each position whose next token counts, in nats.
-
-    Args:
-        teacher: Logits [B, T, V].
-        student: Logits [B, T, V].
-        labels: [B, T], not shifted; -100 where a token does not count.
-        temperature: What both logits are divided by.
-
-    Returns:
-        [N] float32, N the number of tokens that count.
-    """
-    counted = labels[:, 1:] != -100
-    log_p, log_q = (
-        F.log_softmax(logits[:, :-1][counted].float() / temperature, dim=-1)
-        for logits in (teacher, student)
-    )
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

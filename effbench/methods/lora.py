@@ -206,7 +206,7 @@ def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str]) -> None:
     Raises:
         UserError: Naming `method.rank` and the target.
     """
-    for name, (d_in, d_out) in shape.linear_sizes().items():
+    for _, name, d_in, d_out in shape.linears():
         if name in targets and rank > min(d_in, d_out):
             raise UserError(
                 f"method.rank={rank} is more than {name} can have: it is {d_in} x {d_out}.",

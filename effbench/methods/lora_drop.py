@@ -235,18 +235,25 @@ class LoRADrop(Method):
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost of a decoded token, averaged over a cycle."""
         size, window = DTYPE_BYTES[dtype], self._window(point)
-        count = len(self.droppable(shape.num_layers))
+        chosen = self.droppable(shape.num_layers)
+        count = len(chosen)
         skips = count * window / (window + 1)  # layers that a token drops, on average
         stand_in = 2 * self.rank * shape.hidden_size
 
-        linears = shape.linear_sizes()
-        saved = sum(i * o for i, o in linears.values())
         norms = 2 * shape.hidden_size
         if self.kv == "fill":  # attention and the norm before it run all the same
-            saved = sum(linears[name][0] * linears[name][1] for name in MLP)
             norms = shape.hidden_size
+        saved_sizes = [
+            i * o
+            for layer, name, i, o in shape.linears()
+            if layer in chosen and (self.kv == "skip" or name in MLP)
+        ]
+        saved = sum(saved_sizes) / max(1, count)
         base = super().cost(shape, dtype, "", base)
-        share = 0 if self.kv == "fill" else skips / shape.num_layers
+        cached = [shape.layer(layer).num_kv_heads for layer in range(shape.num_layers)]
+        share = 0.0
+        if self.kv == "skip" and sum(cached) > 0:
+            share = sum(cached[i] for i in chosen) / sum(cached) * window / (window + 1)
         return replace(
             base,
             params=base.params + count * stand_in,

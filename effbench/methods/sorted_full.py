@@ -132,9 +132,9 @@ class SortedFull(Depths):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make every weight train but those of layers that no depth has."""
-        from effbench.nn.depths import require_plain_layers
+        from effbench.nn.depths import require_layers_alike
 
-        require_plain_layers(model)
+        require_layers_alike(model)
         model.requires_grad_(True)
         self.freeze_rest(model)
         return model

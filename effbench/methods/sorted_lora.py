@@ -72,14 +72,14 @@ class SortedLoRA(SortedFull):
 
     def check(self, shape: Shape) -> None:
         """Refuse what cannot work as adapter or as depths."""
-        self.adapter().check(shape)
         super().check(shape)
+        self.adapter().check(shape)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base, put adapters in, and make the final norm train."""
-        from effbench.nn.depths import require_plain_layers, train_norm
+        from effbench.nn.depths import require_layers_alike, train_norm
 
-        require_plain_layers(model)
+        require_layers_alike(model)
         model.requires_grad_(False)
         model = self.adapter().prepare(model, ctx)
         self.freeze_rest(model)

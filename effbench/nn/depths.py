@@ -24,6 +24,7 @@ from effbench.errors import UserError
 from effbench.nn.linears import decoder_linears
 from effbench.nn.losses import IGNORED
 from effbench.nn.quantised import QuantisedLinear
+from effbench.shapes import LAYERS_DIFFER
 
 
 def require_plain_layers(model: torch.nn.Module) -> None:
@@ -48,6 +49,20 @@ def require_plain_layers(model: torch.nn.Module) -> None:
             "gaps that the window does not know of.",
             "Choose a model whose layers attend to the whole context.",
         )
+
+
+def require_layers_alike(model: torch.nn.Module) -> None:
+    """Refuse a model that has no plain layers or whose layers differ in size, as slices' may.
+
+    In one whose layers differ, some have no place in the cache, and counts go layer by layer.
+
+    Raises:
+        UserError: When a depth would not be a number of equal layers.
+    """
+    require_plain_layers(model)
+    config: Any = model.config
+    if getattr(config, "layer_sizes", None):
+        raise UserError(*LAYERS_DIFFER)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -189,8 +204,19 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
 
     Adapters are added to their weights and packed weights are expanded, both in float32: a shorter
     dtype would round away part of what was trained.
+
+    Raises:
+        UserError: When transformers cannot hold a model of these sizes.
     """
     from safetensors.torch import save_file
+
+    from effbench.nn.sliced_folder import stock
+
+    if not stock(model.config):
+        raise UserError(
+            "transformers cannot load a model whose width is no multiple of its heads.",
+            "Prune with method.blocks=[groups,neurons], which leaves the width.",
+        )
 
     with at_layers(model, kept):
         linears = dict(decoder_linears(model))

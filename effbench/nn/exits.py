@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from effbench.errors import UserError
-from effbench.nn.depths import exit_states, readout, require_plain_layers
+from effbench.nn.depths import exit_states, readout, require_layers_alike
 
 Rule = Callable[[int, torch.Tensor], torch.Tensor]
 """From the number of an exit, shallowest first, and its logits [..., V] to who leaves there,
@@ -64,11 +64,11 @@ class StagedDecoder:
         exits: Depths at which the stages end, ascending.
 
     Raises:
-        UserError: When the model is laid out differently.
+        UserError: When the model is laid out differently or its layers differ in size.
     """
 
     def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
-        require_plain_layers(model)
+        require_layers_alike(model)
         self.root: Any = model
         self.decoder: Any = self.root.model
         self.stages = [range(start, end) for start, end in pairwise((0, *exits))]

@@ -68,3 +68,25 @@ def answer_nll(
     nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
     nll[counted] = F.cross_entropy(logits.float(), targets[counted], reduction="none")
     return nll
+
+
+def token_kl(
+    teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return KL(teacher || student) at each position whose next token counts, in nats.
+
+    Args:
+        teacher: Logits [B, T, V].
+        student: Logits [B, T, V].
+        labels: [B, T], not shifted; -100 where a token does not count.
+        temperature: What both logits are divided by.
+
+    Returns:
+        [N] float32, N the number of tokens that count.
+    """
+    counted = labels[:, 1:] != IGNORED
+    log_p, log_q = (
+        F.log_softmax(logits[:, :-1][counted].float() / temperature, dim=-1)
+        for logits in (teacher, student)
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -9,6 +9,7 @@ pieces that it would keep otherwise depend on the order of all allocations befor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -61,23 +62,33 @@ def _methods() -> list[str]:
 
 def _counts(name: str) -> Iterator[Check]:
     """Yield the checks of FLOPs, weights and cache of one method."""
-    from effbench.nn.quantised import storage_bytes
-
     method = make_method(Plugin(name, registry.find("methods", name).needs)).fitted(SHAPE)
     model, ctx = _model(method)
     if method.stage == "train":
         yield _step(name, method, model, ctx)
+        model = method.finish(model, ctx)
     model.eval().requires_grad_(False)
+    with TemporaryDirectory() as folder:
+        if method.stage != "eval":
+            method.save(model, Path(folder))
+        yield from _in_use(name, method, model, Path(folder))
+
+
+def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Check]:
+    """Yield the checks of what a method made, whose artefact lies in `folder`."""
+    from effbench.nn.quantised import storage_bytes
+
+    shape, where = method.left(SHAPE, folder), name
     for point in method.points():
         where = f"{name} {point}".strip()
         with method.at(model, point):
-            cost = inference_cost([method], SHAPE, "float32", point)
+            cost = inference_cost([method], SHAPE, "float32", point, [folder])
             first, second = (_forward(method, model) for _ in range(2))
-            expected = ROWS * TOKENS * _parallel(method, model, cost, point)
+            expected = ROWS * TOKENS * _parallel(method, shape, model, cost, point)
             yield _near(f"forward FLOPs, {where}", expected, first, FLOPS_BOUND)
             yield _near(f"forward FLOPs again, {where}", second, first, 0)
             yield _cache(where, method, model, cost)
-    whole = inference_cost([method], SHAPE, "float32", method.points()[-1])
+    whole = inference_cost([method], SHAPE, "float32", method.points()[-1], [folder])
     held = storage_bytes(model)
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
 
@@ -106,17 +117,17 @@ def _forward(method: Method, model: Any) -> int:
         return flops(lambda: method.logits(model, _batch()))
 
 
-def _parallel(method: Method, model: Any, cost: Cost, point: str) -> float:
+def _parallel(method: Method, shape: Shape, model: Any, cost: Cost, point: str) -> float:
     """Return the FLOPs per token of a teacher-forced pass; torch counts attention as full squares.
 
     It is what decoding costs, except where decoding skips what one parallel pass has to compute.
     """
-    dense = SHAPE.flops_per_token()
+    dense = shape.flops_per_token()
     layers = len(model.model.layers)
-    attention = (SHAPE.flops_per_token(TOKENS) - dense) * layers / SHAPE.num_layers
+    attention = (shape.flops_per_token(TOKENS) - dense) * layers / shape.num_layers
     if cost.flops_per_token < dense and not method.plain_logits(point):
-        head = 2 * SHAPE.vocab_size * SHAPE.hidden_size
-        return method.training(SHAPE, "float32").forward + head + attention
+        head = 2 * shape.vocab_size * shape.hidden_size
+        return method.training(shape, "float32").forward + head + attention
     return cost.flops_per_token + attention
 
 

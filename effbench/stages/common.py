@@ -26,7 +26,15 @@ from effbench.measure.counting import parameters
 from effbench.measure.energy import Energy, Meter, energy_name
 from effbench.measure.environment import fingerprint
 from effbench.measure.memory import PeakMemory, exact_blocks, memory_in_use, release
-from effbench.methods.base import Batch, Context, Cost, Method, Weights, inference_cost
+from effbench.methods.base import (
+    Batch,
+    Context,
+    Cost,
+    Method,
+    Weights,
+    chain_shapes,
+    inference_cost,
+)
 from effbench.nn.quantised import quantise_nf4, storage_bytes
 from effbench.plan import Prediction, Taken, Workload, at_most, chain, gib, predict
 from effbench.progress import Progress
@@ -56,7 +64,8 @@ class Bench:
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    shape: Shape | None = None
+    base_shape: Shape | None = None
+    """Sizes of the base model."""
     tokenizer: Any = None
     base_bytes: int = 0
     """Memory of the process before the model is loaded."""
@@ -73,6 +82,26 @@ class Bench:
     def earlier(self) -> list[Method]:
         """Return the methods that made what the run starts from, first to last."""
         return [make_method(s.method) for s in self.store.ancestors(self.spec)]
+
+    def folders(self) -> list[Path]:
+        """Return the artefacts of what the run starts from, first to last."""
+        return [self.store.run(s.key).artefact for s in self.store.ancestors(self.spec)]
+
+    def start_shape(self) -> Shape:
+        """Return the sizes of what the method starts from; an evaluation goes through it again."""
+        assert self.base_shape is not None
+        methods = chain(self.spec, self.earlier())[:-1]
+        return [self.base_shape, *chain_shapes(methods, self.base_shape, self.folders())][-1]
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of what the run evaluates, once it is made."""
+        assert self.base_shape is not None
+        methods = chain(self.spec, self.earlier())
+        return chain_shapes(methods, self.base_shape, self._all_folders())[-1]
+
+    def _all_folders(self) -> list[Path]:
+        return [*self.folders(), self.folder.artefact]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -124,9 +153,9 @@ class Bench:
 
     def cost(self, point: str) -> Cost:
         """Return what the model that is evaluated needs at one operating point."""
-        assert self.shape is not None
-        methods = chain(self.spec, self.earlier())
-        return inference_cost(methods, self.shape, self.spec.hardware.dtype, point)
+        assert self.base_shape is not None
+        methods, dtype = chain(self.spec, self.earlier()), self.spec.hardware.dtype
+        return inference_cost(methods, self.base_shape, dtype, point, self._all_folders())
 
     def know(self, **parts: Any) -> None:
         """Put what was found out about the run's batches in the place of what is possible."""
@@ -134,15 +163,16 @@ class Bench:
 
     def prediction(self) -> Prediction:
         """Return what this run was predicted to take, for the batches that it has."""
-        assert self.shape is not None
+        assert self.base_shape is not None
         runtime = self.job.runtime
         return predict(
             self.spec,
-            self.shape,
+            self.base_shape,
             runtime.machine,
             self.earlier(),
             self.workload,
             runtime.exact_memory and exact_blocks(),
+            self.folders(),
         )
 
     def memory_now(self) -> str:
@@ -222,26 +252,28 @@ def open_model(bench: Bench) -> torch.nn.Module:
             weights=weights,
             tokenizer=False,
         )
-        model, bench.shape = loaded.model, loaded.shape
+        model, bench.base_shape = loaded.model, loaded.shape
+        shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
         for place, (earlier, method) in enumerate(chain):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
-            method = method.fitted(bench.shape)
+            method = method.fitted(shapes[place])
             model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
             model.requires_grad_(False)
         if chain and spec.stage == "train" and own.weights == "nf4":
             quantise_nf4(model, compute_dtype=bench.dtype)
-    if spec.dataset.max_length > bench.shape.max_positions:
+    if spec.dataset.max_length > loaded.shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{bench.shape.max_positions} positions of {spec.model.name}.",
-            f"Lower it: dataset.max_length={bench.shape.max_positions}",
+            f"{loaded.shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={loaded.shape.max_positions}",
         )
-    own.check(bench.shape)
-    bench.method = own.fitted(bench.shape)
+    start = bench.start_shape()
+    own.check(start)
+    bench.method = own.fitted(start)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else bench.dtype).itemsize
-        same = abs(stored / bench.shape.params - element) < SAME_DTYPE
+        same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         bench.know(stored_bytes=0 if same else stored)
     bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
     return model
@@ -399,10 +431,13 @@ def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
 
 def count_model(bench: Bench, model: torch.nn.Module) -> None:
     """Count what the model in memory really holds."""
-    total, trainable = parameters(model)
-    bench.count("params_total", total, "parameters")
-    bench.count("trainable_params", trainable, "parameters")
+    bench.count("params_total", parameters(model).total, "parameters")
     bench.count("resident_bytes", storage_bytes(model), "bytes")
+
+
+def count_trained(bench: Bench, model: torch.nn.Module) -> None:
+    """Count what trains, before a method puts it away."""
+    bench.count("trainable_params", parameters(model).trainable, "parameters")
     trained = [p for p in model.parameters() if p.requires_grad]
     bench.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
 

@@ -17,6 +17,7 @@ from effbench.stages.common import (
     Bench,
     as_batch,
     count_model,
+    count_trained,
     evaluate,
     load_made,
     note_made,
@@ -68,6 +69,7 @@ def compress(bench: Bench) -> None:
         with bench.phase("compress"):
             _parts(bench, model, _calibration(bench, data.examples("train")))
         count_model(bench, model)
+        count_trained(bench, model)
         save_artefact(bench, model)
         note_made(bench)
     evaluate(bench, made or model, data)

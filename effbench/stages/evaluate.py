@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from effbench.stages.common import Bench, count_model, evaluate, open_data, open_model
+from effbench.stages.common import (
+    Bench,
+    count_model,
+    count_trained,
+    evaluate,
+    open_data,
+    open_model,
+)
 
 
 def evaluate_only(bench: Bench) -> None:
@@ -10,4 +17,5 @@ def evaluate_only(bench: Bench) -> None:
     data = open_data(bench)
     model = open_model(bench).requires_grad_(False)
     count_model(bench, model)
+    count_trained(bench, model)
     evaluate(bench, model, data)

@@ -31,6 +31,7 @@ from effbench.stages.common import (
     Bench,
     as_batch,
     count_model,
+    count_trained,
     evaluate,
     load_made,
     mean,
@@ -103,14 +104,15 @@ def train(bench: Bench) -> None:
 def _made(bench: Bench, model: torch.nn.Module, data: Data) -> torch.nn.Module:
     """Train and save; the optimiser, gradients and other models are gone when this returns."""
     trainer = prepare(bench, model, data)
-    model = trainer.model
     with bench.phase("train"):
         _loop(trainer)
-    trainer.layer_forwards.close()
-    if trainer.best:
-        _restore(bench, model, trainer.best)
+        trainer.layer_forwards.close()
+        if trainer.best:
+            _restore(bench, trainer.model, trainer.best)
+        count_trained(bench, trainer.model)
+        _count_state(bench, trainer)
+        model = bench.method.finish(trainer.model, trainer.ctx)
     count_model(bench, model)
-    _count_state(bench, trainer)
     save_artefact(bench, model)
     _summarise(bench, trainer.done)
     note_made(bench)
@@ -306,6 +308,7 @@ def one_step(trainer: Trainer) -> float:
         tokens=tokens,
         layer_forwards=layer_forwards,
         learning_rate=rate,
+        **bench.method.facts(trainer.model, ctx),
     )
     return loss
 
@@ -359,6 +362,8 @@ def _validate(trainer: Trainer) -> None:
     loss = total / count
     bench.events.append("validation", step=done.step, loss=loss)
     bench.progress.say(f"step {done.step}: validation loss {loss:.4f}")
+    if not bench.method.settled(model, trainer.ctx):
+        return
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
@@ -418,6 +423,11 @@ def _resume(trainer: Trainer) -> None:
             f"{path} cannot be read: {reason}",
             "Start anew with --fresh.",
         ) from None
+    trainer.ctx.state = state["method"]
+    trainer.model = bench.method.rebuild(trainer.model, trainer.ctx)
+    groups = bench.method.groups(trainer.model)
+    for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
+        group["params"] = members  # some may be new
     with torch.no_grad():
         _restore(bench, trainer.model, state["tensors"])
     trainer.best = state["best"]
@@ -427,7 +437,6 @@ def _resume(trainer: Trainer) -> None:
     if state["random_cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
     trainer.ctx.generator.set_state(state["draws"].cpu())
-    trainer.ctx.state = state["method"]
     trainer.done.__dict__.update(state["done"])
     bench.notes[:] = state["notes"]
     bench.events.cut(state["events"])

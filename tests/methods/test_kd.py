@@ -18,7 +18,8 @@ from helpers import (
 
 from effbench.errors import UserError
 from effbench.methods.base import Method
-from effbench.methods.kd import Distillation, token_kl
+from effbench.methods.kd import Distillation
+from effbench.nn.losses import token_kl
 
 
 def student_of(method, teacher_seed=7):

@@ -1,0 +1,455 @@
+"""APT: blocks of the model are pruned and ranks of its adapters grow while it is fine-tuned.
+
+Zhao, Hajishirzi and Cao, APT: Adaptive Pruning and Tuning Pretrained Language Models for Efficient
+Training and Inference, ICML 2024, arXiv 2401.12200.
+
+    H = m_o * [(W + s B A)(m_i * X)]      W [d_o, d_i] frozen, A [r, d_i], B [d_o, r], s constant
+
+The masks m belong to blocks: key/value groups with their query heads, MLP neurons, dimensions of
+the residual stream. Each step: forward, backward, salience (`nn.salience`); on a pruning step, the
+blocks that stay are those of most salience per weight within the budget gamma_t (`nn.blocks`);
+masks move by `mask_step`; on a growth step, the more important half of the adapters gets higher
+ranks (`nn.growth`); then the optimiser. Once all masks are 0 or 1 the model is sliced
+(`nn.slicing`), and training goes on at the smaller size. The artefact is a dense model, adapters
+merged.
+
+    gamma_t = keep + (1 - keep) (1 - t)^3      t from 0 to 1 within the pruning window
+
+From the paper and its code: s = 2, r = 8 at first, beta = 0.85, mask_step = 0.01, growth to 4 times
+the parameters and at most 64 ranks. Our choices: whole groups instead of heads; A starts as in our
+other methods (uniform, not Gaussian) so that all start alike; where the window lies; slicing before
+the end of training; the moments of Adam may be kept where a parameter changes its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Interval
+
+from effbench.errors import UserError
+from effbench.footprint import Training, adapted_layers
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.lora import check_rank_fits, check_targets, low_rank_cost
+from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
+
+if TYPE_CHECKING:
+    from effbench.nn.masking import Masks
+    from effbench.nn.pruning_schedule import PruningSchedule
+    from effbench.nn.salience import Salience
+
+Kind = Literal["groups", "neurons", "dims"]
+KINDS: tuple[Kind, ...] = ("groups", "neurons", "dims")
+
+
+@dataclass(frozen=True)
+class APT(Method):
+    """Pruning and growing adapters in one fine-tuning run."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "APT: Adaptive Pruning and Tuning Pretrained Language Models for Efficient Training and "
+        "Inference",
+        "ICML 2024",
+        "2401.12200",
+    )
+    learning_rate: ClassVar[float] = 1e-3
+
+    keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
+    """Share of the decoder's linear weights that stays; 1 prunes nothing."""
+    blocks: tuple[Kind, ...] = KINDS
+    """Kinds of blocks that may go."""
+    align: PositiveInt = 1
+    """Neurons of a layer, and dimensions, go this many at a time; 64 suits most hardware."""
+    begin: Fraction = 0.0
+    """Where the pruning window begins, as a share of all steps."""
+    end: Fraction = 0.5
+    """Where it ends; equal to `begin` for a single pruning."""
+    prunings: PositiveInt = 10
+    """Pruning steps in the window."""
+    mask_step: Annotated[float, Interval(gt=0, le=1)] = 0.01
+    """How far a mask moves in a step; 1 prunes at once."""
+    warm_steps: NonNegativeInt = 0
+    """First steps that only look at the data: salience is collected, nothing is learnt."""
+    salience: Literal["ema", "sum"] = "ema"
+    """Running average over steps, or plain sums (the paper's pruning before tuning)."""
+    criterion: Literal["salience", "random"] = "salience"
+    """What blocks are ranked by; random numbers are the baseline."""
+    beta: Annotated[float, Interval(ge=0, lt=1)] = 0.85
+    """Weight of the past in running averages."""
+    kurtosis: bool = True
+    """Whether outliers protect a block."""
+    normalise: bool = False
+    """Divide both terms of the salience by their means, since their units differ."""
+    rank: PositiveInt = 8
+    """Rank of each adapter at first."""
+    scale: PositiveFloat = 2.0
+    """s, the same at every rank."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter."""
+    grow: Annotated[float, Ge(1)] = 4.0
+    """How many times its first size the adapter may reach in all; 1 does not grow."""
+    growths: PositiveInt = 10
+    """Growth steps, from the first pruning to the end of the window or the middle of training."""
+    max_rank: PositiveInt = 64
+    """Highest rank."""
+    moments: Literal["reset", "keep"] = "reset"
+    """What becomes of Adam's moments when a parameter changes its shape."""
+    distill: bool = False
+    """Learn from the unpruned model with an earlier copy of the adapters; the paper does so for
+    encoders and T5 only. The model is then sliced at the end."""
+    distill_logits: NonNegativeFloat = 1.0
+    """Weight of the teacher's logits in the distillation loss."""
+    distill_layers: NonNegativeFloat = 0.9
+    """Weight of the teacher's layers in it."""
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        if self.begin > self.end:
+            raise UserError(
+                f"method.begin={self.begin} lies behind method.end={self.end}.",
+                "Let the pruning window begin before it ends.",
+            )
+        if self.rank > self.max_rank:
+            raise UserError(
+                f"method.rank={self.rank} is more than method.max_rank={self.max_rank}.",
+                "Raise method.max_rank.",
+            )
+
+    def check(self, shape: Shape) -> None:
+        """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
+        check_rank_fits(shape, self.rank, self.targets)
+        fixed = self._fixed_share(shape)
+        if self.keep < fixed:
+            raise UserError(
+                f"method.keep={self.keep} cannot be reached: {fixed:.3f} of the weights belong to "
+                "blocks that may not go.",
+                f"Raise method.keep, or list more of {', '.join(KINDS)} in method.blocks.",
+            )
+
+    def _fixed_share(self, shape: Shape) -> float:
+        if "dims" in self.blocks:
+            return 0.0
+        mlp = ("gate_proj", "up_proj", "down_proj")
+        fixed = sum(
+            i * o
+            for _, name, i, o in shape.linears()
+            if ("neurons" if name in mlp else "groups") not in self.blocks
+        )
+        return fixed / shape.linear_params
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base; add adapters, masks, and what collects salience."""
+        from effbench.nn.growth import adapter_parameters
+        from effbench.nn.linears import replace_linears
+        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.masking import Masks
+        from effbench.nn.salience import Salience
+        from effbench.nn.slicing import layout_of, require_llama
+
+        require_llama(model)
+
+        def adapt(name: str, linear: torch.nn.Module) -> LowRankLinear:
+            layer = LowRankLinear(linear, RankControl(self.rank), self.scale * self.rank)
+            init_a(layer.lora_A, ctx.seed, name)
+            return layer
+
+        model.requires_grad_(False)
+        replace_linears(model, adapt, self.targets)
+        Masks(model)
+        Salience(model, self.beta, self.salience)
+        if self.distill:
+            self._add_transfer(model, ctx)
+        layout = layout_of(model)
+        whole = layout.weights(torch.ones(layout.size))
+        ctx.state.update(first=adapter_parameters(model), whole=whole, searched=1.0)
+        ctx.state.update(importance={}, ranks={})
+        return model
+
+    def _add_transfer(self, model: Any, ctx: Context) -> None:
+        from effbench.nn.temporal import LowRankMap
+
+        draws = torch.Generator().manual_seed(ctx.seed)
+        transfer = LowRankMap(model.config.hidden_size, self.rank, self.scale, draws)
+        model.add_module("transfer", transfer.to(ctx.device))
+
+    def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Grow and slice a prepared model as the interrupted run had done."""
+        from effbench.nn.growth import set_rank
+        from effbench.nn.lowrank import low_rank_layers
+        from effbench.nn.slicing import Kept
+
+        if "kept" in ctx.state:
+            self._slice(model, Kept.from_plain(ctx.state["kept"]))
+        for name, layer in low_rank_layers(model):
+            if name in ctx.state["ranks"]:
+                set_rank(layer, ctx.state["ranks"][name])
+        return model
+
+    # -- training ------------------------------------------------------------------------------
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the loss of one micro-batch, watched while there is salience to collect."""
+        from effbench.nn.salience import salience_of
+
+        watcher = salience_of(model)
+        if watcher is None:
+            return super().loss(model, batch, ctx)
+        if not self.distill:
+            with watcher.watching(batch.attention_mask):
+                loss = super().loss(model, batch, ctx)
+        else:
+            loss = self._distilled(model, watcher, batch, ctx)
+        if loss.requires_grad:
+            watcher.watch_loss(loss)
+        return loss
+
+    def _distilled(self, model: Any, watcher: Salience, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
+        from effbench.nn.losses import token_kl, token_nll
+        from effbench.nn.masking import masks_of
+        from effbench.nn.selfdistill import captured, distillation_terms
+
+        masks = masks_of(model)
+        assert masks is not None
+        mu = self.schedule(ctx.total_steps).share(ctx.step)
+        with watcher.watching(batch.attention_mask), captured(model) as student:
+            logits = self.logits(model, batch)
+        hard = token_nll(logits, batch.labels).sum() / batch.window_tokens
+        if not mu:
+            return hard
+        target, layers = distillation_terms(
+            model,
+            masks,
+            ctx.state["teacher"],
+            lambda: self.logits(model, batch),
+            student,
+            batch.attention_mask.bool(),
+            ctx.generator,
+        )
+        soft = token_kl(target, logits, batch.labels, 1.0).sum() / batch.window_tokens
+        share = batch.loss_tokens / batch.window_tokens
+        learnt = self.distill_logits * soft + self.distill_layers * share * layers
+        return mu * learnt + (1 - mu) * hard
+
+    def on_gradients(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
+    ) -> None:
+        """Prune, grow and slice where it is time; see the module's text for the order."""
+        from effbench.nn.growth import Swap
+        from effbench.nn.masking import masks_of
+        from effbench.nn.salience import salience_of
+        from effbench.nn.selfdistill import copy_adapters
+
+        swap, schedule = Swap(optimizer, self.moments), self.schedule(ctx.total_steps)
+        masks, watcher = masks_of(model), salience_of(model)
+        if masks and watcher:
+            watcher.finish_step()
+            if self.distill and ("teacher" not in ctx.state or not schedule.share(ctx.step)):
+                ctx.state["teacher"] = copy_adapters(model)
+            if ctx.step in schedule.pruning_steps:
+                self._search(model, masks, watcher, schedule.ratio(ctx.step, self.keep), ctx)
+            masks.move(self.mask_step)
+        self._grow(model, swap, ctx)
+        if masks and masks.hard and schedule.over(ctx.step) and not self.distill:
+            self._slice_at(model, masks, swap, ctx)
+        if ctx.step < self.warm_steps:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    # -- pruning -------------------------------------------------------------------------------
+
+    def schedule(self, total: int) -> PruningSchedule:
+        """Return when a run of `total` steps prunes and grows."""
+        from effbench.nn.pruning_schedule import PruningSchedule
+
+        return PruningSchedule(
+            total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
+        )
+
+    def _search(
+        self, model: torch.nn.Module, masks: Masks, watcher: Salience, ratio: float, ctx: Context
+    ) -> None:
+        from effbench.nn.blocks import search
+        from effbench.nn.salience import outliers, ranked
+
+        layout = masks.layout
+        if self.criterion == "random":
+            draws = torch.Generator().manual_seed(ctx.seed)  # the same blocks at every pruning
+            salience = torch.rand(layout.size, generator=draws)
+        else:
+            kurtosis = outliers(model, layout, watcher.inputs) if self.kurtosis else None
+            salience = ranked(watcher.activity, kurtosis, layout, self.normalise)
+        budget = ratio * ctx.state["whole"]
+        found = search(layout, salience, budget, prunable=self.blocks, align=self.align)
+        masks.wanted.copy_(found.kept)
+        ctx.state["searched"] = ratio
+
+    def _slice_at(self, model: torch.nn.Module, masks: Masks, swap: Any, ctx: Context) -> None:
+        from effbench.nn.slicing import kept_blocks
+
+        kept = kept_blocks(masks.layout, masks.wanted)
+        ctx.state["kept"] = kept.plain()
+        self._slice(model, kept, swap)
+
+    def _slice(self, model: torch.nn.Module, kept: Any, swap: Any = None) -> None:
+        """Take masks and salience out, and cut what they stood for."""
+        from effbench.nn.masking import masks_of
+        from effbench.nn.salience import salience_of
+        from effbench.nn.slicing import slice_model
+
+        for part in (salience_of(model), masks_of(model)):
+            if part is not None:
+                part.remove(model)
+        slice_model(model, kept, swap)
+
+    # -- growth --------------------------------------------------------------------------------
+
+    def _grow(self, model: torch.nn.Module, swap: Any, ctx: Context) -> None:
+        from effbench.nn.growth import adapters_by_name, grow, grown_ranks, rank_sums
+
+        if self.grow == 1:
+            return
+        layers = {name: (layer, width) for name, layer, width in adapters_by_name(model)}
+        importance = ctx.state["importance"]
+        for name, (layer, _) in layers.items():
+            now = float(rank_sums(layer).mean())
+            importance[name] = self.beta * importance.get(name, 0.0) + (1 - self.beta) * now
+        factor = self.schedule(ctx.total_steps).growth_steps(self.grow).get(ctx.step)
+        if factor is None:
+            return
+        larger = grown_ranks(
+            {name: layer.control.max_rank for name, (layer, _) in layers.items()},
+            {name: width for name, (_, width) in layers.items()},
+            importance,
+            int(factor * ctx.state["first"]),
+            self.max_rank,
+        )
+        for name, rank in larger.items():
+            grow(layers[name][0], rank, ctx.generator, swap)
+        ctx.state["ranks"].update(larger)
+
+    # -- what is left --------------------------------------------------------------------------
+
+    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
+        """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
+        from effbench.nn.masking import masks_of
+
+        masks, schedule = masks_of(model), self.schedule(ctx.total_steps)
+        pruned = masks is None or (masks.hard and schedule.over(ctx.step))
+        growing = self.grow > 1 and ctx.step < max(schedule.growth_steps(self.grow))
+        return pruned and not growing
+
+    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
+        """Return the share of weights that masks or the slice leave, and the adapters' size."""
+        from effbench.nn.growth import adapter_parameters
+        from effbench.nn.masking import masks_of
+
+        masks = masks_of(model)
+        if masks is not None:
+            left = masks.layout.weights(masks.values)
+        else:
+            from effbench.nn.slicing import layout_of
+
+            layout = layout_of(model)
+            left = layout.weights(torch.ones(layout.size))
+        return {
+            "kept": left / ctx.state["whole"],
+            "adapter_params": float(adapter_parameters(model)),
+        }
+
+    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the sliced model with its adapters merged, dense and frozen."""
+        from effbench.nn.growth import merge
+        from effbench.nn.lowrank import low_rank_layers
+        from effbench.nn.masking import masks_of
+        from effbench.nn.salience import salience_of
+
+        masks, watcher = masks_of(model), salience_of(model)
+        if masks and watcher:
+            if ctx.state["searched"] != self.keep:
+                self._search(model, masks, watcher, self.keep, ctx)
+            masks.harden()
+            self._slice_at(model, masks, None, ctx)
+        if hasattr(model, "transfer"):
+            del model.transfer
+        ranks = {name: layer.control.max_rank for name, layer in low_rank_layers(model)}
+        vars(model)["pruned"] = {"ranks": ranks, "kept": ctx.state["kept"]}
+        return merge(model).requires_grad_(False)
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint needs while it trains, and every weight once it is finished."""
+        from effbench.nn.masking import masks_of
+        from effbench.nn.salience import salience_of
+
+        if "pruned" in vars(model):
+            return {n: p.detach() for n, p in model.named_parameters()}
+        found = super().tensors(model)
+        for part in (masks_of(model), salience_of(model)):
+            if part is not None:
+                label = type(part).__name__.lower()
+                found |= {f"{label}.{n}": b for n, b in part.named_buffers()}
+        return found
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write all weights, the sizes they have, what was kept and the ranks it had."""
+        from effbench.nn.sliced_folder import write_sizes
+
+        super().save(model, folder)
+        write_sizes(model, folder, vars(model)["pruned"])
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
+        from effbench.nn.sliced_folder import fit_sizes
+        from effbench.nn.state import load_tensors
+
+        vars(model)["pruned"] = fit_sizes(model, folder)
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model.requires_grad_(False)
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
+        from effbench.nn.sliced_folder import write_folder
+
+        write_folder(model, folder)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape of the artefact; without one, layers that lost neurons and then groups.
+
+        Which blocks go is known only after training. The planned shape has the share `keep` of the
+        linear weights and all dimensions, so embeddings and norms take at most what it says.
+        """
+        return slice_in(shape, folder) or planned_slice(shape, self.keep)
+
+    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
+        """Count the whole base with adapters that have grown as far as they may."""
+        first = low_rank_cost(shape, dtype, False, self.targets, self.rank, self.rank, base)
+        most = low_rank_cost(shape, dtype, False, self.targets, self.max_rank, self.rank, base)
+        trained = min(int(first.trainable * self.grow), most.trainable)
+        more = trained - first.trainable
+        return replace(
+            first,
+            params=first.params + more,
+            trainable=trained,
+            resident_bytes=first.resident_bytes + 4 * more,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the first step: nothing pruned, first ranks, gradients down to the embedding.
+
+        Salience needs those. Ranks grow later and the model shrinks; neither is counted, nor is
+        the teacher of `distill`.
+        """
+        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets, through=True)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count a dense model of the shape that is left; nothing of the unpruned base stays."""
+        cost = dense_cost(shape, DTYPE_BYTES[dtype])
+        return replace(cost, saving="physical" if self.keep < 1 else "none")

@@ -1,0 +1,147 @@
+"""Sliced models in the decode engine, in tree scoring and in the plan of what trains them next."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from methods.helpers import SHAPE, batch_of, generator, tiny_model
+from test_scoring import alone, benchmark, by_tree, close, subject
+
+from effbench.errors import UserError
+from effbench.footprint import Pass, step_flops
+from effbench.kernels import native
+from effbench.measure.counting import flops
+from effbench.methods.apt import APT
+from effbench.methods.base import Context, Method, inference_cost
+from effbench.methods.deep_lora import DeepLoRA
+from effbench.methods.depths import Depths
+from effbench.methods.full import Full
+from effbench.methods.lora import LoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn.decoding import CachedSession
+from effbench.nn.engine import StaticSession, session_for
+from effbench.nn.exits import StagedDecoder
+from effbench.nn.layout import why_not
+from effbench.nn.quantised import storage_bytes
+from effbench.nn.scoring import has_trees
+from effbench.nn.slicing import layer_sizes, resize, shape_left
+from effbench.shapes import LayerSize
+
+DEEP = replace(SHAPE, num_layers=4, tied=True)
+ALIKE = [LayerSize(2, 1, 27)] * 4
+UNLIKE = {
+    "neurons": [*ALIKE[:3], LayerSize(2, 1, 5)],
+    "heads": [*ALIKE[:3], LayerSize(4, 2, 27)],
+    "first without heads": [LayerSize(0, 0, 9), *ALIKE[:2], LayerSize(4, 2, 0)],
+    "nothing at all in one": [LayerSize(0, 0, 0), *ALIKE[:3]],
+    "no heads anywhere": [LayerSize(0, 0, 9)] * 4,
+}
+
+
+def sliced(sizes: list[LayerSize], dtype: torch.dtype = torch.float64, dims: int = 23) -> Any:
+    model = tiny_model(dtype=dtype, shape=DEEP)
+    resize(model, dims, sizes)
+    assert list(layer_sizes(model)) == sizes
+    return model.eval().requires_grad_(False)
+
+
+def decoded(session: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Return the logits after each token from the prompt's last on, [B, T - P + 1, V]."""
+    found = [session.prefill(ids[:, :prompt])]
+    found += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
+    return torch.stack(found, 1)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, SHAPE.vocab_size, (2, 12), generator=generator(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [23, 32])
+def test_layers_that_are_alike_are_decoded_by_the_engine(dtype: torch.dtype, dims: int) -> None:
+    model, ids = sliced(ALIKE, dtype, dims), tokens()
+    session = session_for(model)
+    assert isinstance(session, StaticSession)
+    session.reserve(2, 12)
+    assert session.engine == ("native" if native.kernels() else "walk")
+    whole = sliced(ALIKE, torch.float64, dims)
+    whole.load_state_dict(model.state_dict())
+    expected = whole(input_ids=ids).logits[:, 4:].to(dtype)
+    # bfloat16 rounds each layer's result to 8 bits
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.03}
+    for one in (session, StaticSession(model, use_native=False)):
+        torch.testing.assert_close(decoded(one, ids, 5), expected, **near)
+    assert session.kv_bytes() == 2 * 12 * 4 * 2 * DEEP.head_dim * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_layers_that_differ_are_decoded_by_their_forward_pass(name: str) -> None:
+    model, ids = sliced(UNLIKE[name]), tokens()
+    assert why_not(model)
+    session = session_for(model)
+    assert isinstance(session, CachedSession)
+    expected = model(input_ids=ids, use_cache=False).logits[:, 4:]
+    torch.testing.assert_close(decoded(session, ids, 5), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["alike", *UNLIKE])
+@pytest.mark.parametrize("prefix", [0, 90])
+def test_trees_give_the_scores_of_their_requests(name: str, prefix: int) -> None:
+    model = sliced({"alike": ALIKE, **UNLIKE}[name])
+    assert has_trees(model)
+    requests = benchmark(random.Random(prefix), 8, prefix, 12, 3)
+    expected = [alone(model, r) for r in requests]
+    close(by_tree(model, requests, row_tokens=48), expected)
+    close(subject(model).score(requests, "a", 128), expected)
+
+
+@pytest.mark.parametrize(
+    "method", [Full(), LoRA(rank=4), DeepLoRA(rank=4), APT(rank=4)], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("name", ["neurons", "heads"])
+def test_training_goes_on_at_the_stated_flops(method: Method, name: str) -> None:
+    model = sliced(UNLIKE[name], torch.float32)
+    model.set_attn_implementation("eager")
+    shape, batch = shape_left(model, DEEP), batch_of(length=40)
+    draws = generator()
+    ctx = Context(0, torch.device("cpu"), torch.float32, draws, lambda name: model)
+    model = method.prepare(model, ctx).train()
+    counted = flops(lambda: method.loss(model, batch, ctx).backward())
+    one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
+    stated = step_flops(shape, method.training(shape, "float32"), one, square=True)
+    assert stated == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("kind", [Depths, SortedFull, SortedLoRA])
+def test_layers_that_differ_have_no_depths(name: str, kind: type[Depths]) -> None:
+    model = sliced(UNLIKE[name])
+    shape = shape_left(model, DEEP)
+    method = kind().fitted(shape)
+    with pytest.raises(UserError, match="differ in size"):
+        method.check(shape)
+    with pytest.raises(UserError, match="differ in size"), method.at(model, method.points()[-1]):
+        pass
+    with pytest.raises(UserError, match="differ in size"):
+        StagedDecoder(model, (2, 4))
+
+
+@pytest.mark.parametrize("point", ["d2", "d4"])
+def test_layers_that_are_alike_have_depths(point: str) -> None:
+    model, ids = sliced(ALIKE, torch.float32), tokens()
+    shape, method = shape_left(model, DEEP), Depths(eval_depths=(2, 4))
+    method.check(shape)
+    batch = batch_of(length=40)
+    with method.at(model, point):
+        expected = model(input_ids=ids).logits[:, 4:]
+        torch.testing.assert_close(decoded(method.session(model), ids, 5), expected)
+        counted = flops(lambda: method.logits(model, batch))
+        held = storage_bytes(model)
+    cost = inference_cost([method], shape, "float32", point)
+    assert cost.resident_bytes == held
+    assert cost.flops_per_token * batch.input_ids.numel() == pytest.approx(counted, rel=0.02)
