@@ -256,22 +256,20 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("after", ["method=lora method.rank=4", "method=full", "rtn"])
-def test_a_chain_goes_on_from_a_run(after: str, bench: Bench) -> None:
+def test_a_chain_goes_on_from_a_run(bench: Bench) -> None:
     first = bench.run("train", "method=echo_llama", *SMALL)
+    before = {m.name: m.value for m in first.metrics}
+    rest = [w for w in SMALL if not w.startswith("+dataset")]
     words = [f"from={first.key}", "evaluator=[perplexity]"]
-    if after == "rtn":
-        record = bench.run("compress", *words, "method=rtn", "hardware.threads=1")
-    else:
-        words += [w for w in SMALL if not w.startswith("+dataset")]
-        record = bench.run("train", *words, *after.split(), "dataset.allow_overlap=true")
-    found = {m.name: m.value for m in record.metrics}
-    assert (
-        found["kv_bytes_per_token"]
-        == {m.name: m.value for m in first.metrics}["kv_bytes_per_token"]
-    )
-    if after != "rtn":
+    for method in ("lora", "full"):
+        again = [*words, f"method={method}", "dataset.allow_overlap=true", *rest]
+        found = {m.name: m.value for m in bench.run("train", *again).metrics}
         assert found["params"] == found["params_total"]
+        assert found["kv_bytes_per_token"] == before["kv_bytes_per_token"]
+    packed = bench.run("compress", *words, "method=rtn", "hardware.dtype=float32")
+    found = {m.name: m.value for m in packed.metrics}
+    assert found["weight_bytes"] < before["weight_bytes"]
+    assert found["kv_bytes_per_token"] == before["kv_bytes_per_token"]
 
 
 def test_a_blend_that_was_interrupted_goes_on_bit_for_bit() -> None:
