@@ -243,10 +243,11 @@ struct Layer {
   const void *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
   const void *attention_norm, *mlp_norm;
   void *keys, *values;  // [batch, kv_heads, capacity, head_dim]
+  int64_t heads, kv_heads, inner;  // 0: no attention, or no MLP
 };
 
 struct Model {
-  int64_t hidden, inner, heads, kv_heads, head_dim, vocab, layers;
+  int64_t hidden, inner, heads, head_dim, vocab, layers;  // inner, heads: the most of any layer
   float eps, scale;
   const void *embedding, *norm, *head, *head_bias;
   const void *cos, *sin;  // [positions, head_dim]
@@ -277,13 +278,12 @@ struct Work {
   const Step& s;
   T *hidden, *query, *mixed, *act;
   float* partial;  // per head and chunk: largest score, sum of weights, weighted values
-  int64_t q_width, kv_width, chunks;
+  int64_t chunks;
   std::vector<Phase> phases;
 
   Work(const Model& model, const Step& step)
       : m(model), s(step), phases(size_t(model.layers * kPhases + 2)) {
-    q_width = m.heads * m.head_dim;
-    kv_width = m.kv_heads * m.head_dim;
+    const int64_t q_width = m.heads * m.head_dim;
     chunks = (s.length + 1 + kChunk - 1) / kChunk;
     float* place = s.scratch;
     auto take = [&](int64_t n) {
@@ -319,7 +319,8 @@ struct Work {
   void projected(const Layer& l, int64_t unit, const T* x) const {
     int64_t half = m.head_dim / 2, head = unit / half, i = unit % half;
     int64_t place = head * m.head_dim;
-    bool is_q = head < m.heads, is_k = !is_q && head < m.heads + m.kv_heads;
+    const int64_t q_width = l.heads * m.head_dim, kv_width = l.kv_heads * m.head_dim;
+    bool is_q = head < l.heads, is_k = !is_q && head < l.heads + l.kv_heads;
     int64_t first = is_q ? place : place - q_width - (is_k ? 0 : kv_width);
     const void* matrix = is_q ? l.q : is_k ? l.k : l.v;
     const void* shift = is_q ? l.q_bias : is_k ? l.k_bias : l.v_bias;
@@ -338,29 +339,29 @@ struct Work {
         a = turned;
       }
       T* out = query + b * q_width + low - i;
-      if (!is_q) out = cached(is_k ? l.keys : l.values, b, first / m.head_dim, s.length);
+      if (!is_q) out = cached(l, is_k ? l.keys : l.values, b, first / m.head_dim, s.length);
       out[i] = rounded<T>(a);
       out[i + half] = rounded<T>(c);
     }
   }
 
-  T* cached(void* cache, int64_t b, int64_t head, int64_t position) const {
+  T* cached(const Layer& l, void* cache, int64_t b, int64_t head, int64_t position) const {
     return static_cast<T*>(cache) +
-           ((b * m.kv_heads + head) * s.capacity + position) * m.head_dim;
+           ((b * l.kv_heads + head) * s.capacity + position) * m.head_dim;
   }
 
   // One head of one sequence over one chunk of its positions.
   void attended(const Layer& l, int64_t item) const {
-    int64_t chunk = item % chunks, head = item / chunks % m.heads, b = item / chunks / m.heads;
-    int64_t D = m.head_dim, kv = head / (m.heads / m.kv_heads);
+    int64_t chunk = item % chunks, head = item / chunks % l.heads, b = item / chunks / l.heads;
+    int64_t D = m.head_dim, kv = head / (l.heads / l.kv_heads);
     int64_t begin = chunk * kChunk, end = begin + kChunk;
     if (begin < s.starts[b]) begin = s.starts[b];
     if (end > s.length + 1) end = s.length + 1;
     float* out = partial + item * (D + 2);
     float *sums = out + 2, scores[kChunk], largest = -INFINITY, total = 0;
     for (int64_t d = 0; d < D; ++d) sums[d] = 0;
-    const T* q = query + b * q_width + head * D;
-    const T* keys = cached(l.keys, b, kv, 0);
+    const T* q = query + (b * l.heads + head) * D;
+    const T* keys = cached(l, l.keys, b, kv, 0);
     for (int64_t t = begin; t < end; t += kRows) {
       int64_t many = end - t < kRows ? end - t : kRows;
       const T* rows[kRows];
@@ -378,7 +379,7 @@ struct Work {
       scores[t] = exponential(scores[t] - largest);
       total += scores[t];
     }
-    const T* values = cached(l.values, b, kv, begin);
+    const T* values = cached(l, l.values, b, kv, begin);
     for (int64_t t = 0; t < count; ++t) {
       const T* row = values + t * D;
       float weight = scores[t];
@@ -445,9 +446,39 @@ struct Work {
         for (int64_t i = row; i <= next; ++i) {
           float gate = through<T>(sums[b * 4 + i - row] + bias(l.gate_bias, i));
           float up = through<T>(sums[b * 4 + 2 + i - row] + bias(l.up_bias, i));
-          act[b * m.inner + i] = rounded<T>(through<T>(silu(gate)) * up);
+          act[b * l.inner + i] = rounded<T>(through<T>(silu(gate)) * up);
         }
     }
+  }
+
+  // The attention of one block, as one of several threads; `phase` moves on by what was run.
+  template <typename Pieces>
+  void attention(const Layer& l, Phase*& phase, T* own, const Pieces& pieces) {
+    const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
+    const int64_t units = q_width / 2 + l.kv_heads * m.head_dim;
+    bool ready = false;
+    (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
+      if (!ready) normed(l.attention_norm, own);
+      ready = true;
+      for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, unit, own);
+    });
+    (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, r.begin); });
+    (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(r.begin); });
+    (phase++)->run(m.hidden, pieces(m.hidden, q_width, kRows),
+                   [&](Range r) { added(l.o, l.o_bias, mixed, q_width, r); });
+  }
+
+  // The MLP of one block, likewise.
+  template <typename Pieces>
+  void mlp(const Layer& l, Phase*& phase, T* own, const Pieces& pieces) {
+    bool ready = false;
+    (phase++)->run(l.inner, pieces(l.inner, 2 * m.hidden, 2), [&](Range r) {
+      if (!ready) normed(l.mlp_norm, own);
+      ready = true;
+      gated(l, own, r);
+    });
+    (phase++)->run(m.hidden, pieces(m.hidden, l.inner, kRows),
+                   [&](Range r) { added(l.down, l.down_bias, act, l.inner, r); });
   }
 
   // Everything, as one of several threads; `own` is room for one normed input.
@@ -463,25 +494,8 @@ struct Work {
     });
     for (int64_t index = 0; index < m.layers; ++index) {
       const Layer& l = m.layer[index];
-      const int64_t units = q_width / 2 + kv_width, items = s.batch * m.heads;
-      bool ready = false;
-      (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
-        if (!ready) normed(l.attention_norm, own);
-        ready = true;
-        for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, unit, own);
-      });
-      (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, r.begin); });
-      (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(r.begin); });
-      (phase++)->run(m.hidden, pieces(m.hidden, q_width, kRows),
-                     [&](Range r) { added(l.o, l.o_bias, mixed, q_width, r); });
-      ready = false;
-      (phase++)->run(m.inner, pieces(m.inner, 2 * m.hidden, 2), [&](Range r) {
-        if (!ready) normed(l.mlp_norm, own);
-        ready = true;
-        gated(l, own, r);
-      });
-      (phase++)->run(m.hidden, pieces(m.hidden, m.inner, kRows),
-                     [&](Range r) { added(l.down, l.down_bias, act, m.inner, r); });
+      if (l.heads) attention(l, phase, own, pieces);
+      if (l.inner) mlp(l, phase, own, pieces);
     }
     bool ready = false;
     phase->run(m.vocab, pieces(m.vocab, m.hidden, kRows), [&](Range r) {

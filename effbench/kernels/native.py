@@ -42,12 +42,11 @@ class Layer(ctypes.Structure):
     """Pointers of one decoder block; the fields of `struct Layer`."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            *("q", "k", "v", "o", "gate", "up", "down"),
-            *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
-            *("attention_norm", "mlp_norm", "keys", "values"),
-        )
+        *((n, c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((n, c_void_p) for n in ("q_bias", "k_bias", "v_bias", "o_bias")),
+        *((n, c_void_p) for n in ("gate_bias", "up_bias", "down_bias")),
+        *((n, c_void_p) for n in ("attention_norm", "mlp_norm", "keys", "values")),
+        *((n, c_int64) for n in ("heads", "kv_heads", "inner")),
     ]
 
 
@@ -55,7 +54,7 @@ class Model(ctypes.Structure):
     """Sizes and pointers of a model; the fields of `struct Model`."""
 
     _fields_ = [
-        *((n, c_int64) for n in ("hidden", "inner", "heads", "kv_heads")),
+        *((n, c_int64) for n in ("hidden", "inner", "heads")),
         *((n, c_int64) for n in ("head_dim", "vocab", "layers")),
         *((n, c_float) for n in ("eps", "scale")),
         *((n, c_void_p) for n in ("embedding", "norm", "head", "head_bias", "cos", "sin")),

@@ -10,6 +10,8 @@ then takes the shortest way that there is:
 - `walk`: block by block, every linear called as the module that it is, so that adapters and packed
   weights work as ever.
 
+Layers may differ in their heads and neurons, or lack attention or MLP, as a slice's do.
+
 No weight is copied or changed, so that a session holds no memory but its cache, never works with
 old weights, and leaves nothing on the model. It applies to models laid out as Llama is;
 `session_for` takes a `CachedSession` for all others.
@@ -103,10 +105,14 @@ class StaticSession:
             raise ValueError(f"the engine does not apply: {reason}")
         self.model = model
         self.blocks = blocks_of(model)
-        self.layers = [StaticLayer() for _ in self.blocks]
+        attending = [b.attention for b in self.blocks if b.attention is not None]
+        self.kv_heads = [a.kv_heads for a in attending]
+        """Key/value heads of each layer that attends."""
+        self.layers = [StaticLayer() for _ in attending]
+        """Caches of the layers that attend."""
         embedding = self.model.model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.head_dim = int(self.model.model.layers[0].self_attn.head_dim)
+        self.head_dim, self.scaling = attending[0].head_dim, attending[0].scaling
         self.length = 0
         """Cached positions, padding included."""
         self.starts = torch.empty(0)
@@ -115,7 +121,7 @@ class StaticSession:
         """Position of the next token of each sequence, [B] int64."""
         self.padded = False
         self.cos = self.sin = torch.empty(0)
-        linears = [m for block in self.blocks for m in block.linears()]
+        linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
         self._plain = all(plain(m, self.dtype) for m in (*linears, self.model.lm_head))
         self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native and self._plain else None
@@ -150,9 +156,8 @@ class StaticSession:
         """
         if self.length:
             raise RuntimeError("a session is made ready before it reads its prompt")
-        heads = self.model.config.num_key_value_heads
-        like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        for layer in self.layers:
+        for layer, heads in zip(self.layers, self.kv_heads, strict=True):
+            like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
             layer.reserve(like, -(-length // BLOCK) * BLOCK)
         self._tables()
         self._place(torch.zeros(batch, dtype=torch.long, device=self.device))
@@ -255,10 +260,8 @@ class StaticSession:
         return self.capacity * self._position_bytes()
 
     def _position_bytes(self) -> int:
-        keys = self.layers[0].keys
-        if keys is None:
-            return 0
-        return 2 * len(self.layers) * keys[:, :, :1].numel() * keys.element_size()
+        found = [layer.keys[:, :, :1] for layer in self.layers if layer.keys is not None]
+        return sum(2 * keys.numel() * keys.element_size() for keys in found)
 
     # -- the walk ------------------------------------------------------------------------------
 
@@ -298,18 +301,20 @@ class StaticSession:
         """
         cos, sin = (table[positions][:, None, None] for table in (self.cos, self.sin))
         hidden, added = self.model.model.embed_tokens(input_ids), None
-        heads = self.model.config.num_key_value_heads
-        for block, layer in zip(self.blocks, self.layers, strict=True):
-            hidden, x = pointwise.norm(block.attention_norm, hidden, added)
-            q, k, v = (m(x).view(len(x), heads, -1, self.head_dim) for m in block.linears()[:3])
-            keys, values = store(layer, pointwise.turn(k, cos, sin), v)
-            # The query heads of one key head are queries at one place: nothing is repeated.
-            q = pointwise.turn(q, cos, sin)
-            mixed = F.scaled_dot_product_attention(q, keys, values, mask)
-            hidden, x = pointwise.norm(
-                block.mlp_norm, hidden, block.o(mixed.reshape(len(x), 1, -1))
-            )
-            added = block.down(pointwise.gate(block.gate(x), block.up(x)))
+        caches = iter(self.layers)
+        for block in self.blocks:
+            if own := block.attention:
+                hidden, x = pointwise.norm(own.norm, hidden, added)
+                heads = len(x), own.kv_heads, -1, self.head_dim
+                q, k, v = (m(x).view(heads) for m in own.linears()[:3])
+                keys, values = store(next(caches), pointwise.turn(k, cos, sin), v)
+                # The query heads of one key head are queries at one place: nothing is repeated.
+                q = pointwise.turn(q, cos, sin)
+                mixed = F.scaled_dot_product_attention(q, keys, values, mask)
+                added = own.o(mixed.reshape(len(x), 1, -1))
+            if mlp := block.mlp:
+                hidden, x = pointwise.norm(mlp.norm, hidden, added)
+                added = mlp.down(pointwise.gate(mlp.gate(x), mlp.up(x)))
         logits: torch.Tensor = self.model.lm_head(
             pointwise.norm(self.model.model.norm, hidden, added)[1]
         )

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from effbench.kernels import native
-from effbench.nn.layout import Block, untouched
+from effbench.nn.layout import MLP, Attention, Block, untouched
 
 if TYPE_CHECKING:
     from effbench.nn.engine import StaticSession
-
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class NativeStep:
@@ -35,7 +33,7 @@ class NativeStep:
     def of(cls, session: StaticSession) -> Self | None:
         """Return the step of a session whose linears are all plain; None where there is none."""
         inner = session.model.model
-        norms = [inner.norm, *(n for b in session.blocks for n in (b.attention_norm, b.mlp_norm))]
+        norms = [inner.norm, *(part.norm for b in session.blocks for part in b.parts())]
         fits = (
             session.device.type == "cpu"
             and str(session.dtype) in native.SUFFIXES
@@ -78,7 +76,8 @@ class NativeStep:
         buffers = [layer.buffers for layer in session.layers]
         if buffers[0][0] is self._seen:  # all layers' buffers are made anew together
             return
-        for pointers, (keys, values) in zip(self.blocks, buffers, strict=True):
+        attending = [pointers for pointers in self.blocks if pointers.heads]
+        for pointers, (keys, values) in zip(attending, buffers, strict=True):
             pointers.keys, pointers.values = keys.data_ptr(), values.data_ptr()
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
         need = self.kernels.scratch_floats(self.sizes, session.batch, session.capacity)
@@ -87,37 +86,53 @@ class NativeStep:
 
 
 def _fits(block: Block, session: StaticSession) -> bool:
-    """Whether every matrix of a block has the size that the model's config states."""
-    config = session.model.config
-    d, inner = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * session.head_dim
-    kv = config.num_key_value_heads * session.head_dim
-    sizes = [(q, d), (kv, d), (kv, d), (d, q), (inner, d), (inner, d), (d, inner)]
-    linears: Any = block.linears()
+    """Whether the matrices of a block fit each other and the width of the model."""
+    return all(_part_fits(part, session) for part in block.parts())
+
+
+def _part_fits(part: Attention | MLP, session: StaticSession) -> bool:
+    d, width = session.model.config.hidden_size, session.head_dim
+    if isinstance(part, MLP):
+        sizes = [(part.inner, d), (part.inner, d), (d, part.inner)]
+    else:
+        q, kv = part.heads * width, part.kv_heads * width
+        if part.head_dim != width or part.scaling != session.scaling:
+            return False
+        sizes = [(q, d), (kv, d), (kv, d), (d, q)]
+    linears: Any = part.linears()
     return [tuple(m.weight.shape) for m in linears] == sizes
 
 
 def _fill(pointers: native.Layer, block: Block) -> None:
-    for name in LINEARS:
-        linear: Any = getattr(block, name)
+    """Hand over a block; what it lacks has no heads or neurons, and its pointers stay null."""
+    if own := block.attention:
+        _fill_linears(pointers, own, ("q", "k", "v", "o"))
+        pointers.attention_norm = own.norm.weight.data_ptr()
+        pointers.heads, pointers.kv_heads = own.heads, own.kv_heads
+    if mlp := block.mlp:
+        _fill_linears(pointers, mlp, ("gate", "up", "down"))
+        pointers.mlp_norm = mlp.norm.weight.data_ptr()
+        pointers.inner = mlp.inner
+
+
+def _fill_linears(pointers: native.Layer, part: Attention | MLP, names: tuple[str, ...]) -> None:
+    for name in names:
+        linear = getattr(part, name)
         setattr(pointers, name, linear.weight.data_ptr())
         setattr(pointers, f"{name}_bias", _address(linear.bias))
-    pointers.attention_norm = block.attention_norm.weight.data_ptr()
-    pointers.mlp_norm = block.mlp_norm.weight.data_ptr()
 
 
 def _sizes(session: StaticSession) -> native.Model:
-    model, config = session.model, session.model.config
+    model = session.model
     return native.Model(
-        hidden=config.hidden_size,
-        inner=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        hidden=model.config.hidden_size,
+        inner=max((b.mlp.inner for b in session.blocks if b.mlp), default=0),
+        heads=max(b.attention.heads for b in session.blocks if b.attention),
         head_dim=session.head_dim,
         vocab=model.lm_head.out_features,
         layers=len(session.blocks),
         eps=model.model.norm.variance_epsilon,
-        scale=session.model.model.layers[0].self_attn.scaling,
+        scale=session.scaling,
         embedding=model.model.embed_tokens.weight.data_ptr(),
         norm=model.model.norm.weight.data_ptr(),
         head=model.lm_head.weight.data_ptr(),
