@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Bench
 from methods.helpers import SHAPE, batch_of, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
+from effbench.config import make_method
 from effbench.errors import UserError
 from effbench.footprint import Pass, step_flops
 from effbench.kernels import native
@@ -32,7 +36,9 @@ from effbench.nn.pointwise import fused
 from effbench.nn.quantised import storage_bytes
 from effbench.nn.scoring import has_trees
 from effbench.nn.slicing import layer_sizes, resize, shape_left
-from effbench.shapes import LayerSize
+from effbench.shapes import LayerSize, Shape
+from effbench.stages.common import evaluated
+from effbench.worker import run_here
 
 DEEP = replace(SHAPE, num_layers=4, tied=True)
 ALIKE = [LayerSize(2, 1, 27)] * 4
@@ -194,3 +200,39 @@ def test_layers_that_are_alike_have_depths(point: str) -> None:
     cost = inference_cost([method], shape, "float32", point)
     assert cost.resident_bytes == held
     assert cost.flops_per_token * batch.input_ids.numel() == pytest.approx(counted, rel=0.02)
+
+
+# -- chains ------------------------------------------------------------------------------------
+
+CHAINS = {
+    "qlora": ["method=qlora", "method.rank=4"],
+    "apt": ["method=apt", "method.rank=4", "method.keep=0.8", "method.mask_step=1"],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_trial_opens_what_the_run_after_a_slice_evaluates(
+    name: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["hardware.device=cpu", "hardware.dtype=float32", "evaluator=[]", "train.max_steps=2"]
+    pruning = ["method=structured", "method.blocks=[neurons,dims]", "method.keep=0.5"]
+    first = bench.run("compress", *pruning, *small)
+    job = bench.job("train", f"from={first.key}", *CHAINS[name], *small)
+    found: list[Any] = []
+    monkeypatch.setattr(
+        "effbench.stages.train.evaluate", lambda bench, model, _: found.append(model)
+    )
+    run_here(job)
+    seen: list[Shape] = []
+    kind = type(make_method(job.spec.method))
+    monkeypatch.setattr(kind, "check", lambda self, shape: seen.append(shape))
+    (tmp_path / "scratch").mkdir()
+    model, method = evaluated(job, bench.store, tmp_path / "scratch")
+    sizes = json.loads((bench.store.run(first.key).artefact / "sizes.json").read_text())
+    assert [s.hidden_size for s in seen] == [sizes["hidden_size"]]
+    layers = [seen[0].layer(index) for index in range(seen[0].num_layers)]
+    assert [list(vars(layer).values()) for layer in layers] == sizes["layers"]
+    assert storage_bytes(model) == storage_bytes(found[0])
+    batch = batch_of()
+    with torch.no_grad():
+        assert method.logits(model, batch).equal(method.logits(found[0].eval(), batch))
