@@ -401,6 +401,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         shape=bench.shape,
         dtype=bench.spec.hardware.dtype,
         cost=bench.cost(point),
+        whole=bench.cost(bench.method.whole(bench.shape)),
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
         keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),
