@@ -185,7 +185,7 @@ def test_the_static_form_of_a_step_gives_the_same(way: str) -> None:
         for t in range(9, 14):
             static.token.copy_(ids[:, t : t + 1])
             found = static.logits(other)
-            static.advance()
+            static.advance(other)
             expected = session.step(ids[:, t : t + 1])
             torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
 

@@ -140,7 +140,7 @@ def test_the_captured_form_of_a_step_takes_layers_that_differ() -> None:
     for t in range(5, 9):
         static.token.copy_(ids[:, t : t + 1])
         found = static.logits(other)
-        static.advance()
+        static.advance(other)
         torch.testing.assert_close(found, session.step(ids[:, t : t + 1]), atol=1e-5, rtol=1e-5)
 
 

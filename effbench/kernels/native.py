@@ -35,6 +35,8 @@ LARGEST_BATCH = 16
 """Most sequences of one step; with more of them, torch's matrix products are the faster ones."""
 LARGEST_HEAD = 1024
 """Widest head."""
+LARGEST_RANK = 1024
+"""Highest rank of what stands in for a block."""
 _lock = threading.Lock()
 
 
@@ -46,7 +48,10 @@ class Layer(ctypes.Structure):
         *((n, c_void_p) for n in ("q_bias", "k_bias", "v_bias", "o_bias")),
         *((n, c_void_p) for n in ("gate_bias", "up_bias", "down_bias")),
         *((n, c_void_p) for n in ("attention_norm", "mlp_norm", "keys", "values")),
-        *((n, c_int64) for n in ("heads", "kv_heads", "inner")),
+        *((n, c_int64) for n in ("heads", "kv_heads", "inner", "capacity")),
+        *((n, c_void_p) for n in ("a", "b", "anchor")),
+        *((n, c_int64) for n in ("rank", "running")),
+        ("scale", c_float),
     ]
 
 
@@ -66,8 +71,9 @@ class Step(ctypes.Structure):
     """One token per sequence; the fields of `struct Step`."""
 
     _fields_ = [
-        *((n, c_int64) for n in ("batch", "length", "capacity")),
-        *((n, c_void_p) for n in ("tokens", "positions", "starts", "logits", "scratch")),
+        ("batch", c_int64),
+        *((n, c_void_p) for n in ("tokens", "positions", "starts", "lengths", "runs")),
+        *((n, c_void_p) for n in ("logits", "scratch")),
         ("threads", c_int64),
     ]
 
