@@ -12,7 +12,7 @@ from effbench.kernels import native
 from effbench.nn.layout import MLP, Attention, Block, untouched
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import Runs, StaticSession, StandIn
+    from effbench.nn.engine import Runs, StandIn, StaticSession
 
 
 class NativeStep:
