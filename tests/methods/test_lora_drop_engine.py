@@ -162,6 +162,7 @@ def test_a_session_leaves_the_model_as_it_was(way: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_captured_steps_give_what_whole_modules_give() -> None:
     for name in POLICIES:
