@@ -14,6 +14,7 @@ from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
+from effbench.methods.echo_llama import EchoLLaMA
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
@@ -42,6 +43,9 @@ METHODS = [
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
+    EchoLLaMA(share=0.5),
+    EchoLLaMA(share=0.5, blend=False),
+    EchoLLaMA(share=0.5, trains="lora", rank=4, blend=False),
 ]
 
 

@@ -340,10 +340,11 @@ class EchoLLaMA(Method):
         readers = [n for n in ("q_proj", "k_proj", "v_proj") if n in shape.linear_sizes(lowest)]
         unneeded = sum(2 * i * o for i, o in (shape.linear_sizes(lowest)[n] for n in readers))
         unneeded += sum(2 * self.rank * i for layer, i, _ in sizes if layer == lowest)
-        inputs = (
-            {(layer, i) for layer, i, _ in sizes} if element < 4 else {(s[0], 0) for s in sizes}
-        )
-        kept = sum(4 * (i or shape.hidden_size) for _, i in inputs) + 4 * self.rank * len(sizes)
+        if element < 4:  # each adapter has a cast of its own
+            inputs = sum(i for _, i, _ in sizes)
+        else:  # what the attention's linears read; its output is kept anyway
+            inputs = shape.hidden_size * len({layer for layer, _, _ in sizes})
+        kept = 4 * inputs + 4 * self.rank * len(sizes)
         return replace(
             plain,
             layers=plain.layers + kept,
