@@ -226,7 +226,7 @@ def test_a_pass_is_what_a_loop_computes(sharing: LayerMap, attention: str) -> No
         near: Any = EAGER if attention == "eager" else {}
         torch.testing.assert_close(found, by_hand(model, sharing, ids), **near)
         # Sharing does change the model.
-        assert not torch.allclose(found, dense()(input_ids=ids).logits, atol=1e-3)
+        assert not torch.allclose(found, dense(found.dtype)(input_ids=ids).logits, atol=1e-3)
 
 
 @every
