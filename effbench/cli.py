@@ -317,7 +317,7 @@ def compare(
         bool, typer.Option("--full", help="Show every number (other formats always do).")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw the first metric over operating points.")
+        Path | None, typer.Option(help="Also draw a metric over operating points.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
     margin: Annotated[
@@ -353,9 +353,9 @@ def compare(
     else:
         typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
     if plot:
-        from effbench.report.plot import points_plot
+        from effbench.report.plot import comparison_plot
 
-        points_plot(records, metric, plot)
+        comparison_plot(found, metric, plot)
         _say(f"Plot: {plot}")
 
 
