@@ -68,6 +68,7 @@ selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracl
 
 tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/tables.py
+	$(BIN)/python scripts/campaign.py --tables
 
 clean: ## Remove the environment and caches (not results)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -5,7 +5,7 @@ is the one compared with. What is finished is not run again. The keys of the run
 results/campaigns/NAME.json, so that the table can be made again from the records of a fresh clone.
 
     python scripts/campaign.py NAME ...           run, then make table and plot
-    python scripts/campaign.py --tables NAME ...  make table and plot alone
+    python scripts/campaign.py --tables           make the tables and plots of all that were run
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ def named(found: Comparison, names: dict[str, str]) -> Comparison:
 
 def main() -> int:
     words = sys.argv[1:]
+    again = words == ["--tables"]
+    names = sorted(p.stem for p in (RESULTS / "campaigns").glob("*.json")) if again else words
     try:
-        for name in [w for w in words if not w.startswith("-")]:
-            campaign = Campaign.read(name)
-            if "--tables" not in words:
+        for campaign in map(Campaign.read, names):
+            if not again:
                 campaign.run()
             campaign.tables()
     except (UserError, RunFailedError) as error:
