@@ -32,7 +32,7 @@ def points_plot(records: Sequence[Record], metric: str, path: Path, split: str =
         records: The runs.
         metric: Name of the metric.
         path: File to write.
-        split: Which split; empty takes the first one found.
+        split: Which split; empty takes `test`, or else the first one found.
 
     Raises:
         UserError: When no run has the metric.
@@ -118,8 +118,9 @@ def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") 
 
 
 def _values(record: Record, metric: str, split: str) -> list[Metric]:
-    """Return one metric of a run; on the first split and of the first kind when several fit."""
+    """Return one metric of a run; when several fit, on the test split and of the first kind."""
     found = [m for m in record.metrics if m.name == metric and split in ("", m.split)]
+    found.sort(key=lambda m: not m.task and m.split != "test")
     return [m for m in found if _kind(m) == _kind(found[0])]
 
 
