@@ -327,27 +327,40 @@ def compare(
             help="Difference that still counts as none, in the metric's unit; may be repeated.",
         ),
     ] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC@SPLIT",
+            help="Of each run only the operating point that is best there; shown on other splits.",
+        ),
+    ] = "",
 ) -> None:
     """Compare runs on the same items: differences with intervals, and what cannot be told apart.
 
     Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
-    says too what is equivalent, or at least not worse.
+    says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
+    is there at one point, chosen on validation data.
 
     \b
     Examples:
       effbench compare latest 3f2a
       effbench compare 3f2a 91bc 07de --format md
       effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
+      effbench compare 3f2a 91bc --select loss@validation
       effbench compare 3f2a 91bc --plot curve.png
     """
     from effbench.records import find, read_all
     from effbench.report.compare import compare as compare_records
     from effbench.report.compare import margins_of
+    from effbench.report.select import Selection, criterion_of, select_points
     from effbench.report.terminal import print_comparison
 
     records = [find(results / "records", r) for r in runs]
     known = read_all(results / "records", outcomes=False)
-    found = compare_records(records, known, margins_of(margin or []))
+    chosen = Selection(records, [])
+    if select:
+        chosen = select_points(records, criterion_of(select), known)
+    found = compare_records(chosen.records, known, margins_of(margin or []), chosen.words)
     if form == "text":
         print_comparison(found, full)
     else:

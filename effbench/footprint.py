@@ -23,6 +23,9 @@ Kind = Literal["train", "score", "prefill", "decode"]
 
 BOTTOM = ("q_proj", "k_proj", "v_proj")
 """The linears of the first layer that read the embedding."""
+POINTS_AT_ONCE = 8
+"""Most operating points that go through a model side by side. More would save little: the work
+that they share is an eighth by then."""
 SCORE_BYTES = 8
 """Float32 bytes per logit at the peak of a loss without gradients: logits, their log-softmax."""
 LOSS_BYTES = 12

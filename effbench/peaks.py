@@ -108,7 +108,7 @@ class Peaks:
         return {"weights": weights, **self._around(self.expanded)}
 
     def inference(
-        self, cost: Cost, one: Pass, every: bool = False, trained: bool = False
+        self, cost: Cost, one: Pass, every: bool = False, trained: bool = False, points: int = 1
     ) -> Components:
         """Return the peak of a pass without gradients.
 
@@ -117,6 +117,7 @@ class Peaks:
             one: The pass.
             every: Whether the head runs on all positions, not only on those that count.
             trained: Whether the process has trained before.
+            points: Operating points that a scored batch goes through side by side.
         """
         adapted = cost.params > self.shape.params
         packed = cost.resident_bytes < cost.params * self.element
@@ -126,10 +127,13 @@ class Peaks:
         logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
         last = {"activations": residual, "logits": logits}
         cached = one.kind in ("prefill", "decode")
+        others = points - 1 if one.kind == "score" else 0
+        kept = self.block if packed and self.cpu and others else 0
         return {
             "weights": cost.resident_bytes,
             "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
             **({"activations": running} if running > residual + logits else last),
+            "other points": others * residual + kept,
             **self._around(self.expanded if packed else 0, trained=trained),
         }
 
@@ -138,6 +142,12 @@ class Peaks:
         """Bytes of the largest linear while it is packed or expanded, in float32 on the way."""
         largest = max((i * o for _, _, i, o in self.shape.linears()), default=0)
         return largest * (self.element + 16)
+
+    @property
+    def block(self) -> int:
+        """Bytes of the largest block's linears, expanded to be used several times."""
+        sizes = (self.shape.linear_sizes(i).values() for i in range(self.shape.num_layers))
+        return max(sum(i * o for i, o in linears) for linears in sizes) * self.element
 
     def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:
         """Return scratch space, and on a CPU what the process needs beside its tensors."""

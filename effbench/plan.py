@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.config import compose, known_shape, make_evaluator, make_method
-from effbench.footprint import Pass, step_flops
+from effbench.footprint import POINTS_AT_ONCE, Pass, step_flops
 from effbench.measure.hardware import memory_bytes
 from effbench.methods.base import Cost, Method, chain_cost, chain_shapes, inference_cost
 from effbench.peaks import Components, Peaks
@@ -286,9 +286,10 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
     if spec.evaluators:
         every = not own.plain_logits(own.points()[-1])
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
+        together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
+        trained = spec.stage == "train"
         found["evaluate"] = max(
-            (left.inference(course.used, p, every, spec.stage == "train") for p in passes),
-            key=_total,
+            (left.inference(course.used, p, every, trained, together) for p in passes), key=_total
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
 
@@ -398,6 +399,7 @@ def _verdict(prediction: Prediction, machine: Machine) -> str:
         "activations": "train.gradient_checkpointing=true or a smaller train.batch_size",
         "logits": "a smaller batch or dataset.max_length",
         "kv cache": "a smaller batch or fewer tokens",
+        "other points": "fewer operating points or a smaller batch",
     }.get(worst, "a smaller model")
     return (
         f"It does not fit: {gib(prediction.peak)} of {have} on {machine.name}. "

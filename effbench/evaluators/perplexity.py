@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
 from effbench.lazy import torch
 from effbench.records import Metric
 from effbench.schema import PositiveInt
@@ -32,8 +32,8 @@ class Perplexity(Evaluator):
 
     headline: ClassVar[str] = "loss"
 
-    split: str = "test"
-    """Which split."""
+    split: str | tuple[str, ...] = "test"
+    """Which split, or a list of several."""
     window: PositiveInt | None = None
     """Most tokens that the model sees at once; null is the dataset's `max_length`."""
     stride: PositiveInt | None = None
@@ -41,6 +41,9 @@ class Perplexity(Evaluator):
     more context for each token, and more work."""
     batch_tokens: PositiveInt = 1024
     """Largest batch, padding included, in tokens."""
+
+    def __post_init__(self) -> None:
+        check_splits("evaluator.perplexity", self.split)
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse windows that the model has no positions for, or that leave no context."""
@@ -54,59 +57,67 @@ class Perplexity(Evaluator):
         from effbench.windows import passes, sizes
 
         window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
-        return passes(data, self.split, window, stride, self.batch_tokens)
+        return [
+            one
+            for split in self.splits()
+            for one in passes(data, split, window, stride, self.batch_tokens)
+        ]
 
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
-        examples = subject.data.documents(self.split)
-        sums, counts = self._sums(subject, examples)
+        result = Result()
+        for split in self.splits():
+            self._add(result, subject, split)
+        return result
+
+    def _add(self, result: Result, subject: Subject, split: str) -> None:
+        examples = subject.data.documents(split)
+        sums, counts = self._sums(subject, examples, split)
         ids, sizes = [e.id for e in examples], [e.answer_bytes for e in examples]
         bits = [s / math.log(2) for s in sums]
 
-        result = Result()
         loss = result.add_ratio(
-            subject, "perplexity", "loss", sums, counts, ids, unit="nats/token", split=self.split
+            subject, "perplexity", "loss", sums, counts, ids, unit="nats/token", split=split
         )
-        result.metrics.append(self._perplexity(loss))
+        result.metrics.append(_perplexity(loss))
         result.add_ratio(
-            subject,
-            "perplexity",
-            "bits_per_byte",
-            bits,
-            sizes,
-            ids,
-            unit="bits/byte",
-            split=self.split,
+            subject, "perplexity", "bits_per_byte", bits, sizes, ids, unit="bits/byte", split=split
         )
         result.metrics.append(
-            Metric("loss_tokens", sum(counts), "tokens", loss.point, self.split, obtained="counted")
+            Metric("loss_tokens", sum(counts), "tokens", loss.point, split, obtained="counted")
         )
-        return result
 
-    def _perplexity(self, loss: Metric) -> Metric:
-        assert loss.low is not None
-        assert loss.high is not None
-        value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
-        return Metric("perplexity", value, "", loss.point, self.split, loss.n, low, high)
-
-    def _sums(self, subject: Subject, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+    def _sums(
+        self, subject: Subject, examples: Sequence[Example], split: str = "test"
+    ) -> tuple[list[float], list[int]]:
         """Return each row's summed loss in nats, and how many tokens it is over."""
+        from effbench.journal import pending
         from effbench.windows import check_sizes, cut, groups, sizes
 
         limit = subject.data.spec.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)
         windows = cut(examples, *sizes(self.window, self.stride, limit))
-        journal = subject.journal(self.split, [w.name(examples[w.row]) for w in windows])
-        for group in journal.pending(groups(windows, self.batch_tokens)):
+        journals = subject.journals(split, [w.name(examples[w.row]) for w in windows])
+        own = journals[subject.point]
+        for group, points in pending(journals, groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
-                nll = subject.token_nll(batch).double().sum(1).tolist()
+                found = subject.token_nlls(batch, points)
+                sums = [nll.double().sum(1).tolist() for nll in found]
             tokens = (batch.labels[:, 1:] != -100).sum(1).tolist()
-            journal.add(dict(zip(group, zip(nll, tokens, strict=True), strict=True)))
-            subject.progress("perplexity", len(journal), len(windows))
+            for point, nll in zip(points, sums, strict=True):
+                journals[point].add(dict(zip(group, zip(nll, tokens, strict=True), strict=True)))
+            subject.progress("perplexity", len(own), len(windows))
 
-        sums, counts = [0.0] * len(examples), [0] * len(examples)
-        for window, (nll, tokens) in zip(windows, journal.values(), strict=True):
-            sums[window.row] += nll
-            counts[window.row] += tokens
-        return sums, counts
+        totals, counts = [0.0] * len(examples), [0] * len(examples)
+        for window, (nll, count) in zip(windows, own.values(), strict=True):
+            totals[window.row] += nll
+            counts[window.row] += count
+        return totals, counts
+
+
+def _perplexity(loss: Metric) -> Metric:
+    assert loss.low is not None
+    assert loss.high is not None
+    value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
+    return Metric("perplexity", value, "", loss.point, loss.split, loss.n, low, high)

@@ -136,6 +136,9 @@ class Method:
     at_evaluation: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """
+    in_one_pass: ClassVar[bool] = False
+    """Whether an evaluation may compute a batch at several points side by side, block by block.
+    `at` must then take next to no time and change nothing but what the blocks compute."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}

@@ -36,7 +36,8 @@ def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
 
     Args:
         found: The comparison.
-        metric: Name of the metric; the first table that has it is drawn.
+        metric: Name of the metric; of several tables that have it, that of the test split is drawn,
+            else the first.
         path: File to write.
 
     Raises:
@@ -46,9 +47,10 @@ def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
     if not tables:
         known = {table.kind.metric for table in found.metrics}
         raise UserError(f"No run has a metric called {metric!r}.", did_you_mean(metric, known))
-    kind = tables[0].kind
-    names = list(dict.fromkeys(row.label for row in tables[0].rows))
-    series = [[r for r in tables[0].rows if r.label == name] for name in names]
+    table = min(tables, key=lambda t: not t.kind.task and t.kind.split != "test")
+    kind = table.kind
+    names = list(dict.fromkeys(row.label for row in table.rows))
+    series = [[r for r in table.rows if r.label == name] for name in names]
     factor, unit = _factor([r.value.value for rows in series for r in rows], series[0][0])
     drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
     figure = _drawn(names, drawn, metric, kind.obtained == "modelled")
