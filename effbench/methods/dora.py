@@ -67,15 +67,14 @@ class DoRA(LoRA):
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
-        """Put the cut adapter in, with m as it is, and fix the norms of the rows that this makes."""
+        """Put the cut adapter in, with m as it is, and fix the norms of V's rows."""
         from effbench.nn.dora import fixed_gains
 
         with super().at(model, point), fixed_gains(model):
             yield
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count what LoRA has, and the magnitudes in float32; the norms are fixed while it is used.
-        """
+        """Count what LoRA has and the magnitudes in float32; norms are fixed while it is used."""
         cost = super().cost(shape, dtype, point, base)
         more = sum(o for _, name, _, o in shape.linears() if name in self.targets)
         return replace(

@@ -214,17 +214,17 @@ def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:
         )
 
 
-def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str]) -> None:
+def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
     """Refuse a rank above what a target's weight itself can have.
 
     Raises:
-        UserError: Naming `method.rank` and the target.
+        UserError: Naming `method.<key>` and the target.
     """
     for _, name, d_in, d_out in shape.linears():
         if name in targets and rank > min(d_in, d_out):
             raise UserError(
-                f"method.rank={rank} is more than {name} can have: it is {d_in} x {d_out}.",
-                f"Set method.rank to {min(d_in, d_out)} or less, "
+                f"method.{key}={rank} is more than {name} can have: it is {d_in} x {d_out}.",
+                f"Set method.{key} to {min(d_in, d_out)} or less, "
                 f"or leave {name} out of method.targets.",
             )
 

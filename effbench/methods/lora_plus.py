@@ -6,8 +6,8 @@ Hayou, Ghosh and Yu, LoRA+: Efficient Low Rank Adaptation of Large Models, ICML 
     y = W x + (alpha / R) * B A drop(x)        rate of A: eta, rate of B: ratio * eta
 
 In the limit of wide models one rate for both cannot make both factors learn features; the paper
-finds a ratio of about 16 good. Our choice: eta is a quarter of LoRA's rate here, so that the rates
-of A and B lie as far below it as above it. peft has an optimiser for it; the groups here are the same.
+finds a ratio of about 16 good. The groups are those of peft's optimiser for it. Our choice: eta is
+a quarter of LoRA's rate here, so that the rates of A and B lie as far below it as above it.
 """
 
 from __future__ import annotations
@@ -40,5 +40,8 @@ class LoRAPlus(LoRA):
         """
         if self.ratio == 1:
             return super().groups(model)
-        factors = [(a.weight, b.weight) for _, a, b in self.adapters(model)]
-        return [([a for a, _ in factors], 1.0), ([b for _, b in factors], self.ratio)]
+        layers = list(self.adapters(model))
+        return [
+            ([p for _, a, _ in layers for p in a.parameters()], 1.0),
+            ([p for _, _, b in layers for p in b.parameters()], self.ratio),
+        ]

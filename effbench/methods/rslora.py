@@ -1,6 +1,7 @@
 """rsLoRA: LoRA whose scale falls with the square root of the rank.
 
-Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, arXiv 2312.03732.
+Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, arXiv
+2312.03732.
 
     y = W x + (alpha / sqrt(R)) * B A drop(x)        A [R, d_in], B [d_out, R], x [*, d_in]
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from effbench.nn.lowrank import init_a
@@ -57,9 +56,11 @@ class DoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> torch.Tensor:
         """Return the norm of each row of V, [d_out] float32."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        packed = isinstance(self.base, QuantisedLinear)
-        w = self.base.dense_weight(a.dtype) if packed else self.base.weight.to(a.dtype)
+        a, b, base = self.lora_A.weight, self.lora_B.weight, self.base
+        if isinstance(base, QuantisedLinear):
+            w = base.dense_weight(a.dtype)
+        else:
+            w = base.weight.to(a.dtype)
         v = torch.addmm(w, b, a, alpha=self.scale)
         return torch.linalg.vector_norm(v, dim=1).clamp_min(SMALLEST)
 
@@ -97,7 +98,7 @@ def dora_layers(model: nn.Module) -> Iterator[tuple[str, DoRALinear]]:
 
 @contextmanager
 def fixed_gains(model: nn.Module) -> Iterator[None]:
-    """Compute each layer's m / ||V|| once, for use inside the context: no weight may change there."""
+    """Compute each layer's m / ||V|| once, for a context in which no weight changes."""
     layers = [layer for _, layer in dora_layers(model)]
     try:
         for layer in layers:

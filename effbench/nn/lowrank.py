@@ -239,7 +239,7 @@ def write_peft_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=list(targets),
         rank_pattern=lower,
-        alpha_pattern={name: alpha * r / rank for name, r in lower.items()},  # type: ignore
+        alpha_pattern={name: alpha * r / rank for name, r in lower.items()},
         use_dora=bool(magnitudes),
         modules_to_save=list(whole or {}) or None,
         task_type="CAUSAL_LM",
