@@ -76,7 +76,7 @@ class AdaLoRA(Method):
         "ICLR 2023",
         "2303.10512",
     )
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 5e-3
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
     leaves: ClassVar[str] = "adapted"
 

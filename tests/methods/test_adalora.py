@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Bench
 from helpers import (
     SHAPE,
     adamw,
@@ -27,9 +28,10 @@ from effbench.methods.adalora import AdaLoRA, RankedShape
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.nn.allocation import BudgetSchedule, best, no_averages, observe, scores
 from effbench.nn.lowrank import LowRankLinear, low_rank_layers
+from effbench.nn.quantised import quantise_nf4
 from effbench.nn.svd_adapters import SVDLinear, orthogonality, svd_layers
 from effbench.schema import build
-from effbench.shapes import LINEARS
+from effbench.shapes import LINEARS, planned_slice, sliced_shape
 from effbench.stages import train as stage
 from effbench.worker import run_here
 
@@ -78,6 +80,18 @@ def test_the_base_is_frozen():
     train(METHOD, model, ctx, STEPS)
     assert storage_hash(model) == before
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_on_a_base_in_4_bits():
+    base = tiny_model()
+    quantise_nf4(base, compute_dtype=torch.float32)
+    expected = logits(base)
+    ctx = context()
+    ctx.total_steps = STEPS
+    model = METHOD.prepare(base, ctx)
+    assert logits(model).equal(expected)
+    losses = train(METHOD, model, ctx, STEPS, same_batch=True)
+    assert losses[-1] < losses[0] - 0.01
 
 
 # -- the schedule ------------------------------------------------------------------------------
@@ -344,6 +358,22 @@ def test_cost_is_what_is_counted(tmp_path):
     assert METHOD.left(SHAPE, tmp_path / "nowhere") == SHAPE
 
 
+def test_blocks_that_differ_in_size_are_counted_as_they_are(tmp_path):
+    model, ctx = trained()
+    METHOD.save(METHOD.finish(model, ctx), tmp_path)
+    whole, sliced = METHOD.left(SHAPE, tmp_path), planned_slice(SHAPE, 0.8)
+    layers = (SHAPE.layer(0), sliced.layer(1))
+    mixed = sliced_shape(SHAPE, SHAPE.hidden_size, layers)
+    shape = METHOD.left(mixed, tmp_path)
+    assert list(shape.linears()) == list(mixed.linears())
+    more, less = (METHOD.cost(after, "float32").trainable for after in (whole, shape))
+    ranks = {(layer, name): rank for layer, name, rank in whole.ranks}
+    lost = zip(SHAPE.linears(), mixed.linears(), strict=True)
+    assert more - less == sum(
+        ranks[layer, name] * (i + o - i2 - o2) for (layer, name, i, o), (_, _, i2, o2) in lost
+    )
+
+
 def test_before_training_all_ranks_are_expected_to_be_alike():
     method = AdaLoRA(rank=4)
     planned, plain = (m.cost(SHAPE, "bfloat16") for m in (method, LoRA(rank=4)))
@@ -393,37 +423,36 @@ RUN = [
 ]
 
 
-@pytest.mark.parametrize("at", [5, 9])
-def test_stopped_within_the_schedule_it_ends_the_same(bench, tmp_path, monkeypatch, at):
-    from conftest import Bench
-
-    whole = Bench(tmp_path / "whole")
-    whole.run("train", *RUN)
-    job = bench.job("train", *RUN)
+def stop_before(monkeypatch, job, step):
+    """Run a job as if its process ended at once before a step."""
     one_step = stage.one_step
 
     def stopping(trainer):
-        if trainer.done.step == at:
+        if trainer.done.step == step:
             raise StoppedError("here")
         return one_step(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(stage, "one_step", stopping)
         run_here(job)
-    assert bench.folder(job).checkpoint.is_file()
+
+
+def test_stopped_within_the_schedule_and_after_it_it_ends_the_same(bench, tmp_path, monkeypatch):
+    whole = Bench(tmp_path / "whole")
+    whole.run("train", *RUN)
+    job = bench.job("train", *RUN)
+    stop_before(monkeypatch, job, 5)  # goes on from step 3, between two choices
+    stop_before(monkeypatch, job, 9)  # goes on from step 9, after the last one
     run_here(job)
+    folders = [b.folder(b.job("train", *RUN)) for b in (bench, whole)]
     for name in ("weights.safetensors", "ranks.json"):
-        ours, theirs = (b.folder(b.job("train", *RUN)).artefact / name for b in (bench, whole))
-        assert ours.read_bytes() == theirs.read_bytes()
-    events, expected = (
-        [
-            (e["loss"], e["rank_budget"])
-            for e in read_events(b.folder(b.job("train", *RUN)).path / "events.jsonl", "step")
-        ]
-        for b in (bench, whole)
-    )
-    assert events == expected
-    assert expected[-1][1] == 2 * len(json.loads(ours.read_text()))
+        ours, theirs = ((f.artefact / name).read_bytes() for f in folders)
+        assert ours == theirs
+    ours, theirs = (list(read_events(f.path / "events.jsonl", "step")) for f in folders)
+    for key in ("loss", "rank_budget"):
+        assert [e[key] for e in ours] == [e[key] for e in theirs]
+    ranks = json.loads((folders[0].artefact / "ranks.json").read_text())
+    assert sum(ranks.values()) == ours[-1]["rank_budget"] == 2 * len(ranks)
 
 
 # -- settings ----------------------------------------------------------------------------------
