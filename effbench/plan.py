@@ -327,12 +327,12 @@ def _other_shapes(method: Method) -> list[Shape]:
 
 def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
     """Return the FLOPs of a training step per token, with rows of full length."""
-    length = spec.dataset.max_length
+    rows, length = spec.train.batch_size, spec.dataset.max_length
     work = method.training(shape, spec.hardware.dtype)
-    row = Pass("train", 1, length, length)
-    own = step_flops(shape, work, row, spec.train.gradient_checkpointing)
+    batch = Pass("train", rows, length, rows * length)
+    own = step_flops(shape, work, batch, spec.train.gradient_checkpointing)
     others = (s.flops_per_token(length // 2) for s in _other_shapes(method))
-    return own / length + sum(others)
+    return own / batch.size + sum(others)
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
