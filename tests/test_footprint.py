@@ -42,6 +42,8 @@ METHODS = [
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="layerskip"),
+    SortedFull(depths=(1, 2), objective="layerskip"),
 ]
 
 

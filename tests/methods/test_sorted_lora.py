@@ -25,11 +25,13 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from effbench.errors import UserError
+from effbench.measure.counting import LayerForwards
 from effbench.methods.base import Method, chain_cost, dense_cost
 from effbench.methods.depths import depth_set, paper_thresholds
 from effbench.methods.lora import LoRA
 from effbench.methods.rtn import RTN
 from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn import layerskip
 from effbench.nn.depths import at_layers, exit_states, readout
 from effbench.nn.linears import replace_linears
 from effbench.nn.quantised import PackedLinear
@@ -237,6 +239,84 @@ def test_the_logits_of_two_exits_are_never_in_memory_at_once():
     assert most == 0
 
 
+# -- LayerSkip's objective ---------------------------------------------------------------------
+
+
+def test_layers_are_left_out_ever_more_often():
+    rates = layerskip.drop_rates(32)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(layerskip.MOST_DROPPED)
+    assert rates[16] / rates[-1] == pytest.approx(2 ** (16 / 31) - 1)
+    assert rates == sorted(rates) and layerskip.drop_rates(1) == [0]
+
+
+def test_exits_weigh_what_their_depth_is_and_take_turns():
+    depths = (18, 21, 24, 30)
+    seen = [layerskip.exit_weights(depths, 30, step) for step in range(4)]
+    assert [min(w) for w in seen] == [18, 21, 24, 18]
+    assert all(max(w) == 30 and sum(w.values()) == pytest.approx(1) for w in seen)
+    below, last = 18 * 17 / 2, 29 + 29 * 28 / 2  # 0 + 1 + ... + 17; L - 1 and 0 + ... + L - 2
+    assert seen[0][18] == pytest.approx(below / (below + last))
+    assert layerskip.exit_weights((5,), 5, 3) == {5: 1.0}
+    assert layerskip.exit_weights((1,), 5, 0) == {1: 1.0}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_layerskip_loss_is_the_weighted_sum_of_two_exits(step, monkeypatch):
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)
+    method, model, ctx = trained_model(objective="layerskip")
+    ctx.step = step
+    loss = method.loss(model, batch_of(), ctx)
+    loss.backward()
+    ours = {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for n, weight in layerskip.exit_weights((2, 3, 5), 5, step).items():
+        with method.at(model, f"d{n}"):
+            single = weight * Method().loss(model, batch_of(), ctx)
+            single.backward()
+        total += single.item()
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_that_is_left_out_hands_its_input_on(monkeypatch):
+    # Layers 1 and 4 are out: the exit at 3 is layers 0 and 2, the last one 0, 2 and 3.
+    monkeypatch.setattr(layerskip, "drop_rates", lambda count: [0, 2, 0, 0, 2])
+    method, model, ctx = trained_model(objective="layerskip", depths=(3, 5))
+    loss = method.loss(model, batch_of(), ctx)
+    expected = 0.0
+    for n, weight in layerskip.exit_weights((3, 5), 5, 0).items():
+        with at_layers(model, [i for i in (0, 2, 3) if i < n]):
+            expected += weight * Method().loss(model, batch_of(), ctx).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    grads = {layer_of(n) for n, p in trainable(model).items() if p.grad is not None}
+    assert grads == {-1, 0, 2, 3}
+    assert len(model.model.layers) == 5
+
+
+def test_layers_are_left_out_as_often_as_stated():
+    method, model, ctx = ready(objective="layerskip")
+    counted = LayerForwards(model.model.layers)
+    for _ in range(100):
+        method.loss(model, batch_of(rows=1), ctx)
+    passes = counted.count / batch_of(rows=1).input_ids.numel() / 100
+    counted.close()
+    stated = method.training(DEEP, "float32").run
+    assert stated == pytest.approx(sum(1 - p for p in layerskip.drop_rates(5)))
+    assert abs(passes - stated) < 4 * (sum(layerskip.drop_rates(5)) / 100) ** 0.5
+
+
+def test_layerskip_with_one_depth_and_no_dropout_is_plain(monkeypatch):
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)
+    runs = []
+    for objective in ("layerskip", "soft"):
+        method, model, ctx = ready(objective=objective, depths=(5,))
+        runs.append(train(method, model, ctx, 3))
+    assert runs[0] == runs[1]
+
+
 # -- draws -------------------------------------------------------------------------------------
 
 
@@ -317,7 +397,7 @@ def test_reweighting_is_a_learning_rate_of_each_layer():
 # -- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["sampled", "soft"])
+@pytest.mark.parametrize("objective", ["sampled", "soft", "layerskip"])
 def test_every_depth_learns(objective):
     method, model, ctx = ready(objective=objective)
     nll = {}
@@ -396,6 +476,7 @@ def test_thresholds_are_the_papers_at_its_exits():
         ({"eval_depths": [6]}, r"method\.eval_depths"),
         ({"layout": "skip_middle", "decoding": ["exit"]}, r"method\.decoding"),
         ({"objective": "soft", "reweight": True}, r"method\.reweight"),
+        ({"objective": "layerskip", "layout": "skip_middle"}, r"method\.objective=layerskip"),
         ({"decoding": ["exit"], "thresholds": [0.5]}, r"method\.thresholds has 1"),
         ({"depths": [5], "decoding": ["exit"]}, r"method\.decoding"),
         ({"decoding": ["speculative"], "draft_depth": 5}, r"method\.draft_depth"),
