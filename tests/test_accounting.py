@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from effbench.methods.base import Method
+from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.lora import LoRA
 from effbench.methods.sorted_full import SortedFull
 from effbench.methods.sorted_lora import SortedLoRA
@@ -32,6 +33,7 @@ def test_counts_of_every_method_at_every_point(name: str) -> None:
         SortedFull(depths=(2, 4), objective="sampled"),
         SortedLoRA(depths=(1, 2, 4), objective="layerskip"),
         SortedFull(depths=(3,), objective="layerskip"),
+        ExitHeads(depths=(2, 3, 4), trunk="trained"),
     ],
 )
 def test_a_step_over_several_depths(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:

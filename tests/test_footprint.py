@@ -14,6 +14,7 @@ from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
+from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
@@ -44,6 +45,8 @@ METHODS = [
     SortedFull(depths=(1, 2)),
     SortedLoRA(rank=4, depths=(1, 2), objective="layerskip"),
     SortedFull(depths=(1, 2), objective="layerskip"),
+    ExitHeads(depths=(1, 2)),
+    ExitHeads(depths=(1, 2), trunk="trained"),
 ]
 
 

@@ -34,7 +34,7 @@ from effbench.errors import UserError
 from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
-from effbench.methods.depths import Depths, check_depths, cut_cost, depth_set
+from effbench.methods.depths import READING, Depths, check_depths, cut_cost, depth_set
 from effbench.schema import PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -53,17 +53,7 @@ class SortedFull(Depths):
     learning_rate: ClassVar[float] = 5e-5
     works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
     identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
-    at_evaluation: ClassVar[frozenset[str]] = frozenset(
-        {
-            "eval_depths",
-            "decoding",
-            "thresholds",
-            "kv",
-            "draft_depth",
-            "draft_tokens",
-            "draft_window",
-        }
-    )
+    at_evaluation: ClassVar[frozenset[str]] = READING
 
     depths: tuple[PositiveInt, ...] = ()
     """Depths D that are trained, the number of layers among them; empty derives them from it. One
@@ -186,21 +176,23 @@ class SortedFull(Depths):
         from effbench.nn.depths import exit_nll
 
         total = torch.zeros((), device=batch.labels.device)
-        for hidden in self._exit_states(model, batch):
-            total = total + exit_nll(model, hidden, batch.labels)
+        for n, hidden in self._exit_states(model, batch):
+            total = total + exit_nll(model, hidden, batch.labels, n)
         return total / (len(self.depths) * batch.window_tokens)
 
-    def _exit_states(self, model: torch.nn.Module, batch: Batch) -> Iterator[torch.Tensor]:
-        """Yield what the head reads at each depth; sub-models that share no exit run apart."""
+    def _exit_states(
+        self, model: torch.nn.Module, batch: Batch
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield depths and what the head reads there; sub-models that share no exit run apart."""
         from effbench.nn.depths import at_layers, decoder_layers, exit_states
 
         inputs = batch.input_ids, batch.attention_mask
         if self.layout == "prefix":
-            yield from exit_states(model, self.depths, *inputs).values()
+            yield from exit_states(model, self.depths, *inputs).items()
             return
         for n in self.depths:
             with at_layers(model, self.kept(n, len(decoder_layers(model)))):
-                yield exit_states(model, (n,), *inputs)[n]
+                yield n, exit_states(model, (n,), *inputs)[n]
 
     def update(
         self,

@@ -77,5 +77,5 @@ def summed_nll(
         states = exit_states(model, places.values(), batch.input_ids, batch.attention_mask)
     total = torch.zeros((), device=batch.labels.device)
     for n, weight in weights.items():
-        total = total + weight * exit_nll(model, states[places[n]], batch.labels)
+        total = total + weight * exit_nll(model, states[places[n]], batch.labels, n)
     return total

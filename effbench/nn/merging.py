@@ -15,7 +15,7 @@ import torch
 
 from effbench.errors import UserError
 from effbench.nn.deep import DeepLinear
-from effbench.nn.layout import untouched
+from effbench.nn.layout import fresh_norm, untouched
 from effbench.nn.linears import decoder_linears, replace_module
 from effbench.nn.lowrank import LowRankLinear
 from effbench.nn.quantised import QuantisedLinear
@@ -102,7 +102,4 @@ def _plain_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     norm, dtype = root.model.norm, root.model.embed_tokens.weight.dtype
     if norm.weight.dtype == dtype and untouched(norm):
         return None
-    new: torch.nn.Module = type(norm)(len(norm.weight), eps=norm.variance_epsilon)
-    weight = norm.weight.detach().to(dtype)
-    new.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return new.train(norm.training)
+    return fresh_norm(norm, dtype).requires_grad_(False)

@@ -89,7 +89,7 @@ def test_a_depth_is_the_model_that_transformers_cuts(n):
     assert ours.equal(stock)
     model.config.num_hidden_layers = 5
     with torch.no_grad():
-        assert readout(model, states[n]).equal(stock)
+        assert readout(model, states[n], n).equal(stock)
 
 
 def test_the_last_exit_is_normed_once():
@@ -97,7 +97,7 @@ def test_the_last_exit_is_normed_once():
     batch = batch_of()
     state = exit_states(model, (5,), batch.input_ids, batch.attention_mask)[5]
     out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    assert readout(model, state).equal(out.logits)
+    assert readout(model, state, 5).equal(out.logits)
     assert model.model.norm(state).equal(out.hidden_states[-1])
     assert not state.equal(out.hidden_states[-1])
 
