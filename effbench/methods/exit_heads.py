@@ -44,6 +44,7 @@ class ExitHeads(Depths):
     )
     stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
     learning_rate: ClassVar[float] = 2e-4
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
     leaves: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
     at_evaluation: ClassVar[frozenset[str]] = READING

@@ -155,9 +155,7 @@ class SortedFull(Depths):
         if self.objective == "soft":
             return self._mean_loss(model, batch)
         if self.objective == "layerskip":
-            from effbench.nn.layerskip import summed_nll
-
-            return summed_nll(model, self.depths, batch, ctx) / batch.window_tokens
+            return self._layerskip_loss(model, batch, ctx)
         depth = self.draw(ctx)
         with at_layers(model, self.kept(depth, len(decoder_layers(model)))):
             return super().loss(model, batch, ctx)
@@ -179,6 +177,14 @@ class SortedFull(Depths):
         for n, hidden in self._exit_states(model, batch):
             total = total + exit_nll(model, hidden, batch.labels, n)
         return total / (len(self.depths) * batch.window_tokens)
+
+    def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        from effbench.nn.depths import decoder_layers
+        from effbench.nn.layerskip import exit_weights, summed_nll
+
+        weights = exit_weights(self.depths, len(decoder_layers(model)), ctx.step)
+        inputs = batch.input_ids, batch.attention_mask, batch.labels
+        return summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
 
     def _exit_states(
         self, model: torch.nn.Module, batch: Batch

@@ -18,13 +18,9 @@ it out for each of its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from effbench.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.methods.base import Batch, Context
 
 MOST_DROPPED = 0.1
 """p_max: how often the last layer is left out."""
@@ -56,26 +52,32 @@ def exit_weights(depths: Sequence[int], num_layers: int, step: int) -> dict[int,
 
 
 def summed_nll(
-    model: torch.nn.Module, depths: Sequence[int], batch: Batch, ctx: Context
+    model: torch.nn.Module,
+    weights: Mapping[int, float],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
 ) -> torch.Tensor:
-    """Return the weighted sum over the exits of step `ctx.step` of their losses, in nats, a scalar.
+    """Return the weighted sum of the exits' losses in nats, some layers left out; a scalar.
 
     Args:
         model: A Llama-style causal language model.
-        depths: Depths with an exit, ascending.
-        batch: One micro-batch; the layers that it leaves out are drawn from `ctx.generator`.
-        ctx: Of the run.
+        weights: Of each exit, by depth.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+        labels: [B, T], not shifted; -100 where a token does not count.
+        generator: Draws the layers that are left out.
     """
     from effbench.nn.depths import at_layers, decoder_layers, exit_nll, exit_states
 
-    count = len(decoder_layers(model))
-    chances = torch.rand(count, generator=ctx.generator).tolist()
-    kept = [i for i, rate in enumerate(drop_rates(count)) if chances[i] >= rate]
-    weights = exit_weights(depths, count, ctx.step)
+    rates = drop_rates(len(decoder_layers(model)))
+    chances = torch.rand(len(rates), generator=generator).tolist()
+    kept = [i for i, rate in enumerate(rates) if chances[i] >= rate]
     places = {n: sum(i < n for i in kept) for n in weights}
     with at_layers(model, kept):
-        states = exit_states(model, places.values(), batch.input_ids, batch.attention_mask)
-    total = torch.zeros((), device=batch.labels.device)
+        states = exit_states(model, places.values(), input_ids, attention_mask)
+    total = torch.zeros((), device=labels.device)
     for n, weight in weights.items():
-        total = total + weight * exit_nll(model, states[places[n]], batch.labels, n)
+        total = total + weight * exit_nll(model, states[places[n]], labels, n)
     return total
