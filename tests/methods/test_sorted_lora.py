@@ -32,8 +32,10 @@ from effbench.methods.lora import LoRA
 from effbench.methods.rtn import RTN
 from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn import layerskip
+from effbench.nn.decoding import greedy
 from effbench.nn.depths import at_layers, exit_states, readout
 from effbench.nn.linears import replace_linears
+from effbench.nn.merging import merged
 from effbench.nn.quantised import PackedLinear
 from effbench.schema import build
 
@@ -518,16 +520,17 @@ def test_a_depth_caches_its_own_layers_alone(layout):
 @pytest.mark.parametrize("layout", ["prefix", "skip_middle"])
 def test_parameters_rise_with_depth_and_nest(layout):
     method, model, _ = ready(layout=layout, depths=(5,))
-    names, sizes = [], []
+    names, held, sizes, stated_ = [], [], [], []
     for n in range(1, 6):
         kept = method.kept(n, 5)
         with method.at(model, f"d{n}"):
             sizes.append(sum(p.numel() for p in model.parameters()))
-            # by the layer's place in the whole model
-            names.append({id(p) for p in model.parameters()})
+            names.append(set(dict(model.named_parameters())))
+            held.append({id(p) for p in model.parameters()})
+        stated_.append(method.cost(DEEP, "float32", f"d{n}").params)
         assert len(kept) == n
-    assert sizes == sorted(set(sizes))
-    assert all(a < b for a, b in pairwise(names))
+    assert sizes == sorted(set(sizes)) == stated_
+    assert all(a < b for found in (names, held) for a, b in pairwise(found))
 
 
 @pytest.mark.parametrize("point", ["d2", "d5", ""])
@@ -606,6 +609,24 @@ def test_logits_at_exit_are_those_of_decoding(kv):
     assert not nll[:, :2].any()
     with torch.no_grad():
         assert not method.logits(model, batch)[:, 2:10].equal(whole[:, 2:10])
+
+
+@torch.no_grad()
+def test_dynamic_decoding_with_adapters_ends_at_the_full_model_or_the_shallowest_exit():
+    method, model, _ = trained_model(decoding=("exit", "speculative"))
+
+    def tokens(point, **settings):
+        own = replace(method, **settings)
+        with own.at(model.eval(), point):
+            return greedy(own.session(model), IDS[:1], 20)
+
+    full, shallow = tokens("d5"), tokens("d2")
+    assert not full.equal(shallow)
+    assert tokens("speculative").equal(full)
+    assert tokens("exit", thresholds=(1.1, 1.1)).equal(full)
+    assert tokens("exit", thresholds=(0.0, 0.0)).equal(shallow)
+    with merged(model):
+        assert tokens("speculative").equal(tokens("d5"))
 
 
 def test_sessions_follow_the_settings():
