@@ -16,6 +16,7 @@ from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dora import DoRA
 from effbench.methods.dylora import DyLoRA
+from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
@@ -47,6 +48,10 @@ METHODS = [
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="layerskip"),
+    SortedFull(depths=(1, 2), objective="layerskip"),
+    ExitHeads(depths=(1, 2)),
+    ExitHeads(depths=(1, 2), trunk="trained"),
 ]
 
 

@@ -9,7 +9,8 @@ Shares of the machine's roofline stand beside the times: see `effbench.measure.r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
-from effbench.methods.base import Method, chain_cost
+from effbench.methods.base import Method, chain_cost, dense_cost
 from effbench.records import Metric
 from effbench.schema import PositiveInt, canonical
 from effbench.shapes import DTYPE_BYTES
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from effbench.shapes import Shape
     from effbench.spec import Spec
 
-Engine = Literal["auto", "static", "eager", "generate"]
+Engine = Literal["auto", "static", "eager", "generate", "merged"]
 Grid = PositiveInt | list[PositiveInt]
 
 UNITS = {
@@ -83,7 +84,7 @@ class Speed(Evaluator):
     engine: Engine = "auto"
     """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
     engine or an error. `eager`: the model's forward pass with a growing cache. `generate`:
-    transformers' own loop."""
+    transformers' own loop. `merged`: as `auto`, on the plain model that the adapters amount to."""
     baseline: Literal["none", "self", "eager", "generate"] = "none"
     """What each cell is timed against in turn, for `speedup`; `self` is the engine once more."""
     roofline: bool = True
@@ -108,11 +109,21 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        own = type(methods[-1]).session is not Method.session
-        if own and (self.engine != "auto" or self.baseline not in ("none", "self")):
+        last = methods[-1].fitted(shape) if shape else methods[-1]
+        own = [point for point in last.points() if not last.plain_session(point)]
+        others = self.engine not in ("auto", "merged") or self.baseline not in ("none", "self")
+        if own and others:
             raise UserError(
-                f"{methods[-1].name} decodes in a way of its own, which no other engine has.",
+                f"{last.name} decodes in a way of its own{own[0] and f' at {own[0]}'}, which no "
+                "other engine has.",
                 "Leave evaluator.speed.engine=auto and evaluator.speed.baseline=none.",
+            )
+        packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
+        if self.engine == "merged" and packed:
+            raise UserError(
+                "evaluator.speed.engine=merged adds adapters to dense weights, but these are "
+                "packed.",
+                "Leave evaluator.speed.engine=auto.",
             )
         for cell in self.cells() if shape else ():
             assert shape is not None
@@ -121,6 +132,35 @@ class Speed(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return times, rates, shares, bytes and what sessions counted, of every cell."""
+        with self._timed(subject) as (timed, counted):
+            return self._run(timed, counted)
+
+    @contextmanager
+    def _timed(self, subject: Subject) -> Iterator[tuple[Subject, dict[str, float]]]:
+        """Be what is timed inside the context: with its own layers, its adapters merged if asked.
+
+        Yields the subject and what is counted of it, by name.
+        """
+        from effbench.nn.merging import merged
+
+        shape, whole = subject.shape, subject.whole
+        layers = getattr(subject.model.config, "num_hidden_layers", None)
+        if shape and layers not in (None, shape.num_layers):
+            subject = replace(subject, shape=replace(shape, num_layers=layers))
+        if self.engine != "merged":
+            yield subject, {}
+            return
+        with merged(subject.model) as linears:
+            if linears and shape and subject.shape and subject.cost and whole:
+                size = DTYPE_BYTES[subject.dtype]
+                plain = replace(
+                    dense_cost(subject.shape, size),
+                    kv_bytes_per_token=subject.cost.kv_bytes_per_token,
+                )
+                subject = replace(subject, cost=plain, whole=dense_cost(shape, size))
+            yield subject, {"merged_linears": linears}
+
+    def _run(self, subject: Subject, counted: dict[str, float]) -> Result:
         cells = self.cells()
         settings = [self.engine, self.baseline, self.repeats, self.roofline]
         journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
@@ -131,6 +171,7 @@ class Speed(Evaluator):
             if self.roofline and ceilings is None and subject.cost and subject.shape:
                 ceilings = self._probe(subject)
             found, ceilings = self._cell(subject, cell, ceilings, (index, len(cells)))
+            found["counts"] |= counted
             journal.add({index: found})
         named = [str(cell) if len(cells) > 1 else "" for cell in cells]
         return Result(
@@ -171,7 +212,9 @@ class Speed(Evaluator):
         last = times[-1]
         found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": last.kv_bytes}
         found["counts"] = dict(last.counts)
-        if ceilings is not None and not last.counts:  # else the cost states only a bound
+        if not last.counts:  # else the cost states only a bound
+            found["counts"] |= _ceiling(subject)
+        if ceilings is not None and not last.counts:
             shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
             found["values"] |= shares
             found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
@@ -211,7 +254,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shap
     from effbench.measure.hardware import gpus, memory_bytes
 
     dtype = spec.hardware.dtype
-    cost = chain_cost(methods, shape, dtype, methods[-1].points()[-1])
+    cost = chain_cost(methods, shape, dtype, methods[-1].whole(shape))
     cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":
@@ -334,6 +377,13 @@ def _shares(
             seconds = [t.first if phase == "prefill" else sum(t.gaps) for t in times]
             found[full] = [share(full, done, s, ceiling[name], source) for s in seconds]
     return found
+
+
+def _ceiling(subject: Subject) -> dict[str, float]:
+    """Return how much faster than the whole model a part of it can be, by the weight bytes read."""
+    if type(subject.method).whole is Method.whole or not (subject.cost and subject.whole):
+        return {}
+    return {"speed_ceiling": subject.whole.bytes_per_token / subject.cost.bytes_per_token}
 
 
 def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]:

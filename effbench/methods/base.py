@@ -323,6 +323,17 @@ class Method:
         """Return the names of the artefact's operating points; one unnamed point by default."""
         return ("",)
 
+    def whole(self, shape: Shape) -> str:
+        """Return the operating point with all that is in memory, listed or not.
+
+        The others may need less; it is what they are compared with, and what a run after this one
+        starts from.
+
+        Args:
+            shape: The model's shape, as the method leaves it.
+        """
+        return self.fitted(shape).points()[-1]
+
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""
         return nullcontext()
@@ -335,6 +346,10 @@ class Method:
         from effbench.nn.engine import session_for
 
         return session_for(model)
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether any engine that decodes the model's forward pass decodes a point."""
+        return type(self).session is Method.session
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -378,7 +393,7 @@ class Method:
 
     def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
         """Return what a model of `shape` needs while it trains, at the most."""
-        return self.cost(shape, dtype, self.points()[-1], base)
+        return self.cost(shape, dtype, self.whole(shape), base)
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return what a model of `shape` under this method needs at `point`.
@@ -431,8 +446,7 @@ def chain_cost(
     shapes = chain_shapes(methods, shape, folders)
     cost = None
     for method, here in zip(methods[:-1], shapes, strict=False):
-        last = method.fitted(here).points()[-1]
-        cost = _in_use(method, method.cost(here, dtype, last, cost), dtype)
+        cost = _in_use(method, method.cost(here, dtype, method.whole(here), cost), dtype)
     return methods[-1].cost(shapes[-1], dtype, point, cost)
 
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from effbench.nn.exits import Rule
 
 DYNAMIC = ("exit", "speculative")
+READING = frozenset(
+    {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
+)
+"""Settings of how depths are read out, on which nothing that is trained depends."""
 PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
 """Those of Sorted LLaMA, at depths 12 to 36 of 40."""
 
@@ -100,9 +104,12 @@ class Depths(Method):
     def check_after(self, earlier: Sequence[Method]) -> None:
         """Refuse to read out an artefact whose logits are not simply those of its layers."""
         super().check_after(earlier)
-        if self.stage != "eval":
-            return
-        last = type(earlier[-1])
+        if self.stage == "eval":
+            self.check_plain(earlier)
+
+    def check_plain(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that computes its logits in a way of its own."""
+        last = type(earlier[-1]) if earlier else Method
         if last.logits is not Method.logits or last.session is not Method.session:
             raise UserError(
                 f"{last.name} computes its logits in a way of its own, which {self.name} would "
@@ -140,6 +147,10 @@ class Depths(Method):
     def points(self) -> tuple[str, ...]:
         """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
         return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
+
+    def whole(self, shape: Shape) -> str:
+        """Return the point of all layers: they are in memory at every depth."""
+        return f"d{shape.num_layers}"
 
     def depth_of(self, point: str, num_layers: int) -> int:
         """Return the depth whose layers a point needs; any depth can be named.
@@ -213,6 +224,10 @@ class Depths(Method):
                 model, pair, self.draft_tokens, self.draft_window == "adaptive"
             )
         return super().session(model)
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether a point is a model of fewer layers, and no way of decoding."""
+        return point not in DYNAMIC
 
     # -- accounting ----------------------------------------------------------------------------
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from effbench.errors import UserError
+from effbench.nn.exit_heads import own_head
 from effbench.nn.linears import decoder_linears
 from effbench.nn.losses import IGNORED
-from effbench.nn.quantised import QuantisedLinear
+from effbench.nn.merging import merged_weight
 from effbench.shapes import LAYERS_DIFFER
 
 
@@ -142,14 +143,23 @@ def exit_states(
     return found
 
 
-def readout(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits [..., V] of an exit from its hidden states [..., d]."""
+def readout(model: torch.nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return the logits [..., V] of the exit at `depth` from its hidden states [..., d].
+
+    They are those of the model's norm and head, unless the exit has its own.
+    """
+    own = own_head(model, depth)
+    if own is not None:
+        alone: torch.Tensor = own(hidden)
+        return alone
     root: Any = model
     logits: torch.Tensor = root.lm_head(root.model.norm(hidden))
     return logits
 
 
-def exit_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def exit_nll(
+    model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, depth: int
+) -> torch.Tensor:
     """Return the summed negative log-likelihood of an exit in nats, a scalar.
 
     Its logits are computed again in the backward pass, so that those of several exits are never in
@@ -159,13 +169,14 @@ def exit_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor)
         model: A Llama-style causal language model.
         hidden: h_n [B, T, d].
         labels: [B, T], not shifted; -100 where a token does not count.
+        depth: n.
     """
     targets = labels[:, 1:]
     counted = targets != IGNORED
     wanted = targets[counted]
 
     def head(chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(readout(model, chosen).float(), wanted, reduction="sum")
+        return F.cross_entropy(readout(model, chosen, depth).float(), wanted, reduction="sum")
 
     total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
     return total
@@ -232,6 +243,8 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.detach().float()
         config: Any = copy.deepcopy(model.config)
+    root: Any = model
+    config.tie_word_embeddings = root.lm_head.weight is root.model.embed_tokens.weight
     config.dtype = torch.float32
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -240,19 +253,3 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-
-
-def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
-    """Return the dense weight [d_out, d_in] of a linear layer in float32, its adapter added."""
-    from peft.tuners.lora import LoraLayer
-
-    if isinstance(linear, LoraLayer):
-        factors: Any = [part["default"].weight for part in (linear.lora_A, linear.lora_B)]
-        a, b = (factor.detach().float() for factor in factors)
-        base: Any = linear.get_base_layer()
-        return merged_weight(base) + linear.scaling["default"] * (b @ a)
-    if isinstance(linear, QuantisedLinear):
-        return linear.dense_weight(torch.float32)
-    weight: Any = linear.weight
-    dense: torch.Tensor = weight.detach().float()
-    return dense

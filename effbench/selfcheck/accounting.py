@@ -88,7 +88,7 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
             yield _near(f"forward FLOPs, {where}", expected, first, FLOPS_BOUND)
             yield _near(f"forward FLOPs again, {where}", second, first, 0)
             yield _cache(where, method, model, cost)
-    whole = inference_cost([method], SHAPE, "float32", method.points()[-1], [folder])
+    whole = inference_cost([method], SHAPE, "float32", method.whole(shape), [folder])
     held = storage_bytes(model)
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
 

@@ -410,6 +410,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         shape=bench.shape,
         dtype=bench.spec.hardware.dtype,
         cost=bench.cost(point),
+        whole=bench.cost(bench.method.whole(bench.shape)),
         machine=bench.job.runtime.machine,
         journal=partial(journal, point),
         beside={p: partial(journal, p) for p in later},
