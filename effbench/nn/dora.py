@@ -56,13 +56,21 @@ class DoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> torch.Tensor:
         """Return the norm of each row of V, [d_out] float32."""
-        a, b, base = self.lora_A.weight, self.lora_B.weight, self.base
+        base, dtype = self.base, self.lora_A.weight.dtype
         if isinstance(base, QuantisedLinear):
-            w = base.dense_weight(a.dtype)
+            w = base.dense_weight(dtype)
         else:
-            w = base.weight.to(a.dtype)
-        v = torch.addmm(w, b, a, alpha=self.scale)
-        return torch.linalg.vector_norm(v, dim=1).clamp_min(SMALLEST)
+            w = base.weight.to(dtype)
+        return torch.linalg.vector_norm(self.direction(w), dim=1).clamp_min(SMALLEST)
+
+    def direction(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return V [d_out, d_in] from W, float32."""
+        a, b = self.lora_A.weight.detach(), self.lora_B.weight.detach()
+        return torch.addmm(weight, b, a, alpha=self.scale)
+
+    def gains(self) -> torch.Tensor:
+        """Return m / ||V||, [d_out], without a gradient."""
+        return self.lora_magnitude.detach() / self.norms()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [*, d_out] for x [*, d_in], in the dtype of the base layer's output."""
@@ -102,7 +110,7 @@ def fixed_gains(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in dora_layers(model)]
     try:
         for layer in layers:
-            layer.gain = layer.lora_magnitude.detach() / layer.norms()
+            layer.gain = layer.gains()
         yield
     finally:
         for layer in layers:

@@ -15,6 +15,7 @@ import torch
 
 from effbench.errors import UserError
 from effbench.nn.deep import DeepLinear
+from effbench.nn.dora import DoRALinear
 from effbench.nn.layout import fresh_norm, untouched
 from effbench.nn.linears import decoder_linears, replace_module
 from effbench.nn.lowrank import LowRankLinear
@@ -33,6 +34,9 @@ def update_of(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] |
     if isinstance(linear, LowRankLinear):
         a, b = (factor.detach().float() for factor in linear.active_factors())
         return linear.base, linear.alpha / linear.control.active * (b @ a)
+    if isinstance(linear, DoRALinear):
+        dense = merged_weight(linear.base)
+        return linear.base, linear.direction(dense) * linear.gains()[:, None] - dense
     if isinstance(linear, DeepLinear):
         return linear.base, linear.delta().detach().float()
     return None
