@@ -56,12 +56,13 @@ class DoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> torch.Tensor:
         """Return the norm of each row of V, [d_out] float32."""
-        base, dtype = self.base, self.lora_A.weight.dtype
-        if isinstance(base, QuantisedLinear):
-            w = base.dense_weight(dtype)
-        else:
-            w = base.weight.to(dtype)
+        w = self._dense(self.lora_A.weight.dtype)
         return torch.linalg.vector_norm(self.direction(w), dim=1).clamp_min(SMALLEST)
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(self.base, QuantisedLinear):
+            return self.base.dense_weight(dtype)
+        return self.base.weight.to(dtype)
 
     def direction(self, weight: torch.Tensor) -> torch.Tensor:
         """Return V [d_out, d_in] from W, float32."""
