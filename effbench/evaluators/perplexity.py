@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
 from effbench.lazy import torch
@@ -17,11 +17,11 @@ from effbench.records import Metric
 from effbench.schema import PositiveInt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from effbench.datasets import Data, Example
     from effbench.footprint import Pass
-    from effbench.methods.base import Method
+    from effbench.methods.base import Batch, Method
     from effbench.shapes import Shape
     from effbench.spec import Spec
 
@@ -72,25 +72,30 @@ class Perplexity(Evaluator):
 
     def _add(self, result: Result, subject: Subject, split: str) -> None:
         examples = subject.data.documents(split)
-        sums, counts = self._sums(subject, examples, split)
+        sums, counts, parts = self._sums(subject, examples, split)
         ids, sizes = [e.id for e in examples], [e.answer_bytes for e in examples]
         bits = [s / math.log(2) for s in sums]
 
-        loss = result.add_ratio(
-            subject, "perplexity", "loss", sums, counts, ids, unit="nats/token", split=split
-        )
+        def add(metric: str, values: list[float], over: list[int], unit: str) -> Metric:
+            return result.add_ratio(
+                subject, "perplexity", metric, values, over, ids, unit=unit, split=split
+            )
+
+        loss = add("loss", sums, counts, "nats/token")
         result.metrics.append(_perplexity(loss))
-        result.add_ratio(
-            subject, "perplexity", "bits_per_byte", bits, sizes, ids, unit="bits/byte", split=split
-        )
+        add("bits_per_byte", bits, sizes, "bits/byte")
         result.metrics.append(
             Metric("loss_tokens", sum(counts), "tokens", loss.point, split, obtained="counted")
         )
+        for name in dict.fromkeys(name for row in parts for name in row):
+            found = [row.get(name, (0.0, 0)) for row in parts]
+            if any(tokens for _, tokens in found):
+                add(f"loss_{name}", [f[0] for f in found], [f[1] for f in found], "nats/token")
 
     def _sums(
         self, subject: Subject, examples: Sequence[Example], split: str = "test"
-    ) -> tuple[list[float], list[int]]:
-        """Return each row's summed loss in nats, and how many tokens it is over."""
+    ) -> tuple[list[float], list[int], list[dict[str, tuple[float, int]]]]:
+        """Return each row's summed loss in nats, how many tokens it is over, and both by kind."""
         from effbench.journal import pending
         from effbench.windows import check_sizes, cut, groups, sizes
 
@@ -102,18 +107,35 @@ class Perplexity(Evaluator):
         for group, points in pending(journals, groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
-                found = subject.token_nlls(batch, points)
-                sums = [nll.double().sum(1).tolist() for nll in found]
-            tokens = (batch.labels[:, 1:] != -100).sum(1).tolist()
-            for point, nll in zip(points, sums, strict=True):
-                journals[point].add(dict(zip(group, zip(nll, tokens, strict=True), strict=True)))
+                for point, nll in zip(points, subject.token_nlls(batch, points), strict=True):
+                    kinds = subject.method.parts(subject.model, batch) if len(points) == 1 else {}
+                    rows = _of_each(nll.double(), batch, kinds)
+                    journals[point].add(dict(zip(group, rows, strict=True)))
             subject.progress("perplexity", len(own), len(windows))
 
         totals, counts = [0.0] * len(examples), [0] * len(examples)
-        for window, (nll, count) in zip(windows, own.values(), strict=True):
+        parts: list[dict[str, tuple[float, int]]] = [{} for _ in examples]
+        for window, (nll, count, *kinds) in zip(windows, own.values(), strict=True):
             totals[window.row] += nll
             counts[window.row] += count
-        return totals, counts
+            for name, (part, many) in kinds[0].items() if kinds else ():
+                before = parts[window.row].get(name, (0.0, 0))
+                parts[window.row][name] = before[0] + part, before[1] + many
+        return totals, counts, parts
+
+
+def _of_each(
+    nll: torch.Tensor, batch: Batch, kinds: Mapping[str, torch.Tensor]
+) -> list[list[Any]]:
+    """Return each row's summed loss and tokens, and both by kind where its tokens are of kinds."""
+    counted = batch.labels[:, 1:] != -100
+    found: list[list[Any]] = [
+        list(row) for row in zip(nll.sum(1).tolist(), counted.sum(1).tolist(), strict=True)
+    ]
+    for index, row in enumerate(found) if kinds else ():
+        of_row = {name: mask[index] & counted[index] for name, mask in kinds.items()}
+        row.append({n: [nll[index][m].sum().item(), m.sum().item()] for n, m in of_row.items()})
+    return found
 
 
 def _perplexity(loss: Metric) -> Metric:

@@ -10,7 +10,7 @@ Shares of the machine's roofline stand beside the times: see `effbench.measure.r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -39,6 +39,8 @@ UNITS = {
     "tpot_ms": "ms",
     "tpot_p95_ms": "ms",
     "tpot_p99_ms": "ms",
+    "tpot_drop_ms": "ms",
+    "tpot_refresh_ms": "ms",
     "prefill_tokens_per_second": "tokens/s",
     "decode_tokens_per_second": "tokens/s",
 }
@@ -85,8 +87,9 @@ class Speed(Evaluator):
     """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
     engine or an error. `eager`: the model's forward pass with a growing cache. `generate`:
     transformers' own loop. `merged`: as `auto`, on the plain model that the adapters amount to."""
-    baseline: Literal["none", "self", "eager", "generate"] = "none"
-    """What each cell is timed against in turn, for `speedup`; `self` is the engine once more."""
+    baseline: Literal["none", "self", "whole", "eager", "generate"] = "none"
+    """What each cell is timed against in turn, for `speedup`; `self` is the engine once more,
+    `whole` the same engine at the method's point that needs all of the model."""
     roofline: bool = True
     """Whether the machine is probed for its ceilings."""
     probe_mb: PositiveInt = 256
@@ -111,12 +114,21 @@ class Speed(Evaluator):
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         last = methods[-1].fitted(shape) if shape else methods[-1]
         own = [point for point in last.points() if not last.plain_session(point)]
-        others = self.engine not in ("auto", "merged") or self.baseline not in ("none", "self")
-        if own and others:
+        without = type(last).eager_session is Method.eager_session
+        asked = {self.engine, self.baseline} & {
+            "generate",
+            *(("static", "eager") if without else ()),
+        }
+        if own and asked:
             raise UserError(
                 f"{last.name} decodes in a way of its own{own[0] and f' at {own[0]}'}, which no "
                 "other engine has.",
                 "Leave evaluator.speed.engine=auto and evaluator.speed.baseline=none.",
+            )
+        if self.baseline == "whole" and not last.nested_points:
+            raise UserError(
+                f"{last.name} has no whole model beside each of its points to be timed against.",
+                "Leave evaluator.speed.baseline=none.",
             )
         packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
         if self.engine == "merged" and packed:
@@ -214,14 +226,20 @@ class Speed(Evaluator):
         found["counts"] = dict(last.counts)
         if not last.counts:  # else the cost states only a bound
             found["counts"] |= _ceiling(subject)
-        if ceilings is not None and not last.counts:
+        exact = not last.counts and cell.new % last.cycle == 0
+        if last.kinds:
+            found["counts"]["layer_passes"] = last.passes
+        if ceilings is not None and exact:
             shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
             found["values"] |= shares
             found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
         if self.baseline != "none":
-            other = self.engine if self.baseline == "self" else self.baseline
-            ratio = compared(subject, self.engine, other, cell, self.repeats)
+            named: dict[str, Engine] = {"eager": "eager", "generate": "generate"}
+            other = named.get(self.baseline, self.engine)
+            whole = self.baseline == "whole"
+            ratio, steps = compared(subject, self.engine, other, cell, self.repeats, whole)
             found["speedup"] = list(ratio.speedup)
+            found["decode_speedup"] = list(steps.speedup)
         return found, ceilings
 
     def _shares(
@@ -300,25 +318,57 @@ def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
     from effbench.nn.engine import StaticSession
     from effbench.nn.layout import why_not
 
+    method, model = subject.method, subject.model
     if engine == "eager":
-        return lambda: CachedSession(subject.model)
-    if engine == "static":
-        if reason := why_not(subject.model):
-            raise UserError(
-                f"evaluator.speed.engine=static does not apply: {reason}.",
-                "Use engine=auto, which takes another session then.",
-            )
-        return lambda: StaticSession(subject.model)
-    return lambda: subject.method.session(subject.model)
+        return lambda: method.eager_session(model) or CachedSession(model)
+    if engine == "static" and not isinstance(session := method.session(model), StaticSession):
+        reason = why_not(model) or f"{method.name} decodes with a {type(session).__name__} here"
+        raise UserError(
+            f"evaluator.speed.engine=static does not apply: {reason}.",
+            "Use engine=auto, which takes another session then.",
+        )
+    return lambda: method.session(model)
 
 
-def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -> Ratio:
-    """Time whole requests of two engines in turn; engine `a` with itself has a ratio of 1."""
-    from effbench.measure.timing import Clock, interleaved
+def compared(
+    subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int, whole: bool = False
+) -> tuple[Ratio, Ratio]:
+    """Time requests of two engines in turn; engine `a` with itself has a ratio of 1.
 
+    Args:
+        subject: What is timed.
+        a: Its engine.
+        b: That of the other one.
+        cell: What is asked.
+        repeats: Pairs that count.
+        whole: Whether the other one is the method's point that needs all of the model.
+
+    Returns:
+        The ratios of whole requests, and of the steps after the first token.
+    """
+    from effbench.measure.timing import Clock, Ratio, interleaved
+    from effbench.stats import median_interval, ratio_interval
+
+    done: tuple[list[float], list[float]] = [], []
     work_a, work_b = timer(subject, a, cell), timer(subject, b, cell)
-    clock = Clock(subject.device)
-    return interleaved(work_a, work_b, repeats, clock=clock, seed=subject.seed)
+
+    def one() -> None:
+        done[0].append(sum(work_a().gaps))
+
+    def other() -> None:
+        method, model, shape = subject.method, subject.model, subject.shape
+        point = method.whole(shape) if whole and shape else subject.point
+        with method.at(model, point) if whole else nullcontext():
+            done[1].append(sum(work_b().gaps))
+
+    ratio = interleaved(one, other, repeats, clock=Clock(subject.device), seed=subject.seed)
+    steps_a, steps_b = (times[-repeats:] for times in done)
+    steps = Ratio(
+        ratio_interval(steps_b, steps_a, seed=subject.seed),
+        median_interval(steps_a),
+        median_interval(steps_b),
+    )
+    return ratio, steps
 
 
 # -- from times to metrics ---------------------------------------------------------------------
@@ -327,7 +377,8 @@ def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -
 def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
     """Return one value per repeat of everything that is timed; keys are `name@phase`."""
     found: dict[str, list[float]] = {}
-    for first, gaps, *_ in times:
+    for request in times:
+        first, gaps = request.first, request.gaps
         tokens = sorted(gaps)
         values = {
             "ttft_ms@prefill": 1e3 * first,
@@ -337,6 +388,9 @@ def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
             "tpot_p95_ms@decode": 1e3 * _percentile(tokens, 0.95),
             "tpot_p99_ms@decode": 1e3 * _percentile(tokens, 0.99),
         }
+        for kind in dict.fromkeys(request.kinds):
+            of_kind = sorted(t for t, k in zip(gaps, request.kinds, strict=True) if k == kind)
+            values[f"tpot_{kind}_ms@decode"] = 1e3 * _percentile(of_kind, 0.50)
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return found
@@ -358,8 +412,9 @@ def _shares(
 
     assert subject.cost is not None and subject.shape is not None
     cost, shape, machine = subject.cost, subject.shape, subject.machine
+    reading = subject.whole if times[0].kinds and subject.whole else cost  # all layers read prompts
     work = {
-        "mfu@prefill": prefill_flops(cost, shape, cell.batch, cell.prompt),
+        "mfu@prefill": prefill_flops(reading, shape, cell.batch, cell.prompt),
         "mfu@decode": decode_flops(cost, shape, *cell),
         "mbu@decode": decode_bytes(cost, *cell),
     }
@@ -398,10 +453,13 @@ def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]
         metrics.append(
             Metric(name, median, unit, subject.point, "", len(values), low, high, "measured", phase)
         )
-    if "speedup" in found:
-        value, low, high = found["speedup"]
-        n = len(next(iter(found["values"].values())))
-        metrics.append(Metric("speedup", value, "", subject.point, "", n, low, high))
+    for name, phase in (("speedup", ""), ("decode_speedup", "decode")):
+        if name in found:
+            value, low, high = found[name]
+            n = len(next(iter(found["values"].values())))
+            metrics.append(
+                Metric(name, value, "", subject.point, "", n, low, high, "measured", phase)
+            )
     for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
         unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
         metrics.append(Metric(name, rate, unit, subject.point, phase="roofline"))

@@ -139,6 +139,8 @@ class Method:
     in_one_pass: ClassVar[bool] = False
     """Whether an evaluation may compute a batch at several points side by side, block by block.
     `at` must then take next to no time and change nothing but what the blocks compute."""
+    nested_points: ClassVar[bool] = False
+    """Whether `at` can be entered inside another one, the inner point being the one that holds."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
@@ -262,6 +264,14 @@ class Method:
             return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
         return token_nll(self.logits(model, batch), batch.labels)
 
+    def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return kinds of predicted tokens with a loss of their own, [B, T - 1] bool each, by name.
+
+        The first column is the second token. Tokens may be of no kind, and those without a label
+        do not count.
+        """
+        return {}
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, a scalar.
 
@@ -346,6 +356,12 @@ class Method:
         from effbench.nn.engine import session_for
 
         return session_for(model)
+
+    def eager_session(self, model: torch.nn.Module) -> Session | None:
+        """Return a session that decodes as `session` does, without our engine; None for no such."""
+        from effbench.nn.decoding import CachedSession
+
+        return CachedSession(model) if type(self).session is Method.session else None
 
     def plain_session(self, point: str) -> bool:
         """Return whether any engine that decodes the model's forward pass decodes a point."""

@@ -109,6 +109,23 @@ def at_layers(model: torch.nn.Module, kept: Sequence[int]) -> Iterator[None]:
             layer.self_attn.layer_idx = place
 
 
+def keep_layers(model: torch.nn.Module, kept: Sequence[int]) -> None:
+    """Take all other layers out of `model` for good, and number those that stay anew.
+
+    Args:
+        model: A Llama-style causal language model.
+        kept: Indices of layers, ascending.
+    """
+    root: Any = model
+    decoder, config = root.model, root.config
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    for place, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = place
+
+
 def exit_states(
     model: torch.nn.Module,
     depths: Iterable[int],
