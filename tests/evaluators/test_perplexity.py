@@ -132,8 +132,8 @@ def test_a_stride_of_one_is_the_full_context_where_a_document_fits(documents: Su
 def test_no_context_crosses_documents(bench: Bench, tmp_path: Path) -> None:
     both = subject_of(bench, *text_file(tmp_path, TEXTS))
     alone = subject_of(bench, *text_file(tmp_path, TEXTS[:1]))
-    sums, _ = Perplexity(window=20)._sums(both, both.data.documents("test"))
-    [own], _ = Perplexity(window=20)._sums(alone, alone.data.documents("test"))
+    sums, *_ = Perplexity(window=20)._sums(both, both.data.documents("test"))
+    [own], *_ = Perplexity(window=20)._sums(alone, alone.data.documents("test"))
     place = both.data.ids("test").index(alone.data.ids("test")[0])
     assert sums[place] == pytest.approx(own, rel=1e-6)
 
@@ -216,7 +216,7 @@ def test_it_is_that_of_lm_eval(bench: Bench, tmp_path: Path) -> None:
     texts = [*TEXTS[:3], "Ada Lovelace wrote of an engine that weaves algebraic patterns. " * 12]
     words = [*text_file(tmp_path, texts), "model=smollm2-135m"]
     subject = subject_of(bench, *words, strength=1)
-    sums, counts = Perplexity(window=65, stride=64)._sums(subject, subject.data.documents("test"))
+    sums, counts, _ = Perplexity(window=65, stride=64)._sums(subject, subject.data.documents("test"))
     theirs = HFLM(
         pretrained=subject.model, tokenizer=subject.tokenizer, max_length=64, batch_size=1
     )
