@@ -124,9 +124,7 @@ class Perplexity(Evaluator):
         return totals, counts, parts
 
 
-def _of_each(
-    nll: torch.Tensor, batch: Batch, kinds: Mapping[str, torch.Tensor]
-) -> list[list[Any]]:
+def _of_each(nll: torch.Tensor, batch: Batch, kinds: Mapping[str, torch.Tensor]) -> list[list[Any]]:
     """Return each row's summed loss and tokens, and both by kind where its tokens are of kinds."""
     counted = batch.labels[:, 1:] != -100
     found: list[list[Any]] = [

@@ -216,7 +216,9 @@ def test_it_is_that_of_lm_eval(bench: Bench, tmp_path: Path) -> None:
     texts = [*TEXTS[:3], "Ada Lovelace wrote of an engine that weaves algebraic patterns. " * 12]
     words = [*text_file(tmp_path, texts), "model=smollm2-135m"]
     subject = subject_of(bench, *words, strength=1)
-    sums, counts, _ = Perplexity(window=65, stride=64)._sums(subject, subject.data.documents("test"))
+    sums, counts, _ = Perplexity(window=65, stride=64)._sums(
+        subject, subject.data.documents("test")
+    )
     theirs = HFLM(
         pretrained=subject.model, tokenizer=subject.tokenizer, max_length=64, batch_size=1
     )
