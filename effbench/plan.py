@@ -274,7 +274,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
     loaded = _loaded(spec, course.base, course.methods, work)
     found = {"load": base.load(*loaded, _packed(course.methods))}
     if spec.stage == "train":
-        saved, others = own.training(course.start, dtype), _others(own, size)
+        saved, others = own.training(course.start, dtype), _others(own, course.start, size)
         several = work.micro_batches > 1
         steps = (
             start.step(spec.train, course.working, saved, p, others, several) for p in work.train
@@ -313,14 +313,17 @@ def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload)
     return shape.params * size, made_from
 
 
-def _others(method: Method, element: int) -> int:
+def _others(method: Method, start: Shape, element: int) -> int:
     """Return the bytes of the other models that training holds."""
-    return sum(s.params * element for s in _other_shapes(method))
+    return sum(s.params * element for s in _other_shapes(method, start))
 
 
-def _other_shapes(method: Method) -> list[Shape]:
+def _other_shapes(method: Method, start: Shape) -> list[Shape]:
     """Return the shapes of the other models that training holds, as far as they are known."""
-    shapes = (known_shape(compose("eval", [f"model={n}"]).spec.model) for n in method.holds())
+    shapes = (
+        known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start
+        for name in method.holds()
+    )
     return [s for s in shapes if s]
 
 
@@ -330,7 +333,7 @@ def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
     work = method.training(shape, spec.hardware.dtype)
     row = Pass("train", 1, length, length)
     own = step_flops(shape, work, row, spec.train.gradient_checkpointing)
-    others = (s.flops_per_token(length // 2) for s in _other_shapes(method))
+    others = (s.flops_per_token(length // 2) for s in _other_shapes(method, shape))
     return own / length + sum(others)
 
 

@@ -11,12 +11,31 @@ behind it. Ours is greedy: share next the layer that leaves shared layers most l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 Matrix = Sequence[Sequence[float]]
 """Similarity of each pair of layers, [L][L], symmetric."""
+
+
+def joined(rows: Iterable[list[int]], tokens: int, samples: int) -> list[list[int]]:
+    """Return texts of exactly `tokens` tokens: long rows are cut, short ones joined and then cut.
+
+    Args:
+        rows: Token ids of rows.
+        tokens: Length of each text.
+        samples: Texts at most; fewer where the rows end.
+    """
+    found, text = [], list[int]()
+    for row in rows:
+        text += row
+        if len(text) >= tokens:
+            found.append(text[:tokens])
+            text = []
+        if len(found) == samples:
+            break
+    return found
 
 
 def scores(matrix: Matrix) -> list[float]:

@@ -21,7 +21,7 @@ from effbench.lazy import torch
 from effbench.schema import PositiveInt, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from effbench.datasets import Data
     from effbench.methods.base import Method
@@ -73,6 +73,8 @@ class Similarity(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return the means over layers, and keep the matrices in the run folder."""
+        from effbench.similarity import joined
+
         rows = (e.ids for e in subject.data.examples(self.split))
         texts = joined(rows, self.tokens, self.samples)
         if not texts:
@@ -100,25 +102,6 @@ class Similarity(Evaluator):
             journal.add({index: {name: t.tolist() for name, t in vars(measured).items()}})
             subject.progress("similarity", len(journal), len(texts))
         return journal.values()
-
-
-def joined(rows: Iterable[list[int]], tokens: int, samples: int) -> list[list[int]]:
-    """Return texts of exactly `tokens` tokens: long rows are cut, short ones joined and then cut.
-
-    Args:
-        rows: Token ids of rows.
-        tokens: Length of each text.
-        samples: Texts at most; fewer where the rows end.
-    """
-    found, text = [], list[int]()
-    for row in rows:
-        text += row
-        if len(text) >= tokens:
-            found.append(text[:tokens])
-            text = []
-        if len(found) == samples:
-            break
-    return found
 
 
 def means(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:

@@ -403,7 +403,10 @@ class Method:
         return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
 
     def holds(self) -> tuple[str, ...]:
-        """Return the config names of the other models that are in memory while it trains."""
+        """Return the config names of the other models that are in memory while it trains.
+
+        An empty name is another copy of the model that it starts from.
+        """
         return ()
 
 

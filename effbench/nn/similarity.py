@@ -19,7 +19,7 @@ not attend, have nothing in common: 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import pi
@@ -84,6 +84,18 @@ def layer_similarity(model: Any, input_ids: torch.Tensor) -> Similar:
         passed=cosines_of_states.diagonal(1, dim1=1, dim2=2).mean(0).cpu(),
         distances=(cosines_of_states.acos() / pi).mean(0).cpu(),
     )
+
+
+def mean_attention(model: Any, texts: Sequence[torch.Tensor]) -> list[list[float]]:
+    """Return the similarity of the attention maps of each pair of layers, a mean over texts.
+
+    Args:
+        model: As for `layer_similarity`.
+        texts: [T] int64 each, at least one.
+    """
+    found = [layer_similarity(model, text).attention.double() for text in texts]
+    mean: list[list[float]] = (torch.stack(found).mean(0)).tolist()
+    return mean
 
 
 @dataclass

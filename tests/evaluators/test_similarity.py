@@ -10,7 +10,8 @@ from conftest import Bench
 from subjects import by_name, subject_of
 
 from effbench.errors import UserError
-from effbench.evaluators.similarity import Similarity, joined, layer_rows, means
+from effbench.evaluators.similarity import Similarity, layer_rows, means
+from effbench.similarity import joined
 
 WORDS = ["+dataset.limit.train=40"]
 
