@@ -205,9 +205,11 @@ def _sizes(shape: Shape, element: int) -> tuple[int, list[tuple[int, int]]]:
     """Return d, and of each layer m and the bytes that attention keeps per token."""
     found = []
     for index in range(shape.num_layers):
-        size = shape.layer(index)
-        heads = 2 * shape.head_dim * (size.num_heads + size.num_kv_heads)
-        found.append((size.intermediate_size, element * heads + 4 * size.num_heads))
+        size, linears = shape.layer(index), shape.linear_sizes(index)
+        output = shape.head_dim * size.num_heads
+        # What a layer takes from another one is kept there.
+        states = sum(linears[name][1] for name in BOTTOM if name in linears)
+        found.append((size.intermediate_size, element * (output + states) + 4 * size.num_heads))
     return shape.hidden_size, found
 
 

@@ -21,6 +21,8 @@ from effbench.cache import sha256_of
 from effbench.convert import already_converted, converted
 from effbench.errors import UserError
 from effbench.gguf_header import config_in, read_header
+from effbench.layer_maps import SHARED, shared_shape
+from effbench.layer_maps import read as read_map
 from effbench.lazy import torch
 from effbench.methods.base import Weights
 from effbench.schema import build, digest
@@ -210,6 +212,9 @@ def shape_in(config: Mapping[str, Any], where: str) -> Shape:
         },
         where,
     )
+    sharing = read_map(config)
+    if sharing is not None:
+        return shared_shape(shape, sharing)
     sizes = config.get("layer_sizes")
     if not sizes:
         return shape
@@ -343,11 +348,17 @@ def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
 
 
 def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
-    if spec.path and _is_sliced(Path(spec.path)):
+    kind = _own_kind(Path(spec.path)) if spec.path else ""
+    if kind == SLICED:
         from effbench.nn.sliced_folder import read_folder
 
         with _load_errors(spec):
             return read_folder(Path(spec.path), device, dtype)
+    if kind == SHARED:
+        from effbench.nn.shared_folder import read_shared
+
+        with _load_errors(spec):
+            return read_shared(Path(spec.path), device, dtype)
     from transformers import AutoModelForCausalLM
 
     from effbench.hf import quiet
@@ -373,13 +384,13 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _is_sliced(folder: Path) -> bool:
-    """Whether a folder holds a model whose layers differ in size: transformers cannot load it."""
+def _own_kind(folder: Path) -> str:
+    """Return the model type of a folder; transformers cannot load ours."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        return False  # transformers says what is wrong
-    return bool(config.get("model_type") == SLICED)
+        return ""  # transformers says what is wrong
+    return str(config.get("model_type", ""))
 
 
 def _check_stated(spec: ModelSpec, shape: Shape) -> None:

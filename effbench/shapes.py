@@ -19,7 +19,7 @@ SLICED = "sliced_llama"
 """`model_type` in the config of a saved model whose layers differ in size."""
 
 LAYERS_DIFFER = (
-    "The layers of this model differ in size, so a number of layers is not a depth.",
+    "The layers of this model differ in size or share states, so a number of layers is no depth.",
     "Choose another method, or a model whose layers are alike.",
 )
 """Message and hint of what works with equal layers alone."""
@@ -68,6 +68,16 @@ class Shape:
         """Return the sizes of one decoder block."""
         return LayerSize(self.num_heads, self.num_kv_heads, self.intermediate_size)
 
+    def cached_heads(self, layer: int) -> tuple[int, int]:
+        """Return how many heads of keys and of values one block puts in the cache."""
+        heads = self.layer(layer).num_kv_heads
+        return heads, heads
+
+    @property
+    def tail(self) -> int:
+        """Layers at the top that read a prompt's last position alone."""
+        return 0
+
     def linear_sizes(self, layer: int = 0) -> dict[str, tuple[int, int]]:
         """Return `(d_in, d_out)` of each linear of one block."""
         size, d = self.layer(layer), self.hidden_size
@@ -112,8 +122,8 @@ class Shape:
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Return the bytes that one token adds to a full key/value cache."""
-        heads = sum(self.layer(i).num_kv_heads for i in range(self.num_layers))
-        return 2 * heads * self.head_dim * element_bytes
+        heads = sum(sum(self.cached_heads(i)) for i in range(self.num_layers))
+        return heads * self.head_dim * element_bytes
 
     def flops_per_token(self, context: int = 0) -> int:
         """Return forward FLOPs of one token that attends to `context` positions.

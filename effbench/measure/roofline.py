@@ -151,11 +151,21 @@ def _copy(clock: Clock, matrices: torch.Tensor, repeats: int) -> float:
 
 
 def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
-    """Return the FLOPs of reading prompts: causal attention, the head at the last position only."""
+    """Return the FLOPs of reading prompts: causal attention, the head at the last position only.
+
+    Layers that need that position alone count with it alone.
+    """
     head = 2 * shape.vocab_size * shape.hidden_size
+    first = shape.num_layers - shape.tail
+    upper = sum(i * o for layer, _, i, o in shape.linears() if layer >= first)
+    # Whatever lies beside the linears, as adapters do, is taken to be spread as they are.
+    share = upper / max(1, shape.linear_params)
+    layers = (cost.flops_per_token - head) * (prompt * (1 - share) + share)
     pairs = prompt * (prompt + 1) // 2
-    attention = _attention_flops(shape) * pairs
-    return batch * (prompt * (cost.flops_per_token - head) + head + attention)
+    heads = sum(shape.layer(i).num_heads for i in range(shape.num_layers))
+    skipped = sum(shape.layer(i).num_heads for i in range(first, shape.num_layers)) / max(1, heads)
+    attention = _attention_flops(shape) * (pairs * (1 - skipped) + prompt * skipped)
+    return batch * (layers + head + attention)
 
 
 def decode_flops(cost: Cost, shape: Shape, batch: int, prompt: int, tokens: int) -> float:

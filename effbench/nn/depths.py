@@ -41,6 +41,11 @@ def require_plain_layers(model: torch.nn.Module) -> None:
             "Choose a model of the Llama family.",
         )
     config: Any = model.config
+    if getattr(config, "layer_sources", None):
+        raise UserError(
+            "Some layers of this model take states from others, which may not be left out.",
+            "Choose another method, or a model whose layers do not share.",
+        )
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) is not None
     if any(k != "full_attention" for k in kinds) if kinds else slides:

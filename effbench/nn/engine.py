@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from effbench.kernels import native
@@ -40,6 +41,11 @@ Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], tuple[torch.Tensor
 
 def session_for(model: torch.nn.Module) -> Session:
     """Return the fastest session that decodes `model` as its own forward pass would."""
+    from effbench.nn.shared_session import SharedSession
+    from effbench.nn.sharing import map_of
+
+    if isinstance(model, LlamaForCausalLM) and map_of(model):
+        return SharedSession(model)
     return CachedSession(model) if why_not(model) else StaticSession(model)
 
 

@@ -31,14 +31,25 @@ def write_folder(model: Any, folder: Path) -> None:
         with quiet():
             model.save_pretrained(folder)
         return
-    from safetensors.torch import save_file
-
-    config = model.config.to_dict() | {
+    own = {
         "model_type": SLICED,
         "architectures": ["SlicedLlamaForCausalLM"],
         "layer_sizes": _sizes(model.config),
-        "dtype": str(model.dtype).removeprefix("torch."),
     }
+    write_own(model, folder, own)
+
+
+def write_own(model: Any, folder: Path, own: Mapping[str, Any]) -> None:
+    """Write config, generation config and weights of a model that transformers cannot hold.
+
+    Args:
+        model: Of the Llama family.
+        folder: There already.
+        own: Entries of the config that are not Llama's.
+    """
+    from safetensors.torch import save_file
+
+    config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch."), **own}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     model.generation_config.save_pretrained(folder)
     tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
@@ -46,8 +57,9 @@ def write_folder(model: Any, folder: Path) -> None:
 
 
 def stock(config: Any) -> bool:
-    """Whether transformers itself can hold a model of these sizes."""
+    """Whether transformers itself can hold a model of these sizes, none of whose layers share."""
     alike = not getattr(config, "layer_sizes", None)
+    alike &= not getattr(config, "layer_sources", None)
     return alike and config.hidden_size % config.num_attention_heads == 0
 
 
@@ -65,7 +77,15 @@ def read_folder(folder: Path, device: str, dtype: torch.dtype) -> torch.nn.Modul
     """
     values = json.loads((folder / "config.json").read_text())
     sizes = [LayerSize(*size) for size in values["layer_sizes"]]
-    model = empty_model(values, sizes)
+    return filled(empty_model(values, sizes), folder, device, dtype)
+
+
+def filled(model: Any, folder: Path, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a model without memory with the weights of a folder, in eval mode.
+
+    Raises:
+        UserError: When they do not fit.
+    """
     stored = read_tensors(folder / WEIGHTS)
     wanted = dict(model.named_parameters())
     odd = sorted(

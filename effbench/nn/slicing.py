@@ -101,6 +101,11 @@ def require_llama(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be sliced: its blocks are not Llama's.",
             "Choose a model of the Llama family.",
         )
+    if getattr(model.config, "layer_sources", None):
+        raise UserError(
+            "Some layers of this model take states from others, so their heads cannot go alone.",
+            "Prune the model first, and share afterwards.",
+        )
 
 
 def layer_sizes(model: Any) -> tuple[LayerSize, ...]:
