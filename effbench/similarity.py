@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from effbench.layer_maps import listed_map
+
 Matrix = Sequence[Sequence[float]]
 """Similarity of each pair of layers, [L][L], symmetric."""
 
@@ -68,20 +70,6 @@ def gap_cut(found: Sequence[float]) -> Cut:
     return Cut(gap, first, stop, tuple(sorted(i for i in below if first < i < stop)))
 
 
-def sources(shared: Collection[int], num_layers: int) -> tuple[int, ...]:
-    """Return the source of each layer, [L]: itself, or the nearest earlier one that is not shared.
-
-    Raises:
-        ValueError: When layer 0 is shared, which has no earlier one.
-    """
-    if 0 in shared:
-        raise ValueError("layer 0 has no earlier layer to share with")
-    found: list[int] = []
-    for layer in range(num_layers):
-        found.append(found[-1] if layer in shared else layer)
-    return tuple(found)
-
-
 def block_ends(shared: Collection[int]) -> tuple[int, ...]:
     """Return the last layer of each run of shared layers, ascending; a run ends a block."""
     return tuple(layer for layer in sorted(shared) if layer + 1 not in shared)
@@ -104,7 +92,7 @@ def ranking(matrix: Matrix, keep_first: int = 1, keep_last: int = 1) -> list[int
 
     def worth(layer: int) -> float:
         shared = {*chosen, layer}
-        places = sources(shared, length)
+        places = listed_map(length, shared, "qk").sources
         return sum(matrix[i][places[i]] for i in shared)
 
     while rest:

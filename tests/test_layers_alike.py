@@ -15,7 +15,7 @@ from effbench.errors import UserError
 from effbench.nn.similarity import cosines, layer_similarity
 from effbench.nn.slicing import Kept, KeptLayer, slice_model
 from effbench.report.similarity import Layers, conclusions, heat_map, layers_table
-from effbench.similarity import block_ends, count_of, gap_cut, ranking, scores, sources
+from effbench.similarity import block_ends, count_of, gap_cut, ranking, scores
 
 FOUR = replace(SHAPE, num_layers=4)
 
@@ -135,13 +135,9 @@ def test_the_largest_gap_leaves_a_prefix_and_a_suffix() -> None:
     assert (all_inside.first, all_inside.stop, all_inside.odd) == (0, 3, (1,))
 
 
-def test_sources_are_the_nearest_earlier_layers_that_are_not_shared() -> None:
-    paper = [2, 5, 4, 3, 7]
-    assert sources(paper, 9) == (0, 1, 1, 1, 1, 1, 6, 6, 8)
-    assert block_ends(paper) == (5, 7)
-    assert sources([], 3) == (0, 1, 2)
-    with pytest.raises(ValueError, match="layer 0"):
-        sources([0], 3)
+def test_a_run_of_shared_layers_ends_a_block() -> None:
+    assert block_ends([2, 5, 4, 3, 7]) == (5, 7)
+    assert block_ends([]) == ()
 
 
 def test_the_ranking_shares_the_most_similar_layer_next() -> None:

@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 from effbench.errors import UserError
 from effbench.nn.depths import decoder_layers
+from effbench.nn.sharing import SharingAttention
 
 PIECE = 1 << 20
 """Features of all layers that are held in float32 at a time."""
@@ -148,17 +149,24 @@ def watched(layers: nn.ModuleList) -> Iterator[Seen]:
             hook.remove()
 
 
-def _attention(layer: Any) -> nn.Module | None:
-    """Return the attention of a decoder layer under the names that families give it."""
+def _attention(layer: Any) -> Any:
+    """Return the attention of a decoder layer under the names that families give it, or None."""
     names = ("self_attn", "attention", "attn")
     return next((getattr(layer, n) for n in names if hasattr(layer, n)), None)
 
 
 def _grams(layers: nn.ModuleList, cache: DynamicCache, name: str) -> list[torch.Tensor | None]:
-    """Return the centred Gram matrix of the positions in each layer's cache, [T * T] each."""
+    """Return the centred Gram matrix of the keys or values of each layer, [T * T] each.
+
+    Those of a layer that takes them from another one are that one's.
+    """
     found: list[torch.Tensor | None] = []
     for layer in layers:
-        place = getattr(_attention(layer), "layer_idx", None)
+        attention = _attention(layer)
+        if isinstance(attention, SharingAttention) and attention.takes:
+            own = {"keys": False, "values": attention.mode == "qk"}[name]
+            attention = attention if own else _attention(layers[attention.source])
+        place = getattr(attention, "layer_idx", None)
         stored = None
         if place is not None and place < len(cache.layers):
             stored = getattr(cache.layers[place], name, None)

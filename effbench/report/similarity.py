@@ -11,9 +11,10 @@ from typing import Any
 
 from effbench import registry
 from effbench.errors import UserError
+from effbench.layer_maps import listed_map
 from effbench.report.canvas import footnote, save
 from effbench.report.table import Table, Value
-from effbench.similarity import Cut, count_of, gap_cut, ranking, sources
+from effbench.similarity import Cut, count_of, gap_cut, ranking
 
 NEXT = {
     "echoatt": ("train", "shared"),
@@ -113,7 +114,7 @@ def conclusions(found: Layers, ratio: float, words: Sequence[str]) -> list[str]:
     lines.append(f"To share attention, best first: {_listed(ranking(attention))}")
     lines.append(f"To drop, best first: {_listed(found.dropped(1))}")
     if shared:
-        places = sources(shared, count)
+        places = listed_map(count, shared, "qk").sources
         mean = sum(attention[i][places[i]] for i in shared) / len(shared)
         lines.append(f"The first {len(shared)} to share are {mean:.3f} like their sources.")
     if dropped:
