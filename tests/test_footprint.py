@@ -14,6 +14,7 @@ from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
+from effbench.methods.echoatt import EchoAtt
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
@@ -42,6 +43,7 @@ METHODS = [
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
+    EchoAtt(layers=(1,), refine=1.0),
 ]
 
 

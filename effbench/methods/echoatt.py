@@ -33,7 +33,14 @@ from annotated_types import Ge
 
 from effbench.errors import UserError
 from effbench.footprint import Training
-from effbench.layer_maps import LayerMap, listed_map, require_unshared, shared_in, shared_shape
+from effbench.layer_maps import (
+    LayerMap,
+    SharedShape,
+    listed_map,
+    require_unshared,
+    shared_in,
+    shared_shape,
+)
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
 from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -256,12 +263,10 @@ class EchoAtt(Method):
         chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
         return listed_map(num_layers, chosen, "qk")
 
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Return the cost of the student."""
-        return self.cost(self.left(shape), dtype, "", base)
-
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a model of the shape that is left; `base` is that of what it started from."""
+        """Count a model whose layers share; `base` is the cost of what it started from."""
+        if not isinstance(shape, SharedShape):
+            shape = self.left(shape)
         cost = super().cost(shape, dtype, point)
         return replace(cost, saving="physical" if self.count(shape.num_layers) else "none")
 
