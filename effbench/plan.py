@@ -8,7 +8,7 @@ the pieces that the C library's allocator cannot use again. Nothing here needs t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class Course:
     cost: Cost
     """Of what it leaves, in the dtype that it trains in."""
     used: Cost
-    """The same as it is evaluated."""
+    """The same as it is evaluated, with all that is in memory beside it."""
 
     @property
     def own(self) -> Method:
@@ -188,8 +188,10 @@ class Course:
         start, point = shapes[-2], own.points()[-1]
         before = None
         if first:
-            before = inference_cost(first, shape, dtype, first[-1].points()[-1], folders)
+            whole = first[-1].whole(shapes[-2])
+            before = inference_cost(first, shape, dtype, whole, folders)
         cost = chain_cost(methods, shape, dtype, point, folders)
+        used = inference_cost(methods, shape, dtype, own.whole(shapes[-1]), folders)
         return cls(
             methods=tuple(methods),
             base=shape,
@@ -198,7 +200,7 @@ class Course:
             before=before,
             working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
             cost=cost,
-            used=inference_cost(methods, shape, dtype, point, folders),
+            used=replace(used, kv_bytes_per_token=cost.kv_bytes_per_token),
         )
 
 

@@ -280,7 +280,7 @@ def test_what_trains_is_what_training_states(name: str) -> None:
     counted = parameters(method.prepare(model, ctx)).trainable
     stated = method.training_cost(shape, "float32").trainable
     grows = type(method).training_cost is not Method.training_cost
-    assert 0 < counted < stated if grows else counted == stated
+    assert 0 < counted <= stated if grows else counted == stated
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -421,7 +421,8 @@ def test_stopped_after_every_step_it_ends_the_same(
     job = bench.job(stage_of(name), *overrides(name), *ALL_EVALUATORS)
     without_evaluation(monkeypatch)
     stops = 0
-    parts = 1 if stage_of(name) == "train" else 9
+    events = run.bench.folder(run.job).path / "events.jsonl"
+    parts = max(1, sum(1 for _ in read_events(events, "part")) // 4)
     while True:
         with monkeypatch.context() as patch:
             Interrupted(patch, parts, ask_to_stop)

@@ -24,6 +24,7 @@ from effbench import models
 from effbench.config import compose
 from effbench.kernels import native
 from effbench.nn.decoding import CachedSession, Session, greedy
+from effbench.nn.depths import at_layers
 from effbench.nn.engine import StaticSession, session_for
 from effbench.nn.graph import StaticStep
 from effbench.nn.layout import why_not
@@ -185,9 +186,35 @@ def test_the_static_form_of_a_step_gives_the_same(way: str) -> None:
         for t in range(9, 14):
             static.token.copy_(ids[:, t : t + 1])
             found = static.logits(other)
-            static.advance()
+            static.advance(other)
             expected = session.step(ids[:, t : t + 1])
             torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_may_leave_blocks_out(rows: int, way: str) -> None:
+    """A prompt read by all layers and tokens by some: the others' caches do not grow."""
+    model, ids = random_model(FAMILIES["llama"]), some_ids(rows, 20)
+    session, other = session_of(model, way), CachedSession(model)
+    session.layers[1].lane = 1
+    runs = (True, False, True)
+    session.prefill(ids[:, :8])
+    with at_layers(model, [0, 2]):
+        other.prefill(ids[:, :8])
+    keys = [layer.buffers[0][:, :, :8].clone() for layer in session.layers]
+    with at_layers(model, [0, 2]), torch.inference_mode():
+        for cached, layer in zip(other.cache.layers, (0, 2), strict=True):
+            cached.keys = keys[layer]  # as the whole model read the prompt
+            cached.values = session.layers[layer].buffers[1][:, :, :8].clone()
+        for t in range(8, 16):
+            expected = other.step(ids[:, t : t + 1])
+            found = session.advance(ids[:, t : t + 1], runs)
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+    assert session.kv_lengths() == [16, 8, 16] and session.length == 16
+    assert session.kv_bytes() == rows * (16 + 8 + 16) * 2 * 2 * 20 * 4
+    full, short = session.step(ids[:, 16:17]), session.advance(ids[:, 16:17], runs)
+    assert (full - short).abs().max() > 0.1
+    assert session.kv_lengths() == [18, 9, 18]
 
 
 @pytest.mark.parametrize("kind", ["adapters", "nf4", "one adapter"])
@@ -281,16 +308,17 @@ def narrowed(linear: torch.nn.Linear, rows: int, columns: int) -> torch.nn.Linea
     return new
 
 
-def test_layers_of_other_sizes_than_the_config_states() -> None:
+def test_layers_of_other_sizes_than_the_config_states(way: str) -> None:
     model, ids = random_model(FAMILIES["llama"]), some_ids(1, 12)
     mlp = model.model.layers[1].mlp
     mlp.gate_proj, mlp.up_proj = (narrowed(m, 50, 72) for m in (mlp.gate_proj, mlp.up_proj))
     mlp.down_proj = narrowed(mlp.down_proj, 72, 50)
-    session = session_of(model, "walk")
-    assert StaticSession(model).engine == "walk"
+    session = session_of(model, way)
     with torch.no_grad():
         expected = model(ids).logits[:, 4:]
     torch.testing.assert_close(decoded(session, ids, 5), expected, atol=5e-5, rtol=0)
+    mlp.up_proj = narrowed(model.model.layers[0].mlp.up_proj, 51, 72)
+    assert StaticSession(model).engine == "walk"  # which fails as the model itself does
     attention = model.model.layers[0].self_attn
     attention.q_proj = narrowed(attention.q_proj, 60, 72)
     assert why_not(model) == "it lacks some heads"

@@ -14,6 +14,7 @@ from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dylora import DyLoRA
+from effbench.methods.echo_llama import EchoLLaMA
 from effbench.methods.echoatt import EchoAtt
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
@@ -44,6 +45,9 @@ METHODS = [
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
     EchoAtt(layers=(1,), refine=1.0),
+    EchoLLaMA(share=0.5),
+    EchoLLaMA(share=0.5, blend=False),
+    EchoLLaMA(share=0.5, trains="lora", rank=4, blend=False),
 ]
 
 

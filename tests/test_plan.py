@@ -66,6 +66,17 @@ def test_activations_grow_with_the_batch_and_shrink_with_recomputation() -> None
     assert recomputed.flops == pytest.approx(1.5 * predicted("train.batch_size=2").flops, rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["sorted_lora", "sorted_full"])
+def test_a_depth_alone_keeps_all_layers_in_memory(method: str) -> None:
+    alone, all_ = (predicted(f"method={method}", f"method.depths=[{n}]") for n in ("18", "18,32"))
+    for phase in ("train", "evaluate"):
+        weights = [found.phase(phase).memory["weights"] for found in (alone, all_)]  # type: ignore[union-attr]
+        assert weights[0] == weights[1]
+    assert alone.trained < all_.trained
+    assert train(f"method={method}", "method.depths=[18]")["optimiser"] == 8 * alone.trained
+    assert alone.cost.params < all_.cost.params  # what is printed is the sub-model that is left
+
+
 def test_work_is_six_flops_per_parameter_and_token_when_all_train() -> None:
     found = predicted(
         "method=full", "train.max_steps=10", "train.accumulation=2", "train.batch_size=8"

@@ -73,8 +73,8 @@ every = pytest.mark.parametrize(
 )
 
 
-EAGER = {"atol": 1e-5, "rtol": 1e-5}
-"""transformers' eager attention has its softmax in float32."""
+EAGER = {"atol": 1e-4, "rtol": 1e-4}
+"""What float32 gives, in which eager attention has its softmax."""
 
 
 def dense(dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Bench
 from methods.helpers import SHAPE, batch_of, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
+from effbench.config import make_method
 from effbench.errors import UserError
 from effbench.footprint import Pass, step_flops
 from effbench.kernels import native
@@ -26,11 +30,15 @@ from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn.decoding import CachedSession
 from effbench.nn.engine import StaticSession, session_for
 from effbench.nn.exits import StagedDecoder
+from effbench.nn.graph import StaticStep
 from effbench.nn.layout import why_not
+from effbench.nn.pointwise import fused
 from effbench.nn.quantised import storage_bytes
 from effbench.nn.scoring import has_trees
 from effbench.nn.slicing import layer_sizes, resize, shape_left
-from effbench.shapes import LayerSize
+from effbench.shapes import LayerSize, Shape
+from effbench.stages.common import evaluated
+from effbench.worker import run_here
 
 DEEP = replace(SHAPE, num_layers=4, tied=True)
 ALIKE = [LayerSize(2, 1, 27)] * 4
@@ -79,14 +87,61 @@ def test_layers_that_are_alike_are_decoded_by_the_engine(dtype: torch.dtype, dim
     assert session.kv_bytes() == 2 * 12 * 4 * 2 * DEEP.head_dim * dtype.itemsize
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", UNLIKE)
-def test_layers_that_differ_are_decoded_by_their_forward_pass(name: str) -> None:
-    model, ids = sliced(UNLIKE[name]), tokens()
-    assert why_not(model)
-    session = session_for(model)
-    assert isinstance(session, CachedSession)
-    expected = model(input_ids=ids, use_cache=False).logits[:, 4:]
-    torch.testing.assert_close(decoded(session, ids, 5), expected, atol=1e-9, rtol=1e-9)
+def test_layers_that_differ_are_decoded_by_the_engine(name: str, dtype: torch.dtype) -> None:
+    model, ids = sliced(UNLIKE[name], dtype), tokens()
+    exact = sliced(UNLIKE[name])
+    exact.load_state_dict(model.state_dict())
+    expected = exact(input_ids=ids, use_cache=False).logits[:, 4:].to(dtype)
+    attends = any(size.num_heads for size in UNLIKE[name])
+    assert (why_not(model) == "") == attends
+    sessions = [session_for(model), CachedSession(model)]
+    if attends:
+        assert session_of_kind(sessions[0]) == ("native" if native.kernels() else "walk")
+        sessions.append(StaticSession(model, use_native=False))
+        sessions[-1].reserve(2, 300)
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.03}
+    for session in sessions:
+        torch.testing.assert_close(decoded(session, ids, 5), expected, **near)
+        left = shape_left(model, DEEP)
+        assert session.kv_bytes() == ids.numel() * left.kv_bytes_per_token(dtype.itemsize)
+
+
+def session_of_kind(session: Any) -> str:
+    assert isinstance(session, StaticSession)
+    session.reserve(2, 8)  # and so it has to grow
+    return session.engine
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_a_long_padded_batch_of_layers_that_differ(use_native: bool) -> None:
+    """More positions than one chunk and than were reserved; sequences change places."""
+    model = sliced(UNLIKE["first without heads"], torch.float32)
+    ids = torch.randint(3, SHAPE.vocab_size, (2, 290), generator=generator(5))
+    mask = torch.ones_like(ids[:, :280])
+    mask[0, :7] = 0
+    session, plain = StaticSession(model, use_native=use_native), CachedSession(model)
+    for one in (session, plain):
+        one.prefill(ids[:, :280], mask)
+        one.reorder(torch.tensor([1, 0]))
+    for t in range(280, 290):
+        found, expected = (one.step(ids[:, t : t + 1]) for one in (session, plain))
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_captured_form_of_a_step_takes_layers_that_differ() -> None:
+    model, ids = sliced(UNLIKE["first without heads"], torch.float32), tokens()
+    session, other = (StaticSession(model, use_native=False) for _ in range(2))
+    for one in (session, other):
+        one.prefill(ids[:, :5])
+    static = StaticStep(other, fused(lambda function: function))
+    for t in range(5, 9):
+        static.token.copy_(ids[:, t : t + 1])
+        found = static.logits(other)
+        static.advance(other)
+        torch.testing.assert_close(found, session.step(ids[:, t : t + 1]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["alike", *UNLIKE])
@@ -145,3 +200,39 @@ def test_layers_that_are_alike_have_depths(point: str) -> None:
     cost = inference_cost([method], shape, "float32", point)
     assert cost.resident_bytes == held
     assert cost.flops_per_token * batch.input_ids.numel() == pytest.approx(counted, rel=0.02)
+
+
+# -- chains ------------------------------------------------------------------------------------
+
+CHAINS = {
+    "qlora": ["method=qlora", "method.rank=4"],
+    "apt": ["method=apt", "method.rank=4", "method.keep=0.8", "method.mask_step=1"],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_trial_opens_what_the_run_after_a_slice_evaluates(
+    name: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["hardware.device=cpu", "hardware.dtype=float32", "evaluator=[]", "train.max_steps=2"]
+    pruning = ["method=structured", "method.blocks=[neurons,dims]", "method.keep=0.5"]
+    first = bench.run("compress", *pruning, *small)
+    job = bench.job("train", f"from={first.key}", *CHAINS[name], *small)
+    found: list[Any] = []
+    monkeypatch.setattr(
+        "effbench.stages.train.evaluate", lambda bench, model, _: found.append(model)
+    )
+    run_here(job)
+    seen: list[Shape] = []
+    kind = type(make_method(job.spec.method))
+    monkeypatch.setattr(kind, "check", lambda self, shape: seen.append(shape))
+    (tmp_path / "scratch").mkdir()
+    model, method = evaluated(job, bench.store, tmp_path / "scratch")
+    sizes = json.loads((bench.store.run(first.key).artefact / "sizes.json").read_text())
+    assert [s.hidden_size for s in seen] == [sizes["hidden_size"]]
+    layers = [seen[0].layer(index) for index in range(seen[0].num_layers)]
+    assert [list(vars(layer).values()) for layer in layers] == sizes["layers"]
+    assert storage_bytes(model) == storage_bytes(found[0])
+    batch = batch_of()
+    with torch.no_grad():
+        assert method.logits(model, batch).equal(method.logits(found[0].eval(), batch))

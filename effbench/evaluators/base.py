@@ -57,6 +57,8 @@ class Subject:
     """Compute dtype, a key of `shapes.DTYPE_BYTES`."""
     cost: Cost | None = None
     """What the model needs at this point, counted from shapes."""
+    whole: Cost | None = None
+    """What all of the model needs, of which the point may be a part."""
     machine: Machine = field(default_factory=Machine)
     """Stated ceilings of the hardware; zeros where nothing is stated."""
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from effbench.datasets import Data, Example
     from effbench.footprint import Pass
-    from effbench.methods.base import Method
+    from effbench.methods.base import Batch, Method
     from effbench.shapes import Shape
     from effbench.spec import Spec
 
@@ -59,7 +59,7 @@ class Perplexity(Evaluator):
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
         examples = subject.data.documents(self.split)
-        sums, counts = self._sums(subject, examples)
+        sums, counts, parts = self._sums(subject, examples)
         ids, sizes = [e.id for e in examples], [e.answer_bytes for e in examples]
         bits = [s / math.log(2) for s in sums]
 
@@ -81,6 +81,19 @@ class Perplexity(Evaluator):
         result.metrics.append(
             Metric("loss_tokens", sum(counts), "tokens", loss.point, self.split, obtained="counted")
         )
+        for name in dict.fromkeys(name for row in parts for name in row):
+            found = [row.get(name, (0.0, 0)) for row in parts]
+            if any(tokens for _, tokens in found):
+                result.add_ratio(
+                    subject,
+                    "perplexity",
+                    f"loss_{name}",
+                    [nll for nll, _ in found],
+                    [tokens for _, tokens in found],
+                    ids,
+                    unit="nats/token",
+                    split=self.split,
+                )
         return result
 
     def _perplexity(self, loss: Metric) -> Metric:
@@ -89,8 +102,10 @@ class Perplexity(Evaluator):
         value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
         return Metric("perplexity", value, "", loss.point, self.split, loss.n, low, high)
 
-    def _sums(self, subject: Subject, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
-        """Return each row's summed loss in nats, and how many tokens it is over."""
+    def _sums(
+        self, subject: Subject, examples: Sequence[Example]
+    ) -> tuple[list[float], list[int], list[dict[str, tuple[float, int]]]]:
+        """Return each row's summed loss in nats, how many tokens it is over, and both by kind."""
         from effbench.windows import check_sizes, cut, groups, sizes
 
         limit = subject.data.spec.max_length
@@ -100,13 +115,30 @@ class Perplexity(Evaluator):
         for group in journal.pending(groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
-                nll = subject.token_nll(batch).double().sum(1).tolist()
-            tokens = (batch.labels[:, 1:] != -100).sum(1).tolist()
-            journal.add(dict(zip(group, zip(nll, tokens, strict=True), strict=True)))
+                found = _of_each(subject, batch)
+            journal.add(dict(zip(group, found, strict=True)))
             subject.progress("perplexity", len(journal), len(windows))
 
         sums, counts = [0.0] * len(examples), [0] * len(examples)
-        for window, (nll, tokens) in zip(windows, journal.values(), strict=True):
+        parts: list[dict[str, tuple[float, int]]] = [{} for _ in examples]
+        for window, (nll, tokens, *kinds) in zip(windows, journal.values(), strict=True):
             sums[window.row] += nll
             counts[window.row] += tokens
-        return sums, counts
+            for name, (part, many) in kinds[0].items() if kinds else ():
+                before = parts[window.row].get(name, (0.0, 0))
+                parts[window.row][name] = before[0] + part, before[1] + many
+        return sums, counts, parts
+
+
+def _of_each(subject: Subject, batch: Batch) -> list[list[Any]]:
+    """Return each row's summed loss and tokens, and both by kind where its tokens are of kinds."""
+    nll = subject.token_nll(batch).double()
+    counted = batch.labels[:, 1:] != -100
+    found: list[list[Any]] = [
+        list(row) for row in zip(nll.sum(1).tolist(), counted.sum(1).tolist(), strict=True)
+    ]
+    kinds = subject.method.parts(subject.model, batch)
+    for index, row in enumerate(found) if kinds else ():
+        of_row = {name: mask[index] & counted[index] for name, mask in kinds.items()}
+        row.append({n: [nll[index][m].sum().item(), m.sum().item()] for n, m in of_row.items()})
+    return found

@@ -9,7 +9,8 @@ Shares of the machine's roofline stand beside the times: see `effbench.measure.r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject
 from effbench.lazy import torch
-from effbench.methods.base import Method, chain_cost
+from effbench.methods.base import Method, chain_cost, dense_cost
 from effbench.records import Metric
 from effbench.schema import PositiveInt, canonical
 from effbench.shapes import DTYPE_BYTES
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from effbench.shapes import Shape
     from effbench.spec import Spec
 
-Engine = Literal["auto", "static", "eager", "generate"]
+Engine = Literal["auto", "static", "eager", "generate", "merged"]
 Grid = PositiveInt | list[PositiveInt]
 
 UNITS = {
@@ -38,6 +39,8 @@ UNITS = {
     "tpot_ms": "ms",
     "tpot_p95_ms": "ms",
     "tpot_p99_ms": "ms",
+    "tpot_drop_ms": "ms",
+    "tpot_refresh_ms": "ms",
     "prefill_tokens_per_second": "tokens/s",
     "decode_tokens_per_second": "tokens/s",
 }
@@ -83,9 +86,10 @@ class Speed(Evaluator):
     engine: Engine = "auto"
     """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
     engine or an error. `eager`: the model's forward pass with a growing cache. `generate`:
-    transformers' own loop."""
-    baseline: Literal["none", "self", "eager", "generate"] = "none"
-    """What each cell is timed against in turn, for `speedup`; `self` is the engine once more."""
+    transformers' own loop. `merged`: as `auto`, on the plain model that the adapters amount to."""
+    baseline: Literal["none", "self", "whole", "eager", "generate"] = "none"
+    """What each cell is timed against in turn, for `speedup`; `self` is the engine once more,
+    `whole` the same engine at the method's point that needs all of the model."""
     roofline: bool = True
     """Whether the machine is probed for its ceilings."""
     probe_mb: PositiveInt = 256
@@ -108,11 +112,30 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        own = type(methods[-1]).session is not Method.session
-        if own and (self.engine != "auto" or self.baseline not in ("none", "self")):
+        last = methods[-1].fitted(shape) if shape else methods[-1]
+        own = [point for point in last.points() if not last.plain_session(point)]
+        without = type(last).eager_session is Method.eager_session
+        asked = {self.engine, self.baseline} & {
+            "generate",
+            *(("static", "eager") if without else ()),
+        }
+        if own and asked:
             raise UserError(
-                f"{methods[-1].name} decodes in a way of its own, which no other engine has.",
+                f"{last.name} decodes in a way of its own{own[0] and f' at {own[0]}'}, which no "
+                "other engine has.",
                 "Leave evaluator.speed.engine=auto and evaluator.speed.baseline=none.",
+            )
+        if self.baseline == "whole" and not last.nested_points:
+            raise UserError(
+                f"{last.name} has no whole model beside each of its points to be timed against.",
+                "Leave evaluator.speed.baseline=none.",
+            )
+        packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
+        if self.engine == "merged" and packed:
+            raise UserError(
+                "evaluator.speed.engine=merged adds adapters to dense weights, but these are "
+                "packed.",
+                "Leave evaluator.speed.engine=auto.",
             )
         for cell in self.cells() if shape else ():
             assert shape is not None
@@ -121,6 +144,35 @@ class Speed(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return times, rates, shares, bytes and what sessions counted, of every cell."""
+        with self._timed(subject) as (timed, counted):
+            return self._run(timed, counted)
+
+    @contextmanager
+    def _timed(self, subject: Subject) -> Iterator[tuple[Subject, dict[str, float]]]:
+        """Be what is timed inside the context: with its own layers, its adapters merged if asked.
+
+        Yields the subject and what is counted of it, by name.
+        """
+        from effbench.nn.merging import merged
+
+        shape, whole = subject.shape, subject.whole
+        layers = getattr(subject.model.config, "num_hidden_layers", None)
+        if shape and layers not in (None, shape.num_layers):
+            subject = replace(subject, shape=replace(shape, num_layers=layers))
+        if self.engine != "merged":
+            yield subject, {}
+            return
+        with merged(subject.model) as linears:
+            if linears and shape and subject.shape and subject.cost and whole:
+                size = DTYPE_BYTES[subject.dtype]
+                plain = replace(
+                    dense_cost(subject.shape, size),
+                    kv_bytes_per_token=subject.cost.kv_bytes_per_token,
+                )
+                subject = replace(subject, cost=plain, whole=dense_cost(shape, size))
+            yield subject, {"merged_linears": linears}
+
+    def _run(self, subject: Subject, counted: dict[str, float]) -> Result:
         cells = self.cells()
         settings = [self.engine, self.baseline, self.repeats, self.roofline]
         journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
@@ -131,6 +183,7 @@ class Speed(Evaluator):
             if self.roofline and ceilings is None and subject.cost and subject.shape:
                 ceilings = self._probe(subject)
             found, ceilings = self._cell(subject, cell, ceilings, (index, len(cells)))
+            found["counts"] |= counted
             journal.add({index: found})
         named = [str(cell) if len(cells) > 1 else "" for cell in cells]
         return Result(
@@ -171,14 +224,22 @@ class Speed(Evaluator):
         last = times[-1]
         found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": last.kv_bytes}
         found["counts"] = dict(last.counts)
-        if ceilings is not None and not last.counts:  # else the cost states only a bound
+        if not last.counts:  # else the cost states only a bound
+            found["counts"] |= _ceiling(subject)
+        exact = not last.counts and cell.new % last.cycle == 0
+        if last.kinds:
+            found["counts"]["layer_passes"] = last.passes
+        if ceilings is not None and exact:
             shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
             found["values"] |= shares
             found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
         if self.baseline != "none":
-            other = self.engine if self.baseline == "self" else self.baseline
-            ratio = compared(subject, self.engine, other, cell, self.repeats)
+            named: dict[str, Engine] = {"eager": "eager", "generate": "generate"}
+            other = named.get(self.baseline, self.engine)
+            whole = self.baseline == "whole"
+            ratio, steps = compared(subject, self.engine, other, cell, self.repeats, whole)
             found["speedup"] = list(ratio.speedup)
+            found["decode_speedup"] = list(steps.speedup)
         return found, ceilings
 
     def _shares(
@@ -211,7 +272,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shap
     from effbench.measure.hardware import gpus, memory_bytes
 
     dtype = spec.hardware.dtype
-    cost = chain_cost(methods, shape, dtype, methods[-1].points()[-1])
+    cost = chain_cost(methods, shape, dtype, methods[-1].whole(shape))
     cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":
@@ -257,25 +318,57 @@ def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
     from effbench.nn.engine import StaticSession
     from effbench.nn.layout import why_not
 
+    method, model = subject.method, subject.model
     if engine == "eager":
-        return lambda: CachedSession(subject.model)
-    if engine == "static":
-        if reason := why_not(subject.model):
-            raise UserError(
-                f"evaluator.speed.engine=static does not apply: {reason}.",
-                "Use engine=auto, which takes another session then.",
-            )
-        return lambda: StaticSession(subject.model)
-    return lambda: subject.method.session(subject.model)
+        return lambda: method.eager_session(model) or CachedSession(model)
+    if engine == "static" and not isinstance(session := method.session(model), StaticSession):
+        reason = why_not(model) or f"{method.name} decodes with a {type(session).__name__} here"
+        raise UserError(
+            f"evaluator.speed.engine=static does not apply: {reason}.",
+            "Use engine=auto, which takes another session then.",
+        )
+    return lambda: method.session(model)
 
 
-def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -> Ratio:
-    """Time whole requests of two engines in turn; engine `a` with itself has a ratio of 1."""
-    from effbench.measure.timing import Clock, interleaved
+def compared(
+    subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int, whole: bool = False
+) -> tuple[Ratio, Ratio]:
+    """Time requests of two engines in turn; engine `a` with itself has a ratio of 1.
 
+    Args:
+        subject: What is timed.
+        a: Its engine.
+        b: That of the other one.
+        cell: What is asked.
+        repeats: Pairs that count.
+        whole: Whether the other one is the method's point that needs all of the model.
+
+    Returns:
+        The ratios of whole requests, and of the steps after the first token.
+    """
+    from effbench.measure.timing import Clock, Ratio, interleaved
+    from effbench.stats import median_interval, ratio_interval
+
+    done: tuple[list[float], list[float]] = [], []
     work_a, work_b = timer(subject, a, cell), timer(subject, b, cell)
-    clock = Clock(subject.device)
-    return interleaved(work_a, work_b, repeats, clock=clock, seed=subject.seed)
+
+    def one() -> None:
+        done[0].append(sum(work_a().gaps))
+
+    def other() -> None:
+        method, model, shape = subject.method, subject.model, subject.shape
+        point = method.whole(shape) if whole and shape else subject.point
+        with method.at(model, point) if whole else nullcontext():
+            done[1].append(sum(work_b().gaps))
+
+    ratio = interleaved(one, other, repeats, clock=Clock(subject.device), seed=subject.seed)
+    steps_a, steps_b = (times[-repeats:] for times in done)
+    steps = Ratio(
+        ratio_interval(steps_b, steps_a, seed=subject.seed),
+        median_interval(steps_a),
+        median_interval(steps_b),
+    )
+    return ratio, steps
 
 
 # -- from times to metrics ---------------------------------------------------------------------
@@ -284,7 +377,8 @@ def compared(subject: Subject, a: Engine, b: Engine, cell: Cell, repeats: int) -
 def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
     """Return one value per repeat of everything that is timed; keys are `name@phase`."""
     found: dict[str, list[float]] = {}
-    for first, gaps, *_ in times:
+    for request in times:
+        first, gaps = request.first, request.gaps
         tokens = sorted(gaps)
         values = {
             "ttft_ms@prefill": 1e3 * first,
@@ -294,6 +388,9 @@ def _rates(cell: Cell, times: Sequence[Times]) -> dict[str, list[float]]:
             "tpot_p95_ms@decode": 1e3 * _percentile(tokens, 0.95),
             "tpot_p99_ms@decode": 1e3 * _percentile(tokens, 0.99),
         }
+        for kind in dict.fromkeys(request.kinds):
+            of_kind = sorted(t for t, k in zip(gaps, request.kinds, strict=True) if k == kind)
+            values[f"tpot_{kind}_ms@decode"] = 1e3 * _percentile(of_kind, 0.50)
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return found
@@ -315,8 +412,9 @@ def _shares(
 
     assert subject.cost is not None and subject.shape is not None
     cost, shape, machine = subject.cost, subject.shape, subject.machine
+    reading = subject.whole if times[0].kinds and subject.whole else cost  # all layers read prompts
     work = {
-        "mfu@prefill": prefill_flops(cost, shape, cell.batch, cell.prompt),
+        "mfu@prefill": prefill_flops(reading, shape, cell.batch, cell.prompt),
         "mfu@decode": decode_flops(cost, shape, *cell),
         "mbu@decode": decode_bytes(cost, *cell),
     }
@@ -336,6 +434,13 @@ def _shares(
     return found
 
 
+def _ceiling(subject: Subject) -> dict[str, float]:
+    """Return how much faster than the whole model a part of it can be, by the weight bytes read."""
+    if type(subject.method).whole is Method.whole or not (subject.cost and subject.whole):
+        return {}
+    return {"speed_ceiling": subject.whole.bytes_per_token / subject.cost.bytes_per_token}
+
+
 def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]:
     """Return the metrics of one cell."""
     from effbench.stats import median_interval
@@ -348,10 +453,13 @@ def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]
         metrics.append(
             Metric(name, median, unit, subject.point, "", len(values), low, high, "measured", phase)
         )
-    if "speedup" in found:
-        value, low, high = found["speedup"]
-        n = len(next(iter(found["values"].values())))
-        metrics.append(Metric("speedup", value, "", subject.point, "", n, low, high))
+    for name, phase in (("speedup", ""), ("decode_speedup", "decode")):
+        if name in found:
+            value, low, high = found[name]
+            n = len(next(iter(found["values"].values())))
+            metrics.append(
+                Metric(name, value, "", subject.point, "", n, low, high, "measured", phase)
+            )
     for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
         unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
         metrics.append(Metric(name, rate, unit, subject.point, phase="roofline"))

@@ -30,6 +30,7 @@ constexpr int kSpins = 2000;  // looks at what is not done yet before the core i
 constexpr int64_t kPiece = 65536;  // bytes of weights in one piece of work
 constexpr int kPieces = 4;         // pieces that each thread gets, at least, where there are rows
 constexpr int kPhases = 6;  // of one decoder block
+constexpr int64_t kRank = 1024;  // largest rank of a stand-in
 constexpr int64_t kChunk = 256;  // positions of one head that one thread attends to at a time
 
 struct bf16 {
@@ -243,10 +244,19 @@ struct Layer {
   const void *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
   const void *attention_norm, *mlp_norm;
   void *keys, *values;  // [batch, kv_heads, capacity, head_dim]
+  int64_t heads, kv_heads, inner;  // 0: no attention, or no MLP
+  int64_t capacity;
+  // What stands in for the block where a step leaves it out: start + scale b (a h), h being what the
+  // block would read, and start the anchor or, where there is none, h itself.
+  const float *a, *b;  // [rank, hidden], [hidden, rank]
+  void* anchor;        // [batch, hidden]: what the block gave when it last ran
+  int64_t rank;        // 0: start alone
+  int64_t running;     // whether the anchor follows the stand-in too
+  float scale;
 };
 
 struct Model {
-  int64_t hidden, inner, heads, kv_heads, head_dim, vocab, layers;
+  int64_t hidden, inner, heads, head_dim, vocab, layers;  // inner, heads: the most of any layer
   float eps, scale;
   const void *embedding, *norm, *head, *head_bias;
   const void *cos, *sin;  // [positions, head_dim]
@@ -254,8 +264,10 @@ struct Model {
 };
 
 struct Step {
-  int64_t batch, length, capacity;  // length: cached positions before this token
+  int64_t batch;
   const int64_t *tokens, *positions, *starts;  // [batch]; starts: padding on the left
+  const int64_t* lengths;  // [layers]: positions in each cache before this token
+  const uint8_t* runs;     // [layers]: 0 leaves a block out
   void* logits;    // [batch, vocab]
   float* scratch;  // scratch_floats()
   int64_t threads;
@@ -264,7 +276,7 @@ struct Step {
 int64_t scratch_floats(const Model* m, int64_t batch, int64_t capacity) {
   int64_t chunks = capacity / kChunk + 2;
   int64_t q = m->heads * m->head_dim;
-  return batch * (4 * m->hidden + 4 * q + 2 * m->inner + m->heads * chunks * (m->head_dim + 2)) +
+  return batch * (5 * m->hidden + 4 * q + 2 * m->inner + m->heads * chunks * (m->head_dim + 2)) +
          256;
 }
 }
@@ -276,15 +288,13 @@ struct Work {
   const Model& m;
   const Step& s;
   T *hidden, *query, *mixed, *act;
+  float* wide;     // hidden, for stand-ins
   float* partial;  // per head and chunk: largest score, sum of weights, weighted values
-  int64_t q_width, kv_width, chunks;
   std::vector<Phase> phases;
 
   Work(const Model& model, const Step& step)
       : m(model), s(step), phases(size_t(model.layers * kPhases + 2)) {
-    q_width = m.heads * m.head_dim;
-    kv_width = m.kv_heads * m.head_dim;
-    chunks = (s.length + 1 + kChunk - 1) / kChunk;
+    const int64_t q_width = m.heads * m.head_dim;
     float* place = s.scratch;
     auto take = [&](int64_t n) {
       T* p = reinterpret_cast<T*>(place);
@@ -295,7 +305,8 @@ struct Work {
     query = take(s.batch * q_width);
     mixed = take(s.batch * q_width);
     act = take(s.batch * m.inner);
-    partial = place;
+    wide = place;
+    partial = place + s.batch * m.hidden;
   }
 
   static const T* at(const void* p, int64_t offset = 0) { return static_cast<const T*>(p) + offset; }
@@ -316,10 +327,11 @@ struct Work {
   }
 
   // Two rows of queries or keys that turn into each other, or two rows of values.
-  void projected(const Layer& l, int64_t unit, const T* x) const {
+  void projected(const Layer& l, int64_t length, int64_t unit, const T* x) const {
     int64_t half = m.head_dim / 2, head = unit / half, i = unit % half;
     int64_t place = head * m.head_dim;
-    bool is_q = head < m.heads, is_k = !is_q && head < m.heads + m.kv_heads;
+    const int64_t q_width = l.heads * m.head_dim, kv_width = l.kv_heads * m.head_dim;
+    bool is_q = head < l.heads, is_k = !is_q && head < l.heads + l.kv_heads;
     int64_t first = is_q ? place : place - q_width - (is_k ? 0 : kv_width);
     const void* matrix = is_q ? l.q : is_k ? l.k : l.v;
     const void* shift = is_q ? l.q_bias : is_k ? l.k_bias : l.v_bias;
@@ -338,29 +350,29 @@ struct Work {
         a = turned;
       }
       T* out = query + b * q_width + low - i;
-      if (!is_q) out = cached(is_k ? l.keys : l.values, b, first / m.head_dim, s.length);
+      if (!is_q) out = cached(l, is_k ? l.keys : l.values, b, first / m.head_dim, length);
       out[i] = rounded<T>(a);
       out[i + half] = rounded<T>(c);
     }
   }
 
-  T* cached(void* cache, int64_t b, int64_t head, int64_t position) const {
+  T* cached(const Layer& l, void* cache, int64_t b, int64_t head, int64_t position) const {
     return static_cast<T*>(cache) +
-           ((b * m.kv_heads + head) * s.capacity + position) * m.head_dim;
+           ((b * l.kv_heads + head) * l.capacity + position) * m.head_dim;
   }
 
   // One head of one sequence over one chunk of its positions.
-  void attended(const Layer& l, int64_t item) const {
-    int64_t chunk = item % chunks, head = item / chunks % m.heads, b = item / chunks / m.heads;
-    int64_t D = m.head_dim, kv = head / (m.heads / m.kv_heads);
+  void attended(const Layer& l, int64_t length, int64_t chunks, int64_t item) const {
+    int64_t chunk = item % chunks, head = item / chunks % l.heads, b = item / chunks / l.heads;
+    int64_t D = m.head_dim, kv = head / (l.heads / l.kv_heads);
     int64_t begin = chunk * kChunk, end = begin + kChunk;
     if (begin < s.starts[b]) begin = s.starts[b];
-    if (end > s.length + 1) end = s.length + 1;
+    if (end > length + 1) end = length + 1;
     float* out = partial + item * (D + 2);
     float *sums = out + 2, scores[kChunk], largest = -INFINITY, total = 0;
     for (int64_t d = 0; d < D; ++d) sums[d] = 0;
-    const T* q = query + b * q_width + head * D;
-    const T* keys = cached(l.keys, b, kv, 0);
+    const T* q = query + (b * l.heads + head) * D;
+    const T* keys = cached(l, l.keys, b, kv, 0);
     for (int64_t t = begin; t < end; t += kRows) {
       int64_t many = end - t < kRows ? end - t : kRows;
       const T* rows[kRows];
@@ -378,7 +390,7 @@ struct Work {
       scores[t] = exponential(scores[t] - largest);
       total += scores[t];
     }
-    const T* values = cached(l.values, b, kv, begin);
+    const T* values = cached(l, l.values, b, kv, begin);
     for (int64_t t = 0; t < count; ++t) {
       const T* row = values + t * D;
       float weight = scores[t];
@@ -387,11 +399,11 @@ struct Work {
     }
     out[0] = largest;
     out[1] = total;
-    if (chunks == 1) combined(item);
+    if (chunks == 1) combined(chunks, item);
   }
 
   // The chunks of one head of one sequence, put together.
-  void combined(int64_t item) const {
+  void combined(int64_t chunks, int64_t item) const {
     int64_t D = m.head_dim;
     const float* parts = partial + item * chunks * (D + 2);
     float largest = -INFINITY, total = 0;
@@ -407,12 +419,45 @@ struct Work {
     for (int64_t d = 0; d < D; ++d) mixed[item * D + d] = rounded<T>(sums[d] / total);
   }
 
-  // hidden += x W^T for the rows of one thread.
-  void added(const void* matrix, const void* shift, const T* x, int64_t K, Range r) const {
+  // hidden += x W^T for the rows of one thread; `copy`, if any, takes the same rows.
+  void added(const void* matrix, const void* shift, const T* x, int64_t K, void* copy,
+             Range r) const {
     rows(matrix, x, K, r, [&](int64_t b, int64_t row, float sum) {
       T& place = hidden[b * m.hidden + row];
       place = rounded<T>(value(place) + through<T>(sum + bias(shift, row)));
+      if (copy) static_cast<T*>(copy)[b * m.hidden + row] = place;
     });
+  }
+
+  // use(i, <row i of w, x>) for N rows of K numbers.
+  template <typename Use>
+  static void mapped(const float* w, const float* x, int64_t K, int64_t N, Use use) {
+    for (int64_t begin = 0; begin < N; begin += kRows) {
+      int64_t many = N - begin < kRows ? N - begin : kRows;
+      const float* rows[kRows];
+      for (int j = 0; j < kRows; ++j) rows[j] = w + (begin + (j < many ? j : 0)) * K;
+      float sums[kRows];
+      Dot<float, kRows, 1>::run(rows, x, 0, K, sums);
+      for (int j = 0; j < many; ++j) use(begin + j, sums[j]);
+    }
+  }
+
+  // One sequence through the stand-ins of the blocks from `begin` to `end`.
+  void stood_in(int64_t begin, int64_t end, int64_t sequence) const {
+    T* h = hidden + sequence * m.hidden;
+    float* x = wide + sequence * m.hidden;
+    for (int64_t index = begin; index < end; ++index) {
+      const Layer& l = m.layer[index];
+      T* anchor = l.anchor ? static_cast<T*>(l.anchor) + sequence * m.hidden : nullptr;
+      const T* start = anchor ? anchor : h;
+      float inner[kRank];
+      for (int64_t i = 0; i < m.hidden && l.rank; ++i) x[i] = value(h[i]);
+      mapped(l.a, x, m.hidden, l.rank, [&](int64_t r, float sum) { inner[r] = sum; });
+      mapped(l.b, inner, l.rank, m.hidden, [&](int64_t i, float sum) {
+        h[i] = rounded<T>(value(start[i]) + l.scale * sum);
+      });
+      if (l.running && anchor) std::memcpy(anchor, h, m.hidden * sizeof(T));
+    }
   }
 
   template <typename Use>
@@ -445,9 +490,41 @@ struct Work {
         for (int64_t i = row; i <= next; ++i) {
           float gate = through<T>(sums[b * 4 + i - row] + bias(l.gate_bias, i));
           float up = through<T>(sums[b * 4 + 2 + i - row] + bias(l.up_bias, i));
-          act[b * m.inner + i] = rounded<T>(through<T>(silu(gate)) * up);
+          act[b * l.inner + i] = rounded<T>(through<T>(silu(gate)) * up);
         }
     }
+  }
+
+  // The attention of one block, as one of several threads; `phase` moves on by what was run.
+  template <typename Pieces>
+  void attention(const Layer& l, int64_t length, Phase*& phase, T* own, const Pieces& pieces) {
+    const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
+    const int64_t chunks = (length + 1 + kChunk - 1) / kChunk;
+    const int64_t units = q_width / 2 + l.kv_heads * m.head_dim;
+    bool ready = false;
+    (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
+      if (!ready) normed(l.attention_norm, own);
+      ready = true;
+      for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, length, unit, own);
+    });
+    (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, length, chunks, r.begin); });
+    (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(chunks, r.begin); });
+    void* copy = l.inner ? nullptr : l.anchor;
+    (phase++)->run(m.hidden, pieces(m.hidden, q_width, kRows),
+                   [&](Range r) { added(l.o, l.o_bias, mixed, q_width, copy, r); });
+  }
+
+  // The MLP of one block, likewise.
+  template <typename Pieces>
+  void mlp(const Layer& l, Phase*& phase, T* own, const Pieces& pieces) {
+    bool ready = false;
+    (phase++)->run(l.inner, pieces(l.inner, 2 * m.hidden, 2), [&](Range r) {
+      if (!ready) normed(l.mlp_norm, own);
+      ready = true;
+      gated(l, own, r);
+    });
+    (phase++)->run(m.hidden, pieces(m.hidden, l.inner, kRows),
+                   [&](Range r) { added(l.down, l.down_bias, act, l.inner, l.anchor, r); });
   }
 
   // Everything, as one of several threads; `own` is room for one normed input.
@@ -463,25 +540,15 @@ struct Work {
     });
     for (int64_t index = 0; index < m.layers; ++index) {
       const Layer& l = m.layer[index];
-      const int64_t units = q_width / 2 + kv_width, items = s.batch * m.heads;
-      bool ready = false;
-      (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
-        if (!ready) normed(l.attention_norm, own);
-        ready = true;
-        for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, unit, own);
-      });
-      (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, r.begin); });
-      (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(r.begin); });
-      (phase++)->run(m.hidden, pieces(m.hidden, q_width, kRows),
-                     [&](Range r) { added(l.o, l.o_bias, mixed, q_width, r); });
-      ready = false;
-      (phase++)->run(m.inner, pieces(m.inner, 2 * m.hidden, 2), [&](Range r) {
-        if (!ready) normed(l.mlp_norm, own);
-        ready = true;
-        gated(l, own, r);
-      });
-      (phase++)->run(m.hidden, pieces(m.hidden, m.inner, kRows),
-                     [&](Range r) { added(l.down, l.down_bias, act, m.inner, r); });
+      if (!s.runs[index]) {  // with those after it that are left out too
+        int64_t end = index + 1;
+        while (end < m.layers && !s.runs[end]) ++end;
+        (phase++)->run(s.batch, 1, [&](Range r) { stood_in(index, end, r.begin); });
+        index = end - 1;
+        continue;
+      }
+      if (l.heads) attention(l, s.lengths[index], phase, own, pieces);
+      if (l.inner) mlp(l, phase, own, pieces);
     }
     bool ready = false;
     phase->run(m.vocab, pieces(m.vocab, m.hidden, kRows), [&](Range r) {

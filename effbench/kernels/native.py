@@ -35,6 +35,8 @@ LARGEST_BATCH = 16
 """Most sequences of one step; with more of them, torch's matrix products are the faster ones."""
 LARGEST_HEAD = 1024
 """Widest head."""
+LARGEST_RANK = 1024
+"""Highest rank of what stands in for a block."""
 _lock = threading.Lock()
 
 
@@ -42,12 +44,14 @@ class Layer(ctypes.Structure):
     """Pointers of one decoder block; the fields of `struct Layer`."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            *("q", "k", "v", "o", "gate", "up", "down"),
-            *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
-            *("attention_norm", "mlp_norm", "keys", "values"),
-        )
+        *((n, c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((n, c_void_p) for n in ("q_bias", "k_bias", "v_bias", "o_bias")),
+        *((n, c_void_p) for n in ("gate_bias", "up_bias", "down_bias")),
+        *((n, c_void_p) for n in ("attention_norm", "mlp_norm", "keys", "values")),
+        *((n, c_int64) for n in ("heads", "kv_heads", "inner", "capacity")),
+        *((n, c_void_p) for n in ("a", "b", "anchor")),
+        *((n, c_int64) for n in ("rank", "running")),
+        ("scale", c_float),
     ]
 
 
@@ -55,7 +59,7 @@ class Model(ctypes.Structure):
     """Sizes and pointers of a model; the fields of `struct Model`."""
 
     _fields_ = [
-        *((n, c_int64) for n in ("hidden", "inner", "heads", "kv_heads")),
+        *((n, c_int64) for n in ("hidden", "inner", "heads")),
         *((n, c_int64) for n in ("head_dim", "vocab", "layers")),
         *((n, c_float) for n in ("eps", "scale")),
         *((n, c_void_p) for n in ("embedding", "norm", "head", "head_bias", "cos", "sin")),
@@ -67,8 +71,9 @@ class Step(ctypes.Structure):
     """One token per sequence; the fields of `struct Step`."""
 
     _fields_ = [
-        *((n, c_int64) for n in ("batch", "length", "capacity")),
-        *((n, c_void_p) for n in ("tokens", "positions", "starts", "logits", "scratch")),
+        ("batch", c_int64),
+        *((n, c_void_p) for n in ("tokens", "positions", "starts", "lengths", "runs")),
+        *((n, c_void_p) for n in ("logits", "scratch")),
         ("threads", c_int64),
     ]
 

@@ -26,6 +26,12 @@ class Times(NamedTuple):
     """[B, 1 + gaps] int64."""
     counts: Mapping[str, float] = {}
     """What the session counted, by name; empty where its work does not depend on the text."""
+    kinds: Sequence[str] = ()
+    """What each step after the first token did; empty where all steps do the same."""
+    passes: float = 0.0
+    """Layers that ran per step, where steps differ by a schedule."""
+    cycle: int = 1
+    """Steps after which such a schedule begins anew."""
 
 
 def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any) -> Times:
@@ -33,20 +39,27 @@ def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any)
 
     A session that can be made ready before its prompt is (`reserve`), before the clock runs.
     """
-    from effbench.nn.decoding import Counting
+    from effbench.nn.decoding import Counting, Cyclic
 
+    cycle = session.cycle if isinstance(session, Cyclic) else None
+    kinds: list[str] = []
     clock = Clock(device)
     reserve = getattr(session, "reserve", None)
     if reserve is not None:
-        reserve(prompt.shape[0], prompt.shape[1] + new)
+        reserve(prompt.shape[0], prompt.shape[1] + new, prompt.shape[1])
     marks = [clock.now()]
     tokens = [session.prefill(prompt).argmax(-1, keepdim=True)]
     marks.append(clock.now())
     for _ in range(new):
         tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
         marks.append(clock.now())
+        if cycle is not None:
+            kinds.append(cycle.kind)
     counts = session.counts() if isinstance(session, Counting) else {}
     times = _times(marks, session.kv_bytes(), torch.cat(tokens, dim=1))
+    if cycle is not None:
+        passes = cycle.passes / max(1, cycle.tokens)
+        times = times._replace(kinds=kinds, passes=passes, cycle=cycle.window + 1)
     return times._replace(counts=counts)
 
 

@@ -136,6 +136,8 @@ class Method:
     at_evaluation: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """
+    nested_points: ClassVar[bool] = False
+    """Whether `at` can be entered inside another one, the inner point being the one that holds."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Packages that its hooks import; imported before memory is first measured."""
     needs: ClassVar[dict[str, Any]] = {}
@@ -259,6 +261,14 @@ class Method:
             return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
         return token_nll(self.logits(model, batch), batch.labels)
 
+    def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return kinds of predicted tokens with a loss of their own, [B, T - 1] bool each, by name.
+
+        The first column is the second token. Tokens may be of no kind, and those without a label
+        do not count.
+        """
+        return {}
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, a scalar.
 
@@ -320,6 +330,17 @@ class Method:
         """Return the names of the artefact's operating points; one unnamed point by default."""
         return ("",)
 
+    def whole(self, shape: Shape) -> str:
+        """Return the operating point with all that is in memory, listed or not.
+
+        The others may need less; it is what they are compared with, and what a run after this one
+        starts from.
+
+        Args:
+            shape: The model's shape, as the method leaves it.
+        """
+        return self.fitted(shape).points()[-1]
+
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""
         return nullcontext()
@@ -332,6 +353,16 @@ class Method:
         from effbench.nn.engine import session_for
 
         return session_for(model)
+
+    def eager_session(self, model: torch.nn.Module) -> Session | None:
+        """Return a session that decodes as `session` does, without our engine; None for no such."""
+        from effbench.nn.decoding import CachedSession
+
+        return CachedSession(model) if type(self).session is Method.session else None
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether any engine that decodes the model's forward pass decodes a point."""
+        return type(self).session is Method.session
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -375,7 +406,7 @@ class Method:
 
     def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
         """Return what a model of `shape` needs while it trains, at the most."""
-        return self.cost(shape, dtype, self.points()[-1], base)
+        return self.cost(shape, dtype, self.whole(shape), base)
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return what a model of `shape` under this method needs at `point`.
@@ -431,8 +462,7 @@ def chain_cost(
     shapes = chain_shapes(methods, shape, folders)
     cost = None
     for method, here in zip(methods[:-1], shapes, strict=False):
-        last = method.fitted(here).points()[-1]
-        cost = _in_use(method, method.cost(here, dtype, last, cost), dtype)
+        cost = _in_use(method, method.cost(here, dtype, method.whole(here), cost), dtype)
     return methods[-1].cost(shapes[-1], dtype, point, cost)
 
 

@@ -141,6 +141,10 @@ class Depths(Method):
         """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
         return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
 
+    def whole(self, shape: Shape) -> str:
+        """Return the point of all layers: they are in memory at every depth."""
+        return f"d{shape.num_layers}"
+
     def depth_of(self, point: str, num_layers: int) -> int:
         """Return the depth whose layers a point needs; any depth can be named.
 
@@ -213,6 +217,10 @@ class Depths(Method):
                 model, pair, self.draft_tokens, self.draft_window == "adaptive"
             )
         return super().session(model)
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether a point is a model of fewer layers, and no way of decoding."""
+        return point not in DYNAMIC
 
     # -- accounting ----------------------------------------------------------------------------
 

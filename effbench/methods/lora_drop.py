@@ -16,6 +16,10 @@ residual: the map is its only way past a dropped layer, so untrained maps give u
 and B train, with cross-entropy under the schedule, in one parallel pass that equals stepwise
 decoding.
 
+Evaluated beside it, as points of one artefact and without further training: the same schedule with
+the anchor alone (`k3-reuse`, B = 0), with layers that a dropped token simply leaves out
+(`k3-identity`, h_l = h_{l-1}), and windows longer than any text (never refreshed).
+
 From the authors' code rather than from reports of the paper: the map reads the current token and
 the anchor is the last refresh. Rank, alpha and window are the reported ones. Ours: which layers are
 droppable (all but the first three and the last, evenly spaced; fewer first ones below 12 layers),
@@ -42,6 +46,10 @@ if TYPE_CHECKING:
     from effbench.nn.decoding import Session
     from effbench.nn.temporal import DroppableLayers
 
+MOST_PLACES = 8
+"""Longest place in a cycle that has a loss of its own."""
+MOST_POINTS = 64
+"""Longest window of which all shorter ones are evaluated without being listed."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -57,6 +65,8 @@ class LoRADrop(Method):
     learning_rate: ClassVar[float] = 1e-3
     leaves: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"window": 0}
+    at_evaluation: ClassVar[frozenset[str]] = frozenset({"windows", "baselines"})
+    nested_points: ClassVar[bool] = True
 
     rank: PositiveInt = 16
     """Rank r of each stand-in."""
@@ -68,9 +78,15 @@ class LoRADrop(Method):
     """The droppable layers themselves, counted from 0; null chooses them by `fraction`."""
     window: NonNegativeInt = 3
     """Dropped tokens between two refreshes, k; 0 drops nothing."""
-    anchor: Literal["refresh", "previous"] = "refresh"
+    windows: tuple[NonNegativeInt, ...] | None = None
+    """Windows that are evaluated, rising; null is every one from 0 to `window`. One longer than any
+    text never refreshes."""
+    baselines: tuple[Literal["reuse", "identity"], ...] = ()
+    """What is evaluated beside the stand-ins, at the same windows: dropped tokens that take the
+    anchor alone, or that pass droppable layers unchanged."""
+    anchor: Literal["refresh", "previous", "input"] = "refresh"
     """What a dropped token starts from: the layer's output at the last refresh, or at the previous
-    token, dropped or not."""
+    token, dropped or not, or the layer's input, as in a residual adapter."""
     kv: Literal["skip", "fill"] = "skip"
     """Whether dropped tokens enter the key/value cache of droppable layers. `fill` computes their
     attention for that alone: it shows what the gaps cost in quality, and saves no cache."""
@@ -119,6 +135,17 @@ class LoRADrop(Method):
             )
         if self.window < 0:
             raise UserError(f"method.window={self.window} is negative.", "0 drops nothing.")
+        if self.windows is None and self.window > MOST_POINTS:
+            raise UserError(
+                f"method.window={self.window} would be {self.window + 1} operating points.",
+                f"List those to evaluate, like 'method.windows=[0,{self.window}]'.",
+            )
+        if self.windows is not None and list(self.windows) != sorted(set(self.windows)):
+            raise UserError(
+                f"method.windows={list(self.windows)} is not a rising list.", "List each once."
+            )
+        if self.windows == ():
+            raise UserError("method.windows is empty.", "Leave it out, or list a window.")
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -135,7 +162,7 @@ class LoRADrop(Method):
             self.alpha / self.rank,
             self.window,
             fill=self.kv == "fill",
-            running=self.anchor == "previous",
+            start=self.anchor,
             seed=ctx.seed,
         )
         attach(model, "lora_drop", stand_ins.to(ctx.device))
@@ -200,45 +227,92 @@ class LoRADrop(Method):
     # -- use -----------------------------------------------------------------------------------
 
     def points(self) -> tuple[str, ...]:
-        """Return `k0` (the base) to `k<window>`."""
-        return tuple(f"k{k}" for k in range(self.window + 1))
+        """Return `k<n>` for each window, `k0` being the base; baselines like `k3-reuse` first."""
+        windows = tuple(range(self.window + 1)) if self.windows is None else self.windows
+        others = (f"k{k}-{name}" for name in self.baselines for k in windows if k)
+        return (*others, *(f"k{k}" for k in windows))
+
+    def whole(self, shape: Shape) -> str:
+        """Return `k0`: what reads all layers, and has the stand-ins in memory too."""
+        return "k0"
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
-        """Work with the window of `point` inside the context."""
+        """Work with the window of `point`, and in its way, inside the context."""
         stand_ins = _stand_ins(model)
-        before = stand_ins.window
-        stand_ins.window = self._window(point)
+        before = stand_ins.window, stand_ins.start, stand_ins.mapped
+        stand_ins.window, baseline = self._read(point)
+        if baseline:
+            stand_ins.start = "refresh" if baseline == "reuse" else "input"
+            stand_ins.mapped = False
         try:
             yield
         finally:
-            stand_ins.window = before
+            stand_ins.window, stand_ins.start, stand_ins.mapped = before
 
-    def _window(self, point: str) -> int:
+    def _read(self, point: str) -> tuple[int, str]:
+        """Return the window of a point and its baseline, empty where the stand-ins work."""
         if not point:
-            return self.window
-        if point not in self.points():
+            return self.window, ""
+        if point not in (*self.points(), "k0"):
             raise UserError(
                 f"There is no operating point {point!r}.", did_you_mean(point, self.points())
             )
-        return int(point[1:])
+        window, _, baseline = point[1:].partition("-")
+        return int(window), baseline
 
     def session(self, model: torch.nn.Module) -> Session:
-        """Return a session that drops layers, or an ordinary one where nothing is dropped."""
+        """Return a session that drops layers, or an ordinary one where nothing is dropped.
+
+        It is one of our engine wherever that applies, the cache being filled aside.
+        """
+        from effbench.nn.temporal_static import StaticTemporalSession, why_not_static
+
+        stand_ins = _stand_ins(model)
+        if not stand_ins.active:
+            return super().session(model)
+        if why_not_static(model, stand_ins):
+            return self.eager_session(model)
+        return StaticTemporalSession(model, stand_ins)
+
+    def eager_session(self, model: torch.nn.Module) -> Session:
+        """Return a session of whole modules and a growing cache."""
+        from effbench.nn.decoding import CachedSession
         from effbench.nn.temporal import TemporalSession
 
         stand_ins = _stand_ins(model)
-        return TemporalSession(model, stand_ins) if stand_ins.active else super().session(model)
+        return TemporalSession(model, stand_ins) if stand_ins.active else CachedSession(model)
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether nothing is dropped at a point."""
+        return self._read(point)[0] == 0
+
+    def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return which tokens were predicted in each place of the cycle, [B, T - 1] bool each.
+
+        `j0` follows a refresh or the prompt, and is predicted by a token that read every layer;
+        `j1` is predicted by the first dropped one, and so on. Long windows stop at `j8`.
+        """
+        from effbench.nn.temporal import prompt_lengths
+
+        stand_ins = _stand_ins(model)
+        if not stand_ins.active:
+            return {}
+        prompts, width = prompt_lengths(batch.labels), batch.labels.shape[1]
+        decoded = torch.arange(width - 1, device=prompts.device) - prompts[:, None] + 1
+        place = decoded.clamp(min=0) % (stand_ins.window + 1)
+        return {f"j{j}": place == j for j in range(min(stand_ins.window, MOST_PLACES) + 1)}
 
     # -- accounting ----------------------------------------------------------------------------
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost of a decoded token, averaged over a cycle."""
-        size, window = DTYPE_BYTES[dtype], self._window(point)
+        size, (window, baseline) = DTYPE_BYTES[dtype], self._read(point)
         chosen = self.droppable(shape.num_layers)
         count = len(chosen)
         skips = count * window / (window + 1)  # layers that a token drops, on average
         stand_in = 2 * self.rank * shape.hidden_size
+        read = 0 if baseline else stand_in
 
         norms = 2 * shape.hidden_size
         if self.kv == "fill":  # attention and the norm before it run all the same
@@ -260,8 +334,8 @@ class LoRADrop(Method):
             trainable=count * stand_in,
             resident_bytes=base.resident_bytes + count * stand_in * DTYPE_BYTES["float32"],
             bytes_per_token=base.bytes_per_token
-            - skips * ((saved + norms) * size - stand_in * DTYPE_BYTES["float32"]),
-            flops_per_token=base.flops_per_token - 2 * skips * (saved - stand_in),
+            - skips * ((saved + norms) * size - read * DTYPE_BYTES["float32"]),
+            flops_per_token=base.flops_per_token - 2 * skips * (saved - read),
             kv_bytes_per_token=base.kv_bytes_per_token * (1 - share),
             saving="physical" if skips else base.saving,
         )

@@ -34,6 +34,40 @@ class Counting(Protocol):
         """Return what was counted over the tokens decoded so far, by name."""
 
 
+class Cycle:
+    """A schedule that no text changes: k steps that drop layers, one that refreshes them, again.
+
+    Args:
+        window: k.
+        layers: Layers of the model.
+        droppable: How many of them a step drops.
+    """
+
+    def __init__(self, window: int, layers: int, droppable: int) -> None:
+        self.window, self.layers, self.droppable = window, layers, droppable
+        self.tokens = 0
+        """Tokens read since the prompt."""
+        self.kind = ""
+        """`drop` or `refresh`: what the last step did."""
+        self.passes = 0
+        """Layers that ran for these tokens, each of which read its weights once."""
+
+    def turn(self) -> bool:
+        """Go on to the next token; return whether it drops layers."""
+        drops = self.tokens % (self.window + 1) < self.window
+        self.kind = "drop" if drops else "refresh"
+        self.tokens += 1
+        self.passes += self.layers - self.droppable * drops
+        return drops
+
+
+@runtime_checkable
+class Cyclic(Protocol):
+    """What a session has beside that when its steps differ by a schedule."""
+
+    cycle: Cycle
+
+
 class CachedSession:
     """Ordinary decoding with a growing key/value cache in every layer."""
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from effbench.errors import UserError
 from effbench.nn.linears import decoder_linears
 from effbench.nn.losses import IGNORED
-from effbench.nn.quantised import QuantisedLinear
+from effbench.nn.merging import merged_weight
 from effbench.shapes import LAYERS_DIFFER
 
 
@@ -111,6 +111,23 @@ def at_layers(model: torch.nn.Module, kept: Sequence[int]) -> Iterator[None]:
             config.layer_types = before["layer_types"]
         for layer, place in zip(every, places, strict=True):
             layer.self_attn.layer_idx = place
+
+
+def keep_layers(model: torch.nn.Module, kept: Sequence[int]) -> None:
+    """Take all other layers out of `model` for good, and number those that stay anew.
+
+    Args:
+        model: A Llama-style causal language model.
+        kept: Indices of layers, ascending.
+    """
+    root: Any = model
+    decoder, config = root.model, root.config
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    for place, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = place
 
 
 def exit_states(
@@ -245,19 +262,3 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-
-
-def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
-    """Return the dense weight [d_out, d_in] of a linear layer in float32, its adapter added."""
-    from peft.tuners.lora import LoraLayer
-
-    if isinstance(linear, LoraLayer):
-        factors: Any = [part["default"].weight for part in (linear.lora_A, linear.lora_B)]
-        a, b = (factor.detach().float() for factor in factors)
-        base: Any = linear.get_base_layer()
-        return merged_weight(base) + linear.scaling["default"] * (b @ a)
-    if isinstance(linear, QuantisedLinear):
-        return linear.dense_weight(torch.float32)
-    weight: Any = linear.weight
-    dense: torch.Tensor = weight.detach().float()
-    return dense

@@ -10,6 +10,10 @@ then takes the shortest way that there is:
 - `walk`: block by block, every linear called as the module that it is, so that adapters and packed
   weights work as ever.
 
+Layers may differ in their heads and neurons, or lack attention or MLP, as a slice's do. Each has a
+length of its own: a step may leave blocks out (`StaticSession.advance`), and then their caches do
+not grow. What is left out changes nothing, unless a `StandIn` takes its place.
+
 No weight is copied or changed, so that a session holds no memory but its cache, never works with
 old weights, and leaves nothing on the model. It applies to models laid out as Llama is;
 `session_for` takes a `CachedSession` for all others.
@@ -17,7 +21,8 @@ old weights, and leaves nothing on the model. It applies to models laid out as L
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +40,11 @@ from effbench.nn.pointwise import EAGER, Pointwise
 BLOCK = 128
 """Positions by which the cache is larger than the prompt."""
 
-Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Runs = tuple[bool, ...]
+"""Whether each block runs in a step."""
+Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys and values [B, H_kv, T, D] and which of them a sequence sees, [B, 1, 1, T]; None for all."""
+Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], Stored]
 """Puts the new key and value of a layer away and returns all that the query may look at."""
 
 
@@ -55,6 +64,13 @@ class StaticLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.lane = 0
+        """Layers of one lane run in the same steps, so that they are always equally long."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return 0 if self.keys is None else int(self.keys.shape[2])
 
     @property
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,35 +109,90 @@ class StaticLayer(DynamicLayer):
         return self.length
 
 
+@dataclass
+class StandIn:
+    """What takes the place of a block in a step that leaves it out: start + scale B A h.
+
+    h is what the block would have read, and the start is either h or the anchor.
+    """
+
+    a: torch.Tensor | None = None
+    """A, [r, d]; None for no map at all."""
+    b: torch.Tensor | None = None
+    """B, [d, r]."""
+    scale: float = 0.0
+    anchored: bool = False
+    """Whether the start is the block's output when it last ran."""
+    running: bool = False
+    """Whether the anchor follows the stand-in's own output too."""
+    anchor: torch.Tensor | None = None
+    """[B, 1, d], the session's own."""
+
+    def __call__(self, hidden: torch.Tensor, pointwise: Pointwise = EAGER) -> torch.Tensor:
+        """Return what the next block reads, from what this one would have, [B, 1, d] both."""
+        start = hidden if self.anchor is None else self.anchor
+        if self.a is not None and self.b is not None:
+            change = F.linear(F.linear(hidden.to(self.a.dtype), self.a), self.b)
+            start = pointwise.move(start, change, self.scale)
+        if self.running:
+            self.note(start)
+        return start
+
+    def note(self, hidden: torch.Tensor) -> None:
+        """Take the output of the block, [B, *, d], for the anchor: its last position."""
+        last = hidden[:, -1:]
+        if self.anchor is not None and self.anchor.shape == last.shape:
+            self.anchor.copy_(last)
+        elif self.anchored:
+            self.anchor = last.clone(memory_format=torch.contiguous_format)
+
+
 class StaticSession:
     """Decodes one prompt batch with a static cache.
 
     Args:
         model: Laid out as Llama is, in evaluation mode.
         use_native: Whether the C++ kernel may be used.
+        stand_ins: What takes the place of a block, by its index, where `advance` leaves it out;
+            nothing takes that of the others.
 
     Raises:
         ValueError: When the engine does not apply to `model`.
     """
 
-    def __init__(self, model: Any, use_native: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        use_native: bool = True,
+        stand_ins: Mapping[int, StandIn] | None = None,
+    ) -> None:
         if reason := why_not(model):
             raise ValueError(f"the engine does not apply: {reason}")
         self.model = model
         self.blocks = blocks_of(model)
-        self.layers = [StaticLayer() for _ in self.blocks]
+        attending = [b.attention for b in self.blocks if b.attention is not None]
+        self.kv_heads = [a.kv_heads for a in attending]
+        """Key/value heads of each layer that attends."""
+        self.layers = [StaticLayer() for _ in attending]
+        """Caches of the layers that attend."""
+        caches = iter(self.layers)
+        self.caches = [None if b.attention is None else next(caches) for b in self.blocks]
+        """The same for each block."""
+        self.every: Runs = (True,) * len(self.blocks)
+        """A step that leaves nothing out."""
+        self.stand_ins = dict(stand_ins or {})
         embedding = self.model.model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.head_dim = int(self.model.model.layers[0].self_attn.head_dim)
+        self.head_dim, self.scaling = attending[0].head_dim, attending[0].scaling
         self.length = 0
-        """Cached positions, padding included."""
+        """Positions read, padding included; a cache may hold fewer."""
         self.starts = torch.empty(0)
         """Padding on the left of each sequence, [B] int64."""
         self.positions = torch.empty(0)
         """Position of the next token of each sequence, [B] int64."""
         self.padded = False
         self.cos = self.sin = torch.empty(0)
-        linears = [m for block in self.blocks for m in block.linears()]
+        linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
         self._plain = all(plain(m, self.dtype) for m in (*linears, self.model.lm_head))
         self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native and self._plain else None
@@ -135,9 +206,18 @@ class StaticSession:
 
     @property
     def capacity(self) -> int:
-        """Positions that the cache has room for."""
-        keys = self.layers[0].keys
-        return 0 if keys is None else int(keys.shape[2])
+        """Positions that the largest cache has room for."""
+        return max(layer.capacity for layer in self.layers)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return the tensors on whose addresses a step depends, those of the weights left out."""
+        caches = [t for layer in self.layers for t in layer.buffers]
+        anchors = [s.anchor for s in self.stand_ins.values() if s.anchor is not None]
+        return [*caches, *anchors, self.cos]
+
+    def running(self, runs: Runs) -> list[StaticLayer]:
+        """Return the caches of the blocks that run."""
+        return [c for c, on in zip(self.caches, runs, strict=True) if on and c is not None]
 
     @property
     def engine(self) -> str:
@@ -149,21 +229,39 @@ class StaticSession:
     # -- the protocol --------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def reserve(self, batch: int, length: int) -> None:
+    def reserve(self, batch: int, length: int, prompt: int = 0) -> None:
         """Make what a batch of `length` positions in all will need, before any clock runs.
 
         This is optional: without it, the cache grows when it has to.
+
+        Args:
+            batch: Sequences.
+            length: Positions of each, prompt included.
+            prompt: Positions of the prompt; 0 when it is not known.
         """
         if self.length:
             raise RuntimeError("a session is made ready before it reads its prompt")
-        heads = self.model.config.num_key_value_heads
-        like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        for layer in self.layers:
-            layer.reserve(like, -(-length // BLOCK) * BLOCK)
+        for layer, heads in zip(self.layers, self.kv_heads, strict=True):
+            like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
+            room = self.room(layer, length, prompt)
+            layer.reserve(like, -(-room // BLOCK) * BLOCK)
+        width = self.model.config.hidden_size
+        for stand_in in self.stand_ins.values():
+            stand_in.note(torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device))
         self._tables()
         self._place(torch.zeros(batch, dtype=torch.long, device=self.device))
         if self.engine == "graph":
             self._graph = StepGraph(self)
+            for runs in self.routes():
+                self._graph.capture(self, runs)
+
+    def room(self, layer: StaticLayer, length: int, prompt: int) -> int:
+        """Return how many of `length` positions a layer will hold; a prompt of 0 is not known."""
+        return length
+
+    def routes(self) -> Sequence[Runs]:
+        """Return all that a step may run."""
+        return [self.every]
 
     @torch.inference_mode()
     def prefill(
@@ -194,9 +292,9 @@ class StaticSession:
             logits_to_keep=1,
         ).logits[:, -1]
         self.length = length
-        if self._graph is not None and not self._graph.holds(self.layers):
-            self._graph = None
         self._tables()
+        if self._graph is not None and not self._graph.holds(self):
+            self._graph = None
         self._place(starts)
         return logits
 
@@ -211,32 +309,42 @@ class StaticSession:
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Read one token per sequence, [B, 1]; return logits [B, V]."""
-        if self.length == self.capacity:
-            self._grow()
+        return self.advance(input_ids, self.every)
+
+    @torch.inference_mode()
+    def advance(self, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
+        """Read one token per sequence, [B, 1], through the blocks that run; return logits [B, V].
+
+        Layers of one lane have to run together.
+        """
+        running = self.running(runs)
+        self._make_room(running)
         if self.engine == "native":
             assert self._native is not None
-            logits = self._native.run(self, input_ids)
+            logits = self._native.run(self, input_ids, runs)
         elif self.engine == "graph":
             self._graph = self._graph or StepGraph(self)
-            logits = self._graph.run(input_ids)
+            logits = self._graph.run(self, input_ids, runs)
         else:
-            logits = self._walked(input_ids)
+            logits = self._walked(input_ids, runs)
+        for layer in running:
+            layer.length += 1
         self.length += 1
         self.positions += 1
         return logits
 
-    def _grow(self) -> None:
-        """Make room for half as many positions again."""
-        capacity = self.capacity + max(BLOCK, self.capacity // 2)
-        for layer in self.layers:
-            layer.length = self.length
-            layer.reserve(layer.buffers[0], capacity)
-        self._tables()
-        self._graph = None
+    def _make_room(self, layers: Sequence[StaticLayer]) -> None:
+        """Make room for half as many positions again, in each of the layers that is full."""
+        full = [layer for layer in layers if layer.length == layer.capacity]
+        for layer in full:
+            layer.reserve(layer.buffers[0], layer.capacity + max(BLOCK, layer.capacity // 2))
+        if full:
+            self._tables()
+            self._graph = None
 
     def _tables(self) -> None:
         """Compute cosine and sine of every position that there is room for, [capacity, D]."""
-        if self.cos.shape[0] == self.capacity:
+        if self.cos.shape[0] >= self.capacity:
             return
         positions = torch.arange(self.capacity, device=self.device)[None]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -249,74 +357,92 @@ class StaticSession:
         rows = rows.to(self.device).long()
         for layer in self.layers:
             layer.keys, layer.values = (buffer[rows] for buffer in layer.buffers)
+        for stand_in in self.stand_ins.values():
+            stand_in.anchor = None if stand_in.anchor is None else stand_in.anchor[rows]
         self._graph = None
         self._place(self.starts[rows])
 
     def kv_bytes(self) -> int:
         """Return the bytes of the key/value entries in use."""
-        return self.length * self._position_bytes()
+        return sum(layer.length * _position_bytes(layer) for layer in self.layers)
+
+    def kv_lengths(self) -> list[int]:
+        """Return the cached positions of each layer that attends, padding included."""
+        return [layer.length for layer in self.layers]
 
     def reserved_bytes(self) -> int:
         """Return the bytes of the key/value buffers, the room to spare included."""
-        return self.capacity * self._position_bytes()
-
-    def _position_bytes(self) -> int:
-        keys = self.layers[0].keys
-        if keys is None:
-            return 0
-        return 2 * len(self.layers) * keys[:, :, :1].numel() * keys.element_size()
+        return sum(layer.capacity * _position_bytes(layer) for layer in self.layers)
 
     # -- the walk ------------------------------------------------------------------------------
 
-    def _walked(self, input_ids: torch.Tensor) -> torch.Tensor:
-        end = self.length + 1
-        mask = None
-        if self.padded:
-            columns = torch.arange(end, device=self.device)
-            mask = (columns >= self.starts[:, None])[:, None, None]
+    def _walked(self, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
+        masks: dict[int, torch.Tensor] = {}
 
-        def store(
-            layer: StaticLayer, key: torch.Tensor, value: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def store(layer: StaticLayer, key: torch.Tensor, value: torch.Tensor) -> Stored:
+            end = layer.length + 1
+            if self.padded and end not in masks:
+                columns = torch.arange(end, device=self.device)
+                masks[end] = (columns >= self.starts[:, None])[:, None, None]
             keys, values = layer.buffers
-            keys[:, :, self.length : end] = key
-            values[:, :, self.length : end] = value
-            return keys[:, :, :end], values[:, :, :end]
+            keys[:, :, layer.length : end] = key
+            values[:, :, layer.length : end] = value
+            return keys[:, :, :end], values[:, :, :end], masks.get(end)
 
-        return self.walk(input_ids, self.positions, mask, store, EAGER)
+        return self.walk(input_ids, self.positions, store, EAGER, runs)
 
     def walk(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None,
         store: Store,
         pointwise: Pointwise,
+        runs: Runs,
     ) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, block by block.
 
         Args:
             input_ids: [B, 1].
             positions: Rotary position of each token, [B].
-            mask: Which cached positions each token sees, [B, 1, 1, T] bool; None for all.
             store: Puts keys and values away and returns those to look at.
             pointwise: What lies between two products.
+            runs: Whether each block runs, or is left out.
         """
         cos, sin = (table[positions][:, None, None] for table in (self.cos, self.sin))
         hidden, added = self.model.model.embed_tokens(input_ids), None
-        heads = self.model.config.num_key_value_heads
-        for block, layer in zip(self.blocks, self.layers, strict=True):
-            hidden, x = pointwise.norm(block.attention_norm, hidden, added)
-            q, k, v = (m(x).view(len(x), heads, -1, self.head_dim) for m in block.linears()[:3])
-            keys, values = store(layer, pointwise.turn(k, cos, sin), v)
-            # The query heads of one key head are queries at one place: nothing is repeated.
-            q = pointwise.turn(q, cos, sin)
-            mixed = F.scaled_dot_product_attention(q, keys, values, mask)
-            hidden, x = pointwise.norm(
-                block.mlp_norm, hidden, block.o(mixed.reshape(len(x), 1, -1))
-            )
-            added = block.down(pointwise.gate(block.gate(x), block.up(x)))
+        for index, block in enumerate(self.blocks):
+            stand_in, cache = self.stand_ins.get(index), self.caches[index]
+            if not runs[index]:
+                if stand_in is not None:
+                    hidden, added = stand_in(_sum(hidden, added), pointwise), None
+                continue
+            if (own := block.attention) and cache is not None:
+                hidden, x = pointwise.norm(own.norm, hidden, added)
+                heads = len(x), own.kv_heads, -1, self.head_dim
+                q, k, v = (m(x).view(heads) for m in own.linears()[:3])
+                keys, values, mask = store(cache, pointwise.turn(k, cos, sin), v)
+                # The query heads of one key head are queries at one place: nothing is repeated.
+                q = pointwise.turn(q, cos, sin)
+                mixed = F.scaled_dot_product_attention(q, keys, values, mask)
+                added = own.o(mixed.reshape(len(x), 1, -1))
+            if mlp := block.mlp:
+                hidden, x = pointwise.norm(mlp.norm, hidden, added)
+                added = mlp.down(pointwise.gate(mlp.gate(x), mlp.up(x)))
+            if stand_in is not None and stand_in.anchored:
+                hidden, added = _sum(hidden, added), None
+                stand_in.note(hidden)
         logits: torch.Tensor = self.model.lm_head(
             pointwise.norm(self.model.model.norm, hidden, added)[1]
         )
         return logits[:, -1]
+
+
+def _sum(hidden: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    return hidden if added is None else hidden + added
+
+
+def _position_bytes(layer: StaticLayer) -> int:
+    """Return the bytes that one position takes in a layer's keys and values, over the batch."""
+    if layer.keys is None:
+        return 0
+    return 2 * layer.keys[:, :, :1].numel() * layer.keys.element_size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from effbench.nn.pointwise import Pointwise, compiled
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import StaticLayer, StaticSession
+    from effbench.nn.engine import Runs, StaticLayer, StaticSession, Stored
 
 WARM_UP = 3
 """Steps that run before the capture, so that libraries have made what they need."""
@@ -19,66 +19,103 @@ WARM_UP = 3
 class StaticStep:
     """A step whose every shape and address is the same from token to token.
 
-    What changes lies in device tensors: the token, its place in the cache and its position. The
-    query looks at the whole cache through a mask.
+    What changes lies in device tensors: the token, its place in each cache and its position. The
+    query looks at the whole of a cache through a mask. Layers of one lane share place and mask.
     """
 
     def __init__(self, session: StaticSession, pointwise: Pointwise) -> None:
         self.pointwise = pointwise
         self.token = torch.zeros(session.batch, 1, dtype=torch.long, device=session.device)
-        self.place = torch.full((1,), session.length, dtype=torch.long, device=session.device)
+        self.lanes = {layer.lane: layer for layer in session.layers}
+        """A layer of each lane, for its length and capacity."""
+        self.places = torch.zeros(max(self.lanes) + 1, dtype=torch.long, device=session.device)
         self.positions = session.positions.clone()
         self.starts = session.starts.clone()
         self.columns = torch.arange(session.capacity, device=session.device)
+        self._moves: dict[Runs, torch.Tensor] = {}
+        self.place(session)
 
-    def logits(self, session: StaticSession) -> torch.Tensor:
-        """Return logits [B, V] of `token` at `place`."""
-        seen = (self.columns <= self.place) & (self.columns >= self.starts[:, None])
-        return session.walk(
-            self.token, self.positions, seen[:, None, None], self._store, self.pointwise
-        )
+    def place(self, session: StaticSession) -> None:
+        """Take over where the session stands."""
+        for lane, layer in self.lanes.items():
+            self.places[lane] = layer.length
+        self.positions.copy_(session.positions)
+        self.starts.copy_(session.starts)
 
-    def _store(
-        self, layer: StaticLayer, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = layer.buffers
-        return keys.index_copy_(2, self.place, key), values.index_copy_(2, self.place, value)
+    def logits(self, session: StaticSession, runs: Runs | None = None) -> torch.Tensor:
+        """Return logits [B, V] of `token` at its places, through the blocks that run."""
+        seen: dict[int, torch.Tensor] = {}
 
-    def advance(self) -> None:
-        """Go on to the next place."""
-        self.place += 1
+        def store(layer: StaticLayer, key: torch.Tensor, value: torch.Tensor) -> Stored:
+            place = self.places[layer.lane : layer.lane + 1]
+            if layer.lane not in seen:
+                columns = self.columns[: layer.capacity]
+                mask = (columns <= place) & (columns >= self.starts[:, None])
+                seen[layer.lane] = mask[:, None, None]
+            keys, values = layer.buffers
+            keys.index_copy_(2, place, key)
+            values.index_copy_(2, place, value)
+            return keys, values, seen[layer.lane]
+
+        runs = session.every if runs is None else runs
+        return session.walk(self.token, self.positions, store, self.pointwise, runs)
+
+    def advance(self, session: StaticSession, runs: Runs | None = None) -> None:
+        """Go on to the next place in the caches of the blocks that ran."""
+        runs = session.every if runs is None else runs
+        if runs not in self._moves:
+            moved = torch.zeros_like(self.places)
+            for layer in session.running(runs):
+                moved[layer.lane] = 1
+            self._moves[runs] = moved
+        self.places += self._moves[runs]
         self.positions += 1
 
 
 class StepGraph:
-    """A captured `StaticStep`. Capturing writes one key and value at the session's next place."""
+    """A captured `StaticStep`, once for each set of blocks that run.
+
+    Capturing writes one key and value at the session's next place, and leaves all else as it was.
+    """
 
     def __init__(self, session: StaticSession) -> None:
         self._step = StaticStep(session, compiled())
-        self._keys = [layer.buffers[0] for layer in session.layers]
+        self._buffers = session.buffers()
+        self._captured: dict[Runs, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    def capture(self, session: StaticSession, runs: Runs) -> None:
+        """Make the graph of a step through the blocks that run, unless it is there."""
+        if runs in self._captured:
+            return
+        anchors = [s.anchor for s in session.stand_ins.values() if s.anchor is not None]
+        before = [anchor.clone() for anchor in anchors]
         aside = torch.cuda.Stream(session.device)
         aside.wait_stream(torch.cuda.current_stream(session.device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                self._step.logits(session)
+                self._step.logits(session, runs)
         torch.cuda.current_stream(session.device).wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._step.logits(session)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step.logits(session, runs)
+        for anchor, old in zip(anchors, before, strict=True):
+            anchor.copy_(old)
+        self._captured[runs] = graph, logits
 
-    def holds(self, layers: Sequence[StaticLayer]) -> bool:
-        """Whether the cache is still the one that was captured."""
-        return all(a is layer.keys for a, layer in zip(self._keys, layers, strict=True))
+    def holds(self, session: StaticSession) -> bool:
+        """Whether caches and anchors are still those that were captured."""
+        now = session.buffers()
+        return len(now) == len(self._buffers) and all(map(is_, now, self._buffers))
 
     def place(self, session: StaticSession) -> None:
         """Take over where the session stands."""
-        self._step.place.fill_(session.length)
-        self._step.positions.copy_(session.positions)
-        self._step.starts.copy_(session.starts)
+        self._step.place(session)
 
-    def run(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def run(self, session: StaticSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]."""
+        self.capture(session, runs)
         self._step.token.copy_(input_ids)
-        self._graph.replay()
-        self._step.advance()
-        return self._logits.clone()
+        graph, logits = self._captured[runs]
+        graph.replay()
+        self._step.advance(session, runs)
+        return logits.clone()

@@ -9,7 +9,7 @@ so that growing changes no output. Source: Zhao et al., APT, arXiv 2401.12200, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -156,6 +156,16 @@ class Swap:
                 "Set train.optimizer=adamw, or method.moments=reset.",
             )
         return cut(value)
+
+
+def drop(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Let an optimiser forget parameters that are gone; the moments of all others stay."""
+    gone = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in gone:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def adapters_by_name(model: nn.Module) -> Iterator[tuple[str, LowRankLinear, int]]:

@@ -8,49 +8,95 @@ from typing import Any
 
 import torch
 
+from effbench.nn.slicing import NoAttention, NoMLP, SlicedAttention
+
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 """Families of transformers whose blocks compute what Llama's do (biases aside)."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles depend on nothing but the position."""
+SLICED = {"Attention": (SlicedAttention, NoAttention), "MLP": (NoMLP,)}
+"""What the slicer puts in the place of modules of transformers, by kind."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Implementations of one and the same attention."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """The modules of one decoder block, in the order they run."""
+class Attention:
+    """The modules of one block's attention, in the order they run."""
 
-    attention_norm: Any
-    q: torch.nn.Module
-    k: torch.nn.Module
-    v: torch.nn.Module
-    o: torch.nn.Module
-    mlp_norm: Any
-    gate: torch.nn.Module
-    up: torch.nn.Module
-    down: torch.nn.Module
+    norm: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    head_dim: int
+    scaling: float
+    """What scores are multiplied by."""
 
     def linears(self) -> tuple[torch.nn.Module, ...]:
-        """Return the seven linears."""
-        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
+        """Return the four linears."""
+        return self.q, self.k, self.v, self.o
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return int(self.q.out_features) // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return int(self.k.out_features) // self.head_dim
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The modules of one block's gated MLP, in the order they run."""
+
+    norm: Any
+    gate: Any
+    up: Any
+    down: Any
+
+    def linears(self) -> tuple[torch.nn.Module, ...]:
+        """Return the three linears."""
+        return self.gate, self.up, self.down
+
+    @property
+    def inner(self) -> int:
+        """Neurons."""
+        return int(self.gate.out_features)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block. What was pruned away altogether is None."""
+
+    attention: Attention | None
+    mlp: MLP | None
+
+    def parts(self) -> list[Attention | MLP]:
+        """Return what is there, in the order it runs."""
+        return [part for part in (self.attention, self.mlp) if part is not None]
 
 
 def blocks_of(model: Any) -> list[Block]:
-    """Return the blocks of a model laid out as Llama is."""
-    return [
-        Block(
-            layer.input_layernorm,
-            layer.self_attn.q_proj,
-            layer.self_attn.k_proj,
-            layer.self_attn.v_proj,
-            layer.self_attn.o_proj,
-            layer.post_attention_layernorm,
-            layer.mlp.gate_proj,
-            layer.mlp.up_proj,
-            layer.mlp.down_proj,
-        )
-        for layer in model.model.layers
-    ]
+    """Return the blocks of a model laid out as Llama is, sliced or not."""
+    return [Block(_attention(layer), _mlp(layer)) for layer in model.model.layers]
+
+
+def _attention(layer: Any) -> Attention | None:
+    own = layer.self_attn
+    if isinstance(own, NoAttention):
+        return None
+    linears = own.q_proj, own.k_proj, own.v_proj, own.o_proj
+    return Attention(layer.input_layernorm, *linears, own.head_dim, own.scaling)
+
+
+def _mlp(layer: Any) -> MLP | None:
+    own = layer.mlp
+    if isinstance(own, NoMLP):
+        return None
+    return MLP(layer.post_attention_layernorm, own.gate_proj, own.up_proj, own.down_proj)
 
 
 def why_not(model: torch.nn.Module) -> str:
@@ -67,23 +113,24 @@ def why_not(model: torch.nn.Module) -> str:
         return "the model is in train mode"
     if reason := _config_reason(model):
         return reason
-    last: Any = model.model.norm
+    inner: Any = model.model
     for module, kind in _containers(model):
-        if type(module).__name__ != family + kind:
+        if type(module).__name__ != family + kind and type(module) not in SLICED.get(kind, ()):
             return f"a {type(module).__name__} stands where a {family + kind} should"
-        if not untouched(module) and module is not last:
+        if not untouched(module) and module is not inner.norm:
             return f"the forward pass of a {type(module).__name__} is changed or watched"
-    return "" if all(_whole_heads(model, b) for b in blocks_of(model)) else "it lacks some heads"
+    attending = [x.self_attn for x in inner.layers if type(x.self_attn) is not NoAttention]
+    if not attending:
+        return "none of its layers attends"
+    return "" if all(map(_whole_heads, attending)) else "it lacks some heads"
 
 
-def _whole_heads(model: Any, block: Block) -> bool:
-    """Whether queries, keys and values of a block have all heads that the config states."""
-    width, config = model.model.layers[0].self_attn.head_dim, model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    projections: Any = (block.q, block.k, block.v)
-    return [getattr(m, "out_features", 0) for m in projections] == [
-        width * n for n in (heads, kv_heads, kv_heads)
-    ]
+def _whole_heads(attention: Any) -> bool:
+    """Whether keys and values have the same whole heads, and queries as many for each of them."""
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    q, k, v = (getattr(m, "out_features", 0) for m in projections)
+    whole = k > 0 and k % attention.head_dim == 0
+    return whole and k == v and q == k * attention.num_key_value_groups
 
 
 def _config_reason(model: Any) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from operator import is_
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from effbench.kernels import native
-from effbench.nn.layout import Block, untouched
+from effbench.nn.layout import MLP, Attention, Block, untouched
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import StaticSession
-
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+    from effbench.nn.engine import Runs, StandIn, StaticSession
 
 
 class NativeStep:
@@ -29,13 +28,14 @@ class NativeStep:
         self.scratch = torch.empty(0)
         # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
         self._weights = [p.detach() for p in session.model.parameters()]
-        self._seen: torch.Tensor | None = None
+        self._seen: list[torch.Tensor] = []
+        self._runs: dict[Runs, Any] = {}
 
     @classmethod
     def of(cls, session: StaticSession) -> Self | None:
         """Return the step of a session whose linears are all plain; None where there is none."""
         inner = session.model.model
-        norms = [inner.norm, *(n for b in session.blocks for n in (b.attention_norm, b.mlp_norm))]
+        norms = [inner.norm, *(part.norm for b in session.blocks for part in b.parts())]
         fits = (
             session.device.type == "cpu"
             and str(session.dtype) in native.SUFFIXES
@@ -46,12 +46,16 @@ class NativeStep:
             and all(_fits(block, session) for block in session.blocks)
             and session.head_dim % 2 == 0
             and session.head_dim <= native.LARGEST_HEAD
+            and all(_stand_in_fits(s, session) for s in session.stand_ins.items())
         )
         kernels = native.kernels() if fits else None
         return None if kernels is None else cls(session, kernels)
 
-    def run(self, session: StaticSession, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token."""
+    def run(self, session: StaticSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
+        """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token.
+
+        Blocks that do not run are left out, or have their stand-ins.
+        """
         self._follow(session)
         if input_ids.shape != (session.batch, 1):
             raise ValueError(f"a step takes one token for each of {session.batch} sequences")
@@ -59,13 +63,17 @@ class NativeStep:
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
+        lengths = [0 if cache is None else cache.length for cache in session.caches]
+        places = (ctypes.c_int64 * len(lengths))(*lengths)
+        if runs not in self._runs:
+            self._runs[runs] = (ctypes.c_uint8 * len(runs))(*runs)
         step = native.Step(
             session.batch,
-            session.length,
-            session.capacity,
             tokens.data_ptr(),
             session.positions.data_ptr(),
             session.starts.data_ptr(),
+            ctypes.addressof(places),
+            ctypes.addressof(self._runs[runs]),
             logits.data_ptr(),
             self.scratch.data_ptr(),
             torch.get_num_threads(),
@@ -74,50 +82,88 @@ class NativeStep:
         return logits
 
     def _follow(self, session: StaticSession) -> None:
-        """Take over the addresses of the cache when it has moved."""
-        buffers = [layer.buffers for layer in session.layers]
-        if buffers[0][0] is self._seen:  # all layers' buffers are made anew together
+        """Take over the addresses of what has moved since the last step."""
+        buffers = session.buffers()
+        if len(buffers) == len(self._seen) and all(map(is_, buffers, self._seen)):
             return
-        for pointers, (keys, values) in zip(self.blocks, buffers, strict=True):
-            pointers.keys, pointers.values = keys.data_ptr(), values.data_ptr()
+        for pointers, cache in zip(self.blocks, session.caches, strict=True):
+            if cache is not None:
+                keys, values = cache.buffers
+                pointers.keys, pointers.values = keys.data_ptr(), values.data_ptr()
+                pointers.capacity = cache.capacity
+        for index, stand_in in session.stand_ins.items():
+            _fill_stand_in(self.blocks[index], stand_in)
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
         need = self.kernels.scratch_floats(self.sizes, session.batch, session.capacity)
         self.scratch = torch.empty(need, dtype=torch.float32)
-        self._seen = buffers[0][0]
+        self._seen = buffers
 
 
 def _fits(block: Block, session: StaticSession) -> bool:
-    """Whether every matrix of a block has the size that the model's config states."""
-    config = session.model.config
-    d, inner = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * session.head_dim
-    kv = config.num_key_value_heads * session.head_dim
-    sizes = [(q, d), (kv, d), (kv, d), (d, q), (inner, d), (inner, d), (d, inner)]
-    linears: Any = block.linears()
+    """Whether the matrices of a block fit each other and the width of the model."""
+    return all(_part_fits(part, session) for part in block.parts())
+
+
+def _stand_in_fits(item: tuple[int, StandIn], session: StaticSession) -> bool:
+    """Whether a stand-in's map is small and float32, and its block has a part to give an anchor."""
+    index, stand_in = item
+    maps = [m for m in (stand_in.a, stand_in.b) if m is not None]
+    small = all(min(m.shape) <= native.LARGEST_RANK for m in maps)
+    dense = all(m.dtype == torch.float32 and m.is_contiguous() for m in maps)
+    return small and dense and bool(session.blocks[index].parts())
+
+
+def _part_fits(part: Attention | MLP, session: StaticSession) -> bool:
+    d, width = session.model.config.hidden_size, session.head_dim
+    if isinstance(part, MLP):
+        sizes = [(part.inner, d), (part.inner, d), (d, part.inner)]
+    else:
+        q, kv = part.heads * width, part.kv_heads * width
+        if part.head_dim != width or part.scaling != session.scaling:
+            return False
+        sizes = [(q, d), (kv, d), (kv, d), (d, q)]
+    linears: Any = part.linears()
     return [tuple(m.weight.shape) for m in linears] == sizes
 
 
 def _fill(pointers: native.Layer, block: Block) -> None:
-    for name in LINEARS:
-        linear: Any = getattr(block, name)
+    """Hand over a block; what it lacks has no heads or neurons, and its pointers stay null."""
+    if own := block.attention:
+        _fill_linears(pointers, own, ("q", "k", "v", "o"))
+        pointers.attention_norm = own.norm.weight.data_ptr()
+        pointers.heads, pointers.kv_heads = own.heads, own.kv_heads
+    if mlp := block.mlp:
+        _fill_linears(pointers, mlp, ("gate", "up", "down"))
+        pointers.mlp_norm = mlp.norm.weight.data_ptr()
+        pointers.inner = mlp.inner
+
+
+def _fill_linears(pointers: native.Layer, part: Attention | MLP, names: tuple[str, ...]) -> None:
+    for name in names:
+        linear = getattr(part, name)
         setattr(pointers, name, linear.weight.data_ptr())
         setattr(pointers, f"{name}_bias", _address(linear.bias))
-    pointers.attention_norm = block.attention_norm.weight.data_ptr()
-    pointers.mlp_norm = block.mlp_norm.weight.data_ptr()
+
+
+def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
+    if stand_in.a is not None and stand_in.b is not None:
+        pointers.a, pointers.b = stand_in.a.data_ptr(), stand_in.b.data_ptr()
+        pointers.rank = len(stand_in.a)
+    pointers.scale, pointers.running = stand_in.scale, int(stand_in.running)
+    pointers.anchor = _address(stand_in.anchor)
 
 
 def _sizes(session: StaticSession) -> native.Model:
-    model, config = session.model, session.model.config
+    model = session.model
     return native.Model(
-        hidden=config.hidden_size,
-        inner=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        hidden=model.config.hidden_size,
+        inner=max((b.mlp.inner for b in session.blocks if b.mlp), default=0),
+        heads=max(b.attention.heads for b in session.blocks if b.attention),
         head_dim=session.head_dim,
         vocab=model.lm_head.out_features,
         layers=len(session.blocks),
         eps=model.model.norm.variance_epsilon,
-        scale=session.model.model.layers[0].self_attn.scaling,
+        scale=session.scaling,
         embedding=model.model.embed_tokens.weight.data_ptr(),
         norm=model.model.norm.weight.data_ptr(),
         head=model.lm_head.weight.data_ptr(),

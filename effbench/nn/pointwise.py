@@ -17,7 +17,7 @@ Normed = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Pointwise:
-    """The three functions that a step needs beside products and attention."""
+    """The functions that a step needs beside products and attention."""
 
     norm: Callable[[Any, torch.Tensor, torch.Tensor | None], Normed]
     """From an RMS norm's module, the residual stream and what a block adds to it to both."""
@@ -25,6 +25,8 @@ class Pointwise:
     """From queries or keys [B, H, *, D], cosine and sine [B, 1, 1, D] to the turned ones."""
     gate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """From the two inner products of a gated MLP to what its last product takes."""
+    move: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """From a start [B, 1, d], a change and its scale to their sum, rounded as the start is."""
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -36,6 +38,11 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up."""
     return F.silu(gate) * up
+
+
+def move(start: torch.Tensor, change: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return start + scale * change in the wider of their dtypes, rounded to that of the start."""
+    return (start + scale * change).to(start.dtype)
 
 
 def module_norm(norm: Any, hidden: torch.Tensor, added: torch.Tensor | None) -> Normed:
@@ -54,7 +61,7 @@ def rms_norm(
     return hidden, weight * normed.to(hidden.dtype)
 
 
-EAGER = Pointwise(module_norm, turn, gate)
+EAGER = Pointwise(module_norm, turn, gate, move)
 
 
 @cache
@@ -70,4 +77,5 @@ def fused(make: Callable[[Any], Any]) -> Pointwise:
         lambda module, hidden, added: norm(hidden, added, module.weight, module.variance_epsilon),
         make(turn),
         make(gate),
+        make(move),
     )

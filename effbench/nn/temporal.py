@@ -5,6 +5,8 @@ anchor) or drops it (the layer's output is the anchor plus a low-rank map of its
 of the same computation are here: one parallel pass over whole sequences, for training and
 teacher-forced evaluation, and a session that decodes token by token. They give the same logits.
 
+A session in our engine is in `effbench.nn.temporal_static`.
+
 They walk through the blocks themselves, so the model must be laid out as Llama is: embedding,
 blocks, norm and head, with nothing between them.
 """
@@ -12,16 +14,23 @@ blocks, norm and head, with nothing between them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 
 from effbench.errors import UserError
-from effbench.nn.decoding import CachedSession
+from effbench.nn.decoding import CachedSession, Cycle
 from effbench.nn.depths import require_plain_layers
 from effbench.nn.losses import IGNORED
+
+Start = Literal["refresh", "previous", "input"]
+"""What a dropped token starts from: the layer's output at the last refresh or at the previous
+token, or the layer's input."""
+
+Policy = tuple[Start, bool]
+"""What a dropped token starts from, and whether the map of its input is added."""
 
 
 class LowRankMap(torch.nn.Module):
@@ -49,8 +58,7 @@ class DroppableLayers(torch.nn.Module):
         scale: alpha / r.
         window: Dropped tokens between two refreshes, k; 0 drops nothing.
         fill: Whether dropped tokens enter the key/value cache of a droppable layer all the same.
-        running: Whether the anchor is the layer's last output, dropped tokens included, rather
-            than its output at the last refresh.
+        start: What a dropped token starts from.
         seed: Seed of the stand-ins; layer i starts alike whatever the other layers are.
     """
 
@@ -62,13 +70,15 @@ class DroppableLayers(torch.nn.Module):
         scale: float,
         window: int,
         fill: bool = False,
-        running: bool = False,
+        start: Start = "refresh",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.window = window
         self.fill = fill
-        self.running = running
+        self.start: Start = start
+        self.mapped = True
+        """Whether the maps apply; without them a dropped token stays where it starts."""
         self.layers = torch.nn.ModuleDict()
         for index in sorted(layers):
             generator = torch.Generator().manual_seed((seed * 10_007 + index) % 2**63)
@@ -84,12 +94,31 @@ class DroppableLayers(torch.nn.Module):
         """Whether any token drops any layer."""
         return self.window > 0 and len(self.layers) > 0
 
-    def map_of(self, index: int) -> torch.nn.Module | None:
-        """Return the stand-in of layer `index`, or None when it always runs."""
-        name = str(index)
-        if name not in self.layers:
-            return None
-        return self.layers[name]
+    def drops(self, index: int) -> bool:
+        """Return whether layer `index` is droppable."""
+        return str(index) in self.layers
+
+    @property
+    def policy(self) -> Policy:
+        """What dropped tokens get now."""
+        return self.start, self.mapped
+
+    def replaced(
+        self, index: int, hidden: torch.Tensor, anchor: torch.Tensor, policy: Policy
+    ) -> torch.Tensor:
+        """Return what a droppable layer gives for dropped tokens, [B, T, d].
+
+        Args:
+            index: Of the layer.
+            hidden: What it would read, [B, T, d].
+            anchor: Its anchor, [B, T or 1, d].
+            policy: What they get.
+        """
+        start, mapped = policy
+        before = hidden if start == "input" else anchor
+        if not mapped:
+            return before.expand_as(hidden)
+        return (before + self.layers[str(index)](hidden)).to(hidden.dtype)
 
 
 def attach(model: torch.nn.Module, name: str, droppable: DroppableLayers) -> None:
@@ -181,23 +210,30 @@ def masked_logits(
         gapped = causal_mask(decoder.config, hidden, written, positions)
     anchor = torch.where(refreshed, places, 0).cummax(1).values[..., None].expand_as(hidden)
     for index, layer in enumerate(decoder.layers):
-        low_rank = droppable.map_of(index)
         output = layer(
             hidden,
-            attention_mask=ordinary if low_rank is None else gapped,
+            attention_mask=gapped if droppable.drops(index) else ordinary,
             position_ids=positions,
             position_embeddings=rotary,
         )
-        if low_rank is not None:
-            change = low_rank(hidden)
-            if droppable.running:
-                change = change.masked_fill(refreshed[..., None], 0).cumsum(1)
-                change = change - change.gather(1, anchor)
-            replaced = (output.gather(1, anchor) + change).to(output.dtype)
+        if droppable.drops(index):
+            start = output.gather(1, anchor)
+            if droppable.start == "previous" and droppable.mapped:
+                replaced = _summed(droppable.layers[str(index)](hidden), start, anchor, refreshed)
+            else:
+                replaced = droppable.replaced(index, hidden, start, droppable.policy)
             output = torch.where(refreshed[..., None], output, replaced)
         hidden = output
     logits: torch.Tensor = root.lm_head(decoder.norm(hidden))
     return logits
+
+
+def _summed(
+    change: torch.Tensor, start: torch.Tensor, anchor: torch.Tensor, refreshed: torch.Tensor
+) -> torch.Tensor:
+    """Return the start and all changes since the refresh, one on top of the other, [B, T, d]."""
+    change = change.masked_fill(refreshed[..., None], 0).cumsum(1)
+    return (start + change - change.gather(1, anchor)).to(start.dtype)
 
 
 # -- decoding ----------------------------------------------------------------------------------
@@ -216,9 +252,9 @@ class TemporalSession(CachedSession):
         root: Any = model
         self.decoder, self.head = root.model, root.lm_head
         self.droppable = droppable
-        self.window = droppable.window
-        self.phase = 0
-        """Tokens read since the prompt."""
+        layers = len(self.decoder.layers)
+        self.cycle = Cycle(droppable.window, layers, len(droppable.layers))
+        self.fill, self.policy = droppable.fill, droppable.policy
         self.anchors: dict[int, torch.Tensor] = {}
         """Anchor of each droppable layer, [B, 1, d]."""
         self.position = torch.empty(0)
@@ -242,8 +278,7 @@ class TemporalSession(CachedSession):
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Read one token per sequence, [B, 1]; return logits [B, V]."""
-        dropping = self.phase % (self.window + 1) < self.window
-        self.phase += 1
+        dropping = self.cycle.turn()
         self.position = self.position + 1
         hidden = self.decoder.embed_tokens(input_ids)
         ordinary = self._mask_of(0, hidden.dtype)
@@ -260,20 +295,20 @@ class TemporalSession(CachedSession):
     ) -> torch.Tensor:
         rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
         for index, layer in enumerate(self.decoder.layers):
-            low_rank = self.droppable.map_of(index)
+            droppable = self.droppable.drops(index)
             context = {
-                "attention_mask": ordinary if low_rank is None else gapped,
+                "attention_mask": gapped if droppable else ordinary,
                 "position_ids": positions,
                 "position_embeddings": rotary,
                 "past_key_values": self.cache,
             }
-            if low_rank is None or not dropping:
+            if not (droppable and dropping):
                 hidden = layer(hidden, use_cache=True, **context)
             else:
-                if self.droppable.fill:
+                if self.fill:
                     layer.self_attn(hidden_states=layer.input_layernorm(hidden), **context)
-                hidden = (self.anchors[index] + low_rank(hidden)).to(hidden.dtype)
-            if low_rank is not None and (self.droppable.running or not dropping):
+                hidden = self.droppable.replaced(index, hidden, self.anchors[index], self.policy)
+            if droppable and (self.policy[0] == "previous" or not dropping):
                 self.anchors[index] = hidden[:, -1:].clone()  # not a view of the whole prompt
         logits: torch.Tensor = self.head(self.decoder.norm(hidden)[:, -1:])
         return logits[:, -1]

@@ -282,17 +282,18 @@ def open_model(bench: Bench) -> torch.nn.Module:
 def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, Method]:
     """Return the model that a run evaluates, and its method; the run itself is left alone.
 
+    It is what an evaluation that goes on from the run would open.
+
     Args:
         job: The run; it has made its artefact.
         store: Where it is.
         scratch: An empty folder for logs that nobody reads.
     """
-    spec = replace(job.spec, stage="eval")
+    spec = job.spec
+    if spec.stage != "eval":
+        spec = replace(spec, stage="eval", parent=spec.key)
     bench = open_bench(replace(job, spec=spec), RunFolder(scratch), store)
     model = open_model(bench)
-    if job.spec.stage != "eval":
-        artefact = store.run(job.spec.key).artefact
-        model = bench.method.load(model, artefact, bench.context())
     return model.eval().requires_grad_(False), bench.method
 
 
@@ -400,6 +401,7 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         shape=bench.shape,
         dtype=bench.spec.hardware.dtype,
         cost=bench.cost(point),
+        whole=bench.cost(bench.method.whole(bench.shape)),
         machine=bench.job.runtime.machine,
         journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
         keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),

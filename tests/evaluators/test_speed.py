@@ -181,8 +181,8 @@ def test_the_grid_names_its_cells_and_goes_on_where_it_was(
 
 
 def test_an_engine_is_as_fast_as_itself(subject: Subject, ticks: None) -> None:
-    ratio = compared(subject, "auto", "auto", Cell(1, 4, 3), 6)
-    assert ratio.speedup == (1.0, 1.0, 1.0)
+    ratio, steps = compared(subject, "auto", "auto", Cell(1, 4, 3), 6)
+    assert ratio.speedup == steps.speedup == (1.0, 1.0, 1.0)
     found = metrics(Speed(**SMALL, baseline="self").run(subject))
     assert found["speedup", "", ""].value == 1.0
 

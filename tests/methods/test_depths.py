@@ -13,13 +13,18 @@ from effbench import models
 from effbench.config import compose
 from effbench.errors import UserError
 from effbench.evaluators.base import make_batch
+from effbench.kernels.native import kernels as native_kernels
 from effbench.methods.base import Method, chain_cost
+from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.depths import Depths
-from effbench.methods.lora import LoRA
+from effbench.methods.dylora import DyLoRA
+from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn.engine import StaticSession
-from effbench.nn.quantised import storage_bytes
+from effbench.nn.linears import decoder_linears, replace_linears
+from effbench.nn.merging import merged
+from effbench.nn.quantised import PackedLinear, storage_bytes
 from effbench.nn.scoring import Plan, Request, padded_scores, tree_scores
 from effbench.report.compare import compare
 from effbench.stages.export import export
@@ -66,6 +71,13 @@ def test_an_artefact_with_logits_of_its_own_is_refused():
     Depths().check_after([LoRA()])
 
 
+def test_what_follows_one_depth_alone_starts_from_all_layers():
+    alone, both = (SortedLoRA(rank=4, depths=d) for d in ((2,), (2, 5)))
+    for point in ("d2", "d5"):
+        costs = [chain_cost([m, Depths()], DEEP, "float32", point) for m in (alone, both)]
+        assert costs[0] == costs[1]
+
+
 def test_depths_count_what_the_run_before_left():
     chain = [LoRA(rank=4), Depths(eval_depths=(2, 5))]
     whole = LoRA(rank=4).cost(DEEP, "float32")
@@ -103,15 +115,12 @@ def test_settings_of_evaluation_can_be_changed_after_training(bench: Bench) -> N
 
 
 def test_speed_reports_what_a_session_counted(bench: Bench) -> None:
-    sizes = ["prompt_tokens=6", "new_tokens=5", "repeats=1", "probe_mb=1", "probe_side=128"]
     found = bench.run(
         "eval",
         "method=depths",
         "method.eval_depths=[2,4]",
         "method.decoding=[exit,speculative]",
-        "evaluator=[speed]",
-        *(f"evaluator.speed.{size}" for size in sizes),
-        *SMALL[-3:],
+        *TIMED,
     )
     assert metric(found, "exit_depth", "exit") == 4  # random weights are sure of nothing
     assert metric(found, "acceptance_length", "speculative") >= 1
@@ -119,6 +128,102 @@ def test_speed_reports_what_a_session_counted(bench: Bench) -> None:
     assert all(m.obtained == "counted" for m in found.metrics if m.name == "exit_depth")
     # Shares of the ceilings are for work that is known beforehand.
     assert {m.point for m in found.metrics if m.name == "mbu"} == {"d2", "d4"}
+
+
+SIZES = ["prompt_tokens=6", "new_tokens=5", "repeats=1", "probe_mb=1", "probe_side=128"]
+TIMED = ["evaluator=[speed]", *(f"evaluator.speed.{size}" for size in SIZES), *SMALL[-3:]]
+AT = ["method=depths", "method.eval_depths=[2,4]"]
+
+
+@pytest.mark.parametrize("engine", ["static", "eager", "generate"])
+def test_every_engine_decodes_a_depth_and_states_its_ceiling(bench: Bench, engine: str) -> None:
+    words = [*AT, *TIMED, f"evaluator.speed.engine={engine}"]
+    found = bench.run("eval", *words)
+    read = {p: metric(found, "bytes_per_token", p) for p in ("d2", "d4")}
+    assert metric(found, "speed_ceiling", "d2") == read["d4"] / read["d2"] > 1
+    assert metric(found, "speed_ceiling", "d4") == 1
+    assert metric(found, "kv_bytes", "d4") == 2 * metric(found, "kv_bytes", "d2")
+    assert metric(found, "decode_tokens_per_second", "d2") > 0
+    ceiling = next(m for m in found.metrics if m.name == "speed_ceiling")
+    assert (ceiling.obtained, ceiling.phase) == ("counted", "decode")
+
+
+def test_the_ceiling_is_of_all_layers_whichever_are_listed(bench: Bench) -> None:
+    found = bench.run("eval", *AT[:1], "method.eval_depths=[2]", *TIMED)
+    assert metric(found, "speed_ceiling", "d2") > 1.3
+
+
+def test_dynamic_decoding_has_no_other_engine_and_no_ceiling(bench: Bench) -> None:
+    words = [*AT, "method.decoding=[exit]", *TIMED]
+    for word in ("engine=static", "baseline=eager"):
+        with pytest.raises(UserError, match="depths decodes in a way of its own at exit"):
+            bench.job("eval", *words, f"evaluator.speed.{word}")
+    found = bench.run("eval", *words, "evaluator.speed.engine=merged")
+    assert {m.point for m in found.metrics if m.name == "speed_ceiling"} == {"d2", "d4"}
+
+
+def test_a_trained_depth_is_timed_as_the_plain_model_it_merges_into(bench: Bench) -> None:
+    trained = bench.run("train", "method=sorted_lora", *SMALL)
+    words = [f"from={trained.key}", *TIMED]
+    own = bench.run("eval", *words)
+    plain = bench.run("eval", *words, "evaluator.speed.engine=merged")
+    dense = bench.run("eval", "method=depths", "method.eval_depths=[3,4]", *TIMED)
+    for point in ("d3", "d4"):
+        ceilings = [metric(r, "speed_ceiling", point) for r in (own, plain, dense)]
+        assert ceilings[1] == ceilings[2]
+        assert metric(plain, "bytes_per_token", point) == metric(own, "bytes_per_token", point)
+    assert metric(plain, "merged_linears", "d3") == 3 * 7
+    assert metric(plain, "merged_linears", "d4") == 4 * 7
+    assert "merged_linears" not in {m.name for m in own.metrics}
+    with pytest.raises(UserError, match="these are packed"):
+        bench.job("train", "method=qlora", *TIMED, "evaluator.speed.engine=merged")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_a_model_is_plain_and_afterwards_as_it_was(dtype: torch.dtype) -> None:
+    method, model = with_depths(True)
+    model = model.to(dtype)
+    modules = {n: id(m) for n, m in model.named_modules()}
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    for point in method.points():
+        with method.at(model, point):
+            expected = model(batch_of().input_ids).logits
+            with pytest.raises(RuntimeError), merged(model) as count:
+                assert count == 7 * len(model.model.layers)
+                assert all(type(m) is torch.nn.Linear for _, m in decoder_linears(model))
+                assert {p.dtype for p in model.parameters()} == {dtype}
+                found = model(batch_of().input_ids).logits
+                session: Any = method.session(model)
+                session.prefill(batch_of().input_ids)
+                native = native_kernels() is not None
+                assert session.engine == ("native" if native else "walk")
+                raise RuntimeError
+            assert model(batch_of().input_ids).logits.equal(expected)
+        loose = 1e-4 if dtype == torch.float32 else 0.3
+        torch.testing.assert_close(found, expected, atol=loose, rtol=loose)
+    assert {n: id(m) for n, m in model.named_modules()} == modules
+    assert all(t.equal(tensors[n]) for n, t in model.state_dict().items())
+
+
+def test_adapters_of_every_kind_are_merged_but_none_into_packed_weights() -> None:
+    for method in (LoRA(4), DyLoRA(4), DeepLoRA(rank=4)):
+        model: Any = tiny_model(shape=DEEP)
+        model = method.prepare(model, context()).eval()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(0.1 * torch.randn(p.shape, generator=generator(3)))
+        with torch.no_grad(), merged(model) as count:
+            found = model(batch_of().input_ids).logits
+        assert count == 35
+        with torch.no_grad():
+            expected = model(batch_of().input_ids).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    model = tiny_model(shape=DEEP)
+    replace_linears(model, lambda _, linear: PackedLinear.quantise(linear, 4, 32))
+    model = LoRA(4).prepare(model, context())
+    with pytest.raises(UserError, match="cannot take its adapter in"), merged(model):
+        pass
+    assert any(True for _ in peft_adapters(model))
 
 
 def with_depths(adapters: bool) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from effbench.methods.lora_drop import LoRADrop, speed_ceiling
 from effbench.nn.decoding import CachedSession, greedy
 from effbench.nn.native_step import NativeStep
 from effbench.nn.temporal import TemporalSession, prompt_lengths, schedule
+from effbench.nn.temporal_static import StaticTemporalSession
 from effbench.schema import build
 from effbench.shapes import Shape
 
@@ -131,7 +132,7 @@ def digest(model: Any) -> str:
 
 @pytest.mark.parametrize("prompt", [1, 5])
 @pytest.mark.parametrize(("layers", "window"), SETS)
-@pytest.mark.parametrize("anchor", ["refresh", "previous"])
+@pytest.mark.parametrize("anchor", ["refresh", "previous", "input"])
 @pytest.mark.parametrize("kv", ["skip", "fill"])
 @torch.no_grad()
 def test_masked_pass_is_stepwise_decoding(
@@ -287,8 +288,8 @@ def test_prompt_and_refreshes_run_as_in_the_base(padded: bool) -> None:
     ids = tokens(2, 9)
     mask = torch.ones_like(ids[:, :6])
     mask[1, :2] = 0
-    session: Any = method.session(prepared(method))
-    session.window = 0  # refresh at every step
+    session: Any = method.eager_session(prepared(method))
+    session.cycle.window = 0  # refresh at every step
     ours = decoded(session, ids, 6, mask if padded else None)
     theirs = decoded(CachedSession(tiny()), ids, 6, mask if padded else None)
     assert torch.equal(ours, theirs)
@@ -326,6 +327,64 @@ def test_leaving_a_point_restores_the_base() -> None:
     assert torch.equal(tiny()(ids).logits, untouched)
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@torch.no_grad()
+def test_baselines_are_points_without_maps(window: int) -> None:
+    """B = 0 with the anchor, and layers left out, each against a method that is just that."""
+    settings: dict[str, Any] = {"rank": 4, "layers": (2, 3, 5), "window": window}
+    method = LoRADrop(**settings, windows=(0, window), baselines=("reuse", "identity"))
+    k = f"k{window}"
+    assert method.points() == (f"{k}-reuse", f"{k}-identity", "k0", k)
+    model, ids = in_float64(prepared(method)), tokens(2, 12)
+    seen = {}
+    for point in method.points():
+        with method.at(model, point):
+            seen[point] = method.logits(model, batch_of(ids, 4))
+            steps = decoded(method.session(model), ids, 4)
+        torch.testing.assert_close(steps, seen[point][:, 3:], rtol=0, atol=1e-12)
+    for anchor, name in (("refresh", "reuse"), ("input", "identity")):
+        plain = LoRADrop(**settings, anchor=anchor)  # type: ignore[arg-type]
+        other = in_float64(prepared(plain, strength=0.0))
+        torch.testing.assert_close(
+            plain.logits(other, batch_of(ids, 4)), seen[f"{k}-{name}"], rtol=0, atol=1e-12
+        )
+    assert len({float(x.sum()) for x in seen.values()}) == 4
+    stand_in = 2 * 4 * SHAPE.hidden_size * 3 * window / (window + 1)
+    costs = {p: method.cost(SHAPE, "float32", p) for p in (k, f"{k}-reuse")}
+    read = costs[k].bytes_per_token - costs[f"{k}-reuse"].bytes_per_token
+    assert read == pytest.approx(4 * stand_in)
+    assert method.whole(SHAPE) == "k0" and method.plain_session("k0")
+    assert not method.plain_session(f"{k}-reuse")
+
+
+@torch.no_grad()
+def test_a_window_longer_than_the_text_never_refreshes() -> None:
+    method = LoRADrop(rank=4, layers=(2, 3, 5), window=10**6, windows=(0, 10**6))
+    model, ids = in_float64(prepared(method)), tokens(1, 14)
+    whole = method.logits(model, batch_of(ids, 4))[:, 3:]
+    session: Any = method.session(model)
+    torch.testing.assert_close(decoded(session, ids, 4), whole, rtol=0, atol=1e-12)
+    assert session.kv_lengths() == [4 if i in (2, 3, 5) else 14 for i in range(8)]
+
+
+@torch.no_grad()
+def test_tokens_by_their_place_in_the_cycle() -> None:
+    method = LoRADrop(layers=(2,), window=2)
+    model = prepared(method)
+    batch = batch_of(tokens(1, 9), prompt=3)
+    parts = {n: "".join(".x"[int(i)] for i in m[0]) for n, m in method.parts(model, batch).items()}
+    # The columns are tokens 1 to 8; 1 and 2 are prompt. Token 3 is predicted by the prompt's end,
+    # tokens 4 and 5 by dropped ones, token 6 by a refresh.
+    assert parts == {"j0": "xxx..x..", "j1": "...x..x.", "j2": "....x..x"}
+    assert sum(m.long() for m in method.parts(model, batch).values()).eq(1).all()
+    refreshed = schedule(torch.tensor([3]), torch.tensor([0]), 8, 2)[0]
+    assert method.parts(model, batch)["j0"][0].equal(refreshed)
+    with method.at(model, "k0"):
+        assert not method.parts(model, batch)
+    longest = LoRADrop(layers=(2,), window=100, windows=(100,))
+    assert list(longest.parts(prepared(longest), batch)) == [f"j{j}" for j in range(9)]
+
+
 def test_unknown_point_is_refused() -> None:
     method = LoRADrop(layers=(2,), window=3)
     with pytest.raises(UserError, match="'k4'"), method.at(prepared(method), "k4"):
@@ -341,13 +400,16 @@ def test_unknown_point_is_refused() -> None:
 def test_cache_lengths_and_bytes(layers: tuple[int, ...], window: int, generated: int) -> None:
     method = LoRADrop(layers=layers, window=window)
     model, prompt, rows = prepared(method), 5, 3
-    session = method.session(model)
-    assert isinstance(session, TemporalSession)
-    decoded(session, tokens(rows, prompt + generated), prompt)
     refreshes = generated // (window + 1)
     lengths = [prompt + (refreshes if i in layers else generated) for i in range(SHAPE.num_layers)]
-    assert session.kv_lengths() == lengths
-    assert session.kv_bytes() == 2 * SHAPE.num_kv_heads * SHAPE.head_dim * 4 * rows * sum(lengths)
+    for kind in (TemporalSession, StaticTemporalSession):
+        session = kind(model, model.lora_drop)
+        decoded(session, tokens(rows, prompt + generated), prompt)
+        assert session.kv_lengths() == lengths
+        position = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * 4 * rows
+        assert session.kv_bytes() == position * sum(lengths)
+        dropped = (generated - refreshes) * len(layers)
+        assert session.cycle.passes == generated * SHAPE.num_layers - dropped
 
 
 @pytest.mark.parametrize(("layers", "window"), SETS)
@@ -355,7 +417,7 @@ def test_cache_lengths_and_bytes(layers: tuple[int, ...], window: int, generated
 def test_attention_calls_per_cycle(layers: tuple[int, ...], window: int) -> None:
     method = LoRADrop(layers=layers, window=window)
     model = prepared(method)
-    session, calls, ids = method.session(model), [], tokens(1, 5)
+    session, calls, ids = method.eager_session(model), [], tokens(1, 5)
     session.prefill(ids)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: calls.append(1))
@@ -365,13 +427,14 @@ def test_attention_calls_per_cycle(layers: tuple[int, ...], window: int) -> None
     assert len(calls) == (window + 1) * kept + len(layers)
 
 
+@pytest.mark.parametrize("kind", [TemporalSession, StaticTemporalSession])
 @torch.no_grad()
-def test_untrained_drop_step_ignores_its_token() -> None:
+def test_untrained_drop_step_ignores_its_token(kind: Any) -> None:
     method = LoRADrop(layers=(2, 4), window=2)
     model, ids = method.prepare(tiny(), context()), tokens(1, 6)
     logits = []
     for token in (7, 40):
-        session = method.session(model)
+        session = kind(model, model.lora_drop)
         session.prefill(ids)
         steps = [session.step(torch.tensor([[token]])) for _ in range(3)]
         logits.append(steps)
@@ -461,12 +524,12 @@ def test_only_the_stand_ins_train_and_start_by_seed_and_layer() -> None:
     assert count == 2 * 4 * SHAPE.hidden_size * 3 == method.cost(SHAPE, "float32").trainable
     torch.rand(7)
     other: Any = LoRADrop(rank=4, layers=(3,)).prepare(tiny(), context())
-    start = model.lora_drop.map_of(3)
-    assert torch.equal(start.A, other.lora_drop.map_of(3).A)
-    assert not torch.equal(start.A, model.lora_drop.map_of(2).A)
+    start = model.lora_drop.layers["3"]
+    assert torch.equal(start.A, other.lora_drop.layers["3"].A)
+    assert not torch.equal(start.A, model.lora_drop.layers["2"].A)
     assert start.A.abs().max() <= SHAPE.hidden_size**-0.5 and not start.B.any()
     reseeded: Any = method.prepare(tiny(), context(seed=1))
-    assert not torch.equal(start.A, reseeded.lora_drop.map_of(3).A)
+    assert not torch.equal(start.A, reseeded.lora_drop.layers["3"].A)
 
 
 def train(method: LoRADrop, model: Any, ctx: Context, steps: int) -> list[float]:
@@ -585,6 +648,9 @@ def test_droppable_layers() -> None:
         (LoRADrop(layers=(2, 2)), "twice"),
         (LoRADrop(fraction=0.01), "no layer at all"),
         (LoRADrop(window=-1), "negative"),
+        (LoRADrop(window=1000), "1001 operating points"),
+        (LoRADrop(windows=(3, 1)), "rising"),
+        (LoRADrop(windows=()), "empty"),
     ],
 )
 def test_impossible_settings_are_refused(method: LoRADrop, message: str) -> None:
@@ -593,7 +659,8 @@ def test_impossible_settings_are_refused(method: LoRADrop, message: str) -> None
 
 
 def test_possible_settings_pass() -> None:
-    for method in (LoRADrop(), LoRADrop(layers=()), LoRADrop(fraction=0.0), LoRADrop(window=0)):
+    methods = [LoRADrop(), LoRADrop(layers=()), LoRADrop(fraction=0.0), LoRADrop(window=0)]
+    for method in (*methods, LoRADrop(window=10**6, windows=(0, 10**6))):
         method.check(SHAPE)
 
 
@@ -632,7 +699,7 @@ def test_cost_is_what_is_counted(kv: Any, monkeypatch: pytest.MonkeyPatch) -> No
         assert cost.saving == ("physical" if window else "none")
         cycle = window + 1
         with method.at(model, point):
-            session = method.session(model)
+            session = method.eager_session(model)  # whole modules, which tell that they ran
         session.prefill(tokens(1, 4))
         at_start = session.kv_bytes()
         weights, flops = touched(model, session, cycle)

@@ -1,0 +1,376 @@
+"""ECHO-LLaMA: upper layers take keys and values from one below, converted layer by layer.
+
+Dialameh et al., ECHO-LLaMA: Efficient Caching for High-Performance LLaMA Training, EMNLP 2025
+(industry track), arXiv 2505.17331. Its abstract, and one caption, were all that we could read.
+
+A consumer has its own queries, output projection and MLP, and takes the keys (after RoPE) and
+values of its source; its k_proj and v_proj are gone, and it adds nothing to the cache. With mode=qk
+it takes queries and keys instead, so the attention map, and caches values alone.
+
+The consumers are converted one after the other. While one is, for M steps,
+
+    k = (1 - a) k_own + a k_source,    v likewise,    a = 1/M, 2/M ... 1
+
+and then its projections are removed, which changes nothing more. The loss is next-token
+cross-entropy, plus `kl` times KL(original || student) if that is asked for.
+
+Our choices, for the paper's are not known: the layer maps (`top` is YOCO's, arXiv 2405.05254;
+`pairs` is CLA's, arXiv 2405.12981), the schedule, what is trained and how.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from effbench.errors import UserError
+from effbench.footprint import Training, passed_layers, trained_layers
+from effbench.layer_maps import (
+    TAKEN,
+    LayerMap,
+    Mode,
+    SharedShape,
+    listed_map,
+    pair_map,
+    require_unshared,
+    shared_in,
+    shared_shape,
+    top_map,
+)
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights, dense_cost
+from effbench.methods.kd import DISTILLED_BYTES
+from effbench.schema import Fraction, NonNegativeFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class EchoLLaMA(Method):
+    """Cross-layer sharing by conversion, or from scratch on a model with random weights."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "ECHO-LLaMA: Efficient Caching for High-Performance LLaMA Training",
+        "EMNLP 2025 industry track",
+        "2505.17331",
+    )
+    learning_rate: ClassVar[float] = 1e-4
+    identity: ClassVar[dict[str, Any] | None] = {"share": 0.0}
+
+    map: Literal["top", "pairs"] = "top"
+    """Who takes from whom: the uppermost layers from the one below them, or odd layers from the
+    even one before, the uppermost first."""
+    share: Fraction = 0.5
+    """Share of the layers that are consumers."""
+    layers: tuple[PositiveInt, ...] = ()
+    """The consumers themselves, instead of `map` and `share`; each takes from the nearest earlier
+    layer that is not listed."""
+    mode: Mode = "kv"
+    """What is taken: keys and values, or queries and keys (the attention map)."""
+    blend: bool = True
+    """Convert layer by layer, with a rising; false converts all before the first step."""
+    adapt: Fraction = 0.5
+    """Share of the run's steps in which layers are converted; 0 is like blend=false."""
+    order: Literal["down", "up"] = "down"
+    """Whether the last consumer is converted first, or the first one."""
+    producer_init: Literal["keep", "mean"] = "keep"
+    """Whether a source starts from its own weights, or from the mean over all that share them."""
+    kl: NonNegativeFloat = 0.0
+    """Weight of KL(original || student) in the loss; the original is a frozen copy."""
+    trains: Literal["full", "lora"] = "full"
+    """Every weight, or adapters where sharing changes something: q and o of consumers, k and v of
+    sources (with mode=qk: v and o, q and k). They are merged at the end."""
+    rank: PositiveInt = 16
+    """Rank of those adapters; their scale is 1."""
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters where it trains."""
+        return "float32" if self.trains == "full" else "compute"
+
+    @property
+    def abrupt(self) -> bool:
+        """Whether all layers are converted before the first step."""
+        return not self.blend or not self.adapt
+
+    # -- who takes from whom -------------------------------------------------------------------
+
+    def sharing(self, num_layers: int) -> LayerMap:
+        """Return the layer map that a model of so many layers ends with."""
+        if self.layers:
+            return listed_map(num_layers, self.layers, self.mode)
+        make = top_map if self.map == "top" else pair_map
+        return make(num_layers, round(self.share * num_layers), self.mode)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a model that shares or is sliced, and more consumers than a map can have."""
+        require_unshared(shape, self.name)
+        most = shape.num_layers - 1 if self.map == "top" else shape.num_layers // 2
+        if not self.layers and round(self.share * shape.num_layers) > most:
+            raise UserError(
+                f"method.share={self.share} of {shape.num_layers} layers is more than the {most} "
+                f"consumers that map={self.map} can have.",
+                f"Set method.share={most / shape.num_layers:.3g} or less.",
+            )
+        self.sharing(shape.num_layers)
+
+    def spans(self, num_layers: int, total_steps: int) -> dict[int, tuple[int, int]]:
+        """Return the first step of each consumer's conversion and the one after its last."""
+        consumers = self.sharing(num_layers).consumers
+        ordered = consumers if self.order == "up" else consumers[::-1]
+        steps = max(1, round(self.adapt * total_steps))
+        count = len(ordered)
+        return {
+            layer: (place * steps // count, (place + 1) * steps // count)
+            for place, layer in enumerate(ordered)
+        }
+
+    def adapted(self, num_layers: int) -> Iterator[tuple[int, str]]:
+        """Yield `(layer, linear)` of every adapter that `trains=lora` has."""
+        sharing = self.sharing(num_layers)
+        own = ("q_proj", "o_proj") if self.mode == "kv" else ("v_proj", "o_proj")
+        for layer in range(num_layers):
+            if layer in sharing.consumers:
+                yield from ((layer, name) for name in own)
+            elif layer in sharing.givers:
+                yield from ((layer, name) for name in TAKEN[self.mode])
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Make the model ready to share, or let it share at once; mark what trains."""
+        from effbench.nn.sharing import put_sharing, share
+
+        if self.kl:
+            self._keep_original(model, ctx)
+        sharing = self.sharing(int(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
+        if self.producer_init == "mean":
+            average_sources(model, sharing)
+        model = share(model, sharing) if self.abrupt else put_sharing(model, sharing)
+        model.requires_grad_(self.trains == "full")
+        if self.trains == "lora":
+            self._adapt(model, ctx.seed)
+        ctx.state["converted"] = list(sharing.consumers) if self.abrupt else []
+        return model
+
+    def _keep_original(self, model: torch.nn.Module, ctx: Context) -> None:
+        from effbench.nn.state import cast_parameters
+
+        original = copy.deepcopy(model).requires_grad_(False).eval()
+        cast_parameters(original, ctx.dtype)
+        # Straight in __dict__ it is no part of the model: neither trained, moved nor saved with it.
+        vars(model)["original"] = original
+
+    def _adapt(self, model: Any, seed: int) -> None:
+        from effbench.nn.linears import replace_module
+        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
+
+        for layer, name in self.adapted(len(model.model.layers)):
+            path = f"model.layers.{layer}.self_attn.{name}"
+            part = LowRankLinear(model.get_submodule(path), RankControl(self.rank), self.rank)
+            init_a(part.lora_A, seed, path)
+            replace_module(model, path, part)
+
+    def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Convert the layers that the interrupted run had converted."""
+        from effbench.nn.sharing import convert, sharing_layers
+
+        done = {m.layer for m in sharing_layers(model) if m.takes}
+        for layer in ctx.state["converted"]:
+            if layer not in done:
+                convert(model, layer)
+        return model
+
+    # -- training ------------------------------------------------------------------------------
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Set a of the layers that are on their way."""
+        from effbench.nn.sharing import sharing_layers
+
+        layers = {m.layer: m for m in sharing_layers(model)}
+        for layer, (first, end) in self.spans(len(layers), ctx.total_steps).items():
+            if not layers[layer].takes:
+                layers[layer].share = share_at(ctx.step, first, end)
+
+    def on_gradients(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
+    ) -> None:
+        """Remove the projections of layers whose conversion ends with this step."""
+        from effbench.nn.growth import drop
+        from effbench.nn.sharing import convert, sharing_layers
+
+        layers = {m.layer: m for m in sharing_layers(model)}
+        for layer, (_, end) in self.spans(len(layers), ctx.total_steps).items():
+            if end <= ctx.step + 1 and not layers[layer].takes:
+                drop(optimizer, convert(model, layer))
+                ctx.state["converted"].append(layer)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the cross-entropy of one micro-batch, with the distance to the original added."""
+        if not self.kl:
+            return super().loss(model, batch, ctx)
+        from effbench.nn.losses import token_kl, token_nll
+
+        logits = self.logits(model, batch)
+        with torch.no_grad():
+            target = self.logits(vars(model)["original"], batch)
+        hard = token_nll(logits, batch.labels).sum()
+        soft = token_kl(target, logits, batch.labels, 1.0).sum()
+        return (hard + self.kl * soft) / batch.window_tokens
+
+    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
+        """Whether every consumer is converted."""
+        from effbench.nn.sharing import sharing_layers
+
+        layers = sharing_layers(model)
+        return not layers or len(ctx.state["converted"]) == len(layers[0].sharing.consumers)
+
+    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
+        """Return how many layers are converted, those on their way in part."""
+        from effbench.nn.sharing import sharing_layers
+
+        return {"converted": sum(m.share for m in sharing_layers(model))}
+
+    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the model with every consumer converted and adapters merged."""
+        from effbench.nn.growth import merge
+        from effbench.nn.sharing import convert, sharing_layers
+
+        for attention in sharing_layers(model):
+            if attention.source != attention.layer and not attention.takes:
+                convert(model, attention.layer)
+        if self.trains == "lora":
+            model = merge(model).requires_grad_(False)
+        vars(model)["whole"] = True
+        return model
+
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of the original."""
+        vars(model).pop("original", None)
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return what trains, and every weight once the model is finished."""
+        if "whole" in vars(model):
+            return {n: p.detach() for n, p in model.named_parameters()}
+        return super().tensors(model)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write all weights and the layer map."""
+        from effbench.nn.shared_folder import write_map
+
+        super().save(model, folder)
+        write_map(model, folder)
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` turned into the shared one of the artefact."""
+        from effbench.nn.shared_folder import follow_map
+        from effbench.nn.state import load_tensors
+
+        model = follow_map(model, folder)
+        vars(model)["whole"] = True
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model.requires_grad_(False)
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a folder that `model=folder` loads; no other tool knows the layer map."""
+        from effbench.nn.shared_folder import write_shared
+
+        write_shared(model, folder)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape of a model that shares; it is known before there is an artefact."""
+        found = shared_in(shape, folder)
+        return found or shared_shape(shape, self.sharing(shape.num_layers))
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count a dense model of the shape that is left; nothing of what is removed stays."""
+        cost = super().cost(shape, dtype, point)
+        trainable = cost.trainable if self.trains == "full" else 0
+        if isinstance(shape, SharedShape):
+            cost = replace(cost, saving="physical")
+        return replace(cost, trainable=trainable)
+
+    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
+        """Count the model of the first step, before anything is removed unless all is at once."""
+        if self.abrupt:
+            shape = shared_shape(shape, self.sharing(shape.num_layers))
+        cost = super().cost(shape, dtype)
+        if self.trains == "full":
+            return cost
+        added = sum(self.rank * (i + o) for _, i, o in self._adapter_sizes(shape))
+        cost = dense_cost(shape, DTYPE_BYTES[dtype])
+        return replace(
+            cost,
+            params=cost.params + added,
+            trainable=added,
+            resident_bytes=cost.resident_bytes + 4 * added,
+        )
+
+    def _adapter_sizes(self, shape: Shape) -> Iterator[tuple[int, int, int]]:
+        for layer, name in self.adapted(shape.num_layers):
+            yield layer, *shape.linear_sizes(layer)[name]
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the first step; later ones do less. The original's pass is not among it."""
+        if self.abrupt:
+            shape = shared_shape(shape, self.sharing(shape.num_layers))
+        full = self.trains == "full"
+        found = (
+            trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
+            if full
+            else self._adapted_layers(shape, DTYPE_BYTES[dtype])
+        )
+        return replace(found, loss_bytes=DISTILLED_BYTES, every=True) if self.kl else found
+
+    def _adapted_layers(self, shape: Shape, element: int) -> Training:
+        """Count frozen layers down to the lowest source, which a gradient passes, and adapters."""
+        sizes = list(self._adapter_sizes(shape))
+        if not sizes:
+            return passed_layers(shape, element, 0)
+        lowest = sizes[0][0]
+        plain = passed_layers(shape, element, shape.num_layers - lowest)
+        products = sum(2 * self.rank * (i + o) for _, i, o in sizes)
+        # Nothing below the lowest source needs a gradient, so none reaches what it reads.
+        readers = [n for n in ("q_proj", "k_proj", "v_proj") if n in shape.linear_sizes(lowest)]
+        unneeded = sum(2 * i * o for i, o in (shape.linear_sizes(lowest)[n] for n in readers))
+        unneeded += sum(2 * self.rank * i for layer, i, _ in sizes if layer == lowest)
+        if element < 4:  # each adapter has a cast of its own
+            inputs = sum(i for _, i, _ in sizes)
+        else:  # what the attention's linears read; its output is kept anyway
+            inputs = shape.hidden_size * len({layer for layer, _, _ in sizes})
+        kept = 4 * inputs + 4 * self.rank * len(sizes)
+        return replace(
+            plain,
+            layers=plain.layers + kept,
+            forward=plain.forward + products,
+            gradient=plain.gradient + 2 * products - unneeded,
+        )
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the copy of what it starts from, if there is one."""
+        return ("",) if self.kl else ()
+
+
+def share_at(step: int, first: int, end: int) -> float:
+    """Return a in a step (from 0) of a layer that is converted from step `first` until `end`."""
+    if step < first:
+        return 0.0
+    return min(1.0, (step + 1 - first) / (end - first)) if end > first else 1.0
+
+
+def average_sources(model: Any, sharing: LayerMap) -> None:
+    """Set the projections of each source to the mean over itself and its consumers, in place."""
+    layers = model.model.layers
+    for source in sharing.givers:
+        group = [i for i, s in enumerate(sharing.sources) if s == source]
+        for name in TAKEN[sharing.mode]:
+            parts = [getattr(layers[i].self_attn, name) for i in group]
+            for mine, *others in zip(*(p.parameters() for p in parts), strict=True):
+                mean = torch.stack([mine.data, *(o.data for o in others)]).float().mean(0)
+                mine.data = mean.to(mine.dtype)

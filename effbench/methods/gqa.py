@@ -1,0 +1,109 @@
+"""Fewer key/value heads: each is the mean of those that it stands for, without training.
+
+Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from Multi-Head
+Checkpoints, EMNLP 2023, arXiv 2305.13245.
+
+    W_k' [n', D, d] = mean over each run of n / n' heads of W_k [n, D, d]        W_v' likewise
+
+Query heads go on reading in runs, so each group of them reads the mean of the heads that it read.
+One head is multi-query attention. The rotation of keys is linear, so means of rotated keys are
+rotated means. The result is a model of transformers' own; the paper then trains it further, which
+here is a run of its own: `effbench train from=RUN method=full`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from effbench.errors import UserError
+from effbench.layer_maps import require_unshared
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.schema import PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+POOLED = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class GQA(Method):
+    """Grouped-query or multi-query attention out of a model with more key/value heads."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
+        "EMNLP 2023",
+        "2305.13245",
+    )
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
+    identity: ClassVar[dict[str, Any] | None] = None
+
+    kv_heads: PositiveInt = 1
+    """Key/value heads of each layer; 1 is multi-query attention."""
+
+    def check(self, shape: Shape) -> None:
+        """Refuse numbers of heads that do not divide the model's, and models that share."""
+        require_unshared(shape, self.name)
+        if shape.num_kv_heads % self.kv_heads:
+            fits = [n for n in range(1, shape.num_kv_heads) if shape.num_kv_heads % n == 0]
+            raise UserError(
+                f"method.kv_heads={self.kv_heads} does not divide the model's "
+                f"{shape.num_kv_heads} key/value heads.",
+                f"Choose one of: {', '.join(map(str, fits)) or 'none, it has one head only'}.",
+            )
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Pool the heads of one projection after the other."""
+        from effbench.nn.slicing import require_llama
+
+        require_llama(model)
+        root: Any = model
+        for index, layer in enumerate(root.model.layers):
+            for name in POOLED:
+                self._pool(getattr(layer.self_attn, name), root.config.head_dim)
+                yield f"model.layers.{index}.self_attn.{name}", getattr(layer.self_attn, name)
+        self._settle(root)
+
+    def _pool(self, linear: Any, width: int) -> None:
+        """Give a projection the mean of each run of heads."""
+        for part in linear.parameters():
+            heads = part.data.float().view(self.kv_heads, -1, width, *part.shape[1:])
+            part.data = heads.mean(1).reshape(-1, *part.shape[1:]).to(part.dtype)
+        linear.out_features = self.kv_heads * width
+
+    def _settle(self, model: Any) -> None:
+        model.config.num_key_value_heads = self.kv_heads
+        for layer in model.model.layers:
+            layer.self_attn.num_key_value_groups = model.config.num_attention_heads // self.kv_heads
+
+    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the pooled projections."""
+        named = model.named_parameters()
+        return {n: p.detach() for n, p in named if n.split(".")[-2] in POOLED}
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the pooled projections of `folder`."""
+        from effbench.nn.state import load_tensors
+
+        for _ in self.compress(model, [], ctx):
+            pass
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a folder that transformers loads."""
+        from effbench.nn.sliced_folder import write_folder
+
+        write_folder(model, folder)
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape with fewer key/value heads."""
+        return replace(shape, num_kv_heads=self.kv_heads)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count a dense model of the shape that is left."""
+        return replace(dense_cost(shape, DTYPE_BYTES[dtype]), saving="physical")

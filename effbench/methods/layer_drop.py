@@ -1,0 +1,186 @@
+"""Whole decoder layers taken out: the baseline of methods that skip or share layers.
+
+What goes is either listed or the layers with the lowest block influence, of which the model is
+asked once, before any is gone:
+
+    influence_l = 1 - E[cos(x_l, x_{l+1})]     x_l: what layer l reads, [d], over all tokens
+
+Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect, 2024,
+arXiv 2403.03853. Other choices are here to compare with: the last layers (Gromov et al., The
+Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887, choose a run of layers by an
+angle, which is mostly a deep one), evenly spaced ones, random ones. No layer is trained; go on from
+it with `effbench train from=RUN`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from effbench.errors import UserError
+from effbench.files import write_atomic
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.schema import NonNegativeInt
+from effbench.shapes import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+
+KEPT = "layers.json"
+"""The artefact: which layers of the base stay."""
+
+
+@dataclass(frozen=True)
+class LayerDrop(Method):
+    """Layers removed in one shot."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        "Findings of ACL 2025",
+        "2403.03853",
+    )
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
+    identity: ClassVar[dict[str, Any] | None] = None
+
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """The layers that go, counted from 0; null chooses them."""
+    remove: NonNegativeInt | None = None
+    """How many go where they are not listed; null is a quarter."""
+    criterion: Literal["influence", "last", "even", "random"] = "influence"
+    """Which: those with the lowest block influence, the deepest, evenly spaced or random ones."""
+
+    def check(self, shape: Shape) -> None:
+        """Refuse layers that are not there, and a model of which none would be left."""
+        if isinstance(shape, SlicedShape):
+            raise UserError(*LAYERS_DIFFER)
+        listed = self.layers or ()
+        if any(layer >= shape.num_layers for layer in listed) or len(set(listed)) < len(listed):
+            raise UserError(
+                f"method.layers={list(listed)} are not different layers of {shape.num_layers}.",
+                f"Choose from 0 to {shape.num_layers - 1}, each once.",
+            )
+        if self.count(shape.num_layers) >= shape.num_layers:
+            raise UserError(
+                f"No layer of {shape.num_layers} would be left.",
+                "Lower method.remove, or list fewer in method.layers.",
+            )
+
+    def count(self, num_layers: int) -> int:
+        """Return how many layers go."""
+        if self.layers is not None:
+            return len(self.layers)
+        return (num_layers + 2) // 4 if self.remove is None else self.remove
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Judge every layer, yield each with its influence and whether it stays, then cut."""
+        from effbench.nn.depths import keep_layers, require_layers_alike
+
+        require_layers_alike(model)
+        config: Any = model.config
+        found = torch.zeros(config.num_hidden_layers, dtype=torch.float64)
+        if self.layers is None and self.criterion == "influence":
+            found = influence(model, calibration)
+        gone = self.gone(found, ctx.seed)
+        for index, value in enumerate(found):
+            verdict = torch.nn.Module()
+            verdict.register_buffer("influence", value.clone())
+            verdict.register_buffer("kept", torch.tensor(index not in gone))
+            yield f"layers.{index}", verdict
+        kept = [index for index in range(len(found)) if index not in gone]
+        keep_layers(model, kept)
+        config.kept_layers = kept
+
+    def gone(self, influence: torch.Tensor, seed: int) -> set[int]:
+        """Return the layers that go, given each one's influence, [L]."""
+        total, count = len(influence), self.count(len(influence))
+        if self.layers is not None:
+            return set(self.layers)
+        if self.criterion == "random":
+            draws = torch.rand(total, generator=torch.Generator().manual_seed(seed))
+            return set(draws.argsort()[:count].tolist())
+        if self.criterion == "even":
+            return {(2 * i + 1) * total // (2 * count) for i in range(count)}
+        if self.criterion == "last":
+            return set(range(total - count, total))
+        return set(influence.argsort(stable=True)[:count].tolist())
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write which layers stay."""
+        config: Any = model.config
+        write_atomic(folder / KEPT, (json.dumps({"kept": config.kept_layers}) + "\n").encode())
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` without the layers that went."""
+        from effbench.nn.depths import keep_layers
+
+        config: Any = model.config
+        config.kept_layers = _kept_in(folder)
+        keep_layers(model, config.kept_layers)
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a folder that `model=folder` and transformers load."""
+        from effbench.nn.sliced_folder import write_folder
+
+        write_folder(model, folder)
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape with fewer layers."""
+        if folder is not None and (folder / KEPT).is_file():
+            return replace(shape, num_layers=len(_kept_in(folder)))
+        return replace(shape, num_layers=shape.num_layers - self.count(shape.num_layers))
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count a dense model of the shape that is left."""
+        cost = dense_cost(shape, DTYPE_BYTES[dtype])
+        return replace(cost, saving="none" if self.remove == 0 or self.layers == () else "physical")
+
+
+def _kept_in(folder: Path) -> list[int]:
+    """Return the layers that an artefact keeps.
+
+    Raises:
+        UserError: When it cannot be read.
+    """
+    try:
+        kept: list[int] = json.loads((folder / KEPT).read_text())["kept"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / KEPT} cannot be read: {error}.", "Run again with --fresh to make it anew."
+        ) from None
+    return kept
+
+
+def influence(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
+    """Return the block influence of every layer, [L] float64.
+
+    Args:
+        model: Laid out as Llama is.
+        batches: What it reads; padding does not count.
+    """
+    layers = model.model.layers
+    sums = torch.zeros(len(layers), dtype=torch.float64)
+    real: Any = None
+
+    def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        pair = before[real].double(), after[real].double()
+        sums[index] += torch.nn.functional.cosine_similarity(*pair, dim=-1).sum().cpu()
+
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, out, i=i: add(i, inputs[0], out))
+        for i, layer in enumerate(layers)
+    ]
+    tokens = 0
+    try:
+        for batch in batches:
+            real = batch.attention_mask.bool()
+            tokens += int(real.sum())
+            with torch.no_grad():
+                Method().logits(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1 - sums / max(1, tokens)

@@ -1,0 +1,120 @@
+"""Shared keys and values: prefill with and without its shortcut, and decoding, beside ceilings.
+
+The weights of a real model are shared as they are, for speed does not depend on them. Each arm is
+timed against the unshared model in turn, on the same threads, with sessions of the same kind.
+Ceilings are ratios of what has to be done: FLOPs for prefill, bytes of weights and cache for
+decoding. A measured ratio above its ceiling by more than noise is a mistake in the measurement.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from effbench import models
+from effbench.config import compose
+from effbench.layer_maps import shared_shape, top_map
+from effbench.measure.counting import parameters
+from effbench.measure.roofline import decode_bytes, prefill_flops
+from effbench.measure.timing import Clock, Ratio, interleaved
+from effbench.methods.base import dense_cost
+from effbench.nn.decoding import CachedSession, Session
+from effbench.nn.engine import session_for
+from effbench.nn.shared_session import SharedSession
+from effbench.nn.sharing import share
+from effbench.shapes import DTYPE_BYTES
+
+SHARES = (0.25, 0.5)
+PROMPT, NEW, REPEATS = 1024, 24, 7
+
+
+def main() -> int:
+    begun = time.perf_counter()
+    spec = compose("eval", sys.argv[1:]).spec
+    dtype = spec.hardware.dtype
+    loaded = models.load(
+        spec.model, device=spec.hardware.device, dtype=getattr(torch, dtype), tokenizer=False
+    )
+    dense, shape = loaded.model.requires_grad_(False), loaded.shape
+    draws = torch.Generator().manual_seed(0)
+    prompt = torch.randint(shape.vocab_size, (1, PROMPT), generator=draws)
+    prompt = prompt.to(spec.hardware.device)
+    before = dense_cost(shape, DTYPE_BYTES[dtype])
+    print(f"{spec.model.name} in {dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}")
+    exact = True
+    for part in SHARES:
+        sharing = top_map(shape.num_layers, round(part * shape.num_layers))
+        small = share(copy.deepcopy(dense), sharing).eval()
+        less = shared_shape(shape, sharing)
+        cost = dense_cost(less, DTYPE_BYTES[dtype])
+        session = read(SharedSession(small), prompt)
+        held = cost.kv_bytes_per_token * PROMPT
+        exact &= parameters(small).total == cost.params and session.kv_bytes() == held
+        print(
+            f"kv/top {part:.0%}: parameters {cost.params:,} of {before.params:,}, cache "
+            f"{cost.kv_bytes_per_token:,} of {before.kv_bytes_per_token:,} bytes per token"
+        )
+        whole = prefill_flops(before, shape, 1, PROMPT)
+        skipping = whole / prefill_flops(cost, less, 1, PROMPT)
+        reading = whole / (whole - 2 * PROMPT * (before.params - cost.params))
+        bytes_read = (decode_bytes(before, 1, PROMPT, NEW), decode_bytes(cost, 1, PROMPT, NEW))
+        for shortcut, ceiling in ((True, skipping), (False, reading)):
+            prefilling(prompt, dense, small, shortcut, ceiling)
+        decoding(prompt, dense, small, bytes_read[0] / bytes_read[1])
+    print(f"{time.perf_counter() - begun:.0f} s in all")
+    return int(not exact)
+
+
+def read(session: Session, prompt: torch.Tensor) -> Session:
+    """Return the session after it has read the prompt."""
+    session.prefill(prompt)
+    return session
+
+
+def prefilling(
+    prompt: torch.Tensor, dense: Any, small: Any, shortcut: bool, ceiling: float
+) -> None:
+    """Print how much faster the shared model reads the prompt than the unshared one."""
+    ratio = interleaved(
+        lambda: SharedSession(small, shortcut).prefill(prompt),
+        lambda: CachedSession(dense).prefill(prompt),
+        REPEATS,
+        clock=Clock(prompt.device),
+    )
+    show(f"prefill {'with' if shortcut else 'without'} the shortcut", ratio, ceiling)
+
+
+def decoding(prompt: torch.Tensor, dense: Any, small: Any, ceiling: float) -> None:
+    """Print how much faster the shared model decodes: sessions alike, and each at its best."""
+    makers: dict[str, Callable[[Any], Session]] = {"alike": CachedSession, "at best": session_for}
+    for name, make in makers.items():
+        ours, theirs = make(small), make(dense)
+        works = [steps(read(session, prompt), prompt[:, -1:]) for session in (ours, theirs)]
+        ratio = interleaved(*works, REPEATS, clock=Clock(prompt.device))
+        kinds = " against ".join(getattr(s, "engine", "forward pass") for s in (ours, theirs))
+        show(f"decode, sessions {name} ({kinds})", ratio, ceiling)
+
+
+def steps(session: Session, token: torch.Tensor) -> Callable[[], None]:
+    """Return work that decodes a few tokens more; the context grows by them each time."""
+
+    def work() -> None:
+        for _ in range(NEW):
+            session.step(token)
+
+    return work
+
+
+def show(name: str, ratio: Ratio, ceiling: float) -> None:
+    """Print a ratio with its interval beside its ceiling."""
+    value, low, high = ratio.speedup
+    print(f"  {name}: {value:.3f} [{low:.3f}, {high:.3f}] times, ceiling {ceiling:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
