@@ -17,10 +17,11 @@ from effbench.report.table import Table, Value
 from effbench.similarity import Cut, count_of, gap_cut, ranking
 
 NEXT = {
-    "echoatt": ("train", "shared"),
+    "echoatt": ("train", "attention"),
+    "echo_llama": ("train", "states"),
     "layer_drop": ("compress", "dropped"),
 }
-"""Methods that take a list of layers: the command and which list."""
+"""Methods that take a list of layers: the command, and by what they are chosen."""
 KEPT = ("model", "dataset", "hardware", "from")
 """Words of the command that those of the next one need too."""
 
@@ -56,6 +57,12 @@ class Layers:
     def shared(self, ratio: float) -> list[int]:
         """Return the layers to share, in the order of the greedy ranking."""
         return ranking(self.matrix("attention"))[: count_of(ratio, len(self.rows))]
+
+    def states(self, ratio: float) -> list[int]:
+        """Return the layers to share keys and values in, by the mean of both similarities."""
+        pairs = zip(self.matrix("keys"), self.matrix("values"), strict=True)
+        mean = [[(k + v) / 2 for k, v in zip(*rows, strict=True)] for rows in pairs]
+        return ranking(mean)[: count_of(ratio, len(self.rows))]
 
     def dropped(self, ratio: float) -> list[int]:
         """Return the layers of the least influence, the least first."""
@@ -124,9 +131,10 @@ def conclusions(found: Layers, ratio: float, words: Sequence[str]) -> list[str]:
             f"{first} to {first + len(dropped) - 1}: {angle:.3f} pi."
         )
     kept = [w for w in words if w.partition("=")[0].partition(".")[0].lstrip("+~") in KEPT]
+    lists = {"attention": shared, "states": found.states(ratio), "dropped": dropped}
     for method, (stage, which) in NEXT.items():
         if method in registry.names("methods"):
-            chosen = sorted(shared if which == "shared" else dropped)
+            chosen = sorted(lists[which])
             setting = f"method.layers=[{','.join(map(str, chosen))}]"
             lines.append(shlex.join(["effbench", stage, f"method={method}", setting, *kept]))
     return lines
