@@ -233,6 +233,45 @@ def _plan(job: Any) -> None:
     )
 
 
+@app.command()
+def similarity(
+    overrides: Overrides = None,
+    ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the layers to share or to drop.")
+    ] = 0.4,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where the heat map goes; else into the run folder.")
+    ] = None,
+    fresh: Fresh = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Say which layers of a model are alike: what could be shared, and what could be dropped.
+
+    \b
+    Examples:
+      effbench similarity model=smollm2-135m
+      effbench similarity model=smollm2-135m evaluator.similarity.tokens=512 --plot map.png
+      effbench similarity from=latest --ratio 0.2
+    """
+    from effbench.config import compose
+    from effbench.launch import execute
+    from effbench.report.similarity import Layers, conclusions, heat_map, layers_table
+    from effbench.report.terminal import print_table
+    from effbench.store import Store
+
+    words = list(overrides or [])
+    job = compose("eval", [*words, "evaluator=similarity"], list(config_dir or []))
+    record = execute(job, fresh)
+    run = Store(Path(job.runtime.results)).run(record.key).path
+    point = next(m.point for m in reversed(record.metrics) if m.name == "attention_similarity")
+    found = Layers.read(run, point)
+    print_table(layers_table(found, f"{record.label} {point}".strip()))
+    for line in conclusions(found, ratio, words):
+        typer.echo(line)
+    path = heat_map(found, plot or run / "similarity.png", record.name_of("model"))
+    _say(f"Heat map: {path}")
+
+
 runs_app = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,

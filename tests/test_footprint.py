@@ -17,6 +17,7 @@ from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.dora import DoRA
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.echo_llama import EchoLLaMA
+from effbench.methods.echoatt import EchoAtt
 from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
@@ -53,6 +54,7 @@ METHODS = [
     SortedFull(depths=(1, 2), objective="layerskip"),
     ExitHeads(depths=(1, 2)),
     ExitHeads(depths=(1, 2), trunk="trained"),
+    EchoAtt(layers=(1,), refine=1.0),
     EchoLLaMA(share=0.5),
     EchoLLaMA(share=0.5, blend=False),
     EchoLLaMA(share=0.5, trains="lora", rank=4, blend=False),

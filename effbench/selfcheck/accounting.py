@@ -156,7 +156,7 @@ def _model(method: Method) -> tuple[Any, Context]:
         quantise_nf4(model, compute_dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     place = torch.device("cpu")
-    ctx = Context(0, place, torch.float32, generator, lambda name: _random())
+    ctx = Context(0, place, torch.float32, generator, lambda name: _random(), total_steps=DRAWS)
     if method.stage == "compress":
         for _ in method.compress(model, [_batch()], ctx):
             pass
