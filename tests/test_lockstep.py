@@ -18,18 +18,21 @@ from effbench.evaluators.base import Subject
 from effbench.footprint import POINTS_AT_ONCE
 from effbench.journal import Journal
 from effbench.kernels import nf4
+from effbench.layer_maps import top_map
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.qdylora import QDyLoRA
 from effbench.nn import lockstep
+from effbench.nn.layout import why_not
 from effbench.nn.lockstep import can_walk, nll_at, states_at
 from effbench.nn.lowrank import LowRankLinear, low_rank_layers
 from effbench.nn.quantised import NF4Linear, expanded_once
 from effbench.nn.scoring import Plan, Request, tree_scores
+from effbench.nn.sharing import share
 from effbench.plan import predict
 from effbench.records import Metric, Record
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
-from helpers import batch_of, generator, prepared
+from helpers import batch_of, generator, prepared, tiny_model
 
 CPU = torch.device("cpu")
 RANKS = ("r1", "r2", "r3", "r4")
@@ -120,6 +123,8 @@ def test_what_is_no_plain_model_is_not_walked_through() -> None:
     assert not can_walk(model)
     watched.remove()
     assert not can_walk(model.train())
+    shared = share(tiny_model(), top_map(2, 1)).eval()
+    assert not why_not(shared) and not can_walk(shared)
 
 
 # -- as an evaluator sees it -----------------------------------------------------------------------

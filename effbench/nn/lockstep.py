@@ -23,6 +23,7 @@ from effbench.nn.layout import why_not
 from effbench.nn.losses import PLAIN_HEADS, head_nll
 from effbench.nn.quantised import expanded_once
 from effbench.nn.scoring import Group, Plan, Score, group_inputs, group_scores
+from effbench.nn.sharing import hands_down
 
 At = Callable[[], AbstractContextManager[Any]]
 """Gives a context in which a model works at some point."""
@@ -30,7 +31,8 @@ At = Callable[[], AbstractContextManager[Any]]
 
 def can_walk(model: Any) -> bool:
     """Whether the blocks of a model can be called one by one, and its head after them."""
-    return not why_not(model) and model.config.model_type in PLAIN_HEADS
+    plain = not why_not(model) and model.config.model_type in PLAIN_HEADS
+    return plain and not hands_down(model.model)
 
 
 def states_at(
