@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -427,7 +428,10 @@ def test_attention_calls_per_cycle(layers: tuple[int, ...], window: int) -> None
     assert len(calls) == (window + 1) * kept + len(layers)
 
 
-@pytest.mark.parametrize("kind", [TemporalSession, StaticTemporalSession])
+WALK = partial(StaticTemporalSession, use_native=False)
+
+
+@pytest.mark.parametrize("kind", [TemporalSession, StaticTemporalSession, WALK])
 @torch.no_grad()
 def test_untrained_drop_step_ignores_its_token(kind: Any) -> None:
     method = LoRADrop(layers=(2, 4), window=2)
