@@ -1,9 +1,10 @@
-"""Shared keys and values: prefill with and without its shortcut, and decoding, beside ceilings.
+"""Shared keys and values: prefill with and without its shortcut, decoding, training, and ceilings.
 
 The weights of a real model are shared as they are, for speed does not depend on them. Each arm is
 timed against the unshared model in turn, on the same threads, with sessions of the same kind.
-Ceilings are ratios of what has to be done: FLOPs for prefill, bytes of weights and cache for
-decoding. A measured ratio above its ceiling by more than noise is a mistake in the measurement.
+Ceilings are ratios of what has to be done: FLOPs for prefill and training (without the optimiser,
+whose work shrinks with the parameters), bytes of weights and cache for decoding. A measured ratio
+above its ceiling by more than noise is a mistake in the measurement.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import torch
 
 from effbench import models
 from effbench.config import compose
+from effbench.footprint import Pass, step_flops, trained_layers
 from effbench.layer_maps import shared_shape, top_map
 from effbench.measure.counting import parameters
 from effbench.measure.roofline import decode_bytes, prefill_flops
 from effbench.measure.timing import Clock, Ratio, interleaved
-from effbench.methods.base import dense_cost
+from effbench.methods.base import Batch, Method, dense_cost
 from effbench.nn.decoding import CachedSession, Session
 from effbench.nn.engine import session_for
 from effbench.nn.shared_session import SharedSession
 from effbench.nn.sharing import share
-from effbench.shapes import DTYPE_BYTES
+from effbench.shapes import DTYPE_BYTES, Shape
 
 SHARES = (0.25, 0.5)
-PROMPT, NEW, REPEATS = 1024, 24, 7
+PROMPT, NEW, TRAINED, REPEATS = 1024, 24, 256, 7
 
 
 def main() -> int:
@@ -66,6 +68,7 @@ def main() -> int:
         for shortcut, ceiling in ((True, skipping), (False, reading)):
             prefilling(prompt, dense, small, shortcut, ceiling)
         decoding(prompt, dense, small, bytes_read[0] / bytes_read[1])
+        training(prompt[:, :TRAINED], dense, small, trained_flops(shape) / trained_flops(less))
     print(f"{time.perf_counter() - begun:.0f} s in all")
     return int(not exact)
 
@@ -98,6 +101,31 @@ def decoding(prompt: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
         ratio = interleaved(*works, REPEATS, clock=Clock(prompt.device))
         kinds = " against ".join(getattr(s, "engine", "forward pass") for s in (ours, theirs))
         show(f"decode, sessions {name} ({kinds})", ratio, ceiling)
+
+
+def training(tokens: torch.Tensor, dense: Any, small: Any, ceiling: float) -> None:
+    """Print how much faster the shared model goes forward and backward, every weight trained."""
+    batch = Batch(tokens, torch.ones_like(tokens), tokens, [0], TRAINED - 1)
+
+    def work(model: Any) -> Callable[[], None]:
+        def step() -> None:
+            Method().token_nll(model, batch).sum().backward()
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+    for model in (small, dense):
+        model.requires_grad_(True).train()
+    ratio = interleaved(work(small), work(dense), REPEATS, clock=Clock(tokens.device))
+    for model in (small, dense):
+        model.requires_grad_(False).eval()
+    show("forward and backward pass", ratio, ceiling)
+
+
+def trained_flops(shape: Shape) -> float:
+    """Return the FLOPs of a forward and backward pass over the tokens that training reads."""
+    one = Pass("train", 1, TRAINED, TRAINED - 1)
+    return step_flops(shape, trained_layers(shape, 2, masters=False), one)
 
 
 def steps(session: Session, token: torch.Tensor) -> Callable[[], None]:

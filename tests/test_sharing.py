@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from effbench.errors import UserError
 from effbench.footprint import Pass, step_flops, trained_layers
+from effbench.kernels import native
 from effbench.layer_maps import (
     TAKEN,
     LayerMap,
@@ -37,7 +38,8 @@ from effbench.methods.rtn import RTN
 from effbench.methods.structured import Structured
 from effbench.models import load
 from effbench.nn.decoding import CachedSession
-from effbench.nn.engine import session_for
+from effbench.nn.engine import StaticSession, session_for
+from effbench.nn.layout import why_not
 from effbench.nn.linears import decoder_linears
 from effbench.nn.scoring import has_trees
 from effbench.nn.shared_folder import follow_map, read_shared, write_map, write_shared
@@ -435,7 +437,8 @@ def decoded(
 
 
 def sessions(model: Any) -> list[Any]:
-    return [session_for(model), SharedSession(model, shortcut=False), CachedSession(model)]
+    assert isinstance(session_for(model), StaticSession)
+    return [session_for(model), SharedSession(model), CachedSession(model)]
 
 
 @every
@@ -459,6 +462,51 @@ def test_decoding_gives_what_one_pass_gives(
         torch.testing.assert_close(found, expected, **near)
         element = expected.element_size()
         assert session.kv_bytes() == shape.kv_bytes_per_token(element) * ids.numel()
+
+
+@every
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_takes_what_others_made(
+    sharing: LayerMap, padded: bool, dtype: torch.dtype
+) -> None:
+    model, ids, mask = shared(sharing, dtype), tokens(), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, :4] = 0
+    session = StaticSession(model)
+    session.reserve(*ids.shape)
+    assert session.engine == ("native" if native.kernels() else "walk")
+    found = decoded(session, ids, mask, 6)
+    expected = decoded(StaticSession(model, use_native=False), ids, mask, 6)
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.1}
+    torch.testing.assert_close(found, expected, **near)
+    bytes_held = shape_shared(model, DEEP).kv_bytes_per_token(dtype.itemsize) * ids.numel()
+    assert session.kv_bytes() == bytes_held
+    session.reorder(torch.tensor([1, 1, 0]))
+    assert session.step(ids[:, :1]).isfinite().all()
+
+
+def test_queries_of_an_earlier_source_are_left_to_the_walk() -> None:
+    model = shared(LayerMap("qk", (0, 1, 0, 1, 4, 5)), torch.float32)
+    session = StaticSession(model)
+    session.reserve(3, 14)
+    assert session.engine == "walk"
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, 5:]
+    torch.testing.assert_close(decoded(session, ids, None, 6), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_half_converted_is_decoded_by_its_forward_pass() -> None:
+    model: Any = put_sharing(dense(), top_map(6, 3))
+    sharing_layers(model)[5].share = 0.5
+    assert "half converted" in why_not(model)
+    convert(model, 5)
+    assert not why_not(model)
+    model = shared(top_map(6, 3, "qk"))
+    with copying(model):
+        assert isinstance(session_for(model), CachedSession)
 
 
 @every

@@ -500,12 +500,15 @@ struct Work {
   void attention(const Layer& l, int64_t length, Phase*& phase, T* own, const Pieces& pieces) {
     const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
     const int64_t chunks = (length + 1 + kChunk - 1) / kChunk;
-    const int64_t units = q_width / 2 + l.kv_heads * m.head_dim;
+    // A layer may lack the first or the last of q, k and v, and take another's.
+    const int64_t kv_width = l.kv_heads * m.head_dim, first = l.q ? 0 : (q_width + kv_width) / 2;
+    const int64_t units = q_width / 2 + (l.v ? kv_width : 0) - first;
     bool ready = false;
     (phase++)->run(units, pieces(units, 2 * m.hidden, 1), [&](Range r) {
       if (!ready) normed(l.attention_norm, own);
       ready = true;
-      for (int64_t unit = r.begin; unit < r.end; ++unit) projected(l, length, unit, own);
+      for (int64_t unit = r.begin; unit < r.end; ++unit)
+        projected(l, length, first + unit, own);
     });
     (phase++)->run(items * chunks, 1, [&](Range r) { attended(l, length, chunks, r.begin); });
     (phase++)->run(chunks > 1 ? items : 0, 1, [&](Range r) { combined(chunks, r.begin); });

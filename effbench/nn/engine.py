@@ -10,7 +10,8 @@ then takes the shortest way that there is:
 - `walk`: block by block, every linear called as the module that it is, so that adapters and packed
   weights work as ever.
 
-Layers may differ in their heads and neurons, or lack attention or MLP, as a slice's do. Each has a
+Layers may differ in their heads and neurons, or lack attention or MLP, as a slice's do, or take
+states of another layer (`effbench.nn.sharing`), whose cache then is theirs too. Each cache has a
 length of its own: a step may leave blocks out (`StaticSession.advance`), and then their caches do
 not grow. What is left out changes nothing, unless a `StandIn` takes its place.
 
@@ -23,19 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from effbench.kernels import native
 from effbench.nn.decoding import CachedSession, Session
 from effbench.nn.graph import StepGraph
-from effbench.nn.layout import blocks_of, plain, untouched, why_not
+from effbench.nn.layout import Attention, blocks_of, plain, untouched, why_not
 from effbench.nn.native_step import NativeStep
 from effbench.nn.pointwise import EAGER, Pointwise
+from effbench.nn.shared_session import SharedSession
+from effbench.nn.sharing import last_logits, tail_of
 
 BLOCK = 128
 """Positions by which the cache is larger than the prompt."""
@@ -50,12 +53,9 @@ Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], Stored]
 
 def session_for(model: torch.nn.Module) -> Session:
     """Return the fastest session that decodes `model` as its own forward pass would."""
-    from effbench.nn.shared_session import SharedSession
-    from effbench.nn.sharing import map_of
-
-    if isinstance(model, LlamaForCausalLM) and map_of(model):
-        return SharedSession(model)
-    return CachedSession(model) if why_not(model) else StaticSession(model)
+    if not why_not(model):
+        return StaticSession(model)
+    return SharedSession(model) if tail_of(model) else CachedSession(model)
 
 
 class StaticLayer(DynamicLayer):
@@ -107,6 +107,30 @@ class StaticLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Return the positions in use."""
         return self.length
+
+
+class StaticValues(StaticLayer):
+    """Values of one layer alone; its keys have no width."""
+
+    def reserve(self, like: torch.Tensor, capacity: int) -> None:
+        """Make room for `capacity` positions of values like [B, H_kv, *, D]; see `StaticLayer`."""
+        batch, heads, _, width = like.shape
+        fresh = like.new_zeros(batch, heads, capacity, width)
+        if self.length:
+            fresh[:, :, : self.length] = self.buffers[1][:, :, : self.length]
+        self.keys, self.values = like.new_zeros(batch, heads, capacity, 0), fresh
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put a prompt's values [B, H_kv, P, D] away, and return them."""
+        batch, _, length, _ = value_states.shape
+        if self.values is None or self.values.shape[0] != batch or self.capacity < length:
+            self.reserve(value_states, length + BLOCK)
+        self.length = length
+        self.buffers[1][:, :, :length] = value_states
+        return key_states, value_states
 
 
 @dataclass
@@ -171,13 +195,14 @@ class StaticSession:
         self.model = model
         self.blocks = blocks_of(model)
         attending = [b.attention for b in self.blocks if b.attention is not None]
-        self.kv_heads = [a.kv_heads for a in attending]
-        """Key/value heads of each layer that attends."""
-        self.layers = [StaticLayer() for _ in attending]
-        """Caches of the layers that attend."""
-        caches = iter(self.layers)
-        self.caches = [None if b.attention is None else next(caches) for b in self.blocks]
-        """The same for each block."""
+        self.kv_heads = [a.kv_heads for a in attending if a.v is not None]
+        """Key/value heads of each cache."""
+        self.caches: list[StaticLayer | None] = []
+        """The cache of each block: its own, its source's, or none."""
+        for block in self.blocks:
+            self.caches.append(self._cache_of(block.attention))
+        self.layers = list(dict.fromkeys(c for c in self.caches if c is not None))
+        """All caches."""
         self.every: Runs = (True,) * len(self.blocks)
         """A step that leaves nothing out."""
         self.stand_ins = dict(stand_ins or {})
@@ -198,6 +223,14 @@ class StaticSession:
         self._native = NativeStep.of(self) if use_native and self._plain else None
         self._graph: StepGraph | None = None
 
+    def _cache_of(self, attention: Attention | None) -> StaticLayer | None:
+        if attention is None:
+            return None
+        if attention.v is None:
+            assert attention.source is not None
+            return self.caches[attention.source]
+        return StaticLayer() if attention.k is not None else StaticValues()
+
     @property
     def batch(self) -> int:
         """Sequences in the cache."""
@@ -216,8 +249,9 @@ class StaticSession:
         return [*caches, *anchors, self.cos]
 
     def running(self, runs: Runs) -> list[StaticLayer]:
-        """Return the caches of the blocks that run."""
-        return [c for c, on in zip(self.caches, runs, strict=True) if on and c is not None]
+        """Return the caches of the blocks that run, each once."""
+        used = (c for c, on in zip(self.caches, runs, strict=True) if on and c is not None)
+        return list(dict.fromkeys(used))
 
     @property
     def engine(self) -> str:
@@ -283,20 +317,32 @@ class StaticSession:
             if (real.diff(dim=1) < 0).any():
                 raise ValueError("prompts must be padded on the left")
             positions = (real.cumsum(1) - 1).clamp(min=0)
-        logits: torch.Tensor = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=Cache(layers=list(self.layers)),
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = self._read(input_ids, attention_mask, positions)
         self.length = length
         self._tables()
         if self._graph is not None and not self._graph.holds(self):
             self._graph = None
         self._place(starts)
         return logits
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        cache = Cache(layers=list(self.layers))
+        if tail_of(self.model):
+            return last_logits(self.model, input_ids, attention_mask, positions, cache)
+        logits: torch.Tensor = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
 
     def _place(self, starts: torch.Tensor) -> None:
         """Note where the next token stands, given the padding on the left."""
@@ -410,6 +456,7 @@ class StaticSession:
         """
         cos, sin = (table[positions][:, None, None] for table in (self.cos, self.sin))
         hidden, added = self.model.model.embed_tokens(input_ids), None
+        made: dict[int, tuple[torch.Tensor, Stored]] = {}
         for index, block in enumerate(self.blocks):
             stand_in, cache = self.stand_ins.get(index), self.caches[index]
             if not runs[index]:
@@ -418,11 +465,13 @@ class StaticSession:
                 continue
             if (own := block.attention) and cache is not None:
                 hidden, x = pointwise.norm(own.norm, hidden, added)
-                heads = len(x), own.kv_heads, -1, self.head_dim
-                q, k, v = (m(x).view(heads) for m in own.linears()[:3])
-                keys, values, mask = store(cache, pointwise.turn(k, cos, sin), v)
                 # The query heads of one key head are queries at one place: nothing is repeated.
-                q = pointwise.turn(q, cos, sin)
+                heads = len(x), own.kv_heads, -1, self.head_dim
+                q, k, v = (None if m is None else m(x).view(heads) for m in (own.q, own.k, own.v))
+                q, k = (None if t is None else pointwise.turn(t, cos, sin) for t in (q, k))
+                given = made.get(-1 if own.source is None else own.source)
+                made[index] = q, stored = _taken(q, k, v, given, partial(store, cache))
+                keys, values, mask = stored
                 mixed = F.scaled_dot_product_attention(q, keys, values, mask)
                 added = own.o(mixed.reshape(len(x), 1, -1))
             if mlp := block.mlp:
@@ -437,6 +486,27 @@ class StaticSession:
         return logits[:, -1]
 
 
+def _taken(
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    given: tuple[torch.Tensor, Stored] | None,
+    store: Callable[[torch.Tensor, torch.Tensor], Stored],
+) -> tuple[torch.Tensor, Stored]:
+    """Return the queries of a block, and keys, values and mask; `given` is what its source had."""
+    if q is None:
+        assert given is not None
+        q = given[0]
+    if v is None:
+        assert given is not None
+        return q, given[1]
+    if k is not None:
+        return q, store(k, v)
+    assert given is not None
+    _, values, mask = store(v[..., :0], v)
+    return q, (given[1][0], values, mask)
+
+
 def _sum(hidden: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
     return hidden if added is None else hidden + added
 
@@ -445,4 +515,4 @@ def _position_bytes(layer: StaticLayer) -> int:
     """Return the bytes that one position takes in a layer's keys and values, over the batch."""
     if layer.keys is None:
         return 0
-    return 2 * layer.keys[:, :, :1].numel() * layer.keys.element_size()
+    return sum(t[:, :, :1].numel() * t.element_size() for t in layer.buffers)

@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 
+from effbench.nn.sharing import SharingAttention, hands_down
 from effbench.nn.slicing import NoAttention, NoMLP, SlicedAttention
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 """Families of transformers whose blocks compute what Llama's do (biases aside)."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles depend on nothing but the position."""
-SLICED = {"Attention": (SlicedAttention, NoAttention), "MLP": (NoMLP,)}
-"""What the slicer puts in the place of modules of transformers, by kind."""
+OURS = {"Attention": (SlicedAttention, NoAttention, SharingAttention), "MLP": (NoMLP,)}
+"""What slicing and sharing put in the place of modules of transformers, by kind."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Implementations of one and the same attention."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The modules of one block's attention, in the order they run."""
+    """The modules of one block's attention, in the order they run.
+
+    Those whose states come from another block are None.
+    """
 
     norm: Any
     q: Any
@@ -32,20 +36,24 @@ class Attention:
     head_dim: int
     scaling: float
     """What scores are multiplied by."""
+    groups: int
+    """Query heads of each key/value head."""
+    source: int | None = None
+    """The block that the states come from which it does not make."""
 
     def linears(self) -> tuple[torch.nn.Module, ...]:
-        """Return the four linears."""
-        return self.q, self.k, self.v, self.o
+        """Return the linears that are there."""
+        return tuple(m for m in (self.q, self.k, self.v, self.o) if m is not None)
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return int(self.q.out_features) // self.head_dim
+        return int(self.o.in_features) // self.head_dim
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads."""
-        return int(self.k.out_features) // self.head_dim
+        return self.heads // self.groups
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,19 @@ def _attention(layer: Any) -> Attention | None:
     own = layer.self_attn
     if isinstance(own, NoAttention):
         return None
-    linears = own.q_proj, own.k_proj, own.v_proj, own.o_proj
-    return Attention(layer.input_layernorm, *linears, own.head_dim, own.scaling)
+    q, k, v, o = (getattr(own, f"{n}_proj", None) for n in "qkvo")
+    takes = isinstance(own, SharingAttention) and own.takes
+    return Attention(
+        layer.input_layernorm,
+        q,
+        k,
+        v,
+        o,
+        own.head_dim,
+        own.scaling,
+        own.num_key_value_groups,
+        own.source if takes else None,
+    )
 
 
 def _mlp(layer: Any) -> MLP | None:
@@ -115,18 +134,23 @@ def why_not(model: torch.nn.Module) -> str:
         return reason
     inner: Any = model.model
     for module, kind in _containers(model):
-        if type(module).__name__ != family + kind and type(module) not in SLICED.get(kind, ()):
+        if type(module).__name__ != family + kind and type(module) not in OURS.get(kind, ()):
             return f"a {type(module).__name__} stands where a {family + kind} should"
-        if not untouched(module) and module is not inner.norm:
+        known = module is inner.norm or (module is inner and hands_down(inner))
+        if not untouched(module) and not known:
             return f"the forward pass of a {type(module).__name__} is changed or watched"
     attending = [x.self_attn for x in inner.layers if type(x.self_attn) is not NoAttention]
     if not attending:
         return "none of its layers attends"
+    if any(isinstance(m, SharingAttention) and m.undecided for m in attending):
+        return "some of its layers are half converted, or hand attention maps on"
     return "" if all(map(_whole_heads, attending)) else "it lacks some heads"
 
 
 def _whole_heads(attention: Any) -> bool:
     """Whether keys and values have the same whole heads, and queries as many for each of them."""
+    if isinstance(attention, SharingAttention) and attention.takes:
+        return True  # its source has them
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     q, k, v = (getattr(m, "out_features", 0) for m in projections)
     whole = k > 0 and k % attention.head_dim == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,6 +45,7 @@ class NativeStep:
             and inner.embed_tokens.weight.is_contiguous()
             and all(n.weight.dtype == session.dtype for n in norms)
             and all(_fits(block, session) for block in session.blocks)
+            and _queries_last(session.blocks)
             and session.head_dim % 2 == 0
             and session.head_dim <= native.LARGEST_HEAD
             and all(_stand_in_fits(s, session) for s in session.stand_ins.items())
@@ -86,9 +88,13 @@ class NativeStep:
         buffers = session.buffers()
         if len(buffers) == len(self._seen) and all(map(is_, buffers, self._seen)):
             return
-        for pointers, cache in zip(self.blocks, session.caches, strict=True):
+        places = zip(self.blocks, session.blocks, session.caches, strict=True)
+        for pointers, block, cache in places:
             if cache is not None:
                 keys, values = cache.buffers
+                source = block.attention.source if block.attention else None
+                other = None if source is None else session.caches[source]
+                keys = keys if other is None else other.buffers[0]
                 pointers.keys, pointers.values = keys.data_ptr(), values.data_ptr()
                 pointers.capacity = cache.capacity
         for index, stand_in in session.stand_ins.items():
@@ -102,6 +108,17 @@ class NativeStep:
 def _fits(block: Block, session: StaticSession) -> bool:
     """Whether the matrices of a block fit each other and the width of the model."""
     return all(_part_fits(part, session) for part in block.parts())
+
+
+def _queries_last(blocks: Sequence[Block]) -> bool:
+    """Whether queries that are taken are those of the last block that made some."""
+    last = None
+    for index, block in enumerate(blocks):
+        if own := block.attention:
+            if own.q is None and own.source != last:
+                return False
+            last = index if own.q is not None else last
+    return True
 
 
 def _stand_in_fits(item: tuple[int, StandIn], session: StaticSession) -> bool:
@@ -121,7 +138,8 @@ def _part_fits(part: Attention | MLP, session: StaticSession) -> bool:
         q, kv = part.heads * width, part.kv_heads * width
         if part.head_dim != width or part.scaling != session.scaling:
             return False
-        sizes = [(q, d), (kv, d), (kv, d), (d, q)]
+        every = ((part.q, q), (part.k, kv), (part.v, kv))
+        sizes = [*((rows, d) for m, rows in every if m is not None), (d, q)]
     linears: Any = part.linears()
     return [tuple(m.weight.shape) for m in linears] == sizes
 
@@ -141,6 +159,8 @@ def _fill(pointers: native.Layer, block: Block) -> None:
 def _fill_linears(pointers: native.Layer, part: Attention | MLP, names: tuple[str, ...]) -> None:
     for name in names:
         linear = getattr(part, name)
+        if linear is None:
+            continue
         setattr(pointers, name, linear.weight.data_ptr())
         setattr(pointers, f"{name}_bias", _address(linear.bias))
 

@@ -89,6 +89,11 @@ class SharingAttention(LlamaAttention):
         """Whether it is a consumer that has no states of its own left."""
         return self.source != self.layer and not hasattr(self, TAKEN[self.mode][0])
 
+    @property
+    def undecided(self) -> bool:
+        """Whether it is on its way, or hands attention maps on."""
+        return self.copies or (self.share > 0 and not self.takes)
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
@@ -330,6 +335,18 @@ def _settled(model: Any) -> nn.Module:
     return whole
 
 
+def hands_down(inner: nn.Module) -> bool:
+    """Whether nothing but the dictionary of shared states is added to a model's forward pass."""
+    before = list(inner._forward_pre_hooks.values())
+    return not inner._forward_hooks and before == [_hand_down] and "forward" not in vars(inner)
+
+
+def tail_of(model: Any) -> int:
+    """Return how many layers at the top need a prompt's last position alone."""
+    sharing = map_of(model) if hasattr(model, "model") else None
+    return sharing.tail if sharing else 0
+
+
 def _hand_down(inner: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a pass its dictionary.
 
@@ -365,8 +382,8 @@ def last_logits(
         positions: [B, P], None for 0 … P - 1.
         cache: Without any position.
     """
-    inner, sharing = model.model, map_of(model)
-    first = len(inner.layers) - (sharing.tail if sharing else 0)
+    inner = model.model
+    first = len(inner.layers) - tail_of(model)
     hidden = inner.embed_tokens(input_ids)
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
