@@ -55,6 +55,11 @@ class Structured(Method):
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time."""
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs the norms of what weights read."""
+        return self.criterion == "wanda"
+
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -141,8 +146,8 @@ def input_norms(model: Any, batches: Sequence[Batch]) -> dict[torch.nn.Module, t
     try:
         for batch in batches:
             real = batch.attention_mask.bool()
-            with torch.no_grad():
-                Method().logits(model, batch)
+            with torch.no_grad():  # the head reads no block of the decoder
+                model.model(batch.input_ids, batch.attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
