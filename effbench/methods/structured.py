@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
+from effbench.errors import UserError
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
 from effbench.schema import PositiveInt
@@ -54,6 +55,10 @@ class Structured(Method):
     """Kinds of blocks that may go."""
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time."""
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a budget that the prunable blocks cannot meet."""
+        check_budget(shape, self.keep, self.blocks)
 
     @property
     def calibrates(self) -> bool:
@@ -124,6 +129,27 @@ class Structured(Method):
         """Count a dense model of the shape that is left."""
         cost = dense_cost(shape, DTYPE_BYTES[dtype])
         return replace(cost, saving="physical" if self.keep < 1 else "none")
+
+
+def check_budget(shape: Shape, keep: float, blocks: Sequence[str]) -> None:
+    """Refuse a share of weights to keep that is below what may not go.
+
+    Raises:
+        UserError: With the fields to change.
+    """
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    fixed = sum(
+        i * o
+        for _, name, i, o in shape.linears()
+        if ("neurons" if name in mlp else "groups") not in blocks
+    )
+    share = 0.0 if "dims" in blocks else fixed / shape.linear_params
+    if keep < share:
+        raise UserError(
+            f"method.keep={keep} cannot be reached: {share:.3f} of the weights belong to "
+            "blocks that may not go.",
+            "Raise method.keep, or list more of groups, neurons, dims in method.blocks.",
+        )
 
 
 def input_norms(model: Any, batches: Sequence[Batch]) -> dict[torch.nn.Module, torch.Tensor]:
