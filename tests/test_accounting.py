@@ -60,12 +60,16 @@ def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", accounting.SHORT)
+@pytest.mark.parametrize(
+    "name",
+    [*accounting.SHORT, *(pytest.param(n, marks=pytest.mark.slow) for n in ("structured", "apt"))],
+)
 def test_peaks_of_runs_on_the_real_model(name: str) -> None:
     checks: list[Check] = list(accounting._peaks(name))
+    work = "compress" if name == "structured" else "train"
     assert [c.name.split(",")[0] for c in checks] == [
         "peak of load",
-        "peak of train",
+        f"peak of {work}",
         "peak of evaluate",
     ]
     assert not [c for c in checks if not c.passed]

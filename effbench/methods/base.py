@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Weights = Literal["compute", "float32", "nf4"]
 
+CALIBRATION_ROWS = 64
+"""Training rows that a compression method may look at."""
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -317,6 +320,11 @@ class Method:
         """Let go of what only training needed, before the model is evaluated."""
 
     # -- compression ---------------------------------------------------------------------------
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether compression runs the model on training rows."""
+        return False
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
