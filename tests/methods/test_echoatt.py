@@ -28,7 +28,7 @@ from effbench.config import compose
 from effbench.errors import UserError
 from effbench.footprint import Pass, step_flops
 from effbench.measure.counting import flops
-from effbench.methods.base import Batch, Context
+from effbench.methods.base import Batch, Context, Method
 from effbench.methods.echoatt import EchoAtt
 from effbench.methods.full import Full
 from effbench.nn.copied import CopyingSession
