@@ -116,13 +116,10 @@ def main() -> int:
         train(base, student, attention)
     base.set_attn_implementation("sdpa")
     student.set_attn_implementation("sdpa")
-    prompt = torch.randint(10, 500, (1, CONTEXTS[0]), device=device)
-    report(
-        "our engine on the unshared model against copied decoding of the shared one",
-        engine_steps(base, prompt),
-        decoding(CopyingSession(student), prompt),
-        device,
-    )
+    for length in CONTEXTS:
+        prompt = torch.randint(10, 500, (1, length), device=device)
+        ours, theirs = (engine_steps(model, prompt) for model in (student, base))
+        report(f"decode after {length} tokens, our engine", ours, theirs, device)
     return 0
 
 

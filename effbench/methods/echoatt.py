@@ -241,11 +241,13 @@ class EchoAtt(Method):
     # -- use -----------------------------------------------------------------------------------
 
     def session(self, model: torch.nn.Module) -> Session:
-        """Return a session whose steps compute each attention map once."""
+        """Return a session of our engine, or one whose steps hand attention maps on."""
         from effbench.nn.copied import CopyingSession
+        from effbench.nn.layout import why_not
         from effbench.nn.sharing import map_of
 
-        return CopyingSession(model) if map_of(model) else super().session(model)
+        copies = map_of(model) and why_not(model)
+        return CopyingSession(model) if copies else super().session(model)
 
     # -- accounting ----------------------------------------------------------------------------
 
