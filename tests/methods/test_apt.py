@@ -574,6 +574,22 @@ def test_a_student_like_its_teacher_has_nothing_to_learn_from_it() -> None:
     assert layer_loss(*arguments).item() > 0
 
 
+def test_the_teacher_is_the_unpruned_model_with_the_copied_adapters() -> None:
+    method = APT(distill=True)
+    model, _, _ = ready(method)
+    shaken(model)
+    unpruned, copies = logits(model), copy_adapters(model)
+    masks = masks_of(model)
+    assert masks is not None
+    masks.values[::3] = 0.5
+    shaken(model, seed=8)
+    student = logits(model)
+    with as_teacher(model, masks, copies):
+        assert logits(model).equal(unpruned)
+    assert logits(model).equal(student)
+    assert not student.equal(unpruned)
+
+
 def test_layers_are_matched_with_the_nearest_that_is_left() -> None:
     draws = generator(4)
     teacher = [torch.randn(1, 3, 8, generator=draws) for _ in range(4)]
