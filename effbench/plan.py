@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from effbench.config import compose, known_shape, make_evaluator, make_method
-from effbench.footprint import Pass, step_flops
+from effbench.footprint import POINTS_AT_ONCE, Pass, step_flops
 from effbench.measure.hardware import memory_bytes
-from effbench.methods.base import Cost, Method, chain_cost, chain_shapes, inference_cost
+from effbench.methods.base import (
+    CALIBRATION_ROWS,
+    Cost,
+    Method,
+    chain_cost,
+    chain_shapes,
+    inference_cost,
+)
 from effbench.peaks import Components, Peaks
 from effbench.records import Obtained
 from effbench.shapes import DTYPE_BYTES, Shape
@@ -33,6 +40,10 @@ class Workload:
     """Micro-batches of training; any of them can be the largest."""
     micro_batches: int = 1
     """Most micro-batches of one step."""
+    lengths: int = 0
+    """Different sizes of what is trained or calibrated on, where there are more than listed."""
+    calibrate: tuple[Pass, ...] = ()
+    """Rows that a compression may read."""
     evaluate: tuple[Pass, ...] = ()
     """Batches of the evaluators."""
     stored_bytes: int | None = None
@@ -259,9 +270,12 @@ def at_most(spec: Spec) -> Workload:
     """Return the largest work that the settings of a run allow."""
     rows, tokens = spec.train.batch_size, spec.dataset.max_length
     passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
+    steps = spec.train.max_steps * spec.train.accumulation
     return Workload(
         (Pass("train", rows, tokens, rows * (tokens - 1)),),
         spec.train.accumulation,
+        min(tokens, steps if spec.stage == "train" else CALIBRATION_ROWS),
+        (Pass("score", 1, tokens, 1),),
         tuple(passes),
     )
 
@@ -275,21 +289,30 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
     )
     loaded = _loaded(spec, course.base, course.methods, work)
     found = {"load": base.load(*loaded, _packed(course.methods))}
-    if spec.stage == "train":
+    trained, kernels = spec.stage == "train", 0
+    if trained:
         saved, others = own.training(course.start, dtype), _others(own, course.start, size)
         several = work.micro_batches > 1
+        kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
         steps = (
-            start.step(spec.train, course.working, saved, p, others, several) for p in work.train
+            start.step(spec.train, course.working, saved, p, others, several, kernels)
+            for p in work.train
         )
         found["train"] = max(steps, key=_total)
     if spec.stage == "compress":
-        dense = course.start.params * size
-        found["compress"] = start.compress(course.before.resident_bytes if course.before else dense)
+        weights = course.before.resident_bytes if course.before else course.start.params * size
+        longest = None
+        if own.calibrates:
+            longest = max(work.calibrate, key=lambda p: p.size, default=None)
+            kernels = start.kernels(work.calibrate, lengths=work.lengths)
+        found["compress"] = start.compress(weights, longest, kernels)
     if spec.evaluators:
         every = not own.plain_logits(own.points()[-1])
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
+        kernels += left.kernels(passes)
+        together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
         found["evaluate"] = max(
-            (left.inference(course.used, p, every, spec.stage == "train") for p in passes),
+            (left.inference(course.used, p, every, trained, together, kernels) for p in passes),
             key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
@@ -331,12 +354,12 @@ def _other_shapes(method: Method, start: Shape) -> list[Shape]:
 
 def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
     """Return the FLOPs of a training step per token, with rows of full length."""
-    length = spec.dataset.max_length
+    rows, length = spec.train.batch_size, spec.dataset.max_length
     work = method.training(shape, spec.hardware.dtype)
-    row = Pass("train", 1, length, length)
-    own = step_flops(shape, work, row, spec.train.gradient_checkpointing)
+    batch = Pass("train", rows, length, rows * length)
+    own = step_flops(shape, work, batch, spec.train.gradient_checkpointing)
     others = (s.flops_per_token(length // 2) for s in _other_shapes(method, shape))
-    return own / length + sum(others)
+    return own / batch.size + sum(others)
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
@@ -403,6 +426,7 @@ def _verdict(prediction: Prediction, machine: Machine) -> str:
         "activations": "train.gradient_checkpointing=true or a smaller train.batch_size",
         "logits": "a smaller batch or dataset.max_length",
         "kv cache": "a smaller batch or fewer tokens",
+        "other points": "fewer operating points or a smaller batch",
     }.get(worst, "a smaller model")
     return (
         f"It does not fit: {gib(prediction.peak)} of {have} on {machine.name}. "

@@ -1,179 +1,224 @@
-"""APT against pruning before and after LoRA: same weights left, same tokens; speed of the slice.
+"""What a physical slice is worth, and what pruning while training costs.
 
-Every arm trains adapters of rank 8 on the same linears with the same learning rate, steps and rows
-of a real model, and is evaluated on held-out rows. Parameters are those after merging. Give Hydra
-overrides to change the runs, for example `train.max_steps=200`.
+- Slices of the real model at three quarters of its linear weights, cut by magnitude: layers alike,
+  layers of any size, and of any size in steps of 64. Prefill and decode against the dense model in
+  turn, beside the FLOPs and bytes that are left, and the shares of the machine's ceilings.
+- A training step of APT with and without salience, in turn: what its hooks and the gradients down
+  to the embedding cost.
+- Peaks of training of LoRA, of APT, and of LoRA on a slice, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from effbench import models
-from effbench.config import compose, make_method
+from effbench.config import compose
 from effbench.launch import execute
 from effbench.measure.counting import parameters
-from effbench.measure.timing import interleaved
-from effbench.methods.base import Context, Method
-from effbench.nn.decoding import greedy
+from effbench.measure.roofline import Ceilings, decode_bytes, prefill_flops, probe
+from effbench.measure.timing import Ratio, interleaved
+from effbench.methods.apt import APT
+from effbench.methods.base import Context, Cost, Method, dense_cost
+from effbench.methods.structured import Structured
+from effbench.nn.engine import StaticSession
+from effbench.nn.pruning import Pruning
 from effbench.nn.quantised import storage_bytes
+from effbench.nn.slicing import shape_left
 from effbench.records import Record
 from effbench.shapes import Shape
-from effbench.stats import mean_interval
+from effbench.stages import train as stage
+from effbench.stages.common import open_bench, open_data, open_model
 from effbench.store import Store
 
 KEEP = 0.75
-PROMPT, NEW, REPEATS = 128, 24, 9
-TARGETS = "[q_proj,v_proj,gate_proj,up_proj,down_proj]"
-COMMON = [
-    "run.progress=false",
-    "train.max_steps=36",
-    "train.batch_size=4",
-    "train.checkpoint_every=1000",
-    "dataset.max_length=128",
-    "evaluator=[perplexity]",
-    "dataset.limit.test=64",
-]
-BLOCKS = ["method.blocks=[groups,neurons]", f"method.keep={KEEP}"]
-GRADUAL = ["method.begin=0.1", "method.end=0.5", "method.prunings=5", "method.mask_step=0.1"]
-ONCE = ["method.prunings=1", "method.mask_step=1", "method.grow=1"]
-LORA = ["method=lora", "method.rank=8", "method.alpha=16", f"method.targets={TARGETS}"]
-ARMS: dict[str, list[list[str]]] = {
-    "LoRA, unpruned": [LORA],
-    "APT": [["method=apt", *BLOCKS, *GRADUAL]],
-    "APT without growth": [["method=apt", *BLOCKS, *GRADUAL, "method.grow=1"]],
-    "APT, neurons only": [["method=apt", *BLOCKS, *GRADUAL, "method.blocks=[neurons]"]],
-    "Wanda neurons, then LoRA": [
-        [
-            "method=structured",
-            *BLOCKS,
-            "method.criterion=wanda",
-            "method.scope=layer",
-            "method.blocks=[neurons]",
-        ],
-        LORA,
-    ],
-    "LoRA, then APT's blocks": [
-        ["method=apt", *BLOCKS, *ONCE, "method.begin=1", "method.end=1"],
-    ],
+PROMPT, NEW, PAIRS = 128, 32, 9
+TARGETS = "method.targets=[q_proj,v_proj,gate_proj,up_proj,down_proj]"
+SLICES = {
+    "layers alike": Structured(keep=KEEP, scope="layer"),
+    "layers of any size": Structured(keep=KEEP, scope="global"),
+    "layers of any size, steps of 64": Structured(keep=KEEP, scope="global", align=64),
 }
 
 
-def run(results: str, words: Sequence[str], parent: str = "") -> Record:
+@dataclass(frozen=True)
+class Subject:
+    """A model at hand, and what it needs."""
+
+    model: Any
+    shape: Shape
+    cost: Cost
+
+
+def load() -> Subject:
+    """Return the dense model as the command line names it."""
+    spec = compose("eval", sys.argv[1:]).spec
+    dtype = getattr(torch, spec.hardware.dtype)
+    loaded = models.load(spec.model, device=spec.hardware.device, dtype=dtype, tokenizer=False)
+    loaded.model.requires_grad_(False)
+    return Subject(loaded.model, loaded.shape, dense_cost(loaded.shape, dtype.itemsize))
+
+
+def sliced(method: Structured) -> Subject:
+    """Return a slice of it."""
+    whole = load()
+    weight = whole.model.model.embed_tokens.weight
+    draws = torch.Generator()
+    ctx = Context(0, weight.device, weight.dtype, draws, lambda name: whole.model)
+    for _ in method.compress(whole.model, [], ctx):
+        pass
+    shape = shape_left(whole.model, whole.shape)
+    return Subject(whole.model.eval(), shape, dense_cost(shape, weight.dtype.itemsize))
+
+
+# -- speed -----------------------------------------------------------------------------------------
+
+
+def speed(name: str, part: Subject, dense: Subject, ceilings: Ceilings) -> bool:
+    """Print how a slice compares with the dense model; return whether its counts are exact."""
+    counted, held = parameters(part.model).total, storage_bytes(part.model)
+    share = part.shape.linear_params / dense.shape.linear_params
+    print(f"\n{name}: {share:.4f} of the linear weights, budget {KEEP}")
+    print(f"  parameters {counted:,} counted, {part.cost.params:,} by the formula")
+    print(f"  bytes {held:,} held, {part.cost.resident_bytes:,} by the formula; ", end="")
+    print(f"slice / dense {held / dense.cost.resident_bytes:.3f}")
+    draws = torch.Generator().manual_seed(0)
+    prompt = torch.randint(part.shape.vocab_size, (1, PROMPT), generator=draws)
+    prompt = prompt.to(part.model.device)
+    flops = [prefill_flops(s.cost, s.shape, 1, PROMPT) for s in (part, dense)]
+    read = (partial(prefilled, s.model, prompt, 0) for s in (part, dense))
+    show("prefill", interleaved(*read, PAIRS), flops, "FLOPs", ceilings.gemm, PROMPT)
+    # Every call decodes NEW tokens more; the contexts of both grow alike.
+    context = PROMPT + NEW * (PAIRS + 1) // 2
+    moved = [decode_bytes(s.cost, 1, context, NEW) for s in (part, dense)]
+    sessions = [prefilled(s.model, prompt, NEW * (PAIRS + 1)) for s in (part, dense)]
+    print(f"  engine: {sessions[0].engine}, of the dense model {sessions[1].engine}")
+    decode = (partial(steps, session) for session in sessions)
+    show("decode", interleaved(*decode, PAIRS), moved, "bytes", ceilings.bandwidth, NEW)
+    return counted == part.cost.params and held == part.cost.resident_bytes
+
+
+def prefilled(model: Any, prompt: torch.Tensor, more: int) -> StaticSession:
+    """Return a session that has read the prompt and has room for more tokens."""
+    session = StaticSession(model)
+    session.reserve(1, prompt.shape[1] + more)
+    session.prefill(prompt)
+    return session
+
+
+def steps(session: StaticSession) -> None:
+    """Decode NEW tokens."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=session.device)
+    for _ in range(NEW):
+        token = session.step(token).argmax(-1, keepdim=True)
+
+
+def show(
+    what: str, ratio: Ratio, done: list[float], kind: str, ceiling: float, tokens: int
+) -> None:
+    """Print tokens per second, shares of the ceiling, and the ratio beside that of the work."""
+    found = []
+    for name, seconds, work in (("slice", ratio.a, done[0]), ("dense", ratio.b, done[1])):
+        rate = work / seconds.value
+        found.append(f"{name} {tokens / seconds.value:.1f} tokens/s ({rate / ceiling:.1%})")
+    print(f"  {what}: {', '.join(found)}; shares are of the best rate of {kind} seen")
+    speedup = ratio.speedup
+    print(
+        f"    slice / dense {speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]; ", end=""
+    )
+    print(f"{kind} dense / slice {done[1] / done[0]:.3f}", flush=True)
+
+
+# -- salience --------------------------------------------------------------------------------------
+
+
+def salience_cost(results: str) -> None:
+    """Print the ratio of a step's passes with salience to those without it."""
+    words = ["method=apt", f"method.keep={KEEP}", "train.batch_size=4", "run.progress=false"]
+    job = compose("train", [*words, f"run.results={results}", *sys.argv[1:]])
+    store = Store(Path(results))
+    folder = store.run(job.spec.key)
+    folder.create(job.spec)
+    bench = open_bench(job, folder, store)
+    trainer = stage.prepare(bench, open_model(bench), open_data(bench))
+    model, method, ctx = trainer.model, bench.method, trainer.ctx
+    batches = stage.window_of(trainer, 0)
+    pruning = Pruning.of(model)
+    assert isinstance(method, APT)
+    assert pruning is not None
+
+    def passes(plain: bool) -> None:
+        for batch in batches:
+            one = Method().loss if plain else method.loss
+            one(model, batch, ctx).backward()
+        if not plain:
+            pruning.watcher.finish_step()
+        model.zero_grad(set_to_none=True)
+
+    ratio = interleaved(partial(passes, True), partial(passes, False), PAIRS).speedup
+    print(
+        f"\npasses of a step with salience / without: {ratio.value:.3f} "
+        f"[{ratio.low:.3f}, {ratio.high:.3f}], {PAIRS} pairs",
+        flush=True,
+    )
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+RUN = [
+    "run.progress=false",
+    "run.exact_memory=true",
+    "train.max_steps=4",
+    "train.batch_size=4",
+    "dataset.max_length=128",
+    "evaluator=[]",
+]
+LORA = ["method=lora", "method.rank=8", TARGETS]
+ONCE = ["method.begin=0", "method.end=0", "method.prunings=1", "method.mask_step=1"]
+
+
+def peaks(results: str) -> None:
+    """Print the peak of training beyond what the process held before."""
+    cut = run(results, "compress", "method=structured", f"method.keep={KEEP}")
+    arms = {
+        "LoRA": run(results, "train", *LORA),
+        "APT, nothing cut yet": run(results, "train", "method=apt", f"method.keep={KEEP}"),
+        "APT, cut in the first step": run(
+            results, "train", "method=apt", f"method.keep={KEEP}", *ONCE
+        ),
+        "structured, then LoRA": run(results, "train", f"from={cut.key}", *LORA),
+    }
+    print()
+    for name, record in arms.items():
+        phase = record.plan["phases"]["train"]
+        own = phase["measured_bytes"] - record.plan["base_bytes"]
+        print(f"peak of training, {name}: {own / 2**20:.0f} MiB beyond the process, ", end="")
+        print(f"{phase['peak_bytes'] / 2**20:.0f} predicted", flush=True)
+
+
+def run(results: str, kind: Any, *words: str) -> Record:
     """Run one job in a process of its own and return its record."""
-    stage: Any = "compress" if "method=structured" in words else "train"
-    fixed = [w for w in COMMON if not (parent and w.startswith("dataset."))]
-    start = [f"from={parent}"] if parent else []
-    job = compose(stage, [f"run.results={results}", *fixed, *start, *words, *sys.argv[1:]])
-    return execute(job)
-
-
-def value(record: Record, name: str, phase: str = "") -> float:
-    """Return one metric of a record, NaN where it is not there."""
-    found = [m.value for m in record.metrics if m.name == name and m.phase == phase]
-    return found[0] if found else float("nan")
-
-
-def losses(record: Record) -> list[float]:
-    """Return the loss of every held-out row, in nats per token of the row."""
-    return next(o.values for o in record.outcomes if o.metric == "loss")
+    fixed = [w for w in RUN if not (words[0].startswith("from=") and w.startswith("dataset."))]
+    return execute(compose(kind, [f"run.results={results}", *fixed, *words, *sys.argv[1:]]))
 
 
 def main() -> int:
-    begun = time.perf_counter()
+    dense = load()
+    weight = dense.model.model.embed_tokens.weight
+    reading = dense.cost.bytes_per_token
+    ceilings = probe(weight.device, weight.dtype, working_set=reading, repeats=3)
+    exact = [speed(name, sliced(method), dense, ceilings) for name, method in SLICES.items()]
     with tempfile.TemporaryDirectory() as results:
-        records = {}
-        for arm, parts in ARMS.items():
-            record, parent = None, ""
-            for words in parts:
-                record = run(results, words, parent)
-                parent = record.key
-            assert record is not None
-            records[arm] = record
-            adapters = value(record, "trainable_params") if parts[-1] is LORA else 0
-            peak = value(record, "peak_bytes", "train") / 2**30
-            trained = value(record, "trainable_params")
-            print(
-                f"{arm:26} loss {value(record, 'loss'):.4f}  parameters "
-                f"{value(record, 'params') - adapters:,.0f}  trained {trained:,.0f}"
-                f"  step {value(record, 'step_seconds', 'train'):.2f} s  peak {peak:.2f} GiB",
-                flush=True,
-            )
-        compare(records)
-        ok = speed(results, records["APT"])
-    print(f"{time.perf_counter() - begun:.0f} s in all")
-    return int(not ok)
-
-
-def compare(records: dict[str, Record]) -> None:
-    """Print the paired difference of each arm's held-out loss to APT's."""
-    ours = losses(records["APT"])
-    for arm, record in records.items():
-        if arm != "APT":
-            pairs = [a - b for a, b in zip(losses(record), ours, strict=True)]
-            mean, low, high = mean_interval(pairs)
-            print(f"{arm} - APT: {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, by row")
-
-
-def speed(results: str, record: Record) -> bool:
-    """Print how fast the slice is beside the dense model; return whether the counts are exact."""
-    store = Store(Path(results))
-    spec = store.spec_of(record.key)
-    method, dtype = make_method(spec.method), getattr(torch, spec.hardware.dtype)
-    dense, slice_ = (
-        models.load(spec.model, device=spec.hardware.device, dtype=dtype, tokenizer=False)
-        for _ in range(2)
-    )
-    folder = store.run(record.key).artefact
-    shape: Shape = method.left(dense.shape, folder)
-    draws = torch.Generator()
-    ctx = Context(0, torch.device(spec.hardware.device), dtype, draws, lambda name: dense.model)
-    small = method.load(slice_.model, folder, ctx).eval()
-    cost = method.cost(shape, spec.hardware.dtype)
-    whole = Method().cost(dense.shape, spec.hardware.dtype)
-    counted, held = parameters(small).total, storage_bytes(small)
-    print(f"parameters of the slice: {counted:,} counted, {cost.params:,} by the formula")
-    print(f"bytes of the slice: {held:,} held, {cost.resident_bytes:,} by the formula")
-    share = shape.linear_params / dense.shape.linear_params
-    print(f"linear weights left: {share:.4f} of the dense model's, budget {KEEP}")
-    sizes = [shape.layer(i) for i in range(shape.num_layers)]
-    print(
-        f"layers without attention: {sum(not s.num_heads for s in sizes)} of {len(sizes)}, "
-        f"without MLP: {sum(not s.intermediate_size for s in sizes)}"
-    )
-    prompt = torch.randint(
-        dense.shape.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)
-    )
-
-    def prefill(model: torch.nn.Module) -> object:
-        return method.session(model).prefill(prompt)
-
-    def decode(model: torch.nn.Module) -> object:
-        return greedy(method.session(model), prompt[:, :8], NEW)
-
-    for name, work, bytes_ in (
-        ("prefill", prefill, whole.flops_per_token / cost.flops_per_token),
-        ("decode", decode, whole.bytes_per_token / cost.bytes_per_token),
-    ):
-        ratio = interleaved(
-            lambda work=work: work(small),  # type: ignore[misc]
-            lambda work=work: work(dense.model),  # type: ignore[misc]
-            REPEATS,
-        ).speedup
-        kind = "FLOPs" if name == "prefill" else "weight bytes"
-        print(
-            f"{name} speed, slice / dense: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]; "
-            f"{kind}, dense / slice: {bytes_:.3f}",
-            flush=True,
-        )
-    return counted == cost.params and held == cost.resident_bytes
+        salience_cost(results)
+        peaks(results)
+    return int(not all(exact))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""A QDyLoRA step against a QLoRA step of the same maximal rank, in turn; bytes of the base."""
+"""A QDyLoRA step against a QLoRA step of the same maximal rank, in turn; bytes of the base.
+
+Then an evaluation batch at all ranks: in one pass against one pass for each rank, in turn.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from effbench.config import compose
+from effbench.evaluators.base import make_batch
 from effbench.kernels.nf4 import nf4_bytes
 from effbench.nn.linears import decoder_linears
+from effbench.nn.lockstep import nll_at
 from effbench.nn.quantised import storage_bytes
 from effbench.stages import train as stage
 from effbench.stages.common import open_bench, open_data, open_model
@@ -18,6 +26,7 @@ from effbench.store import Store
 
 LIMIT = 1.15
 PAIRS = 16
+BATCHES = 6
 
 
 def trainer(method: str, results: str) -> stage.Trainer:
@@ -39,6 +48,41 @@ def trainer(method: str, results: str) -> stage.Trainer:
     return stage.prepare(bench, model, open_data(bench))
 
 
+@torch.inference_mode()
+def evaluation(arm: stage.Trainer) -> None:
+    """Print what one pass over all ranks takes of the time of separate passes."""
+    method, model = arm.bench.method, arm.model.eval().requires_grad_(False)
+    points = method.points()
+    rows = [(e.ids[:128], e.labels()[:128]) for e in arm.examples[:8]]
+    batch = make_batch(rows, 0)
+    inputs = batch.input_ids, batch.attention_mask, batch.labels
+
+    def together() -> list[torch.Tensor]:
+        return nll_at(model, [partial(method.at, model, p) for p in points], *inputs)
+
+    def apart() -> list[torch.Tensor]:
+        found = []
+        for point in points:
+            with method.at(model, point):
+                found.append(method.token_nll(model, batch))
+        return found
+
+    ways = {"together": together, "apart": apart}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(BATCHES + 1):
+        found = {}
+        for name in sorted(ways, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            found[name] = ways[name]()
+            times[name].append(time.perf_counter() - start)
+        assert all(a.equal(b) for a, b in zip(*found.values(), strict=True))
+    ratio = ratio_interval(times["together"][1:], times["apart"][1:])
+    print(
+        f"{len(points)} ranks of {batch.input_ids.numel()} tokens, one pass / separate passes: "
+        f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], the same bits"
+    )
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as results:
         arms = {name: trainer(name, results) for name in ("qdylora", "qlora")}
@@ -48,6 +92,7 @@ def main() -> int:
                 start = time.perf_counter()
                 stage.one_step(arms[name])
                 times[name].append(time.perf_counter() - start)
+        evaluation(arms["qdylora"])
     ratio = ratio_interval(times["qdylora"][2:], times["qlora"][2:])
     print(f"QDyLoRA step / QLoRA step: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
     print(f"{PAIRS} pairs, limit {LIMIT}: {'reached' if ratio.value <= LIMIT else 'MISSED'}")

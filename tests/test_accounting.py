@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from effbench.methods.base import Method
+from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.lora import LoRA
 from effbench.methods.sorted_full import SortedFull
 from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn import layerskip
 from effbench.selfcheck import accounting
 from effbench.selfcheck.base import Check
 
@@ -29,9 +31,13 @@ def test_counts_of_every_method_at_every_point(name: str) -> None:
         SortedLoRA(depths=(2, 4), objective="soft"),
         SortedLoRA(depths=(2, 4), objective="soft", layout="skip_middle"),
         SortedFull(depths=(2, 4), objective="sampled"),
+        SortedLoRA(depths=(1, 2, 4), objective="layerskip"),
+        SortedFull(depths=(3,), objective="layerskip"),
+        ExitHeads(depths=(2, 3, 4), trunk="trained"),
     ],
 )
-def test_a_step_over_several_depths(method: Method) -> None:
+def test_a_step_over_several_depths(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)  # what is drawn has a test of its own
     model, ctx = accounting._model(method)
     assert accounting._step("", method, model, ctx).passed
 
@@ -54,12 +60,16 @@ def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", accounting.SHORT)
+@pytest.mark.parametrize(
+    "name",
+    [*accounting.SHORT, *(pytest.param(n, marks=pytest.mark.slow) for n in ("structured", "apt"))],
+)
 def test_peaks_of_runs_on_the_real_model(name: str) -> None:
     checks: list[Check] = list(accounting._peaks(name))
+    work = "compress" if name == "structured" else "train"
     assert [c.name.split(",")[0] for c in checks] == [
         "peak of load",
-        "peak of train",
+        f"peak of {work}",
         "peak of evaluate",
     ]
     assert not [c for c in checks if not c.passed]

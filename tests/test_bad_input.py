@@ -54,7 +54,7 @@ TRAIN = ["train", "model=tiny"]
         (["train", "model=tniy"], ["no model called 'tniy'", "'tiny'"]),
         (["train", "method=qdlora"], ["no method called 'qdlora'", "'qdylora'"]),
         ([*TRAIN, "evaluator=[perplexity,choises]"], ["'choises'", "'choices'"]),
-        ([*TRAIN, "experiment=qdylora"], ["no experiment called", "'qdylora_paper'"]),
+        ([*TRAIN, "experiment=qdilora"], ["no experiment called", "'qdylora'"]),
         ([*TRAIN, "launcher=slrum"], ["no launcher called", "'slurm'"]),
         (["trian"], ["No such command 'trian'", "'train'"]),
         (["train", "--dryrun"], ["--dryrun", "--dry-run"]),

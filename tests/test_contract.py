@@ -279,8 +279,8 @@ def test_what_trains_is_what_training_states(name: str) -> None:
     method, model, shape, ctx = fresh(name)
     counted = parameters(method.prepare(model, ctx)).trainable
     stated = method.training_cost(shape, "float32").trainable
-    grows = type(method).training_cost is not Method.training_cost
-    assert 0 < counted <= stated if grows else counted == stated
+    changes = type(method).training_cost is not Method.training_cost
+    assert 0 < counted <= stated if changes else counted == stated
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

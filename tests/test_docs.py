@@ -31,7 +31,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 EXAMPLE = ROOT / "tests" / "plugin_example"
-STAGES = {"train": "train", "compress": "compress", "eval": "eval", "plan": None}
+STAGES = {
+    "train": "train",
+    "compress": "compress",
+    "eval": "eval",
+    "plan": None,
+    "similarity": "eval",
+}
 
 
 # -- the commands ------------------------------------------------------------------------------
@@ -154,7 +160,8 @@ def test_command(command: str, at_desk: Path, keys: dict[str, str]) -> None:
         return
     context = parsed(words)
     if words[0] in STAGES and context.params["overrides"]:
-        for point in points(list(context.params["overrides"]), context.params):
+        own = ["evaluator=similarity"] if words[0] == "similarity" else []
+        for point in points([*context.params["overrides"], *own], context.params):
             assert compose(STAGES[words[0]], point).spec.key  # type: ignore[arg-type]
 
 
@@ -188,6 +195,8 @@ def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
 def test_make_targets() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     targets |= {p.stem.replace("_", "-") for p in (ROOT / "scripts").glob("bench_*.py")}
+    campaigns = (ROOT / "scripts" / "campaigns").glob("*.yaml")
+    targets |= {f"campaign-{p.stem.replace('_', '-')}" for p in campaigns}
     used = {word for _, c in shell_lines("make") for word in shlex.split(c)[1:] if "=" not in word}
     assert used <= targets
     assert {"demo", "test"} <= used

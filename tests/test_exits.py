@@ -81,7 +81,7 @@ def test_late_stages_build_the_cache_of_full_decoding(kind: str, padded: bool) -
         assert staged.kv_lengths() == [11, 11, 9, 0, 0]
         staged.run(1)
         hidden = staged.run(2)
-        logits = staged.logits(hidden)[:, -1]
+        logits = staged.logits(2, hidden)[:, -1]
     full = full_run(model, torch.cat([ids, more], 1), mask)
     seen = slice(None) if mask is None else torch.cat([mask, torch.ones(2, 5)], 1).bool()
     for ours, theirs in zip(staged.cache.layers, full.cache.layers, strict=True):

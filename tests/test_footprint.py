@@ -10,11 +10,15 @@ from methods.helpers import SHAPE as TINY
 from methods.helpers import adamw, generator, tiny_model
 
 from effbench.footprint import Pass, logit_bytes, step_flops
+from effbench.methods.adalora import AdaLoRA
 from effbench.methods.apt import APT
 from effbench.methods.base import Batch, Context, Method
 from effbench.methods.deep_lora import DeepLoRA
+from effbench.methods.dora import DoRA
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.echo_llama import EchoLLaMA
+from effbench.methods.echoatt import EchoAtt
+from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.full import Full
 from effbench.methods.kd import Distillation
 from effbench.methods.lora import LoRA
@@ -38,11 +42,19 @@ METHODS = [
     DeepLoRA(rank=4, form="narrow", targets=("q_proj", "down_proj")),
     DeepLoRA(form="full"),
     APT(rank=4),
+    DoRA(rank=4),
+    DoRA(rank=4, targets=("q_proj", "down_proj")),
+    AdaLoRA(rank=4),
     SortedLoRA(rank=4, depths=(2,)),
     SortedLoRA(rank=4, depths=(1, 2), objective="soft"),
     SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
     SortedFull(depths=(2,), objective="sampled"),
     SortedFull(depths=(1, 2)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="layerskip"),
+    SortedFull(depths=(1, 2), objective="layerskip"),
+    ExitHeads(depths=(1, 2)),
+    ExitHeads(depths=(1, 2), trunk="trained"),
+    EchoAtt(layers=(1,), refine=1.0),
     EchoLLaMA(share=0.5),
     EchoLLaMA(share=0.5, blend=False),
     EchoLLaMA(share=0.5, trains="lora", rank=4, blend=False),
@@ -120,6 +132,24 @@ def test_half_of_the_square_is_seen_by_causal_attention() -> None:
     assert whole - half == pytest.approx(3 * attention / 2)
     again = step_flops(SHAPE, training, one, recompute=True, square=True)
     assert again - whole == pytest.approx(2 * SHAPE.linear_params * 32 + attention)
+
+
+def test_products_of_weights_do_not_depend_on_the_tokens() -> None:
+    training = DoRA(rank=4).training(SHAPE, "float32")
+    assert training.forward_constant == 2 * 4 * SHAPE.linear_params
+    short, long = (Pass("train", 1, t, t - 1) for t in (8, 16))
+    plain = LoRA(rank=4).training(SHAPE, "float32")
+    for one in (short, long):
+        more = step_flops(SHAPE, training, one) - step_flops(SHAPE, plain, one)
+        assert more == training.forward_constant
+        again = step_flops(SHAPE, training, one, recompute=True)
+        assert again - step_flops(SHAPE, plain, one, recompute=True) == 2 * more
+    distance = AdaLoRA(rank=4).training(SHAPE, "float32")
+    none = AdaLoRA(rank=4, orthogonality=0).training(SHAPE, "float32")
+    for recompute in (False, True):
+        flops = [step_flops(SHAPE, t, short, recompute) for t in (distance, none)]
+        sizes = sum(i + o for _, _, i, o in SHAPE.linears())
+        assert flops[0] - flops[1] == 6 * 6**2 * sizes
 
 
 def test_optimiser_state_is_what_the_plan_counts() -> None:

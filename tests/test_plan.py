@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from methods.helpers import SHAPE
 
 from effbench import plan
 from effbench.config import compose, known_shape
 from effbench.footprint import Pass
+from effbench.peaks import KERNEL_BYTES, Peaks
 from effbench.plan import Prediction, Taken, Workload, gib, predict, render
+from effbench.shapes import LayerSize, sliced_shape
 from effbench.spec import Job, Machine
 
 LLAMA = ["model=llama2-7b", "dataset=arithmetic", "hardware=cpu", "hardware.dtype=bfloat16"]
@@ -179,3 +182,34 @@ def test_the_real_batches_take_the_place_of_the_largest_possible_ones() -> None:
 @pytest.mark.parametrize("size, said", [(2**30, "1.00 GiB"), (3 * 2**20, "3.0 MiB")])
 def test_sizes_for_people(size: int, said: str) -> None:
     assert gib(size) == said
+
+
+def test_each_size_of_a_bfloat16_product_brings_its_code() -> None:
+    shape = SHAPE
+    passes = [Pass("score", 1, 20, 7), Pass("score", 2, 10, 7), Pass("score", 1, 30, 8)]
+    linears = len({(i, o) for _, _, i, o in shape.linears()})
+    assert Peaks(shape, 2).kernels(passes) == linears * 2 + 2
+    assert Peaks(shape, 2).kernels(passes, products=3) == 3 * (linears * 2 + 2)
+    assert Peaks(shape, 2).kernels(passes, lengths=9) == (linears + 1) * 9
+    assert Peaks(shape, 4).kernels(passes) == Peaks(shape, 2, cpu=False).kernels(passes) == 0
+    unlike = sliced_shape(shape, 60, [LayerSize(4, 2, 100 + i) for i in range(shape.num_layers)])
+    assert Peaks(unlike, 2).kernels(passes[:1]) > Peaks(shape, 2).kernels(passes[:1])
+
+
+def test_code_is_kept_up_to_a_capacity() -> None:
+    peaks = Peaks(SHAPE, 2, exact=True)
+    plain, some, many, more = (peaks.compress(0, None, n)["workspace"] for n in (0, 5, 1024, 9999))
+    assert some - plain == 5 * KERNEL_BYTES
+    assert many == more > some
+
+
+def test_calibration_is_counted_where_rows_are_read() -> None:
+    words = ["method=structured", "model=smollm2-135m", "hardware.dtype=bfloat16"]
+    found = []
+    for criterion in ("magnitude", "wanda"):
+        spec = compose("compress", [*words, f"method.criterion={criterion}"]).spec
+        assert spec.model.shape is not None
+        phase = predict(spec, spec.model.shape, Machine()).phase("compress")
+        assert phase is not None
+        found.append(phase.peak)
+    assert found[1] > found[0] + 64 * 4 * KERNEL_BYTES

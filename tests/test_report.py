@@ -19,7 +19,7 @@ from effbench.report.budgets import tuning_trials
 from effbench.report.compare import compare, margins_of
 from effbench.report.groups import grouped
 from effbench.report.labels import differences, labels
-from effbench.report.plot import _axis, _running_mean, loss_plot, points_plot
+from effbench.report.plot import _axis, _running_mean, comparison_plot, loss_plot
 from effbench.report.table import (
     Table,
     Value,
@@ -229,8 +229,8 @@ def test_every_form_of_a_comparison() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_points_plot_of_a_family_and_levels(suffix: str, tmp_path: Path) -> None:
-    path = points_plot([LORA, FAMILY, FULL], "loss", tmp_path / f"loss.{suffix}")
+def test_a_plot_of_a_family_and_levels(suffix: str, tmp_path: Path) -> None:
+    path = comparison_plot(compare([LORA, FAMILY, FULL]), "loss", tmp_path / f"loss.{suffix}")
     assert path.stat().st_size > 2000
     if suffix == "svg":
         assert "qdylora" in path.read_text() or "<path" in path.read_text()
@@ -245,12 +245,12 @@ def test_the_axis_of_points_is_numeric_where_the_names_are() -> None:
 
 def test_plots_need_something_to_show(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No run has") as caught:
-        points_plot([LORA], "los", tmp_path / "x.png")
+        comparison_plot(compare([LORA, FAMILY]), "los", tmp_path / "x.png")
     assert "'loss'" in caught.value.hint
     with pytest.raises(UserError, match="no losses"):
         loss_plot([], tmp_path / "x.png")
     with pytest.raises(UserError, match="kind of picture"):
-        points_plot([LORA], "loss", tmp_path / "x.docx")
+        comparison_plot(compare([LORA, FAMILY]), "loss", tmp_path / "x.docx")
 
 
 def test_loss_plot_of_training_and_validation(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_tasks_are_kept_apart() -> None:
 
 
 def test_a_plot_names_its_task(tmp_path: Path) -> None:
-    path = points_plot([with_tasks(1)], "accuracy", tmp_path / "x.svg")
+    path = comparison_plot(compare([with_tasks(1)]), "accuracy", tmp_path / "x.svg")
     assert path.stat().st_size > 2000
     made = [m.title for m in compare([with_tasks(1), with_tasks(2)]).metrics]
     assert "accuracy of piqa" in made and "accuracy of copa" in made

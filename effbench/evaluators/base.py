@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError
@@ -18,7 +20,7 @@ from effbench.spec import Machine
 if TYPE_CHECKING:
     from effbench.datasets import Data
     from effbench.journal import Journal
-    from effbench.nn.scoring import Request, Score
+    from effbench.nn.scoring import Plan, Request, Score
     from effbench.shapes import Shape
     from effbench.spec import DatasetSpec, Spec
 
@@ -64,6 +66,10 @@ class Subject:
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal
     """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
     finished is in it. Kept in memory when there is no run folder."""
+    beside: Mapping[str, Callable[[str, Sequence[str]], Journal]] = field(default_factory=dict)
+    """Operating points still to be evaluated, each with what opens its journals: where the method
+    lets a batch go through the model at several points at once, they are filled beside this one's.
+    """
     keep: Callable[[str, Sequence[Mapping[str, Any]]], None] = lambda name, rows: None
     """Writes rows that are too much for the record into the run folder, one JSON line each."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
@@ -96,6 +102,44 @@ class Subject:
         require_finite(self.model, nll, run)
         return nll
 
+    def token_nlls(self, batch: Batch, points: Sequence[str]) -> list[torch.Tensor]:
+        """Return `token_nll` at each of some points of `journals`, in one pass.
+
+        Raises:
+            UserError: As `token_nll` does.
+        """
+        from effbench.nn.finite import require_finite
+        from effbench.nn.lockstep import nll_at
+
+        if list(points) == [self.point]:
+            return [self.token_nll(batch)]
+
+        def run(some: Sequence[str]) -> list[torch.Tensor]:
+            inputs = batch.input_ids, batch.attention_mask, batch.labels
+            return nll_at(self.model, self._at(some), *inputs)
+
+        found = run(points)
+        for point, nll in zip(points, found, strict=True):
+            require_finite(self.model, nll, partial(run, [point]))
+        return found
+
+    def journals(self, name: str, items: Sequence[str]) -> dict[str, Journal]:
+        """Return this point's journal, and after it those of the points that go in one pass."""
+        opened = {self.point: self.journal(name, items)}
+        if self.beside and self._in_one_pass():
+            opened |= {point: opening(name, items) for point, opening in self.beside.items()}
+        return opened
+
+    def _in_one_pass(self) -> bool:
+        from effbench.nn.lockstep import can_walk
+
+        plain = all(self.method.plain_logits(p) for p in (self.point, *self.beside))
+        own = type(self.method).token_nll is not Method.token_nll
+        return self.method.in_one_pass and plain and not own and can_walk(self.model)
+
+    def _at(self, points: Sequence[str]) -> list[Callable[[], AbstractContextManager[Any]]]:
+        return [partial(self.method.at, self.model, point) for point in points]
+
     def score(
         self, requests: Sequence[Request], name: str, batch_tokens: int = 2048
     ) -> list[Score]:
@@ -113,22 +157,53 @@ class Subject:
             UserError: When a result is not a finite number; it names the first layer that gave
                 such a number.
         """
-        from effbench.nn.scoring import Plan, Score, has_trees, padded_scores, tree_scores
+        from effbench.nn.scoring import Score, has_trees, padded_scores
 
         ids = [digest([r.context, r.continuation]) for r in requests]
-        journal = self.journal(name, ids)
         if self.method.plain_logits(self.point) and has_trees(self.model):
-            plan = Plan(requests, batch_tokens)
-            pending = journal.pending([g.requests for g in plan.groups])
-            found = tree_scores(self.model, plan, plan.of(pending), self.device)
-        else:
-            lengths = [len(r.context) + len(r.continuation) for r in requests]
-            pending = journal.pending(list(by_length(lengths, batch_tokens)))
-            found = padded_scores(self.logits, self.batch, requests, pending)
-        for scores in found:
-            journal.add({i: [s.loglikelihood, s.greedy] for i, s in scores.items()})
+            return self._score_trees(requests, ids, name, batch_tokens)
+        journal = self.journal(name, ids)
+        lengths = [len(r.context) + len(r.continuation) for r in requests]
+        pending = journal.pending(list(by_length(lengths, batch_tokens)))
+        for scores in padded_scores(self.logits, self.batch, requests, pending):
+            journal.add(_plain_scores(scores))
             self.progress(name, len(journal), len(requests))
         return [Score(*value) for value in journal.values()]
+
+    def _score_trees(
+        self, requests: Sequence[Request], ids: Sequence[str], name: str, batch_tokens: int
+    ) -> list[Score]:
+        from effbench.nn.scoring import Plan, Score
+
+        plan = Plan(requests, batch_tokens)
+        stems = any(g.stem for g in plan.groups)  # whose caches would be there once for each point
+        journals = {self.point: self.journal(name, ids)} if stems else self.journals(name, ids)
+        own = journals[self.point]
+        for found in self._tree_passes(plan, journals):
+            for point, scores in found.items():
+                journals[point].add(_plain_scores(scores))
+            self.progress(name, len(own), len(requests))
+        return [Score(*value) for value in own.values()]
+
+    def _tree_passes(
+        self, plan: Plan, journals: Mapping[str, Journal]
+    ) -> Iterator[dict[str, dict[int, Score]]]:
+        """Yield the scores of each group of a plan, by the points whose journals lack it."""
+        from effbench.journal import pending
+        from effbench.nn.lockstep import scores_at
+        from effbench.nn.scoring import tree_scores
+
+        todo = pending(journals, [g.requests for g in plan.groups])
+        if len(journals) == 1:
+            groups = plan.of(asked for asked, _ in todo)
+            for scores in tree_scores(self.model, plan, groups, self.device):
+                yield {self.point: scores}
+            return
+        for asked, points in todo:
+            [group] = plan.of([asked])
+            with torch.inference_mode():
+                found = scores_at(self.model, self._at(points), plan, group, self.device)
+            yield dict(zip(points, found, strict=True))
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return teacher-forced logits, [B, T, V].
@@ -265,8 +340,9 @@ class Evaluator:
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits of the run's dataset that it reads."""
-        split = getattr(self, "split", "")
-        return (split,) if split else ()
+        split: str | Sequence[str] = getattr(self, "split", "")
+        named = (split,) if isinstance(split, str) else tuple(split)
+        return tuple(name for name in named if name)
 
     def sealed(self) -> Evaluator:
         """Return itself with a hash of the local files that it reads, so that they are in the key.
@@ -296,12 +372,34 @@ class Evaluator:
         """
         found = []
         if budget := getattr(self, "batch_tokens", 0):
-            found += scored(data, getattr(self, "split", ""), budget)
+            for split in self.splits() or ("",):
+                found += scored(data, split, budget)
         if prompt := getattr(self, "prompt_tokens", 0):
             rows = getattr(self, "batch_size", 1)
             total = prompt + getattr(self, "new_tokens", 0)
             found += [Pass("prefill", rows, prompt, rows), Pass("decode", rows, total, rows)]
         return found
+
+
+def check_splits(where: str, split: str | Sequence[str]) -> None:
+    """Refuse a list of splits that is empty or names one twice.
+
+    Args:
+        where: The evaluator's place in the config.
+        split: Its setting.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if not split or (not isinstance(split, str) and len(set(split)) < len(split)):
+        raise UserError(
+            f"{where}.split={split if isinstance(split, str) else list(split)} is not possible.",
+            f"Name different splits: '{where}.split=[test,validation]'",
+        )
+
+
+def _plain_scores(scores: Mapping[int, Score]) -> dict[int, list[Any]]:
+    return {i: [s.loglikelihood, s.greedy] for i, s in scores.items()}
 
 
 def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:

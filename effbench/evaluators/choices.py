@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
 from effbench.methods.base import Method
 from effbench.records import Metric, Outcomes
 from effbench.schema import NonNegativeInt, PositiveInt, digest
@@ -38,8 +38,8 @@ class Choices(Evaluator):
 
     headline: ClassVar[str] = "accuracy"
 
-    split: str = "test"
-    """Which split of the dataset; not used with `tasks`."""
+    split: str | tuple[str, ...] = "test"
+    """Which split of the dataset, or a list of several; not used with `tasks`."""
     batch_tokens: PositiveInt = 2048
     """Largest batch, padding included, in tokens."""
     tasks: list[str] = field(default_factory=list)
@@ -53,9 +53,12 @@ class Choices(Evaluator):
     fingerprint: str = ""
     """Content hash of these files; filled in when the config is composed."""
 
+    def __post_init__(self) -> None:
+        check_splits("evaluator.choices", self.split)
+
     def splits(self) -> tuple[str, ...]:
-        """Return the dataset's split, unless lm-eval's tasks are evaluated."""
-        return () if self.tasks else (self.split,)
+        """Return the dataset's splits, unless lm-eval's tasks are evaluated."""
+        return () if self.tasks else super().splits()
 
     def sealed(self) -> Choices:
         """Return itself with the hash of its files."""
@@ -104,18 +107,18 @@ class Choices(Evaluator):
     def run(self, subject: Subject) -> Result:
         """Return the metrics with intervals, and each item's outcome."""
         result = Result()
-        if not self.tasks:
-            self._own_dataset(subject, result)
+        for split in self.splits():
+            self._own_dataset(subject, result, split)
         for name in self.tasks:
             self._task(subject, name, result)
         return result
 
     # -- the run's own dataset -----------------------------------------------------------------
 
-    def _own_dataset(self, subject: Subject, result: Result) -> None:
-        examples = subject.data.examples(self.split)
+    def _own_dataset(self, subject: Subject, result: Result, split: str) -> None:
+        examples = subject.data.examples(split)
         flat = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices or []))]
-        scores = self._scores(subject, [(examples[i].choices or [])[j] for i, j in flat])
+        scores = self._scores(subject, split, [(examples[i].choices or [])[j] for i, j in flat])
         by_item: list[list[float]] = [[] for _ in examples]
         for (i, _), score in zip(flat, scores, strict=True):
             by_item[i].append(score)
@@ -129,14 +132,14 @@ class Choices(Evaluator):
 
         ids = [e.id for e in examples]
         for name, values in (("accuracy", right), ("accuracy_norm", right_norm)):
-            result.add_items(subject, "choices", name, values, ids, split=self.split)
+            result.add_items(subject, "choices", name, values, ids, split=split)
 
-    def _scores(self, subject: Subject, choices: Sequence[Choice]) -> list[float]:
+    def _scores(self, subject: Subject, split: str, choices: Sequence[Choice]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
         from effbench.nn.scoring import Request
 
         requests = [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices]
-        scores = subject.score(requests, self.split, self.batch_tokens)
+        scores = subject.score(requests, split, self.batch_tokens)
         return [s.loglikelihood for s in scores]
 
     # -- lm-eval's tasks -----------------------------------------------------------------------

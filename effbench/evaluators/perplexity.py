@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
 from effbench.lazy import torch
 from effbench.records import Metric
 from effbench.schema import PositiveInt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from effbench.datasets import Data, Example
     from effbench.footprint import Pass
@@ -32,8 +32,8 @@ class Perplexity(Evaluator):
 
     headline: ClassVar[str] = "loss"
 
-    split: str = "test"
-    """Which split."""
+    split: str | tuple[str, ...] = "test"
+    """Which split, or a list of several."""
     window: PositiveInt | None = None
     """Most tokens that the model sees at once; null is the dataset's `max_length`."""
     stride: PositiveInt | None = None
@@ -41,6 +41,9 @@ class Perplexity(Evaluator):
     more context for each token, and more work."""
     batch_tokens: PositiveInt = 1024
     """Largest batch, padding included, in tokens."""
+
+    def __post_init__(self) -> None:
+        check_splits("evaluator.perplexity", self.split)
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse windows that the model has no positions for, or that leave no context."""
@@ -54,91 +57,87 @@ class Perplexity(Evaluator):
         from effbench.windows import passes, sizes
 
         window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
-        return passes(data, self.split, window, stride, self.batch_tokens)
+        return [
+            one
+            for split in self.splits()
+            for one in passes(data, split, window, stride, self.batch_tokens)
+        ]
 
     def run(self, subject: Subject) -> Result:
         """Return `loss` (nats per token), `perplexity` and `bits_per_byte` with intervals."""
-        examples = subject.data.documents(self.split)
-        sums, counts, parts = self._sums(subject, examples)
+        result = Result()
+        for split in self.splits():
+            self._add(result, subject, split)
+        return result
+
+    def _add(self, result: Result, subject: Subject, split: str) -> None:
+        examples = subject.data.documents(split)
+        sums, counts, parts = self._sums(subject, examples, split)
         ids, sizes = [e.id for e in examples], [e.answer_bytes for e in examples]
         bits = [s / math.log(2) for s in sums]
 
-        result = Result()
-        loss = result.add_ratio(
-            subject, "perplexity", "loss", sums, counts, ids, unit="nats/token", split=self.split
-        )
-        result.metrics.append(self._perplexity(loss))
-        result.add_ratio(
-            subject,
-            "perplexity",
-            "bits_per_byte",
-            bits,
-            sizes,
-            ids,
-            unit="bits/byte",
-            split=self.split,
-        )
+        def add(metric: str, values: list[float], over: list[int], unit: str) -> Metric:
+            return result.add_ratio(
+                subject, "perplexity", metric, values, over, ids, unit=unit, split=split
+            )
+
+        loss = add("loss", sums, counts, "nats/token")
+        result.metrics.append(_perplexity(loss))
+        add("bits_per_byte", bits, sizes, "bits/byte")
         result.metrics.append(
-            Metric("loss_tokens", sum(counts), "tokens", loss.point, self.split, obtained="counted")
+            Metric("loss_tokens", sum(counts), "tokens", loss.point, split, obtained="counted")
         )
         for name in dict.fromkeys(name for row in parts for name in row):
             found = [row.get(name, (0.0, 0)) for row in parts]
             if any(tokens for _, tokens in found):
-                result.add_ratio(
-                    subject,
-                    "perplexity",
-                    f"loss_{name}",
-                    [nll for nll, _ in found],
-                    [tokens for _, tokens in found],
-                    ids,
-                    unit="nats/token",
-                    split=self.split,
-                )
-        return result
-
-    def _perplexity(self, loss: Metric) -> Metric:
-        assert loss.low is not None
-        assert loss.high is not None
-        value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
-        return Metric("perplexity", value, "", loss.point, self.split, loss.n, low, high)
+                add(f"loss_{name}", [f[0] for f in found], [f[1] for f in found], "nats/token")
 
     def _sums(
-        self, subject: Subject, examples: Sequence[Example]
+        self, subject: Subject, examples: Sequence[Example], split: str = "test"
     ) -> tuple[list[float], list[int], list[dict[str, tuple[float, int]]]]:
         """Return each row's summed loss in nats, how many tokens it is over, and both by kind."""
+        from effbench.journal import pending
         from effbench.windows import check_sizes, cut, groups, sizes
 
         limit = subject.data.spec.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)
         windows = cut(examples, *sizes(self.window, self.stride, limit))
-        journal = subject.journal(self.split, [w.name(examples[w.row]) for w in windows])
-        for group in journal.pending(groups(windows, self.batch_tokens)):
+        journals = subject.journals(split, [w.name(examples[w.row]) for w in windows])
+        own = journals[subject.point]
+        for group, points in pending(journals, groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
-                found = _of_each(subject, batch)
-            journal.add(dict(zip(group, found, strict=True)))
-            subject.progress("perplexity", len(journal), len(windows))
+                for point, nll in zip(points, subject.token_nlls(batch, points), strict=True):
+                    kinds = subject.method.parts(subject.model, batch) if len(points) == 1 else {}
+                    rows = _of_each(nll.double(), batch, kinds)
+                    journals[point].add(dict(zip(group, rows, strict=True)))
+            subject.progress("perplexity", len(own), len(windows))
 
-        sums, counts = [0.0] * len(examples), [0] * len(examples)
+        totals, counts = [0.0] * len(examples), [0] * len(examples)
         parts: list[dict[str, tuple[float, int]]] = [{} for _ in examples]
-        for window, (nll, tokens, *kinds) in zip(windows, journal.values(), strict=True):
-            sums[window.row] += nll
-            counts[window.row] += tokens
+        for window, (nll, count, *kinds) in zip(windows, own.values(), strict=True):
+            totals[window.row] += nll
+            counts[window.row] += count
             for name, (part, many) in kinds[0].items() if kinds else ():
                 before = parts[window.row].get(name, (0.0, 0))
                 parts[window.row][name] = before[0] + part, before[1] + many
-        return sums, counts, parts
+        return totals, counts, parts
 
 
-def _of_each(subject: Subject, batch: Batch) -> list[list[Any]]:
+def _of_each(nll: torch.Tensor, batch: Batch, kinds: Mapping[str, torch.Tensor]) -> list[list[Any]]:
     """Return each row's summed loss and tokens, and both by kind where its tokens are of kinds."""
-    nll = subject.token_nll(batch).double()
     counted = batch.labels[:, 1:] != -100
     found: list[list[Any]] = [
         list(row) for row in zip(nll.sum(1).tolist(), counted.sum(1).tolist(), strict=True)
     ]
-    kinds = subject.method.parts(subject.model, batch)
     for index, row in enumerate(found) if kinds else ():
         of_row = {name: mask[index] & counted[index] for name, mask in kinds.items()}
         row.append({n: [nll[index][m].sum().item(), m.sum().item()] for n, m in of_row.items()})
     return found
+
+
+def _perplexity(loss: Metric) -> Metric:
+    assert loss.low is not None
+    assert loss.high is not None
+    value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
+    return Metric("perplexity", value, "", loss.point, loss.split, loss.n, low, high)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 
@@ -34,16 +34,14 @@ from effbench.footprint import Training, adapted_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
 from effbench.methods.lora import check_rank_fits, check_targets, low_rank_cost
+from effbench.methods.structured import check_budget
 from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
 
 if TYPE_CHECKING:
-    from effbench.nn.masking import Masks
+    from effbench.nn.growth import Swap
+    from effbench.nn.pruning import Pruning
     from effbench.nn.pruning_schedule import PruningSchedule
-    from effbench.nn.salience import Salience
-
-Kind = Literal["groups", "neurons", "dims"]
-KINDS: tuple[Kind, ...] = ("groups", "neurons", "dims")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class APT(Method):
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Share of the decoder's linear weights that stays; 1 prunes nothing."""
-    blocks: tuple[Kind, ...] = KINDS
+    blocks: tuple[Literal["groups", "neurons", "dims"], ...] = ("groups", "neurons", "dims")
     """Kinds of blocks that may go."""
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time; 64 suits most hardware."""
@@ -122,24 +120,7 @@ class APT(Method):
     def check(self, shape: Shape) -> None:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
-        fixed = self._fixed_share(shape)
-        if self.keep < fixed:
-            raise UserError(
-                f"method.keep={self.keep} cannot be reached: {fixed:.3f} of the weights belong to "
-                "blocks that may not go.",
-                f"Raise method.keep, or list more of {', '.join(KINDS)} in method.blocks.",
-            )
-
-    def _fixed_share(self, shape: Shape) -> float:
-        if "dims" in self.blocks:
-            return 0.0
-        mlp = ("gate_proj", "up_proj", "down_proj")
-        fixed = sum(
-            i * o
-            for _, name, i, o in shape.linears()
-            if ("neurons" if name in mlp else "groups") not in self.blocks
-        )
-        return fixed / shape.linear_params
+        check_budget(shape, self.keep, self.blocks)
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -148,9 +129,9 @@ class APT(Method):
         from effbench.nn.growth import adapter_parameters
         from effbench.nn.linears import replace_linears
         from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.masking import Masks
-        from effbench.nn.salience import Salience
-        from effbench.nn.slicing import layout_of, require_llama
+        from effbench.nn.pruning import Pruning, weights_left
+        from effbench.nn.selfdistill import add_transfer
+        from effbench.nn.slicing import require_llama
 
         require_llama(model)
 
@@ -161,31 +142,24 @@ class APT(Method):
 
         model.requires_grad_(False)
         replace_linears(model, adapt, self.targets)
-        Masks(model)
-        Salience(model, self.beta, self.salience)
+        Pruning.put_in(model, self.beta, self.salience)
         if self.distill:
-            self._add_transfer(model, ctx)
-        layout = layout_of(model)
-        whole = layout.weights(torch.ones(layout.size))
+            add_transfer(model, self.rank, self.scale, ctx.seed)
+        whole = weights_left(model)
         ctx.state.update(first=adapter_parameters(model), whole=whole, searched=1.0)
         ctx.state.update(importance={}, ranks={})
         return model
-
-    def _add_transfer(self, model: Any, ctx: Context) -> None:
-        from effbench.nn.temporal import LowRankMap
-
-        draws = torch.Generator().manual_seed(ctx.seed)
-        transfer = LowRankMap(model.config.hidden_size, self.rank, self.scale, draws)
-        model.add_module("transfer", transfer.to(ctx.device))
 
     def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Grow and slice a prepared model as the interrupted run had done."""
         from effbench.nn.growth import set_rank
         from effbench.nn.lowrank import low_rank_layers
+        from effbench.nn.pruning import Pruning
         from effbench.nn.slicing import Kept
 
-        if "kept" in ctx.state:
-            self._slice(model, Kept.from_plain(ctx.state["kept"]))
+        pruning = Pruning.of(model)
+        if pruning and "kept" in ctx.state:
+            pruning.cut(Kept.from_plain(ctx.state["kept"]))
         for name, layer in low_rank_layers(model):
             if name in ctx.state["ranks"]:
                 set_rank(layer, ctx.state["ranks"][name])
@@ -195,46 +169,40 @@ class APT(Method):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, watched while there is salience to collect."""
-        from effbench.nn.salience import salience_of
+        from effbench.nn.pruning import Pruning
 
-        watcher = salience_of(model)
-        if watcher is None:
+        pruning = Pruning.of(model)
+        if pruning is None:
             return super().loss(model, batch, ctx)
         if not self.distill:
-            with watcher.watching(batch.attention_mask):
+            with pruning.watcher.watching(batch.attention_mask):
                 loss = super().loss(model, batch, ctx)
         else:
-            loss = self._distilled(model, watcher, batch, ctx)
+            loss = self._distilled(model, pruning, batch, ctx)
         if loss.requires_grad:
-            watcher.watch_loss(loss)
+            pruning.watcher.watch_loss(loss)
         return loss
 
-    def _distilled(self, model: Any, watcher: Salience, batch: Batch, ctx: Context) -> torch.Tensor:
+    def _distilled(
+        self, model: torch.nn.Module, pruning: Pruning, batch: Batch, ctx: Context
+    ) -> torch.Tensor:
         """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
-        from effbench.nn.losses import token_kl, token_nll
-        from effbench.nn.masking import masks_of
-        from effbench.nn.selfdistill import captured, distillation_terms
+        from effbench.nn.losses import token_nll
+        from effbench.nn.selfdistill import SelfTeacher, captured
 
-        masks = masks_of(model)
-        assert masks is not None
-        mu = self.schedule(ctx.total_steps).share(ctx.step)
-        with watcher.watching(batch.attention_mask), captured(model) as student:
+        with pruning.watcher.watching(batch.attention_mask), captured(model) as layers:
             logits = self.logits(model, batch)
         hard = token_nll(logits, batch.labels).sum() / batch.window_tokens
+        mu = self.schedule(ctx.total_steps).share(ctx.step)
         if not mu:
             return hard
-        target, layers = distillation_terms(
-            model,
-            masks,
-            ctx.state["teacher"],
-            lambda: self.logits(model, batch),
-            student,
-            batch.attention_mask.bool(),
-            ctx.generator,
+        teacher = SelfTeacher(model, pruning.masks, ctx.state["teacher"], ctx.generator)
+        real = batch.attention_mask.bool()
+        soft, errors = teacher.losses(
+            lambda: self.logits(model, batch), logits, layers, batch.labels, real
         )
-        soft = token_kl(target, logits, batch.labels, 1.0).sum() / batch.window_tokens
-        share = batch.loss_tokens / batch.window_tokens
-        learnt = self.distill_logits * soft + self.distill_layers * share * layers
+        soft, share = soft / batch.window_tokens, batch.loss_tokens / batch.window_tokens
+        learnt = self.distill_logits * soft + self.distill_layers * share * errors
         return mu * learnt + (1 - mu) * hard
 
     def on_gradients(
@@ -242,27 +210,25 @@ class APT(Method):
     ) -> None:
         """Prune, grow and slice where it is time; see the module's text for the order."""
         from effbench.nn.growth import Swap
-        from effbench.nn.masking import masks_of
-        from effbench.nn.salience import salience_of
+        from effbench.nn.pruning import Pruning
         from effbench.nn.selfdistill import copy_adapters
 
         swap, schedule = Swap(optimizer, self.moments), self.schedule(ctx.total_steps)
-        masks, watcher = masks_of(model), salience_of(model)
-        if masks and watcher:
-            watcher.finish_step()
+        pruning = Pruning.of(model)
+        if pruning:
+            pruning.watcher.finish_step()
             if self.distill and ("teacher" not in ctx.state or not schedule.share(ctx.step)):
                 ctx.state["teacher"] = copy_adapters(model)
             if ctx.step in schedule.pruning_steps:
-                self._search(model, masks, watcher, schedule.ratio(ctx.step, self.keep), ctx)
-            masks.move(self.mask_step)
-        self._grow(model, swap, ctx)
-        if masks and masks.hard and schedule.over(ctx.step) and not self.distill:
-            self._slice_at(model, masks, swap, ctx)
+                self._aim(pruning, schedule.ratio(ctx.step, self.keep), ctx)
+            pruning.masks.move(self.mask_step)
+        if self.grow > 1:
+            self._grow(model, swap, ctx)
+        if pruning and pruning.masks.hard and schedule.over(ctx.step) and not self.distill:
+            ctx.state["kept"] = pruning.cut(replace=swap).plain()
         if ctx.step < self.warm_steps:
             for parameter in model.parameters():
                 parameter.grad = None
-
-    # -- pruning -------------------------------------------------------------------------------
 
     def schedule(self, total: int) -> PruningSchedule:
         """Return when a run of `total` steps prunes and grows."""
@@ -272,67 +238,27 @@ class APT(Method):
             total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
         )
 
-    def _search(
-        self, model: torch.nn.Module, masks: Masks, watcher: Salience, ratio: float, ctx: Context
-    ) -> None:
-        from effbench.nn.blocks import search
-        from effbench.nn.salience import outliers, ranked
-
-        layout = masks.layout
+    def _aim(self, pruning: Pruning, ratio: float, ctx: Context) -> None:
+        """Choose the blocks that stay, `ratio` of all weights."""
         if self.criterion == "random":
             draws = torch.Generator().manual_seed(ctx.seed)  # the same blocks at every pruning
-            salience = torch.rand(layout.size, generator=draws)
+            salience = torch.rand(pruning.layout.size, generator=draws)
         else:
-            kurtosis = outliers(model, layout, watcher.inputs) if self.kurtosis else None
-            salience = ranked(watcher.activity, kurtosis, layout, self.normalise)
-        budget = ratio * ctx.state["whole"]
-        found = search(layout, salience, budget, prunable=self.blocks, align=self.align)
-        masks.wanted.copy_(found.kept)
+            salience = pruning.salience(self.kurtosis, self.normalise)
+        pruning.aim(salience, ratio * ctx.state["whole"], self.blocks, self.align)
         ctx.state["searched"] = ratio
 
-    def _slice_at(self, model: torch.nn.Module, masks: Masks, swap: Any, ctx: Context) -> None:
-        from effbench.nn.slicing import kept_blocks
+    def _grow(self, model: torch.nn.Module, swap: Swap, ctx: Context) -> None:
+        from effbench.nn.growth import grow_important, note_importance
 
-        kept = kept_blocks(masks.layout, masks.wanted)
-        ctx.state["kept"] = kept.plain()
-        self._slice(model, kept, swap)
-
-    def _slice(self, model: torch.nn.Module, kept: Any, swap: Any = None) -> None:
-        """Take masks and salience out, and cut what they stood for."""
-        from effbench.nn.masking import masks_of
-        from effbench.nn.salience import salience_of
-        from effbench.nn.slicing import slice_model
-
-        for part in (salience_of(model), masks_of(model)):
-            if part is not None:
-                part.remove(model)
-        slice_model(model, kept, swap)
-
-    # -- growth --------------------------------------------------------------------------------
-
-    def _grow(self, model: torch.nn.Module, swap: Any, ctx: Context) -> None:
-        from effbench.nn.growth import adapters_by_name, grow, grown_ranks, rank_sums
-
-        if self.grow == 1:
-            return
-        layers = {name: (layer, width) for name, layer, width in adapters_by_name(model)}
         importance = ctx.state["importance"]
-        for name, (layer, _) in layers.items():
-            now = float(rank_sums(layer).mean())
-            importance[name] = self.beta * importance.get(name, 0.0) + (1 - self.beta) * now
+        note_importance(model, importance, self.beta)
         factor = self.schedule(ctx.total_steps).growth_steps(self.grow).get(ctx.step)
-        if factor is None:
-            return
-        larger = grown_ranks(
-            {name: layer.control.max_rank for name, (layer, _) in layers.items()},
-            {name: width for name, (_, width) in layers.items()},
-            importance,
-            int(factor * ctx.state["first"]),
-            self.max_rank,
-        )
-        for name, rank in larger.items():
-            grow(layers[name][0], rank, ctx.generator, swap)
-        ctx.state["ranks"].update(larger)
+        if factor is not None:
+            target = int(factor * ctx.state["first"])
+            ctx.state["ranks"] |= grow_important(
+                model, importance, target, self.max_rank, ctx.generator, swap
+            )
 
     # -- what is left --------------------------------------------------------------------------
 
@@ -348,18 +274,10 @@ class APT(Method):
     def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
         """Return the share of weights that masks or the slice leave, and the adapters' size."""
         from effbench.nn.growth import adapter_parameters
-        from effbench.nn.masking import masks_of
+        from effbench.nn.pruning import weights_left
 
-        masks = masks_of(model)
-        if masks is not None:
-            left = masks.layout.weights(masks.values)
-        else:
-            from effbench.nn.slicing import layout_of
-
-            layout = layout_of(model)
-            left = layout.weights(torch.ones(layout.size))
         return {
-            "kept": left / ctx.state["whole"],
+            "kept": weights_left(model) / ctx.state["whole"],
             "adapter_params": float(adapter_parameters(model)),
         }
 
@@ -367,15 +285,13 @@ class APT(Method):
         """Return the sliced model with its adapters merged, dense and frozen."""
         from effbench.nn.growth import merge
         from effbench.nn.lowrank import low_rank_layers
-        from effbench.nn.masking import masks_of
-        from effbench.nn.salience import salience_of
+        from effbench.nn.pruning import Pruning
 
-        masks, watcher = masks_of(model), salience_of(model)
-        if masks and watcher:
+        pruning = Pruning.of(model)
+        if pruning:
             if ctx.state["searched"] != self.keep:
-                self._search(model, masks, watcher, self.keep, ctx)
-            masks.harden()
-            self._slice_at(model, masks, None, ctx)
+                self._aim(pruning, self.keep, ctx)
+            ctx.state["kept"] = pruning.cut().plain()
         if hasattr(model, "transfer"):
             del model.transfer
         ranks = {name: layer.control.max_rank for name, layer in low_rank_layers(model)}
@@ -384,17 +300,12 @@ class APT(Method):
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return what a checkpoint needs while it trains, and every weight once it is finished."""
-        from effbench.nn.masking import masks_of
-        from effbench.nn.salience import salience_of
+        from effbench.nn.pruning import Pruning
 
         if "pruned" in vars(model):
             return {n: p.detach() for n, p in model.named_parameters()}
-        found = super().tensors(model)
-        for part in (masks_of(model), salience_of(model)):
-            if part is not None:
-                label = type(part).__name__.lower()
-                found |= {f"{label}.{n}": b for n, b in part.named_buffers()}
-        return found
+        pruning = Pruning.of(model)
+        return super().tensors(model) | (pruning.tensors() if pruning else {})
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights, the sizes they have, what was kept and the ranks it had."""

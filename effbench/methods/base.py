@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Weights = Literal["compute", "float32", "nf4"]
 
+CALIBRATION_ROWS = 64
+"""Training rows that a compression method may look at."""
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -136,6 +139,9 @@ class Method:
     at_evaluation: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """
+    in_one_pass: ClassVar[bool] = False
+    """Whether an evaluation may compute a batch at several points side by side, block by block.
+    `at` must then take next to no time and change nothing but what the blocks compute."""
     nested_points: ClassVar[bool] = False
     """Whether `at` can be entered inside another one, the inner point being the one that holds."""
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -314,6 +320,11 @@ class Method:
         """Let go of what only training needed, before the model is evaluated."""
 
     # -- compression ---------------------------------------------------------------------------
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether compression runs the model on training rows."""
+        return False
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

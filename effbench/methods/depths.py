@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from effbench.nn.exits import Rule
 
 DYNAMIC = ("exit", "speculative")
+READING = frozenset(
+    {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
+)
+"""Settings of how depths are read out, on which nothing that is trained depends."""
 PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
 """Those of Sorted LLaMA, at depths 12 to 36 of 40."""
 
@@ -100,9 +104,12 @@ class Depths(Method):
     def check_after(self, earlier: Sequence[Method]) -> None:
         """Refuse to read out an artefact whose logits are not simply those of its layers."""
         super().check_after(earlier)
-        if self.stage != "eval":
-            return
-        last = type(earlier[-1])
+        if self.stage == "eval":
+            self.check_plain(earlier)
+
+    def check_plain(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that computes its logits in a way of its own."""
+        last = type(earlier[-1]) if earlier else Method
         if last.logits is not Method.logits or last.session is not Method.session:
             raise UserError(
                 f"{last.name} computes its logits in a way of its own, which {self.name} would "

@@ -54,6 +54,7 @@ class DyLoRA(Method):
     works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
     leaves: ClassVar[str] = "adapted"
     at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
+    in_one_pass: ClassVar[bool] = True
 
     rank: PositiveInt = 16
     """Highest rank R."""

@@ -32,6 +32,8 @@ from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
 if TYPE_CHECKING:
     from effbench.nn.lowrank import Factors
 
+    Adapters = Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]
+
 Dropout = Annotated[float, Interval(ge=0, lt=1)]
 
 
@@ -65,6 +67,11 @@ class LoRA(Method):
         check_targets(self.targets)
         check_ranks("eval_ranks", self.eval_ranks, self.rank)
 
+    @property
+    def numerator(self) -> float:
+        """What over R is the update's scale."""
+        return self.alpha
+
     def check(self, shape: Shape) -> None:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
@@ -77,7 +84,7 @@ class LoRA(Method):
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.numerator,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=list(self.targets),
         )
@@ -90,6 +97,14 @@ class LoRA(Method):
             init_a(a.weight, ctx.seed, name)
         return model
 
+    def adapters(self, model: torch.nn.Module) -> Adapters:
+        """Yield `(qualified name, A, B)` of every adapted layer."""
+        return peft_adapters(model)
+
+    def magnitudes(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return what an exported adapter holds beside its factors, by layer: nothing."""
+        return {}
+
     def points(self) -> tuple[str, ...]:
         """Return `r<rank>` for each of `eval_ranks`, or one unnamed point."""
         return tuple(f"r{rank}" for rank in self.eval_ranks) or ("",)
@@ -98,7 +113,7 @@ class LoRA(Method):
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Put the cut adapter in inside the context; the same tensors are back after it."""
         rank = rank_of(point, self.rank)
-        whole = [(a, b, a.weight, b.weight) for _, a, b in peft_adapters(model)]
+        whole = [(a, b, a.weight, b.weight) for _, a, b in self.adapters(model)]
         try:
             if rank < self.rank:
                 for a, b, all_a, all_b in whole:
@@ -122,10 +137,11 @@ class LoRA(Method):
         rank = rank_of(point, self.rank)
         write_peft_adapter(
             folder,
-            {n: self.cut(a.weight, b.weight, rank) for n, a, b in peft_adapters(model)},
-            self.alpha * rank / self.rank,
+            {n: self.cut(a.weight, b.weight, rank) for n, a, b in self.adapters(model)},
+            self.numerator * rank / self.rank,
             self.targets,
             base_name(model),
+            magnitudes=self.magnitudes(model),
         )
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
@@ -138,9 +154,7 @@ class LoRA(Method):
         return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
 
 
-def peft_adapters(
-    model: torch.nn.Module,
-) -> Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]:
+def peft_adapters(model: torch.nn.Module) -> Adapters:
     """Yield `(qualified name, A, B)` of every layer that peft put an adapter on."""
     from peft.tuners.lora import LoraLayer
 
@@ -200,19 +214,31 @@ def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:
         )
 
 
-def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str]) -> None:
+def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
     """Refuse a rank above what a target's weight itself can have.
 
     Raises:
-        UserError: Naming `method.rank` and the target.
+        UserError: Naming `method.<key>` and the target.
     """
     for _, name, d_in, d_out in shape.linears():
         if name in targets and rank > min(d_in, d_out):
             raise UserError(
-                f"method.rank={rank} is more than {name} can have: it is {d_in} x {d_out}.",
-                f"Set method.rank to {min(d_in, d_out)} or less, "
+                f"method.{key}={rank} is more than {name} can have: it is {d_in} x {d_out}.",
+                f"Set method.{key} to {min(d_in, d_out)} or less, "
                 f"or leave {name} out of method.targets.",
             )
+
+
+def with_adapters(base: Cost, params: int) -> Cost:
+    """Return a cost with float32 `params` that train and are multiplied once per token."""
+    return replace(
+        base,
+        params=base.params + params,
+        trainable=params,
+        resident_bytes=base.resident_bytes + 4 * params,
+        bytes_per_token=base.bytes_per_token + 4 * params,
+        flops_per_token=base.flops_per_token + 2 * params,
+    )
 
 
 def low_rank_cost(

@@ -10,7 +10,9 @@ depths, L among them, sub-model n has the first n layers and the shared final no
     sampled:  loss = CE(f_n(x), y), n drawn from D uniformly     layers 1 ... n alone run
 
 `soft` is the paper's; `sampled` is that of SortedNet (Valipour et al., arXiv 2309.00255): each
-micro-batch draws its depth, so that one step over several of them mixes depths.
+micro-batch draws its depth, so that one step over several of them mixes depths. A third objective,
+`layerskip`, is another paper's and here to compare with: layers that are left out at random and a
+weighted loss of two exits (Elhoushi et al., arXiv 2404.16710; see `effbench.nn.layerskip`).
 
 Decoding: a depth of its own; the first exit whose most likely token is more probable than that
 exit's threshold (`exit`); or the shallowest exit drafts and the deepest one verifies, which loses
@@ -32,7 +34,7 @@ from effbench.errors import UserError
 from effbench.footprint import Training, trained_layers
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
-from effbench.methods.depths import Depths, check_depths, cut_cost, depth_set
+from effbench.methods.depths import READING, Depths, check_depths, cut_cost, depth_set
 from effbench.schema import PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -51,25 +53,16 @@ class SortedFull(Depths):
     learning_rate: ClassVar[float] = 5e-5
     works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
     identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
-    at_evaluation: ClassVar[frozenset[str]] = frozenset(
-        {
-            "eval_depths",
-            "decoding",
-            "thresholds",
-            "kv",
-            "draft_depth",
-            "draft_tokens",
-            "draft_window",
-        }
-    )
+    at_evaluation: ClassVar[frozenset[str]] = READING
 
     depths: tuple[PositiveInt, ...] = ()
     """Depths D that are trained, the number of layers among them; empty derives them from it. One
     depth alone trains that sub-model alone, and the number of layers alone is plain fine-tuning."""
     layout: Literal["prefix", "skip_middle"] = "prefix"
     """Which layers a depth has: the first ones, or first and last ones in equal parts."""
-    objective: Literal["soft", "sampled"] = "soft"
-    """The mean loss of all depths in each micro-batch, or the loss of a drawn one."""
+    objective: Literal["soft", "sampled", "layerskip"] = "soft"
+    """The mean loss of all depths in each micro-batch, the loss of a drawn one, or LayerSkip's: two
+    weighted exits, and layers left out at random."""
     sampling: Literal["cycle", "uniform"] = "cycle"
     """How depths are drawn: all of D in random order, again and again, or independently."""
     reweight: bool = False
@@ -82,10 +75,16 @@ class SortedFull(Depths):
                 "which sub-models without middle layers do not have.",
                 "Set method.layout=prefix, or method.decoding=[].",
             )
-        if self.reweight and self.objective == "soft":
+        if self.objective == "layerskip" and self.layout != "prefix":
             raise UserError(
-                "method.reweight=true makes up for layers that do not run, but with "
-                "method.objective=soft all do.",
+                "method.objective=layerskip needs exits on the way through the layers, which "
+                "sub-models without middle layers do not have.",
+                "Set method.layout=prefix, or another method.objective.",
+            )
+        if self.reweight and self.objective != "sampled":
+            raise UserError(
+                "method.reweight=true makes up for depths that are drawn less often, but "
+                f"method.objective={self.objective} draws none.",
                 "Set method.objective=sampled, or method.reweight=false.",
             )
 
@@ -155,6 +154,8 @@ class SortedFull(Depths):
 
         if self.objective == "soft":
             return self._mean_loss(model, batch)
+        if self.objective == "layerskip":
+            return self._layerskip_loss(model, batch, ctx)
         depth = self.draw(ctx)
         with at_layers(model, self.kept(depth, len(decoder_layers(model)))):
             return super().loss(model, batch, ctx)
@@ -173,21 +174,31 @@ class SortedFull(Depths):
         from effbench.nn.depths import exit_nll
 
         total = torch.zeros((), device=batch.labels.device)
-        for hidden in self._exit_states(model, batch):
-            total = total + exit_nll(model, hidden, batch.labels)
+        for n, hidden in self._exit_states(model, batch):
+            total = total + exit_nll(model, hidden, batch.labels, n)
         return total / (len(self.depths) * batch.window_tokens)
 
-    def _exit_states(self, model: torch.nn.Module, batch: Batch) -> Iterator[torch.Tensor]:
-        """Yield what the head reads at each depth; sub-models that share no exit run apart."""
+    def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        from effbench.nn.depths import decoder_layers
+        from effbench.nn.layerskip import exit_weights, summed_nll
+
+        weights = exit_weights(self.depths, len(decoder_layers(model)), ctx.step)
+        inputs = batch.input_ids, batch.attention_mask, batch.labels
+        return summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
+
+    def _exit_states(
+        self, model: torch.nn.Module, batch: Batch
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield depths and what the head reads there; sub-models that share no exit run apart."""
         from effbench.nn.depths import at_layers, decoder_layers, exit_states
 
         inputs = batch.input_ids, batch.attention_mask
         if self.layout == "prefix":
-            yield from exit_states(model, self.depths, *inputs).values()
+            yield from exit_states(model, self.depths, *inputs).items()
             return
         for n in self.depths:
             with at_layers(model, self.kept(n, len(decoder_layers(model)))):
-                yield exit_states(model, (n,), *inputs)[n]
+                yield n, exit_states(model, (n,), *inputs)[n]
 
     def update(
         self,
@@ -246,6 +257,8 @@ class SortedFull(Depths):
         each = [method.one_depth(replace(shape, num_layers=n), dtype) for n in method.depths]
         if self.objective == "sampled":
             return _working(each[-1], each, len(each))
+        if self.objective == "layerskip":
+            return self._layerskip_training(each[-1], shape.num_layers)
         passes = each[-1:] if self.layout == "prefix" else each
         most = replace(
             each[-1],
@@ -254,6 +267,23 @@ class SortedFull(Depths):
             head_gradients=len(each) * each[-1].head_gradients,
         )
         return _working(most, passes, 1)
+
+    def _layerskip_training(self, whole: Training, num_layers: int) -> Training:
+        """Count the layers that run on average, and the exits of a step."""
+        from effbench.nn.layerskip import drop_rates
+
+        exits = min(2, len(self.depths))
+        run = sum(1 - p for p in drop_rates(num_layers)[: round(whole.run)]) / whole.run
+        return replace(
+            whole,
+            layers=whole.layers + exits * whole.boundary,
+            forward=whole.forward * run,
+            gradient=whole.gradient * run,
+            run=whole.run * run,
+            passed=whole.passed * run,
+            heads=2 * exits,
+            head_gradients=exits * whole.head_gradients,
+        )
 
     def one_depth(self, shape: Shape, dtype: str) -> Training:
         """Return what a training step of a sub-model of `shape` keeps, and its work."""

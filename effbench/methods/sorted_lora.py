@@ -44,8 +44,9 @@ class SortedLoRA(SortedFull):
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
     shallowest: ClassVar[float] = 0.6
 
-    objective: Literal["soft", "sampled"] = "sampled"
-    """The loss of a drawn depth, or the mean loss of all depths in each micro-batch."""
+    objective: Literal["soft", "sampled", "layerskip"] = "sampled"
+    """The loss of a drawn depth, the mean loss of all depths in each micro-batch, or LayerSkip's:
+    two weighted exits, and layers left out at random."""
     rank: PositiveInt = 16
     """Rank R of the update."""
     alpha: PositiveFloat = 32.0

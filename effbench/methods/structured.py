@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
+from effbench.errors import UserError
 from effbench.lazy import torch
 from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
 from effbench.schema import PositiveInt
@@ -54,6 +55,15 @@ class Structured(Method):
     """Kinds of blocks that may go."""
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time."""
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a budget that the prunable blocks cannot meet."""
+        check_budget(shape, self.keep, self.blocks)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs the norms of what weights read."""
+        return self.criterion == "wanda"
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
@@ -121,6 +131,27 @@ class Structured(Method):
         return replace(cost, saving="physical" if self.keep < 1 else "none")
 
 
+def check_budget(shape: Shape, keep: float, blocks: Sequence[str]) -> None:
+    """Refuse a share of weights to keep that is below what may not go.
+
+    Raises:
+        UserError: With the fields to change.
+    """
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    fixed = sum(
+        i * o
+        for _, name, i, o in shape.linears()
+        if ("neurons" if name in mlp else "groups") not in blocks
+    )
+    share = 0.0 if "dims" in blocks else fixed / shape.linear_params
+    if keep < share:
+        raise UserError(
+            f"method.keep={keep} cannot be reached: {share:.3f} of the weights belong to "
+            "blocks that may not go.",
+            "Raise method.keep, or list more of groups, neurons, dims in method.blocks.",
+        )
+
+
 def input_norms(model: Any, batches: Sequence[Batch]) -> dict[torch.nn.Module, torch.Tensor]:
     """Return the L2 norm over all tokens of each input feature of every decoder linear, [d_in].
 
@@ -141,8 +172,8 @@ def input_norms(model: Any, batches: Sequence[Batch]) -> dict[torch.nn.Module, t
     try:
         for batch in batches:
             real = batch.attention_mask.bool()
-            with torch.no_grad():
-                Method().logits(model, batch)
+            with torch.no_grad():  # the head reads no block of the decoder
+                model.model(batch.input_ids, batch.attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

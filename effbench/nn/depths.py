@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from effbench.errors import UserError
+from effbench.nn.exit_heads import own_head
 from effbench.nn.linears import decoder_linears
 from effbench.nn.losses import IGNORED
 from effbench.nn.merging import merged_weight
@@ -164,14 +165,23 @@ def exit_states(
     return found
 
 
-def readout(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits [..., V] of an exit from its hidden states [..., d]."""
+def readout(model: torch.nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return the logits [..., V] of the exit at `depth` from its hidden states [..., d].
+
+    They are those of the model's norm and head, unless the exit has its own.
+    """
+    own = own_head(model, depth)
+    if own is not None:
+        alone: torch.Tensor = own(hidden)
+        return alone
     root: Any = model
     logits: torch.Tensor = root.lm_head(root.model.norm(hidden))
     return logits
 
 
-def exit_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def exit_nll(
+    model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, depth: int
+) -> torch.Tensor:
     """Return the summed negative log-likelihood of an exit in nats, a scalar.
 
     Its logits are computed again in the backward pass, so that those of several exits are never in
@@ -181,13 +191,14 @@ def exit_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor)
         model: A Llama-style causal language model.
         hidden: h_n [B, T, d].
         labels: [B, T], not shifted; -100 where a token does not count.
+        depth: n.
     """
     targets = labels[:, 1:]
     counted = targets != IGNORED
     wanted = targets[counted]
 
     def head(chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(readout(model, chosen).float(), wanted, reduction="sum")
+        return F.cross_entropy(readout(model, chosen, depth).float(), wanted, reduction="sum")
 
     total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
     return total
@@ -254,6 +265,8 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.detach().float()
         config: Any = copy.deepcopy(model.config)
+    root: Any = model
+    config.tie_word_embeddings = root.lm_head.weight is root.model.embed_tokens.weight
     config.dtype = torch.float32
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

@@ -138,9 +138,9 @@ class StagedDecoder:
             self.cache.update(keys, values, index)
         self._hand_on(stage + 1, hidden)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, W, V] of what came out of a stage."""
-        return readout(self.root, hidden)
+        return readout(self.root, hidden, self.stages[stage].stop)
 
     def _taken(self, stage: int) -> tuple[torch.Tensor, int]:
         """Return what waits for a stage, no longer waiting, and how many positions it has done."""
@@ -207,7 +207,49 @@ class StagedDecoder:
         return [self.cache.get_seq_length(i) for stage in self.stages for i in stage]
 
 
-class ExitSession:
+class StagedSession:
+    """What sessions over a staged decoder share: prompt, order of rows, and what is counted.
+
+    Args:
+        model: A Llama-style causal language model.
+        exits: Depths of the exits, ascending.
+    """
+
+    def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
+        self.staged = StagedDecoder(model, exits)
+        self.steps = 0
+        """Tokens decoded of each sequence."""
+        self.prompt = Work()
+        """What had been done when the prompt was read."""
+
+    @torch.inference_mode()
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read prompts [B, P]; return the logits after the last position, [B, V]."""
+        self.staged.read(input_ids, attention_mask)
+        logits = self.after_prompt()
+        self.prompt = Work(**vars(self.staged.work))
+        return logits
+
+    def after_prompt(self) -> torch.Tensor:
+        """Return the logits [B, V] after a prompt that has been taken in."""
+        raise NotImplementedError
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the sequences `rows`, in this order."""
+        self.staged.reorder(rows)
+
+    def work_per_step(self) -> dict[str, float]:
+        """Return the layers called and the positions that went through a layer, per token."""
+        work = self.staged.work
+        return {
+            "layer_passes": (work.passes - self.prompt.passes) / self.steps,
+            "layer_positions": (work.positions - self.prompt.positions) / self.steps,
+        }
+
+
+class ExitSession(StagedSession):
     """Decodes each token with the first exit whose rule says so.
 
     Sequences of a batch leave on their own, and the batch runs on until the last one has left.
@@ -222,26 +264,16 @@ class ExitSession:
     def __init__(
         self, model: torch.nn.Module, exits: Sequence[int], rule: Rule, propagate: bool = False
     ) -> None:
-        self.staged = StagedDecoder(model, exits)
+        super().__init__(model, exits)
         self.exits = list(exits)
         self.rule = rule
         self.propagating = propagate
-        self.steps = 0
-        """Tokens decoded of each sequence."""
         self.depth = 0.0
-        """Sum over them of the depth at which they left, a mean over the sequences."""
-        self.prompt = Work()
-        """What had been done when the prompt was read."""
+        """Sum over the decoded tokens of the depth at which they left, a mean over sequences."""
 
-    @torch.inference_mode()
-    def prefill(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Read prompts [B, P]; return the logits after the last position, [B, V]."""
-        self.staged.read(input_ids, attention_mask)
-        logits, _ = self._leave()
-        self.prompt = Work(**vars(self.staged.work))
-        return logits
+    def after_prompt(self) -> torch.Tensor:
+        """Return the logits [B, V] of the exit that each sequence takes."""
+        return self._leave()[0]
 
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -257,7 +289,7 @@ class ExitSession:
         found: list[torch.Tensor] = []
 
         def at(number: int) -> torch.Tensor:
-            found.append(self.staged.logits(self.staged.run(number)[:, -1:])[:, -1])
+            found.append(self.staged.logits(number, self.staged.run(number)[:, -1:])[:, -1])
             return found[-1]
 
         chosen = _first_exit(self.exits, self.rule, at)
@@ -265,10 +297,6 @@ class ExitSession:
             for stage in range(len(found), len(self.exits)):
                 self.staged.propagate(stage)
         return chosen
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Keep the sequences `rows`, in this order."""
-        self.staged.reorder(rows)
 
     def kv_bytes(self) -> int:
         """Return the bytes of all cached keys and values; what waits is not among them."""
@@ -283,12 +311,7 @@ class ExitSession:
         """
         if not self.steps:
             return {}
-        work = self.staged.work
-        return {
-            "exit_depth": self.depth / self.steps,
-            "layer_passes": (work.passes - self.prompt.passes) / self.steps,
-            "layer_positions": (work.positions - self.prompt.positions) / self.steps,
-        }
+        return {"exit_depth": self.depth / self.steps, **self.work_per_step()}
 
 
 def _first_exit(
@@ -332,7 +355,11 @@ def exit_logits(
         attention_mask: [B, T].
     """
     states = exit_states(model, exits, input_ids, attention_mask)
-    return _first_exit(exits, rule, lambda number: readout(model, states[exits[number]]))
+
+    def at(number: int) -> torch.Tensor:
+        return readout(model, states[exits[number]], exits[number])
+
+    return _first_exit(exits, rule, at)
 
 
 def stepwise_logits(

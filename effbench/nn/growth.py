@@ -9,7 +9,7 @@ so that growing changes no output. Source: Zhao et al., APT, arXiv 2401.12200, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -124,6 +124,40 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def note_importance(model: nn.Module, importance: dict[str, float], beta: float) -> None:
+    """Take the gradients of a step into the running importance of each adapter, by name."""
+    for name, layer in low_rank_layers(model):
+        now = float(rank_sums(layer).mean())
+        importance[name] = beta * importance.get(name, 0.0) + (1 - beta) * now
+
+
+def grow_important(
+    model: nn.Module,
+    importance: Mapping[str, float],
+    target: int,
+    most: int,
+    generator: torch.Generator,
+    replace: Replace | None = None,
+) -> dict[str, int]:
+    """Let the more important half of a model's adapters grow; return the new ranks by name.
+
+    Args:
+        model: Carries the adapters.
+        importance: Of each.
+        target: Parameters of all adapters after growing, at most.
+        most: Highest rank.
+        generator: CPU generator of the new rows of A.
+        replace: Told of each parameter that is replaced.
+    """
+    layers = dict(low_rank_layers(model))
+    ranks = {name: layer.control.max_rank for name, layer in layers.items()}
+    widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    larger = grown_ranks(ranks, widths, importance, target, most)
+    for name, rank in larger.items():
+        grow(layers[name], rank, generator, replace)
+    return larger
+
+
 class Swap:
     """Replaces trained parameters under an optimiser; a `Replace`.
 
@@ -166,9 +200,3 @@ def drop(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
             if id(parameter) in gone:
                 optimizer.state.pop(parameter, None)
         group["params"] = [p for p in group["params"] if id(p) not in gone]
-
-
-def adapters_by_name(model: nn.Module) -> Iterator[tuple[str, LowRankLinear, int]]:
-    """Yield `(name, layer, parameters per rank)` of every adapter."""
-    for name, layer in low_rank_layers(model):
-        yield name, layer, layer.in_features + layer.out_features

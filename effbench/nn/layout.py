@@ -198,3 +198,10 @@ def plain(module: torch.nn.Module, dtype: torch.dtype) -> bool:
         return False
     parts = [module.weight] if module.bias is None else [module.weight, module.bias]
     return all(p.dtype == dtype and p.is_contiguous() for p in parts)
+
+
+def fresh_norm(norm: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """Return an RMS norm with a copy of a norm's weight in `dtype`, which nothing watches."""
+    new: torch.nn.Module = type(norm)(len(norm.weight), eps=norm.variance_epsilon)
+    new.weight = torch.nn.Parameter(norm.weight.detach().to(dtype, copy=True))
+    return new.train(norm.training)

@@ -60,11 +60,25 @@ def answer_nll(
     causal: Any = model
     if causal.config.model_type not in PLAIN_HEADS:
         return token_nll(causal(**inputs).logits, labels)
+    decoder = getattr(causal, causal.base_model_prefix)
+    return head_nll(causal, decoder(**inputs).last_hidden_state, labels)
+
+
+def head_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each predicted token from last hidden states.
+
+    Args:
+        model: Its head is applied to the positions that predict a counted token.
+        hidden: [B, T, d], normed.
+        labels: [B, T], not shifted; -100 where a token does not count.
+
+    Returns:
+        [B, T - 1] float32, zero where the label is -100.
+    """
+    causal: Any = model
     targets = labels[:, 1:]
     counted = targets != IGNORED
-    decoder = getattr(causal, causal.base_model_prefix)
-    hidden = decoder(**inputs).last_hidden_state[:, :-1]
-    logits = causal.get_output_embeddings()(hidden[counted])
+    logits = causal.get_output_embeddings()(hidden[:, :-1][counted])
     nll = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
     nll[counted] = F.cross_entropy(logits.float(), targets[counted], reduction="none")
     return nll

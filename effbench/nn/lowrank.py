@@ -215,25 +215,32 @@ def write_peft_adapter(
     targets: Iterable[str],
     base_model: str = "",
     whole: Mapping[str, torch.Tensor] | None = None,
+    magnitudes: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a plain LoRA adapter that `peft.PeftModel.from_pretrained` loads.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads: plain LoRA, or DoRA.
 
     Args:
         folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
-        factors: Factors of one rank r, by the qualified name of their layer.
-        alpha: The adapter's scale is alpha / r.
+        factors: Factors by the qualified name of their layer; their ranks may differ.
+        alpha: The scale of every layer is alpha / r, with r the highest rank.
         targets: Names of the adapted linears.
         base_model: Hub id or folder of the base model.
         whole: Weights of modules that were trained in full, by the qualified name of the module.
+        magnitudes: Norms [d_out] of the rows by the qualified name of their layer, for DoRA.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    rank = next(iter(factors.values()))[0].shape[0]
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    rank = max(ranks.values())
+    lower = {name: r for name, r in ranks.items() if r < rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=list(targets),
+        rank_pattern=lower,
+        alpha_pattern={name: alpha * r / rank for name, r in lower.items()},
+        use_dora=bool(magnitudes),
         modules_to_save=list(whole or {}) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
@@ -244,6 +251,9 @@ def write_peft_adapter(
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+    for name, norms in (magnitudes or {}).items():
+        key = f"base_model.model.{name}.lora_magnitude_vector"
+        tensors[key] = norms.detach().cpu().contiguous()
     for name, weight in (whole or {}).items():
         tensors[f"base_model.model.{name}.weight"] = weight.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -15,7 +15,8 @@ import torch
 
 from effbench.errors import UserError
 from effbench.nn.deep import DeepLinear
-from effbench.nn.layout import untouched
+from effbench.nn.dora import DoRALinear
+from effbench.nn.layout import fresh_norm, untouched
 from effbench.nn.linears import decoder_linears, replace_module
 from effbench.nn.lowrank import LowRankLinear
 from effbench.nn.quantised import QuantisedLinear
@@ -33,6 +34,9 @@ def update_of(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] |
     if isinstance(linear, LowRankLinear):
         a, b = (factor.detach().float() for factor in linear.active_factors())
         return linear.base, linear.alpha / linear.control.active * (b @ a)
+    if isinstance(linear, DoRALinear):
+        dense = merged_weight(linear.base)
+        return linear.base, linear.direction(dense) * linear.gains()[:, None] - dense
     if isinstance(linear, DeepLinear):
         return linear.base, linear.delta().detach().float()
     return None
@@ -102,7 +106,4 @@ def _plain_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     norm, dtype = root.model.norm, root.model.embed_tokens.weight.dtype
     if norm.weight.dtype == dtype and untouched(norm):
         return None
-    new: torch.nn.Module = type(norm)(len(norm.weight), eps=norm.variance_epsilon)
-    weight = norm.weight.detach().to(dtype)
-    new.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return new.train(norm.training)
+    return fresh_norm(norm, dtype).requires_grad_(False)

@@ -8,6 +8,7 @@ way in train and eval mode, after any number of changes between the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -34,6 +35,8 @@ class QuantisedLinear(torch.nn.Linear):
     """
 
     codes: torch.Tensor
+    _kept: dict[torch.dtype, torch.Tensor] | None = None
+    """The dense weight while it is kept."""
 
     def __init__(self, linear: torch.nn.Linear, compute_dtype: torch.dtype | None = None) -> None:
         torch.nn.Module.__init__(self)
@@ -60,7 +63,15 @@ class QuantisedLinear(torch.nn.Linear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T, [..., d_out], without a gradient."""
-        return F.linear(x, self.dense_weight(x.dtype))
+        return F.linear(x, self._kept_weight(x.dtype))
+
+    def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W expanded; inside `expanded_once` it stays."""
+        if self._kept is None:
+            return self.dense_weight(dtype)
+        if dtype not in self._kept:
+            self._kept[dtype] = self.dense_weight(dtype)
+        return self._kept[dtype]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return [..., d_out] in the dtype of `input`, [..., d_in]."""
@@ -251,6 +262,23 @@ def quantise_nf4(
         replace_module(model, name, NF4Linear.quantise(linear, compute_dtype, backend))
         names.append(name)
     return names
+
+
+@contextmanager
+def expanded_once(module: torch.nn.Module) -> Iterator[None]:
+    """Keep the dense weight of each packed layer of `module`, once it is expanded, to the end.
+
+    For several forward passes over the same weights, without gradients. A kernel that multiplies
+    without expanding is left to do so.
+    """
+    layers = [m for m in module.modules() if isinstance(m, QuantisedLinear)]
+    for layer in layers:
+        layer._kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 def storage_bytes(model: torch.nn.Module) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -372,6 +372,35 @@ def _group_scores(
     cached: Sequence[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
 ) -> dict[int, Score]:
+    inputs, asked = group_inputs(plan, group, model.dtype, device)
+    decoder = getattr(model, model.base_model_prefix)
+
+    def run() -> torch.Tensor:
+        cache = _cache(cached, len(group.rows))
+        with in_pieces(model, device):
+            hidden: torch.Tensor = decoder(
+                **inputs, past_key_values=cache, use_cache=cache is not None
+            ).last_hidden_state
+        return hidden
+
+    return group_scores(model, group, asked, run(), run)
+
+
+class Asked(NamedTuple):
+    """What a group's requests ask for, one entry per predicted token."""
+
+    at: torch.Tensor
+    """Place in the batch [R, W], flattened, that predicts it."""
+    targets: torch.Tensor
+    """The token."""
+    requests: list[int]
+    """Whose it is."""
+
+
+def group_inputs(
+    plan: Plan, group: Group, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, torch.Tensor], Asked]:
+    """Return the inputs of the decoder for a group, [R, W], and what is asked of its output."""
     stem, width = len(group.stem), group.width
     rows = [plan.row(branches, stem) for branches in group.rows]
     tokens = np.zeros((len(rows), width), dtype=np.int64)
@@ -384,26 +413,40 @@ def _group_scores(
     inputs = {
         "input_ids": torch.from_numpy(tokens).to(device),
         "position_ids": torch.from_numpy(positions).to(device),
-        "attention_mask": _additive(torch.from_numpy(seen).to(device), model.dtype),
+        "attention_mask": _additive(torch.from_numpy(seen).to(device), dtype),
     }
     places = [(r * width + at, to, i) for r, row in enumerate(rows) for at, to, i in row.places]
     at, targets, askers = (list(column) for column in zip(*places, strict=True))
-    decoder, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    asked = Asked(torch.tensor(at, device=device), torch.tensor(targets, device=device), askers)
+    return inputs, asked
 
-    def run() -> torch.Tensor:
-        cache = _cache(cached, len(rows))
-        with in_pieces(model, device):
-            hidden: torch.Tensor = decoder(
-                **inputs, past_key_values=cache, use_cache=cache is not None
-            ).last_hidden_state
-        return hidden.flatten(0, 1)[torch.tensor(at, device=device)]
 
-    hidden = run()
-    require_finite(model, hidden, run)
-    picked, best = _at_targets(hidden, torch.tensor(targets, device=device), head)
-    require_finite(model, picked, lambda: head(run()))
+def group_scores(
+    model: Any,
+    group: Group,
+    asked: Asked,
+    hidden: torch.Tensor,
+    run: Callable[[], torch.Tensor],
+) -> dict[int, Score]:
+    """Return the scores of a group's requests from last hidden states [R, W, d].
+
+    Args:
+        model: Gives the head.
+        group: The group.
+        asked: Of `group_inputs`.
+        hidden: What `run` gave.
+        run: Repeats the pass, to find the layer at which numbers stop being finite.
+
+    Raises:
+        UserError: When they do.
+    """
+    head = model.get_output_embeddings()
+    chosen = hidden.flatten(0, 1)[asked.at]
+    require_finite(model, chosen, run)
+    picked, best = _at_targets(chosen, asked.targets, head)
+    require_finite(model, picked, lambda: head(run().flatten(0, 1)[asked.at]))
     order = {i: n for n, i in enumerate(group.requests)}
-    return _summed(list(order), [order[i] for i in askers], picked, best)
+    return _summed(list(order), [order[i] for i in asked.requests], picked, best)
 
 
 def _cache(cached: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int) -> Any:

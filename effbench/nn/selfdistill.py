@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +21,10 @@ import torch
 from torch import nn
 
 from effbench.nn.growth import set_factors
+from effbench.nn.losses import token_kl
 from effbench.nn.lowrank import low_rank_layers
 from effbench.nn.masking import Masks
+from effbench.nn.temporal import LowRankMap
 
 
 def copy_adapters(model: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -123,29 +126,46 @@ def not_empty(masks: Masks) -> list[int]:
     return [i for i, view in views if bool((view.groups > 0).any() or (view.neurons > 0).any())]
 
 
-def distillation_terms(
-    model: Any,
-    masks: Masks,
-    copies: Mapping[str, Sequence[torch.Tensor]],
-    run: Callable[[], torch.Tensor],
-    student: Sequence[torch.Tensor],
-    real: torch.Tensor,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the teacher's logits [B, T, V], and L_layer of the student's layers.
+def add_transfer(model: Any, rank: int, scale: float, seed: int) -> None:
+    """Put B A of Tr into a model, as its submodule `transfer`."""
+    draws = torch.Generator().manual_seed(seed)
+    transfer = LowRankMap(model.config.hidden_size, rank, scale, draws)
+    model.add_module("transfer", transfer.to(model.model.embed_tokens.weight.device))
 
-    Args:
-        model: With its transfer map as `model.transfer`.
-        masks: Of the student.
-        copies: The teacher's adapters.
-        run: Gives logits of the batch; it is run once more, as the teacher.
-        student: Outputs of the student's layers.
-        real: [B, T] bool, the tokens that count.
-        generator: Draws the teacher's layers.
-    """
-    with as_teacher(model, masks, copies), captured(model) as teacher:
-        target = run()
-    dims = masks.layout.dims(masks.values)
-    drawn = draw_layers(len(teacher), generator)
-    left = not_empty(masks)
-    return target, layer_loss(student, teacher, drawn, left, model.transfer, dims, real)
+
+@dataclass(frozen=True)
+class SelfTeacher:
+    """An earlier copy of a model's adapters, to learn from."""
+
+    model: Any
+    """With its transfer map as `model.transfer`."""
+    masks: Masks
+    """Of the student."""
+    copies: Mapping[str, Sequence[torch.Tensor]]
+    """The teacher's adapters."""
+    generator: torch.Generator
+    """Draws the teacher's layers."""
+
+    def losses(
+        self,
+        run: Callable[[], torch.Tensor],
+        logits: torch.Tensor,
+        layers: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        real: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum over tokens of KL(teacher || student), and L_layer.
+
+        Args:
+            run: Gives the logits of the batch; it is run once more, as the teacher.
+            logits: The student's, [B, T, V].
+            layers: Outputs of the student's layers, [B, T, d] each.
+            labels: [B, T], not shifted.
+            real: [B, T] bool, the tokens that count in L_layer.
+        """
+        with as_teacher(self.model, self.masks, self.copies), captured(self.model) as teacher:
+            target = run()
+        dims = self.masks.layout.dims(self.masks.values)
+        drawn, left = draw_layers(len(teacher), self.generator), not_empty(self.masks)
+        errors = layer_loss(layers, teacher, drawn, left, self.model.transfer, dims, real)
+        return token_kl(target, logits, labels, 1.0).sum(), errors

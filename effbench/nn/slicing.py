@@ -202,6 +202,9 @@ def slices(
     inner, width = model.model, model.config.head_dim
     tied = model.lm_head.weight is inner.embed_tokens.weight
     inner.embed_tokens = cut(inner.embed_tokens, None, kept.dims)
+    if tied:  # at once, so that the old table is not held beside the new one
+        model.lm_head.weight = inner.embed_tokens.weight
+        model.lm_head.in_features = len(kept.dims)
     yield "model.embed_tokens", inner.embed_tokens
     for index, (layer, part) in enumerate(zip(inner.layers, kept.layers, strict=True)):
         heads = {
@@ -230,10 +233,7 @@ def slices(
                 yield f"model.layers.{index}.{owner}.{name}", getattr(parent, name)
     inner.norm = cut(inner.norm, kept.dims, None)
     yield "model.norm", inner.norm
-    if tied:
-        model.lm_head.weight = inner.embed_tokens.weight
-        model.lm_head.in_features = len(kept.dims)
-    else:
+    if not tied:
         model.lm_head = cut(model.lm_head, None, kept.dims)
     _settle(model, [part.size for part in kept.layers], len(kept.dims))
     yield "lm_head", model.lm_head

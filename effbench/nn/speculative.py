@@ -15,13 +15,13 @@ from collections import deque
 
 import torch
 
-from effbench.nn.exits import StagedDecoder, Work
+from effbench.nn.exits import StagedSession
 
 MOST_DRAFTS = 16
 """Longest window."""
 
 
-class SpeculativeSession:
+class SpeculativeSession(StagedSession):
     """Gives the full model's logits after every token, computed several tokens at a time.
 
     `step` can be given any token. When it is the next drafted one, its logits are there already;
@@ -38,32 +38,22 @@ class SpeculativeSession:
     def __init__(
         self, model: torch.nn.Module, exits: tuple[int, int], window: int = 4, adaptive: bool = True
     ) -> None:
-        self.staged = StagedDecoder(model, exits)
+        super().__init__(model, exits)
         self.window = window
         self.adaptive = adaptive
         self.length = 0
         """Tokens read by the caller, padding included; the cache may be ahead of it."""
         self.ahead: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         """Kept drafts [B, 1] with the full model's logits after each, [B, V]."""
-        self.steps = 0
-        """Tokens decoded of each sequence."""
         self.rounds = 0
         self.drafted = 0
         self.kept = 0
-        self.prompt = Work()
-        """What had been done when the prompt was read."""
 
-    @torch.inference_mode()
-    def prefill(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Read prompts [B, P]; return the logits after the last position, [B, V]."""
-        self.staged.read(input_ids, attention_mask)
+    def after_prompt(self) -> torch.Tensor:
+        """Return the full model's logits, [B, V]."""
         self.staged.run(0)
-        logits = self.staged.logits(self.staged.run(1)[:, -1:])
         self.length = self.staged.length
-        self.prompt = Work(**vars(self.staged.work))
-        return logits[:, -1]
+        return self.staged.logits(1, self.staged.run(1)[:, -1:])[:, -1]
 
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -84,7 +74,7 @@ class SpeculativeSession:
             drafts.append(self._draft(drafts[-1] if drafts else token))
         self.staged.read(drafts[-1])
         self.staged.run(0)
-        logits = self.staged.logits(self.staged.run(1))
+        logits = self.staged.logits(1, self.staged.run(1))
         agreed = (logits[:, :-1].argmax(-1) == torch.cat(drafts, dim=1)).all(0)
         kept = int(agreed.long().cumprod(0).sum())
         self.staged.crop(self.length + kept)
@@ -94,7 +84,7 @@ class SpeculativeSession:
 
     def _draft(self, token: torch.Tensor) -> torch.Tensor:
         self.staged.read(token)
-        return self.staged.logits(self.staged.run(0)).argmax(-1)
+        return self.staged.logits(0, self.staged.run(0)).argmax(-1)
 
     def _adapt(self, kept: int) -> None:
         self.rounds += 1
@@ -106,7 +96,7 @@ class SpeculativeSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the sequences `rows`, in this order."""
-        self.staged.reorder(rows)
+        super().reorder(rows)
         self.ahead = deque((token[rows], logits[rows]) for token, logits in self.ahead)
 
     def kv_bytes(self) -> int:
@@ -122,10 +112,8 @@ class SpeculativeSession:
         """
         if not self.rounds:
             return {}
-        work = self.staged.work
         return {
             "acceptance_length": 1 + self.kept / self.rounds,
             "acceptance_rate": self.kept / self.drafted,
-            "layer_passes": (work.passes - self.prompt.passes) / self.steps,
-            "layer_positions": (work.positions - self.prompt.positions) / self.steps,
+            **self.work_per_step(),
         }

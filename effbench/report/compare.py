@@ -59,7 +59,10 @@ class Entry:
 
 
 def compare(
-    records: Sequence[Record], known: Sequence[Record] = (), margins: Margins | None = None
+    records: Sequence[Record],
+    known: Sequence[Record] = (),
+    margins: Margins | None = None,
+    said: Sequence[str] = (),
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -67,6 +70,7 @@ def compare(
         records: The runs; those that differ in their seed only become one row.
         known: All finished runs of the folder: what was tried to tune these, and their parents.
         margins: Differences that would still count as none.
+        said: Sentences to begin with, such as how an operating point was chosen.
 
     Raises:
         UserError: For a margin of a metric that is not compared.
@@ -100,7 +104,7 @@ def compare(
         equal,
         differences([group.records[0] for group in groups]),
         notes,
-        in_words(groups, tables, equal),
+        [*said, *in_words(groups, tables, equal)],
     )
 
 

@@ -5,72 +5,98 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.errors import UserError, did_you_mean
-from effbench.records import Metric, Record
 from effbench.report.canvas import COLOURS, canvas, direct_labels, footnote, save
-from effbench.report.labels import better, labels
+from effbench.report.labels import better
 from effbench.report.table import scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from effbench.report.compared import Comparison, Row
+    from effbench.report.table import Value
+
 MARKERS = "osD^vPX"
 """So that lines stay distinct without colour too."""
 
 
-def points_plot(records: Sequence[Record], metric: str, path: Path, split: str = "") -> Path:
-    """Plot a metric over the operating points of each run; runs without any are levels.
+CROWD = 4
+"""Most lines or levels that have bars; more of them would hide each other."""
 
-    Bars and bands are 95 % intervals. Points whose names hold a number (`r1`, `r2`, `r4`) are put
-    at that number, on a logarithmic axis when they span a factor of four or more.
+
+def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
+    """Plot a metric over the operating points of what was compared; runs without any are levels.
+
+    Several seeds are one line, through their means. Bars and bands are 95 % intervals. Points whose
+    names hold a number (`r1`, `r2`, `r4`) are put at that number, on a logarithmic axis when they
+    span a factor of four or more.
 
     Args:
-        records: The runs.
-        metric: Name of the metric.
+        found: The comparison.
+        metric: Name of the metric; of several tables that have it, that of the test split is drawn,
+            else the first.
         path: File to write.
-        split: Which split; empty takes the first one found.
 
     Raises:
         UserError: When no run has the metric.
     """
-    found = [(record, _values(record, metric, split)) for record in records]
-    shown = [(record, values) for record, values in found if values]
-    if not shown:
-        known = {m.name for record in records for m in record.metrics}
+    tables = [table for table in found.metrics if table.kind.metric == metric]
+    if not tables:
+        known = {table.kind.metric for table in found.metrics}
         raise UserError(f"No run has a metric called {metric!r}.", did_you_mean(metric, known))
-    names = labels([record for record, _ in shown])
-    first = shown[0][1][0]
-    series, unit = _scaled([values for _, values in shown], first.unit)
+    table = min(tables, key=lambda t: not t.kind.task and t.kind.split != "test")
+    kind = table.kind
+    names = list(dict.fromkeys(row.label for row in table.rows))
+    series = [[r for r in table.rows if r.label == name] for name in names]
+    factor, unit = _factor([r.value.value for rows in series for r in rows], series[0][0])
+    drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
+    figure = _drawn(names, drawn, metric, kind.obtained == "modelled")
+    where = f" on {kind.split}" if kind.split else ""
+    direction = f", {better(metric)} is better" if better(metric) else ""
+    task = f" of {kind.task}" if kind.task else ""
+    title = f"{_words(metric)}{task}{where}{direction}"
+    axes = figure.axes[0]
+    axes.set_title(title[0].upper() + title[1:], loc="left")
+    axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
+    return save(figure, path)
+
+
+class _Place(NamedTuple):
+    """A value at an operating point, in the unit of the axis."""
+
+    point: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def _drawn(names: Sequence[str], series: list[list[_Place]], metric: str, modelled: bool) -> Any:
+    """Return a figure with a line or a level for each name."""
     positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
     places = _places(sum(not any(m.point for m in values) for values in series), bool(positions))
     figure, axes = canvas()
     axes.margins(x=0.1 if len(places) > 1 else 0.05)
+    bars = len(series) <= CROWD
     marks = []
     for number, (name, values) in enumerate(zip(names, series, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        pointed = sorted((m for m in values if m.point), key=lambda m: positions[m.point])
+        shown = values if bars else [m._replace(low=None, high=None) for m in values]
+        pointed = sorted((m for m in shown if m.point), key=lambda m: positions[m.point])
         if pointed:
             _line(axes, [positions[m.point] for m in pointed], pointed, colour, number)
         else:
-            _level(axes, values[0], colour, places.pop())
-        marks.append(((pointed or values)[-1].value, name, colour))
+            _level(axes, shown[0], colour, places.pop())
+        marks.append(((pointed or shown)[-1].value, name, colour))
     _finish_x(axes, positions, axis_name, log)
-    where = f" on {first.split}" if first.split else ""
-    direction = f", {better(metric)} is better" if better(metric) else ""
-    task = f" of {first.task}" if first.task else ""
-    title = f"{_words(metric)}{task}{where}{direction}"
-    axes.set_title(title[0].upper() + title[1:], loc="left")
-    axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
-    notes = ["modelled, not measured"] if first.obtained == "modelled" else []
-    if any(_bounded(m) for values in series for m in values):
+    notes = ["modelled, not measured"] if modelled else []
+    if bars and any(_bounded(m) for values in series for m in values):
         notes.append("bars and bands: 95 % interval of each value alone, not of differences")
     footnote(figure, notes)
     direct_labels(axes, marks)
-    return save(figure, path)
+    return figure
 
 
 def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
@@ -117,35 +143,20 @@ def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") 
 # -- what is drawn -----------------------------------------------------------------------------
 
 
-def _values(record: Record, metric: str, split: str) -> list[Metric]:
-    """Return one metric of a run; on the first split and of the first kind when several fit."""
-    found = [m for m in record.metrics if m.name == metric and split in ("", m.split)]
-    return [m for m in found if _kind(m) == _kind(found[0])]
-
-
-def _kind(metric: Metric) -> tuple[str, ...]:
-    return metric.task, metric.split, metric.phase, metric.obtained
-
-
-def _scaled(series: list[list[Metric]], unit: str) -> tuple[list[list[Metric]], str]:
-    """Return the metrics divided by a common factor that makes them easy to read, and the unit."""
-    most = max((abs(m.value) for v in series for m in v if math.isfinite(m.value)), default=0.0)
+def _factor(values: Sequence[float], first: Row) -> tuple[float, str]:
+    """Return what makes values easy to read when they are divided by it, and the unit then."""
+    most = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    unit = first.value.unit
     factor, prefix = scale(most, unit)
     if unit.startswith("bytes"):
-        unit = prefix
-    elif prefix:
-        unit = f"10^{round(math.log10(factor))} {unit}".rstrip()
+        return factor, prefix
+    return factor, f"10^{round(math.log10(factor))} {unit}".rstrip() if prefix else unit
 
-    def divided(bound: float | None) -> float | None:
-        return None if bound is None else bound / factor
 
-    return [
-        [
-            replace(m, value=m.value / factor, low=divided(m.low), high=divided(m.high))
-            for m in values
-        ]
-        for values in series
-    ], unit
+def _over(value: Value, factor: float) -> tuple[float, float | None, float | None]:
+    """Return a value and its bounds, divided."""
+    low, high = (None if bound is None else bound / factor for bound in value[2:])
+    return value.value / factor, low, high
 
 
 def _axis(names: Iterable[str]) -> tuple[dict[str, float], str, bool]:
@@ -161,7 +172,7 @@ def _axis(names: Iterable[str]) -> tuple[dict[str, float], str, bool]:
     return positions, f"operating point{' (log scale)' if log else ''}", log
 
 
-def _line(axes: Axes, xs: list[float], metrics: list[Metric], colour: str, number: int) -> None:
+def _line(axes: Axes, xs: list[float], metrics: list[_Place], colour: str, number: int) -> None:
     values = [m.value for m in metrics]
     marker = MARKERS[number % len(MARKERS)]
     axes.plot(xs, values, color=colour, marker=marker, markersize=6, linewidth=1.8, zorder=3)
@@ -179,7 +190,7 @@ def _places(levels: int, points: bool) -> list[float | None]:
     return [(i + 1) / (levels + 1) for i in reversed(range(levels))]
 
 
-def _level(axes: Axes, metric: Metric, colour: str, place: float | None) -> None:
+def _level(axes: Axes, metric: _Place, colour: str, place: float | None) -> None:
     """Draw a run without points: a band, or a bar at `place` when bands would cover each other."""
     axes.axhline(metric.value, color=colour, linewidth=1.8, linestyle="--")
     if not _bounded(metric):
@@ -191,7 +202,7 @@ def _level(axes: Axes, metric: Metric, colour: str, place: float | None) -> None
         _bar(axes, place, metric, colour, transform=across)
 
 
-def _bar(axes: Axes, x: float, metric: Metric, colour: str, **options: Any) -> None:
+def _bar(axes: Axes, x: float, metric: _Place, colour: str, **options: Any) -> None:
     low, high = metric.value - (metric.low or 0), (metric.high or 0) - metric.value
     axes.errorbar(
         x,
@@ -205,7 +216,7 @@ def _bar(axes: Axes, x: float, metric: Metric, colour: str, **options: Any) -> N
     )
 
 
-def _bounded(metric: Metric) -> bool:
+def _bounded(metric: _Place) -> bool:
     return all(b is not None and math.isfinite(b) for b in (metric.low, metric.high))
 
 

@@ -167,6 +167,8 @@ def headline(record: Record) -> str:
         found = [m for m in record.metrics if m.name == name]
         if not found:
             continue
+        # Other splits of the run's dataset are there to choose by.
+        found.sort(key=lambda m: not m.task and m.split not in ("", "test"))
         first, unit = found[0], found[0].unit
         values = sorted(m.value for m in found if (m.task, m.split) == (first.task, first.split))
         shown = " to ".join(dict.fromkeys(readable(v, unit) for v in (values[0], values[-1])))

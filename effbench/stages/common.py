@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from effbench.errors import UserError
 from effbench.evaluators.base import Result, Subject, make_batch
 from effbench.events import EventLog
 from effbench.files import write_atomic
+from effbench.footprint import POINTS_AT_ONCE
 from effbench.journal import Journal
 from effbench.measure.counting import parameters
 from effbench.measure.energy import Energy, Meter, energy_name
@@ -387,7 +389,15 @@ def _read_result(path: Path) -> Result | None:
 
 def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str) -> Result:
     place = bench.folder.path / "evaluations"
-    where = f"{plugin.name}{'@' if point else ''}{point}"
+
+    def where(point: str) -> str:
+        return f"{plugin.name}{'@' if point else ''}{point}"
+
+    def journal(point: str, name: str, items: Sequence[str]) -> Journal:
+        return Journal(place / f"{where(point)}.{name}.items", items)
+
+    points = bench.method.points()
+    later = points[points.index(point) + 1 :][: POINTS_AT_ONCE - 1]
     subject = Subject(
         model=model,
         method=bench.method,
@@ -403,8 +413,9 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
         cost=bench.cost(point),
         whole=bench.cost(bench.method.whole(bench.shape)),
         machine=bench.job.runtime.machine,
-        journal=lambda name, items: Journal(place / f"{where}.{name}.items", items),
-        keep=lambda name, rows: _write_rows(place / f"{where}.{name}.jsonl", rows),
+        journal=partial(journal, point),
+        beside={p: partial(journal, p) for p in later},
+        keep=lambda name, rows: _write_rows(place / f"{where(point)}.{name}.jsonl", rows),
         load_model=bench.load_frozen,
         load_base=bench.load_base,
         base_bytes=bench.base_bytes,

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from effbench.datasets import Example
 from effbench.errors import StoppedError
-from effbench.files import write_atomic
-from effbench.methods.base import Batch
+from effbench.files import atomic_path
+from effbench.footprint import Pass
+from effbench.methods.base import CALIBRATION_ROWS, Batch
 from effbench.nn.state import read_tensors
 from effbench.stages.common import (
     Bench,
@@ -26,9 +27,6 @@ from effbench.stages.common import (
     save_artefact,
 )
 from effbench.stages.train import stop_signal
-
-CALIBRATION_ROWS = 64
-"""Training rows that a compression method may look at."""
 
 
 class Parts(Mapping[str, Mapping[str, torch.Tensor]]):
@@ -53,7 +51,8 @@ class Parts(Mapping[str, Mapping[str, torch.Tensor]]):
     def add(self, name: str, part: torch.nn.Module) -> None:
         """Keep a finished part."""
         tensors = {n: t.contiguous().cpu() for n, t in part.state_dict().items()}
-        write_atomic(self.folder / f"{name}.safetensors", save(tensors))
+        with atomic_path(self.folder / f"{name}.safetensors") as place:
+            save_file(tensors, place)
 
 
 def compress(bench: Bench) -> None:
@@ -66,8 +65,11 @@ def compress(bench: Bench) -> None:
     model = open_model(bench).requires_grad_(False).eval()
     made = load_made(bench, model)
     if made is None:
+        rows = _calibration(bench, data.examples("train"))
+        passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
+        bench.know(calibrate=tuple(passes), lengths=0)
         with bench.phase("compress"):
-            _parts(bench, model, _calibration(bench, data.examples("train")))
+            _parts(bench, model, rows)
         count_model(bench, model)
         count_trained(bench, model)
         save_artefact(bench, model)

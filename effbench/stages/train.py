@@ -194,7 +194,7 @@ def _work(bench: Bench, examples: Sequence[Example]) -> dict[str, Any]:
             longest = max(len(rows[i].ids) for i in group)
             counted = sum(label != -100 for i in group for label in rows[i].labels()[1:])
             found.add(Pass("train", len(group), longest, counted))
-    return {"train": tuple(found), "micro_batches": most}
+    return {"train": tuple(found), "micro_batches": most, "lengths": 0}
 
 
 def _mixed_precision(bench: Bench) -> str:

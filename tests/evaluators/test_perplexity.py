@@ -18,6 +18,8 @@ from effbench.errors import UserError
 from effbench.evaluators.base import Subject
 from effbench.evaluators.perplexity import Perplexity
 from effbench.journal import Journal
+from effbench.methods.base import Context
+from effbench.methods.lora_drop import LoRADrop
 from effbench.schema import digest
 from effbench.windows import cut, spans
 
@@ -132,8 +134,8 @@ def test_a_stride_of_one_is_the_full_context_where_a_document_fits(documents: Su
 def test_no_context_crosses_documents(bench: Bench, tmp_path: Path) -> None:
     both = subject_of(bench, *text_file(tmp_path, TEXTS))
     alone = subject_of(bench, *text_file(tmp_path, TEXTS[:1]))
-    sums, _ = Perplexity(window=20)._sums(both, both.data.documents("test"))
-    [own], _ = Perplexity(window=20)._sums(alone, alone.data.documents("test"))
+    sums, *_ = Perplexity(window=20)._sums(both, both.data.documents("test"))
+    [own], *_ = Perplexity(window=20)._sums(alone, alone.data.documents("test"))
     place = both.data.ids("test").index(alone.data.ids("test")[0])
     assert sums[place] == pytest.approx(own, rel=1e-6)
 
@@ -216,7 +218,9 @@ def test_it_is_that_of_lm_eval(bench: Bench, tmp_path: Path) -> None:
     texts = [*TEXTS[:3], "Ada Lovelace wrote of an engine that weaves algebraic patterns. " * 12]
     words = [*text_file(tmp_path, texts), "model=smollm2-135m"]
     subject = subject_of(bench, *words, strength=1)
-    sums, counts = Perplexity(window=65, stride=64)._sums(subject, subject.data.documents("test"))
+    sums, counts, _ = Perplexity(window=65, stride=64)._sums(
+        subject, subject.data.documents("test")
+    )
     theirs = HFLM(
         pretrained=subject.model, tokenizer=subject.tokenizer, max_length=64, batch_size=1
     )
@@ -292,3 +296,23 @@ def test_the_batch_size_does_not_matter(documents: Subject) -> None:
             assert two.value == pytest.approx(one.value, rel=1e-5)
         for a, b in zip(results[0].outcomes, other.outcomes, strict=True):
             assert b.values == pytest.approx(a.values, rel=1e-4)
+
+
+def test_losses_by_place_in_the_cycle_add_up(bench: Bench, tmp_path: Path) -> None:
+    subject = subject_of(bench, *text_file(tmp_path, TEXTS))
+    method = LoRADrop(layers=(1, 2), window=2)
+    ctx = Context(0, subject.device, torch.float32, torch.Generator(), lambda name: subject.model)
+    method.prepare(subject.model, ctx)
+    subject = dataclasses.replace(subject, method=method, point="k2")
+    evaluator = Perplexity(window=20)
+    with method.at(subject.model, "k2"):
+        found = evaluator._sums(subject, subject.data.documents("test"))
+        metrics = {m.name: m.value for m in evaluator.run(subject).metrics}
+    for total, count, parts in zip(*found, strict=True):
+        assert total == pytest.approx(sum(nll for nll, _ in parts.values()))
+        assert count == sum(tokens for _, tokens in parts.values())
+    for name in ("j0", "j1", "j2"):
+        nll, tokens = (sum(row[name][i] for row in found[2]) for i in range(2))
+        assert metrics[f"loss_{name}"] == pytest.approx(nll / tokens)
+    with method.at(subject.model, "k0"):
+        assert not any("loss_j" in m.name for m in evaluator.run(subject).metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -17,6 +18,8 @@ from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.journal import Journal
 from effbench.measure import timing
 from effbench.measure.roofline import Ceilings, decode_bytes, decode_flops, prefill_flops
+from effbench.methods.base import Context
+from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.none import Unchanged
 from effbench.nn.decoding import CachedSession
 from effbench.nn.engine import StaticSession
@@ -211,12 +214,15 @@ def test_what_cannot_be_is_refused_before_loading(
         bench.job("eval", "evaluator=speed", *words)
 
 
-def test_a_method_that_decodes_in_its_own_way_has_one_engine(bench: Bench) -> None:
+def test_a_method_that_decodes_in_its_own_way_has_no_other_engine(bench: Bench) -> None:
     job = ["train", "method=lora_drop", "evaluator=speed"]
-    bench.job(*job)  # type: ignore[arg-type]
-    for word in ("engine=eager", "baseline=generate"):
+    for word in ("engine=auto", "engine=static", "engine=eager", "baseline=whole"):
+        bench.job(*job, f"evaluator.speed.{word}")  # type: ignore[arg-type]
+    for word in ("engine=generate", "baseline=generate"):
         with pytest.raises(UserError, match="lora_drop decodes in a way of its own"):
             bench.job(*job, f"evaluator.speed.{word}")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="none has no whole model beside each of its points"):
+        bench.job("eval", "evaluator=speed", "evaluator.speed.baseline=whole")
 
 
 def test_a_run_records_shares_of_the_roofline(bench: Bench) -> None:
@@ -226,3 +232,51 @@ def test_a_run_records_shares_of_the_roofline(bench: Bench) -> None:
     for key in (("mfu", "prefill"), ("mfu", "decode"), ("mbu", "decode")):
         assert 0 < found[key].value < 1
     assert found["ceiling_gemm", "roofline"].value > 1e6
+
+
+# -- steps that differ by a schedule -------------------------------------------------------------
+
+
+def dropping(subject: Subject, point: str) -> Subject:
+    draws = torch.Generator().manual_seed(0)
+    context = Context(0, subject.device, torch.float32, draws, lambda name: subject.model)
+    method = LoRADrop(layers=(1, 2), window=2)
+    model = method.prepare(subject.model, context).requires_grad_(False)
+    assert subject.shape is not None
+    cost, whole = (method.cost(subject.shape, "float32", p) for p in (point, "k0"))
+    return replace(
+        subject, model=model, method=method, point=point, dtype="float32", cost=cost, whole=whole
+    )
+
+
+@pytest.mark.parametrize("engine", ["auto", "static", "eager"])
+def test_a_schedule_is_counted_and_timed_by_kind(
+    subject: Subject, ticks: None, engine: Any
+) -> None:
+    subject = dropping(subject, "k2")
+    evaluator = Speed(prompt_tokens=10, new_tokens=6, repeats=6, engine=engine, baseline="whole")
+    with subject.method.at(subject.model, "k2"):
+        found = metrics(replace(evaluator, roofline=False).run(subject))
+    assert found["tpot_drop_ms", "decode", ""].value == 1000.0
+    assert found["tpot_refresh_ms", "decode", ""].value == 1000.0
+    layers, cached = 4 - 2 * 2 / 3, 2 * (10 + 6) + 2 * (10 + 2)
+    assert found["layer_passes", "decode", ""].value == pytest.approx(layers)
+    assert found["kv_bytes", "decode", ""].value == cached * 2 * 2 * 16 * 4
+    assert subject.cost is not None and subject.whole is not None
+    ceiling = subject.whole.bytes_per_token / subject.cost.bytes_per_token
+    assert found["speed_ceiling", "decode", ""].value == ceiling > 1
+    assert found["decode_speedup", "decode", ""].value == 1.0
+    assert found["decode_speedup", "decode", ""].obtained == "measured"
+    with subject.method.at(subject.model, "k0"):
+        base = metrics(replace(evaluator, roofline=False).run(replace(subject, point="k0")))
+    assert not {"tpot_drop_ms", "layer_passes"} & {name for name, *_ in base}
+
+
+def test_shares_need_whole_cycles(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = dropping(subject, "k2")
+    monkeypatch.setattr(Speed, "_probe", lambda self, subject: HIGH)
+    for new, there in ((6, True), (7, False)):
+        evaluator = Speed(prompt_tokens=10, new_tokens=new, repeats=1)
+        with subject.method.at(subject.model, "k2"):
+            found = metrics(evaluator.run(subject))
+        assert (("mbu", "decode", "") in found) == there

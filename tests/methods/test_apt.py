@@ -45,6 +45,7 @@ from effbench.nn.growth import (
 )
 from effbench.nn.lowrank import low_rank_layers
 from effbench.nn.masking import masks_of
+from effbench.nn.pruning import Pruning, weights_left
 from effbench.nn.pruning_schedule import PruningSchedule
 from effbench.nn.salience import Salience, outliers, ranked, root_kurtosis, salience_of
 from effbench.nn.selfdistill import as_teacher, captured, copy_adapters, draw_layers, layer_loss
@@ -297,7 +298,7 @@ def test_what_adds_nothing_goes_first() -> None:
     assert views[0].neurons[11] == 0
     assert views[1].groups[1] == 0
     assert (watcher.activity == 0).sum() == 2
-    method._search(model, masks, watcher, 0.91, ctx)
+    method._aim(Pruning(model, masks, watcher), 0.91, ctx)
     wanted = list(watcher.layout.views(masks.wanted))
     assert not wanted[0].neurons[11]
     assert not wanted[1].groups[1]
@@ -361,7 +362,7 @@ def test_masks_and_slice_agree_in_a_trained_model() -> None:
     masks, watcher = masks_of(model), salience_of(model)
     assert masks is not None
     assert watcher is not None
-    method._search(model, masks, watcher, 0.5, ctx)
+    method._aim(Pruning(model, masks, watcher), 0.5, ctx)
     ctx.state["searched"] = 0.5
     masks.harden()
     masked = logits(model)
@@ -369,6 +370,21 @@ def test_masks_and_slice_agree_in_a_trained_model() -> None:
     torch.testing.assert_close(logits(finished), masked, atol=1e-6, rtol=1e-5)
     assert not list(low_rank_layers(finished))
     assert not any(p.requires_grad for p in finished.parameters())
+
+
+def test_a_run_too_short_for_its_masks_is_cut_all_the_same() -> None:
+    method = APT(keep=0.6, end=0.9, prunings=2, mask_step=0.01, grow=1.0)
+    model, ctx, optimizer = ready(method, steps=6)
+    train(method, model, ctx, 6, optimizer)
+    pruning = Pruning.of(model)
+    assert pruning is not None
+    assert not pruning.masks.hard
+    wanted = pruning.masks.wanted.clone()
+    budget, layout = 0.6 * ctx.state["whole"], pruning.layout
+    finished = method.finish(model, ctx)
+    assert method.facts(finished, ctx)["kept"] <= 0.6
+    assert weights_left(finished) == layout.weights(wanted) > budget - 3 * 96 * 64
+    assert logits(finished).isfinite().all()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
@@ -556,6 +572,22 @@ def test_a_student_like_its_teacher_has_nothing_to_learn_from_it() -> None:
     with torch.no_grad():
         model.transfer.B.add_(0.1)
     assert layer_loss(*arguments).item() > 0
+
+
+def test_the_teacher_is_the_unpruned_model_with_the_copied_adapters() -> None:
+    method = APT(distill=True)
+    model, _, _ = ready(method)
+    shaken(model)
+    unpruned, copies = logits(model), copy_adapters(model)
+    masks = masks_of(model)
+    assert masks is not None
+    masks.values[::3] = 0.5
+    shaken(model, seed=8)
+    student = logits(model)
+    with as_teacher(model, masks, copies):
+        assert logits(model).equal(unpruned)
+    assert logits(model).equal(student)
+    assert not student.equal(unpruned)
 
 
 def test_layers_are_matched_with_the_nearest_that_is_left() -> None:

@@ -106,6 +106,43 @@ def test_frames_are_orthonormal_and_linked_by_the_start(size: str) -> None:
         torch.testing.assert_close(layer.left, layer.full_start().double() @ layer.right)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_frames_are_orthonormal_in_float64(size: str) -> None:
+    layer = layer_of("compressed", size).double()
+    exact_start(layer)
+    layer.set_subspace(layer.directions(rank_two(size).double(), torch.Generator()))
+    eye = torch.eye(4, dtype=torch.float64)
+    for frame in (layer.left.detach(), layer.right.detach()):
+        assert float((frame.T @ frame - eye).abs().max()) < 1e-12
+
+
+def exact_start(layer: DeepLinear) -> torch.Tensor:
+    """Give a layer a start Q that is orthonormal in float64 too, and return it."""
+    u, _, vh = torch.linalg.svd(layer.full_start().double(), full_matrices=False)
+    q = u @ vh
+    layer.full_start = lambda: q  # type: ignore[method-assign]
+    return q
+
+
+def test_at_full_rank_the_compressed_form_is_the_full_one() -> None:
+    """Nothing is left out: the same start, and the same path of the update."""
+    eps, target = 0.1, rank_two("square").double()
+    target = target / torch.linalg.matrix_norm(target, 2)
+    small, full = (layer_of(f, rank=24).double() for f in ("compressed", "full"))
+    q = exact_start(small)
+    small.scale = eps
+    small.set_subspace(small.directions(q - target, torch.Generator()))
+    for layer in (small, full):
+        for factor in layer.factors:
+            factor.data = eps * torch.eye(24, dtype=torch.float64)
+    full.factors[-1].data = eps * q
+    torch.testing.assert_close(small.delta(), eps**3 * q, atol=1e-18, rtol=1e-10)
+    paths = [descent(layer, target, 400, 0.2) for layer in (full, small)]
+    for whole, kept in zip(*paths, strict=True):
+        torch.testing.assert_close(kept, whole, atol=1e-10, rtol=1e-8)
+    assert float((paths[0][-1] - eps**3 * q).norm()) > 0.5
+
+
 def test_leading_directions_are_those_of_an_exact_decomposition() -> None:
     draws = torch.Generator().manual_seed(0)
     matrix = torch.randn(40, 5, generator=draws) @ torch.randn(5, 30, generator=draws)

@@ -17,6 +17,7 @@ from effbench.kernels.native import kernels as native_kernels
 from effbench.methods.base import Method, chain_cost
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.depths import Depths
+from effbench.methods.dora import DoRA
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.lora_drop import LoRADrop
@@ -206,7 +207,7 @@ def test_merged_a_model_is_plain_and_afterwards_as_it_was(dtype: torch.dtype) ->
 
 
 def test_adapters_of_every_kind_are_merged_but_none_into_packed_weights() -> None:
-    for method in (LoRA(4), DyLoRA(4), DeepLoRA(rank=4)):
+    for method in (LoRA(4), DyLoRA(4), DeepLoRA(rank=4), DoRA(rank=4)):
         model: Any = tiny_model(shape=DEEP)
         model = method.prepare(model, context()).eval()
         for p in model.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -427,7 +428,10 @@ def test_attention_calls_per_cycle(layers: tuple[int, ...], window: int) -> None
     assert len(calls) == (window + 1) * kept + len(layers)
 
 
-@pytest.mark.parametrize("kind", [TemporalSession, StaticTemporalSession])
+WALK = partial(StaticTemporalSession, use_native=False)
+
+
+@pytest.mark.parametrize("kind", [TemporalSession, StaticTemporalSession, WALK])
 @torch.no_grad()
 def test_untrained_drop_step_ignores_its_token(kind: Any) -> None:
     method = LoRADrop(layers=(2, 4), window=2)
@@ -733,6 +737,12 @@ def test_speed_ceiling() -> None:
     share = one / (LoRADrop(window=0).cost(smol, "float32").bytes_per_token / 4)
     assert speed_ceiling(15 * share, 3) == pytest.approx(1.42, abs=0.01)
     assert speed_ceiling(22 * share, 3) == pytest.approx(1.77, abs=0.01)
+    llama = Shape(4096, 11008, 32, 32, 32, 128, 32000)
+    one = 4096 * (4 * 4096 + 3 * 11008) + 2 * 4096
+    share = one / (LoRADrop(window=0).cost(llama, "float32").bytes_per_token / 4)
+    found = [speed_ceiling(n * share, k) for n, k in ((16, 3), (24, 3), (24, 5))]
+    assert [round(x, 2) for x in found] == [1.58, 2.23, 2.58]
+    assert round(speed_ceiling(0.75, 3), 2) == 2.29
     method = LoRADrop(window=3)
     count = len(method.droppable(30))
     full, dropped = (method.cost(smol, "bfloat16", p).bytes_per_token for p in ("k0", "k3"))

@@ -62,6 +62,17 @@ def test_2_a_slice_is_the_exported_adapter(tmp_path, rank):
     assert not torch.allclose(ours, logits(base_for(method)), atol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_2_a_slice_gives_the_loss_that_training_saw(tmp_path, rank):
+    method = QDyLoRA(rank=8, alpha=12)
+    model, ctx = trained(method)
+    control_of(model.train()).active = rank
+    seen = method.loss(model, batch_of(), ctx)
+    method.export(model, f"r{rank}", tmp_path)
+    theirs = PeftModel.from_pretrained(base_for(method), tmp_path).get_base_model()
+    torch.testing.assert_close(method.loss(theirs, batch_of(), ctx), seen, atol=1e-6, rtol=0)
+
+
 def test_3_ranks_above_do_not_matter():
     method = QDyLoRA(rank=8)
     model, ctx = trained(method)
@@ -88,6 +99,16 @@ def test_4_gradients_reach_the_ranks_of_the_mode_alone(mode):
         assert (layer.lora_B.grad.abs().amax(0) > 0).tolist() == learns
 
 
+def test_4_the_loss_is_the_same_in_both_modes():
+    model, ctx = trained(QDyLoRA(rank=6))
+    losses = []
+    for mode in ("nested", "frozen"):
+        control_of(model).mode = mode
+        with QDyLoRA(rank=6).at(model, "r4"):
+            losses.append(QDyLoRA(rank=6).loss(model, batch_of(), ctx))
+    assert losses[0].equal(losses[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_5_drawing_the_highest_rank_alone_is_qlora(dtype):
     losses = []
@@ -96,6 +117,12 @@ def test_5_drawing_the_highest_rank_alone_is_qlora(dtype):
         torch.manual_seed(5)
         losses.append(train(method, model, ctx, 5))
     assert losses[0] == losses[1]
+
+
+def ranks_above(model, rank):
+    layers = [layer for _, layer in low_rank_layers(model)]
+    parts = [p for n in layers for p in (n.lora_A[rank:], n.lora_B[:, rank:])]
+    return [p.detach().clone() for p in parts]
 
 
 @pytest.mark.parametrize("protected", [True, False])
@@ -107,9 +134,10 @@ def test_6_protection_holds_ranks_that_momentum_would_move(protected):
     control_of(model).active = 8
     method.update(model, optimizer, [batch_of()], ctx)
     control_of(model).active = 3
-    before = [layer.lora_A[3:].detach().clone() for _, layer in low_rank_layers(model)]
+    before = ranks_above(model, 3)
     method.update(model, optimizer, [batch_of()], ctx)
-    after = [layer.lora_A[3:] for _, layer in low_rank_layers(model)]
+    after = ranks_above(model, 3)
+    assert len(after) == 28
     assert all(a.equal(b) == protected for a, b in zip(after, before, strict=True))
 
 
@@ -158,6 +186,23 @@ def test_9_cost_is_what_is_counted():
     per_rank = low.trainable // 6
     assert high.flops_per_token - low.flops_per_token == 2 * 5 * per_rank
     assert high.bytes_per_token - low.bytes_per_token == 4 * 5 * per_rank
+
+
+@pytest.mark.parametrize(
+    ("distribution", "weight"),
+    [("uniform", lambda b: 1.0), ("inverse", lambda b: 1 / b), ("proportional", float)],
+)
+def test_10_ten_thousand_draws_follow_the_distribution(distribution, weight):
+    method = QDyLoRA(rank=8, distribution=distribution, targets=("q_proj",))
+    model, ctx = prepared(method, seed=7)
+    drawn = []
+    for _ in range(10_000):
+        method.on_step(model, ctx)
+        drawn.append(control_of(model).active)
+    total = sum(weight(b) for b in range(1, 9))
+    for b in range(1, 9):
+        p = weight(b) / total
+        assert abs(drawn.count(b) / 10_000 - p) < 4 * (p * (1 - p) / 10_000) ** 0.5
 
 
 def test_10_all_layers_of_a_step_have_the_drawn_rank():

@@ -87,3 +87,25 @@ def test_save_and_load_give_the_same_logits(tmp_path):
     method.save(model, tmp_path)
     again = method.load(base_for(method), tmp_path, context(seed=9))
     assert logits(again).equal(logits(model))
+
+
+def test_a_finished_run_is_cut_in_both_ways(bench):
+    words = ["dataset.limit.test=12", "hardware.device=cpu", "hardware.dtype=float32"]
+    run = bench.run("train", "method=qlora", "method.rank=4", "train.max_steps=4", *words)
+    ranks = ["method.eval_ranks=[1,2,4]", *words]
+    cut = {
+        how: bench.run("eval", f"from={run.key}", f"method.truncation={how}", *ranks)
+        for how in ("plain", "svd")
+    }
+    assert len({run.key, *(record.key for record in cut.values())}) == 3
+    found = {
+        how: {m.point: m.value for m in record.metrics if m.name == "loss"}
+        for how, record in cut.items()
+    }
+    (whole,) = [m.value for m in run.metrics if m.name == "loss"]
+    assert found["plain"]["r4"] == found["svd"]["r4"] == whole
+    assert found["plain"].keys() == {"r1", "r2", "r4"}
+    assert found["plain"]["r1"] != found["svd"]["r1"]
+    assert {o.ids for record in (run, *cut.values()) for o in record.outcomes} == {
+        run.outcomes[0].ids
+    }

@@ -25,13 +25,17 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from effbench.errors import UserError
+from effbench.measure.counting import LayerForwards
 from effbench.methods.base import Method, chain_cost, dense_cost
 from effbench.methods.depths import depth_set, paper_thresholds
 from effbench.methods.lora import LoRA
 from effbench.methods.rtn import RTN
 from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn import layerskip
+from effbench.nn.decoding import greedy
 from effbench.nn.depths import at_layers, exit_states, readout
 from effbench.nn.linears import replace_linears
+from effbench.nn.merging import merged
 from effbench.nn.quantised import PackedLinear
 from effbench.schema import build
 
@@ -87,7 +91,7 @@ def test_a_depth_is_the_model_that_transformers_cuts(n):
     assert ours.equal(stock)
     model.config.num_hidden_layers = 5
     with torch.no_grad():
-        assert readout(model, states[n]).equal(stock)
+        assert readout(model, states[n], n).equal(stock)
 
 
 def test_the_last_exit_is_normed_once():
@@ -95,7 +99,7 @@ def test_the_last_exit_is_normed_once():
     batch = batch_of()
     state = exit_states(model, (5,), batch.input_ids, batch.attention_mask)[5]
     out = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    assert readout(model, state).equal(out.logits)
+    assert readout(model, state, 5).equal(out.logits)
     assert model.model.norm(state).equal(out.hidden_states[-1])
     assert not state.equal(out.hidden_states[-1])
 
@@ -237,6 +241,84 @@ def test_the_logits_of_two_exits_are_never_in_memory_at_once():
     assert most == 0
 
 
+# -- LayerSkip's objective ---------------------------------------------------------------------
+
+
+def test_layers_are_left_out_ever_more_often():
+    rates = layerskip.drop_rates(32)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(layerskip.MOST_DROPPED)
+    assert rates[16] / rates[-1] == pytest.approx(2 ** (16 / 31) - 1)
+    assert rates == sorted(rates) and layerskip.drop_rates(1) == [0]
+
+
+def test_exits_weigh_what_their_depth_is_and_take_turns():
+    depths = (18, 21, 24, 30)
+    seen = [layerskip.exit_weights(depths, 30, step) for step in range(4)]
+    assert [min(w) for w in seen] == [18, 21, 24, 18]
+    assert all(max(w) == 30 and sum(w.values()) == pytest.approx(1) for w in seen)
+    below, last = 18 * 17 / 2, 29 + 29 * 28 / 2  # 0 + 1 + ... + 17; L - 1 and 0 + ... + L - 2
+    assert seen[0][18] == pytest.approx(below / (below + last))
+    assert layerskip.exit_weights((5,), 5, 3) == {5: 1.0}
+    assert layerskip.exit_weights((1,), 5, 0) == {1: 1.0}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_layerskip_loss_is_the_weighted_sum_of_two_exits(step, monkeypatch):
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)
+    method, model, ctx = trained_model(objective="layerskip")
+    ctx.step = step
+    loss = method.loss(model, batch_of(), ctx)
+    loss.backward()
+    ours = {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for n, weight in layerskip.exit_weights((2, 3, 5), 5, step).items():
+        with method.at(model, f"d{n}"):
+            single = weight * Method().loss(model, batch_of(), ctx)
+            single.backward()
+        total += single.item()
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_that_is_left_out_hands_its_input_on(monkeypatch):
+    # Layers 1 and 4 are out: the exit at 3 is layers 0 and 2, the last one 0, 2 and 3.
+    monkeypatch.setattr(layerskip, "drop_rates", lambda count: [0, 2, 0, 0, 2])
+    method, model, ctx = trained_model(objective="layerskip", depths=(3, 5))
+    loss = method.loss(model, batch_of(), ctx)
+    expected = 0.0
+    for n, weight in layerskip.exit_weights((3, 5), 5, 0).items():
+        with at_layers(model, [i for i in (0, 2, 3) if i < n]):
+            expected += weight * Method().loss(model, batch_of(), ctx).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    grads = {layer_of(n) for n, p in trainable(model).items() if p.grad is not None}
+    assert grads == {-1, 0, 2, 3}
+    assert len(model.model.layers) == 5
+
+
+def test_layers_are_left_out_as_often_as_stated():
+    method, model, ctx = ready(objective="layerskip")
+    counted = LayerForwards(model.model.layers)
+    for _ in range(100):
+        method.loss(model, batch_of(rows=1), ctx)
+    passes = counted.count / batch_of(rows=1).input_ids.numel() / 100
+    counted.close()
+    stated = method.training(DEEP, "float32").run
+    assert stated == pytest.approx(sum(1 - p for p in layerskip.drop_rates(5)))
+    assert abs(passes - stated) < 4 * (sum(layerskip.drop_rates(5)) / 100) ** 0.5
+
+
+def test_layerskip_with_one_depth_and_no_dropout_is_plain(monkeypatch):
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)
+    runs = []
+    for objective in ("layerskip", "soft"):
+        method, model, ctx = ready(objective=objective, depths=(5,))
+        runs.append(train(method, model, ctx, 3))
+    assert runs[0] == runs[1]
+
+
 # -- draws -------------------------------------------------------------------------------------
 
 
@@ -317,7 +399,7 @@ def test_reweighting_is_a_learning_rate_of_each_layer():
 # -- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["sampled", "soft"])
+@pytest.mark.parametrize("objective", ["sampled", "soft", "layerskip"])
 def test_every_depth_learns(objective):
     method, model, ctx = ready(objective=objective)
     nll = {}
@@ -396,6 +478,7 @@ def test_thresholds_are_the_papers_at_its_exits():
         ({"eval_depths": [6]}, r"method\.eval_depths"),
         ({"layout": "skip_middle", "decoding": ["exit"]}, r"method\.decoding"),
         ({"objective": "soft", "reweight": True}, r"method\.reweight"),
+        ({"objective": "layerskip", "layout": "skip_middle"}, r"method\.objective=layerskip"),
         ({"decoding": ["exit"], "thresholds": [0.5]}, r"method\.thresholds has 1"),
         ({"depths": [5], "decoding": ["exit"]}, r"method\.decoding"),
         ({"decoding": ["speculative"], "draft_depth": 5}, r"method\.draft_depth"),
@@ -437,16 +520,17 @@ def test_a_depth_caches_its_own_layers_alone(layout):
 @pytest.mark.parametrize("layout", ["prefix", "skip_middle"])
 def test_parameters_rise_with_depth_and_nest(layout):
     method, model, _ = ready(layout=layout, depths=(5,))
-    names, sizes = [], []
+    names, held, sizes, stated_ = [], [], [], []
     for n in range(1, 6):
         kept = method.kept(n, 5)
         with method.at(model, f"d{n}"):
             sizes.append(sum(p.numel() for p in model.parameters()))
-            # by the layer's place in the whole model
-            names.append({id(p) for p in model.parameters()})
+            names.append(set(dict(model.named_parameters())))
+            held.append({id(p) for p in model.parameters()})
+        stated_.append(method.cost(DEEP, "float32", f"d{n}").params)
         assert len(kept) == n
-    assert sizes == sorted(set(sizes))
-    assert all(a < b for a, b in pairwise(names))
+    assert sizes == sorted(set(sizes)) == stated_
+    assert all(a < b for found in (names, held) for a, b in pairwise(found))
 
 
 @pytest.mark.parametrize("point", ["d2", "d5", ""])
@@ -525,6 +609,24 @@ def test_logits_at_exit_are_those_of_decoding(kv):
     assert not nll[:, :2].any()
     with torch.no_grad():
         assert not method.logits(model, batch)[:, 2:10].equal(whole[:, 2:10])
+
+
+@torch.no_grad()
+def test_dynamic_decoding_with_adapters_ends_at_the_full_model_or_the_shallowest_exit():
+    method, model, _ = trained_model(decoding=("exit", "speculative"))
+
+    def tokens(point, **settings):
+        own = replace(method, **settings)
+        with own.at(model.eval(), point):
+            return greedy(own.session(model), IDS[:1], 20)
+
+    full, shallow = tokens("d5"), tokens("d2")
+    assert not full.equal(shallow)
+    assert tokens("speculative").equal(full)
+    assert tokens("exit", thresholds=(1.1, 1.1)).equal(full)
+    assert tokens("exit", thresholds=(0.0, 0.0)).equal(shallow)
+    with merged(model):
+        assert tokens("speculative").equal(tokens("d5"))
 
 
 def test_sessions_follow_the_settings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
+from effbench.errors import UserError
 from effbench.methods.structured import Structured, input_norms
 from effbench.nn.slicing import layout_of, shape_left
 from effbench.shapes import SlicedShape
@@ -127,3 +129,30 @@ def test_then_lora(bench: Bench) -> None:
     assert params[1] == params[0] + next(
         m.value for m in second.metrics if m.name == "trainable_params"
     )
+
+
+def test_a_budget_that_cannot_be_met_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be reached"):
+        Structured(keep=0.2, blocks=("groups",)).check(SHAPE)
+    with pytest.raises(UserError, match="cannot be reached"):
+        Structured(keep=0.2, blocks=("neurons",)).check(SHAPE)
+    Structured(keep=0.05, blocks=("groups", "neurons")).check(SHAPE)
+    Structured(keep=0.05, blocks=("dims",)).check(SHAPE)
+
+
+def test_a_tied_table_is_let_go_of_when_it_is_cut() -> None:
+    model = tiny_model(shape=replace(SHAPE, tied=True))
+    parts = Structured(keep=0.5, blocks=("dims",)).compress(model, [], context())
+    name, part = next(parts)
+    assert name == "model.embed_tokens"
+    assert model.lm_head.weight is part.weight
+    assert len(list(parts)) > 0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_norms_are_of_what_the_decoder_reads_without_its_head() -> None:
+    model = tiny_model()
+    called: list[torch.nn.Module] = []
+    model.lm_head.register_forward_hook(lambda *a: called.append(a[0]))
+    assert set(input_norms(model, [batch_of()]))
+    assert not called

@@ -1,0 +1,297 @@
+"""AdaLoRA: adapters whose ranks are shared out among the layers while they train.
+
+Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023,
+arXiv 2303.10512.
+
+    y = W x + (alpha / R0) * P (lambda * (Q drop(x)))     Q [R0, d_in], lambda [R0], P [d_out, R0]
+    b(t) = b_T + (b_0 - b_T) (1 - t)^3                    t from 0 to 1 between `begin` and `end`
+
+All layers start at rank R0. After an optimiser step, the b(t) ranks of all layers that matter most
+(`nn.allocation`) keep their lambda, and those of the others become zero; they may come back until
+`end`. Then `rank` ranks a layer are left on average, and they train on. P and Q are kept near to
+orthonormal by gamma times the distance (`nn.svd_adapters`). In the end lambda is folded into Q and
+what was pruned is dropped: a plain LoRA adapter with a rank of its own in every layer.
+
+Importance is taken after the step, from the gradients that it was made with, as in the authors'
+code and peft's, which this equals. Our choices: Q starts as A in our other methods and P alike,
+uniform and not Gaussian; R0 is one and a half times the rank (the paper's 12 for 8), the window
+about where the paper's is; the budget is met exactly, even among equal scores; the distance adds
+its gradient and not its value to the loss, so that training losses can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import Interval
+
+from effbench.errors import UserError
+from effbench.footprint import Training, adapted_layers
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.lora import (
+    Dropout,
+    base_name,
+    check_rank_fits,
+    check_targets,
+    with_adapters,
+)
+from effbench.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.shapes import DTYPE_BYTES, LINEARS, LayerSize, Shape
+
+if TYPE_CHECKING:
+    from effbench.nn.allocation import BudgetSchedule
+
+Beta = Annotated[float, Interval(gt=0, lt=1)]
+RANKS = "ranks.json"
+"""File of an artefact: the rank of each layer by its qualified name."""
+AVERAGE_BYTES = 8
+"""Float32 bytes of the two running averages of each trained weight."""
+
+
+@dataclass(frozen=True)
+class RankedShape(Shape):
+    """Sizes of a model whose adapters have ranks of their own."""
+
+    layers: tuple[LayerSize, ...] = ()
+    """Sizes of each block."""
+    ranks: tuple[tuple[int, str, int], ...] = ()
+    """Block, linear and rank of each adapter."""
+
+    def layer(self, index: int) -> LayerSize:
+        """Return the sizes of one decoder block."""
+        return self.layers[index]
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """Low-rank adaptation with a budget of ranks for all layers together."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        "ICLR 2023",
+        "2303.10512",
+    )
+    learning_rate: ClassVar[float] = 5e-3
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    leaves: ClassVar[str] = "adapted"
+
+    rank: PositiveInt = 16
+    """Ranks per layer that are left in the end, on average."""
+    first_rank: PositiveInt | None = None
+    """R0, the rank of every layer at first; null is one and a half times `rank`."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the update's scale alpha / R0."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an adapter input in training."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an adapter."""
+    begin: Fraction = 0.1
+    """Where the budget begins to fall, as a share of all steps."""
+    end: Fraction = 0.5
+    """Where it is met."""
+    interval: PositiveInt = 10
+    """Steps from one choice of ranks to the next; the last one is at `end`."""
+    beta1: Beta = 0.85
+    """Weight of the past in the sensitivity."""
+    beta2: Beta = 0.85
+    """Weight of the past in its uncertainty."""
+    orthogonality: NonNegativeFloat = 0.1
+    """gamma: what the distance of P and Q from orthonormal ones weighs."""
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        if self.highest < self.rank:
+            raise UserError(
+                f"method.first_rank={self.first_rank} is less than method.rank={self.rank}.",
+                "Ranks are only ever taken away: raise method.first_rank, or leave it null.",
+            )
+        if self.begin > self.end:
+            raise UserError(
+                f"method.begin={self.begin} lies behind method.end={self.end}.",
+                "Let the budget begin to fall before it is met.",
+            )
+
+    @property
+    def highest(self) -> int:
+        """R0."""
+        return self.first_rank or -(-3 * self.rank // 2)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a first rank that is more than full for a target."""
+        check_rank_fits(shape, self.highest, self.targets, "first_rank")
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""
+        from effbench.nn.allocation import no_averages
+        from effbench.nn.linears import replace_linears
+        from effbench.nn.svd_adapters import SVDLinear
+
+        def adapt(name: str, linear: torch.nn.Module) -> SVDLinear:
+            scale = self.alpha / self.highest
+            return SVDLinear(linear, self.highest, scale, self.dropout, ctx.seed, name)
+
+        model.requires_grad_(False)
+        replace_linears(model, adapt, self.targets)
+        ctx.state.update(averages=no_averages())
+        return model
+
+    # -- training ------------------------------------------------------------------------------
+
+    def schedule(self, layers: int, total: int) -> BudgetSchedule:
+        """Return the budgets of a run of `total` steps."""
+        from effbench.nn.allocation import BudgetSchedule
+
+        end = max(1, round(self.end * total))
+        begin = min(round(self.begin * total), end - 1)
+        return BudgetSchedule(self.highest * layers, self.rank * layers, begin, end, self.interval)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the loss of one micro-batch, with the gradient of its share of the distance."""
+        from effbench.nn.svd_adapters import orthogonality, svd_layers
+
+        loss = super().loss(model, batch, ctx)
+        if not self.orthogonality:
+            return loss
+        share = self.orthogonality * batch.loss_tokens / batch.window_tokens
+        distance = share * orthogonality(svd_layers(model).values())
+        return loss + (distance - distance.detach())
+
+    def update(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        window: Sequence[Batch],
+        ctx: Context,
+    ) -> torch.Tensor:
+        """Make one optimiser step, take its gradients into account, and prune where it is time."""
+        from effbench.nn.allocation import best, no_averages, observe, scores
+        from effbench.nn.svd_adapters import prune, svd_layers
+
+        loss = super().update(model, optimizer, window, ctx)
+        layers, step, state = svd_layers(model), ctx.step + 1, ctx.state
+        schedule = self.schedule(len(layers), ctx.total_steps)
+        if step < schedule.end:
+            observe(layers, state["averages"], self.beta1, self.beta2)
+        if schedule.chooses(step):
+            chosen = best(scores(layers, state["averages"]), schedule.budget(step))
+            prune(layers, _listed(layers, chosen))
+            if step == schedule.end:
+                state.update(kept=_listed(layers, chosen), averages=no_averages())
+        elif step > schedule.end:
+            prune(layers, state["kept"])
+        return loss
+
+    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
+        """Whether the ranks that stay are chosen for good."""
+        return "kept" in ctx.state
+
+    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
+        """Return the ranks that all layers together may have."""
+        from effbench.nn.svd_adapters import svd_layers
+
+        schedule = self.schedule(len(svd_layers(model)), ctx.total_steps)
+        return {"rank_budget": float(schedule.budget(ctx.step + 1))}
+
+    # -- what is left --------------------------------------------------------------------------
+
+    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the model with plain adapters of the ranks that stay."""
+        from effbench.nn.allocation import best, scores
+        from effbench.nn.svd_adapters import fold, svd_layers
+
+        layers = svd_layers(model)
+        kept = ctx.state.get("kept")
+        if kept is None:
+            chosen = best(scores(layers, ctx.state["averages"]), self.rank * len(layers))
+            kept = _listed(layers, chosen)
+        vars(model)["ranks"] = {name: len(listed) for name, listed in kept.items()}
+        return fold(model, kept)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the plain adapters and their ranks."""
+        super().save(model, folder)
+        (folder / RANKS).write_text(json.dumps(vars(model)["ranks"], indent=1))
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the plain adapters of an artefact."""
+        from effbench.nn.linears import replace_module
+        from effbench.nn.state import load_tensors
+        from effbench.nn.svd_adapters import with_rank
+
+        model.requires_grad_(False)
+        vars(model)["ranks"] = json.loads((folder / RANKS).read_text())
+        for name, rank in vars(model)["ranks"].items():
+            linear = model.get_submodule(name)
+            replace_module(model, name, with_rank(linear, rank, self.alpha / self.highest))
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a plain peft adapter with ranks by layer, all at one scale."""
+        from effbench.nn.lowrank import low_rank_layers, write_peft_adapter
+
+        factors = {n: (x.lora_A, x.lora_B) for n, x in low_rank_layers(model)}
+        alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())
+        write_peft_adapter(folder, factors, alpha, factors, base_name(model))
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return `shape` with the ranks that an artefact states; without one they are alike."""
+        if folder is None or not (folder / RANKS).is_file():
+            return shape
+        values: dict[str, Any] = {f.name: getattr(shape, f.name) for f in fields(Shape)}
+        blocks = tuple(shape.layer(index) for index in range(shape.num_layers))
+        ranks = []
+        for name, rank in json.loads((folder / RANKS).read_text()).items():
+            parts = name.split(".")
+            ranks.append((int(parts[parts.index("layers") + 1]), parts[-1], rank))
+        return RankedShape(**values, layers=blocks, ranks=tuple(ranks))
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the base as it is held and plain adapters of the ranks that stay, in float32."""
+        found = {}
+        if isinstance(shape, RankedShape):
+            found = {(layer, name): rank for layer, name, rank in shape.ranks}
+        params = sum(
+            found.get((layer, name), self.rank) * (d_in + d_out)
+            for layer, name, d_in, d_out in shape.linears()
+            if name in self.targets
+        )
+        return with_adapters(base or dense_cost(shape, DTYPE_BYTES[dtype]), params)
+
+    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
+        """Count adapters of rank R0, and the running averages among the resident bytes."""
+        sizes = [i + o for _, name, i, o in shape.linears() if name in self.targets]
+        base = base or dense_cost(shape, DTYPE_BYTES[dtype])
+        cost = with_adapters(base, self.highest * (sum(sizes) + len(sizes)))
+        held = cost.resident_bytes + AVERAGE_BYTES * cost.trainable
+        return replace(cost, resident_bytes=held)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count a frozen base, adapters of rank R0, and the products of P and of Q with itself."""
+        rank = self.highest
+        training = adapted_layers(shape, DTYPE_BYTES[dtype], rank, self.targets)
+        scaled = [0] * shape.num_layers  # what lies between Q and P is kept twice
+        sizes = 0
+        for layer, name, d_in, d_out in shape.linears():
+            if name in self.targets:
+                scaled[layer] += 4 * rank
+                sizes += d_in + d_out
+        return replace(
+            training,
+            layers=training.layers + sum(scaled),
+            layer=training.layer + max(scaled),
+            gradient_constant=6 * rank**2 * sizes if self.orthogonality else 0,
+        )
+
+
+def _listed(layers: dict[str, Any], chosen: torch.Tensor) -> dict[str, list[int]]:
+    """Return the ranks of each layer that are chosen, [layers, R0] bool."""
+    rows = chosen.cpu()
+    return {n: row.nonzero().flatten().tolist() for n, row in zip(layers, rows, strict=True)}

@@ -1,0 +1,100 @@
+"""DoRA: LoRA for the direction of each weight row, and a magnitude that trains by itself.
+
+Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv 2402.09353.
+
+    V = W + (alpha / R) B A,    y = (m / ||V||) * (V x)        m [d_out], ||V|| of each row, [d_out]
+
+A [R, d_in] and B [d_out, R] as in LoRA; m starts as the norms of W's rows, so that the untrained
+model is the base. As the paper advises, ||V|| is a constant for gradients. The paper speaks of
+columns, of weights that lie the other way round.
+
+Our choices: A starts as in our other methods; magnitudes and factors are float32; norms are
+computed in float32 once per micro-batch, and once for a whole evaluation; dropout is on the input
+of A alone, whereas peft also drops inputs of W in the magnitudes' share. Without dropout it
+computes what peft's layer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from effbench.footprint import Training
+from effbench.lazy import torch
+from effbench.methods.base import Context, Cost, Paper
+from effbench.methods.lora import LoRA
+from effbench.shapes import Shape
+
+if TYPE_CHECKING:
+    from effbench.methods.lora import Adapters
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Low-rank adaptation of directions, and training of magnitudes."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "DoRA: Weight-Decomposed Low-Rank Adaptation", "ICML 2024", "2402.09353"
+    )
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Freeze the base and put weight-decomposed layers around the targets."""
+        from effbench.nn.dora import DoRALinear
+        from effbench.nn.linears import replace_linears
+
+        def adapt(name: str, linear: Any) -> DoRALinear:
+            scale = self.numerator / self.rank
+            return DoRALinear(linear, self.rank, scale, self.dropout, ctx.seed, name)
+
+        model.requires_grad_(False)
+        replace_linears(model, adapt, self.targets)
+        return model
+
+    def adapters(self, model: torch.nn.Module) -> Adapters:
+        """Yield `(qualified name, A, B)` of every adapted layer."""
+        from effbench.nn.dora import dora_layers
+
+        return ((name, layer.lora_A, layer.lora_B) for name, layer in dora_layers(model))
+
+    def magnitudes(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return m of every adapted layer, [d_out]."""
+        from effbench.nn.dora import dora_layers
+
+        return {name: layer.lora_magnitude for name, layer in dora_layers(model)}
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Put the cut adapter in, with m as it is, and fix the norms of V's rows."""
+        from effbench.nn.dora import fixed_gains
+
+        with super().at(model, point), fixed_gains(model):
+            yield
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count what LoRA has and the magnitudes in float32; norms are fixed while it is used."""
+        cost = super().cost(shape, dtype, point, base)
+        more = sum(o for _, name, _, o in shape.linears() if name in self.targets)
+        return replace(
+            cost,
+            params=cost.params + more,
+            trainable=cost.trainable + more,
+            resident_bytes=cost.resident_bytes + 4 * more,
+            bytes_per_token=cost.bytes_per_token + 4 * more,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count what LoRA keeps, the products V x in float32, and the norms of each micro-batch."""
+        training, kept, products = super().training(shape, dtype), [0] * shape.num_layers, 0
+        for layer, name, d_in, d_out in shape.linears():
+            if name in self.targets:
+                kept[layer] += 4 * d_out
+                products += 2 * self.rank * d_in * d_out
+        return replace(
+            training,
+            layers=training.layers + sum(kept),
+            layer=training.layer + max(kept),
+            forward_constant=products,
+        )

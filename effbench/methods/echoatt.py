@@ -1,0 +1,294 @@
+"""EchoAtt: layers take the attention map of an earlier layer; distillation makes up for it.
+
+Rajabzadeh et al., EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models,
+NeurIPS 2024 ENLSP-IV workshop, arXiv 2409.14595.
+
+    source i:  A = softmax(Q_i K_i^T / sqrt(d_head) + mask)                  [B, H, T, T]
+               O_i = A V_i
+    shared j:  O_j = A V_j        V_j = v_proj_j(norm_j(h)); own o_proj, MLP and norms
+
+The source of a shared layer is the nearest earlier layer that is not shared. q_proj and k_proj of
+shared layers are gone, and decoding caches only their values. Every other weight starts as the
+model's own and trains, against the unchanged model as its teacher and then on the labels:
+
+    stage 1:  a L_I + b L_S + c L_H    (nn.distill has the three terms)
+    stage 2:  cross-entropy to the labels
+
+From the paper: sharing, a = b = 0.25, c = 0.5, student first in the divergence, learning rate, and
+a quarter as many tokens in stage 2. Ours: one schedule of the learning rate over both stages, terms
+over the positions whose next token counts, L_I as a mean over features, and the choice of layers
+where none are given (`effbench.similarity`).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from effbench.errors import UserError
+from effbench.footprint import Training
+from effbench.layer_maps import (
+    LayerMap,
+    SharedShape,
+    listed_map,
+    require_unshared,
+    shared_in,
+    shared_shape,
+)
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
+from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.similarity import block_ends, count_of, joined, ranking
+
+if TYPE_CHECKING:
+    from effbench.nn.decoding import Session
+
+CHOSEN = "shared"
+"""Key of the chosen layers in `ctx.state`."""
+
+
+@dataclass(frozen=True)
+class EchoAtt(Method):
+    """Attention maps copied between layers, and distillation from the unchanged model."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
+        "NeurIPS 2024 ENLSP-IV workshop",
+        "2409.14595",
+    )
+    learning_rate: ClassVar[float] = 1e-4
+    identity: ClassVar[dict[str, Any] | None] = {"layers": []}
+    needs: ClassVar[dict[str, Any]] = {"layers": [2]}
+
+    layers: tuple[int, ...] | None = None
+    """The shared layers, counted from 0; null chooses them by `ratio` and `choice`."""
+    ratio: Fraction = 0.4
+    """Share of all layers that are shared, where they are chosen."""
+    keep_first: PositiveInt = 1
+    """Layers at the beginning that are never chosen."""
+    keep_last: NonNegativeInt = 1
+    """Layers at the end that are never chosen."""
+    choice: Literal["similar", "random"] = "similar"
+    """Whether those most like their sources are chosen, or any (seeded)."""
+    samples: PositiveInt = 16
+    """Texts that similarity is measured on, from the training rows."""
+    tokens: Annotated[int, Ge(2)] = 256
+    """Tokens of each."""
+    block_weight: NonNegativeFloat = 0.25
+    """a, of L_I: the outputs of blocks."""
+    soft_weight: NonNegativeFloat = 0.25
+    """b, of L_S: the distributions."""
+    hard_weight: NonNegativeFloat = 0.5
+    """c, of L_H: the teacher's most likely tokens."""
+    kl: Literal["student_teacher", "teacher_student"] = "student_teacher"
+    """Whose distribution comes first in the divergence."""
+    refine: Fraction = 0.2
+    """Share of the steps, at the end, that train on the labels alone; 1 distils nothing."""
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters."""
+        return "float32"
+
+    # -- the shared layers ---------------------------------------------------------------------
+
+    def candidates(self, num_layers: int) -> range:
+        """Return the layers that may be chosen."""
+        return range(self.keep_first, num_layers - self.keep_last)
+
+    def count(self, num_layers: int) -> int:
+        """Return how many layers are shared."""
+        return count_of(self.ratio, num_layers) if self.layers is None else len(self.layers)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse layers that cannot be shared, more than there are, and a loss without terms."""
+        require_unshared(shape, self.name)
+        allowed = len(self.candidates(shape.num_layers))
+        if self.layers is not None:
+            listed_map(shape.num_layers, self.layers, "qk")
+        elif (count := self.count(shape.num_layers)) > allowed:
+            raise UserError(
+                f"method.ratio={self.ratio} shares {count} of {shape.num_layers} layers, but only "
+                f"{allowed} may be chosen.",
+                "Lower method.ratio, method.keep_first or method.keep_last.",
+            )
+        if self.distils and not (self.block_weight + self.soft_weight + self.hard_weight):
+            raise UserError(
+                "All three weights of the distillation are 0.",
+                "Raise one of them, or distil nothing: method.refine=1",
+            )
+
+    @property
+    def distils(self) -> bool:
+        """Whether any step needs the teacher."""
+        return self.refine < 1
+
+    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+        """Choose the layers, by the similarity of their attention on the training rows."""
+        if self.layers is None and self.choice == "similar":
+            ctx.state[CHOSEN] = self._most_similar(model, batches, ctx.device)
+        return super().select(model, batches, ctx)
+
+    def _most_similar(
+        self, model: Any, batches: Sequence[Batch], device: torch.device
+    ) -> list[int]:
+        from effbench.nn.similarity import mean_attention
+
+        rows = (b.input_ids[0, : int(b.attention_mask[0].sum())].tolist() for b in batches)
+        texts = joined(rows, self.tokens, self.samples)
+        if not texts:
+            raise UserError(
+                f"The training rows have fewer than method.tokens={self.tokens} tokens.",
+                "Lower method.tokens, or name the layers: method.layers=[...]",
+            )
+        training = model.training
+        matrix = mean_attention(model.eval(), [torch.tensor(t, device=device) for t in texts])
+        model.train(training)
+        found = ranking(matrix, self.keep_first, self.keep_last)
+        return sorted(found[: self.count(len(matrix))])
+
+    def chosen(self, num_layers: int, ctx: Context) -> list[int]:
+        """Return the shared layers, ascending; measured ones are in `ctx.state`."""
+        if self.layers is not None:
+            return sorted(self.layers)
+        if self.choice == "random":
+            candidates = self.candidates(num_layers)
+            return sorted(random.Random(ctx.seed).sample(candidates, self.count(num_layers)))
+        return list(ctx.state[CHOSEN])
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Keep a frozen copy as the teacher, and let the chosen layers share."""
+        from effbench.nn.sharing import share
+
+        config: Any = model.config
+        length = config.num_hidden_layers
+        teacher = frozen_copy(model, ctx.dtype) if self.distils else None
+        model = share(model, listed_map(length, self.chosen(length, ctx), "qk"))
+        model.requires_grad_(True)
+        if teacher is not None:
+            # Straight in __dict__ it is no part of the model: neither trained, moved nor saved.
+            vars(model)["teacher"] = teacher
+        return model
+
+    # -- training ------------------------------------------------------------------------------
+
+    def refining(self, ctx: Context) -> bool:
+        """Whether a step belongs to the second stage."""
+        return ctx.step >= ctx.total_steps - round(self.refine * ctx.total_steps)
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Let go of the teacher once the second stage begins."""
+        if self.refining(ctx):
+            self.release(model)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the loss of one micro-batch in the stage that its step belongs to."""
+        if self.refining(ctx):
+            return super().loss(model, batch, ctx)
+        from effbench.nn.distill import three_terms
+        from effbench.nn.sharing import map_of
+
+        sharing = map_of(model)
+        terms = three_terms(
+            model,
+            vars(model)["teacher"],
+            {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
+            batch.labels,
+            block_ends(sharing.consumers if sharing else ()),
+            self.kl,
+        )
+        mixed = self.block_weight * terms.blocks
+        mixed = mixed + self.soft_weight * terms.soft + self.hard_weight * terms.hard
+        return mixed / batch.window_tokens
+
+    def release(self, model: torch.nn.Module) -> None:
+        """Let go of the teacher."""
+        vars(model).pop("teacher", None)
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write all weights and which layers share."""
+        from effbench.nn.shared_folder import write_map
+
+        super().save(model, folder)
+        write_map(model, folder)
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` sharing as the artefact does, with its weights; no teacher."""
+        from effbench.nn.shared_folder import follow_map
+        from effbench.nn.state import load_tensors
+
+        model = follow_map(model, folder).requires_grad_(True)
+        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        return model
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
+        from effbench.nn.shared_folder import write_shared
+
+        write_shared(model, folder)
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def session(self, model: torch.nn.Module) -> Session:
+        """Return a session of our engine, or one whose steps hand attention maps on."""
+        from effbench.nn.copied import CopyingSession
+        from effbench.nn.layout import why_not
+        from effbench.nn.sharing import map_of
+
+        copies = map_of(model) and why_not(model)
+        return CopyingSession(model) if copies else super().session(model)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def holds(self) -> tuple[str, ...]:
+        """Return the teacher, a copy of what it starts from."""
+        return ("",) if self.distils else ()
+
+    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
+        """Return the shape of the artefact; without one, that of as many shared layers."""
+        return shared_in(shape, folder) or shared_shape(shape, self._planned(shape.num_layers))
+
+    def _planned(self, num_layers: int) -> LayerMap:
+        """Return the map of the listed layers, or of any that are as many."""
+        count = self.count(num_layers)
+        chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
+        return listed_map(num_layers, chosen, "qk")
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count a model whose layers share; `base` is the cost of what it started from."""
+        if not isinstance(shape, SharedShape):
+            shape = self.left(shape)
+        cost = super().cost(shape, dtype, point)
+        return replace(cost, saving="physical" if self.count(shape.num_layers) else "none")
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count the student's layers; its logits are made a chunk at a time, and made again.
+
+        The first stage is the larger one, if there is one. The teacher is among what it `holds`.
+        """
+        from effbench.nn.distill import CHUNK, CHUNK_BYTES
+
+        training = super().training(self.left(shape), dtype)
+        if not self.distils:
+            return training
+        chunk = CHUNK * CHUNK_BYTES * shape.vocab_size
+        # The teacher's logits are whole.
+        return replace(
+            training, loss_bytes=DTYPE_BYTES[dtype], fixed=training.fixed + chunk, heads=2
+        )
+
+
+def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a copy of a model in `dtype` that does not train, in eval mode."""
+    return copy.deepcopy(model).to(dtype).requires_grad_(False).eval()

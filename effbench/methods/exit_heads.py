@@ -1,0 +1,247 @@
+"""Exit heads: early exits that each have a norm and a head of their own.
+
+Kaya et al., Shallow-Deep Networks: Understanding and Mitigating Network Overthinking, ICML 2019,
+arXiv 1810.07052, who train classifiers inside a network that is there already, or both together.
+Kavehzadeh et al. (Sorted LLaMA, arXiv 2309.08968) compare sorted models, whose depths share one
+head, with a fine-tuned model that has such exits; it is here for the same comparison.
+
+    f_n(x) = W_n norm_n(h_n) for n of D below L,    f_L(x) = W_out norm(h_L)
+
+    frozen:   loss = mean over n < L of CE(f_n(x), y)      W_n and norm_n alone learn
+    trained:  loss = mean over all n of CE(f_n(x), y)      every weight learns, in float32
+
+A frozen trunk is not changed, so what fine-tuned it stays as good as it was; train it first and go
+on from that run. Our choices: every exit starts from the model's own norm and head, D is that of
+Sorted-LoRA, and the exits learn in float32 and are kept in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from effbench.errors import UserError
+from effbench.footprint import Training
+from effbench.lazy import torch
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
+from effbench.methods.depths import DYNAMIC, READING, Depths, check_depths, depth_set
+from effbench.methods.full import Full
+from effbench.schema import PositiveInt
+from effbench.shapes import DTYPE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class ExitHeads(Depths):
+    """A norm and a head for each exit, on a frozen trunk or trained with it."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Shallow-Deep Networks: Understanding and Mitigating Network Overthinking",
+        "ICML 2019",
+        "1810.07052",
+    )
+    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
+    learning_rate: ClassVar[float] = 2e-4
+    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    leaves: ClassVar[str] = "adapted"
+    identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
+    at_evaluation: ClassVar[frozenset[str]] = READING
+    shallowest: ClassVar[float] = 0.6
+
+    depths: tuple[PositiveInt, ...] = ()
+    """Depths D of the exits; empty derives them from the number of layers. The last layer has the
+    model's own head, listed or not."""
+    trunk: Literal["frozen", "trained"] = "frozen"
+    """Whether the model itself learns too."""
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters where it learns."""
+        return "float32" if self.trunk == "trained" else "compute"
+
+    # -- depths --------------------------------------------------------------------------------
+
+    def fitted(self, shape: Shape) -> Self:
+        """Return the method with the depths of a model of `shape`."""
+        return replace(self, depths=self.depths or depth_set(shape.num_layers, self.shallowest))
+
+    def listed(self) -> tuple[int, ...]:
+        """Return the depths to evaluate, once fitted: those of the exits unless some are given."""
+        return self.eval_depths or self.depths
+
+    def headed(self, num_layers: int) -> tuple[int, ...]:
+        """Return the depths that have a norm and a head of their own."""
+        return tuple(n for n in self.depths if n < num_layers)
+
+    def whole(self, shape: Shape) -> str:
+        """Return the unnamed point: all layers, with the exits beside them in memory."""
+        return ""
+
+    def depth_of(self, point: str, num_layers: int) -> int:
+        """Return the depth whose layers a point needs.
+
+        Raises:
+            UserError: When there is no such point, or no exit at it.
+        """
+        depth = super().depth_of(point, num_layers)
+        if depth < num_layers and depth not in self.depths:
+            raise UserError(f"There is no exit at depth {depth}.", f"Known: {self.points()}.")
+        return depth
+
+    def check(self, shape: Shape) -> None:
+        """Refuse depths that the model does not have, and exits that nobody trained."""
+        super().check(shape)
+        method = self.fitted(shape)
+        check_depths("depths", method.depths, shape.num_layers)
+        if not method.headed(shape.num_layers):
+            raise UserError(
+                f"method.depths={list(method.depths)} has no exit below layer {shape.num_layers}.",
+                "List a shallower depth.",
+            )
+        draft = () if self.draft_depth is None else (self.draft_depth,)
+        for key, used in (("eval_depths", method.eval_depths), ("draft_depth", draft)):
+            for n in {*used} - {*method.depths, shape.num_layers}:
+                raise UserError(
+                    f"method.{key} names depth {n}, which has no head.",
+                    f"Choose from {list(method.depths)}.",
+                )
+
+    def check_after(self, earlier: Sequence[Method]) -> None:
+        """Refuse a trunk whose logits are not simply those of its layers, or that cannot learn."""
+        super().check_after(earlier)
+        self.check_plain(earlier)
+        kind = earlier[-1].leaves if earlier else "dense"
+        if self.trunk == "trained" and kind != "dense":
+            raise UserError(
+                f"method.trunk=trained needs dense linear layers, not {kind} ones.",
+                "Set method.trunk=frozen.",
+            )
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Add the exits, in float32, and freeze the rest unless it is to learn too."""
+        from effbench.nn.depths import decoder_layers, require_layers_alike
+        from effbench.nn.exit_heads import attach_heads
+
+        require_layers_alike(model)
+        model.requires_grad_(self.trunk == "trained")
+        attach_heads(model, self.headed(len(decoder_layers(model))))
+        return model
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the mean loss of the exits, a scalar; of the last one too if the trunk learns."""
+        from effbench.nn.depths import decoder_layers, exit_nll, exit_states
+
+        count = len(decoder_layers(model))
+        trained = self.trunk == "trained"
+        depths = (*self.headed(count), *([count] if trained else []))
+        with torch.set_grad_enabled(trained):
+            states = exit_states(model, depths, batch.input_ids, batch.attention_mask)
+        total = torch.zeros((), device=batch.labels.device)
+        for n, hidden in states.items():
+            total = total + exit_nll(model, hidden, batch.labels, n)
+        return total / (len(depths) * batch.window_tokens)
+
+    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Return the model with its exits in the compute dtype, unless all of it is in float32."""
+        return model if self.trunk == "trained" else _cast(model, ctx.dtype)
+
+    # -- use -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Be the sub-model of an exit inside the context, or decode in the way of the point."""
+        from effbench.nn.depths import decoder_layers
+        from effbench.nn.exit_heads import with_own_head
+
+        depth = self.depth_of(point, len(decoder_layers(model)))
+        with super().at(model, point):
+            if not point or point in DYNAMIC:
+                yield
+                return
+            with with_own_head(model, depth):
+                yield
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the exits of `folder`, in the compute dtype."""
+        return _cast(super().load(model, folder, ctx), ctx.dtype)
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Write the sub-model of an exit as a model of its own that transformers loads."""
+        from effbench.nn.depths import decoder_layers, write_submodel
+
+        with self.at(model, point):
+            write_submodel(model, range(len(decoder_layers(model))), folder)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
+        """Return the cost at full depth, without the exits."""
+        if self.trunk == "trained":
+            return Full().cost(shape, dtype, "", base)
+        return super().whole_cost(shape, dtype, base)
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count an exit's layers with its own head, or all layers with all heads."""
+        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
+        method, count = self.fitted(shape), shape.num_layers
+        cost = super().cost(shape, dtype, point, base)
+        one = (shape.vocab_size + 1) * shape.hidden_size
+        if not point or point in DYNAMIC:  # all exits are there
+            heads = len(method.headed(count))
+            return _with_more(cost, heads * one, heads * one, size)
+        if method.depth_of(point, count) == count:
+            return cost
+        # An exit's head stands in the place of the model's, which stays if it is the embedding.
+        more = shape.vocab_size * shape.hidden_size if shape.tied else 0
+        return _with_more(cost, more, more if cost.trainable else one, size)
+
+    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
+        """Return what the model needs while it trains: its exits are in float32 then."""
+        cost = self.cost(shape, dtype, "", base)
+        if self.trunk == "trained":
+            return cost
+        more = cost.trainable * (4 - DTYPE_BYTES[dtype])
+        return replace(cost, resident_bytes=cost.resident_bytes + more)
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count one pass over the layers up to the deepest exit, and each exit twice."""
+        heads = self.fitted(shape).headed(shape.num_layers)
+        if self.trunk == "trained":
+            kept, exits = Full().training(shape, dtype), len(heads) + 1
+            layers = kept.layers + exits * kept.boundary
+            return replace(kept, layers=layers, heads=2 * exits, head_gradients=2 * exits)
+        boundary = DTYPE_BYTES[dtype] * shape.hidden_size
+        run = heads[-1]
+        return Training(
+            layers=len(heads) * boundary,
+            layer=0,
+            boundary=0,
+            forward=2 * replace(shape, num_layers=run).linear_params,
+            run=run,
+            heads=2 * len(heads),
+            head_gradients=2 * len(heads),
+        )
+
+
+def _with_more(cost: Cost, params: int, trainable: int, size: int) -> Cost:
+    """Return a cost with more parameters of `size` bytes, so many of which train."""
+    return replace(
+        cost,
+        params=cost.params + params,
+        trainable=cost.trainable + trainable,
+        resident_bytes=cost.resident_bytes + params * size,
+    )
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the model with its exits in `dtype`."""
+    from effbench.nn.exit_heads import NAME
+
+    model.get_submodule(NAME).to(dtype)
+    return model

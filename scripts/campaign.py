@@ -1,0 +1,152 @@
+"""Run a campaign: all arms with all seeds, then its table and plot.
+
+A campaign is a file in scripts/campaigns: arms, each one command or a chain of them; the first arm
+is the one compared with. What is finished is not run again. The keys of the runs go to
+results/campaigns/NAME.json, so that the table can be made again from the records of a fresh clone.
+
+    python scripts/campaign.py NAME ...           run, then make table and plot
+    python scripts/campaign.py --tables           make the tables and plots of all that were run
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effbench.config import compose
+from effbench.errors import RunFailedError, UserError
+from effbench.launch import execute
+from effbench.records import Record, read, read_all
+from effbench.report.compare import compare
+from effbench.report.compared import Comparison
+from effbench.report.plot import comparison_plot
+
+HERE = Path(__file__).parent
+RESULTS = Path("results")
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What is run and compared."""
+
+    name: str
+    experiment: str
+    seeds: list[int]
+    arms: dict[str, list[str]]
+    """Commands of each arm; each goes on from the one before it."""
+    metrics: list[str]
+    """What is drawn and shown first."""
+
+    @classmethod
+    def read(cls, name: str) -> Campaign:
+        """Return the campaign of a file."""
+        path = HERE / "campaigns" / f"{name}.yaml"
+        values: dict[str, Any] = yaml.safe_load(path.read_text())
+        words = values.get("words", {})
+        arms = {
+            arm: [step.format(**words) for step in steps] for arm, steps in values["arms"].items()
+        }
+        return cls(
+            name,
+            values.get("experiment", name),
+            values["seeds"],
+            arms,
+            values.get("metrics", ["loss"]),
+        )
+
+    @property
+    def manifest(self) -> Path:
+        """Where the keys of its runs are."""
+        return RESULTS / "campaigns" / f"{self.name}.json"
+
+    def run(self) -> None:
+        """Run what is not finished, seed by seed, and note every key at once."""
+        keys: dict[str, list[str]] = {}
+        for seed in self.seeds:
+            for arm, steps in self.arms.items():
+                key = self._chain(steps, seed)
+                if key not in keys.setdefault(arm, []):
+                    keys[arm].append(key)
+        self.manifest.parent.mkdir(parents=True, exist_ok=True)
+        self.manifest.write_text(json.dumps(keys, indent=1) + "\n")
+
+    def _chain(self, steps: list[str], seed: int) -> str:
+        key = ""
+        for step in steps:
+            stage, *words = step.split()
+            start = [f"from={key}"] if key else []
+            words = [*self._settings(stage, key), *start, *words]
+            words += [] if stage == "eval" else [f"seed={seed}"]
+            print(f"effbench {stage} {' '.join(words)}", flush=True)
+            key = execute(compose(stage, [*words, "run.progress=false"])).key  # type: ignore[arg-type]
+        return key
+
+    def _settings(self, stage: str, parent: str) -> list[str]:
+        # A run that only reads out what was trained has its data from there.
+        return [] if stage == "eval" and parent else [f"experiment={self.experiment}"]
+
+    def records(self) -> dict[str, list[Record]]:
+        """Return the records of each arm, from the keys that were noted."""
+        keys: dict[str, list[str]] = json.loads(self.manifest.read_text())
+        folder = RESULTS / "records"
+        return {arm: [read(folder / f"{k}.json") for k in ks] for arm, ks in keys.items()}
+
+    def tables(self) -> None:
+        """Write its comparison as Markdown and CSV, and the plots."""
+        arms = self.records()
+        known = read_all(RESULTS / "records", outcomes=False)
+        found = compare([r for records in arms.values() for r in records], known)
+        found = named(found, {"+".join(r.key for r in rs): arm for arm, rs in arms.items()})
+        folder = RESULTS / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        head = f"# {self.name}\n\n{self.title()}.\n\nMade by `make campaign-{self.slug}`.\n\n"
+        (folder / f"{self.name}.md").write_text(head + found.markdown())
+        (folder / f"{self.name}.csv").write_text(found.csv())
+        for metric in self.metrics:
+            path = comparison_plot(found, metric, folder / f"{self.name}_{metric}.png")
+            print(f"Plot: {path}")
+        print(f"Table: {folder / f'{self.name}.md'}")
+
+    @property
+    def slug(self) -> str:
+        """Its name as make has it."""
+        return self.name.replace("_", "-")
+
+    def title(self) -> str:
+        """Return the first line of its file."""
+        text = (HERE / "campaigns" / f"{self.name}.yaml").read_text()
+        return text.splitlines()[0].removeprefix("# ")
+
+
+def named(found: Comparison, names: dict[str, str]) -> Comparison:
+    """Return a comparison with the names of the arms for labels."""
+    labels = [names.get(k, label) for k, label in zip(found.keys, found.labels, strict=True)]
+    metrics = [
+        replace(m, rows=[replace(row, label=names.get(row.key, row.label)) for row in m.rows])
+        for m in found.metrics
+    ]
+    return replace(found, labels=labels, metrics=metrics)
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    again = words == ["--tables"]
+    names = sorted(p.stem for p in (RESULTS / "campaigns").glob("*.json")) if again else words
+    try:
+        for campaign in map(Campaign.read, names):
+            if not again:
+                campaign.run()
+            campaign.tables()
+    except (UserError, RunFailedError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
