@@ -126,11 +126,17 @@ class Campaign:
 def named(found: Comparison, names: dict[str, str]) -> Comparison:
     """Return a comparison with the names of the arms for labels."""
     labels = [names.get(k, label) for k, label in zip(found.keys, found.labels, strict=True)]
+    longest = sorted(zip(found.labels, labels, strict=True), key=lambda pair: -len(pair[0]))
     metrics = [
         replace(m, rows=[replace(row, label=names.get(row.key, row.label)) for row in m.rows])
         for m in found.metrics
     ]
-    return replace(found, labels=labels, metrics=metrics)
+    words = []
+    for line in found.words:
+        for old, new in longest:
+            line = line.replace(old, new)
+        words.append(line)
+    return replace(found, labels=labels, metrics=metrics, words=words)
 
 
 def main() -> int:
