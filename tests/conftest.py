@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,12 @@ class Bench:
 
     def spec_file(self, key: str) -> dict:
         return json.loads((self.store.run(key).path / "spec.json").read_text())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Let an interrupt interrupt: a shell starts what runs in the background without that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
