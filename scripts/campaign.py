@@ -1,7 +1,8 @@
 """Run a campaign: all arms with all seeds, then its table and plot.
 
 A campaign is a file in scripts/campaigns: arms, each one command or a chain of them; the first arm
-is the one compared with. What is finished is not run again. The keys of the runs go to
+is the one compared with. What is finished is not run again, nor is an arm of one command whose
+record came with the repository. The keys of the runs go to
 results/campaigns/NAME.json, so that the table can be made again from the records of a fresh clone.
 
     python scripts/campaign.py NAME ...           run, then make table and plot
@@ -83,7 +84,10 @@ class Campaign:
             words = [*self._settings(stage, key), *start, *words]
             words += [] if stage == "eval" else [f"seed={seed}"]
             print(f"effbench {stage} {' '.join(words)}", flush=True)
-            key = execute(compose(stage, [*words, "run.progress=false"])).key  # type: ignore[arg-type]
+            job = compose(stage, [*words, "run.progress=false"])  # type: ignore[arg-type]
+            key = job.spec.key
+            if len(steps) > 1 or not (RESULTS / "records" / f"{key}.json").is_file():
+                execute(job)
         return key
 
     def _settings(self, stage: str, parent: str) -> list[str]:
