@@ -185,10 +185,10 @@ class DeepLoRA(Method):
             if name not in self.targets:
                 continue
             inner = self.rank if self.form != "full" else min(d_in, d_out)
-            between = self.depth + 1 if self.form == "compressed" else self.depth - 1
+            between = 2 if self.form == "compressed" else self.depth - 1
             held[layer] += 4 * inner * between
             params, frames = update_params(self.form, d_in, d_out, self.rank, self.depth)
-            products += 2 * params
+            products += 2 * (frames + inner**2 if self.form == "compressed" else params)
             if layer == 0 and name in BOTTOM:  # nothing below needs their inputs' gradient
                 unneeded += 2 * inner * d_in
             if not self.frame_rate:

@@ -130,9 +130,18 @@ class DeepLinear(nn.Module):
         """Return y [*, d_out] for x [*, d_in], in the dtype of the base layer's output."""
         y: torch.Tensor = self.base(x)
         hidden = x.to(self.factors[0].dtype)
-        for factor in self.chain():
+        for factor in self.applied():
             hidden = F.linear(hidden, factor)
         return (y + hidden).to(y.dtype)
+
+    def applied(self) -> list[torch.Tensor]:
+        """Return what inputs meet one after the other: small inner factors already multiplied."""
+        if self.form != "compressed":
+            return self.chain()
+        inner, *rest = self.factors
+        for factor in rest:
+            inner = factor @ inner
+        return [self.right.T, inner, self.left]
 
     def chain(self) -> list[torch.Tensor]:
         """Return the factors in the order they are applied, frames included."""
