@@ -37,11 +37,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Train QDyLoRA on a real model, compare it with QLoRA and the untouched model
 	@BIN=$(BIN) scripts/demo.sh
 
+# One process a core, each with one thread: most tests are too small for two.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(READY) ## Run the tests (real-model smoke runs included)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-fast: $(READY) ## Run the tests that need no download
-	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
+	$(PYTEST) -m "not slow and not gpu and not real"
 
 test-slow: $(READY) ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest

@@ -106,7 +106,7 @@ def depths(points: Points, shape: Shape, dtype: str) -> None:
 
 
 def ways(points: Points) -> None:
-    """Print the speed of early exit and speculation, whose stages run as forward passes do."""
+    """Print the speed of early exit and speculation beside both ways to decode all layers."""
     for way in ("exit", "speculative"):
         eager = ratio(points.at(way), points.at(FULL, eager=True))
         ours = ratio(points.at(way), points.at(FULL))

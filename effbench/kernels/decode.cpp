@@ -1,4 +1,5 @@
-// One decoding step of a Llama-style model on a CPU, for a small batch.
+// One decoding step of a Llama-style model on a CPU, for a small batch; or a stretch of its blocks, for
+// a few positions of each sequence.
 //
 // Decoding reads every weight once per token, so it is as fast as memory gives the weights. Here the
 // whole step is one parallel region: each thread takes piece after piece of the rows of every matrix,
@@ -264,15 +265,20 @@ struct Model {
 };
 
 struct Step {
-  int64_t batch;
+  int64_t batch;                               // rows: `width` following positions of each sequence
   const int64_t *tokens, *positions, *starts;  // [batch]; starts: padding on the left
-  const int64_t* lengths;  // [layers]: positions in each cache before this token
+  const int64_t* lengths;  // [layers]: positions in each cache before this step
   const uint8_t* runs;     // [layers]: 0 leaves a block out
-  void* logits;    // [batch, vocab]
-  float* scratch;  // scratch_floats()
+  void* logits;            // [batch, vocab]; null: none are wanted
+  float* scratch;          // scratch_floats()
   int64_t threads;
+  int64_t width;        // positions of each sequence; with stand-ins, 1
+  int64_t first, last;  // the blocks from first to last - 1
+  const void* inputs;   // [batch, hidden]: what they read; null: the embeddings of the tokens
+  void* outputs;        // [batch, hidden]: what the last one gave; null: not wanted
 };
 
+// For `batch` rows that attend to at most `capacity` positions.
 int64_t scratch_floats(const Model* m, int64_t batch, int64_t capacity) {
   int64_t chunks = capacity / kChunk + 2;
   int64_t q = m->heads * m->head_dim;
@@ -293,7 +299,7 @@ struct Work {
   std::vector<Phase> phases;
 
   Work(const Model& model, const Step& step)
-      : m(model), s(step), phases(size_t(model.layers * kPhases + 2)) {
+      : m(model), s(step), phases(size_t(model.layers * kPhases + 3)) {
     const int64_t q_width = m.heads * m.head_dim;
     float* place = s.scratch;
     auto take = [&](int64_t n) {
@@ -350,29 +356,31 @@ struct Work {
         a = turned;
       }
       T* out = query + b * q_width + low - i;
-      if (!is_q) out = cached(l, is_k ? l.keys : l.values, b, first / m.head_dim, length);
+      if (!is_q)
+        out = cached(l, is_k ? l.keys : l.values, b / s.width, first / m.head_dim,
+                     length + b % s.width);
       out[i] = rounded<T>(a);
       out[i + half] = rounded<T>(c);
     }
   }
 
-  T* cached(const Layer& l, void* cache, int64_t b, int64_t head, int64_t position) const {
+  T* cached(const Layer& l, void* cache, int64_t sequence, int64_t head, int64_t position) const {
     return static_cast<T*>(cache) +
-           ((b * l.kv_heads + head) * l.capacity + position) * m.head_dim;
+           ((sequence * l.kv_heads + head) * l.capacity + position) * m.head_dim;
   }
 
-  // One head of one sequence over one chunk of its positions.
+  // One head of one row over one chunk of the positions up to its own.
   void attended(const Layer& l, int64_t length, int64_t chunks, int64_t item) const {
     int64_t chunk = item % chunks, head = item / chunks % l.heads, b = item / chunks / l.heads;
     int64_t D = m.head_dim, kv = head / (l.heads / l.kv_heads);
     int64_t begin = chunk * kChunk, end = begin + kChunk;
     if (begin < s.starts[b]) begin = s.starts[b];
-    if (end > length + 1) end = length + 1;
+    if (end > length + b % s.width + 1) end = length + b % s.width + 1;
     float* out = partial + item * (D + 2);
     float *sums = out + 2, scores[kChunk], largest = -INFINITY, total = 0;
     for (int64_t d = 0; d < D; ++d) sums[d] = 0;
     const T* q = query + (b * l.heads + head) * D;
-    const T* keys = cached(l, l.keys, b, kv, 0);
+    const T* keys = cached(l, l.keys, b / s.width, kv, 0);
     for (int64_t t = begin; t < end; t += kRows) {
       int64_t many = end - t < kRows ? end - t : kRows;
       const T* rows[kRows];
@@ -390,7 +398,7 @@ struct Work {
       scores[t] = exponential(scores[t] - largest);
       total += scores[t];
     }
-    const T* values = cached(l, l.values, b, kv, begin);
+    const T* values = cached(l, l.values, b / s.width, kv, begin);
     for (int64_t t = 0; t < count; ++t) {
       const T* row = values + t * D;
       float weight = scores[t];
@@ -402,7 +410,7 @@ struct Work {
     if (chunks == 1) combined(chunks, item);
   }
 
-  // The chunks of one head of one sequence, put together.
+  // The chunks of one head of one row, put together.
   void combined(int64_t chunks, int64_t item) const {
     int64_t D = m.head_dim;
     const float* parts = partial + item * chunks * (D + 2);
@@ -499,7 +507,7 @@ struct Work {
   template <typename Pieces>
   void attention(const Layer& l, int64_t length, Phase*& phase, T* own, const Pieces& pieces) {
     const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
-    const int64_t chunks = (length + 1 + kChunk - 1) / kChunk;
+    const int64_t chunks = (length + s.width + kChunk - 1) / kChunk;
     // A layer may lack the first or the last of q, k and v, and take another's.
     const int64_t kv_width = l.kv_heads * m.head_dim, first = l.q ? 0 : (q_width + kv_width) / 2;
     const int64_t units = q_width / 2 + (l.v ? kv_width : 0) - first;
@@ -530,22 +538,24 @@ struct Work {
                    [&](Range r) { added(l.down, l.down_bias, act, l.inner, l.anchor, r); });
   }
 
-  // Everything, as one of several threads; `own` is room for one normed input.
+  // Everything, as one of several threads; `own` is room for the normed inputs.
   void run(int threads, T* own) {
     Phase* phase = phases.data();
     auto pieces = [&](int64_t n, int64_t width, int64_t align) {
       return grain(n, width * int64_t(sizeof(T)), align, threads);
     };
     (phase++)->run(s.batch, 1, [&](Range r) {
-      for (int64_t b = r.begin; b < r.end; ++b)
-        std::memcpy(hidden + b * m.hidden, at(m.embedding, s.tokens[b] * m.hidden),
-                    m.hidden * sizeof(T));
+      for (int64_t b = r.begin; b < r.end; ++b) {
+        const T* from = s.inputs ? at(s.inputs, b * m.hidden)
+                                 : at(m.embedding, s.tokens[b] * m.hidden);
+        std::memcpy(hidden + b * m.hidden, from, m.hidden * sizeof(T));
+      }
     });
-    for (int64_t index = 0; index < m.layers; ++index) {
+    for (int64_t index = s.first; index < s.last; ++index) {
       const Layer& l = m.layer[index];
       if (!s.runs[index]) {  // with those after it that are left out too
         int64_t end = index + 1;
-        while (end < m.layers && !s.runs[end]) ++end;
+        while (end < s.last && !s.runs[end]) ++end;
         (phase++)->run(s.batch, 1, [&](Range r) { stood_in(index, end, r.begin); });
         index = end - 1;
         continue;
@@ -553,8 +563,12 @@ struct Work {
       if (l.heads) attention(l, s.lengths[index], phase, own, pieces);
       if (l.inner) mlp(l, phase, own, pieces);
     }
+    (phase++)->run(s.outputs ? s.batch : 0, 1, [&](Range r) {
+      std::memcpy(static_cast<T*>(s.outputs) + r.begin * m.hidden, hidden + r.begin * m.hidden,
+                  m.hidden * sizeof(T));
+    });
     bool ready = false;
-    phase->run(m.vocab, pieces(m.vocab, m.hidden, kRows), [&](Range r) {
+    phase->run(s.logits ? m.vocab : 0, pieces(m.vocab, m.hidden, kRows), [&](Range r) {
       if (!ready) normed(m.norm, own);
       ready = true;
       rows(m.head, own, m.hidden, r, [&](int64_t b, int64_t row, float sum) {

@@ -32,7 +32,7 @@ NATIVE = ("-march=native",)
 SUFFIXES = {"torch.bfloat16": "bf16", "torch.float32": "f32"}
 """Endings of the functions' names, by dtype."""
 LARGEST_BATCH = 16
-"""Most sequences of one step; with more of them, torch's matrix products are the faster ones."""
+"""Most rows of one step; with more of them, torch's matrix products are the faster ones."""
 LARGEST_HEAD = 1024
 """Widest head."""
 LARGEST_RANK = 1024
@@ -68,13 +68,14 @@ class Model(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """One token per sequence; the fields of `struct Step`."""
+    """What one call does; the fields of `struct Step`."""
 
     _fields_ = [
         ("batch", c_int64),
         *((n, c_void_p) for n in ("tokens", "positions", "starts", "lengths", "runs")),
         *((n, c_void_p) for n in ("logits", "scratch")),
-        ("threads", c_int64),
+        *((n, c_int64) for n in ("threads", "width", "first", "last")),
+        *((n, c_void_p) for n in ("inputs", "outputs")),
     ]
 
 

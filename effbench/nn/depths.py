@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,13 +170,15 @@ def readout(model: torch.nn.Module, hidden: torch.Tensor, depth: int) -> torch.T
 
     They are those of the model's norm and head, unless the exit has its own.
     """
-    own = own_head(model, depth)
-    if own is not None:
-        alone: torch.Tensor = own(hidden)
-        return alone
-    root: Any = model
-    logits: torch.Tensor = root.lm_head(root.model.norm(hidden))
+    norm, head = norm_and_head(model, depth)
+    logits: torch.Tensor = head(norm(hidden))
     return logits
+
+
+def norm_and_head(model: torch.nn.Module, depth: int) -> tuple[Any, Any]:
+    """Return the modules that give the logits of the exit at `depth`, one after the other."""
+    own, root = own_head(model, depth), cast(Any, model)
+    return (root.model.norm, root.lm_head) if own is None else (own.norm, own.head)
 
 
 def exit_nll(

@@ -94,19 +94,27 @@ class StaticLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put a prompt's keys and values [B, H_kv, P, D] away, and return them."""
-        batch, length = key_states.shape[0], key_states.shape[2]
+        """Put keys and values [B, H_kv, P, D] after those that are there, and return all."""
+        batch, begin = key_states.shape[0], self.length
+        end = begin + key_states.shape[2]
         keys = self.keys
-        if keys is None or keys.shape[0] != batch or keys.shape[2] < length:
-            self.reserve(key_states, length + BLOCK)
-        self.length = length
+        if keys is None or keys.shape[0] != batch or keys.shape[2] < end:
+            self.reserve(key_states, end + BLOCK)
+        self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, :length] = states
-        return key_states, value_states
+            buffer[:, :, begin:end] = states
+        if begin == 0:
+            return key_states, value_states
+        keys, values = self.buffers
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self) -> int:
         """Return the positions in use."""
         return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions."""
+        self.length = max(0, self.length + min(0, tokens_to_remove))
 
 
 class StaticValues(StaticLayer):
@@ -379,11 +387,11 @@ class StaticSession:
         self.positions += 1
         return logits
 
-    def _make_room(self, layers: Sequence[StaticLayer]) -> None:
-        """Make room for half as many positions again, in each of the layers that is full."""
-        full = [layer for layer in layers if layer.length == layer.capacity]
+    def _make_room(self, layers: Sequence[StaticLayer], more: int = 1) -> None:
+        """Make room for half as many positions again, in each of the layers that lacks some."""
+        full = [layer for layer in layers if layer.length + more > layer.capacity]
         for layer in full:
-            layer.reserve(layer.buffers[0], layer.capacity + max(BLOCK, layer.capacity // 2))
+            layer.reserve(layer.buffers[0], layer.capacity + max(BLOCK, more, layer.capacity // 2))
         if full:
             self._tables()
             self._graph = None

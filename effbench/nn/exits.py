@@ -10,6 +10,9 @@ are two repairs:
 - propagate: its hidden state is taken for the input of every skipped layer, and only keys and
   values are computed from it. Approximate, and nothing waits.
 
+Prompts run through the modules of transformers. What follows them is run by our engine's kernel
+where that applies (`effbench.nn.stretch`), else by the modules too.
+
 Which exit a token takes is a rule of the caller's, so that methods differ in the rule alone.
 Confidence as the rule: Kavehzadeh et al., Sorted LLaMA, arXiv 2309.08968.
 """
@@ -26,7 +29,8 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from effbench.errors import UserError
-from effbench.nn.depths import exit_states, readout, require_layers_alike
+from effbench.nn.depths import exit_states, norm_and_head, readout, require_layers_alike
+from effbench.nn.stretch import stretch_engine
 
 Rule = Callable[[int, torch.Tensor], torch.Tensor]
 """From the number of an exit, shallowest first, and its logits [..., V] to who leaves there,
@@ -72,13 +76,16 @@ class StagedDecoder:
         self.root: Any = model
         self.decoder: Any = self.root.model
         self.stages = [range(start, end) for start, end in pairwise((0, *exits))]
-        self.cache = DynamicCache()
+        self.engine = stretch_engine(model)
+        self.cache = DynamicCache() if self.engine is None else self.engine.cache
         self.waiting: list[torch.Tensor | None] = [None] * len(self.stages)
         """Hidden states [B, W, d] that each stage has still to take in."""
         self.positions = torch.empty(0, dtype=torch.long)
         """Position of every token read, [B, T]."""
         self.real = torch.empty(0, dtype=torch.bool)
         """Whether it is a token and not padding, [B, T]."""
+        self.starts = torch.empty(0, dtype=torch.long)
+        """Padding on the left of each sequence, [B]."""
         self.work = Work()
 
     @property
@@ -96,12 +103,26 @@ class StagedDecoder:
         else:
             self.positions = (real.cumsum(1) - 1).clamp(min=0)
             self.real = real.bool()
+            self.starts = (~self.real).sum(1)
         self._hand_on(0, self.decoder.embed_tokens(input_ids))
 
     def run(self, stage: int) -> torch.Tensor:
         """Run a stage on all that waits for it; return what comes out of it, [B, W, d]."""
         hidden, done = self._taken(stage)
         positions = self.positions[:, done : done + hidden.shape[1]]
+        if self.engine is not None and done and self.engine.takes(hidden):
+            hidden = self.engine.stretch(hidden, positions, self.starts, self.stages[stage])
+        else:
+            hidden = self._through_modules(stage, hidden, positions, done)
+        self.work.passes += len(self.stages[stage])
+        self.work.positions += len(self.stages[stage]) * hidden.shape[1]
+        self._hand_on(stage + 1, hidden)
+        return hidden
+
+    def _through_modules(
+        self, stage: int, hidden: torch.Tensor, positions: torch.Tensor, done: int
+    ) -> torch.Tensor:
+        """Return what a stage makes of hidden states [B, W, d] as forward passes make it."""
         rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
         mask = self._mask(done, hidden)
         for index in self.stages[stage]:
@@ -113,9 +134,6 @@ class StagedDecoder:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        self.work.passes += len(self.stages[stage])
-        self.work.positions += len(self.stages[stage]) * hidden.shape[1]
-        self._hand_on(stage + 1, hidden)
         return hidden
 
     def propagate(self, stage: int) -> None:
@@ -140,7 +158,11 @@ class StagedDecoder:
 
     def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, W, V] of what came out of a stage."""
-        return readout(self.root, hidden, self.stages[stage].stop)
+        norm, head = norm_and_head(self.root, self.stages[stage].stop)
+        if self.engine is not None:
+            return self.engine.logits(hidden, norm, head)
+        logits: torch.Tensor = head(norm(hidden))
+        return logits
 
     def _taken(self, stage: int) -> tuple[torch.Tensor, int]:
         """Return what waits for a stage, no longer waiting, and how many positions it has done."""
@@ -191,14 +213,16 @@ class StagedDecoder:
         self.cache.reorder_cache(rows.long())  # type: ignore[arg-type]
         self.waiting = [None if h is None else h[rows] for h in self.waiting]
         self.positions, self.real = self.positions[rows], self.real[rows]
+        self.starts = self.starts[rows]
 
     def kv_bytes(self, length: int | None = None) -> int:
         """Return the bytes of keys and values of the first `length` tokens, or of all."""
         found = 0
         for layer in self.cache.layers:
+            cached: Any = layer
             for entries in (getattr(layer, "keys", None), getattr(layer, "values", None)):
                 if entries is not None:
-                    used = entries[..., :length, :]
+                    used = entries[..., : cached.get_seq_length(), :][..., :length, :]
                     found += used.numel() * used.element_size()
         return found
 

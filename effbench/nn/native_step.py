@@ -1,4 +1,4 @@
-"""A decoding step on a CPU as one call of the C++ kernel, over the weights where they lie."""
+"""Decoding on a CPU as one call of the C++ kernel a step, over the weights where they lie."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class NativeStep:
         self.sizes = _sizes(session)
         self.sizes.layer = ctypes.cast(self.blocks, ctypes.POINTER(native.Layer))
         self.scratch = torch.empty(0)
+        self._rows = 0
+        """Rows that the scratch has room for."""
         # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
         self._weights = [p.detach() for p in session.model.parameters()]
         self._seen: list[torch.Tensor] = []
@@ -58,36 +60,103 @@ class NativeStep:
 
         Blocks that do not run are left out, or have their stand-ins.
         """
-        self._follow(session)
         if input_ids.shape != (session.batch, 1):
             raise ValueError(f"a step takes one token for each of {session.batch} sequences")
         tokens = input_ids.reshape(-1).long().contiguous()
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
-        lengths = [0 if cache is None else cache.length for cache in session.caches]
-        places = (ctypes.c_int64 * len(lengths))(*lengths)
-        if runs not in self._runs:
-            self._runs[runs] = (ctypes.c_uint8 * len(runs))(*runs)
         step = native.Step(
             session.batch,
             tokens.data_ptr(),
             session.positions.data_ptr(),
             session.starts.data_ptr(),
-            ctypes.addressof(places),
-            ctypes.addressof(self._runs[runs]),
-            logits.data_ptr(),
-            self.scratch.data_ptr(),
-            torch.get_num_threads(),
+            logits=logits.data_ptr(),
+            width=1,
+            last=len(session.blocks),
         )
-        self.kernels.decode(self.sizes, step, session.dtype)
+        self._call(session, self.sizes, step, runs)
         return logits
 
-    def _follow(self, session: StaticSession) -> None:
-        """Take over the addresses of what has moved since the last step."""
+    def stretch(
+        self,
+        session: StaticSession,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        starts: torch.Tensor,
+        blocks: range,
+    ) -> torch.Tensor:
+        """Return what blocks make of hidden states [B, W, d]; their caches take the positions.
+
+        Args:
+            session: Has room for them in its caches.
+            hidden: Of W positions of each sequence, which follow those in the caches.
+            positions: Rotary position of each, [B, W].
+            starts: Padding on the left of each sequence, [B].
+            blocks: Those that run, one after the other.
+        """
+        batch, width, _ = hidden.shape
+        given, out = (
+            hidden.contiguous(),
+            torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        )
+        places, padding = positions.contiguous(), starts.repeat_interleave(width)
+        step = native.Step(
+            batch * width,
+            positions=places.data_ptr(),
+            starts=padding.data_ptr(),
+            width=width,
+            first=blocks.start,
+            last=blocks.stop,
+            inputs=given.data_ptr(),
+            outputs=out.data_ptr(),
+        )
+        self._call(session, self.sizes, step, session.every)
+        return out
+
+    def readout(
+        self, session: StaticSession, hidden: torch.Tensor, norm: Any, head: Any
+    ) -> torch.Tensor:
+        """Return the logits [N, V] of hidden states [N, d] after a norm and a plain head."""
+        given, vocab = hidden.contiguous(), head.out_features
+        logits = torch.empty(len(given), vocab, dtype=session.dtype)
+        sizes = native.Model.from_buffer_copy(self.sizes)
+        sizes.norm, sizes.eps = norm.weight.data_ptr(), norm.variance_epsilon
+        sizes.head, sizes.head_bias, sizes.vocab = (
+            head.weight.data_ptr(),
+            _address(head.bias),
+            vocab,
+        )
+        step = native.Step(len(given), logits=logits.data_ptr(), width=1, inputs=given.data_ptr())
+        self._call(session, sizes, step, session.every)
+        return logits
+
+    def _call(
+        self, session: StaticSession, sizes: native.Model, step: native.Step, runs: Runs
+    ) -> None:
+        """Run the kernel; fill in what all calls have in common."""
+        self._follow(session, step.batch)
+        lengths = [0 if cache is None else cache.length for cache in session.caches]
+        places = (ctypes.c_int64 * len(lengths))(*lengths)
+        if runs not in self._runs:
+            self._runs[runs] = (ctypes.c_uint8 * len(runs))(*runs)
+        step.lengths, step.runs = ctypes.addressof(places), ctypes.addressof(self._runs[runs])
+        step.scratch, step.threads = self.scratch.data_ptr(), torch.get_num_threads()
+        self.kernels.decode(sizes, step, session.dtype)
+
+    def _follow(self, session: StaticSession, rows: int) -> None:
+        """Take over the addresses of what has moved since the last call, and make room for rows."""
         buffers = session.buffers()
-        if len(buffers) == len(self._seen) and all(map(is_, buffers, self._seen)):
-            return
+        if len(buffers) != len(self._seen) or not all(map(is_, buffers, self._seen)):
+            self._seen, self._rows = buffers, 0
+            self._point(session)
+        if rows > self._rows:
+            self._rows = rows
+            need = self.kernels.scratch_floats(self.sizes, rows, session.capacity)
+            self.scratch = torch.empty(need, dtype=torch.float32)
+
+    def _point(self, session: StaticSession) -> None:
+        """Note where caches, stand-ins and tables lie."""
         places = zip(self.blocks, session.blocks, session.caches, strict=True)
         for pointers, block, cache in places:
             if cache is not None:
@@ -100,9 +169,6 @@ class NativeStep:
         for index, stand_in in session.stand_ins.items():
             _fill_stand_in(self.blocks[index], stand_in)
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
-        need = self.kernels.scratch_floats(self.sizes, session.batch, session.capacity)
-        self.scratch = torch.empty(need, dtype=torch.float32)
-        self._seen = buffers
 
 
 def _fits(block: Block, session: StaticSession) -> bool:
