@@ -38,7 +38,7 @@ demo: $(READY) ## Train QDyLoRA on a real model, compare it with QLoRA and the u
 	@BIN=$(BIN) scripts/demo.sh
 
 # One process a core, each with one thread: most tests are too small for two.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test: $(READY) ## Run the tests (real-model smoke runs included)
 	$(PYTEST) -m "not slow and not gpu"
