@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or group of seeds, at one operating point against the first one."""
+    """One run, or group of seeds, at one operating point, beside the row it is held against."""
 
     label: str
     key: str
@@ -59,14 +59,18 @@ class Row:
     point: str
     value: Value
     """Mean over seeds where there are several."""
+    reference: int | None = None
+    """Place in its table of the row that it is held against: its own where that is what others are
+    held against, None where there is nothing."""
     seeds: int = 1
     """Runs behind it."""
     spread: float | None = None
     """Standard deviation over seeds."""
     ratio: float | None = None
-    """Value / first value."""
+    """Value / value of the reference."""
     difference: Difference | None = None
-    """Value - first value by a paired test; None for the first row or without shared items."""
+    """Value - value of the reference by a paired test; None for a reference itself or without
+    shared items."""
     covers: str = ""
     """What the interval of the difference covers: `seeds and items`, or `items` alone."""
     items: Difference | None = None
@@ -98,6 +102,21 @@ class MetricTable:
     rows: list[Row]
     margin: float | None = None
     """Difference that would still count as none."""
+    same_points: bool = False
+    """Whether rows are held against the first run at their own point, not at its first."""
+
+    @property
+    def against(self) -> str:
+        """What the rows are held against."""
+        first = self.rows[0]
+        if self.same_points:
+            return f"the first run ({first.label}) at the same point"
+        return first.name
+
+    def reference(self, row: Row) -> Row | None:
+        """Return the row that one is held against; None for one that is held against none."""
+        other = None if row.reference is None else self.rows[row.reference]
+        return None if other is row else other
 
     @property
     def tested(self) -> bool:
@@ -148,7 +167,7 @@ class MetricTable:
             return ("Value: mean over seeds, 95 % interval over seeds and items.",)
         covers = sorted({row.covers for row in self.rows if row.covers})
         tests = sorted({row.difference.test for row in self.rows if row.difference})
-        notes = [f"Difference: against {self.rows[0].name}, mean over items, 95 % interval"]
+        notes = [f"Difference: against {self.against}, mean over items, 95 % interval"]
         notes[0] += f" over {' or '.join(covers)}." if covers else "."
         notes += [f"p: {' and '.join(tests)}, adjusted after Holm."] if tests else []
         if any(row.letters for row in self.rows):
@@ -217,7 +236,12 @@ class Comparison:
     def json(self) -> str:
         """Return the comparison as JSON."""
         metrics = [
-            {**m.kind._asdict(), "margin": m.margin, "rows": [_row_json(row) for row in m.rows]}
+            {
+                **m.kind._asdict(),
+                "margin": m.margin,
+                "same_points": m.same_points,
+                "rows": [_row_json(m, row) for row in m.rows],
+            }
             for m in self.metrics
         ]
         budgets = [{**asdict(b), "equal": b.equal} for b in self.budgets]
@@ -254,12 +278,13 @@ def _plain_table(metrics: Sequence[MetricTable], obtained: str) -> Table:
     }
     heads = [_metric_head(m) for m in metrics]
     names = metrics[0].names
-    cells: list[list[Cell]] = [[_with_ratio(row, m.rows[0]) for row in m.rows] for m in metrics]
+    cells: list[list[Cell]] = [[_with_ratio(m, row) for row in m.rows] for m in metrics]
+    notes = (f"×: against {metrics[0].against}.",) if metrics[0].same_points else ()
     if len(names) <= len(metrics):
         rows = [(head, *row) for head, row in zip(heads, cells, strict=True)]
-        return Table(titles[obtained], ("metric", *names), rows)
+        return Table(titles[obtained], ("metric", *names), rows, notes)
     turned = [(name, *column) for name, column in zip(names, zip(*cells, strict=True), strict=True)]
-    return Table(titles[obtained], ("run", *heads), turned)
+    return Table(titles[obtained], ("run", *heads), turned, notes)
 
 
 def _metric_head(metric: MetricTable) -> str:
@@ -267,8 +292,9 @@ def _metric_head(metric: MetricTable) -> str:
     return f"{metric.kind}, {unit}" if unit and not unit.startswith("bytes") else str(metric.kind)
 
 
-def _with_ratio(row: Row, first: Row) -> str:
-    if row.ratio is None or row.value.value == first.value.value:
+def _with_ratio(table: MetricTable, row: Row) -> str:
+    other = table.reference(row)
+    if other is None or row.ratio is None or row.value.value == other.value.value:
         return str(row.value)
     return f"{row.value} ({_times(row.ratio)}×)"
 
@@ -315,6 +341,7 @@ def _csv_row(table: MetricTable, row: Row) -> dict[str, Cell]:
         "seeds": row.seeds,
         "value": row.value,
         "sd_over_seeds": row.spread,
+        "against": _against(table, row),
         "difference": _value(row.difference),
         "covers": row.covers,
         "ratio": row.ratio,
@@ -331,5 +358,12 @@ def _csv_row(table: MetricTable, row: Row) -> dict[str, Cell]:
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "value": row.value._asdict()}
+def _row_json(table: MetricTable, row: Row) -> dict[str, Any]:
+    found = {k: v for k, v in asdict(row).items() if k != "reference"}
+    return {**found, "value": row.value._asdict(), "against": _against(table, row)}
+
+
+def _against(table: MetricTable, row: Row) -> str:
+    """Return the name of the row that one is held against, empty for none."""
+    other = table.reference(row)
+    return other.name if other else ""
