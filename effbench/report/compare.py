@@ -18,11 +18,12 @@ import numpy as np
 from effbench.errors import UserError, did_you_mean
 from effbench.records import Metric, Outcomes, Record
 from effbench.report.budgets import budgets
-from effbench.report.compared import Comparison, Kind, MetricTable, Row
+from effbench.report.compared import Comparison
 from effbench.report.contrast import OTHER_ITEMS, Contrast, Side, contrast, p_of_difference
 from effbench.report.entries import NO_POINT, Entry, check_points, references
 from effbench.report.groups import Group, grouped
 from effbench.report.labels import better, differences
+from effbench.report.metric_table import Kind, MetricTable, Row
 from effbench.report.table import Value, as_value
 from effbench.report.words import in_words
 from effbench.stats import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from effbench.report.budgets import Budget
-from effbench.report.compared import MetricTable, Row
 from effbench.report.groups import Group
+from effbench.report.metric_table import MetricTable, Row
 from effbench.stats import FEWEST_SEEDS
 
 APART = "cannot be told apart"
