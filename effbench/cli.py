@@ -373,12 +373,17 @@ def compare(
             help="Of each run only the operating point that is best there; shown on other splits.",
         ),
     ] = "",
+    same_points: Annotated[
+        bool,
+        typer.Option("--same-points", help="Hold rows against the first run at the same point."),
+    ] = False,
 ) -> None:
     """Compare runs on the same items: differences with intervals, and what cannot be told apart.
 
     Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
     says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
-    is there at one point, chosen on validation data.
+    is there at one point, chosen on validation data. With --same-points each rank, depth or other
+    point is compared with that of the first run, and not with the first run's first.
 
     \b
     Examples:
@@ -386,6 +391,7 @@ def compare(
       effbench compare 3f2a 91bc 07de --format md
       effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
       effbench compare 3f2a 91bc --select loss@validation
+      effbench compare 3f2a 91bc --same-points
       effbench compare 3f2a 91bc --plot curve.png
     """
     from effbench.records import find, read_all
@@ -394,12 +400,19 @@ def compare(
     from effbench.report.select import Selection, criterion_of, select_points
     from effbench.report.terminal import print_comparison
 
+    if select and same_points:
+        raise UserError(
+            "--select leaves each run with one point, and --same-points compares at all of them.",
+            "Leave one of the two out.",
+        )
     records = [find(results / "records", r) for r in runs]
     known = read_all(results / "records", outcomes=False)
     chosen = Selection(records, [])
     if select:
         chosen = select_points(records, criterion_of(select), known)
-    found = compare_records(chosen.records, known, margins_of(margin or []), chosen.words)
+    found = compare_records(
+        chosen.records, known, margins_of(margin or []), chosen.words, same_points=same_points
+    )
     if form == "text":
         print_comparison(found, full)
     else:

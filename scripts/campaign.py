@@ -1,7 +1,8 @@
 """Run a campaign: all arms with all seeds, then its table and plot.
 
 A campaign is a file in scripts/campaigns: arms, each one command or a chain of them; the first arm
-is the one compared with. What is finished is not run again, nor is an arm of one command whose
+is the one compared with, at its first operating point, and with `points: same` in a second table at
+each point of its own. What is finished is not run again, nor is an arm of one command whose
 record came with the repository. The keys of the runs go to
 results/campaigns/NAME.json, so that the table can be made again from the records of a fresh clone.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from effbench.report.plot import comparison_plot
 
 HERE = Path(__file__).parent
 RESULTS = Path("results")
+TABLES = RESULTS / "tables"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,24 @@ class Campaign:
     """Commands of each arm; each goes on from the one before it."""
     metrics: list[str]
     """What is drawn and shown first."""
+    same_points: bool = False
+    """Whether a second table holds each arm against the first one at the same points."""
 
     @classmethod
     def read(cls, name: str) -> Campaign:
-        """Return the campaign of a file."""
+        """Return the campaign of a file.
+
+        Raises:
+            UserError: When its `points` are neither left out nor `same`.
+        """
         path = HERE / "campaigns" / f"{name}.yaml"
         values: dict[str, Any] = yaml.safe_load(path.read_text())
         words = values.get("words", {})
+        if values.get("points", "same") != "same":
+            raise UserError(
+                f"{path.name} has points: {values['points']}, which is not known.",
+                "Write points: same, or leave it out.",
+            )
         arms = {
             arm: [step.format(**words) for step in steps] for arm, steps in values["arms"].items()
         }
@@ -58,6 +71,7 @@ class Campaign:
             values["seeds"],
             arms,
             values.get("metrics", ["loss"]),
+            "points" in values,
         )
 
     @property
@@ -104,17 +118,24 @@ class Campaign:
         """Write its comparison as Markdown and CSV, and the plots."""
         arms = self.records()
         known = read_all(RESULTS / "records", outcomes=False)
-        found = compare([r for records in arms.values() for r in records], known)
-        found = named(found, {"+".join(r.key for r in rs): arm for arm, rs in arms.items()})
-        folder = RESULTS / "tables"
-        folder.mkdir(parents=True, exist_ok=True)
-        head = f"# {self.name}\n\n{self.title()}.\n\nMade by `make campaign-{self.slug}`.\n\n"
-        (folder / f"{self.name}.md").write_text(head + found.markdown())
-        (folder / f"{self.name}.csv").write_text(found.csv())
+        runs = [r for records in arms.values() for r in records]
+        names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
+        found = compare(runs, known, names=names)
+        self._write(found, self.name, f"{self.title()}.")
         for metric in self.metrics:
-            path = comparison_plot(found, metric, folder / f"{self.name}_{metric}.png")
+            path = comparison_plot(found, metric, TABLES / f"{self.name}_{metric}.png")
             print(f"Plot: {path}")
-        print(f"Table: {folder / f'{self.name}.md'}")
+        if self.same_points:
+            found = compare(runs, known, names=names, same_points=True)
+            about = f"[{self.name}]({self.name}.md), each arm against {next(iter(arms))} at the "
+            self._write(found, f"{self.name}_points", f"{about}same operating point.")
+
+    def _write(self, found: Comparison, name: str, about: str) -> None:
+        TABLES.mkdir(parents=True, exist_ok=True)
+        head = f"# {name}\n\n{about}\n\nMade by `make campaign-{self.slug}`.\n\n"
+        (TABLES / f"{name}.md").write_text(head + found.markdown())
+        (TABLES / f"{name}.csv").write_text(found.csv())
+        print(f"Table: {TABLES / f'{name}.md'}")
 
     @property
     def slug(self) -> str:
@@ -125,22 +146,6 @@ class Campaign:
         """Return the first line of its file."""
         text = (HERE / "campaigns" / f"{self.name}.yaml").read_text()
         return text.splitlines()[0].removeprefix("# ")
-
-
-def named(found: Comparison, names: dict[str, str]) -> Comparison:
-    """Return a comparison with the names of the arms for labels."""
-    labels = [names.get(k, label) for k, label in zip(found.keys, found.labels, strict=True)]
-    longest = sorted(zip(found.labels, labels, strict=True), key=lambda pair: -len(pair[0]))
-    metrics = [
-        replace(m, rows=[replace(row, label=names.get(row.key, row.label)) for row in m.rows])
-        for m in found.metrics
-    ]
-    words = []
-    for line in found.words:
-        for old, new in longest:
-            line = line.replace(old, new)
-        words.append(line)
-    return replace(found, labels=labels, metrics=metrics, words=words)
 
 
 def main() -> int:

@@ -21,12 +21,12 @@ from effbench.nn.engine import StaticSession
 from effbench.nn.exit_heads import attach_heads
 from effbench.nn.exits import (
     ExitSession,
-    StagedDecoder,
     confident,
     exit_logits,
     stepwise_logits,
 )
 from effbench.nn.speculative import MOST_DRAFTS, SpeculativeSession
+from effbench.nn.staged import StagedDecoder
 
 DEEP = replace(SHAPE, num_layers=5)
 EXITS = (2, 3, 5)

@@ -29,13 +29,13 @@ from effbench.methods.sorted_full import SortedFull
 from effbench.methods.sorted_lora import SortedLoRA
 from effbench.nn.decoding import CachedSession
 from effbench.nn.engine import StaticSession, session_for
-from effbench.nn.exits import StagedDecoder
 from effbench.nn.graph import StaticStep
 from effbench.nn.layout import why_not
 from effbench.nn.pointwise import fused
 from effbench.nn.quantised import storage_bytes
 from effbench.nn.scoring import has_trees
 from effbench.nn.slicing import layer_sizes, resize, shape_left
+from effbench.nn.staged import StagedDecoder
 from effbench.shapes import LayerSize, Shape
 from effbench.stages.common import evaluated
 from effbench.worker import run_here

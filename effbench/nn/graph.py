@@ -10,7 +10,8 @@ import torch
 from effbench.nn.pointwise import Pointwise, compiled
 
 if TYPE_CHECKING:
-    from effbench.nn.engine import Runs, StaticLayer, StaticSession, Stored
+    from effbench.nn.engine import Runs, StaticSession, Stored
+    from effbench.nn.static_cache import StaticLayer
 
 WARM_UP = 3
 """Steps that run before the capture, so that libraries have made what they need."""

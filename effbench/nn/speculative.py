@@ -15,7 +15,7 @@ from collections import deque
 
 import torch
 
-from effbench.nn.exits import StagedSession
+from effbench.nn.staged import StagedSession
 
 MOST_DRAFTS = 16
 """Longest window."""

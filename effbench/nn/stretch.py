@@ -14,9 +14,10 @@ import torch
 from transformers.cache_utils import Cache
 
 from effbench.kernels import native
-from effbench.nn.engine import BLOCK, StaticSession
+from effbench.nn.engine import StaticSession
 from effbench.nn.layout import plain, untouched, why_not
 from effbench.nn.native_step import NativeStep
+from effbench.nn.static_cache import BLOCK
 
 
 class StretchEngine(StaticSession):

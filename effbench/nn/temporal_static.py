@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from effbench.nn.decoding import Cycle
-from effbench.nn.engine import Runs, StandIn, StaticLayer, StaticSession
+from effbench.nn.engine import Runs, StandIn, StaticSession
 from effbench.nn.layout import why_not
+from effbench.nn.static_cache import StaticLayer
 from effbench.nn.temporal import DroppableLayers, LowRankMap
 
 

@@ -1,16 +1,16 @@
 """Several runs side by side: differences with their tests, and what was not equal.
 
-Runs of one spec with several seeds make one row. Every row is held against the first one. Where
-both kept the outcomes of the same items, the difference comes from a paired test whose p-value is
-corrected (Holm) for the rows of its table. What was measured, counted and modelled never shares a
-column.
+Runs of one spec with several seeds make one row. Every row is held against the first one, or
+against that of the first run at the same operating point. Where both kept the outcomes of the same
+items, the difference comes from a paired test whose p-value is corrected (Holm) for the rows of its
+table. What was measured, counted and modelled never shares a column.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -18,10 +18,12 @@ import numpy as np
 from effbench.errors import UserError, did_you_mean
 from effbench.records import Metric, Outcomes, Record
 from effbench.report.budgets import budgets
-from effbench.report.compared import Comparison, Kind, MetricTable, Row
+from effbench.report.compared import Comparison
 from effbench.report.contrast import OTHER_ITEMS, Contrast, Side, contrast, p_of_difference
+from effbench.report.entries import NO_POINT, Entry, check_points, references
 from effbench.report.groups import Group, grouped
 from effbench.report.labels import better, differences
+from effbench.report.metric_table import Kind, MetricTable, Row
 from effbench.report.table import Value, as_value
 from effbench.report.words import in_words
 from effbench.stats import (
@@ -39,30 +41,14 @@ Margins = Mapping[str, float]
 """Margin of a metric, by its name; under an empty name that of all others."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A metric of one group at one point."""
-
-    number: int
-    """Of the group."""
-    group: Group
-    metrics: list[Metric]
-    """One per run."""
-    outcomes: list[Outcomes]
-    """One per run; empty when one of them kept none."""
-
-    def side(self) -> Side | None:
-        """Return the outcomes for a test; None when there are none."""
-        if not self.outcomes:
-            return None
-        return Side(self.number, self.group.seeds, self.outcomes, self.group.seedless)
-
-
 def compare(
     records: Sequence[Record],
     known: Sequence[Record] = (),
     margins: Margins | None = None,
     said: Sequence[str] = (),
+    *,
+    names: Mapping[str, str] | None = None,
+    same_points: bool = False,
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -71,19 +57,25 @@ def compare(
         known: All finished runs of the folder: what was tried to tune these, and their parents.
         margins: Differences that would still count as none.
         said: Sentences to begin with, such as how an operating point was chosen.
+        names: Names for rows instead of those made from the specs, by their keys joined by `+`.
+        same_points: Whether each row is held against the first run at the same point instead.
 
     Raises:
-        UserError: For a margin of a metric that is not compared.
+        UserError: For a margin of a metric that is not compared, and when no other run has a point
+            of the first one at which to compare.
     """
-    groups = grouped(records, known)
-    names = [group.label for group in groups]
+    given = names or {}
+    groups = [replace(g, label=given.get(g.keys, g.label)) for g in grouped(records, known)]
+    if same_points:
+        check_points(groups)
+    labels = [group.label for group in groups]
     kinds = [_by_kind(group) for group in groups]
     tables, notes = [], []
     missing: dict[str, list[str]] = {}
     for kind, own in kinds[0].items():
-        lacking = [n for n, found in zip(names, kinds, strict=True) if kind not in found]
+        lacking = [n for n, found in zip(labels, kinds, strict=True) if kind not in found]
         if len(lacking) == len(groups) - 1 and len(own) == 1:
-            notes += [_not_shared(kind, names, kinds)] if len(groups) > 1 else []
+            notes += [_not_shared(kind, labels, kinds)] if len(groups) > 1 else []
             if len(groups) > 1 or len(records) == 1:
                 continue
         if lacking:
@@ -93,12 +85,12 @@ def compare(
             for number, (group, found) in enumerate(zip(groups, kinds, strict=True))
             for point, metrics in found.get(kind, {}).items()
         ]
-        tables.append(_table(kind, entries, _margin(kind, margins or {})))
+        tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points))
     _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
     equal = budgets(groups, [*known, *records])
     return Comparison(
-        names,
+        labels,
         [group.keys for group in groups],
         tables,
         equal,
@@ -189,38 +181,45 @@ def _check_margins(margins: Margins, tables: Sequence[MetricTable]) -> None:
 # -- one table ---------------------------------------------------------------------------------
 
 
-def _table(kind: Kind, entries: Sequence[Entry], margin: float | None) -> MetricTable:
+def _table(
+    kind: Kind, entries: Sequence[Entry], margin: float | None, same_points: bool
+) -> MetricTable:
+    places = references(entries, same_points)
+    rows = [_plain(entry, entries, at) for entry, at in zip(entries, places, strict=True)]
     sides = [entry.side() for entry in entries]
     direction = better(kind.metric)
-    rows = [_plain(entry, entries[0]) for entry in entries]
     found: dict[int, Contrast] = {}
-    for i, side in enumerate(sides[1:], 1):
-        first = sides[0]
-        if side is None or first is None:
+    for i, (side, at) in enumerate(zip(sides, places, strict=True)):
+        other = None if at is None else sides[at]
+        if side is None or at == i:
             continue
-        if side.same_items(first):
-            found[i] = contrast(side, first, margin, direction)
-        else:
+        if at is None:
+            rows[i] = replace(rows[i], finding=NO_POINT, verdict=NO_POINT)
+        elif other is not None and side.same_items(other):
+            found[i] = contrast(side, other, margin, direction)
+        elif other is not None:
             rows[i] = replace(rows[i], finding=OTHER_ITEMS, verdict=OTHER_ITEMS)
     _judge(rows, found)
-    marks = _letters(rows, sides, found) if len(rows) > 2 else {}
+    # Letters are about all pairs of rows, whatever their points.
+    marks = _letters(rows, sides, found) if len(rows) > 2 and not same_points else {}
     rows = [replace(row, letters=marks.get(i, "")) for i, row in enumerate(rows)]
-    return MetricTable(kind, rows, margin if found else None)
+    return MetricTable(kind, rows, margin if found else None, same_points)
 
 
-def _plain(entry: Entry, first: Entry) -> Row:
+def _plain(entry: Entry, entries: Sequence[Entry], reference: int | None) -> Row:
     """Return a row without a test: the value, over seeds where there are several."""
     values = np.array([m.value for m in entry.metrics])
-    base = float(np.mean([m.value for m in first.metrics]))
+    base = 0.0 if reference is None else entries[reference].mean
     value, spread = as_value(entry.metrics[0]), None
     if len(values) > 1:
         spread = float(values.std(ddof=1))
-        value = Value(float(values.mean()), entry.metrics[0].unit, *_bounds(entry, values))
+        value = Value(entry.mean, entry.metrics[0].unit, *_bounds(entry, values))
     return Row(
         entry.group.label,
         entry.group.keys,
-        entry.metrics[0].point,
+        entry.point,
         value,
+        reference,
         len(values),
         spread,
         value.value / base if base else None,
@@ -248,6 +247,7 @@ def _judge(rows: list[Row], found: Mapping[int, Contrast]) -> None:
     worse = _adjusted({i: e.p_worse for i, e in same.items() if e.p_worse is not None})
     for i, c in found.items():
         row, d = rows[i], c.difference
+        assert row.reference is not None
         rows[i] = replace(
             row,
             difference=d,
@@ -256,7 +256,7 @@ def _judge(rows: list[Row], found: Mapping[int, Contrast]) -> None:
             over_seeds=c.seeds,
             p_adjusted=adjusted[i],
             finding=finding(d, adjusted[i]),
-            verdict=verdict(row.name, rows[0].name, d, row.value.unit, adjusted[i]),
+            verdict=verdict(row.name, rows[row.reference].name, d, row.value.unit, adjusted[i]),
             at_margin=equivalent(d, equal.get(i), worse.get(i)),
         )
 

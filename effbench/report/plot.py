@@ -16,7 +16,8 @@ from effbench.report.table import scale
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from effbench.report.compared import Comparison, Row
+    from effbench.report.compared import Comparison
+    from effbench.report.metric_table import Row
     from effbench.report.table import Value
 
 MARKERS = "osD^vPX"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from effbench.report.budgets import Budget
-from effbench.report.compared import MetricTable, Row
 from effbench.report.groups import Group
+from effbench.report.metric_table import MetricTable, Row
 from effbench.stats import FEWEST_SEEDS
 
 APART = "cannot be told apart"
@@ -33,7 +33,7 @@ def in_words(
 
 def _metric(table: MetricTable) -> list[str]:
     """Return the findings of a metric, rows with the same one together."""
-    rows = [row for row in table.rows[1:] if row.finding]
+    rows = [row for row in table.rows if row.finding]
     unit = table.rows[0].value.unit
     parts = []
     for found in dict.fromkeys(row.finding for row in rows):
@@ -41,7 +41,7 @@ def _metric(table: MetricTable) -> list[str]:
         values = found in ("lower", "higher", APART)
         names = [f"{row.name}, by {_difference(row)}" if values else row.name for row in members]
         parts.append(f"{found}: {'; '.join(names)}")
-    head = f"{table.kind}{f' ({unit})' if unit else ''}, against {table.rows[0].name}. "
+    head = f"{table.kind}{f' ({unit})' if unit else ''}, against {table.against}. "
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
     return [f"{head}{text}.", *_margin(table)]
 
