@@ -30,8 +30,8 @@ from measurements (oneDNN in PyTorch 2.13, AVX512-BF16). Float32 products need n
 KERNELS = 1024
 """Sizes of which it keeps the code: the capacity of its cache."""
 HOLES = 0.2
-"""Share by which the C library's allocator needs more than the tensors of a training step, because
-it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
+"""Share by which the C library's allocator needs more than the tensors that a training step makes
+and frees, because it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
 0.14 to 0.57, and more with gradient checkpointing."""
 
 Components = dict[str, float]
@@ -90,26 +90,16 @@ class Peaks:
             "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
             "gradients": gradients if several else 0,
         }
-        temporaries = self._temporaries(settings, cost)
-        update: Components = {"gradients": gradients, "temporaries": temporaries}
+        update: Components = {"gradients": gradients}
         highest = max((backward, update), key=lambda m: sum(m.values()))
         state = cost.trainable * OPTIMIZER_BYTES[settings.optimizer]
-        changing: Components = {
-            "optimiser": state if settings.max_steps > 1 else 0,
-            **highest,
-        }
         return {
             "weights": cost.resident_bytes,
             "other models": others,
-            **changing,
-            **self._around(_code(kernels), HOLES * sum(changing.values()), trained=True),
+            "optimiser": state if settings.max_steps > 1 else 0,
+            **highest,
+            **self._around(_code(kernels), HOLES * sum(highest.values()), trained=True),
         }
-
-    def _temporaries(self, settings: TrainSpec, cost: Cost) -> int:
-        """AdamW makes two temporaries of each weight in turn; only whole matrices are large."""
-        if settings.optimizer != "adamw" or cost.trainable < self.shape.params:
-            return 0
-        return 2 * GRADIENT_BYTES * self.shape.vocab_size * self.shape.hidden_size
 
     def compress(self, weights: int, read: Pass | None = None, kernels: int = 0) -> Components:
         """Return the peak of compressing one linear after the other, from `weights` bytes.

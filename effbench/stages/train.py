@@ -241,7 +241,8 @@ def _optimizer(
         from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, **adam)
+    # One pass over each weight instead of ten, and no temporaries.
+    return torch.optim.AdamW(parameters, fused=True, **adam)
 
 
 def rate_at(settings: TrainSpec, step: int) -> float:
