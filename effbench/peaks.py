@@ -31,8 +31,8 @@ KERNELS = 1024
 """Sizes of which it keeps the code: the capacity of its cache."""
 HOLES = 0.2
 """Share by which the C library's allocator needs more than the tensors that a training step makes
-and frees, because it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it was
-0.14 to 0.57, and more with gradient checkpointing."""
+and frees, because it cannot use freed blocks again whole; modelled from measurements with glibc
+2.36, where it was 0.14 to 0.57, and more with gradient checkpointing."""
 
 Components = dict[str, float]
 """Bytes by component."""
