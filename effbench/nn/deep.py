@@ -130,13 +130,16 @@ class DeepLinear(nn.Module):
         """Return y [*, d_out] for x [*, d_in], in the dtype of the base layer's output."""
         y: torch.Tensor = self.base(x)
         hidden = x.to(self.factors[0].dtype)
-        for factor in self.applied():
+        for factor in self.applied(hidden.numel() // self.in_features):
             hidden = F.linear(hidden, factor)
         return (y + hidden).to(y.dtype)
 
-    def applied(self) -> list[torch.Tensor]:
-        """Return what inputs meet one after the other: small inner factors already multiplied."""
-        if self.form != "compressed":
+    def applied(self, rows: int) -> list[torch.Tensor]:
+        """Return what so many inputs meet one after the other.
+
+        More inputs than the rank make it worth multiplying the inner factors with each other first.
+        """
+        if self.form != "compressed" or rows <= self.right.shape[1]:
             return self.chain()
         inner, *rest = self.factors
         for factor in rest:
