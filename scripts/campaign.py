@@ -121,7 +121,7 @@ class Campaign:
         runs = [r for records in arms.values() for r in records]
         names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
         found = compare(runs, known, names=names)
-        self._write(found, self.name, f"{self.title()}.")
+        self._write(found, self.name, self.title())
         for metric in self.metrics:
             path = comparison_plot(found, metric, TABLES / f"{self.name}_{metric}.png")
             print(f"Plot: {path}")
@@ -143,9 +143,10 @@ class Campaign:
         return self.name.replace("_", "-")
 
     def title(self) -> str:
-        """Return the first line of its file."""
+        """Return the first line of its file, as a sentence or question."""
         text = (HERE / "campaigns" / f"{self.name}.yaml").read_text()
-        return text.splitlines()[0].removeprefix("# ")
+        first = text.splitlines()[0].removeprefix("# ")
+        return first if first.endswith("?") else f"{first}."
 
 
 def main() -> int:
