@@ -73,6 +73,32 @@ def forget_accelerator() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Return `cuda`, or what EFFBENCH_TEST_DEVICE says: a rehearsal runs GPU tests on a CPU."""
+    import torch
+
+    chosen = os.environ.get("EFFBENCH_TEST_DEVICE", "cuda")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; `make gpu-rehearsal` runs it on the CPU")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a saved model: random weights are drawn on the device, so they differ between two."""
+    import torch
+
+    from effbench.models import load
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    spec = compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model
+    loaded = load(spec, device="cpu", dtype=torch.float32)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Run `effbench` in this process; returns exit status, stdout and stderr."""

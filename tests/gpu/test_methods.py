@@ -1,0 +1,87 @@
+"""Every method on the device: it trains as on a CPU, and evaluates to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench, forget_accelerator
+
+from effbench import registry
+from effbench.events import read_events
+from effbench.nn.decoding import CachedSession
+from effbench.nn.engine import StaticSession
+from effbench.records import Record
+from effbench.stages.common import evaluated
+
+pytestmark = pytest.mark.gpu
+
+NAMES = registry.names("methods")
+OWN_DRAWS = {"kd": "its teacher's random weights are drawn on the device"}
+"""Methods whose numbers differ between devices, and why."""
+
+
+def words(name: str, folder: Path, device: str) -> list[str]:
+    cls = registry.find("methods", name)
+    given = dict(cls.needs)
+    if "dropout" in {f.name for f in dataclasses.fields(cls)}:
+        given["dropout"] = 0.0
+    return [
+        *("model=folder", f"model.path={folder}", "dataset=arithmetic"),
+        *("train.max_steps=4", "train.batch_size=2", "+dataset.limit.train=16"),
+        *("+dataset.limit.test=8", f"hardware.device={device}", "hardware.dtype=float32"),
+        *(f"method={name}", *(f"method.{k}={v}" for k, v in given.items())),
+        *("evaluator=[perplexity,speed,memory]", "evaluator.speed.prompt_tokens=8"),
+        *("evaluator.speed.new_tokens=6", "evaluator.speed.repeats=2"),
+        *("evaluator.speed.roofline=false", "evaluator.memory.prompt_tokens=8"),
+        "evaluator.memory.new_tokens=6",
+    ]
+
+
+def losses(record: Record) -> dict[str, float]:
+    return {m.point: m.value for m in record.metrics if m.name == "loss"}
+
+
+def run(bench: Bench, name: str, folder: Path, device: str) -> tuple[Record, list[float], Any]:
+    forget_accelerator()
+    stage = registry.find("methods", name).stage
+    job = bench.job(stage, *words(name, folder, device))
+    record = bench.run(stage, *words(name, folder, device))
+    steps = read_events(bench.folder(job).path / "events.jsonl", "step")
+    return record, [e["loss"] for e in steps], job
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_does_what_it_does_on_a_cpu(
+    name: str, tiny_folder: Path, tmp_path: Path, device: str
+) -> None:
+    there, steps_there, job = run(Bench(tmp_path / device), name, tiny_folder, device)
+    assert all(abs(v) < 20 for v in losses(there).values())
+    decoded(Bench(tmp_path / device), job, tmp_path / "scratch", device)
+    if name in OWN_DRAWS:
+        return
+    here, steps_here, _ = run(Bench(tmp_path / "here"), name, tiny_folder, "cpu")
+    assert steps_there == pytest.approx(steps_here, abs=2e-3)
+    assert losses(there) == pytest.approx(losses(here), abs=4e-3)
+
+
+def decoded(bench: Bench, job: Any, scratch: Path, device: str) -> None:
+    """Check that the method's own sessions and plain ones agree, at every point that is plain."""
+    scratch.mkdir()
+    model, method = evaluated(job, bench.store, scratch)
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 260, (2, 24), generator=draws).to(device)
+    for point in method.points():
+        with method.at(model, point), torch.no_grad():
+            session = method.session(model)
+            if not isinstance(session, StaticSession) or not method.plain_session(point):
+                continue
+            seen = []
+            for one in (session, CachedSession(model)):
+                out = [one.prefill(ids[:, :8])]
+                out += [one.step(ids[:, i : i + 1]) for i in range(8, 24)]
+                seen.append(torch.stack(out).float())
+        torch.testing.assert_close(*seen, atol=2e-3, rtol=2e-3)
