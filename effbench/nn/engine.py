@@ -387,25 +387,28 @@ class StaticSession:
                     hidden, added = stand_in(_sum(hidden, added), pointwise), None
                 continue
             if (own := block.attention) and cache is not None:
-                hidden, x = pointwise.norm(own.norm, hidden, added)
+                there = [m for m in (own.q, own.k, own.v) if m is not None]
+                hidden, outs = pointwise.project(own.norm, hidden, added, there)
                 # The query heads of one key head are queries at one place: nothing is repeated.
-                heads = len(x), own.kv_heads, -1, self.head_dim
-                q, k, v = (None if m is None else m(x).view(heads) for m in (own.q, own.k, own.v))
+                heads = len(hidden), own.kv_heads, -1, self.head_dim
+                each = iter(outs)
+                q, k, v = (
+                    None if m is None else next(each).view(heads) for m in (own.q, own.k, own.v)
+                )
                 q, k = (None if t is None else pointwise.turn(t, cos, sin) for t in (q, k))
                 given = made.get(-1 if own.source is None else own.source)
                 made[index] = q, stored = _taken(q, k, v, given, partial(store, cache))
                 keys, values, mask = stored
                 mixed = F.scaled_dot_product_attention(q, keys, values, mask)
-                added = own.o(mixed.reshape(len(x), 1, -1))
+                added = pointwise.product(own.o, mixed.reshape(len(hidden), 1, -1))
             if mlp := block.mlp:
-                hidden, x = pointwise.norm(mlp.norm, hidden, added)
-                added = mlp.down(pointwise.gate(mlp.gate(x), mlp.up(x)))
+                hidden, inner = pointwise.gated(mlp, hidden, added)
+                added = pointwise.product(mlp.down, inner)
             if stand_in is not None and stand_in.anchored:
                 hidden, added = _sum(hidden, added), None
                 stand_in.note(hidden)
-        logits: torch.Tensor = self.model.lm_head(
-            pointwise.norm(self.model.model.norm, hidden, added)[1]
-        )
+        head = [self.model.lm_head]
+        logits: torch.Tensor = pointwise.project(self.model.model.norm, hidden, added, head)[1][0]
         return logits[:, -1]
 
 

@@ -80,7 +80,7 @@ class StepGraph:
     """
 
     def __init__(self, session: StaticSession) -> None:
-        self._step = StaticStep(session, compiled())
+        self._step = StaticStep(session, compiled(session.batch))
         self._buffers = session.buffers()
         self._captured: dict[Runs, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
