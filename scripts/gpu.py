@@ -186,7 +186,9 @@ def _table(modules: dict[str, ModuleType], out: Path, markdown: bool = False) ->
     for name in modules:
         state = _state(out, name)
         found = rows(out, name)
-        lines += [(name, row.what, _value(row), _asked(row), _verdict(row), row.key) for row in found]
+        lines += [
+            (name, row.what, _value(row), _asked(row), _verdict(row), row.key) for row in found
+        ]
         if state.get("state", "not run") != "done":
             lines.append((name, f"({state.get('state', 'not run')})", "", "", "", ""))
     if markdown:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -47,7 +47,7 @@ UNITS = {
 """Units of what is timed; shares have none."""
 PROBES = 3
 """How often the machine is probed again before a share above 1 is an error."""
-CEILINGS = ("ceiling_gemm", "ceiling_gemv", "ceiling_copy")
+CEILINGS = ("ceiling_gemm", "ceiling_gemv", "ceiling_copy", "ceiling_read")
 
 
 class Cell(NamedTuple):
@@ -232,7 +232,7 @@ class Speed(Evaluator):
         if ceilings is not None and exact:
             shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
             found["values"] |= shares
-            found["ceilings"] = [ceilings.gemm, ceilings.gemv, ceilings.copy]
+            found["ceilings"] = [*astuple(ceilings)][: 4 if ceilings.read else 3]
         if self.baseline != "none":
             named: dict[str, Engine] = {"eager": "eager", "generate": "generate"}
             other = named.get(self.baseline, self.engine)

@@ -8,15 +8,16 @@ of the second MBU. Both count what a model has to do, from shapes, not what an i
     MBU = (weight bytes + key/value bytes) / (seconds * bytes/s ceiling)
 
 A ceiling has to be one, so it is the best rate that was seen: of square products for the first, and
-of matrix-vector products in several shapes and of a copy for the second. What is read again and
-again lies in caches if it is small, so that the second is probed over as many bytes as the model
-reads per token.
+of matrix-vector products in several shapes, a copy and (on CUDA) a sum for the second. What is read
+again and again lies in caches if it is small, so that the second is probed over as many bytes as
+the model reads per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError
@@ -47,16 +48,21 @@ class Ceilings:
     """Matrix-vector products, bytes/s."""
     copy: float
     """A copy, bytes/s, read and written ones."""
+    read: float = 0.0
+    """A sum over memory, bytes/s; probed on CUDA devices, where a copy is slower than it."""
 
     @property
     def bandwidth(self) -> float:
         """Bytes/s of memory: the best that anything reached."""
-        return max(self.gemv, self.copy)
+        return max(self.gemv, self.copy, self.read)
 
     def best(self, other: Ceilings) -> Ceilings:
         """Return the higher one of each ceiling."""
         return Ceilings(
-            max(self.gemm, other.gemm), max(self.gemv, other.gemv), max(self.copy, other.copy)
+            max(self.gemm, other.gemm),
+            max(self.gemv, other.gemv),
+            max(self.copy, other.copy),
+            max(self.read, other.read),
         )
 
 
@@ -96,6 +102,8 @@ def probe(
             ),
             lambda: {"copy": _copy(clock, matrices, repeats)},
         ]
+        if matrices.is_cuda:
+            jobs.append(lambda: {"read": _read(clock, matrices, repeats)})
         for number, job in enumerate(jobs, 1):
             found = found.best(replace(Ceilings(0.0, 0.0, 0.0), **job()))
             progress("roofline", number, len(jobs))
@@ -130,13 +138,17 @@ def _gemv(clock: Clock, matrices: torch.Tensor, width: int, repeats: int) -> flo
 
 
 def _ways(like: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """Return the matrix-vector products that there are: torch's, and ours on a CPU."""
+    """Return the matrix-vector products that there are: torch's and ours."""
     from effbench.kernels import native
 
     ways: list[Any] = [lambda w, x: torch.nn.functional.linear(x[None], w)]
     kernels = native.kernels() if like.device.type == "cpu" else None
     if kernels is not None and str(like.dtype) in native.SUFFIXES:
         ways.append(kernels.gemv)
+    if like.is_cuda and find_spec("triton"):
+        from effbench.nn import triton_step
+
+        ways.append(lambda w, x: triton_step.row_product(w, x[None]))
     return ways
 
 
@@ -145,6 +157,12 @@ def _copy(clock: Clock, matrices: torch.Tensor, repeats: int) -> float:
     source, target = matrices[:half], matrices[half : 2 * half]
     seconds = _fastest(clock, lambda: target.copy_(source), repeats)
     return 2 * half * matrices.element_size() / seconds
+
+
+def _read(clock: Clock, matrices: torch.Tensor, repeats: int) -> float:
+    whole = matrices[: matrices.numel() // 8 * 8].view(torch.int64)
+    seconds = _fastest(clock, whole.sum, repeats)
+    return whole.numel() * 8 / seconds
 
 
 # -- what has to be done -----------------------------------------------------------------------

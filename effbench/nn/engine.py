@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,18 @@ Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys and values [B, H_kv, T, D] and which of them a sequence sees, [B, 1, 1, T]; None for all."""
 Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], Stored]
 """Puts the new key and value of a layer away and returns all that the query may look at."""
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A `Store` whose places lie on the device, for a kernel that stores by itself."""
+
+    starts: torch.Tensor
+    """The first position that each sequence sees, [B] int64."""
+
+    def place(self, layer: StaticLayer) -> torch.Tensor:
+        """Return where the next key and value of a layer go, [1] int64."""
+        ...
 
 
 def session_for(model: torch.nn.Module) -> Session:
@@ -126,6 +138,9 @@ class StaticSession:
             self.caches.append(self._cache_of(block.attention))
         self.layers = list(dict.fromkeys(c for c in self.caches if c is not None))
         """All caches."""
+        attentions = (block.attention for block in self.blocks)
+        self._givers = {a.source for a in attentions if a is not None and a.source is not None}
+        """Blocks whose states others take."""
         self.every: Runs = (True,) * len(self.blocks)
         """A step that leaves nothing out."""
         self.stand_ins = dict(stand_ins or {})
@@ -389,18 +404,8 @@ class StaticSession:
             if (own := block.attention) and cache is not None:
                 there = [m for m in (own.q, own.k, own.v) if m is not None]
                 hidden, outs = pointwise.project(own.norm, hidden, added, there)
-                # The query heads of one key head are queries at one place: nothing is repeated.
-                heads = len(hidden), own.kv_heads, -1, self.head_dim
-                each = iter(outs)
-                q, k, v = (
-                    None if m is None else next(each).view(heads) for m in (own.q, own.k, own.v)
-                )
-                q, k = (None if t is None else pointwise.turn(t, cos, sin) for t in (q, k))
-                given = made.get(-1 if own.source is None else own.source)
-                made[index] = q, stored = _taken(q, k, v, given, partial(store, cache))
-                keys, values, mask = stored
-                mixed = F.scaled_dot_product_attention(q, keys, values, mask)
-                added = pointwise.product(own.o, mixed.reshape(len(hidden), 1, -1))
+                mixed = self._attended(index, outs, (cos, sin), store, pointwise, made)
+                added = pointwise.product(own.o, mixed)
             if mlp := block.mlp:
                 hidden, inner = pointwise.gated(mlp, hidden, added)
                 added = pointwise.product(mlp.down, inner)
@@ -410,6 +415,43 @@ class StaticSession:
         head = [self.model.lm_head]
         logits: torch.Tensor = pointwise.project(self.model.model.norm, hidden, added, head)[1][0]
         return logits[:, -1]
+
+    def _attended(
+        self,
+        index: int,
+        outs: Sequence[torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor],
+        store: Store,
+        pointwise: Pointwise,
+        made: dict[int, tuple[torch.Tensor, Stored]],
+    ) -> torch.Tensor:
+        """Return what the heads of one block attend to, [B, 1, H D].
+
+        Args:
+            index: Of the block.
+            outs: The products that it makes: queries, keys and values, as far as it makes them.
+            angles: Cosine and sine of each token's rotary position, [B, 1, 1, D].
+            store: Puts keys and values away and returns those to look at.
+            pointwise: Has the functions.
+            made: Turned queries and stored states of blocks so far; this one's are added.
+        """
+        own, cache = self.blocks[index].attention, self.caches[index]
+        assert own is not None and cache is not None
+        attend = pointwise.fused_attend
+        if attend is not None and len(outs) == 3 and index not in self._givers:
+            assert isinstance(store, Placing)
+            place = store.place(cache)
+            return attend(*outs, angles, cache.buffers, place, store.starts, own.scaling)
+        # The query heads of one key head are queries at one place: nothing is repeated.
+        heads = len(outs[0]) if outs else self.batch, own.kv_heads, -1, self.head_dim
+        each = iter(outs)
+        q, k, v = (None if m is None else next(each).view(heads) for m in (own.q, own.k, own.v))
+        q, k = (None if t is None else pointwise.turn(t, *angles) for t in (q, k))
+        given = made.get(-1 if own.source is None else own.source)
+        made[index] = q, stored = _taken(q, k, v, given, partial(store, cache))
+        keys, values, mask = stored
+        mixed = F.scaled_dot_product_attention(q, keys, values, mask)
+        return mixed.reshape(heads[0], 1, -1)
 
 
 def _taken(

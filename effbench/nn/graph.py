@@ -17,6 +17,30 @@ WARM_UP = 3
 """Steps that run before the capture, so that libraries have made what they need."""
 
 
+class Put:
+    """Puts keys and values of one step away, at places that lie on the device."""
+
+    def __init__(self, step: StaticStep) -> None:
+        self.step, self.starts = step, step.starts
+        self._seen: dict[int, torch.Tensor] = {}
+
+    def place(self, layer: StaticLayer) -> torch.Tensor:
+        """Return where the next key and value of a layer go, [1] int64."""
+        return self.step.places[layer.lane : layer.lane + 1]
+
+    def __call__(self, layer: StaticLayer, key: torch.Tensor, value: torch.Tensor) -> Stored:
+        """Put them away; return the whole of the cache and a mask of what is to be seen."""
+        place = self.place(layer)
+        if layer.lane not in self._seen:
+            columns = self.step.columns[: layer.capacity]
+            mask = (columns <= place) & (columns >= self.starts[:, None])
+            self._seen[layer.lane] = mask[:, None, None]
+        keys, values = layer.buffers
+        keys.index_copy_(2, place, key)
+        values.index_copy_(2, place, value)
+        return keys, values, self._seen[layer.lane]
+
+
 class StaticStep:
     """A step whose every shape and address is the same from token to token.
 
@@ -45,19 +69,7 @@ class StaticStep:
 
     def logits(self, session: StaticSession, runs: Runs | None = None) -> torch.Tensor:
         """Return logits [B, V] of `token` at its places, through the blocks that run."""
-        seen: dict[int, torch.Tensor] = {}
-
-        def store(layer: StaticLayer, key: torch.Tensor, value: torch.Tensor) -> Stored:
-            place = self.places[layer.lane : layer.lane + 1]
-            if layer.lane not in seen:
-                columns = self.columns[: layer.capacity]
-                mask = (columns <= place) & (columns >= self.starts[:, None])
-                seen[layer.lane] = mask[:, None, None]
-            keys, values = layer.buffers
-            keys.index_copy_(2, place, key)
-            values.index_copy_(2, place, value)
-            return keys, values, seen[layer.lane]
-
+        store = Put(self)
         runs = session.every if runs is None else runs
         return session.walk(self.token, self.positions, store, self.pointwise, runs)
 

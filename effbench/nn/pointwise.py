@@ -1,4 +1,4 @@
-"""What a decoding step is made of: as modules, compiled, or as kernels that hold several at once."""
+"""What a decoding step is made of: modules, compiled functions, or kernels of several at once."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Pointwise:
     """`gated` as one kernel, where there is one."""
     fused_product: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     """`product` as a kernel for one row, where there is one."""
+    fused_attend: Callable[..., torch.Tensor] | None = None
+    """Rotary positions, cache and attention of one row, where there is a kernel for them."""
 
     def project(
         self, norm: Any, hidden: torch.Tensor, added: torch.Tensor | None, linears: Sequence[Any]
@@ -124,6 +126,7 @@ def with_kernels(pointwise: Pointwise) -> Pointwise:
         fused_project=triton_step.project,
         fused_gated=triton_step.gated,
         fused_product=triton_step.product,
+        fused_attend=triton_step.attend,
     )
 
 

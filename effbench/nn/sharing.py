@@ -16,13 +16,14 @@ for every layer; layer 0 always makes its own states, for lengths and masks are 
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, KVSharingDict
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -39,6 +40,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 States = tuple[torch.Tensor, ...]
 """What a source gives. `kv`: keys and values of the new positions, keys and values of all. `qk`:
 queries and keys of the new positions, keys of all, and the attention map where it is copied."""
+SharedStates = UserDict[str, States]
+"""What each source gave in one forward pass; no `dict`, so that nothing copies it on the way."""
 
 
 class ValueLayer(DynamicLayer):
@@ -100,7 +103,7 @@ class SharingAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        shared_states: KVSharingDict | None = None,
+        shared_states: SharedStates | None = None,
         **context: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output [B, T, d] and, from eager attention, the attention map."""
@@ -154,7 +157,7 @@ class SharingAttention(LlamaAttention):
                 own[name] = _turned(own[name], cos, sin).to(own[name].dtype)
         return own
 
-    def _given(self, shared_states: KVSharingDict | None) -> States | None:
+    def _given(self, shared_states: SharedStates | None) -> States | None:
         """Return what its source gave, None where it takes nothing."""
         if self.source == self.layer or not self.share:
             return None
@@ -358,7 +361,7 @@ def _hand_down(inner: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict
         settings = getattr(first._gradient_checkpointing_func, "keywords", {})
         if settings.get("use_reentrant", True):
             raise RuntimeError("shared states need gradient checkpointing with use_reentrant=False")
-    return args, {"shared_states": KVSharingDict(), **kwargs}
+    return args, {"shared_states": SharedStates(), **kwargs}
 
 
 # -- reading a prompt --------------------------------------------------------------------------
@@ -396,7 +399,7 @@ def last_logits(
         position_ids=positions,
     )
     rotary = inner.rotary_emb(hidden, position_ids=positions)
-    states = KVSharingDict()
+    states = SharedStates()
     for index, layer in enumerate(inner.layers):
         if index == first:
             hidden, positions = hidden[:, -1:], positions[:, -1:]

@@ -18,29 +18,37 @@ def run(stage: Stage) -> None:
     """Time the products, each matrix of a size in turn."""
     import torch
 
-    from effbench.kernels import nf4
     from effbench.measure.roofline import probe
 
     device = "cpu" if stage.tiny else "cuda"
     dtype = torch.float32 if stage.tiny else torch.bfloat16
     most = stage.size(2**31, 2**20)
     ceilings = probe(device, dtype, working_set=most, most=most, side=stage.size(2048, 128))
-    for d_in, d_out in SIZES if not stage.tiny else ((128, 64),):
-        with stage.part(f"{d_in} x {d_out}"), torch.inference_mode():
-            copies = range(stage.size(COPIES, 2))
-            dense = [torch.randn(d_out, d_in, device=device, dtype=dtype) for _ in copies]
-            packed = [nf4.quantise(w) for w in dense]
-            x = torch.randn(1, d_in, device=device, dtype=dtype)
-            plain = _seconds(device, lambda: [torch.nn.functional.linear(x, w) for w in dense])
-            fused = _seconds(device, lambda: [_product(x, p, (d_out, d_in)) for p in packed])
-            read = len(dense) * nf4.nf4_bytes(d_in, d_out)
-            sizes = f"{d_in} x {d_out}"
-            stage.note(Row(f"{sizes}: times as fast as dense", plain / fused))
-            share = read / fused / ceilings.bandwidth
-            stage.note(Row(f"{sizes}: share of the bytes/s ceiling", share))
-            dense_read = sum(w.numel() * w.element_size() for w in dense)
-            share = dense_read / plain / ceilings.bandwidth
-            stage.note(Row(f"{sizes}: the same of the dense product", share))
+    for sizes in ((128, 64),) if stage.tiny else SIZES:
+        with stage.part("{} x {}".format(*sizes)), torch.inference_mode():
+            _compare(stage, device, dtype, sizes, ceilings.bandwidth)
+
+
+def _compare(
+    stage: Stage, device: str, dtype: Any, sizes: tuple[int, int], bandwidth: float
+) -> None:
+    """Note how the fused product of one size compares with the dense one, and with the bytes."""
+    import torch
+
+    from effbench.kernels import nf4
+
+    d_in, d_out = sizes
+    draws = (torch.randn(d_out, d_in, device=device, dtype=dtype) for _ in range(COPIES))
+    dense = list(draws)[: stage.size(COPIES, 2)]
+    packed = [nf4.quantise(w) for w in dense]
+    x = torch.randn(1, d_in, device=device, dtype=dtype)
+    plain = _seconds(device, lambda: [torch.nn.functional.linear(x, w) for w in dense])
+    fused = _seconds(device, lambda: [_product(x, p, (d_out, d_in)) for p in packed])
+    what, read = f"{d_in} x {d_out}", len(dense) * nf4.nf4_bytes(d_in, d_out)
+    stage.note(Row(f"{what}: times as fast as dense", plain / fused))
+    stage.note(Row(f"{what}: share of the bytes/s ceiling", read / fused / bandwidth))
+    read = sum(w.numel() * w.element_size() for w in dense)
+    stage.note(Row(f"{what}: the same of the dense product", read / plain / bandwidth))
 
 
 def _product(x: Any, packed: Any, shape: tuple[int, int]) -> Any:

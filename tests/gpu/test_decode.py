@@ -66,12 +66,15 @@ def expected_engine(device: str) -> tuple[str, ...]:
     return ("graph",) if device == "cuda" else ("native", "walk")
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_give_what_the_model_gives(family: str, dtype: torch.dtype, device: str) -> None:
-    model, ids = model_of(family, device, dtype), some_ids(2, 40, device)
+def test_steps_give_what_the_model_gives(
+    family: str, dtype: torch.dtype, rows: int, device: str
+) -> None:
+    model, ids = model_of(family, device, dtype), some_ids(rows, 40, device)
     ours = StaticSession(model)
-    ours.reserve(2, 40, 9)
+    ours.reserve(rows, 40, 9)
     assert ours.engine in expected_engine(device)
     seen = [stepped(s, ids, 9) for s in (ours, CachedSession(model))]
     torch.testing.assert_close(*seen, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])

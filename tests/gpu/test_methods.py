@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def decoded(bench: Bench, job: Any, scratch: Path, device: str) -> None:
     model, method = evaluated(job, bench.store, scratch)
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 260, (2, 24), generator=draws).to(device)
-    for point in method.points():
+    for point, rows in product(method.points(), (1, 2)):
         with method.at(model, point), torch.no_grad():
             session = method.session(model)
             if not isinstance(session, StaticSession) or not method.plain_session(point):
                 continue
             seen = []
             for one in (session, CachedSession(model)):
-                out = [one.prefill(ids[:, :8])]
-                out += [one.step(ids[:, i : i + 1]) for i in range(8, 24)]
+                out = [one.prefill(ids[:rows, :8])]
+                out += [one.step(ids[:rows, i : i + 1]) for i in range(8, 24)]
                 seen.append(torch.stack(out).float())
         torch.testing.assert_close(*seen, atol=2e-3, rtol=2e-3)
