@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
 CAMPAIGNS := $(subst _,-,$(patsubst scripts/campaigns/%.yaml,campaign-%,$(sort $(wildcard scripts/campaigns/*.yaml))))
-.PHONY: help setup demo test test-fast test-slow lint format bench selfcheck tables clean $(BENCHES) $(CAMPAIGNS)
+.PHONY: help setup demo test test-fast test-slow lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,16 @@ $(BENCHES): bench-%: $(READY)
 
 $(CAMPAIGNS): campaign-%: $(READY)
 	$(BIN)/python scripts/campaign.py $(subst -,_,$*)
+
+# On a machine without a network there is no .venv: see docs/gpu.md.
+GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+BUDGET ?= 540
+
+gpu: ## Run all that matters on a GPU within BUDGET seconds, and keep the records
+	$(GPU_PYTHON) scripts/gpu.py --budget $(BUDGET) --keep
+
+gpu-rehearsal: ## The same on the CPU with tiny shapes, so that nothing silly fails on the day
+	$(GPU_PYTHON) scripts/gpu.py --rehearse --out build/gpu-rehearsal
 
 selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracles
 	$(BIN)/effbench selfcheck
