@@ -345,12 +345,24 @@ class Method:
         """Return the operating point with all that is in memory, listed or not.
 
         The others may need less; it is what they are compared with, and what a run after this one
-        starts from.
+        starts from. Default: the unnamed point, the model as it is left.
 
         Args:
             shape: The model's shape, as the method leaves it.
         """
-        return self.fitted(shape).points()[-1]
+        return ""
+
+    def validated(self, shape: Shape) -> str:
+        """Return the operating point at which training is validated, listed or not.
+
+        It follows from what trains alone: which points are evaluated afterwards (`at_evaluation`)
+        must not decide when training stops and which weights it keeps. Default: the unnamed point,
+        the model as training has it.
+
+        Args:
+            shape: The shape of the model that it starts from.
+        """
+        return ""
 
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""

@@ -76,6 +76,8 @@ class Trainer:
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
     layer_forwards: LayerForwards
+    validated: str
+    """Operating point at which it is validated."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -179,6 +181,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
+        validated=method.validated(bench.start_shape()),
     )
 
 
@@ -350,7 +353,7 @@ def _validate(trainer: Trainer) -> None:
     bench, model, done = trainer.bench, trainer.model, trainer.done
     model.eval()
     total, count = 0.0, 0
-    with bench.method.at(trainer.model, bench.method.points()[-1]):
+    with bench.method.at(model, trainer.validated):
         for group in by_length([len(e.ids) for e in trainer.validation], 2048):
             rows = [trainer.validation[i] for i in group]
             pad = bench.tokenizer.pad_token_id
