@@ -25,7 +25,7 @@ from effbench.errors import StoppedError, UserError
 from effbench.evaluators.base import make_batch
 from effbench.events import EventLog, read_events
 from effbench.measure.counting import flops, parameters
-from effbench.methods.base import Batch, Context, Method
+from effbench.methods.base import Batch, Context, Method, Part, compress_whole
 from effbench.nn.native_step import NativeStep
 from effbench.nn.quantised import storage_bytes
 from effbench.nn.state import cast_parameters, read_tensors
@@ -165,8 +165,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> tuple[Any, Any,
 def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
     """Return the model with the method in it, as its stage would put it there."""
     if method.stage == "compress":
-        for _ in method.compress(model.requires_grad_(False), [probe()], ctx):
-            pass
+        compress_whole(method, model.requires_grad_(False), [probe()], ctx)
         return model
     return method.finish(method.prepare(model, ctx), ctx)
 
@@ -455,6 +454,56 @@ def test_killed_it_goes_on_from_the_last_checkpoint(
     run_here(job)
     assert losses(bench, job) == run.losses
     assert files(bench.folder(job).artefact) == run.artefact
+
+
+COMPRESSED = [(n, {}) for n in NAMES if stage_of(n) == "compress"]
+COMPRESSED.append(("structured", {"criterion": "wanda"}))
+
+
+@pytest.mark.parametrize(("name", "settings"), COMPRESSED, ids=lambda v: str(v or ""))
+def test_no_part_is_made_twice(
+    name: str, settings: dict[str, Any], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before every third part it computes as much, all in all, as one that is not."""
+    without_evaluation(monkeypatch)
+    cls, words = registry.find("methods", name), overrides(name, **settings)
+    compress_, made, passes = cls.compress, [], []
+
+    def watched(*arguments: Any) -> Iterator[Part]:
+        for part in compress_(*arguments):
+
+            def make(part: Part = part) -> dict[str, torch.Tensor]:
+                if session and len(made) == 3 * session:
+                    raise HardKill
+                made.append(part.name)
+                return part.make()
+
+            yield dataclasses.replace(part, make=make)
+
+    monkeypatch.setattr(cls, "compress", watched)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        session = 0
+        whole = bench.job("compress", *words)
+        run_here(whole)
+        expected, once = list(made), len(passes)
+        assert len(set(expected)) == len(expected) > 3, "parts are few enough to be made at once"
+        made.clear()
+        job = bench.job("compress", *words, "seed=1")
+        session = 1
+        while True:
+            try:
+                run_here(job)
+                break
+            except HardKill:
+                session += 1
+    finally:
+        hook.remove()
+    assert session > 1
+    assert made == expected
+    assert len(passes) == 2 * once
+    kept = files(bench.folder(job).artefact)
+    assert kept == files(bench.folder(whole).artefact)
 
 
 # -- 6: nothing is left behind -----------------------------------------------------------------
