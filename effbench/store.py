@@ -15,18 +15,17 @@ results/records/<key>.json
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError, did_you_mean
 from effbench.files import mendable, write_atomic
+from effbench.locks import locked
 
 if TYPE_CHECKING:
     from effbench.spec import Spec
@@ -106,37 +105,26 @@ class RunFolder:
             self.clear()
 
     @contextmanager
-    def locked(self, on_wait: Any = None) -> Iterator[None]:
+    def locked(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
         """Hold the run alone; wait for another process that holds it.
 
         Args:
             on_wait: Called once with the holder's description before waiting.
         """
         lock = self.path.parent / f".{self.key}.lock"
-        with mendable(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a+")
-        with file:
-            if not _try_lock(file):
-                file.seek(0)
-                if on_wait:
-                    on_wait(file.read().strip() or "another process")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with ExitStack() as held:
+            with mendable(lock):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                _keep_out_of_git(lock.parent)
+                held.enter_context(locked(lock, on_wait))
+            yield
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _keep_out_of_git(runs: Path) -> None:
+    """Have git pass over the folder of all runs, which are large and can be made again."""
+    ignore = runs / ".gitignore"
+    if not ignore.exists():
+        write_atomic(ignore, "*\n")
 
 
 class Store:
