@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError, did_you_mean
-from effbench.files import mendable, write_atomic
+from effbench.files import mendable, remove, scratch_in, write_atomic
 from effbench.locks import locked
 
 if TYPE_CHECKING:
@@ -90,8 +90,17 @@ class RunFolder:
     def finish(self) -> None:
         """Mark the run as finished and drop what only an unfinished one needs."""
         write_atomic(self.path / MARKER, f"{time.time():.3f}\n")
-        self.checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        self.sweep()
+
+    def leftovers(self) -> list[Path]:
+        """Return what nobody needs: half-written files, and the state of a run that is finished."""
+        done = (self.checkpoint, self.path / "parts") if self.finished else ()
+        return [*scratch_in(self.path), *(place for place in done if place.exists())]
+
+    def sweep(self) -> None:
+        """Remove what a killed process left behind; the run must be locked."""
+        for place in self.leftovers():
+            remove(place)
 
     def clear(self) -> None:
         """Forget everything about the run; the marker goes first."""
@@ -138,6 +147,12 @@ class Store:
     def run(self, key: str) -> RunFolder:
         """Return the folder of a key, whether it exists or not."""
         return RunFolder(self.runs / key)
+
+    def sweep(self, key: str) -> None:
+        """Remove what a killed process left of a run; it must be locked."""
+        self.run(key).sweep()
+        for place in self.records.glob(f".{key}.json.*.part"):
+            remove(place)
 
     def run_keys(self) -> list[str]:
         """Return the keys of all run folders, newest first."""

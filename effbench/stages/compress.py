@@ -14,6 +14,7 @@ from effbench.files import atomic_path
 from effbench.footprint import Pass
 from effbench.methods.base import CALIBRATION_ROWS, Batch
 from effbench.nn.state import read_tensors
+from effbench.signals import stop_signal
 from effbench.stages.common import (
     Bench,
     as_batch,
@@ -26,7 +27,6 @@ from effbench.stages.common import (
     open_model,
     save_artefact,
 )
-from effbench.stages.train import stop_signal
 
 
 class Parts:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,7 @@ from effbench.nn.depths import decoder_layers
 from effbench.nn.state import cast_parameters
 from effbench.progress import duration
 from effbench.records import Metric
+from effbench.signals import stop_signal
 from effbench.spec import TrainSpec
 from effbench.stages.batching import groups_of, rows_of_step, window
 from effbench.stages.common import (
@@ -445,32 +444,6 @@ def _resume(trainer: Trainer) -> None:
     bench.notes[:] = state["notes"]
     bench.events.cut(state["events"])
     bench.progress.say(f"going on from step {trainer.done.step}")
-
-
-class Stop:
-    """Whether somebody asked the run to stop."""
-
-    requested = False
-
-
-@contextmanager
-def stop_signal() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or termination signal into a request; a second one acts at once."""
-    stop = Stop()
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        stop.requested = True
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, request)
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def _summarise(bench: Bench, done: Progressed) -> None:
