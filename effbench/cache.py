@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.errors import UserError
+from effbench.locks import locked
 
 MANIFEST = ".effbench.json"
 """Written last into a finished folder: its origin, and size and SHA-256 of every file."""
@@ -51,7 +52,8 @@ def make_once(
         return folder
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder, doing):
+        lock = folder.with_name(f".{folder.name}.lock")
+        with locked(lock, lambda holder: _say(f"Waiting: {holder} is {doing} …")):
             if intact(folder, origin):
                 return folder
             fresh = folder.with_name(f".{folder.name}.new")
@@ -105,27 +107,8 @@ def _write_manifest(
     fresh.replace(folder / MANIFEST)
 
 
-@contextlib.contextmanager
-def locked(target: Path, doing: str) -> Iterator[None]:
-    """Hold the advisory lock of `target`, after waiting for a process that holds it.
-
-    Where the file system or the platform has no locks, nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with target.with_name(f".{target.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that is {doing} …", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-        yield
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -492,7 +492,6 @@ def power(
         _say(f"Plot: {plot}")
 
 
-KINDS = ("methods", "models", "datasets", "evaluators", "hardware", "launchers", "experiments")
 Kind = Literal[
     "methods",
     "models",

@@ -98,6 +98,7 @@ class Data:
         self.spec = spec
         self.tokenizer = tokenizer
         self.texts = splits(spec)
+        self._tokenised: dict[tuple[str, bool], list[Example]] = {}
 
     def examples(self, split: str) -> list[Example]:
         """Return the tokenised rows of a split, in content-hash order.
@@ -105,7 +106,7 @@ class Data:
         Raises:
             UserError: When there is no such split or it has no rows.
         """
-        return tokenise(self.rows(split), self.spec, self.tokenizer)
+        return self._tokens(split, whole=False)
 
     def documents(self, split: str) -> list[Example]:
         """Return the rows of a split for evaluation, in content-hash order.
@@ -117,7 +118,15 @@ class Data:
         Raises:
             UserError: As `examples`, and when the tokenizer has no token to start with.
         """
-        return tokenise(self.rows(split), self.spec, self.tokenizer, whole=True)
+        return self._tokens(split, whole=True)
+
+    def _tokens(self, split: str, whole: bool) -> list[Example]:
+        """Return the tokenised rows of a split, the same list each time."""
+        key = split, whole and self.spec.kind == "text"
+        if key not in self._tokenised:
+            rows = self.rows(split)
+            self._tokenised[key] = tokenise(rows, self.spec, self.tokenizer, whole=whole)
+        return self._tokenised[key]
 
     def rows(self, split: str) -> list[Text]:
         """Return the rendered rows of a split, in content-hash order.

@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 from effbench.errors import UserError
 
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}\.(part|old)")
+"""Names of what is not finished yet."""
+
 HINTS = {
     errno.ENOSPC: "Free some space or choose another folder, then give the command again.",
     errno.EDQUOT: "Your quota is used up: free some space or choose another folder.",
@@ -118,6 +121,21 @@ def replace_folder(new: Path, final: Path) -> None:
             raise
         _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """Yield what processes that were killed left of the functions above, anywhere in `folder`."""
+    for place in folder.rglob(".*"):
+        if SCRATCH.fullmatch(place.name):
+            yield place
+
+
+def remove(place: Path) -> None:
+    """Remove a file or a folder, as far as it is there."""
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _sync(place: Path) -> None:

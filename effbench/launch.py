@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from effbench.errors import RunFailedError, UserError
 from effbench.records import Record, read
 from effbench.schema import plain
+from effbench.signals import ASKED, passed_on
 from effbench.spec import Job
 from effbench.store import Store
+from effbench.worker import INTERRUPTED
 
 REFUSED = 2
 """Exit status of a run that the user can mend; `effbench.worker` gives it."""
@@ -41,12 +45,16 @@ def execute(job: Job, fresh: bool = False) -> Record:
         with folder.locked():
             folder.clear()
     elif record := record_of(job):
+        _tidy(store, job.spec.key)
         return record
-    store.run(job.spec.key).create(job.spec)
-    status = _run_process([sys.executable, "-m", "effbench.worker"], json.dumps(plain(job)))
+    # -P: a stray file in the current folder is no module of ours.
+    command = [sys.executable, "-P", "-m", "effbench.worker"]
+    status = _run_process(command, json.dumps(plain(job)))
     if status == REFUSED:
         with store.run(job.spec.key).locked():
             store.run(job.spec.key).discard_unless_begun()
+    if status < 0:
+        raise _ended_by(-status)
     if status:
         raise RunFailedError(status)
     record = record_of(job)
@@ -57,12 +65,37 @@ def execute(job: Job, fresh: bool = False) -> Record:
     return record
 
 
+def _tidy(store: Store, key: str) -> None:
+    """Remove what a process that was killed at the very end left of a finished run."""
+    if store.run(key).leftovers():
+        with store.run(key).locked():
+            store.sweep(key)
+
+
+def _ended_by(number: int) -> Exception:
+    """Return what there is to say of a process that a signal ended without a word of its own."""
+    if number in (signal.SIGINT, *ASKED):
+        return RunFailedError(INTERRUPTED)
+    name = signal.Signals(number).name
+    if name == "SIGKILL":
+        return UserError(
+            "The run's process was killed (SIGKILL), most likely because memory ran out.",
+            "`effbench plan` says what it needs; a smaller train.batch_size needs less. The same "
+            "command goes on from the last checkpoint.",
+        )
+    return UserError(
+        f"The run's process crashed ({name}), in a library that it calls.",
+        "`effbench doctor` lists known causes. The same command goes on from the last checkpoint.",
+    )
+
+
 def _run_process(command: Sequence[str], text: str) -> int:
-    """Run a command with `text` on its standard input; Ctrl-C lets it save before it ends."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+    """Run a command with `text` on its standard input; signals let it save before it ends."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process, passed_on(process):
         assert process.stdin is not None
-        process.stdin.write(text)
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, and says why itself
+            process.stdin.write(text)
+            process.stdin.close()
         while True:
             try:
                 return process.wait()

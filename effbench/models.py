@@ -52,6 +52,19 @@ class Loaded:
     """Time it took to load."""
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UserError: With another one to take.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"hardware.device={device}, but torch sees no CUDA device.",
+            "Use hardware.device=cpu; `effbench doctor` says what is missing.",
+        )
+
+
 def load(
     spec: ModelSpec,
     *,
@@ -74,11 +87,7 @@ def load(
         UserError: When there is no such device, or the files are missing, corrupt or not
             Llama-style, or the hub cannot be reached.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "hardware.device=cuda, but torch sees no CUDA device.",
-            "Use hardware.device=cpu; `effbench doctor` says what is missing.",
-        )
+    check_device(device)
     start = time.perf_counter()
     held = torch.float32 if weights == "float32" else dtype
     if spec.source == "random":

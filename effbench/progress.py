@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 from rich.console import Console
 
@@ -24,8 +25,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Write a line that stays."""
         if self._enabled:
-            self._end_line()
-            self._console.print(text, markup=False)
+            with suppress(OSError):  # the terminal may be gone; the run's state is to be saved yet
+                self._end_line()
+                self._console.print(text, markup=False)
 
     def bar(self, what: str, done: int, total: int, details: str = "") -> None:
         """Show how far something is; called as often as one likes."""
@@ -37,6 +39,10 @@ class Progress:
         self._last = now
         place = f"{done}/{total}" if total else str(done)
         line = f"{what} {place} {details}".rstrip()
+        with suppress(OSError):
+            self._draw(line, done, total, last)
+
+    def _draw(self, line: str, done: int, total: int, last: bool) -> None:
         if not self._tty:
             self._console.print(line, markup=False)
             return

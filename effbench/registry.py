@@ -65,6 +65,15 @@ def find(kind: Kind, name: str) -> Any:
     else:
         known = names(kind)
         raise UserError(f"There is no {kind[:-1]} called {name!r}.", did_you_mean(name, known))
+    return _named(cls, name)
+
+
+def _named(cls: Any, name: str) -> Any:
+    """Return a class with its name; a subclass where it has another entry point's name already."""
+    if vars(cls).get("name") not in (None, "", name):
+        cls = type(cls)(
+            cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        )
     cls.name = name
     return cls
 

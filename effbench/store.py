@@ -15,18 +15,17 @@ results/records/<key>.json
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from effbench.errors import UserError, did_you_mean
-from effbench.files import mendable, write_atomic
+from effbench.files import mendable, remove, scratch_in, write_atomic
+from effbench.locks import locked
 
 if TYPE_CHECKING:
     from effbench.spec import Spec
@@ -91,8 +90,17 @@ class RunFolder:
     def finish(self) -> None:
         """Mark the run as finished and drop what only an unfinished one needs."""
         write_atomic(self.path / MARKER, f"{time.time():.3f}\n")
-        self.checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        self.sweep()
+
+    def leftovers(self) -> list[Path]:
+        """Return what nobody needs: half-written files, and the state of a run that is finished."""
+        done = (self.checkpoint, self.path / "parts") if self.finished else ()
+        return [*scratch_in(self.path), *(place for place in done if place.exists())]
+
+    def sweep(self) -> None:
+        """Remove what a killed process left behind; the run must be locked."""
+        for place in self.leftovers():
+            remove(place)
 
     def clear(self) -> None:
         """Forget everything about the run; the marker goes first."""
@@ -106,37 +114,26 @@ class RunFolder:
             self.clear()
 
     @contextmanager
-    def locked(self, on_wait: Any = None) -> Iterator[None]:
+    def locked(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
         """Hold the run alone; wait for another process that holds it.
 
         Args:
             on_wait: Called once with the holder's description before waiting.
         """
         lock = self.path.parent / f".{self.key}.lock"
-        with mendable(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a+")
-        with file:
-            if not _try_lock(file):
-                file.seek(0)
-                if on_wait:
-                    on_wait(file.read().strip() or "another process")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with ExitStack() as held:
+            with mendable(lock):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                _keep_out_of_git(lock.parent)
+                held.enter_context(locked(lock, on_wait))
+            yield
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _keep_out_of_git(runs: Path) -> None:
+    """Have git pass over the folder of all runs, which are large and can be made again."""
+    ignore = runs / ".gitignore"
+    if not ignore.exists():
+        write_atomic(ignore, "*\n")
 
 
 class Store:
@@ -150,6 +147,12 @@ class Store:
     def run(self, key: str) -> RunFolder:
         """Return the folder of a key, whether it exists or not."""
         return RunFolder(self.runs / key)
+
+    def sweep(self, key: str) -> None:
+        """Remove what a killed process left of a run; it must be locked."""
+        self.run(key).sweep()
+        for place in self.records.glob(f".{key}.json.*.part"):
+            remove(place)
 
     def run_keys(self) -> list[str]:
         """Return the keys of all run folders, newest first."""

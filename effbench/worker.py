@@ -13,10 +13,12 @@ from pathlib import Path
 
 from effbench.errors import StoppedError, UserError
 from effbench.schema import build
+from effbench.signals import end_with_parent, interrupt_when_asked
 from effbench.spec import Job
 from effbench.store import RunFolder, Store
 
 INTERRUPTED = 130
+"""Exit status of a run that was asked to stop."""
 
 
 def main() -> int:
@@ -45,6 +47,7 @@ def run_here(job: Job) -> None:
     store = Store(Path(job.runtime.results))
     folder = store.run(job.spec.key)
     with folder.locked(lambda holder: _say(f"waiting: {holder} is on this very run")):
+        store.sweep(job.spec.key)
         if not folder.finished:
             folder.create(job.spec)
             try:
@@ -76,8 +79,11 @@ def _fail(error: UserError) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be gone, and that is why the run stops
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
+    end_with_parent()
+    interrupt_when_asked()
     sys.exit(main())

@@ -26,7 +26,7 @@ from effbench.measure.counting import parameters
 from effbench.measure.roofline import Ceilings, decode_bytes, prefill_flops, probe
 from effbench.measure.timing import Ratio, interleaved
 from effbench.methods.apt import APT
-from effbench.methods.base import Context, Cost, Method, dense_cost
+from effbench.methods.base import Context, Cost, Method, compress_whole, dense_cost
 from effbench.methods.structured import Structured
 from effbench.nn.engine import StaticSession
 from effbench.nn.pruning import Pruning
@@ -72,8 +72,7 @@ def sliced(method: Structured) -> Subject:
     weight = whole.model.model.embed_tokens.weight
     draws = torch.Generator()
     ctx = Context(0, weight.device, weight.dtype, draws, lambda name: whole.model)
-    for _ in method.compress(whole.model, [], ctx):
-        pass
+    compress_whole(method, whole.model, [], ctx)
     shape = shape_left(whole.model, whole.shape)
     return Subject(whole.model.eval(), shape, dense_cost(shape, weight.dtype.itemsize))
 

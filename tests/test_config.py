@@ -244,6 +244,15 @@ def test_a_method_of_another_package_needs_no_file(monkeypatch: pytest.MonkeyPat
     assert "How wide." in page
 
 
+def test_two_names_of_one_class_do_not_rename_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"methods": {"one": Entry, "two": Entry}, "evaluators": {}}
+    monkeypatch.setattr(registry, "plugins", there.__getitem__)
+    one, two = (registry.find("methods", name) for name in ("one", "two"))
+    assert (one.name, two.name) == ("one", "two")
+    assert issubclass(two, Foreign) and issubclass(one, Foreign)
+    assert two(strength=1).strength == 1
+
+
 # -- going on from a run ---------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from effbench.errors import StoppedError, UserError
 from effbench.evaluators.base import make_batch
 from effbench.events import EventLog, read_events
 from effbench.measure.counting import flops, parameters
-from effbench.methods.base import Batch, Context, Method
+from effbench.methods.base import Batch, Context, Method, Part, compress_whole
 from effbench.nn.native_step import NativeStep
 from effbench.nn.quantised import storage_bytes
 from effbench.nn.state import cast_parameters, read_tensors
@@ -165,8 +165,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> tuple[Any, Any,
 def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
     """Return the model with the method in it, as its stage would put it there."""
     if method.stage == "compress":
-        for _ in method.compress(model.requires_grad_(False), [probe()], ctx):
-            pass
+        compress_whole(method, model.requires_grad_(False), [probe()], ctx)
         return model
     return method.finish(method.prepare(model, ctx), ctx)
 
@@ -457,6 +456,56 @@ def test_killed_it_goes_on_from_the_last_checkpoint(
     assert files(bench.folder(job).artefact) == run.artefact
 
 
+COMPRESSED = [(n, {}) for n in NAMES if stage_of(n) == "compress"]
+COMPRESSED.append(("structured", {"criterion": "wanda"}))
+
+
+@pytest.mark.parametrize(("name", "settings"), COMPRESSED, ids=lambda v: str(v or ""))
+def test_no_part_is_made_twice(
+    name: str, settings: dict[str, Any], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before every third part it computes as much, all in all, as one that is not."""
+    without_evaluation(monkeypatch)
+    cls, words = registry.find("methods", name), overrides(name, **settings)
+    compress_, made, passes = cls.compress, [], []
+
+    def watched(*arguments: Any) -> Iterator[Part]:
+        for part in compress_(*arguments):
+
+            def make(part: Part = part) -> dict[str, torch.Tensor]:
+                if session and len(made) == 3 * session:
+                    raise HardKill
+                made.append(part.name)
+                return part.make()
+
+            yield dataclasses.replace(part, make=make)
+
+    monkeypatch.setattr(cls, "compress", watched)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        session = 0
+        whole = bench.job("compress", *words)
+        run_here(whole)
+        expected, once = list(made), len(passes)
+        assert len(set(expected)) == len(expected) > 3, "parts are few enough to be made at once"
+        made.clear()
+        job = bench.job("compress", *words, "seed=1")
+        session = 1
+        while True:
+            try:
+                run_here(job)
+                break
+            except HardKill:
+                session += 1
+    finally:
+        hook.remove()
+    assert session > 1
+    assert made == expected
+    assert len(passes) == 2 * once
+    kept = files(bench.folder(job).artefact)
+    assert kept == files(bench.folder(whole).artefact)
+
+
 # -- 6: nothing is left behind -----------------------------------------------------------------
 
 
@@ -518,7 +567,93 @@ def test_another_seed_is_another_run(
     assert any(not other[n].equal(one[n]) for n in one)
 
 
-# -- 8: operating points -----------------------------------------------------------------------
+# -- 8: settings of evaluation ------------------------------------------------------------------
+
+STOPPING = [
+    "train.validate_every=1",
+    "train.patience=1",
+    "train.schedule=constant",
+    "+dataset.limit.validation=8",
+]
+
+
+def all_changed(name: str) -> list[str]:
+    """Return overrides that give each setting of evaluation alone another value, all at once."""
+    cls, words = registry.find("methods", name), []
+    for key in sorted(cls.at_evaluation):
+        literals = [v for v in _literals(get_type_hints(cls)[key]) if isinstance(v, str)]
+        values = [*literals, *([v] for v in literals), True, False, 1, 2, 3, [1], [2], [3], [0]]
+        tried = (f"method.{key}={json.dumps(value)}" for value in values)
+        words.append(next(word for word in tried if _changes(name, key, [*words, word])))
+    return words
+
+
+def _changes(name: str, key: str, words: list[str]) -> bool:
+    try:
+        job = compose("train", [*overrides(name), "model=tiny", "dataset=arithmetic", *words])
+    except UserError:
+        return False
+    return job.spec.method.settings[key] != settings_of(registry.find("methods", name))[key]
+
+
+def _literals(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from _literals(part)
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if registry.find("methods", n).at_evaluation])
+def test_settings_of_evaluation_do_not_change_what_is_trained(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_evaluation(monkeypatch)
+    jobs = [
+        bench.job("train", *overrides(name), *STOPPING, *more) for more in ([], all_changed(name))
+    ]
+    found = []
+    for job in jobs:
+        forget_accelerator()
+        run_here(job)
+        log = bench.folder(job).path / "events.jsonl"
+        validations = [e["loss"] for e in read_events(log, "validation")]
+        weights = files(bench.folder(job).artefact)
+        del weights["method.json"]  # quotes the settings
+        found.append((losses(bench, job), validations, weights))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_settings_of_evaluation_do_not_change_what_training_needs(name: str) -> None:
+    needs = []
+    for more in ([], all_changed(name)):
+        words = ["model=tiny", "dataset=arithmetic", *more]
+        spec = compose("train", [*overrides(name), *words]).spec
+        shape, method = spec.model.shape, make_method(spec.method)
+        assert shape is not None
+        whole = method.cost(shape, "float32", method.whole(shape))
+        needs.append((whole, method.training_cost(shape, "float32"), method.validated(shape)))
+    assert needs[0] == needs[1]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_is_validated_where_it_learns(name: str) -> None:
+    """What trains must be seen by the validation that decides which of it is kept."""
+    method, base, shape, ctx = fresh(name)
+    point = method.validated(shape)
+    model = method.prepare(base, ctx)
+    with method.at(model, point):
+        before = logits(method, model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    with method.at(model, point):
+        assert not logits(method, model).equal(before)
+
+
+# -- 9: operating points -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

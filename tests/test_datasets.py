@@ -355,3 +355,14 @@ def test_a_damaged_cache_is_made_again(tokenizer, cache: Path) -> None:
     [file] = cache.iterdir()
     file.write_text(file.read_text()[:-9])
     assert tokenise([Text("1", "a", " b")], spec, tokenizer) == first
+
+
+def test_rows_are_made_once_and_are_the_same_list_each_time(tmp_path: Path, tokenizer) -> None:
+    data = Data(pairs(tmp_path, rows(40)), tokenizer)
+    assert data.examples("train") is data.examples("train")
+    assert data.documents("train") is data.examples("train"), "the same rows but for texts"
+    assert data.examples("test") is not data.examples("train")
+    text = replace(data.spec, kind="text", text="{prompt}")
+    data = Data(text, tokenizer)
+    assert data.documents("train") is data.documents("train")
+    assert data.documents("train") != data.examples("train")

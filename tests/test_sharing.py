@@ -29,7 +29,7 @@ from effbench.layer_maps import (
 )
 from effbench.measure.counting import flops
 from effbench.measure.roofline import prefill_flops
-from effbench.methods.base import Method, dense_cost
+from effbench.methods.base import Method, compress_whole, dense_cost
 from effbench.methods.depths import Depths
 from effbench.methods.full import Full
 from effbench.methods.lora import LoRA
@@ -646,10 +646,11 @@ def test_what_is_kept_for_the_backward_pass(sharing: LayerMap, dtype: torch.dtyp
 def test_rounding_goes_on_from_a_shared_model() -> None:
     model = shared(top_map(6, 3), torch.float32)
     shape = shape_shared(model, DEEP)
-    parts = list(RTN(bits=8).compress(model, [], context()))
-    assert len(parts) == len(list(shape.linears())) == 36
-    from effbench.nn.quantised import storage_bytes
+    from effbench.nn.quantised import PackedLinear, storage_bytes
 
+    compress_whole(RTN(bits=8), model, [], context())
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 36
+    assert len(list(shape.linears())) == 36
     assert storage_bytes(model) == RTN(bits=8).cost(shape, "float32").resident_bytes
 
 
@@ -661,7 +662,7 @@ def test_what_leaves_layers_or_heads_out_refuses_it(method: Any) -> None:
     with pytest.raises(UserError, match=r"share states|take states"):
         method.check(shape_shared(model, DEEP))
         if method.stage == "compress":
-            list(method.compress(model, [batch_of()], context()))
+            compress_whole(method, model, [batch_of()], context())
         method.prepare(model, context())
 
 

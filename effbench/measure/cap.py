@@ -34,7 +34,7 @@ def succeeds_under(cap: int, work: Mapping[str, Any], device: str) -> bool:
     """
     text = json.dumps({"cap": cap, "device": device, **work})
     done = subprocess.run(
-        [sys.executable, "-m", "effbench.trial"], input=text, capture_output=True, text=True
+        [sys.executable, "-P", "-m", "effbench.trial"], input=text, capture_output=True, text=True
     )
     if done.returncode == 0:
         return True

@@ -114,8 +114,20 @@ class Context:
     """Context of a forward pass (mixed precision on float32 masters)."""
     clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
     """Clips gradients in place."""
-    finished: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
-    """Parts that an interrupted compression had already made, by name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a compression. What is computed for it is kept, so that nothing is computed twice.
+
+    All that takes time belongs into `make`, a pass over calibration rows too (a part for each).
+    """
+
+    name: str
+    make: Callable[[], dict[str, torch.Tensor]]
+    """Computes the part's tensors and changes nothing."""
+    put: Callable[[Mapping[str, torch.Tensor]], None]
+    """Puts the tensors in their place, whether computed just now or before an interruption."""
 
 
 @dataclass(frozen=True)
@@ -328,10 +340,11 @@ class Method:
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Change the model in place, part by part, and yield `(name, new part)` after each.
+    ) -> Iterator[Part]:
+        """Yield the parts of the work, each from the model as the parts before have left it.
 
-        Each yield is a resume point: a part found in `ctx.finished` is put in place from there.
+        Who iterates makes each part, or takes what an interrupted run kept of it, and puts it in
+        place before asking for the next one. The model is compressed when the iterator is done.
         """
         raise NotImplementedError(f"{self.name} does not compress")
 
@@ -345,12 +358,24 @@ class Method:
         """Return the operating point with all that is in memory, listed or not.
 
         The others may need less; it is what they are compared with, and what a run after this one
-        starts from.
+        starts from. Default: the unnamed point, the model as it is left.
 
         Args:
             shape: The model's shape, as the method leaves it.
         """
-        return self.fitted(shape).points()[-1]
+        return ""
+
+    def validated(self, shape: Shape) -> str:
+        """Return the operating point at which training is validated, listed or not.
+
+        It follows from what trains alone: which points are evaluated afterwards (`at_evaluation`)
+        must not decide when training stops and which weights it keeps. Default: the unnamed point,
+        the model as training has it.
+
+        Args:
+            shape: The shape of the model that it starts from.
+        """
+        return ""
 
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""
@@ -450,6 +475,14 @@ class Method:
         An empty name is another copy of the model that it starts from.
         """
         return ()
+
+
+def compress_whole(
+    method: Method, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+) -> None:
+    """Compress a model in place from the first part to the last, and keep none of them."""
+    for part in method.compress(model, calibration, ctx):
+        part.put(part.make())
 
 
 def chain_cost(

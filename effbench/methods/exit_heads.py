@@ -151,6 +151,12 @@ class ExitHeads(Depths):
 
     # -- use -----------------------------------------------------------------------------------
 
+    def validated(self, shape: Shape) -> str:
+        """Return the deepest exit that learns: on a frozen trunk the last layer's never changes."""
+        if self.trunk == "trained":
+            return f"d{shape.num_layers}"
+        return f"d{self.fitted(shape).headed(shape.num_layers)[-1]}"
+
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of an exit inside the context, or decode in the way of the point."""

@@ -13,15 +13,25 @@ here is a run of its own: `effbench train from=RUN method=full`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.errors import UserError
 from effbench.layer_maps import require_unshared
 from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.base import (
+    Batch,
+    Context,
+    Cost,
+    Method,
+    Paper,
+    Part,
+    compress_whole,
+    dense_cost,
+)
 from effbench.schema import PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -56,7 +66,7 @@ class GQA(Method):
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
+    ) -> Iterator[Part]:
         """Pool the heads of one projection after the other."""
         from effbench.nn.slicing import require_llama
 
@@ -64,15 +74,27 @@ class GQA(Method):
         root: Any = model
         for index, layer in enumerate(root.model.layers):
             for name in POOLED:
-                self._pool(getattr(layer.self_attn, name), root.config.head_dim)
-                yield f"model.layers.{index}.self_attn.{name}", getattr(layer.self_attn, name)
+                linear, width = getattr(layer.self_attn, name), root.config.head_dim
+                yield Part(
+                    f"model.layers.{index}.self_attn.{name}",
+                    partial(self._pooled, linear, width),
+                    partial(self._narrow, linear, width),
+                )
         self._settle(root)
 
-    def _pool(self, linear: Any, width: int) -> None:
-        """Give a projection the mean of each run of heads."""
-        for part in linear.parameters():
-            heads = part.data.float().view(self.kv_heads, -1, width, *part.shape[1:])
-            part.data = heads.mean(1).reshape(-1, *part.shape[1:]).to(part.dtype)
+    def _pooled(self, linear: Any, width: int) -> dict[str, torch.Tensor]:
+        """Return a projection's parameters with the mean of each run of heads."""
+
+        def mean(old: torch.Tensor) -> torch.Tensor:
+            heads = old.float().view(self.kv_heads, -1, width, *old.shape[1:])
+            return heads.mean(1).reshape(-1, *old.shape[1:]).to(old.dtype)
+
+        return {name: mean(parameter.data) for name, parameter in linear.named_parameters()}
+
+    def _narrow(self, linear: Any, width: int, pooled: Mapping[str, torch.Tensor]) -> None:
+        """Give a projection its pooled parameters."""
+        for name, parameter in linear.named_parameters():
+            parameter.data = pooled[name]
         linear.out_features = self.kv_heads * width
 
     def _settle(self, model: Any) -> None:
@@ -89,8 +111,7 @@ class GQA(Method):
         """Return the base `model` with the pooled projections of `folder`."""
         from effbench.nn.state import load_tensors
 
-        for _ in self.compress(model, [], ctx):
-            pass
+        compress_whole(self, model, [], ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
 

@@ -15,15 +15,16 @@ it with `effbench train from=RUN`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.errors import UserError
 from effbench.files import write_atomic
 from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
 from effbench.schema import NonNegativeInt
 from effbench.shapes import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
 
@@ -74,24 +75,41 @@ class LayerDrop(Method):
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Judge every layer, yield each with its influence and whether it stays, then cut."""
-        from effbench.nn.depths import keep_layers, require_layers_alike
+    ) -> Iterator[Part]:
+        """Read row by row how much each layer changes, where that is asked for, then cut."""
+        from effbench.nn.depths import require_layers_alike
 
         require_layers_alike(model)
-        config: Any = model.config
-        found = torch.zeros(config.num_hidden_layers, dtype=torch.float64)
+        root: Any = model
+        sums = torch.zeros(root.config.num_hidden_layers, dtype=torch.float64)
+        tokens = torch.zeros((), dtype=torch.int64)
+
+        def add(read: Mapping[str, torch.Tensor]) -> None:
+            sums.add_(read["cosines"].cpu())
+            tokens.add_(read["tokens"].cpu())
+
         if self.layers is None and self.criterion == "influence":
-            found = influence(model, calibration)
-        gone = self.gone(found, ctx.seed)
-        for index, value in enumerate(found):
-            verdict = torch.nn.Module()
-            verdict.register_buffer("influence", value.clone())
-            verdict.register_buffer("kept", torch.tensor(index not in gone))
-            yield f"layers.{index}", verdict
-        kept = [index for index in range(len(found)) if index not in gone]
-        keep_layers(model, kept)
-        config.kept_layers = kept
+            for row, batch in enumerate(calibration):
+                yield Part(f"rows.{row}", partial(passed, model, batch), add)
+        choose = partial(self._choose, sums, tokens, ctx.seed)
+        yield Part("layers", choose, partial(self._keep, model))
+
+    def _choose(
+        self, sums: torch.Tensor, tokens: torch.Tensor, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """Return which layers stay, [L] bool, and each one's influence, [L]."""
+        found = influence(sums, int(tokens))
+        gone = self.gone(found, seed)
+        kept = torch.tensor([index not in gone for index in range(len(found))])
+        return {"influence": found, "kept": kept}
+
+    def _keep(self, model: torch.nn.Module, verdict: Mapping[str, torch.Tensor]) -> None:
+        """Leave the chosen layers alone in the model."""
+        from effbench.nn.depths import keep_layers
+
+        config: Any = model.config
+        config.kept_layers = verdict["kept"].nonzero()[:, 0].tolist()
+        keep_layers(model, config.kept_layers)
 
     def gone(self, influence: torch.Tensor, seed: int) -> set[int]:
         """Return the layers that go, given each one's influence, [L]."""
@@ -154,16 +172,26 @@ def _kept_in(folder: Path) -> list[int]:
     return kept
 
 
-def influence(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
+def influence(sums: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return the block influence of every layer, [L] float64.
 
     Args:
+        sums: Cosines of what each layer reads and leaves, [L], added up over tokens; see `passed`.
+        tokens: How many.
+    """
+    return 1 - sums / max(1, tokens)
+
+
+def passed(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the cosine of what each layer reads and leaves, [L] float64, summed over tokens.
+
+    Args:
         model: Laid out as Llama is.
-        batches: What it reads; padding does not count.
+        batch: What it reads; padding does not count. The number of `tokens` is returned too.
     """
     layers = model.model.layers
     sums = torch.zeros(len(layers), dtype=torch.float64)
-    real: Any = None
+    real = batch.attention_mask.bool()
 
     def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         pair = before[real].double(), after[real].double()
@@ -173,14 +201,10 @@ def influence(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
         layer.register_forward_hook(lambda _, inputs, out, i=i: add(i, inputs[0], out))
         for i, layer in enumerate(layers)
     ]
-    tokens = 0
     try:
-        for batch in batches:
-            real = batch.attention_mask.bool()
-            tokens += int(real.sum())
-            with torch.no_grad():
-                Method().logits(model, batch)
+        with torch.no_grad():
+            Method().logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return 1 - sums / max(1, tokens)
+    return {"cosines": sums, "tokens": real.sum()}

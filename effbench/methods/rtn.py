@@ -19,14 +19,15 @@ is not, as each product first expands its weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.kernels.groupwise import grouped_bytes
 from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
 from effbench.schema import Bits, PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape
 
@@ -51,20 +52,33 @@ class RTN(Method):
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
+    ) -> Iterator[Part]:
         """Round one linear after the other."""
+        from effbench.nn.quantised import dense_linears
+
+        for name, linear in dense_linears(model):
+            yield Part(name, partial(self._round, linear), partial(self._pack, model, name, linear))
+
+    def _round(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
+        """Return the codes, scales and zero points of a linear."""
+        from effbench.nn.quantised import PackedLinear
+
+        packed = PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
+        return dict(packed.named_buffers())
+
+    def _pack(
+        self,
+        model: torch.nn.Module,
+        name: str,
+        linear: torch.nn.Linear,
+        stored: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Put what a linear was rounded to in its place."""
         from effbench.nn.linears import replace_module
-        from effbench.nn.quantised import PackedLinear, dense_linears
+        from effbench.nn.quantised import PackedLinear
 
         settings = self.bits, self.group_size, self.symmetric
-        for name, linear in dense_linears(model):
-            if name in ctx.finished:
-                part = PackedLinear.empty(linear, *settings)
-                part.load_state_dict(ctx.finished[name])
-            else:
-                part = PackedLinear.quantise(linear, *settings)
-            replace_module(model, name, part)
-            yield name, part
+        replace_module(model, name, PackedLinear.holding(linear, stored, *settings))
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the codes, scales and zero points of every linear."""

@@ -230,6 +230,10 @@ class SortedFull(Depths):
             if parameter.requires_grad
         ]
 
+    def validated(self, shape: Shape) -> str:
+        """Return the deepest trained depth."""
+        return f"d{max(self.fitted(shape).depths)}"
+
     # -- artefact ------------------------------------------------------------------------------
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:

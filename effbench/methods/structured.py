@@ -16,16 +16,17 @@ with `effbench train from=RUN`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Interval
 
 from effbench.errors import UserError
 from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
 from effbench.schema import PositiveInt
 from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
 
@@ -67,33 +68,54 @@ class Structured(Method):
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Choose blocks of the whole model, then cut one module after the other."""
-        from effbench.nn.blocks import search, search_uniform
-        from effbench.nn.slicing import kept_blocks, layout_of, require_llama, slices
+    ) -> Iterator[Part]:
+        """Score the blocks, choose among those of the whole model, then cut."""
+        from effbench.nn.slicing import kept_blocks, layout_of, require_llama, slice_model
 
         require_llama(model)
-        layout = layout_of(model)
-        scores = self.scores(model, layout, calibration, ctx.seed)
+        layout, root = layout_of(model), cast("Any", model)
+        scores = torch.zeros(layout.size, device=root.model.embed_tokens.weight.device)
+        yield from self.score(model, layout, scores, calibration, ctx.seed)
+        yield Part(
+            "blocks",
+            partial(self._choose, layout, scores),
+            lambda found: slice_model(model, kept_blocks(layout, found["kept"])),
+        )
+
+    def score(
+        self,
+        model: Any,
+        layout: Layout,
+        scores: torch.Tensor,
+        calibration: Sequence[Batch],
+        seed: int,
+    ) -> Iterator[Part]:
+        """Fill `scores`, [N], zeros at first, with the score of every block."""
+        if self.criterion == "random":
+            draws = torch.Generator().manual_seed(seed)
+            scores.copy_(torch.rand(layout.size, generator=draws))
+            return
+        squares: dict[str, torch.Tensor] = {}
+        if self.criterion == "wanda":
+            for row, batch in enumerate(calibration):
+                yield Part(f"rows.{row}", partial(input_squares, model, batch), _adding_to(squares))
+        norms = {model.get_submodule(name): total.sqrt() for name, total in squares.items()}
+
+        def of(linear: Any) -> torch.Tensor:
+            weight = linear.weight.float()
+            return weight.abs() * norms[linear] if norms else weight.square()
+
+        for index in range(len(layout.layers)):
+            yield _layer_score(model, layout, scores, index, of, self.criterion == "wanda")
+
+    def _choose(self, layout: Layout, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return which blocks stay, [N] bool."""
+        from effbench.nn.blocks import search, search_uniform
+
         budget = self.keep * layout.weights(torch.ones(layout.size))
         find = search if self.scope == "global" else search_uniform
         found = find(layout, scores, budget, prunable=self.blocks, align=self.align)
-        yield from slices(model, kept_blocks(layout, found.kept))
-
-    def scores(
-        self, model: Any, layout: Layout, calibration: Sequence[Batch], seed: int
-    ) -> torch.Tensor:
-        """Return the score of every block, [N]; see the module's text."""
-        from effbench.nn.blocks import block_sums
-
-        if self.criterion == "random":
-            return torch.rand(layout.size, generator=torch.Generator().manual_seed(seed))
-        if self.criterion == "magnitude":
-            return block_sums(model, layout, lambda linear: linear.weight.float().square())
-        norms = input_norms(model, calibration)
-        return block_sums(
-            model, layout, lambda linear: linear.weight.float().abs() * norms[linear], reads=True
-        )
+        return {"kept": found.kept}
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return every weight."""
@@ -152,29 +174,67 @@ def check_budget(shape: Shape, keep: float, blocks: Sequence[str]) -> None:
         )
 
 
-def input_norms(model: Any, batches: Sequence[Batch]) -> dict[torch.nn.Module, torch.Tensor]:
-    """Return the L2 norm over all tokens of each input feature of every decoder linear, [d_in].
+def _layer_score(
+    model: Any,
+    layout: Layout,
+    scores: torch.Tensor,
+    index: int,
+    of: Callable[[Any], torch.Tensor],
+    reads: bool,
+) -> Part:
+    """Return the part that scores the blocks of one layer, and adds to those of the stream."""
+    from effbench.nn.blocks import add_layer_sums
+
+    def make() -> dict[str, torch.Tensor]:
+        mine = scores.clone()
+        view, dims = list(layout.views(mine))[index], layout.dims(mine)
+        add_layer_sums(model.model.layers[index], layout.layers[index], view, dims, of, reads)
+        return {**{n: part.clone() for n, part in view._asdict().items()}, "dims": dims.clone()}
+
+    def put(found: Mapping[str, torch.Tensor]) -> None:
+        view = list(layout.views(scores))[index]
+        view.groups.copy_(found["groups"])
+        view.neurons.copy_(found["neurons"])
+        layout.dims(scores).copy_(found["dims"])
+
+    return Part(f"scores.{index}", make, put)
+
+
+def _adding_to(
+    sums: dict[str, torch.Tensor],
+) -> Callable[[Mapping[str, torch.Tensor]], None]:
+    """Return what adds the squares of one more batch."""
+
+    def add(squares: Mapping[str, torch.Tensor]) -> None:
+        for name, square in squares.items():
+            sums[name] = sums[name] + square if name in sums else square
+
+    return add
+
+
+def input_squares(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the squares of each input feature of every decoder linear, [d_in], by its name.
 
     Args:
         model: A causal language model.
-        batches: What it reads; padding does not count.
+        batch: What it reads; the squares are summed over tokens, and padding does not count.
     """
     from effbench.nn.linears import decoder_linears
 
-    sums: dict[torch.nn.Module, torch.Tensor] = {}
-    real: Any = None
+    found: dict[str, torch.Tensor] = {}
+    real = batch.attention_mask.bool()
 
-    def add(linear: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        square = inputs[0][real].float().square().sum(0)
-        sums[linear] = sums[linear] + square if linear in sums else square
+    def look(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        found[name] = inputs[0][real].float().square().sum(0)
 
-    hooks = [m.register_forward_pre_hook(add) for _, m in decoder_linears(model)]
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, inputs, n=name: look(n, inputs))
+        for name, linear in decoder_linears(model)
+    ]
     try:
-        for batch in batches:
-            real = batch.attention_mask.bool()
-            with torch.no_grad():  # the head reads no block of the decoder
-                model.model(batch.input_ids, batch.attention_mask, use_cache=False)
+        with torch.no_grad():  # the head reads no block of the decoder
+            model.model(batch.input_ids, batch.attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {linear: square.sqrt() for linear, square in sums.items()}
+    return found

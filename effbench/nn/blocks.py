@@ -191,41 +191,40 @@ def search_uniform(
 
 
 @torch.no_grad()
-def block_sums(
-    model: Any,
-    layout: Layout,
+def add_layer_sums(
+    layer: Any,
+    size: LayerSize,
+    view: LayerViews,
+    dims: torch.Tensor,
     of: Callable[[Any], torch.Tensor],
     reads: bool = False,
-) -> torch.Tensor:
-    """Return the sum over the weights of each block of a value per weight, [N] float32.
+) -> None:
+    """Add to each block the sum of a value per weight over its weights in one layer.
 
     Args:
-        model: A `LlamaForCausalLM` with dense linears.
-        layout: Its blocks.
+        layer: A layer of a `LlamaForCausalLM` with dense linears.
+        size: Its sizes.
+        view: Sums of its groups and neurons.
+        dims: Sums of the dimensions of the residual stream, [d].
         of: Gives the values of a linear, [d_out, d_in].
         reads: Only the weights that read a block's activations: columns of `o_proj` for groups, of
             `down_proj` for neurons, of the other linears for dimensions.
     """
-    found = torch.zeros(layout.size, device=model.model.embed_tokens.weight.device)
-    dims = layout.dims(found)
-    views = zip(model.model.layers, layout.layers, layout.views(found), strict=True)
-    for layer, size, view in views:
-        parts: list[tuple[Any, str, tuple[str, ...], torch.Tensor]] = []
-        if size.num_heads:
-            parts.append((layer.self_attn, "o_proj", ("q_proj", "k_proj", "v_proj"), view.groups))
-        if size.intermediate_size:
-            parts.append((layer.mlp, "down_proj", ("gate_proj", "up_proj"), view.neurons))
-        for owner, outward, inward, units in parts:
-            values = of(getattr(owner, outward))
-            units += values.sum(0).view(len(units), -1).sum(1)
+    parts: list[tuple[Any, str, tuple[str, ...], torch.Tensor]] = []
+    if size.num_heads:
+        parts.append((layer.self_attn, "o_proj", ("q_proj", "k_proj", "v_proj"), view.groups))
+    if size.intermediate_size:
+        parts.append((layer.mlp, "down_proj", ("gate_proj", "up_proj"), view.neurons))
+    for owner, outward, inward, units in parts:
+        values = of(getattr(owner, outward))
+        units += values.sum(0).view(len(units), -1).sum(1)
+        if not reads:
+            dims += values.sum(1)
+        for name in inward:
+            values = of(getattr(owner, name))
+            dims += values.sum(0)
             if not reads:
-                dims += values.sum(1)
-            for name in inward:
-                values = of(getattr(owner, name))
-                dims += values.sum(0)
-                if not reads:
-                    units += values.sum(1).view(len(units), -1).sum(1)
-    return found
+                units += values.sum(1).view(len(units), -1).sum(1)
 
 
 def _portions(

@@ -11,7 +11,7 @@ Key/value caches count the layers that attend, not all layers: a layer without h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -171,19 +171,8 @@ class NoMLP(nn.Module):
 # -- slicing -----------------------------------------------------------------------------------
 
 
-def slice_model(model: nn.Module, kept: Kept, replace: Replace | None = None) -> nn.Module:
-    """Slice a model in place and return it; see `slices`."""
-    for _ in slices(model, kept, replace):
-        pass
-    return model
-
-
-def slices(
-    model: Any, kept: Kept, replace: Replace | None = None
-) -> Iterator[tuple[str, nn.Module]]:
-    """Slice a model in place, module by module; yield `(name, new module)` after each.
-
-    The model is whole again, and its config true, only when the iterator is done.
+def slice_model(model: Any, kept: Kept, replace: Replace | None = None) -> Any:
+    """Slice a model in place, module by module, and return it.
 
     Args:
         model: A `LlamaForCausalLM`; its linears may carry `LowRankLinear` adapters.
@@ -205,8 +194,7 @@ def slices(
     if tied:  # at once, so that the old table is not held beside the new one
         model.lm_head.weight = inner.embed_tokens.weight
         model.lm_head.in_features = len(kept.dims)
-    yield "model.embed_tokens", inner.embed_tokens
-    for index, (layer, part) in enumerate(zip(inner.layers, kept.layers, strict=True)):
+    for layer, part in zip(inner.layers, kept.layers, strict=True):
         heads = {
             "q_proj": (_spread(part.queries, width), kept.dims),
             "k_proj": (_spread(part.groups, width), kept.dims),
@@ -220,7 +208,6 @@ def slices(
         }
         for norm in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, norm, cut(getattr(layer, norm), kept.dims, None))
-            yield f"model.layers.{index}.{norm}", getattr(layer, norm)
         for owner, sizes, units in (
             ("self_attn", heads, part.queries),
             ("mlp", neurons, part.neurons),
@@ -230,13 +217,11 @@ def slices(
                 continue
             for name, (rows, columns) in sizes.items():
                 setattr(parent, name, cut(getattr(parent, name), rows, columns))
-                yield f"model.layers.{index}.{owner}.{name}", getattr(parent, name)
     inner.norm = cut(inner.norm, kept.dims, None)
-    yield "model.norm", inner.norm
     if not tied:
         model.lm_head = cut(model.lm_head, None, kept.dims)
     _settle(model, [part.size for part in kept.layers], len(kept.dims))
-    yield "lm_head", model.lm_head
+    return model
 
 
 def _check_groups(index: int, size: LayerSize, part: KeptLayer) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from effbench import registry
 from effbench.config import compose, make_method
 from effbench.footprint import Pass, step_flops
-from effbench.methods.base import Batch, Context, Cost, Method, inference_cost
+from effbench.methods.base import Batch, Context, Cost, Method, compress_whole, inference_cost
 from effbench.records import Record
 from effbench.selfcheck.base import Check
 from effbench.shapes import Shape
@@ -161,8 +161,7 @@ def _model(method: Method) -> tuple[Any, Context]:
     place = torch.device("cpu")
     ctx = Context(0, place, torch.float32, generator, lambda name: _random(), total_steps=DRAWS)
     if method.stage == "compress":
-        for _ in method.compress(model, [_batch()], ctx):
-            pass
+        compress_whole(method, model, [_batch()], ctx)
         return model, ctx
     return method.prepare(model, ctx).train(), ctx
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -118,7 +118,8 @@ class Bench:
             with meter, memory:
                 yield
         except BaseException:
-            self._keep(name, self._taken(name, meter.energy, memory.peak.peak_bytes))
+            with suppress(Exception):  # what went wrong is what is to be told, whatever this finds
+                self._keep(name, self._taken(name, meter.energy, memory.peak.peak_bytes))
             raise
         took = self.took[name] = self._taken(name, meter.energy, memory.peak.peak_bytes)
         self._keep(name, None)
@@ -208,8 +209,13 @@ class Bench:
 
 
 def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
-    """Set the process up for a run: seeds, threads, logs."""
+    """Set the process up for a run: seeds, threads, logs.
+
+    Raises:
+        UserError: When its device is not there.
+    """
     spec = job.spec
+    models.check_device(spec.hardware.device)
     if not folder.started:
         (folder.path / "events.jsonl").unlink(missing_ok=True)
     if spec.hardware.threads:
@@ -236,12 +242,12 @@ def open_model(bench: Bench) -> torch.nn.Module:
         UserError: When a file is missing or broken, or two settings contradict each other.
     """
     spec, own = bench.spec, bench.method
-    chain = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
-    weights = _base_weights(bench, [m for _, m in chain])
+    made = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
+    weights = _base_weights(bench, [m for _, m in made])
     stored = models.fetch(spec.model)
     models.import_libraries()
     open_tokenizer(bench)
-    for method in (own, *(m for _, m in chain)):
+    for method in (own, *(m for _, m in made)):
         for library in method.libraries:
             importlib.import_module(library)
     release()
@@ -256,13 +262,13 @@ def open_model(bench: Bench) -> torch.nn.Module:
         )
         model, bench.base_shape = loaded.model, loaded.shape
         shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
-        for place, (earlier, method) in enumerate(chain):
+        for place, (earlier, method) in enumerate(made):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
             method = method.fitted(shapes[place])
             model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
             model.requires_grad_(False)
-        if chain and spec.stage == "train" and own.weights == "nf4":
+        if made and spec.stage == "train" and own.weights == "nf4":
             quantise_nf4(model, compute_dtype=bench.dtype)
     if spec.dataset.max_length > loaded.shape.max_positions:
         raise UserError(
@@ -299,9 +305,9 @@ def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, M
     return model.eval().requires_grad_(False), bench.method
 
 
-def _base_weights(bench: Bench, chain: Sequence[Method]) -> Weights:
+def _base_weights(bench: Bench, earlier: Sequence[Method]) -> Weights:
     """Return how to hold the base: as its first method wants it, float32 only to train it all."""
-    first = chain[0] if chain else bench.method
+    first = earlier[0] if earlier else bench.method
     if first.weights == "nf4":
         return "nf4"
     masters = bench.spec.stage == "train" and bench.method.weights == "float32"

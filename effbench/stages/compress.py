@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from effbench.files import atomic_path
 from effbench.footprint import Pass
 from effbench.methods.base import CALIBRATION_ROWS, Batch
 from effbench.nn.state import read_tensors
+from effbench.signals import stop_signal
 from effbench.stages.common import (
     Bench,
     as_batch,
@@ -26,33 +27,29 @@ from effbench.stages.common import (
     open_model,
     save_artefact,
 )
-from effbench.stages.train import stop_signal
 
 
-class Parts(Mapping[str, Mapping[str, torch.Tensor]]):
+class Parts:
     """Finished parts of a compression, on disk, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
 
-    def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
-        path = self.folder / f"{name}.safetensors"
+    def read(self, name: str, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """Return a finished part, None when it is not there."""
+        path = self._path(name)
         if not path.is_file():
-            raise KeyError(name)
-        return read_tensors(path)
+            return None
+        return {n: t.to(device) for n, t in read_tensors(path).items()}
 
-    def __iter__(self) -> Iterator[str]:
-        return (p.name.removesuffix(".safetensors") for p in self.folder.glob("*.safetensors"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def add(self, name: str, part: torch.nn.Module) -> None:
+    def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a finished part."""
-        tensors = {n: t.contiguous().cpu() for n, t in part.state_dict().items()}
-        with atomic_path(self.folder / f"{name}.safetensors") as place:
-            save_file(tensors, place)
+        with atomic_path(self._path(name)) as place:
+            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, place)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def compress(bench: Bench) -> None:
@@ -83,15 +80,17 @@ def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
 
 
 def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:
-    ctx = bench.context()
-    parts = Parts(bench.folder.path / "parts")
-    ctx.finished = parts
-    before = set(parts)
+    """Make every part that is not finished yet, and put all of them in place, in order."""
+    finished = Parts(bench.folder.path / "parts")
+    parts = bench.method.compress(model, calibration, bench.context())
     with stop_signal() as stop:
-        for done, (name, part) in enumerate(bench.method.compress(model, calibration, ctx), 1):
-            if name not in before:
-                parts.add(name, part)
-                bench.events.append("part", name=name)
-            bench.progress.count("part", done, name)
+        for done, part in enumerate(parts, 1):
+            tensors = finished.read(part.name, bench.device)
+            if tensors is None:
+                tensors = part.make()
+                finished.add(part.name, tensors)
+                bench.events.append("part", name=part.name)
+            part.put(tensors)
+            bench.progress.count("part", done, part.name)
             if stop.requested:
-                raise StoppedError(f"part {name}")
+                raise StoppedError(f"part {part.name}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,7 @@ from effbench.nn.depths import decoder_layers
 from effbench.nn.state import cast_parameters
 from effbench.progress import duration
 from effbench.records import Metric
+from effbench.signals import stop_signal
 from effbench.spec import TrainSpec
 from effbench.stages.batching import groups_of, rows_of_step, window
 from effbench.stages.common import (
@@ -76,6 +75,8 @@ class Trainer:
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
     layer_forwards: LayerForwards
+    validated: str
+    """Operating point at which it is validated."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -179,6 +180,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
+        validated=method.validated(bench.start_shape()),
     )
 
 
@@ -350,7 +352,7 @@ def _validate(trainer: Trainer) -> None:
     bench, model, done = trainer.bench, trainer.model, trainer.done
     model.eval()
     total, count = 0.0, 0
-    with bench.method.at(trainer.model, bench.method.points()[-1]):
+    with bench.method.at(model, trainer.validated):
         for group in by_length([len(e.ids) for e in trainer.validation], 2048):
             rows = [trainer.validation[i] for i in group]
             pad = bench.tokenizer.pad_token_id
@@ -442,32 +444,6 @@ def _resume(trainer: Trainer) -> None:
     bench.notes[:] = state["notes"]
     bench.events.cut(state["events"])
     bench.progress.say(f"going on from step {trainer.done.step}")
-
-
-class Stop:
-    """Whether somebody asked the run to stop."""
-
-    requested = False
-
-
-@contextmanager
-def stop_signal() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or termination signal into a request; a second one acts at once."""
-    stop = Stop()
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        stop.requested = True
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, request)
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def _summarise(bench: Bench, done: Progressed) -> None:

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from effbench.errors import UserError
 from effbench.layer_maps import shared_shape, top_map
+from effbench.methods.base import compress_whole
 from effbench.methods.gqa import GQA
 from effbench.nn.engine import StaticSession, session_for
 
 
 def pooled(heads: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     model = tiny_model(dtype=dtype).eval().requires_grad_(False)
-    names = [n for n, _ in GQA(kv_heads=heads).compress(model, [], context())]
-    assert len(names) == 2 * SHAPE.num_layers
+    compress_whole(GQA(kv_heads=heads), model, [], context())
     return model
 
 
@@ -39,8 +39,7 @@ def test_equal_heads_can_be_pooled_without_loss() -> None:
             for part in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                 part.weight[SHAPE.head_dim :] = part.weight[: SHAPE.head_dim]
     expected = logits(model)
-    for _ in GQA().compress(model, [], context()):
-        pass
+    compress_whole(GQA(), model, [], context())
     torch.testing.assert_close(logits(model), expected)
 
 

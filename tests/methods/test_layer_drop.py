@@ -12,15 +12,19 @@ from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.errors import UserError
-from effbench.methods.layer_drop import LayerDrop, influence
+from effbench.methods.base import compress_whole
+from effbench.methods.layer_drop import LayerDrop, influence, passed
 from effbench.nn.depths import at_layers
 from effbench.shapes import LayerSize, Shape, sliced_shape
 
 DEEP = Shape(**{**vars(SHAPE), "num_layers": 6})
 
 
-def cut(method: LayerDrop, model: Any) -> dict[str, Any]:
-    return dict(method.compress(model.eval(), [batch_of()], context()))
+def cut(method: LayerDrop, model: Any) -> list[int]:
+    """Compress the model and return the layers that stay."""
+    compress_whole(method, model.eval(), [batch_of()], context())
+    kept: list[int] = model.config.kept_layers
+    return kept
 
 
 def test_influence_is_one_minus_the_cosine_of_input_and_output() -> None:
@@ -30,7 +34,8 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output() -> None:
             batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
         ).hidden_states[:6]  # the last one has been normed
     real = batch.attention_mask.bool()
-    found = influence(model, [batch, batch])
+    read = passed(model, batch)
+    found = influence(2 * read["cosines"], 2 * int(read["tokens"]))
     for index in range(5):
         a, b = (states[index + i][real].double() for i in range(2))
         cosine = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
@@ -51,8 +56,7 @@ def test_what_is_left_is_the_model_of_these_layers(
     settings: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
     method, model = LayerDrop(**settings), tiny_model(shape=DEEP)
-    parts = cut(method, model)
-    assert [int(i) for i in range(6) if parts[f"layers.{i}"].kept] == expected
+    assert cut(method, model) == expected
     whole = tiny_model(shape=DEEP).eval()
     with at_layers(whole, expected):
         wanted = logits(whole)
@@ -74,8 +78,7 @@ def test_the_least_influence_goes_first() -> None:
             model.model.layers[index].self_attn.o_proj.weight.zero_()
             model.model.layers[index].mlp.down_proj.weight.zero_()
     before = logits(model.eval())
-    parts = cut(LayerDrop(remove=2), model)
-    assert [i for i in range(6) if not parts[f"layers.{i}"].kept] == [1, 3]
+    assert cut(LayerDrop(remove=2), model) == [0, 2, 4, 5]
     torch.testing.assert_close(logits(model), before)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.errors import UserError
 from effbench.kernels import groupwise
-from effbench.methods.base import Context
+from effbench.methods.base import Context, compress_whole
 from effbench.methods.none import Unchanged
 from effbench.methods.rtn import RTN
 from effbench.nn.quantised import PackedLinear, storage_bytes
@@ -50,7 +50,7 @@ def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return model
 
 
-def context(finished: Any = None) -> Context:
+def context() -> Context:
     def load_model(name: str) -> torch.nn.Module:
         raise AssertionError(name)
 
@@ -60,14 +60,12 @@ def context(finished: Any = None) -> Context:
         dtype=torch.float32,
         generator=torch.Generator(),
         load_model=load_model,
-        finished=finished or {},
     )
 
 
 def compressed(method: RTN, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     model = tiny(dtype=dtype)
-    for _ in method.compress(model, [], context()):
-        pass
+    compress_whole(method, model, [], context())
     return model
 
 
@@ -183,16 +181,15 @@ def test_resumed_after_any_part_it_ends_the_same() -> None:
     method = RTN(bits=3, group_size=32)
     whole = compressed(method).state_dict()
     for stop in (1, 6, 14):
-        finished = {}
-        for name, part in method.compress(tiny(), [], context()):
-            finished[name] = {k: t.clone() for k, t in part.state_dict().items()}
-            if len(finished) == stop:
-                break
-        model = tiny()
-        for name in finished:  # parts made before must not be made again
-            model.get_parameter(f"{name}.weight").data.zero_()
-        names = [name for name, _ in method.compress(model, [], context(finished))]
-        assert len(names) == 14
+        parts = itertools.islice(method.compress(tiny(), [], context()), stop)
+        finished = {part.name: part.make() for part in parts}
+        model, made = tiny(), 0
+        for part in method.compress(model, [], context()):
+            if part.name in finished:
+                model.get_parameter(f"{part.name}.weight").data.zero_()  # is not needed any more
+            part.put(finished.get(part.name) or part.make())
+            made += 1
+        assert made == 14
         state = model.state_dict()
         assert state.keys() == whole.keys()
         assert all(torch.equal(state[n], whole[n]) for n in whole)
@@ -213,7 +210,7 @@ def test_it_needs_dense_layers() -> None:
     with pytest.raises(UserError, match="rtn cannot go on from what rtn left"):
         method.check_after([method])
     with pytest.raises(UserError, match="PackedLinear"):
-        next(RTN().compress(compressed(RTN()), [], context()))
+        compress_whole(RTN(), compressed(RTN()), [], context())
 
 
 def test_cost_needs_no_torch() -> None:

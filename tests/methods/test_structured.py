@@ -11,15 +11,23 @@ from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.errors import UserError
-from effbench.methods.structured import Structured, input_norms
-from effbench.nn.slicing import layout_of, shape_left
+from effbench.methods.base import Batch, compress_whole
+from effbench.methods.structured import Structured, input_squares
+from effbench.nn.slicing import kept_blocks, layout_of, shape_left, slice_model
 from effbench.shapes import SlicedShape
 
 
 def compressed(method: Structured, model: Any) -> Any:
-    for _ in method.compress(model, [batch_of()], context()):
-        pass
+    compress_whole(method, model, [batch_of()], context())
     return model
+
+
+def scored(method: Structured, model: Any, *batches: Batch) -> torch.Tensor:
+    layout = layout_of(model)
+    scores = torch.zeros(layout.size)
+    for part in method.score(model, layout, scores, batches, 0):
+        part.put(part.make())
+    return scores.double()
 
 
 def squares(*parts: torch.Tensor) -> torch.Tensor:
@@ -29,7 +37,7 @@ def squares(*parts: torch.Tensor) -> torch.Tensor:
 def test_magnitude_sums_the_squares_of_a_block() -> None:
     model = tiny_model()
     layout = layout_of(model)
-    scores = Structured().scores(model, layout, [], 0).double()
+    scores = scored(Structured(), model)
     layer = model.model.layers[1]
     attention, mlp = layer.self_attn, layer.mlp
     view = list(layout.views(scores))[1]
@@ -78,15 +86,15 @@ def test_wanda_weighs_by_the_norm_of_what_is_read() -> None:
         hook.remove()
     real = batch.attention_mask.bool()
     norms = {n: x[real].double().square().sum(0).sqrt() for n, x in kept.items()}
-    found = input_norms(model, [batch])[layer.mlp.down_proj]
+    found = input_squares(model, batch)["model.layers.0.mlp.down_proj"].sqrt()
     torch.testing.assert_close(found.double(), norms["down"], rtol=1e-5, atol=1e-8)
-    two = input_norms(model, [batch, batch])[layer.mlp.down_proj]
-    torch.testing.assert_close(two, found * 2**0.5)
 
-    scores = Structured(criterion="wanda").scores(model, layout, [batch], 0).double()
+    scores = scored(Structured(criterion="wanda"), model, batch)
     view = next(layout.views(scores))
     weight = layer.mlp.down_proj.weight.detach().double()
     torch.testing.assert_close(view.neurons, weight.abs().sum(0) * norms["down"], rtol=1e-5, atol=0)
+    twice = next(layout.views(scored(Structured(criterion="wanda"), model, batch, batch)))
+    torch.testing.assert_close(twice.neurons, view.neurons * 2**0.5, rtol=1e-5, atol=0)
     weight = layer.self_attn.o_proj.weight.detach().double()
     groups = (weight.abs().sum(0) * norms["o"]).view(2, 32).sum(1)
     torch.testing.assert_close(view.groups, groups, rtol=1e-5, atol=0)
@@ -142,17 +150,19 @@ def test_a_budget_that_cannot_be_met_is_refused() -> None:
 
 def test_a_tied_table_is_let_go_of_when_it_is_cut() -> None:
     model = tiny_model(shape=replace(SHAPE, tied=True))
-    parts = Structured(keep=0.5, blocks=("dims",)).compress(model, [], context())
-    name, part = next(parts)
-    assert name == "model.embed_tokens"
-    assert model.lm_head.weight is part.weight
-    assert len(list(parts)) > 0
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tied: list[bool] = []
+
+    def look(*_: Any) -> None:  # told of each parameter that has been cut
+        tied.append(model.lm_head.weight is model.model.embed_tokens.weight)
+
+    kept = kept_blocks(layout_of(model), torch.arange(layout_of(model).size) % 2 == 0)
+    slice_model(model, kept, look)
+    assert len(tied) > 10 and all(tied[1:])
 
 
 def test_norms_are_of_what_the_decoder_reads_without_its_head() -> None:
     model = tiny_model()
     called: list[torch.nn.Module] = []
     model.lm_head.register_forward_hook(lambda *a: called.append(a[0]))
-    assert set(input_norms(model, [batch_of()]))
+    assert input_squares(model, batch_of())
     assert not called

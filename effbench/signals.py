@@ -1,0 +1,84 @@
+"""How a run is asked to stop: by Ctrl-C, a signal, a closed terminal or the end of its launcher.
+
+The process that launches a run and the process that runs it may both get the same signal, and one
+passes it on to the other; so only Ctrl-C counts twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ASKED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals of who wants the run to end, beside Ctrl-C."""
+PARENT_DEATH = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+class Stop:
+    """Whether somebody asked the run to stop."""
+
+    requested = False
+
+
+@contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """Turn signals into a request; a Ctrl-C after the first one acts at once."""
+    stop = Stop()
+    usual = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: Any) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, usual)
+
+    with _handled((signal.SIGINT, *_heeded()), request):
+        yield stop
+
+
+@contextmanager
+def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Pass signals on to a process; Ctrl-C it gets by itself, from the terminal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+    with _handled(_heeded(), lambda number, frame: process.send_signal(number)):
+        yield
+
+
+def interrupt_when_asked() -> None:
+    """Let signals end this process as Ctrl-C does, with a word, wherever it is."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    for number in _heeded():
+        signal.signal(number, interrupt)
+
+
+def end_with_parent() -> None:
+    """Have this process asked to stop when the one that started it is gone (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)
+
+
+def _heeded() -> tuple[int, ...]:
+    """Return the signals that this process was not told to ignore, as `nohup` tells."""
+    return tuple(s for s in ASKED if signal.getsignal(s) is not signal.SIG_IGN)
+
+
+@contextmanager
+def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
