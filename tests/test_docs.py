@@ -410,3 +410,17 @@ def test_a_method_inside(tmp_path: Path) -> None:
     assert re.search("neftune +NEFTune: LoRA on token", effbench(tmp_path, "list", "methods"))
     out = effbench(tmp_path, "plan", "method=neftune", "method.noise=0", "model=tiny")
     assert "train neftune tiny gsm8k-test seed 0" in out
+
+
+def test_no_file_has_marks_of_a_merge() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    texts = (ROOT / name for name in tracked.stdout.decode().split("\0") if name)
+    marks = tuple(7 * mark + b" " for mark in (b"<", b">", b"|"))
+    marked = [
+        path.relative_to(ROOT)
+        for path in texts
+        if path.suffix not in (".png", ".json")
+        and path.is_file()
+        and any(line.startswith(marks) for line in path.read_bytes().splitlines())
+    ]
+    assert not marked
