@@ -131,12 +131,22 @@ class Stage:
             FailedError: When it fails.
         """
         print("+", *words, flush=True)
-        env = os.environ | environment()
-        done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=env)
-        print(done.stdout, done.stderr, sep="", flush=True)
-        if done.returncode:
-            raise FailedError(_last_words(done.stderr or done.stdout))
-        return done.stdout
+        said = []
+        with subprocess.Popen(
+            words,
+            cwd=cwd,
+            env=os.environ | environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said.append(line)
+        if process.returncode:
+            raise FailedError(_last_words("".join(said)))
+        return "".join(said)
 
     @contextmanager
     def part(self, what: str) -> Iterator[None]:

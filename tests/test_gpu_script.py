@@ -72,7 +72,7 @@ def test_what_is_left_of_the_budget_ends_a_stage_and_starts_no_further_one(
     ("words", "said"),
     [
         (["--only", "decod"], "There is no stage 'decod'."),
-        (["--budget", "20"], "--budget 20 is less than the 120 s of the first stage, tests."),
+        (["--budget", "20"], "--budget 20 is less than the 200 s of the first stage, tests."),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -54,7 +54,7 @@ def _compare(
 def _product(x: Any, packed: Any, shape: tuple[int, int]) -> Any:
     from effbench.kernels import nf4
 
-    if x.is_cuda:
+    if x.is_cuda and nf4.bitsandbytes_available():
         return nf4.product_bitsandbytes(x, packed, shape)
     return x @ nf4.dequantise(packed, shape, x.dtype).T
 
