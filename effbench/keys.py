@@ -25,6 +25,9 @@ from effbench.schema import plain
 if TYPE_CHECKING:
     from effbench.spec import Spec
 
+FOUNDED = 2
+"""The form of the spec at that time, hashed for ever."""
+
 FOUNDING: dict[str, str] = {
     "Spec": "stage method model dataset evaluators train hardware seed parent version",
     "Plugin": "name settings",
@@ -122,7 +125,7 @@ def hashed(spec: Spec) -> dict[str, Any]:
     What the stage does not use is left out, so that it cannot change the key: training settings of
     a run that trains nothing.
     """
-    values: dict[str, Any] = plain(spec)
+    values: dict[str, Any] = {**plain(spec), "version": FOUNDED}
     for _, part, came_later in _parts(values):
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
@@ -171,6 +174,22 @@ def earlier_keys(spec: Spec) -> list[str]:
     return [dataclasses.replace(spec, versions=versions).key for versions in lowered]
 
 
+def later_fields(cls: type, name: str) -> dict[str, Any]:
+    """Return the fields that came later with the value that means what was done without them."""
+    founding = FOUNDING.get(name, "").split()
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.name in founding:
+            continue
+        if "absent" in field.metadata:
+            found[field.name] = plain(field.metadata["absent"])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+    return found
+
+
 # -- the parts of a spec -----------------------------------------------------------------------
 
 Part = tuple[type, dict[str, Any], dict[str, Any]]
@@ -188,11 +207,11 @@ def _parts(spec: dict[str, Any]) -> Iterator[Part]:
             name, settings = plugin.get("name"), plugin.get("settings")
             if isinstance(settings, dict) and name in registry.names(kind):
                 cls = registry.find(kind, name)
-                yield cls, settings, _later(cls, f"{kind}/{name}")
+                yield cls, settings, later_fields(cls, f"{kind}/{name}")
 
 
 def _nested(cls: type, values: dict[str, Any]) -> Iterator[Part]:
-    yield cls, values, _later(cls, cls.__name__)
+    yield cls, values, later_fields(cls, cls.__name__)
     for name, inner in _dataclasses_in(cls).items():
         for held in _dicts(values.get(name)):
             yield from _nested(inner, held)
@@ -212,19 +231,3 @@ def _dataclasses_in(cls: type) -> dict[str, type]:
         for kind in (hint, *get_args(hint))
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     }
-
-
-def _later(cls: type, name: str) -> dict[str, Any]:
-    """Return the fields that came later with the value that means what was done without them."""
-    founding = FOUNDING.get(name, "").split()
-    found = {}
-    for field in dataclasses.fields(cls):
-        if field.name in founding:
-            continue
-        if "absent" in field.metadata:
-            found[field.name] = plain(field.metadata["absent"])
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = plain(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = plain(field.default_factory())
-    return found

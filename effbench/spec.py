@@ -20,8 +20,8 @@ from effbench.schema import (
 from effbench.shapes import Shape
 
 SPEC_VERSION = 2
-"""The form of a spec, part of every key; raised, it changes all keys. Results that change without a
-setting are the `version` of the part that changed: see `effbench.keys`."""
+"""The form of a spec. Raised when a field goes or gets another name, with an entry in
+`migrations.SPECS`. Not in keys: what changes results raises the `version` of its part."""
 
 Stage = Literal["train", "compress", "eval"]
 

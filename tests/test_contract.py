@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench, forget_accelerator
+from goldens import PUBLIC, Golden
 
 from effbench import models, registry
 from effbench.conf_files import options
@@ -540,3 +542,52 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     assert len({(m.name, m.point, m.split, m.phase, m.task) for m in run.record.metrics}) == len(
         run.record.metrics
     )
+
+
+# -- 9: what others rely on --------------------------------------------------------------------
+
+MODELLED_HERE = ("joules", "energy", "carbon", "water", "usd")
+"""Parts of names of metrics that depend on what a machine can measure."""
+
+
+def public_names(run: Made) -> dict[str, Any]:
+    """Return the names that a run of a method leaves: points, metrics, files and tensors."""
+    folder = run.bench.folder(run.job)
+    names = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()}
+    metrics = {
+        f"{m.name}@{m.phase}" if m.phase else m.name: m.unit
+        for m in run.record.metrics
+        if not any(part in m.name for part in MODELLED_HERE)
+    }
+    tensors = set()
+    for path in folder.artefact.rglob("*.safetensors"):
+        tensors |= {re.sub(r"\.\d+\.", ".N.", name) for name in read_tensors(path)}
+    return {
+        "files": sorted({re.sub(r"@[^@]+?(\.(\w+\.)?jsonl?)$", r"@POINT\1", n) for n in names}),
+        "metrics": metrics,
+        "points": list(dict.fromkeys(m.point for m in run.record.metrics if m.point)),
+        "tensors": sorted(tensors),
+    }
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_that_it_leaves_stay(
+    name: str, made: Callable[[str], Made], golden: Callable[[str], Golden]
+) -> None:
+    found, usual = public_names(made(name)), public_names(made("full"))
+    if name != "full":
+        found["metrics"] = {k: v for k, v in found["metrics"].items() if k not in usual["metrics"]}
+        found["files"] = [f for f in found["files"] if f not in usual["files"]]
+    golden("methods.json").check(name, found, PUBLIC)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_same_settings_give_the_same_bits(
+    name: str, made: Callable[[str], Made], golden: Callable[[str], Golden]
+) -> None:
+    run = made(name)
+    tensors = read_tensors(run.bench.folder(run.job).artefact / "weights.safetensors")
+    version = registry.find("methods", name).version
+    golden("bits.json").check_bits(f"method {name}", version, tensors)

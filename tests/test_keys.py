@@ -23,7 +23,7 @@ from effbench.records import as_now, read, read_all
 from effbench.report.compare import compare
 from effbench.report.groups import grouped
 from effbench.report.versions import different_versions
-from effbench.schema import build, plain
+from effbench.schema import build, digest, plain
 from effbench.shapes import Shape
 from effbench.spec import (
     DatasetSpec,
@@ -264,6 +264,13 @@ def test_a_spec_of_an_earlier_form_is_migrated(bench, monkeypatch) -> None:
     monkeypatch.setitem(migrations.SPECS, 2, lambda v: {**v, "seed": v["seed"] + 1, "version": 3})
     leave(bench.store, "0123456789abcdef", plain(replace(SPEC, seed=4, version=2)))
     assert bench.store.spec_of("0123456789abcdef").seed == 5
+    assert replace(SPEC, version=3).key == SPEC.key, "the form is not in the key"
+
+
+def test_the_founding_fields_are_never_added_to() -> None:
+    assert digest(FOUNDING) == "5a29486069d61c3a", (
+        "a new field or plug-in is not founding; see keys.py"
+    )
 
 
 # -- versions ----------------------------------------------------------------------------------
