@@ -137,6 +137,8 @@ def hashed(spec: Spec) -> dict[str, Any]:
 
 def completed(spec: dict[str, Any]) -> dict[str, Any]:
     """Return a spec of an earlier effbench with the fields that came later, as if absent."""
+    if all(came_later.keys() <= part.keys() for _, part, came_later in _parts(spec)):
+        return spec
     spec = copy.deepcopy(spec)
     for _, part, came_later in _parts(spec):
         for name, absent in came_later.items():

@@ -546,27 +546,26 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
 
 # -- 9: what others rely on --------------------------------------------------------------------
 
-MODELLED_HERE = ("joules", "energy", "carbon", "water", "usd")
-"""Parts of names of metrics that depend on what a machine can measure."""
-
 
 def public_names(run: Made) -> dict[str, Any]:
-    """Return the names that a run of a method leaves: points, metrics, files and tensors."""
+    """Return the names that a run of a method leaves: points, metrics, files and tensors.
+
+    An energy counts as modelled: whether it is measured is the machine's to say.
+    """
     folder = run.bench.folder(run.job)
-    names = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()}
-    metrics = {
-        f"{m.name}@{m.phase}" if m.phase else m.name: m.unit
-        for m in run.record.metrics
-        if not any(part in m.name for part in MODELLED_HERE)
-    }
-    tensors = set()
-    for path in folder.artefact.rglob("*.safetensors"):
-        tensors |= {re.sub(r"\.\d+\.", ".N.", name) for name in read_tensors(path)}
+    points = list(dict.fromkeys(m.point for m in run.record.metrics if m.point))
+    files = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()}
+    for point in points:
+        files = {re.sub(rf"@{re.escape(point)}(?=\.)", "@POINT", name) for name in files}
+    names = {m.name.replace("_modelled", ""): m.unit for m in run.record.metrics}
+    tensors = {re.sub(r"\.\d+\.", ".N.", name) for name in artefact_tensors(run)}
+    return {"files": sorted(files), "metrics": names, "points": points, "tensors": sorted(tensors)}
+
+
+def artefact_tensors(run: Made) -> dict[str, torch.Tensor]:
+    place = run.bench.folder(run.job).artefact
     return {
-        "files": sorted({re.sub(r"@[^@]+?(\.(\w+\.)?jsonl?)$", r"@POINT\1", n) for n in names}),
-        "metrics": metrics,
-        "points": list(dict.fromkeys(m.point for m in run.record.metrics if m.point)),
-        "tensors": sorted(tensors),
+        n: t for path in sorted(place.rglob("*.safetensors")) for n, t in read_tensors(path).items()
     }
 
 
@@ -587,7 +586,5 @@ def test_the_names_that_it_leaves_stay(
 def test_the_same_settings_give_the_same_bits(
     name: str, made: Callable[[str], Made], golden: Callable[[str], Golden]
 ) -> None:
-    run = made(name)
-    tensors = read_tensors(run.bench.folder(run.job).artefact / "weights.safetensors")
     version = registry.find("methods", name).version
-    golden("bits.json").check_bits(f"method {name}", version, tensors)
+    golden("bits.json").check_bits(f"method {name}", version, artefact_tensors(made(name)))
