@@ -226,8 +226,8 @@ def _plan(job: Any) -> None:
     machine = job.runtime.machine
     store = Store(Path(job.runtime.results))
     ancestors = store.ancestors(job.spec)
-    earlier = [make_method(s.method) for s in ancestors]
-    folders = [store.run(s.key).artefact for s in ancestors]
+    earlier = [make_method(s.method) for s in ancestors.values()]
+    folders = [store.run(key).artefact for key in ancestors]
     typer.echo(
         render(predict(job.spec, shape, machine, earlier, folders=folders), job.spec, machine)
     )

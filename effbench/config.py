@@ -11,6 +11,7 @@ from typing import Any
 from effbench import registry
 from effbench.conf_files import conf_dir, groups
 from effbench.errors import UserError, did_you_mean
+from effbench.keys import versions_of
 from effbench.overrides import TOP_LEVEL, check_overrides, existing, explain
 from effbench.schema import NonNegativeInt, build, plain
 from effbench.shapes import Shape
@@ -132,9 +133,10 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
     store = Store(Path(runtime.results))
 
-    parent = store.spec_of(store.resolve(config["from"])) if config["from"] else None
+    start = _start(config["from"], chosen, store)
+    parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
-    method, model, dataset = _inherit(stage, config, chosen, parent)
+    method, model, dataset = _inherit(stage, config, chosen, start, parent)
     train = build(TrainSpec, config["train"], "train")
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
@@ -151,8 +153,9 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
         train=train,
         hardware=hardware,
         seed=build(_Seed, {"seed": config["seed"]}, "").seed,
-        parent=parent.key if parent else "",
+        parent=start,
     )
+    spec = dataclasses.replace(spec, versions=versions_of(spec))
     _check_methods(spec, store)
     _check_data(spec)
     _check_evaluators(spec, store)
@@ -164,8 +167,26 @@ class _Seed:
     seed: NonNegativeInt
 
 
+def _start(ref: Any, chosen: set[str], store: Store) -> str:
+    """Return the key of the run that `from=` names; empty when there is no `from=`.
+
+    Raises:
+        UserError: When it names nothing, or no finished run.
+    """
+    if ref in ("", None):
+        if "from" in chosen:
+            raise UserError(
+                "from= names no run.",
+                "Name one, for example from=latest, or leave from= out.",
+            )
+        return ""
+    if not isinstance(ref, str):
+        raise UserError(f"from={ref} is no text.", "In a file, write the key in quotes.")
+    return store.resolve(ref)
+
+
 def _inherit(
-    stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec | None
+    stage: Stage, config: dict[str, Any], chosen: set[str], start: str, parent: Spec | None
 ) -> tuple[Plugin, ModelSpec, DatasetSpec]:
     """Return method, model and dataset; what an earlier run fixed cannot be chosen again."""
     if parent:
@@ -184,7 +205,7 @@ def _inherit(
         dataset = _dataset(_overlaid(plain(parent.dataset), config["dataset"], keys))
     if _model(plain(parent.model)) != parent.model:
         raise UserError(
-            f"The files of {parent.model.path} have changed since run {parent.key}.",
+            f"The files of {parent.model.path} have changed since run {start}.",
             "Put them back, or run that one again first.",
         )
     return method, parent.model, dataset
@@ -280,7 +301,7 @@ def _check_methods(spec: Spec, store: Store) -> None:
             f"{method.name} is not a method to {spec.stage} with.",
             f"Use: effbench {method.stage} method={method.name}",
         )
-    earlier = [make_method(s.method) for s in store.ancestors(spec)]
+    earlier = [make_method(s.method) for s in store.ancestors(spec).values()]
     if spec.stage != "eval" or (earlier and method.stage == "eval"):
         method.check_after(earlier)
     elif not spec.parent and method.stage != "eval":
@@ -319,7 +340,7 @@ def _check_data(spec: Spec) -> None:
 def _check_evaluators(spec: Spec, store: Store) -> None:
     from effbench.plan import chain
 
-    methods = chain(spec, [make_method(s.method) for s in store.ancestors(spec)])
+    methods = chain(spec, [make_method(s.method) for s in store.ancestors(spec).values()])
     shape = known_shape(spec.model)
     for plugin in spec.evaluators:
         make_evaluator(plugin).check(spec, methods, shape)

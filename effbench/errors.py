@@ -23,6 +23,10 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class NewerVersionError(UserError):
+    """Something that a newer effbench wrote; says what is not known here."""
+
+
 class StoppedError(Exception):
     """A run was asked to stop and its state is safe; says how far it came."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from effbench.conf_files import groups, keys_of, options
 from effbench.errors import UserError, did_you_mean
@@ -78,6 +78,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
                 "quote values with spaces or commas.",
             ) from None
         key = override.key_or_group
+        text = _kept_as_text(key, text, overrides)
         top = key.split(".")[0].split("/")[0].split("@")[0]
         if top not in TOP_LEVEL and top not in known:
             raise UserError(
@@ -95,6 +96,94 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
         chosen.add(key)
         swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
     return Words(words, chosen, swept)
+
+
+# -- text that looks like a number -------------------------------------------------------------
+
+
+QUOTED = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")""")
+ITEM = re.compile(r"(?:(?<=^)|(?<=[\[({,:]))(\s*)([\w.+-]+)(\s*)(?=$|[\])},])")
+"""A value or an item of a list, of a mapping or of a sweep."""
+FUNCTION = re.compile(r"(?!choice\()\w+\(")
+
+
+def _kept_as_text(key: str, text: str, overrides: Sequence[str]) -> str:
+    """Return an override in whose value nothing is read as a number where text is wanted.
+
+    Keys of runs, revisions and names may look like numbers: Hydra would read 0e09 as 0.0.
+    """
+    name, equals, value = text.partition("=")
+    if FUNCTION.match(value) or not any(_is_number(m[2]) for m in ITEM.finditer(value)):
+        return text
+    if not any(_is_text(hint) for hint in _hints(key, overrides)):
+        return text
+    parts = QUOTED.split(value)
+    parts[::2] = [ITEM.sub(_quoted, part) for part in parts[::2]]
+    return f"{name}{equals}{''.join(parts)}"
+
+
+def _quoted(item: re.Match[str]) -> str:
+    before, word, after = item.groups()
+    return f"{before}'{word}'{after}" if _is_number(word) else item[0]
+
+
+def _is_number(word: str) -> bool:
+    """Whether Hydra reads a word as a number or a truth value."""
+    try:
+        float(word)
+    except ValueError:
+        return word.lower() in ("true", "false")
+    return True
+
+
+def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
+    """Return the annotations of what a key sets, as far as they can be known before composing."""
+    from effbench import registry, spec
+
+    top, *path = key.split(".")
+    if top == "from":
+        return [str]
+    parts: dict[str, list[Any]] = {
+        "model": [spec.ModelSpec],
+        "dataset": [spec.DatasetSpec],
+        "train": [spec.TrainSpec],
+        "hardware": [spec.HardwareSpec, spec.Machine],
+        "run": [spec.Runtime],
+    }
+    if top == "evaluator" and path and path[0] in registry.names("evaluators"):
+        parts[top] = [registry.find("evaluators", path.pop(0))]
+    elif top == "method":
+        words = [w.partition("=")[2] for w in overrides if w.startswith("method=")]
+        chosen = {n for w in words for n in w.split(",")} or set(DEFAULT_METHOD.values())
+        known = chosen.intersection(registry.names("methods"))
+        parts[top] = [registry.find("methods", name) for name in known]
+    return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]
+
+
+def _inside(hint: Any, path: Sequence[str]) -> list[Any]:
+    """Return the annotations at a path of names in an annotation."""
+    if not path:
+        return [hint]
+    found = []
+    for kind in (hint, *get_args(hint)):
+        if is_dataclass(kind) and path[0] in (hints := get_type_hints(kind)):
+            found += _inside(hints[path[0]], path[1:])
+        elif get_origin(kind) is dict:
+            found += _inside(get_args(kind)[1], path[1:])
+    return found
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether an annotation takes text, or a list or mapping of it, and no number."""
+    if get_origin(hint) is dict:
+        return _is_text(get_args(hint)[1])
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    kinds = [kind for kind in get_args(hint) if kind not in (type(None), Ellipsis)]
+    return all(map(_is_text, kinds)) if kinds else hint is str
+
+
+# -- groups and members ------------------------------------------------------------------------
 
 
 def _check_member(key: str, text: str, overrides: Sequence[str]) -> None:

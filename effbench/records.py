@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from effbench.errors import UserError, did_you_mean
+from effbench.errors import NewerVersionError, UserError, did_you_mean
 from effbench.files import write_atomic
+from effbench.migrations import RECORDS, migrated_spec
 
 if TYPE_CHECKING:
     from effbench.query import Rows
 
-SCHEMA = 2
-"""Raised when the form of a record changes; `MIGRATIONS` then gets an entry."""
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda values: {**values, "schema": 2},  # 2 added `task` and `clusters`, empty by default
-}
-"""From a schema number: a function that turns such a record into one of the next number."""
+SCHEMA = 3
+"""Raised when the form of a record changes; `migrations.RECORDS` then gets an entry."""
 
 Obtained = Literal["measured", "counted", "modelled"]
 
@@ -139,7 +135,12 @@ def read(path: Path, outcomes: bool = True) -> Record:
     """
     try:
         values = _parse(path.read_text(encoding="utf-8"), outcomes)
-        return _record(_migrated(values, path))
+        return _record(_migrated(values))
+    except NewerVersionError as error:
+        raise UserError(
+            f"{path} was written by a newer effbench: {error.message}.",
+            "Upgrade effbench to read it.",
+        ) from None
     except FileNotFoundError:
         raise UserError(f"There is no record {path}.", "See: effbench runs") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -189,6 +190,13 @@ def find(folder: Path, ref: str) -> Record:
     )
 
 
+def as_now(records: Sequence[Record]) -> list[Record]:
+    """Return records whose specs have the fields that came since, so that specs can be compared."""
+    from effbench.keys import completed
+
+    return [replace(record, spec=completed(migrated_spec(record.spec))) for record in records]
+
+
 def query(folder: Path, sql: str) -> Rows:
     """Answer a DuckDB query over the views `records` and `metrics` of a folder.
 
@@ -222,15 +230,12 @@ def _parse(text: str, outcomes: bool) -> dict[str, Any]:
     return values
 
 
-def _migrated(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
     number = values["schema"]
     if number > SCHEMA:
-        raise UserError(
-            f"{path} was written by a newer effbench (record schema {number}, known: {SCHEMA}).",
-            "Upgrade effbench to read it.",
-        )
+        raise NewerVersionError(f"its schema is {number}, known: {SCHEMA}")
     for step in range(number, SCHEMA):
-        values = MIGRATIONS[step](values)
+        values = RECORDS[step](values)
     return values
 
 
@@ -253,7 +258,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
-    for part in fields(cls):  # type: ignore[arg-type]
+    known = {part.name: part for part in fields(cls)}  # type: ignore[arg-type]
+    unknown = values.keys() - known
+    if unknown and all(name in values for name, part in known.items() if _required(part)):
+        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
+    for part in known.values():
         if part.name not in values:
             continue
         annotation = str(part.type)
@@ -264,6 +273,10 @@ def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
         if not right or (annotation == "Obtained" and value not in get_args(Obtained)):
             raise TypeError(f"{where}.{part.name} cannot be {value!r}")
     return cls(**values)
+
+
+def _required(part: Field[Any]) -> bool:
+    return part.default is MISSING and part.default_factory is MISSING
 
 
 def _packed(outcomes: Outcomes) -> dict[str, Any]:

@@ -86,7 +86,11 @@ def _explain(cls: type, error: Any, where: str) -> UserError:
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     shown = "null" if given is None else repr(given)
-    return UserError(f"{place}={shown} is not possible: {reason}.")
+    hint = "In a file, text that looks like a number has to stand in quotes."
+    return UserError(
+        f"{place}={shown} is not possible: {reason}.",
+        hint if error["type"] == "string_type" and isinstance(given, int | float) else "",
+    )
 
 
 def _names_in(cls: type, path: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ log level), so that the one is hashed and the other is not, by type.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from effbench.schema import (
     Fraction,
@@ -16,12 +16,12 @@ from effbench.schema import (
     PositiveFloat,
     PositiveInt,
     digest,
-    plain,
 )
 from effbench.shapes import Shape
 
 SPEC_VERSION = 2
-"""Raised when the same spec would give another result; part of every key."""
+"""The form of a spec. Raised when a field goes or gets another name, with an entry in
+`migrations.SPECS`. Not in keys: what changes results raises the `version` of its part."""
 
 Stage = Literal["train", "compress", "eval"]
 
@@ -29,6 +29,9 @@ Stage = Literal["train", "compress", "eval"]
 @dataclass(frozen=True)
 class ModelSpec:
     """A pretrained model, or a shape with random weights."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same model would compute something else."""
 
     name: str
     """Name of the config."""
@@ -51,6 +54,9 @@ class ModelSpec:
 @dataclass(frozen=True)
 class DatasetSpec:
     """Texts, prompt/answer pairs or multiple-choice questions, in disjoint named splits."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same settings would give other rows, splits or tokens."""
 
     name: str
     """Name of the config."""
@@ -102,6 +108,10 @@ class DatasetSpec:
 class TrainSpec:
     """The training loop."""
 
+    version: ClassVar[int] = 2
+    """Raised when the same settings would give other weights: 2, since AdamW passes once over each
+    weight."""
+
     max_steps: PositiveInt = 12
     """Optimiser steps."""
     batch_size: PositiveInt = 2
@@ -138,6 +148,9 @@ class TrainSpec:
 class HardwareSpec:
     """What the run computes on."""
 
+    version: ClassVar[int] = 1
+    """Raised when the same device and dtype would be used in another way."""
+
     device: Literal["cpu", "cuda"]
     """`auto` in a config becomes one of these when it is composed."""
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -169,18 +182,16 @@ class Spec:
     parent: str = ""
     """Key of the run this one goes on from."""
     version: int = SPEC_VERSION
+    versions: dict[str, int] = field(default_factory=dict)
+    """Versions above 1 of the parts that are used: `train`, `method.NAME`, ...; filled in when the
+    config is composed. A run from before there were any has none."""
 
     @property
     def key(self) -> str:
-        """The run key: 16 hexadecimal digits of the SHA-256 of the canonical JSON.
+        """The run key: 16 hexadecimal digits of the SHA-256 of canonical JSON; see `keys`."""
+        from effbench.keys import hashed
 
-        What the stage does not use is left out, so that it cannot change the key: training
-        settings of a run that trains nothing.
-        """
-        relevant = plain(self)
-        if self.stage != "train":
-            del relevant["train"]
-        return digest(relevant)
+        return digest(hashed(self))
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench.errors import UserError, did_you_mean
+from effbench.errors import NewerVersionError, UserError, did_you_mean
 from effbench.files import mendable, remove, scratch_in, write_atomic
 from effbench.locks import locked
 
@@ -199,27 +199,34 @@ class Store:
         Raises:
             UserError: When the run is gone, or this version cannot read its spec.
         """
+        from effbench.migrations import present_spec
         from effbench.schema import build
         from effbench.spec import Spec
 
+        path = self.run(key).path / "spec.json"
         try:
-            return build(Spec, self.run(key).read_json("spec.json"), "spec")
-        except (UserError, ValueError) as error:
+            return build(Spec, present_spec(json.loads(path.read_text())), "spec")
+        except NewerVersionError as error:
+            raise UserError(
+                f"Run {key} was made by a newer effbench: {error.message}.",
+                "Upgrade effbench to go on from it.",
+            ) from None
+        except (UserError, ValueError, OSError) as error:
             raise UserError(
                 f"The spec of run {key} cannot be read: {str(error).splitlines()[0]}",
-                "Its folder is gone, damaged or of another version; give its command again.",
+                "Its folder is gone or damaged; give its command again.",
             ) from None
 
-    def ancestors(self, spec: Spec) -> list[Spec]:
-        """Return the specs of the runs that made what `spec` starts from, first to last.
+    def ancestors(self, spec: Spec) -> dict[str, Spec]:
+        """Return the runs that made what `spec` starts from, by key, first to last.
 
         Evaluations make nothing and are left out.
         """
-        chain: list[Spec] = []
+        chain: dict[str, Spec] = {}
         key = spec.parent
         while key:
             parent = self.spec_of(key)
             if parent.stage != "eval":
-                chain.insert(0, parent)
+                chain = {key: parent, **chain}
             key = parent.parent
         return chain

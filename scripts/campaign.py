@@ -3,8 +3,9 @@
 A campaign is a file in scripts/campaigns: arms, each one command or a chain of them; the first arm
 is the one compared with, at its first operating point, and with `points: same` in a second table at
 each point of its own. What is finished is not run again, nor is an arm of one command whose
-record came with the repository. The keys of the runs go to
-results/campaigns/NAME.json, so that the table can be made again from the records of a fresh clone.
+record came with the repository; a run that an earlier version made counts too, and this is said.
+The keys of the runs go to results/campaigns/NAME.json, so that the table can be made again from the
+records of a fresh clone.
 
     python scripts/campaign.py NAME ...           run, then make table and plot
     python scripts/campaign.py --tables           make the tables and plots of all that were run
@@ -22,11 +23,14 @@ import yaml
 
 from effbench.config import compose
 from effbench.errors import RunFailedError, UserError
+from effbench.keys import earlier_keys
 from effbench.launch import execute
 from effbench.records import Record, read, read_all
 from effbench.report.compare import compare
 from effbench.report.compared import Comparison
 from effbench.report.plot import comparison_plot
+from effbench.spec import Spec
+from effbench.store import Store
 
 HERE = Path(__file__).parent
 RESULTS = Path("results")
@@ -99,10 +103,25 @@ class Campaign:
             words += [] if stage == "eval" else [f"seed={seed}"]
             print(f"effbench {stage} {' '.join(words)}", flush=True)
             job = compose(stage, [*words, "run.progress=false"])  # type: ignore[arg-type]
-            key = job.spec.key
-            if len(steps) > 1 or not (RESULTS / "records" / f"{key}.json").is_file():
-                execute(job)
+            key = self._done(job.spec, alone=len(steps) == 1) or execute(job).key
         return key
+
+    def _done(self, spec: Spec, alone: bool) -> str:
+        """Return the key under which a run is there, by an earlier version too; else nothing.
+
+        Args:
+            spec: The run.
+            alone: Whether its record is enough, since nothing goes on from it.
+        """
+        store = Store(RESULTS)
+        for key in (spec.key, *earlier_keys(spec)):
+            record = store.records / f"{key}.json"
+            if record.is_file() and (alone or store.run(key).finished):
+                if key != spec.key:
+                    said = json.dumps(read(record).spec["versions"] or "the first ones")
+                    print(f"  there as {key}, with versions {said}", flush=True)
+                return key
+        return ""
 
     def _settings(self, stage: str, parent: str) -> list[str]:
         # A run that only reads out what was trained has its data from there.

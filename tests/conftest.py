@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from goldens import Golden
 
 from effbench.config import compose
 from effbench.records import Record, read
@@ -22,6 +23,16 @@ from effbench.store import RunFolder, Store
 
 TINY = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=24"]
 """A random model on generated questions: no download, a run in a second or two."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")
+
+
+@pytest.fixture(scope="session")
+def golden(pytestconfig: pytest.Config) -> Callable[[str], Golden]:
+    """Open a file of `tests/golden`."""
+    return lambda name: Golden(name, pytestconfig.getoption("--write-golden"))
 
 
 class Bench:

@@ -309,3 +309,79 @@ def test_a_model_that_changed_since_is_refused(bench, parent, folder: Path) -> N
 def test_job_fields_are_found_by_type() -> None:
     names = {f.name for f in dataclasses.fields(Spec)}
     assert not names & {"results", "tracker", "progress", "machine"}
+
+
+# -- text that looks like a number -----------------------------------------------------------------
+
+
+def leave(bench, key: str) -> None:
+    run = bench.store.run(key)
+    run.create(bench.job("train").spec)
+    run.artefact.mkdir()
+    run.finish()
+
+
+@pytest.mark.parametrize(
+    "key, ref",
+    [
+        ("0e09eb55c9e3444b", "0e09"),
+        ("80650ab655c9e344", "8065"),
+        ("8e884ceb55c9e344", "8e88"),
+        ("1_000", "1_000"),
+        ("6392874817580539", "6392874817580539"),
+    ],
+)
+def test_the_key_of_a_run_is_text_whatever_it_looks_like(bench, key: str, ref: str) -> None:
+    leave(bench, key)
+    assert bench.job("eval", f"from={ref}").spec.parent == key
+    assert bench.job("eval", f"from='{ref}'").spec.parent == key
+
+
+@pytest.mark.parametrize("ref", ["0e09", "8065", "8e88", "6392874817580539", "0", "true", "nan"])
+def test_a_run_that_is_not_there_is_not_the_base_model(bench, ref: str) -> None:
+    with pytest.raises(UserError, match=f"There is no run '{ref}'"):
+        bench.job("eval", f"from={ref}")
+
+
+@pytest.mark.parametrize("word", ["from=", "from=null", "from=''"])
+def test_from_nothing_is_refused(bench, word: str) -> None:
+    with pytest.raises(UserError, match="from= names no run"):
+        bench.job("eval", word)
+
+
+@pytest.mark.parametrize(
+    "word, place, value",
+    [
+        ("model.revision=1234567", ("model", "revision"), "1234567"),
+        ("dataset.name=1e5", ("dataset", "name"), "1e5"),
+        ("dataset.subset=2024", ("dataset", "subset"), "2024"),
+        ("dataset.text=true", ("dataset", "text"), "true"),
+        ("dataset.choices=[1, 2.50]", ("dataset", "choices"), ["1", "2.50"]),
+        ("dataset.splits={all: 007}", ("dataset", "splits"), {"all": "007"}),
+        ("dataset.splits.all=1e5", ("dataset", "splits"), {"all": "1e5"}),
+        ("dataset.prompt='1, 2'", ("dataset", "prompt"), "1, 2"),
+        ("dataset.max_length=64", ("dataset", "max_length"), 64),
+        ("train.betas=[0,0.5]", ("train", "betas"), [0.0, 0.5]),
+    ],
+)
+def test_what_is_text_stays_as_it_was_typed(word: str, place: tuple[str, str], value) -> None:
+    spec = plain(compose("train", ["model=tiny", "dataset=arithmetic", word]).spec)
+    assert spec[place[0]][place[1]] == value
+
+
+def test_names_of_plugins_and_folders_are_text_too() -> None:
+    words = ["model=tiny", "run.results=2024", "method=kd", "method.teacher=1e5"]
+    job = compose("train", words)
+    assert (job.runtime.results, job.spec.method.settings["teacher"]) == ("2024", "1e5")
+    with pytest.raises(UserError, match="'1e5'"):
+        compose("eval", ["model=tiny", "evaluator=choices", "evaluator.choices.tasks=[1e5]"])
+
+
+def test_a_number_in_a_file_says_that_text_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "# m\nname: mine\nsource: hub\nid: a/b\nrevision: 12\n"
+    )
+    with pytest.raises(UserError, match=r"model\.revision=12") as caught:
+        compose("train", ["model=mine"], [tmp_path])
+    assert "in quotes" in caught.value.hint

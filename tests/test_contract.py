@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from conftest import Bench, forget_accelerator
+from goldens import PUBLIC, Golden
 
 from effbench import models, registry
 from effbench.conf_files import options
@@ -675,3 +677,49 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     assert len({(m.name, m.point, m.split, m.phase, m.task) for m in run.record.metrics}) == len(
         run.record.metrics
     )
+
+
+# -- 9: what others rely on --------------------------------------------------------------------
+
+
+def public_names(run: Made) -> dict[str, Any]:
+    """Return the names that a run of a method leaves: points, metrics, files and tensors.
+
+    An energy counts as modelled: whether it is measured is the machine's to say.
+    """
+    folder = run.bench.folder(run.job)
+    points = list(dict.fromkeys(m.point for m in run.record.metrics if m.point))
+    files = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()}
+    for point in points:
+        files = {re.sub(rf"@{re.escape(point)}(?=\.)", "@POINT", name) for name in files}
+    names = {m.name.replace("_modelled", ""): m.unit for m in run.record.metrics}
+    tensors = {re.sub(r"\.\d+\.", ".N.", name) for name in artefact_tensors(run)}
+    return {"files": sorted(files), "metrics": names, "points": points, "tensors": sorted(tensors)}
+
+
+def artefact_tensors(run: Made) -> dict[str, torch.Tensor]:
+    place = run.bench.folder(run.job).artefact
+    return {
+        n: t for path in sorted(place.rglob("*.safetensors")) for n, t in read_tensors(path).items()
+    }
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_that_it_leaves_stay(
+    name: str, made: Callable[[str], Made], golden: Callable[[str], Golden]
+) -> None:
+    found, usual = public_names(made(name)), public_names(made("full"))
+    if name != "full":
+        found["metrics"] = {k: v for k, v in found["metrics"].items() if k not in usual["metrics"]}
+        found["files"] = [f for f in found["files"] if f not in usual["files"]]
+    golden("methods.json").check(name, found, PUBLIC)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_same_settings_give_the_same_bits(
+    name: str, made: Callable[[str], Made], golden: Callable[[str], Golden]
+) -> None:
+    version = registry.find("methods", name).version
+    golden("bits.json").check_bits(f"method {name}", version, artefact_tensors(made(name)))

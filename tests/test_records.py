@@ -122,7 +122,7 @@ def test_an_older_record_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     now, following = records.SCHEMA, records.SCHEMA + 1
     monkeypatch.setattr(records, "SCHEMA", following)
     change = {"schema": following, "label": "migrated"}
-    monkeypatch.setitem(records.MIGRATIONS, now, lambda v: {**v, **change})
+    monkeypatch.setitem(records.RECORDS, now, lambda v: {**v, **change})
     assert read(path).label == "migrated"
 
 

@@ -179,7 +179,8 @@ def test_ancestors_are_in_order_and_without_evaluations(tmp_path: Path) -> None:
     second = finished(store, stage="eval", parent=first)
     third = finished(store, stage="compress", parent=second)
     chain = store.ancestors(replace(SPEC, stage="eval", parent=third))
-    assert [s.key for s in chain] == [first, third]
+    assert list(chain) == [first, third]
+    assert [s.key for s in chain.values()] == [first, third]
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"stage": "train"}'])

@@ -92,3 +92,9 @@ def test_stopping_a_grid_stops_it(cli, monkeypatch) -> None:
     monkeypatch.setattr("effbench.launch._run_process", lambda *_: 130)
     assert cli("train", "-m", "seed=0,1", *RUN, *STEPS)[0] == 130
     assert outcomes() == []
+
+
+def test_keys_that_look_like_numbers_are_swept_as_text(cli) -> None:
+    status, _, said = cli("eval", "-m", "from=0e09,8065", "run.progress=false")
+    assert status == 2
+    assert "There is no run '0e09'" in said

@@ -321,6 +321,8 @@ class Evaluator:
     """The name of its file and its config; set by the registry."""
     headline: ClassVar[str] = ""
     """The metric that it is there for, zero or more; the contract tests look for it."""
+    version: ClassVar[int] = 1
+    """Raised when the same settings would give other numbers; from then on in the key."""
     itemwise: ClassVar[bool] = True
     """Whether it works item by item through `Subject.journal`, so that it resumes at an item."""
     trial: ClassVar[dict[str, Any]] = {}

@@ -141,6 +141,8 @@ class Method:
     """The stage that makes its artefact."""
     learning_rate: ClassVar[float] = 1e-4
     """What `train.learning_rate=null` means for this method."""
+    version: ClassVar[int] = 1
+    """Raised when the same settings would give another result; from then on in the key."""
     works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
     """Kinds of linear layers it can start from: `dense`, `nf4`, `packed`, `adapted`."""
     leaves: ClassVar[str] = "dense"

@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from effbench.errors import UserError, did_you_mean
-from effbench.records import Metric, Outcomes, Record
+from effbench.records import Metric, Outcomes, Record, as_now
 from effbench.report.budgets import budgets
 from effbench.report.compared import Comparison
 from effbench.report.contrast import OTHER_ITEMS, Contrast, Side, contrast, p_of_difference
@@ -25,6 +25,7 @@ from effbench.report.groups import Group, grouped
 from effbench.report.labels import better, differences
 from effbench.report.metric_table import Kind, MetricTable, Row
 from effbench.report.table import Value, as_value
+from effbench.report.versions import different_versions
 from effbench.report.words import in_words
 from effbench.stats import (
     ALPHA,
@@ -64,13 +65,14 @@ def compare(
         UserError: For a margin of a metric that is not compared, and when no other run has a point
             of the first one at which to compare.
     """
+    known = as_now([*known, *records])
     given = names or {}
     groups = [replace(g, label=given.get(g.keys, g.label)) for g in grouped(records, known)]
     if same_points:
         check_points(groups)
     labels = [group.label for group in groups]
     kinds = [_by_kind(group) for group in groups]
-    tables, notes = [], []
+    tables, notes = [], different_versions(groups, known)
     missing: dict[str, list[str]] = {}
     for kind, own in kinds[0].items():
         lacking = [n for n, found in zip(labels, kinds, strict=True) if kind not in found]
@@ -88,7 +90,7 @@ def compare(
         tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points))
     _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
-    equal = budgets(groups, [*known, *records])
+    equal = budgets(groups, known)
     return Comparison(
         labels,
         [group.keys for group in groups],

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from effbench.records import Record
+from effbench.records import Record, as_now
 from effbench.report.labels import labels
 
 Seeds = tuple[int, ...]
@@ -46,6 +46,7 @@ def grouped(records: Sequence[Record], known: Sequence[Record] = ()) -> list[Gro
         records: The runs to group.
         known: Runs that these may have gone on from, whose seeds do not count either.
     """
+    records, known = as_now(records), as_now(known)
     by_key = {record.key: record for record in [*known, *records]}
     found: list[tuple[str, list[Record], list[Seeds]]] = []
     for record in records:

@@ -83,11 +83,11 @@ class Bench:
 
     def earlier(self) -> list[Method]:
         """Return the methods that made what the run starts from, first to last."""
-        return [make_method(s.method) for s in self.store.ancestors(self.spec)]
+        return [make_method(s.method) for s in self.store.ancestors(self.spec).values()]
 
     def folders(self) -> list[Path]:
         """Return the artefacts of what the run starts from, first to last."""
-        return [self.store.run(s.key).artefact for s in self.store.ancestors(self.spec)]
+        return [self.store.run(key).artefact for key in self.store.ancestors(self.spec)]
 
     def start_shape(self) -> Shape:
         """Return the sizes of what the method starts from; an evaluation goes through it again."""
@@ -242,7 +242,8 @@ def open_model(bench: Bench) -> torch.nn.Module:
         UserError: When a file is missing or broken, or two settings contradict each other.
     """
     spec, own = bench.spec, bench.method
-    made = [(s, make_method(s.method)) for s in bench.store.ancestors(spec)]
+    ancestors = bench.store.ancestors(spec)
+    made = [(key, make_method(s.method)) for key, s in ancestors.items()]
     weights = _base_weights(bench, [m for _, m in made])
     stored = models.fetch(spec.model)
     models.import_libraries()
@@ -262,11 +263,11 @@ def open_model(bench: Bench) -> torch.nn.Module:
         )
         model, bench.base_shape = loaded.model, loaded.shape
         shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
-        for place, (earlier, method) in enumerate(made):
+        for place, (key, method) in enumerate(made):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
             method = method.fitted(shapes[place])
-            model = method.load(model, bench.store.run(earlier.key).artefact, bench.context())
+            model = method.load(model, bench.store.run(key).artefact, bench.context())
             model.requires_grad_(False)
         if made and spec.stage == "train" and own.weights == "nf4":
             quantise_nf4(model, compute_dtype=bench.dtype)
@@ -330,8 +331,8 @@ def open_data(bench: Bench) -> Data:
     data = Data(bench.spec.dataset, bench.tokenizer)
     seen: set[str] = set()
     trained = [bench.spec.dataset] if bench.spec.stage == "train" else []
-    for earlier in bench.store.ancestors(bench.spec):
-        rows = bench.store.run(earlier.key).read_json("data.json") or []
+    for key, earlier in bench.store.ancestors(bench.spec).items():
+        rows = bench.store.run(key).read_json("data.json") or []
         seen |= set(rows)
         trained += [earlier.dataset] if rows else []
     for evaluator in map(make_evaluator, bench.spec.evaluators):
