@@ -571,6 +571,69 @@ def fetch(
 
 
 @app.command()
+def bundle(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder to write.")],
+    python: Annotated[
+        str, typer.Option(help="Python of the target: 3.12. Default: this one.")
+    ] = "",
+    platform: Annotated[
+        list[str] | None,
+        typer.Option(help="Platform tag of the target, older ones included; may be repeated."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES|@FILE",
+            help="What is there already: names, name==version, or a file as pip freeze writes it.",
+        ),
+    ] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="Extra of effbench (dev, wandb); may be repeated.")
+    ] = None,
+    asset: Annotated[
+        list[str] | None, typer.Option(help="Further model or data set; may be repeated.")
+    ] = None,
+    no_assets: Annotated[
+        bool, typer.Option("--no-assets", help="Leave the default model and questions out.")
+    ] = False,
+    part_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Write parts of at most this size: 60MiB.")
+    ] = "",
+) -> None:
+    """Gather all that a machine without network needs to run effbench, and its installer.
+
+    On the target, DIR/install.sh puts it into a folder, beside the packages that its Python has.
+    What the target has already, and what only that would need, can be left out. An interrupted
+    bundle goes on when the same command is given again.
+
+    \b
+    Examples:
+      effbench bundle to-go
+      effbench bundle to-go --without torch,transformers --part-size 60MiB
+      effbench bundle to-go --python 3.12 --platform manylinux_2_34_x86_64 --without @there.txt
+      effbench bundle to-go --asset gemma3-270m --extra dev
+    \b
+    On the target:
+      python3 -m pip list --format=freeze > there.txt     (for --without @there.txt)
+      to-go/install.sh --check
+      to-go/install.sh ~/effbench && . ~/effbench/activate
+    """
+    from effbench.bundle.make import DEFAULT_ASSETS, Wanted, make, summary
+    from effbench.bundle.parts import parse_size
+    from effbench.bundle.target import choose, left_out
+
+    names = [*(() if no_assets else DEFAULT_ASSETS), *(asset or ())]
+    wanted = Wanted(
+        choose(python, platform or ()),
+        left_out(without or ()),
+        tuple(extra or ()),
+        tuple(dict.fromkeys(names)),
+        parse_size(part_size) if part_size else 0,
+    )
+    typer.echo(summary(make(folder, wanted, _say)))
+
+
+@app.command()
 def doctor(results: Results = Path("results")) -> None:
     """Say what this machine has, what is missing and how to get it."""
     from effbench.doctor import report

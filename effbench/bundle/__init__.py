@@ -1,0 +1,1 @@
+"""All that a machine without network needs, in one folder."""
