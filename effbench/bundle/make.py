@@ -14,7 +14,7 @@ from typing import Any
 from effbench import __version__, assets
 from effbench.bundle.build import build_sources, own_wheel
 from effbench.bundle.parts import Piece, piece, write_archive, write_parts
-from effbench.bundle.resolve import Found, Plan, resolve
+from effbench.bundle.resolve import Found, Plan, UnreachableError, resolve
 from effbench.bundle.target import Target, plain_name
 from effbench.cache import locked
 from effbench.download import download, pip_download
@@ -89,9 +89,17 @@ def make(folder: Path, wanted: Wanted, say: Say, progress: bool = True) -> Made:
     with mendable(folder):
         (work / "wheels").mkdir(parents=True, exist_ok=True)
         with locked(work, f"bundling into {folder}"):
-            made = _make(folder, work, wanted, say, progress)
-    work.with_name(f".{work.name}.lock").unlink(missing_ok=True)
-    return made
+            try:
+                return _make(folder, work, wanted, say, progress)
+            finally:
+                _leave_downloads(work)
+
+
+def _leave_downloads(work: Path) -> None:
+    """Remove the folder of what is unfinished when no download in it is worth going on from."""
+    if not any((work / "wheels").glob("*")):
+        shutil.rmtree(work, ignore_errors=True)
+        work.with_name(f".{work.name}.lock").unlink(missing_ok=True)
 
 
 def _make(folder: Path, work: Path, wanted: Wanted, say: Say, progress: bool) -> Made:
@@ -179,7 +187,9 @@ def _sources(ask: Callable[..., Plan], here: Target, target: Target, built: Path
     """Return what it takes on this machine, where source can be looked at; None if that fails."""
     try:
         return ask(target=here, links=[built])
-    except UserError:
+    except UserError as error:
+        if isinstance(error, UnreachableError):
+            raise
         if target.foreign:
             return None
         raise

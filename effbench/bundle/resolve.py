@@ -36,6 +36,10 @@ ROUNDS = 4
 """How often requirements that only the target has are looked for; each round finds new ones."""
 
 
+class UnreachableError(UserError):
+    """The package registry does not answer."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One package as pip chose it."""
@@ -105,6 +109,8 @@ def resolve(
         try:
             found = _until_whole(wanted, target, [*asked, *here], sources)
             same = True
+        except UnreachableError:
+            raise
         except UserError:
             found = _until_whole(wanted, target, asked, sources)
             same = False
@@ -164,7 +170,7 @@ def _found(item: Mapping[str, Any]) -> Found:
 
 def _refused(said: str, target: Target) -> UserError:
     if any(sign in said for sign in NO_NETWORK):
-        return UserError(
+        return UnreachableError(
             "The package registry cannot be reached.",
             "A bundle is made where there is network: check it, and what pip is configured with.",
         )
