@@ -140,6 +140,7 @@ class Peaks:
         trained: bool = False,
         points: int = 1,
         kernels: int = 0,
+        expands: bool = True,
     ) -> Components:
         """Return the peak of a pass without gradients.
 
@@ -150,6 +151,7 @@ class Peaks:
             trained: Whether the process has trained before.
             points: Operating points that a scored batch goes through side by side.
             kernels: Sizes of products that the process has computed (`kernels`).
+            expands: Whether packed linears, where there are some, are expanded to be multiplied.
         """
         adapted = cost.params > self.shape.params
         packed = cost.resident_bytes < cost.params * self.element
@@ -161,12 +163,13 @@ class Peaks:
         cached = one.kind in ("prefill", "decode")
         others = points - 1 if one.kind == "score" else 0
         kept = self.block if packed and self.cpu and others else 0
+        room = self.expanded if packed and expands else 0
         return {
             "weights": cost.resident_bytes,
             "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
             **({"activations": running} if running > residual + logits else last),
             "other points": others * residual + kept,
-            **self._around((self.expanded if packed else 0) + _code(kernels), trained=trained),
+            **self._around(room + _code(kernels), trained=trained),
         }
 
     @property

@@ -311,8 +311,13 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
+        # A GPU multiplies NF4 weights in one kernel (bitsandbytes').
+        expands = cpu or any(m.leaves == "packed" for m in course.methods)
         found["evaluate"] = max(
-            (left.inference(course.used, p, every, trained, together, kernels) for p in passes),
+            (
+                left.inference(course.used, p, every, trained, together, kernels, expands)
+                for p in passes
+            ),
             key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())

@@ -212,3 +212,15 @@ def test_calibration_is_counted_where_rows_are_read() -> None:
         assert phase is not None
         found.append(phase.peak)
     assert found[1] > found[0] + 64 * 4 * KERNEL_BYTES
+
+
+def test_only_what_is_expanded_to_be_multiplied_needs_room_for_it() -> None:
+    def room(*words: str) -> int:
+        phase = predicted(*words, "evaluator=memory").phase("evaluate")
+        assert phase is not None
+        return phase.memory.get("workspace", 0)
+
+    gpu = ["hardware.device=cuda"]
+    assert room("method=qlora", *gpu) == 0
+    assert room("method=rtn", *gpu) == 18 * 4096 * 11008
+    assert room("method=qlora") > 18 * 4096 * 11008

@@ -96,6 +96,7 @@ class Memory(Evaluator):
         ]
 
     def _predicted(self, subject: Subject, phase: str, tokens: int) -> dict[str, float]:
+        from effbench.nn.quantised import PackedLinear
         from effbench.peaks import Peaks
         from effbench.shapes import DTYPE_BYTES
 
@@ -106,7 +107,8 @@ class Memory(Evaluator):
         on_cpu = not str(subject.device).startswith("cuda")
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
-        return peaks.inference(subject.cost, one, trained=trained)
+        expands = on_cpu or any(isinstance(m, PackedLinear) for m in subject.model.modules())
+        return peaks.inference(subject.cost, one, trained=trained, expands=expands)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:
         """Count weights and cache from their tensors."""

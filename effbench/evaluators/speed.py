@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from effbench.errors import UserError
 from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.footprint import Pass
 from effbench.lazy import torch
 from effbench.methods.base import Method, chain_cost, dense_cost
 from effbench.records import Metric
@@ -24,6 +25,7 @@ from effbench.schema import PositiveInt, canonical
 from effbench.shapes import DTYPE_BYTES
 
 if TYPE_CHECKING:
+    from effbench.datasets import Data
     from effbench.measure.requests import Times
     from effbench.measure.roofline import Ceilings
     from effbench.measure.timing import Ratio
@@ -141,6 +143,17 @@ class Speed(Evaluator):
             assert shape is not None
             _check_positions(cell, shape)
             _check_memory(cell, spec, methods, shape)
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return prefill and decode of every cell, with room in the cache for all its tokens."""
+        return [
+            one
+            for cell in self.cells()
+            for one in (
+                Pass("prefill", cell.batch, cell.prompt, cell.batch),
+                Pass("decode", cell.batch, cell.prompt + cell.new, cell.batch),
+            )
+        ]
 
     def run(self, subject: Subject) -> Result:
         """Return times, rates, shares, bytes and what sessions counted, of every cell."""

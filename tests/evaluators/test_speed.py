@@ -280,3 +280,15 @@ def test_shares_need_whole_cycles(subject: Subject, monkeypatch: pytest.MonkeyPa
         with subject.method.at(subject.model, "k2"):
             found = metrics(evaluator.run(subject))
         assert (("mbu", "decode", "") in found) == there
+
+
+def test_every_cell_of_a_grid_is_foreseen(bench: Bench) -> None:
+    words = ["evaluator=speed", "evaluator.speed.prompt_tokens=[4,9]", *WORDS]
+    words += ["evaluator.speed.batch_sizes=[1,3]", "evaluator.speed.new_tokens=5"]
+    words += ["evaluator.speed.repeats=1", "evaluator.speed.roofline=false"]
+    record = bench.run("eval", *words)
+    cells = {m.task for m in record.metrics if m.name == "tpot_ms"}
+    assert cells == {"b1 p4 n5", "b1 p9 n5", "b3 p4 n5", "b3 p9 n5"}
+    per_token = next(m.value for m in record.metrics if m.name == "kv_bytes_per_token")
+    # The largest prompt: what its activations take is more than what the new tokens add.
+    assert record.plan["phases"]["evaluate"]["memory"]["kv cache"] == 3 * 9 * per_token
