@@ -19,13 +19,13 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from effbench import registry
-from effbench.cli import app
-from effbench.conf_files import groups
-from effbench.config import compose
+from effbench.api import registry
+from effbench.cli.main import app
+from effbench.config.compose import compose
+from effbench.config.files import groups
+from effbench.config.overrides import check_overrides
 from effbench.methods.base import Method
-from effbench.overrides import check_overrides
-from effbench.store import MARKER, Store
+from effbench.results.store import MARKER, Store
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -368,7 +368,7 @@ def test_the_example_is_what_the_page_shows() -> None:
 def effbench(folder: Path, *words: str) -> str:
     """Run the command line in a process that finds what lies in `folder` first."""
     done = subprocess.run(
-        [sys.executable, "-c", "from effbench.cli import main; main()", *words],
+        [sys.executable, "-c", "from effbench.cli.main import main; main()", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
