@@ -11,8 +11,7 @@ from effbench.nn.decode.pointwise import Pointwise, compiled
 
 if TYPE_CHECKING:
     from effbench.nn.decode.cache import StaticLayer
-    from effbench.nn.decode.static import StaticSession
-    from effbench.nn.decode.step import Runs, Stored
+    from effbench.nn.decode.step import Runs, StepSession, Stored
 
 WARM_UP = 3
 """Steps that run before the capture, so that libraries have made what they need."""
@@ -49,7 +48,7 @@ class StaticStep:
     query looks at the whole of a cache through a mask. Layers of one lane share place and mask.
     """
 
-    def __init__(self, session: StaticSession, pointwise: Pointwise) -> None:
+    def __init__(self, session: StepSession, pointwise: Pointwise) -> None:
         self.pointwise = pointwise
         self.token = torch.zeros(session.batch, 1, dtype=torch.long, device=session.device)
         self.lanes = {layer.lane: layer for layer in session.layers}
@@ -61,20 +60,20 @@ class StaticStep:
         self._moves: dict[Runs, torch.Tensor] = {}
         self.place(session)
 
-    def place(self, session: StaticSession) -> None:
+    def place(self, session: StepSession) -> None:
         """Take over where the session stands."""
         for lane, layer in self.lanes.items():
             self.places[lane] = layer.length
         self.positions.copy_(session.positions)
         self.starts.copy_(session.starts)
 
-    def logits(self, session: StaticSession, runs: Runs | None = None) -> torch.Tensor:
+    def logits(self, session: StepSession, runs: Runs | None = None) -> torch.Tensor:
         """Return logits [B, V] of `token` at its places, through the blocks that run."""
         store = Put(self)
         runs = session.every if runs is None else runs
         return session.walk(self.token, self.positions, store, self.pointwise, runs)
 
-    def advance(self, session: StaticSession, runs: Runs | None = None) -> None:
+    def advance(self, session: StepSession, runs: Runs | None = None) -> None:
         """Go on to the next place in the caches of the blocks that ran."""
         runs = session.every if runs is None else runs
         if runs not in self._moves:
@@ -92,12 +91,12 @@ class StepGraph:
     Capturing writes one key and value at the session's next place, and leaves all else as it was.
     """
 
-    def __init__(self, session: StaticSession) -> None:
+    def __init__(self, session: StepSession) -> None:
         self._step = StaticStep(session, compiled(session.batch))
         self._buffers = session.buffers()
         self._captured: dict[Runs, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def capture(self, session: StaticSession, runs: Runs) -> None:
+    def capture(self, session: StepSession, runs: Runs) -> None:
         """Make the graph of a step through the blocks that run, unless it is there."""
         if runs in self._captured:
             return
@@ -116,16 +115,16 @@ class StepGraph:
             anchor.copy_(old)
         self._captured[runs] = graph, logits
 
-    def holds(self, session: StaticSession) -> bool:
+    def holds(self, session: StepSession) -> bool:
         """Whether caches and anchors are still those that were captured."""
         now = session.buffers()
         return len(now) == len(self._buffers) and all(map(is_, now, self._buffers))
 
-    def place(self, session: StaticSession) -> None:
+    def place(self, session: StepSession) -> None:
         """Take over where the session stands."""
         self._step.place(session)
 
-    def run(self, session: StaticSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
+    def run(self, session: StepSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]."""
         self.capture(session, runs)
         self._step.token.copy_(input_ids)

@@ -13,14 +13,13 @@ from effbench.nn.decode import native
 from effbench.nn.llama.walk import MLP, Attention, Block, untouched
 
 if TYPE_CHECKING:
-    from effbench.nn.decode.static import StaticSession
-    from effbench.nn.decode.step import Runs, StandIn
+    from effbench.nn.decode.step import Runs, StandIn, StepSession
 
 
 class NativeStep:
     """Addresses of a model's weights, and of a session's cache as it is at each step."""
 
-    def __init__(self, session: StaticSession, kernels: native.Kernels) -> None:
+    def __init__(self, session: StepSession, kernels: native.Kernels) -> None:
         self.kernels = kernels
         self.blocks = (native.Layer * len(session.blocks))()
         for pointers, block in zip(self.blocks, session.blocks, strict=True):
@@ -36,7 +35,7 @@ class NativeStep:
         self._runs: dict[Runs, Any] = {}
 
     @classmethod
-    def of(cls, session: StaticSession) -> Self | None:
+    def of(cls, session: StepSession) -> Self | None:
         """Return the step of a session whose linears are all plain; None where there is none."""
         inner = session.model.model
         norms = [inner.norm, *(part.norm for b in session.blocks for part in b.parts())]
@@ -56,7 +55,7 @@ class NativeStep:
         kernels = native.kernels() if fits else None
         return None if kernels is None else cls(session, kernels)
 
-    def run(self, session: StaticSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
+    def run(self, session: StepSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token.
 
         Blocks that do not run are left out, or have their stand-ins.
@@ -81,7 +80,7 @@ class NativeStep:
 
     def stretch(
         self,
-        session: StaticSession,
+        session: StepSession,
         hidden: torch.Tensor,
         positions: torch.Tensor,
         starts: torch.Tensor,
@@ -116,7 +115,7 @@ class NativeStep:
         return out
 
     def readout(
-        self, session: StaticSession, hidden: torch.Tensor, norm: Any, head: Any
+        self, session: StepSession, hidden: torch.Tensor, norm: Any, head: Any
     ) -> torch.Tensor:
         """Return the logits [N, V] of hidden states [N, d] after a norm and a plain head."""
         given, vocab = hidden.contiguous(), head.out_features
@@ -133,7 +132,7 @@ class NativeStep:
         return logits
 
     def _call(
-        self, session: StaticSession, sizes: native.Model, step: native.Step, runs: Runs
+        self, session: StepSession, sizes: native.Model, step: native.Step, runs: Runs
     ) -> None:
         """Run the kernel; fill in what all calls have in common."""
         self._follow(session, step.batch)
@@ -145,7 +144,7 @@ class NativeStep:
         step.scratch, step.threads = self.scratch.data_ptr(), torch.get_num_threads()
         self.kernels.decode(sizes, step, session.dtype)
 
-    def _follow(self, session: StaticSession, rows: int) -> None:
+    def _follow(self, session: StepSession, rows: int) -> None:
         """Take over the addresses of what has moved since the last call, and make room for rows."""
         buffers = session.buffers()
         if len(buffers) != len(self._seen) or not all(map(is_, buffers, self._seen)):
@@ -156,7 +155,7 @@ class NativeStep:
             need = self.kernels.scratch_floats(self.sizes, rows, session.capacity)
             self.scratch = torch.empty(need, dtype=torch.float32)
 
-    def _point(self, session: StaticSession) -> None:
+    def _point(self, session: StepSession) -> None:
         """Note where caches, stand-ins and tables lie."""
         places = zip(self.blocks, session.blocks, session.caches, strict=True)
         for pointers, block, cache in places:
@@ -172,7 +171,7 @@ class NativeStep:
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
 
 
-def _fits(block: Block, session: StaticSession) -> bool:
+def _fits(block: Block, session: StepSession) -> bool:
     """Whether the matrices of a block fit each other and the width of the model."""
     return all(_part_fits(part, session) for part in block.parts())
 
@@ -188,7 +187,7 @@ def _queries_last(blocks: Sequence[Block]) -> bool:
     return True
 
 
-def _stand_in_fits(item: tuple[int, StandIn], session: StaticSession) -> bool:
+def _stand_in_fits(item: tuple[int, StandIn], session: StepSession) -> bool:
     """Whether a stand-in's map is small and float32, and its block has a part to give an anchor."""
     index, stand_in = item
     maps = [m for m in (stand_in.a, stand_in.b) if m is not None]
@@ -197,7 +196,7 @@ def _stand_in_fits(item: tuple[int, StandIn], session: StaticSession) -> bool:
     return small and dense and bool(session.blocks[index].parts())
 
 
-def _part_fits(part: Attention | MLP, session: StaticSession) -> bool:
+def _part_fits(part: Attention | MLP, session: StepSession) -> bool:
     d, width = session.model.config.hidden_size, session.head_dim
     if isinstance(part, MLP):
         sizes = [(part.inner, d), (part.inner, d), (d, part.inner)]
@@ -240,7 +239,7 @@ def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
     pointers.anchor = _address(stand_in.anchor)
 
 
-def _sizes(session: StaticSession) -> native.Model:
+def _sizes(session: StepSession) -> native.Model:
     model = session.model
     return native.Model(
         hidden=model.config.hidden_size,

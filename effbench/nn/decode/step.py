@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 
 from effbench.nn.decode.cache import StaticLayer
 from effbench.nn.decode.pointwise import EAGER, Pointwise
+from effbench.nn.llama.walk import Block
 
 Runs = tuple[bool, ...]
 """Whether each block runs in a step."""
@@ -68,3 +69,46 @@ class StandIn:
             self.anchor.copy_(last)
         elif self.anchored:
             self.anchor = last.clone(memory_format=torch.contiguous_format)
+
+
+class StepSession(Protocol):
+    """What a step reads of the session it belongs to, which is a `StaticSession`."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    scaling: float
+    blocks: list[Block]
+    caches: list[StaticLayer | None]
+    layers: list[StaticLayer]
+    stand_ins: dict[int, StandIn]
+    every: Runs
+    starts: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the cache."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the largest cache has room for."""
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return the tensors on whose addresses a step depends, those of the weights left out."""
+
+    def running(self, runs: Runs) -> list[StaticLayer]:
+        """Return the caches of the blocks that run."""
+
+    def walk(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        store: Store,
+        pointwise: Pointwise,
+        runs: Runs,
+    ) -> torch.Tensor:
+        """Return logits [B, V] of one token per sequence, block by block."""
