@@ -28,6 +28,7 @@ from effbench.models.gguf_header import config_in, read_header
 from effbench.util.cache import sha256_of
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
+from effbench.util.package_data import conf_dir
 
 SIZES = {
     "hidden_size": "hidden_size",
@@ -325,9 +326,8 @@ def offline_models() -> list[str]:
     """Return the configs of models that need no model hub."""
     import yaml
 
-    from effbench.config.files import options
-
-    found = {n: yaml.safe_load(p.read_text()) for n, p in options("model").items() if p}
+    files = sorted((conf_dir() / "model").glob("*.yaml"))
+    found = {p.stem: yaml.safe_load(p.read_text()) for p in files}
     return [n for n, values in found.items() if values["source"] in ("package", "random")]
 
 
