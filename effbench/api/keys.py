@@ -16,14 +16,11 @@ import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
 from effbench.api.schema import plain
 from effbench.util.errors import NewerVersionError
-
-if TYPE_CHECKING:
-    from effbench.api.spec import Spec
 
 FOUNDED = 2
 """The form of the spec at that time, hashed for ever."""
@@ -119,14 +116,14 @@ FOUNDING: dict[str, str] = {
 not listed, and a field that is not named, leave their defaults out."""
 
 
-def hashed(spec: Spec) -> dict[str, Any]:
-    """Return what the key of a spec is the hash of.
+def hashed(spec: Any) -> dict[str, Any]:
+    """Return what the key of a `Spec` is the hash of.
 
     What the stage does not use is left out, so that it cannot change the key: training settings of
     a run that trains nothing.
     """
     values: dict[str, Any] = {**plain(spec), "version": FOUNDED}
-    for _, part, came_later in _parts(values):
+    for _, part, came_later in _parts(type(spec), values):
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
                 del part[name]
@@ -135,29 +132,34 @@ def hashed(spec: Spec) -> dict[str, Any]:
     return values
 
 
-def completed(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a spec of an earlier effbench with the fields that came later, as if absent."""
-    if all(came_later.keys() <= part.keys() for _, part, came_later in _parts(spec)):
+def completed(cls: type, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a spec of an earlier effbench with the fields that came later, as if absent.
+
+    Args:
+        cls: `Spec`.
+        spec: Its plain values.
+    """
+    if all(came_later.keys() <= part.keys() for _, part, came_later in _parts(cls, spec)):
         return spec
     spec = copy.deepcopy(spec)
-    for _, part, came_later in _parts(spec):
+    for _, part, came_later in _parts(cls, spec):
         for name, absent in came_later.items():
             part.setdefault(name, absent)
     return spec
 
 
-def refuse_unknown(spec: dict[str, Any]) -> None:
-    """Refuse a spec with fields that are not known here.
+def refuse_unknown(cls: type, spec: dict[str, Any]) -> None:
+    """Refuse a spec with fields that are not known here; see `completed`.
 
     Raises:
         NewerVersionError: That names the first of them.
     """
-    for cls, part, _ in _parts(spec):
-        if unknown := sorted(part.keys() - {f.name for f in dataclasses.fields(cls)}):
-            raise NewerVersionError(f"{cls.__name__} has no {unknown[0]!r} here")
+    for kind, part, _ in _parts(cls, spec):
+        if unknown := sorted(part.keys() - {f.name for f in dataclasses.fields(kind)}):
+            raise NewerVersionError(f"{kind.__name__} has no {unknown[0]!r} here")
 
 
-def versions_of(spec: Spec) -> dict[str, int]:
+def versions_of(spec: Any) -> dict[str, int]:
     """Return the versions above 1 of what a run uses: `train`, `method.NAME` and so on."""
     used = ["model", "dataset", "hardware", *(["train"] if spec.stage == "train" else [])]
     parts: dict[str, Any] = {name: type(getattr(spec, name)) for name in used}
@@ -167,7 +169,7 @@ def versions_of(spec: Spec) -> dict[str, int]:
     return {name: part.version for name, part in parts.items() if part.version > 1}
 
 
-def earlier_keys(spec: Spec) -> list[str]:
+def earlier_keys(spec: Any) -> list[str]:
     """Return the keys that a spec had under earlier versions of its parts, latest first."""
     numbers = product(*(range(number, 0, -1) for number in spec.versions.values()))
     next(numbers)
@@ -198,18 +200,16 @@ Part = tuple[type, dict[str, Any], dict[str, Any]]
 """A dataclass, its plain values within a spec, and its later fields with what absence means."""
 
 
-def _parts(spec: dict[str, Any]) -> Iterator[Part]:
+def _parts(cls: type, spec: dict[str, Any]) -> Iterator[Part]:
     """Yield the parts of a plain spec that are known here; their values may be changed."""
-    from effbench.api.spec import Spec
-
-    yield from _nested(Spec, spec)
+    yield from _nested(cls, spec)
     kinds: dict[registry.Kind, Any] = {"methods": "method", "evaluators": "evaluators"}
     for kind, place in kinds.items():
         for plugin in _dicts(spec.get(place)):
             name, settings = plugin.get("name"), plugin.get("settings")
             if isinstance(settings, dict) and name in registry.names(kind):
-                cls = registry.find(kind, name)
-                yield cls, settings, later_fields(cls, f"{kind}/{name}")
+                plugged = registry.find(kind, name)
+                yield plugged, settings, later_fields(plugged, f"{kind}/{name}")
 
 
 def _nested(cls: type, values: dict[str, Any]) -> Iterator[Part]:

@@ -23,15 +23,15 @@ def present_spec(values: Any) -> dict[str, Any]:
         ValueError: When it is no spec.
     """
     from effbench.api.keys import completed, refuse_unknown
-    from effbench.api.spec import SPEC_VERSION
+    from effbench.api.spec import SPEC_VERSION, Spec
 
     if not isinstance(values, dict) or not isinstance(values.get("version"), int):
         raise ValueError("it is no spec")
     if values["version"] > SPEC_VERSION:
         raise NewerVersionError(f"its spec has form {values['version']}, known: {SPEC_VERSION}")
     values = migrated_spec(values)
-    refuse_unknown(values)
-    return completed(values)
+    refuse_unknown(Spec, values)
+    return completed(Spec, values)
 
 
 def migrated_spec(values: dict[str, Any]) -> dict[str, Any]:

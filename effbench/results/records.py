@@ -190,8 +190,9 @@ def find(folder: Path, ref: str) -> Record:
 def as_now(records: Sequence[Record]) -> list[Record]:
     """Return records whose specs have the fields that came since, so that specs can be compared."""
     from effbench.api.keys import completed
+    from effbench.api.spec import Spec
 
-    return [replace(record, spec=completed(migrated_spec(record.spec))) for record in records]
+    return [replace(record, spec=completed(Spec, migrated_spec(record.spec))) for record in records]
 
 
 def _files(folder: Path) -> list[Path]:
