@@ -18,9 +18,9 @@ from effbench.cli.bundle.resolve import Found, Plan, UnreachableError, resolve
 from effbench.cli.bundle.target import Target, plain_name
 from effbench.data import assets
 from effbench.data.download import download, pip_download
-from effbench.util.cache import locked
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.files import mendable, replace_folder
+from effbench.util.locks import locked
 
 NAME = "bundle.json"
 """What is in a bundle; its last file."""
@@ -89,7 +89,8 @@ def make(folder: Path, wanted: Wanted, say: Say, progress: bool = True) -> Made:
     work = folder.with_name(f".{folder.name}.unfinished")
     with mendable(folder):
         (work / "wheels").mkdir(parents=True, exist_ok=True)
-        with locked(work, f"bundling into {folder}"):
+        lock = work.with_name(f".{work.name}.lock")
+        with locked(lock, lambda holder: say(f"Waiting: {holder} is bundling into {folder} …")):
             try:
                 return _make(folder, work, wanted, say, progress)
             finally:
