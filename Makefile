@@ -52,10 +52,11 @@ test-slow: $(READY) ## Run all tests, the slow ones too
 golden: $(READY) ## Write tests/golden anew, after a change on purpose to what is public
 	$(BIN)/python -m pytest --write-golden -m golden
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, types and what imports what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## Put the style right
 	$(BIN)/ruff check --fix .
@@ -87,4 +88,4 @@ tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/campaign.py --tables
 
 clean: ## Remove the environment and caches (not results)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effbench.cli import main
+from effbench.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -19,24 +19,27 @@ from typing import Any
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.launch import execute
-from effbench.measure.counting import parameters
-from effbench.measure.roofline import Ceilings, decode_bytes, prefill_flops, probe
-from effbench.measure.timing import Ratio, interleaved
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context
+from effbench.api.shape import Shape
+from effbench.config.compose import compose
 from effbench.methods.apt import APT
-from effbench.methods.base import Context, Cost, Method, compress_whole, dense_cost
+from effbench.methods.base import Method, compress_whole
 from effbench.methods.structured import Structured
-from effbench.nn.engine import StaticSession
-from effbench.nn.pruning import Pruning
-from effbench.nn.quantised import storage_bytes
-from effbench.nn.slicing import shape_left
-from effbench.records import Record
-from effbench.shapes import Shape
-from effbench.stages import train as stage
-from effbench.stages.common import open_bench, open_data, open_model
-from effbench.store import Store
+from effbench.models import load as models
+from effbench.nn.decode.static import StaticSession
+from effbench.nn.pruning.pruner import Pruning
+from effbench.nn.pruning.slice import shape_left
+from effbench.nn.quant.linears import storage_bytes
+from effbench.resources.counting import parameters
+from effbench.resources.roofline import Ceilings, decode_bytes, prefill_flops, probe
+from effbench.resources.timing import Ratio, interleaved
+from effbench.results.records import Record
+from effbench.results.store import Store
+from effbench.runner.local import execute
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import open_bench
+from effbench.runner.stages import train as stage
 
 KEEP = 0.75
 PROMPT, NEW, PAIRS = 128, 32, 9

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.measure.hardware import default_device, default_dtype
-from effbench.measure.requests import Times, timed_generate, timed_session
-from effbench.measure.roofline import Ceilings, decode_bytes, probe
-from effbench.measure.timing import Clock, interleaved
-from effbench.methods.base import dense_cost
-from effbench.nn.engine import StaticSession, session_for
-from effbench.nn.layout import why_not
+from effbench.api.cost import dense_cost
+from effbench.config.compose import compose
+from effbench.evaluators.requests import Times, timed_generate, timed_session
+from effbench.models import load as models
+from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.llama.walk import why_not
+from effbench.resources.roofline import Ceilings, decode_bytes, probe
+from effbench.resources.timing import Clock, interleaved
+from effbench.util.hardware import default_device, default_dtype
 
 SPEEDUP = 1.5
 """What the engine has to reach on a CPU."""

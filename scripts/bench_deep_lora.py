@@ -20,15 +20,16 @@ import matplotlib
 import torch
 from safetensors.torch import load_file
 
-from effbench.config import compose
-from effbench.launch import execute
-from effbench.measure.timing import interleaved
-from effbench.nn.deep import DeepLinear, Form
+from effbench.config.compose import compose
+from effbench.nn.adapters.deep import DeepLinear, Form
 from effbench.report.table import Table
-from effbench.stages import train as stage
-from effbench.stages.common import open_bench, open_data, open_model
-from effbench.stages.export import export
-from effbench.store import Store
+from effbench.resources.timing import interleaved
+from effbench.results.store import Store
+from effbench.runner.local import execute
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import open_bench
+from effbench.runner.stages import train as stage
+from effbench.runner.stages.export import export
 
 matplotlib.use("agg")
 

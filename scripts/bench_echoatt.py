@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.measure.timing import Clock, interleaved
-from effbench.methods.base import Context, Method, inference_cost
+from effbench.api.method_types import Context
+from effbench.config.compose import compose
+from effbench.methods.base import Method
+from effbench.methods.chain import inference_cost
 from effbench.methods.echoatt import EchoAtt
-from effbench.nn.copied import CopyingSession
-from effbench.nn.decoding import CachedSession
-from effbench.nn.engine import session_for
-from effbench.nn.losses import answer_nll
-from effbench.nn.shared_session import SharedSession
-from effbench.nn.sharing import copying
+from effbench.models import load as models
+from effbench.nn.decode.copied_maps import CopyingSession
+from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.shared import SharedSession
+from effbench.nn.decode.static import session_for
+from effbench.nn.llama.shared_attention import copying
+from effbench.nn.losses.token import answer_nll
+from effbench.resources.timing import Clock, interleaved
 
 SHARED = (5, 7, 8, 9, 15, 21, 22, 23, 24, 26, 27, 28)
 """The first 12 of 30 layers that `effbench similarity model=smollm2-135m` would share."""

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from effbench import models, tasks
-from effbench.config import compose
-from effbench.evaluators.base import Subject
-from effbench.measure.timing import Clock, interleaved
+from effbench.config.compose import compose
+from effbench.data import lm_eval_tasks
+from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.models import load as models
+from effbench.resources.timing import Clock, interleaved
 
 GOALS = {"hellaswag": 2.0, "mmlu": 4.0}
 BATCHES = (1, 4, 8, 16, 32)
@@ -33,17 +34,17 @@ class Work:
     """The same items for both."""
 
     name: str
-    items: list[tuple[tasks.BenchmarkTask, int]]
+    items: list[tuple[lm_eval_tasks.BenchmarkTask, int]]
     ours: Callable[[], list[float]]
     theirs: Callable[[int], list[float]]
 
 
-def work(name: str, loaded: list[tasks.BenchmarkTask], subject: Subject, lm: Any) -> Work:
+def work(name: str, loaded: list[lm_eval_tasks.BenchmarkTask], subject: Subject, lm: Any) -> Work:
     items = [(task, index) for task in loaded for index in range(len(task.docs))]
     instances = [i for task, index in items for i in task.instances()[index]]
 
     def ours() -> list[float]:
-        rows = [row for task in loaded for row in tasks.requests(task, subject.tokenizer)]
+        rows = [row for task in loaded for row in lm_eval_tasks.requests(task, subject.tokenizer)]
         scores = subject.score([r for row in rows for r in row], name)
         return [s.loglikelihood for s in scores]
 
@@ -131,8 +132,8 @@ def main() -> int:
     print(
         f"{spec.model.name}, {spec.hardware.dtype} on {device}, {torch.get_num_threads()} threads"
     )
-    hellaswag = [tasks.load("hellaswag", num_fewshot=0, limit=given.hellaswag)]
-    mmlu = [tasks.load(name, num_fewshot=5, limit=given.mmlu) for name in SUBJECTS]
+    hellaswag = [lm_eval_tasks.load("hellaswag", num_fewshot=0, limit=given.hellaswag)]
+    mmlu = [lm_eval_tasks.load(name, num_fewshot=5, limit=given.mmlu) for name in SUBJECTS]
     reached = [
         report(work(name, some, subject, lm), given.rounds, device)
         for name, some in (("hellaswag", hellaswag), ("mmlu", mmlu))

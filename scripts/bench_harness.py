@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from effbench.config import compose
-from effbench.stages import train as stage
-from effbench.stages.common import open_bench, open_data, open_model
+from effbench.config.compose import compose
+from effbench.results.store import Store
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import open_bench
+from effbench.runner.stages import train as stage
 from effbench.stats import ratio_interval
-from effbench.store import Store
 
 LIMIT = 1.02
 PAIRS = 40

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.measure.hardware import default_device, default_dtype
-from effbench.measure.timing import Clock, interleaved
-from effbench.methods.base import Context
+from effbench.api.method_types import Context
+from effbench.api.session import Cyclic, Session
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.config.compose import compose
 from effbench.methods.lora_drop import LoRADrop, speed_ceiling
-from effbench.nn.decoding import Cyclic, Session, greedy
-from effbench.nn.layout import why_not
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.models import load as models
+from effbench.nn.decode.session import greedy
+from effbench.nn.llama.walk import why_not
+from effbench.resources.timing import Clock, interleaved
+from effbench.util.hardware import default_device, default_dtype
 
 FRACTIONS, WINDOWS, PROMPTS = (0.25, 0.5, 0.75), (1, 2, 3, 5), (128, 1024)
 STEPS = 12

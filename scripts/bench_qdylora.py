@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from effbench.config import compose
-from effbench.evaluators.base import make_batch
-from effbench.kernels.nf4 import nf4_bytes
-from effbench.nn.linears import decoder_linears
-from effbench.nn.lockstep import nll_at
-from effbench.nn.quantised import storage_bytes
-from effbench.stages import train as stage
-from effbench.stages.common import open_bench, open_data, open_model
+from effbench.api.batch import make_batch
+from effbench.config.compose import compose
+from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.quant.linears import storage_bytes
+from effbench.nn.quant.nf4 import nf4_bytes
+from effbench.nn.scoring.multi_point import nll_at
+from effbench.results.store import Store
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import open_bench
+from effbench.runner.stages import train as stage
 from effbench.stats import ratio_interval
-from effbench.store import Store
 
 LIMIT = 1.15
 PAIRS = 16

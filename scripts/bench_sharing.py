@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.footprint import Pass, step_flops, trained_layers
-from effbench.layer_maps import shared_shape, top_map
-from effbench.measure.counting import parameters
-from effbench.measure.roofline import decode_bytes, prefill_flops
-from effbench.measure.timing import Clock, Ratio, interleaved
-from effbench.methods.base import Batch, Method, dense_cost
-from effbench.nn.decoding import CachedSession, Session
-from effbench.nn.engine import session_for
-from effbench.nn.shared_session import SharedSession
-from effbench.nn.sharing import share
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import dense_cost
+from effbench.api.footprint import Pass, step_flops, trained_layers
+from effbench.api.session import Session
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import shared_shape, top_map
+from effbench.config.compose import compose
+from effbench.methods.base import Method
+from effbench.models import load as models
+from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.shared import SharedSession
+from effbench.nn.decode.static import session_for
+from effbench.nn.llama.shared_attention import share
+from effbench.resources.counting import parameters
+from effbench.resources.roofline import decode_bytes, prefill_flops
+from effbench.resources.timing import Clock, Ratio, interleaved
 
 SHARES = (0.25, 0.5)
 PROMPT, NEW, TRAINED, REPEATS = 1024, 24, 256, 7

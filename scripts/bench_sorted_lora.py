@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
-from effbench.config import compose
-from effbench.measure.timing import interleaved
-from effbench.methods.base import dense_cost
-from effbench.nn.decoding import CachedSession, Session, greedy
-from effbench.nn.merging import merged
-from effbench.shapes import DTYPE_BYTES, Shape
-from effbench.stages.common import Bench, open_bench, open_data, open_model
-from effbench.store import RunFolder, Store
+from effbench.api.cost import dense_cost
+from effbench.api.session import Session
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.config.compose import compose
+from effbench.nn.adapters.merge import merged
+from effbench.nn.decode.session import CachedSession, greedy
+from effbench.resources.timing import interleaved
+from effbench.results.store import RunFolder, Store
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import Bench, open_bench
 
 DEPTHS = (18, 21, 24, 27, 30)
 POINTS = [

@@ -14,19 +14,20 @@ import time
 
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.evaluators.base import Result, Subject
+from effbench.api.spec import Spec
+from effbench.config.compose import compose
+from effbench.evaluators.base import Result
+from effbench.evaluators.subject import Subject
 from effbench.evaluators.trust import Trust
-from effbench.journal import Journal
+from effbench.evaluators.trustworthiness.base import names
 from effbench.methods.none import Unchanged
-from effbench.nn.linears import decoder_linears
-from effbench.nn.quantised import PackedLinear
-from effbench.records import Metric
+from effbench.models import load as models
+from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.quant.linears import PackedLinear
 from effbench.report.table import Cell, Table, as_value
 from effbench.report.terminal import print_table
-from effbench.spec import Spec
-from effbench.trust.base import names
+from effbench.results.journal import Journal
+from effbench.results.records import Metric
 
 BITS = (8, 4, 3)
 GROUP = 128

@@ -21,16 +21,16 @@ from typing import Any
 
 import yaml
 
-from effbench.config import compose
-from effbench.errors import RunFailedError, UserError
-from effbench.keys import earlier_keys
-from effbench.launch import execute
-from effbench.records import Record, read, read_all
-from effbench.report.compare import compare
-from effbench.report.compared import Comparison
-from effbench.report.plot import comparison_plot
-from effbench.spec import Spec
-from effbench.store import Store
+from effbench.api.keys import earlier_keys
+from effbench.api.spec import Spec
+from effbench.config.compose import compose
+from effbench.report.comparison.compare import compare
+from effbench.report.comparison.result import Comparison
+from effbench.report.plots.curves import comparison_plot
+from effbench.results.records import Record, read, read_all
+from effbench.results.store import Store
+from effbench.runner.local import execute
+from effbench.util.errors import RunFailedError, UserError
 
 HERE = Path(__file__).parent
 RESULTS = Path("results")

@@ -105,10 +105,10 @@ class Stage:
             UserError: When the words are refused.
             FailedError: When the run fails.
         """
-        from effbench.config import compose
-        from effbench.errors import RunFailedError
-        from effbench.launch import execute, record_of
-        from effbench.worker import run_here
+        from effbench.config.compose import compose
+        from effbench.runner.local import execute, record_of
+        from effbench.runner.worker import run_here
+        from effbench.util.errors import RunFailedError
 
         print("+ effbench", *words, flush=True)
         stage, *overrides = words

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effbench.records import read_all
 from effbench.report.table import runs_table
+from effbench.results.records import read_all
 
 RESULTS = Path("results")
 

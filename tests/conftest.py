@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from goldens import Golden
 
-from effbench.config import compose
-from effbench.records import Record, read
-from effbench.schema import plain
-from effbench.spec import Job, Stage
-from effbench.store import RunFolder, Store
+from effbench.api.schema import plain
+from effbench.api.spec import Job, Stage
+from effbench.config.compose import compose
+from effbench.results.records import Record, read
+from effbench.results.store import RunFolder, Store
 
 TINY = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=24"]
 """A random model on generated questions: no download, a run in a second or two."""
@@ -53,7 +53,7 @@ class Bench:
 
     def run(self, stage: Stage, *overrides: str) -> Record:
         """Run to the end; raises what the run's process would print."""
-        from effbench.worker import run_here
+        from effbench.runner.worker import run_here
 
         job = self.job(stage, *overrides)
         run_here(job)
@@ -100,7 +100,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a saved model: random weights are drawn on the device, so they differ between two."""
     import torch
 
-    from effbench.models import load
+    from effbench.models.load import load
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     spec = compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model
@@ -118,7 +118,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str, str]:
-        import effbench.cli as module
+        import effbench.cli.main as module
 
         captured: dict[str, int] = {}
 
@@ -149,7 +149,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     statuses: list[int] = []
 
     def process(command: list[str], text: str) -> int:
-        from effbench import worker
+        from effbench.runner import worker
 
         forget_accelerator()
         with monkeypatch.context() as patch:
@@ -157,7 +157,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             statuses.append(worker.main())
         return statuses[-1]
 
-    monkeypatch.setattr("effbench.launch._run_process", process)
+    monkeypatch.setattr("effbench.runner.local._run_process", process)
     return statuses
 
 

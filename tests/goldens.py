@@ -56,7 +56,7 @@ def machine() -> str:
     """Return what decides which kernels run, and with them the last bits."""
     import torch
 
-    from effbench.measure.environment import fingerprint
+    from effbench.resources.environment import fingerprint
 
     cpu = fingerprint()["cpu"]
     kernels = torch.backends.cpu.get_cpu_capability()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shlex
@@ -19,13 +18,13 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from effbench import registry
-from effbench.cli import app
-from effbench.conf_files import groups
-from effbench.config import compose
+from effbench.api import registry
+from effbench.cli.main import app
+from effbench.config.compose import compose
+from effbench.config.files import groups
+from effbench.config.overrides import check_overrides
 from effbench.methods.base import Method
-from effbench.overrides import check_overrides
-from effbench.store import MARKER, Store
+from effbench.results.store import MARKER, Store
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -272,16 +271,23 @@ def own_methods() -> set[str]:
     return set(registry.names("methods")) - set(registry.plugins("methods"))
 
 
-def test_layout_lists_the_modules_that_exist() -> None:
+def test_every_room_has_its_row_and_every_row_a_room() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    listed = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)
-    package = ROOT / "effbench"
-    there = {p.relative_to(package).as_posix() for p in package.rglob("*.py")}
-    assert sorted(listed) == sorted(p for p in there if not p.endswith("__init__.py"))
+    listed = re.findall(r"^\| `(\w+)/` \|", text, re.M)
+    there = [p.parent.name for p in (ROOT / "effbench").glob("*/__init__.py")]
+    assert sorted(listed) == sorted(there)
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert listed == re.findall(r"\w+", " ".join(layers["contracts"][0]["layers"]))
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text):
+        assert (ROOT / "effbench" / name).is_file(), name
 
 
 def test_protocol_lists_the_hooks_that_exist() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text().split("## The method protocol")[1]
+    text = (ROOT / "docs" / "method-protocol.md").read_text()
     rows = re.findall(r"^\| (`.*?`) \|", text, re.M)
     hooks = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     public = {n: v for n, v in vars(Method).items() if not n.startswith("_")}
@@ -294,56 +300,13 @@ def test_protocol_lists_the_hooks_that_exist() -> None:
 
 # -- what may import what ----------------------------------------------------------------------
 
-ABOVE = ("cli", "launch", "sweep", "worker", "stages", "catalogue", "completion", "doctor")
-FORBIDDEN = {
-    "nn": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "store"),
-    "kernels": (*ABOVE, "methods", "nn", "evaluators", "models", "datasets", "config", "store"),
-    "methods": (*ABOVE, "evaluators", "models", "datasets", "config", "plan", "store", "records"),
-    "evaluators": (*ABOVE, "config", "plan", "store"),
-    "trust": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),
-    "measure": (*ABOVE, "methods", "models", "datasets", "config", "plan", "store"),
-    "models": (*ABOVE, "evaluators", "datasets", "plan", "store"),
-    "datasets": (*ABOVE, "methods", "evaluators", "models", "config", "plan", "store"),
-    "stages": ("cli", "launch", "sweep", "worker", "catalogue", "completion", "doctor"),
-    "worker": ("cli", "launch", "sweep"),
-    "launch": ("cli", "sweep", "worker", "stages"),
-    "store": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "report"),
-    "records": (*ABOVE, "methods", "evaluators", "models", "datasets", "config", "plan", "report"),
-    "report": ("cli", "launch", "sweep", "worker", "stages", "methods", "models", "datasets"),
-    "plan": (*ABOVE, "models", "datasets", "evaluators", "report"),
-}
-
-
-def imports(path: Path) -> set[str]:
-    """Return the parts of effbench that a file imports anywhere, type checking aside."""
-    found = set()
-    nodes: list[ast.AST] = [ast.parse(path.read_text())]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "effbench":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("effbench."):
-            found.add(str(node.module).split(".")[1])
-        nodes += ast.iter_child_nodes(node)
-    return found
-
-
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_imports_go_down(part: str) -> None:
-    package = ROOT / "effbench"
-    files = sorted((package / part).rglob("*.py")) or [package / f"{part}.py"]
-    wrong = {f.name: imports(f) & set(FORBIDDEN[part]) for f in files}
-    assert not any(wrong.values()), wrong
-
 
 def test_torch_is_not_imported_before_or_after_a_run() -> None:
-    light = ["catalogue", "cli", "completion", "config", "doctor", "launch", "plan", "query"]
-    light += ["records", "store", "sweep"]
-    light += [f"report.{p.stem}" for p in (ROOT / "effbench" / "report").glob("*.py")]
-    light += [f"methods.{name}" for name in own_methods()]
-    light += [f"evaluators.{p.stem}" for p in (ROOT / "effbench" / "evaluators").glob("*.py")]
+    package = ROOT / "effbench"
+    light = ["runner.local", "runner.sweep", "resources.predict"]
+    for room in ("api", "cli", "config", "data", "evaluators", "methods", "report", "results"):
+        files = [p for p in (package / room).rglob("*.py") if p.parent.name != "selfcheck"]
+        light += [".".join(p.relative_to(package).with_suffix("").parts) for p in files]
     code = "\n".join(f"import effbench.{name.removesuffix('.__init__')}" for name in light)
     code += "\nimport sys\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -368,7 +331,7 @@ def test_the_example_is_what_the_page_shows() -> None:
 def effbench(folder: Path, *words: str) -> str:
     """Run the command line in a process that finds what lies in `folder` first."""
     done = subprocess.run(
-        [sys.executable, "-c", "from effbench.cli import main; main()", *words],
+        [sys.executable, "-c", "from effbench.cli.main import main; main()", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,

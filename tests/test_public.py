@@ -16,16 +16,11 @@ import yaml
 from goldens import PUBLIC, Golden
 from typer.main import get_command
 
-from effbench import registry
-from effbench.cli import Kind, app
-from effbench.conf_files import conf_dir
-from effbench.keys import later_fields
-from effbench.layer_maps import SHARED
-from effbench.query import METRIC_COLUMNS, RECORD_COLUMNS
-from effbench.records import Metric, Outcomes, Record
-from effbench.report.labels import flatten
-from effbench.shapes import SLICED, Shape
-from effbench.spec import (
+from effbench.api import registry
+from effbench.api.keys import later_fields
+from effbench.api.shape import SLICED, Shape
+from effbench.api.sharing import SHARED
+from effbench.api.spec import (
     DatasetSpec,
     HardwareSpec,
     Machine,
@@ -35,9 +30,15 @@ from effbench.spec import (
     Spec,
     TrainSpec,
 )
+from effbench.cli.main import Kind, app
+from effbench.report.labels import flatten
+from effbench.results.query import METRIC_COLUMNS, RECORD_COLUMNS
+from effbench.results.records import Metric, Outcomes, Record
+from effbench.util.package_data import conf_dir
 
 ROOT = Path(__file__).parents[1]
-PROMISED = ("errors", "evaluators.base", "lazy", "methods.base", "methods.lora", "schema")
+PROMISED = ("api.batch", "api.cost", "api.method_types", "api.schema", "evaluators.base")
+PROMISED += ("evaluators.subject", "methods.base", "methods.lora", "util.errors", "util.lazy")
 """Modules that docs/adding-a-method.md lets other packages import."""
 
 

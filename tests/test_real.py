@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from effbench import models
-from effbench.config import compose
-from effbench.events import read_events
-from effbench.nn.linears import decoder_linears
-from effbench.nn.quantised import storage_bytes
-from effbench.records import Record, read
-from effbench.store import Store
+from effbench.config.compose import compose
+from effbench.models import load as models
+from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.quant.linears import storage_bytes
+from effbench.results.events import read_events
+from effbench.results.records import Record, read
+from effbench.results.store import Store
 
 pytestmark = pytest.mark.real
 
@@ -25,7 +25,7 @@ LINEAR_BYTES = 54_770_040
 
 
 def effbench(folder: Path, stage: str, *words: str) -> Record:
-    command = [sys.executable, "-c", "from effbench.cli import main; main()", stage, *words]
+    command = [sys.executable, "-c", "from effbench.cli.main import main; main()", stage, *words]
     done = subprocess.run(
         command,
         cwd=folder,

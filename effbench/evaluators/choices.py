@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
+from effbench.api.schema import NonNegativeInt, PositiveInt, digest
+from effbench.evaluators.base import Evaluator, Result, check_splits
+from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.records import Metric, Outcomes
-from effbench.schema import NonNegativeInt, PositiveInt, digest
+from effbench.results.records import Metric, Outcomes
+from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from effbench.datasets import Choice
-    from effbench.nn.scoring import Score
-    from effbench.shapes import Shape
-    from effbench.spec import DatasetSpec, Spec
-    from effbench.tasks import BenchmarkTask
+    from effbench.api.shape import Shape
+    from effbench.api.spec import DatasetSpec, Spec
+    from effbench.data.lm_eval_tasks import BenchmarkTask
+    from effbench.data.tokenise import Choice
+    from effbench.nn.scoring.prefix_tree import Score
 
 LARGEST_EXPONENT = 709.0
 """Of a finite double."""
@@ -62,7 +63,7 @@ class Choices(Evaluator):
 
     def sealed(self) -> Choices:
         """Return itself with the hash of its files."""
-        from effbench.tasks import fingerprint
+        from effbench.data.lm_eval_tasks import fingerprint
 
         return replace(self, fingerprint=fingerprint(self.files))
 
@@ -78,7 +79,7 @@ class Choices(Evaluator):
             )
 
     def _check_tasks(self) -> None:
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         for name in self.files:
             if name not in tasks.TASKS:
@@ -99,7 +100,7 @@ class Choices(Evaluator):
 
     def overlap(self, dataset: DatasetSpec) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
         return f"Task {', '.join(found)} of evaluator choices" if found else ""
@@ -136,7 +137,7 @@ class Choices(Evaluator):
 
     def _scores(self, subject: Subject, split: str, choices: Sequence[Choice]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
-        from effbench.nn.scoring import Request
+        from effbench.nn.scoring.prefix_tree import Request
 
         requests = [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices]
         scores = subject.score(requests, split, self.batch_tokens)
@@ -146,7 +147,7 @@ class Choices(Evaluator):
 
     def _task(self, subject: Subject, name: str, result: Result) -> None:
         """Add the metrics of a task, or of a group and of each of its members."""
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         loaded = tasks.load_all(
             name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
 
-from effbench.evaluators.base import Evaluator, Result, Subject
-from effbench.lazy import torch
-from effbench.records import Metric
-from effbench.schema import NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
+from effbench.results.records import Metric
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.measure.energy import Energy
+    from effbench.resources.energy import Energy
 
 JOULES_PER_KWH = 3.6e6
 PER = 1000
@@ -81,8 +82,8 @@ class EnergyPerToken(Evaluator):
 
     def _window(self, subject: Subject, work: Callable[[], None]) -> tuple[Energy, int]:
         """Return the energy of enough repeats of `work`, and how many they were."""
-        from effbench.measure.energy import Meter
-        from effbench.measure.timing import Clock
+        from effbench.resources.energy import Meter
+        from effbench.resources.timing import Clock
 
         clock, times = Clock(subject.device), 0
         meter = Meter(subject.device, subject.machine.tdp_watts)
@@ -95,7 +96,7 @@ class EnergyPerToken(Evaluator):
 
     def _decode(self, subject: Subject, prompt: torch.Tensor) -> tuple[Energy, int]:
         """Return the energy of decoding alone, prompts left out, and the tokens decoded."""
-        from effbench.measure.energy import total
+        from effbench.resources.energy import total
 
         parts: list[Energy] = []
         seconds = 0.0
@@ -108,8 +109,8 @@ class EnergyPerToken(Evaluator):
         return total(parts), len(parts) * self.batch_size * self.new_tokens
 
     def _steps(self, subject: Subject, session: Any, token: torch.Tensor) -> Energy:
-        from effbench.measure.energy import Meter
-        from effbench.measure.timing import Clock
+        from effbench.resources.energy import Meter
+        from effbench.resources.timing import Clock
 
         clock = Clock(subject.device)
         meter = Meter(subject.device, subject.machine.tdp_watts, least_seconds=0)

@@ -13,20 +13,22 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject
-from effbench.lazy import torch
+from effbench.api.schema import NonNegativeInt, PositiveInt, build
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.schema import NonNegativeInt, PositiveInt, build
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effbench.datasets import Data, Example
-    from effbench.footprint import Pass
-    from effbench.nn.scoring import Request
-    from effbench.shapes import Shape
-    from effbench.spec import DatasetSpec, ModelSpec, Spec
+    from effbench.api.footprint import Pass
+    from effbench.api.shape import Shape
+    from effbench.api.spec import DatasetSpec, ModelSpec, Spec
+    from effbench.data.dataset import Data
+    from effbench.data.tokenise import Example
+    from effbench.nn.scoring.prefix_tree import Request
 
 BOUNDS = {
     "agreement": (0.0, 1.0),
@@ -69,20 +71,20 @@ class Fidelity(Evaluator):
 
     def sealed(self) -> Fidelity:
         """Return itself with the hash of its files."""
-        from effbench.tasks import fingerprint
+        from effbench.data.lm_eval_tasks import fingerprint
 
         return replace(self, fingerprint=fingerprint(self.files))
 
     def overlap(self, dataset: DatasetSpec) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
         return f"Task {', '.join(found)} of evaluator fidelity" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse a reference of another vocabulary, and windows that cannot be."""
-        from effbench.windows import check_sizes
+        from effbench.evaluators.windows import check_sizes
 
         limit = spec.dataset.max_length
         check_sizes("evaluator.fidelity", self.window, self.stride, limit, shape)
@@ -95,7 +97,7 @@ class Fidelity(Evaluator):
             raise self._other_vocabulary(f"{theirs.vocab_size} entries, not {shape.vocab_size}")
 
     def _check_tasks(self) -> None:
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         for name in self.tasks:
             tasks.check(name, self.num_fewshot, self.files)
@@ -107,7 +109,7 @@ class Fidelity(Evaluator):
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of windows that it scores."""
-        from effbench.windows import passes, sizes
+        from effbench.evaluators.windows import passes, sizes
 
         window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
         return passes(data, self.split, window, stride, self.batch_tokens)
@@ -134,7 +136,7 @@ class Fidelity(Evaluator):
         if ours != theirs:
             raise self._other_vocabulary(f"{theirs} entries, not {ours}")
         if self.reference:
-            from effbench.models import load_tokenizer
+            from effbench.models.load import load_tokenizer
 
             tokenizer = load_tokenizer(model_spec(self.reference))
             if tokenizer.get_vocab() != subject.data.tokenizer.get_vocab():
@@ -152,7 +154,7 @@ class Fidelity(Evaluator):
     def _add_tokens(
         self, result: Result, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> None:
-        from effbench.nn.divergence import FIELDS
+        from effbench.nn.losses.divergence import FIELDS
 
         rows = self._row_sums(subject, other, examples)
         counts, ids = [row[-1] for row in rows], [e.id for e in examples]
@@ -173,8 +175,8 @@ class Fidelity(Evaluator):
         self, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> list[list[float]]:
         """Return each row's sums of `divergence.FIELDS` and its number of positions."""
-        from effbench.nn.divergence import FIELDS, row_sums
-        from effbench.windows import cut, groups, sizes
+        from effbench.evaluators.windows import cut, groups, sizes
+        from effbench.nn.losses.divergence import FIELDS, row_sums
 
         limit = subject.data.spec.max_length
         windows = cut(examples, *sizes(self.window, self.stride, limit))
@@ -196,7 +198,7 @@ class Fidelity(Evaluator):
     def _add_answers(
         self, result: Result, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> None:
-        from effbench.nn.scoring import Request
+        from effbench.nn.scoring.prefix_tree import Request
 
         rows = [
             [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices or []]
@@ -211,7 +213,7 @@ class Fidelity(Evaluator):
 
     def _add_task(self, result: Result, subject: Subject, other: Subject, name: str) -> None:
         """Add what both models answer to a task; right is what lm-eval's `acc` says."""
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         loaded = tasks.load_all(
             name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
@@ -277,7 +279,7 @@ def answer_loyalty(reference: Sequence[float], model: Sequence[float]) -> float:
         reference: Log-likelihood of each answer under the reference.
         model: The same under the model.
     """
-    from effbench.nn.divergence import FIELDS, divergences
+    from effbench.nn.losses.divergence import FIELDS, divergences
 
     p, q = (torch.tensor([list(s)], dtype=torch.float64) for s in (reference, model))
     return float(divergences(p, q)[0, FIELDS.index("probability_loyalty")])
@@ -306,8 +308,8 @@ def model_spec(name: str) -> ModelSpec:
     """
     import yaml
 
-    from effbench.conf_files import options
-    from effbench.spec import ModelSpec
+    from effbench.api.spec import ModelSpec
+    from effbench.config.files import options
 
     known = options("model")
     path = known.get(name)

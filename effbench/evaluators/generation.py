@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
 
-from effbench.errors import UserError
-from effbench.evaluators.base import Evaluator, Result, Subject, by_length
-from effbench.lazy import torch
-from effbench.records import Metric
-from effbench.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
+from effbench.api.batch import by_length
+from effbench.api.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
+from effbench.results.records import Metric
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.datasets import Data
-    from effbench.footprint import Pass
+    from effbench.api.footprint import Pass
+    from effbench.api.shape import Shape
+    from effbench.api.spec import DatasetSpec, Spec
+    from effbench.data.dataset import Data
+    from effbench.evaluators.questions import Questions
     from effbench.methods.base import Method
-    from effbench.nn.generate import Generated, Prompt, Sampling
-    from effbench.questions import Questions
-    from effbench.shapes import Shape
-    from effbench.spec import DatasetSpec, Spec
+    from effbench.nn.decode.generate import Generated, Prompt, Sampling
 
 
 TASK_PROMPT = 1024
@@ -77,13 +79,13 @@ class Generation(Evaluator):
 
     def sealed(self) -> Generation:
         """Return itself with the hash of its files."""
-        from effbench.tasks import fingerprint
+        from effbench.data.lm_eval_tasks import fingerprint
 
         return replace(self, fingerprint=fingerprint(self.files))
 
     def overlap(self, dataset: DatasetSpec) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
-        from effbench import tasks
+        from effbench.data import lm_eval_tasks as tasks
 
         found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
         return f"Task {', '.join(found)} of evaluator generation" if found else ""
@@ -105,8 +107,8 @@ class Generation(Evaluator):
             self._check_tasks()
 
     def _check_tasks(self) -> None:
-        from effbench import tasks
-        from effbench.task_data import find
+        from effbench.data import lm_eval_tasks as tasks
+        from effbench.data.lm_eval_rows import find
 
         for name in self.tasks:
             for member in tasks.members(name):
@@ -120,8 +122,8 @@ class Generation(Evaluator):
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return a full batch of prompts and answers; what prompts a task has is not known here."""
-        from effbench.footprint import Pass
-        from effbench.questions import NEW_TOKENS
+        from effbench.api.footprint import Pass
+        from effbench.evaluators.questions import NEW_TOKENS
 
         new = self.max_new_tokens or NEW_TOKENS
         prompt = TASK_PROMPT if self.tasks else spec.dataset.max_length
@@ -143,9 +145,9 @@ class Generation(Evaluator):
         return result
 
     def _questions(self, subject: Subject) -> Iterator[Questions]:
-        from effbench import tasks
-        from effbench.questions import of_dataset, of_ifeval, of_task
-        from effbench.task_data import find, rows_of
+        from effbench.data import lm_eval_tasks as tasks
+        from effbench.data.lm_eval_rows import find, rows_of
+        from effbench.evaluators.questions import of_dataset, of_ifeval, of_task
 
         if not self.tasks:
             yield of_dataset(subject.data, self.split, self.limit, self.pattern)
@@ -163,7 +165,7 @@ class Generation(Evaluator):
 
     def _answers(self, subject: Subject, questions: Questions) -> list[Generated]:
         """Return the answer to each question, finished ones from the journal."""
-        from effbench.nn.generate import Generated
+        from effbench.nn.decode.generate import Generated
 
         prompts = self._prompts(subject, questions)
         sampling = self._sampling(questions)
@@ -182,8 +184,8 @@ class Generation(Evaluator):
     def _generate(
         self, subject: Subject, prompts: Sequence[Prompt], sampling: Sampling
     ) -> list[Generated]:
-        from effbench.nn.finite import require_finite
-        from effbench.nn.generate import generate
+        from effbench.nn.decode.generate import generate
+        from effbench.nn.scoring.finite import require_finite
 
         def check(logits: torch.Tensor) -> None:
             batch = subject.batch([(p.ids, p.ids) for p in prompts])
@@ -204,7 +206,7 @@ class Generation(Evaluator):
             )
 
     def _sampling(self, questions: Questions) -> Sampling:
-        from effbench.nn.generate import Sampling
+        from effbench.nn.decode.generate import Sampling
 
         temperature = self.temperature
         if temperature is None:
@@ -212,8 +214,8 @@ class Generation(Evaluator):
         return Sampling(temperature, self.top_k, self.top_p)
 
     def _prompts(self, subject: Subject, questions: Questions) -> list[Prompt]:
-        from effbench.datasets import prefix_token
-        from effbench.nn.generate import Prompt
+        from effbench.data.tokenise import prefix_token
+        from effbench.nn.decode.generate import Prompt
 
         tokenizer = subject.data.tokenizer
         ends, added = end_tokens(subject), tokenizer.get_added_vocab()

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effbench.errors import UserError
-from effbench.evaluators.base import Evaluator, Result, Subject
-from effbench.footprint import Pass
-from effbench.lazy import torch
-from effbench.records import Metric
-from effbench.schema import PositiveInt
+from effbench.api.footprint import Pass
+from effbench.api.schema import PositiveInt
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
+from effbench.results.records import Metric
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.measure.memory import Peak
-    from effbench.nn.decoding import Session
+    from effbench.api.session import Session
+    from effbench.resources.memory import Peak
 
 MIB = 2**20
 LARGEST_CAP = 2**44
@@ -55,7 +56,7 @@ class Memory(Evaluator):
             UserError: When the cache does not hold what the method's cost says, or a trial of the
                 smallest cap fails for another reason than memory.
         """
-        from effbench.measure.memory import PeakMemory, release
+        from effbench.resources.memory import PeakMemory, release
 
         session = subject.method.session(subject.model)
         sizes = self.batch_size, self.prompt_tokens
@@ -96,9 +97,9 @@ class Memory(Evaluator):
         ]
 
     def _predicted(self, subject: Subject, phase: str, tokens: int) -> dict[str, float]:
-        from effbench.nn.quantised import PackedLinear
-        from effbench.peaks import Peaks
-        from effbench.shapes import DTYPE_BYTES
+        from effbench.api.shape import DTYPE_BYTES
+        from effbench.nn.quant.linears import PackedLinear
+        from effbench.resources.peaks import Peaks
 
         assert subject.cost is not None
         assert subject.shape is not None
@@ -112,7 +113,7 @@ class Memory(Evaluator):
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:
         """Count weights and cache from their tensors."""
-        from effbench.nn.quantised import storage_bytes
+        from effbench.nn.quant.linears import storage_bytes
 
         for name, value in (
             ("weights_bytes", storage_bytes(subject.model)),
@@ -126,7 +127,7 @@ class Memory(Evaluator):
 
     def _cap(self, subject: Subject, peak: Peak) -> list[Metric]:
         """Return the smallest cap that succeeds and how near it was found."""
-        from effbench.measure.cap import succeeds_under
+        from effbench.evaluators.memory_cap import succeeds_under
 
         if not subject.job:
             raise UserError("evaluator.memory.smallest_cap needs a run of its own.")

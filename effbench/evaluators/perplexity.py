@@ -11,19 +11,22 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.evaluators.base import Evaluator, Result, Subject, check_splits
-from effbench.lazy import torch
-from effbench.records import Metric
-from effbench.schema import PositiveInt
+from effbench.api.schema import PositiveInt
+from effbench.evaluators.base import Evaluator, Result, check_splits
+from effbench.evaluators.subject import Subject
+from effbench.results.records import Metric
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from effbench.datasets import Data, Example
-    from effbench.footprint import Pass
-    from effbench.methods.base import Batch, Method
-    from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.api.batch import Batch
+    from effbench.api.footprint import Pass
+    from effbench.api.shape import Shape
+    from effbench.api.spec import Spec
+    from effbench.data.dataset import Data
+    from effbench.data.tokenise import Example
+    from effbench.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class Perplexity(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse windows that the model has no positions for, or that leave no context."""
-        from effbench.windows import check_sizes
+        from effbench.evaluators.windows import check_sizes
 
         limit = spec.dataset.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, shape)
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of windows that it scores."""
-        from effbench.windows import passes, sizes
+        from effbench.evaluators.windows import passes, sizes
 
         window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
         return [
@@ -96,8 +99,8 @@ class Perplexity(Evaluator):
         self, subject: Subject, examples: Sequence[Example], split: str = "test"
     ) -> tuple[list[float], list[int], list[dict[str, tuple[float, int]]]]:
         """Return each row's summed loss in nats, how many tokens it is over, and both by kind."""
-        from effbench.journal import pending
-        from effbench.windows import check_sizes, cut, groups, sizes
+        from effbench.evaluators.windows import check_sizes, cut, groups, sizes
+        from effbench.results.journal import pending
 
         limit = subject.data.spec.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)

@@ -1,7 +1,7 @@
 """Which layers are alike: attention maps, keys and values, and what each layer changes.
 
-Each text is rows of the dataset cut to one length, without padding; `nn.similarity` says what is
-computed on it. What is in the record are means over layers and texts; the matrices, with an
+Each text is rows of the dataset cut to one length, without padding; `nn.sharing.similarity` says
+what is computed on it. What is in the record are means over layers and texts; the matrices, with an
 interval for each layer's score, lie in the run folder, and `effbench similarity` shows them.
 Nothing is scored against labels, so rows that something was trained on may be looked at.
 """
@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject
-from effbench.footprint import Pass
-from effbench.lazy import torch
-from effbench.schema import PositiveInt, digest
+from effbench.api.footprint import Pass
+from effbench.api.schema import PositiveInt, digest
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effbench.datasets import Data
+    from effbench.api.shape import Shape
+    from effbench.api.spec import Spec
+    from effbench.data.dataset import Data
     from effbench.methods.base import Method
-    from effbench.shapes import Shape
-    from effbench.spec import Spec
 
 MATRICES = ("attention", "keys", "values")
 """Similarities of each pair of layers."""
@@ -52,7 +53,7 @@ class Similarity(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse a split that is not there, and texts longer than the model's positions."""
-        from effbench.datasets import split_names
+        from effbench.data.dataset import split_names
 
         known = split_names(spec.dataset)
         if self.split not in known:
@@ -73,7 +74,7 @@ class Similarity(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return the means over layers, and keep the matrices in the run folder."""
-        from effbench.similarity import joined
+        from effbench.nn.sharing.ranking import joined
 
         rows = (e.ids for e in subject.data.examples(self.split))
         texts = joined(rows, self.tokens, self.samples)
@@ -93,7 +94,7 @@ class Similarity(Evaluator):
     def _measured(
         self, subject: Subject, texts: Sequence[list[int]], ids: Sequence[str]
     ) -> list[dict[str, Any]]:
-        from effbench.nn.similarity import layer_similarity
+        from effbench.nn.sharing.similarity import layer_similarity
 
         journal = subject.journal(self.split, ids)
         for (index,) in journal.pending([[i] for i in range(len(texts))]):
@@ -106,7 +107,7 @@ class Similarity(Evaluator):
 
 def means(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Return one value per text and metric: means over pairs of layers, or over layers."""
-    from effbench.similarity import scores
+    from effbench.nn.sharing.ranking import scores
 
     names = {"attention": "attention", "keys": "key", "values": "value"}
     result = {
@@ -127,7 +128,7 @@ def layer_rows(found: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any
         found: What was measured on each text, as plain values.
         seed: Of the resampling.
     """
-    from effbench.similarity import scores
+    from effbench.nn.sharing.ranking import scores
 
     by_text = [scores(sample["attention"]) for sample in found]
     layers = range(len(found[0]["passed"]))

@@ -4,7 +4,7 @@ Prompts are random tokens, so the speed does not depend on the data. Each cell o
 a few times; the first time warms up and is dropped. Prefill ends with the first token, so its time
 is the time to first token (TTFT); the gaps after it are the times per output token (TPOT).
 
-Shares of the machine's roofline stand beside the times: see `effbench.measure.roofline`.
+Shares of the machine's roofline stand beside the times: see `effbench.resources.roofline`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from effbench.errors import UserError
-from effbench.evaluators.base import Evaluator, Result, Subject
-from effbench.footprint import Pass
-from effbench.lazy import torch
-from effbench.methods.base import Method, chain_cost, dense_cost
-from effbench.records import Metric
-from effbench.schema import PositiveInt, canonical
-from effbench.shapes import DTYPE_BYTES
+from effbench.api.cost import dense_cost
+from effbench.api.footprint import Pass
+from effbench.api.schema import PositiveInt, canonical
+from effbench.api.shape import DTYPE_BYTES
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
+from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
+from effbench.results.records import Metric
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.datasets import Data
-    from effbench.measure.requests import Times
-    from effbench.measure.roofline import Ceilings
-    from effbench.measure.timing import Ratio
-    from effbench.nn.decoding import Session
-    from effbench.shapes import Shape
-    from effbench.spec import Spec
+    from effbench.api.session import Session
+    from effbench.api.shape import Shape
+    from effbench.api.spec import Spec
+    from effbench.data.dataset import Data
+    from effbench.evaluators.requests import Times
+    from effbench.resources.roofline import Ceilings
+    from effbench.resources.timing import Ratio
 
 Engine = Literal["auto", "static", "eager", "generate", "merged"]
 Grid = PositiveInt | list[PositiveInt]
@@ -166,7 +169,7 @@ class Speed(Evaluator):
 
         Yields the subject and what is counted of it, by name.
         """
-        from effbench.nn.merging import merged
+        from effbench.nn.adapters.merge import merged
 
         shape, whole = subject.shape, subject.whole
         layers = getattr(subject.model.config, "num_hidden_layers", None)
@@ -208,7 +211,7 @@ class Speed(Evaluator):
         )
 
     def _probe(self, subject: Subject) -> Ceilings:
-        from effbench.measure.roofline import probe
+        from effbench.resources.roofline import probe
 
         assert subject.cost is not None
         return probe(
@@ -282,7 +285,7 @@ def _check_positions(cell: Cell, shape: Shape) -> None:
 
 def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shape) -> None:
     """Refuse a batch whose weights, cache and logits alone are more than the memory."""
-    from effbench.measure.hardware import gpus, memory_bytes
+    from effbench.util.hardware import gpus, memory_bytes
 
     dtype = spec.hardware.dtype
     cost = chain_cost(methods, shape, dtype, methods[-1].whole(shape))
@@ -309,7 +312,7 @@ def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
     Raises:
         UserError: When the engine does not apply to the model.
     """
-    from effbench.measure.requests import timed_generate, timed_session
+    from effbench.evaluators.requests import timed_generate, timed_session
 
     vocabulary = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     draws = torch.Generator().manual_seed(subject.seed)
@@ -327,9 +330,9 @@ def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
     Raises:
         UserError: When our engine is asked for and does not apply.
     """
-    from effbench.nn.decoding import CachedSession
-    from effbench.nn.engine import StaticSession
-    from effbench.nn.layout import why_not
+    from effbench.nn.decode.session import CachedSession
+    from effbench.nn.decode.static import StaticSession
+    from effbench.nn.llama.walk import why_not
 
     method, model = subject.method, subject.model
     if engine == "eager":
@@ -359,7 +362,7 @@ def compared(
     Returns:
         The ratios of whole requests, and of the steps after the first token.
     """
-    from effbench.measure.timing import Clock, Ratio, interleaved
+    from effbench.resources.timing import Clock, Ratio, interleaved
     from effbench.stats import median_interval, ratio_interval
 
     done: tuple[list[float], list[float]] = [], []
@@ -421,7 +424,7 @@ def _shares(
     subject: Subject, cell: Cell, times: Sequence[Times], ceilings: Ceilings
 ) -> dict[str, list[float]]:
     """Return MFU of prefill and MFU and MBU of decode against probed and stated ceilings."""
-    from effbench.measure.roofline import decode_bytes, decode_flops, prefill_flops, share
+    from effbench.resources.roofline import decode_bytes, decode_flops, prefill_flops, share
 
     assert subject.cost is not None and subject.shape is not None
     cost, shape, machine = subject.cost, subject.shape, subject.machine

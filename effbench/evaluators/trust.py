@@ -16,15 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.errors import UserError, did_you_mean
-from effbench.evaluators.base import Evaluator, Result, Subject
+from effbench.api.schema import NonNegativeInt, PositiveInt
+from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.schema import NonNegativeInt, PositiveInt
+from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from effbench.shapes import Shape
-    from effbench.spec import Spec
-    from effbench.trust.answers import Asked
+    from effbench.api.shape import Shape
+    from effbench.api.spec import Spec
+    from effbench.evaluators.trustworthiness.answers import Asked
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Trust(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse an unknown dimension or reference, and seeds that are none or the same."""
-        from effbench.conf_files import options
-        from effbench.trust.base import find
+        from effbench.config.files import options
+        from effbench.evaluators.trustworthiness.base import find
 
         for name in self.dimensions:
             find(name)
@@ -71,8 +72,8 @@ class Trust(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return scores, differences and shifts by dimension, and how far the model moved."""
-        from effbench.trust.answers import Asking, ask
-        from effbench.trust.report import Report
+        from effbench.evaluators.trustworthiness.answers import Asking, ask
+        from effbench.evaluators.trustworthiness.report import Report
 
         questions = self._questions()
         how = Asking(self.batch_tokens, self.chat, self.generate, self.new_tokens)
@@ -83,8 +84,8 @@ class Trust(Evaluator):
         return result
 
     def _questions(self) -> list[Asked]:
-        from effbench.trust.answers import Asked
-        from effbench.trust.base import find, names
+        from effbench.evaluators.trustworthiness.answers import Asked
+        from effbench.evaluators.trustworthiness.base import find, names
 
         return [
             Asked(name, seed, item)

@@ -7,10 +7,10 @@ arXiv 2303.10512.
     b(t) = b_T + (b_0 - b_T) (1 - t)^3                    t from 0 to 1 between `begin` and `end`
 
 All layers start at rank R0. After an optimiser step, the b(t) ranks of all layers that matter most
-(`nn.allocation`) keep their lambda, and those of the others become zero; they may come back until
-`end`. Then `rank` ranks a layer are left on average, and they train on. P and Q are kept near to
-orthonormal by gamma times the distance (`nn.svd_adapters`). In the end lambda is folded into Q and
-what was pruned is dropped: a plain LoRA adapter with a rank of its own in every layer.
+(`nn.adapters.rank_budget`) keep their lambda, and those of the others become zero; they may come
+back until `end`. Then `rank` ranks a layer are left on average, and they train on. P and Q are kept
+near to orthonormal by gamma times the distance (`nn.adapters.svd`). In the end lambda is folded
+into Q and what was pruned is dropped: a plain LoRA adapter with a rank of its own in every layer.
 
 Importance is taken after the step, from the gradients that it was made with, as in the authors'
 code and peft's, which this equals. Our choices: Q starts as A in our other methods and P alike,
@@ -29,22 +29,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Interval
 
-from effbench.errors import UserError
-from effbench.footprint import Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
-from effbench.methods.lora import (
-    Dropout,
-    base_name,
-    check_rank_fits,
-    check_targets,
-    with_adapters,
-)
-from effbench.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LINEARS, LayerSize, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import Training, adapted_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LINEARS, LayerSize, Shape
+from effbench.methods.base import Method
+from effbench.methods.lora import Dropout, base_name, check_rank_fits, check_targets, with_adapters
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.allocation import BudgetSchedule
+    from effbench.nn.adapters.rank_budget import BudgetSchedule
 
 Beta = Annotated[float, Interval(gt=0, lt=1)]
 RANKS = "ranks.json"
@@ -127,9 +124,9 @@ class AdaLoRA(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""
-        from effbench.nn.allocation import no_averages
-        from effbench.nn.linears import replace_linears
-        from effbench.nn.svd_adapters import SVDLinear
+        from effbench.nn.adapters.rank_budget import no_averages
+        from effbench.nn.adapters.svd import SVDLinear
+        from effbench.nn.llama.replace import replace_linears
 
         def adapt(name: str, linear: torch.nn.Module) -> SVDLinear:
             scale = self.alpha / self.highest
@@ -144,7 +141,7 @@ class AdaLoRA(Method):
 
     def schedule(self, layers: int, total: int) -> BudgetSchedule:
         """Return the budgets of a run of `total` steps."""
-        from effbench.nn.allocation import BudgetSchedule
+        from effbench.nn.adapters.rank_budget import BudgetSchedule
 
         end = max(1, round(self.end * total))
         begin = min(round(self.begin * total), end - 1)
@@ -152,7 +149,7 @@ class AdaLoRA(Method):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, with the gradient of its share of the distance."""
-        from effbench.nn.svd_adapters import orthogonality, svd_layers
+        from effbench.nn.adapters.svd import orthogonality, svd_layers
 
         loss = super().loss(model, batch, ctx)
         if not self.orthogonality:
@@ -169,8 +166,8 @@ class AdaLoRA(Method):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, take its gradients into account, and prune where it is time."""
-        from effbench.nn.allocation import best, no_averages, observe, scores
-        from effbench.nn.svd_adapters import prune, svd_layers
+        from effbench.nn.adapters.rank_budget import best, no_averages, observe, scores
+        from effbench.nn.adapters.svd import prune, svd_layers
 
         loss = super().update(model, optimizer, window, ctx)
         layers, step, state = svd_layers(model), ctx.step + 1, ctx.state
@@ -192,7 +189,7 @@ class AdaLoRA(Method):
 
     def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
         """Return the ranks that all layers together may have."""
-        from effbench.nn.svd_adapters import svd_layers
+        from effbench.nn.adapters.svd import svd_layers
 
         schedule = self.schedule(len(svd_layers(model)), ctx.total_steps)
         return {"rank_budget": float(schedule.budget(ctx.step + 1))}
@@ -201,8 +198,8 @@ class AdaLoRA(Method):
 
     def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with plain adapters of the ranks that stay."""
-        from effbench.nn.allocation import best, scores
-        from effbench.nn.svd_adapters import fold, svd_layers
+        from effbench.nn.adapters.rank_budget import best, scores
+        from effbench.nn.adapters.svd import fold, svd_layers
 
         layers = svd_layers(model)
         kept = ctx.state.get("kept")
@@ -219,9 +216,9 @@ class AdaLoRA(Method):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the plain adapters of an artefact."""
-        from effbench.nn.linears import replace_module
-        from effbench.nn.state import load_tensors
-        from effbench.nn.svd_adapters import with_rank
+        from effbench.nn.adapters.svd import with_rank
+        from effbench.nn.llama.replace import replace_module
+        from effbench.nn.llama.weights import load_tensors
 
         model.requires_grad_(False)
         vars(model)["ranks"] = json.loads((folder / RANKS).read_text())
@@ -233,7 +230,7 @@ class AdaLoRA(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a plain peft adapter with ranks by layer, all at one scale."""
-        from effbench.nn.lowrank import low_rank_layers, write_peft_adapter
+        from effbench.nn.adapters.lowrank import low_rank_layers, write_peft_adapter
 
         factors = {n: (x.lora_A, x.lora_B) for n, x in low_rank_layers(model)}
         alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())

@@ -6,12 +6,12 @@ Training and Inference, ICML 2024, arXiv 2401.12200.
     H = m_o * [(W + s B A)(m_i * X)]      W [d_o, d_i] frozen, A [r, d_i], B [d_o, r], s constant
 
 The masks m belong to blocks: key/value groups with their query heads, MLP neurons, dimensions of
-the residual stream. Each step: forward, backward, salience (`nn.salience`); on a pruning step, the
-blocks that stay are those of most salience per weight within the budget gamma_t (`nn.blocks`);
-masks move by `mask_step`; on a growth step, the more important half of the adapters gets higher
-ranks (`nn.growth`); then the optimiser. Once all masks are 0 or 1 the model is sliced
-(`nn.slicing`), and training goes on at the smaller size. The artefact is a dense model, adapters
-merged.
+the residual stream. Each step: forward, backward, salience (`nn.pruning.salience`); on a pruning
+step, the blocks that stay are those of most salience per weight within the budget gamma_t
+(`nn.pruning.blocks`); masks move by `mask_step`; on a growth step, the more important half of the
+adapters gets higher ranks (`nn.adapters.growth`); then the optimiser. Once all masks are 0 or 1 the
+model is sliced (`nn.pruning.slice`), and training goes on at the smaller size. The artefact is a
+dense model, adapters merged.
 
     gamma_t = keep + (1 - keep) (1 - t)^3      t from 0 to 1 within the pruning window
 
@@ -29,19 +29,28 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 
-from effbench.errors import UserError
-from effbench.footprint import Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import Training, adapted_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.methods.base import Method
 from effbench.methods.lora import check_rank_fits, check_targets, low_rank_cost
 from effbench.methods.structured import check_budget
-from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.growth import Swap
-    from effbench.nn.pruning import Pruning
-    from effbench.nn.pruning_schedule import PruningSchedule
+    from effbench.nn.adapters.growth import Swap
+    from effbench.nn.pruning.pruner import Pruning
+    from effbench.nn.pruning.schedule import PruningSchedule
 
 
 @dataclass(frozen=True)
@@ -126,12 +135,12 @@ class APT(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base; add adapters, masks, and what collects salience."""
-        from effbench.nn.growth import adapter_parameters
-        from effbench.nn.linears import replace_linears
-        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.pruning import Pruning, weights_left
-        from effbench.nn.selfdistill import add_transfer
-        from effbench.nn.slicing import require_llama
+        from effbench.nn.adapters.growth import adapter_parameters
+        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.llama.attention import require_llama
+        from effbench.nn.llama.replace import replace_linears
+        from effbench.nn.losses.self_distill import add_transfer
+        from effbench.nn.pruning.pruner import Pruning, weights_left
 
         require_llama(model)
 
@@ -152,10 +161,10 @@ class APT(Method):
 
     def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Grow and slice a prepared model as the interrupted run had done."""
-        from effbench.nn.growth import set_rank
-        from effbench.nn.lowrank import low_rank_layers
-        from effbench.nn.pruning import Pruning
-        from effbench.nn.slicing import Kept
+        from effbench.nn.adapters.growth import set_rank
+        from effbench.nn.adapters.lowrank import low_rank_layers
+        from effbench.nn.pruning.pruner import Pruning
+        from effbench.nn.pruning.slice import Kept
 
         pruning = Pruning.of(model)
         if pruning and "kept" in ctx.state:
@@ -169,7 +178,7 @@ class APT(Method):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, watched while there is salience to collect."""
-        from effbench.nn.pruning import Pruning
+        from effbench.nn.pruning.pruner import Pruning
 
         pruning = Pruning.of(model)
         if pruning is None:
@@ -187,8 +196,8 @@ class APT(Method):
         self, model: torch.nn.Module, pruning: Pruning, batch: Batch, ctx: Context
     ) -> torch.Tensor:
         """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
-        from effbench.nn.losses import token_nll
-        from effbench.nn.selfdistill import SelfTeacher, captured
+        from effbench.nn.losses.self_distill import SelfTeacher, captured
+        from effbench.nn.losses.token import token_nll
 
         with pruning.watcher.watching(batch.attention_mask), captured(model) as layers:
             logits = self.logits(model, batch)
@@ -209,9 +218,9 @@ class APT(Method):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
     ) -> None:
         """Prune, grow and slice where it is time; see the module's text for the order."""
-        from effbench.nn.growth import Swap
-        from effbench.nn.pruning import Pruning
-        from effbench.nn.selfdistill import copy_adapters
+        from effbench.nn.adapters.growth import Swap
+        from effbench.nn.losses.self_distill import copy_adapters
+        from effbench.nn.pruning.pruner import Pruning
 
         swap, schedule = Swap(optimizer, self.moments), self.schedule(ctx.total_steps)
         pruning = Pruning.of(model)
@@ -232,7 +241,7 @@ class APT(Method):
 
     def schedule(self, total: int) -> PruningSchedule:
         """Return when a run of `total` steps prunes and grows."""
-        from effbench.nn.pruning_schedule import PruningSchedule
+        from effbench.nn.pruning.schedule import PruningSchedule
 
         return PruningSchedule(
             total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
@@ -249,7 +258,7 @@ class APT(Method):
         ctx.state["searched"] = ratio
 
     def _grow(self, model: torch.nn.Module, swap: Swap, ctx: Context) -> None:
-        from effbench.nn.growth import grow_important, note_importance
+        from effbench.nn.adapters.growth import grow_important, note_importance
 
         importance = ctx.state["importance"]
         note_importance(model, importance, self.beta)
@@ -264,7 +273,7 @@ class APT(Method):
 
     def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
         """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
-        from effbench.nn.masking import masks_of
+        from effbench.nn.pruning.masks import masks_of
 
         masks, schedule = masks_of(model), self.schedule(ctx.total_steps)
         pruned = masks is None or (masks.hard and schedule.over(ctx.step))
@@ -273,8 +282,8 @@ class APT(Method):
 
     def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
         """Return the share of weights that masks or the slice leave, and the adapters' size."""
-        from effbench.nn.growth import adapter_parameters
-        from effbench.nn.pruning import weights_left
+        from effbench.nn.adapters.growth import adapter_parameters
+        from effbench.nn.pruning.pruner import weights_left
 
         return {
             "kept": weights_left(model) / ctx.state["whole"],
@@ -283,9 +292,9 @@ class APT(Method):
 
     def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the sliced model with its adapters merged, dense and frozen."""
-        from effbench.nn.growth import merge
-        from effbench.nn.lowrank import low_rank_layers
-        from effbench.nn.pruning import Pruning
+        from effbench.nn.adapters.growth import merge
+        from effbench.nn.adapters.lowrank import low_rank_layers
+        from effbench.nn.pruning.pruner import Pruning
 
         pruning = Pruning.of(model)
         if pruning:
@@ -300,7 +309,7 @@ class APT(Method):
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return what a checkpoint needs while it trains, and every weight once it is finished."""
-        from effbench.nn.pruning import Pruning
+        from effbench.nn.pruning.pruner import Pruning
 
         if "pruned" in vars(model):
             return {n: p.detach() for n, p in model.named_parameters()}
@@ -309,15 +318,15 @@ class APT(Method):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights, the sizes they have, what was kept and the ranks it had."""
-        from effbench.nn.sliced_folder import write_sizes
+        from effbench.nn.pruning.checkpoint import write_sizes
 
         super().save(model, folder)
         write_sizes(model, folder, vars(model)["pruned"])
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
-        from effbench.nn.sliced_folder import fit_sizes
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.pruning.checkpoint import fit_sizes
 
         vars(model)["pruned"] = fit_sizes(model, folder)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
@@ -325,7 +334,7 @@ class APT(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
-        from effbench.nn.sliced_folder import write_folder
+        from effbench.nn.pruning.checkpoint import write_folder
 
         write_folder(model, folder)
 

@@ -9,111 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from effbench.errors import UserError
-from effbench.footprint import Training, trained_layers
-from effbench.lazy import torch
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import Training, trained_layers
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.decoding import Session
-
-Weights = Literal["compute", "float32", "nf4"]
-
-CALIBRATION_ROWS = 64
-"""Training rows that a compression method may look at."""
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from."""
-
-    title: str
-    venue: str
-    identifier: str
-    """arXiv number or DOI."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model under a method needs, counted from shapes alone."""
-
-    params: int
-    """All parameters, adapters included, tied ones once."""
-    trainable: int
-    """Parameters that receive gradients."""
-    resident_bytes: int
-    """Bytes of all weights as they lie in memory, scales and adapters included."""
-    bytes_per_token: float
-    """Weight bytes read to decode one token at batch 1 (embedding rows not counted)."""
-    flops_per_token: float
-    """Forward FLOPs of one token at context 0, matrix products only."""
-    kv_bytes_per_token: float
-    """Bytes that one more token adds to the key/value cache, on average."""
-    saving: Literal["none", "physical", "simulated"] = "none"
-    """Whether smaller figures here are real on the device or only modelled."""
-
-
-@dataclass
-class Batch:
-    """Token batch of B sequences and T positions, padded on the right.
-
-    `labels` are not shifted: position t holds the token that position t - 1 must predict, or -100.
-    """
-
-    input_ids: torch.Tensor
-    """[B, T] int64."""
-    attention_mask: torch.Tensor
-    """[B, T] int64, 1 for real tokens."""
-    labels: torch.Tensor
-    """[B, T] int64."""
-    rows: list[int]
-    """Index of each sequence in its split."""
-    window_tokens: int = 0
-    """Loss tokens in the whole accumulation window, over all processes: the loss denominator."""
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.rows,
-            self.window_tokens,
-        )
-
-    @property
-    def loss_tokens(self) -> int:
-        """Positions that count in the loss (the first of a sequence predicts nothing)."""
-        return int((self.labels[:, 1:] != -100).sum())
-
-
-@dataclass
-class Context:
-    """What the hooks may use: device, clock, random numbers and the method's saved state."""
-
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
-    """Compute dtype."""
-    generator: torch.Generator
-    """CPU generator of the method's own draws; saved and restored with checkpoints."""
-    load_model: Callable[[str], torch.nn.Module]
-    """Loads another model by its config name (a teacher, a reference), frozen, on the device."""
-    tokenizer: Any = None
-    step: int = 0
-    total_steps: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    """Method state that a checkpoint must keep (tensors and plain values)."""
-    backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()
-    """Back-propagates a loss (accelerate's, when a training loop runs)."""
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Context of a forward pass (mixed precision on float32 masters)."""
-    clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
-    """Clips gradients in place."""
+    from effbench.api.session import Session
 
 
 @dataclass(frozen=True)
@@ -232,8 +141,8 @@ class Method:
     ) -> None:
         """Run in each optimiser step once all gradients are there, before they are clipped.
 
-        Parameters may be replaced here, as long as the optimiser is told (`nn.growth.Swap`) and
-        `rebuild` can do the same from `ctx.state`.
+        Parameters may be replaced here, as long as the optimiser is told
+        (`nn.adapters.growth.Swap`) and `rebuild` can do the same from `ctx.state`.
         """
 
     def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -275,7 +184,7 @@ class Method:
 
         Float32, zero where the label is -100. Follows `logits` where a method has its own.
         """
-        from effbench.nn.losses import answer_nll, token_nll
+        from effbench.nn.losses.token import answer_nll, token_nll
 
         if type(self).logits is Method.logits:
             return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
@@ -388,13 +297,13 @@ class Method:
 
         Default: our engine where the model is laid out as Llama is, else the model's forward pass.
         """
-        from effbench.nn.engine import session_for
+        from effbench.nn.decode.static import session_for
 
         return session_for(model)
 
     def eager_session(self, model: torch.nn.Module) -> Session | None:
         """Return a session that decodes as `session` does, without our engine; None for no such."""
-        from effbench.nn.decoding import CachedSession
+        from effbench.nn.decode.session import CachedSession
 
         return CachedSession(model) if type(self).session is Method.session else None
 
@@ -417,7 +326,7 @@ class Method:
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` turned into the artefact of `folder`."""
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
 
         model = self.prepare(model, ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
@@ -485,77 +394,3 @@ def compress_whole(
     """Compress a model in place from the first part to the last, and keep none of them."""
     for part in method.compress(model, calibration, ctx):
         part.put(part.make())
-
-
-def chain_cost(
-    methods: Sequence[Method],
-    shape: Shape,
-    dtype: str,
-    point: str = "",
-    folders: Sequence[Path] = (),
-) -> Cost:
-    """Return the cost of what a chain of methods made; `point` is one of the last method's.
-
-    The last method's weights are as it trains them, those of the earlier ones as they are used.
-
-    Args:
-        methods: First to last.
-        shape: The base model's shape.
-        dtype: Compute dtype.
-        point: Operating point.
-        folders: Artefacts of the methods, as far as there are any.
-    """
-    shapes = chain_shapes(methods, shape, folders)
-    cost = None
-    for method, here in zip(methods[:-1], shapes, strict=False):
-        cost = _in_use(method, method.cost(here, dtype, method.whole(here), cost), dtype)
-    return methods[-1].cost(shapes[-1], dtype, point, cost)
-
-
-def chain_shapes(
-    methods: Sequence[Method], shape: Shape, folders: Sequence[Path] = ()
-) -> list[Shape]:
-    """Return the shape that each method of a chain leaves; see `chain_cost`."""
-    found = []
-    for place, method in enumerate(methods):
-        shape = method.left(shape, folders[place] if place < len(folders) else None)
-        found.append(shape)
-    return found
-
-
-def inference_cost(
-    methods: Sequence[Method],
-    shape: Shape,
-    dtype: str,
-    point: str = "",
-    folders: Sequence[Path] = (),
-) -> Cost:
-    """Return the cost of what a chain of methods made, as it is evaluated; see `chain_cost`.
-
-    Float32 masters are cast to the compute dtype for that.
-    """
-    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point, folders), dtype)
-
-
-def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
-    if method.weights != "float32":
-        return cost
-    share = DTYPE_BYTES[dtype] / DTYPE_BYTES["float32"]
-    return replace(
-        cost,
-        resident_bytes=int(cost.resident_bytes * share),
-        bytes_per_token=cost.bytes_per_token * share,
-    )
-
-
-def dense_cost(shape: Shape, weight_bytes: int) -> Cost:
-    """Return the cost of an unchanged model whose weights take `weight_bytes` bytes each."""
-    head = shape.vocab_size * shape.hidden_size
-    return Cost(
-        params=shape.params,
-        trainable=0,
-        resident_bytes=shape.params * weight_bytes,
-        bytes_per_token=(shape.linear_params + head + shape.norm_params) * weight_bytes,
-        flops_per_token=shape.flops_per_token(),
-        kv_bytes_per_token=shape.kv_bytes_per_token(weight_bytes),
-    )

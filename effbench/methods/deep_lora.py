@@ -30,13 +30,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from effbench.errors import UserError
-from effbench.footprint import BOTTOM, Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, dense_cost
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import BOTTOM, Training, adapted_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.methods.base import Method
 from effbench.methods.lora import base_name, check_rank_fits, check_targets
-from effbench.schema import NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 Depth = Annotated[int, Ge(2)]
 
@@ -86,8 +89,8 @@ class DeepLoRA(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put a deep update beside each target."""
-        from effbench.nn.deep import DeepLinear, deep_layers
-        from effbench.nn.linears import replace_linears
+        from effbench.nn.adapters.deep import DeepLinear, deep_layers
+        from effbench.nn.llama.replace import replace_linears
 
         def adapt(name: str, linear: torch.nn.Module) -> DeepLinear:
             return DeepLinear(
@@ -105,7 +108,7 @@ class DeepLoRA(Method):
 
     def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
         """Choose the frames of the compressed form from the gradient of the first micro-batch."""
-        from effbench.nn.deep import DeepLinear, Frames, weight_gradients
+        from effbench.nn.adapters.deep import DeepLinear, Frames, weight_gradients
 
         if self.form != "compressed" or self.subspace == "random":
             return
@@ -124,7 +127,7 @@ class DeepLoRA(Method):
 
     def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
         """Train the frames at `frame_rate` times the learning rate."""
-        from effbench.nn.deep import deep_layers
+        from effbench.nn.adapters.deep import deep_layers
 
         layers = [layer for _, layer in deep_layers(model)]
         found = [([p for layer in layers for p in layer.factors], 1.0)]
@@ -135,7 +138,7 @@ class DeepLoRA(Method):
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return all factors and frames, frozen ones too."""
-        from effbench.nn.deep import deep_layers
+        from effbench.nn.adapters.deep import deep_layers
 
         found = {}
         for name, layer in deep_layers(model):
@@ -148,8 +151,8 @@ class DeepLoRA(Method):
         """Write the update as a plain peft adapter: of rank r, or, for the full form, of its
         singular values above a thousandth of the largest.
         """
-        from effbench.nn.deep import deep_layers, low_rank_pair
-        from effbench.nn.lowrank import write_peft_adapter
+        from effbench.nn.adapters.deep import deep_layers, low_rank_pair
+        from effbench.nn.adapters.lowrank import write_peft_adapter
 
         layers = dict(deep_layers(model))
         most = min(min(x.in_features, x.out_features) for x in layers.values())

@@ -21,15 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from effbench.errors import UserError
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, dense_cost
-from effbench.schema import NonNegativeFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context
+from effbench.api.schema import NonNegativeFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.methods.base import Method
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.decoding import Session
-    from effbench.nn.exits import Rule
+    from effbench.api.session import Session
+    from effbench.nn.decode.early_exit import Rule
 
 DYNAMIC = ("exit", "speculative")
 READING = frozenset(
@@ -165,7 +168,7 @@ class Depths(Method):
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of a depth inside the context, or decode in the way of the point."""
-        from effbench.nn.depths import at_layers, decoder_layers, require_layers_alike
+        from effbench.nn.llama.layers import at_layers, decoder_layers, require_layers_alike
 
         require_layers_alike(model)
         count = len(decoder_layers(model))
@@ -177,8 +180,8 @@ class Depths(Method):
         """Return teacher-forced logits, [B, T, V]; at `exit` those of each position's exit."""
         if vars(model).get("decoding") != "exit":
             return super().logits(model, batch)
-        from effbench.nn.exits import exit_logits, stepwise_logits
-        from effbench.nn.temporal import prompt_lengths
+        from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
+        from effbench.nn.depth.droppable import prompt_lengths
 
         inputs = batch.input_ids, batch.attention_mask
         if self.kv == "recompute":
@@ -193,7 +196,7 @@ class Depths(Method):
 
     def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood, [B, T - 1], in nats."""
-        from effbench.nn.losses import answer_nll, token_nll
+        from effbench.nn.losses.token import answer_nll, token_nll
 
         if vars(model).get("decoding") == "exit":
             return token_nll(self.logits(model, batch), batch.labels)
@@ -201,19 +204,19 @@ class Depths(Method):
 
     def rule(self, exits: int) -> Rule:
         """Return who leaves at each of so many exits."""
-        from effbench.nn.exits import confident
+        from effbench.nn.decode.early_exit import confident
 
         return confident(self.thresholds or paper_thresholds(exits - 1))
 
     def _exits_of(self, model: torch.nn.Module) -> tuple[int, ...]:
-        from effbench.nn.depths import decoder_layers
+        from effbench.nn.llama.layers import decoder_layers
 
         return self.exits(len(decoder_layers(model)))
 
     def session(self, model: torch.nn.Module) -> Session:
         """Return a session that decodes in the way of the point, or an ordinary one."""
-        from effbench.nn.exits import ExitSession
-        from effbench.nn.speculative import SpeculativeSession
+        from effbench.nn.decode.early_exit import ExitSession
+        from effbench.nn.decode.speculative import SpeculativeSession
 
         way, exits = vars(model).get("decoding"), self._exits_of(model)
         if way == "exit":

@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.footprint import Training
-from effbench.lazy import torch
-from effbench.methods.base import Context, Cost, Paper
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training
+from effbench.api.method_types import Context, Paper
+from effbench.api.shape import Shape
 from effbench.methods.lora import LoRA
-from effbench.shapes import Shape
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.methods.lora import Adapters
@@ -42,8 +43,8 @@ class DoRA(LoRA):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put weight-decomposed layers around the targets."""
-        from effbench.nn.dora import DoRALinear
-        from effbench.nn.linears import replace_linears
+        from effbench.nn.adapters.dora import DoRALinear
+        from effbench.nn.llama.replace import replace_linears
 
         def adapt(name: str, linear: Any) -> DoRALinear:
             scale = self.numerator / self.rank
@@ -55,20 +56,20 @@ class DoRA(LoRA):
 
     def adapters(self, model: torch.nn.Module) -> Adapters:
         """Yield `(qualified name, A, B)` of every adapted layer."""
-        from effbench.nn.dora import dora_layers
+        from effbench.nn.adapters.dora import dora_layers
 
         return ((name, layer.lora_A, layer.lora_B) for name, layer in dora_layers(model))
 
     def magnitudes(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return m of every adapted layer, [d_out]."""
-        from effbench.nn.dora import dora_layers
+        from effbench.nn.adapters.dora import dora_layers
 
         return {name: layer.lora_magnitude for name, layer in dora_layers(model)}
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Put the cut adapter in, with m as it is, and fix the norms of V's rows."""
-        from effbench.nn.dora import fixed_gains
+        from effbench.nn.adapters.dora import fixed_gains
 
         with super().at(model, point), fixed_gains(model):
             yield

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from effbench.errors import UserError
-from effbench.footprint import Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training, adapted_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.methods.base import Method
 from effbench.methods.lora import (
     Dropout,
     base_name,
@@ -36,8 +39,8 @@ from effbench.methods.lora import (
     low_rank_cost,
     rank_of,
 )
-from effbench.schema import PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class DyLoRA(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R around the targets; B is zero."""
-        from effbench.nn.linears import replace_linears
-        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.llama.replace import replace_linears
 
         control = RankControl(self.rank, self.mode)
 
@@ -121,7 +124,7 @@ class DyLoRA(Method):
 
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Draw the step's rank; processes that share a seed draw the same one."""
-        from effbench.nn.lowrank import control_of
+        from effbench.nn.adapters.lowrank import control_of
 
         drawn = torch.multinomial(self.probabilities(), 1, generator=ctx.generator)
         control_of(model).active = self.rank_set()[int(drawn)]
@@ -134,7 +137,7 @@ class DyLoRA(Method):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, and undo it on inactive ranks when they are protected."""
-        from effbench.nn.lowrank import inactive_held
+        from effbench.nn.adapters.lowrank import inactive_held
 
         with inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
             return super().update(model, optimizer, window, ctx)
@@ -146,13 +149,13 @@ class DyLoRA(Method):
 
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Use the rank that `point` names; any rank up to R can be named."""
-        from effbench.nn.lowrank import control_of
+        from effbench.nn.adapters.lowrank import control_of
 
         return control_of(model).using(rank_of(point, self.rank))
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
-        from effbench.nn.lowrank import low_rank_layers, truncate, write_peft_adapter
+        from effbench.nn.adapters.lowrank import low_rank_layers, truncate, write_peft_adapter
 
         rank = rank_of(point, self.rank)
         write_peft_adapter(

@@ -26,9 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from effbench.errors import UserError
-from effbench.footprint import Training, passed_layers, trained_layers
-from effbench.layer_maps import (
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import Training, passed_layers, trained_layers
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import (
     TAKEN,
     LayerMap,
     Mode,
@@ -40,11 +44,10 @@ from effbench.layer_maps import (
     shared_shape,
     top_map,
 )
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights, dense_cost
+from effbench.methods.base import Method
 from effbench.methods.kd import DISTILLED_BYTES
-from effbench.schema import Fraction, NonNegativeFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class EchoLLaMA(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make the model ready to share, or let it share at once; mark what trains."""
-        from effbench.nn.sharing import put_sharing, share
+        from effbench.nn.llama.shared_attention import put_sharing, share
 
         if self.kl:
             self._keep_original(model, ctx)
@@ -156,7 +159,7 @@ class EchoLLaMA(Method):
         return model
 
     def _keep_original(self, model: torch.nn.Module, ctx: Context) -> None:
-        from effbench.nn.state import cast_parameters
+        from effbench.nn.llama.weights import cast_parameters
 
         original = copy.deepcopy(model).requires_grad_(False).eval()
         cast_parameters(original, ctx.dtype)
@@ -164,8 +167,8 @@ class EchoLLaMA(Method):
         vars(model)["original"] = original
 
     def _adapt(self, model: Any, seed: int) -> None:
-        from effbench.nn.linears import replace_module
-        from effbench.nn.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
+        from effbench.nn.llama.replace import replace_module
 
         for layer, name in self.adapted(len(model.model.layers)):
             path = f"model.layers.{layer}.self_attn.{name}"
@@ -175,7 +178,7 @@ class EchoLLaMA(Method):
 
     def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Convert the layers that the interrupted run had converted."""
-        from effbench.nn.sharing import convert, sharing_layers
+        from effbench.nn.llama.shared_attention import convert, sharing_layers
 
         done = {m.layer for m in sharing_layers(model) if m.takes}
         for layer in ctx.state["converted"]:
@@ -187,7 +190,7 @@ class EchoLLaMA(Method):
 
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Set a of the layers that are on their way."""
-        from effbench.nn.sharing import sharing_layers
+        from effbench.nn.llama.shared_attention import sharing_layers
 
         layers = {m.layer: m for m in sharing_layers(model)}
         for layer, (first, end) in self.spans(len(layers), ctx.total_steps).items():
@@ -198,8 +201,8 @@ class EchoLLaMA(Method):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
     ) -> None:
         """Remove the projections of layers whose conversion ends with this step."""
-        from effbench.nn.growth import drop
-        from effbench.nn.sharing import convert, sharing_layers
+        from effbench.nn.adapters.growth import drop
+        from effbench.nn.llama.shared_attention import convert, sharing_layers
 
         layers = {m.layer: m for m in sharing_layers(model)}
         for layer, (_, end) in self.spans(len(layers), ctx.total_steps).items():
@@ -211,7 +214,7 @@ class EchoLLaMA(Method):
         """Return the cross-entropy of one micro-batch, with the distance to the original added."""
         if not self.kl:
             return super().loss(model, batch, ctx)
-        from effbench.nn.losses import token_kl, token_nll
+        from effbench.nn.losses.token import token_kl, token_nll
 
         logits = self.logits(model, batch)
         with torch.no_grad():
@@ -222,21 +225,21 @@ class EchoLLaMA(Method):
 
     def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
         """Whether every consumer is converted."""
-        from effbench.nn.sharing import sharing_layers
+        from effbench.nn.llama.shared_attention import sharing_layers
 
         layers = sharing_layers(model)
         return not layers or len(ctx.state["converted"]) == len(layers[0].sharing.consumers)
 
     def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
         """Return how many layers are converted, those on their way in part."""
-        from effbench.nn.sharing import sharing_layers
+        from effbench.nn.llama.shared_attention import sharing_layers
 
         return {"converted": sum(m.share for m in sharing_layers(model))}
 
     def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with every consumer converted and adapters merged."""
-        from effbench.nn.growth import merge
-        from effbench.nn.sharing import convert, sharing_layers
+        from effbench.nn.adapters.growth import merge
+        from effbench.nn.llama.shared_attention import convert, sharing_layers
 
         for attention in sharing_layers(model):
             if attention.source != attention.layer and not attention.takes:
@@ -260,15 +263,15 @@ class EchoLLaMA(Method):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the layer map."""
-        from effbench.nn.shared_folder import write_map
+        from effbench.nn.sharing.checkpoint import write_map
 
         super().save(model, folder)
         write_map(model, folder)
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` turned into the shared one of the artefact."""
-        from effbench.nn.shared_folder import follow_map
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.sharing.checkpoint import follow_map
 
         model = follow_map(model, folder)
         vars(model)["whole"] = True
@@ -277,7 +280,7 @@ class EchoLLaMA(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads; no other tool knows the layer map."""
-        from effbench.nn.shared_folder import write_shared
+        from effbench.nn.sharing.checkpoint import write_shared
 
         write_shared(model, folder)
 

@@ -11,13 +11,13 @@ The source of a shared layer is the nearest earlier layer that is not shared. q_
 shared layers are gone, and decoding caches only their values. Every other weight starts as the
 model's own and trains, against the unchanged model as its teacher and then on the labels:
 
-    stage 1:  a L_I + b L_S + c L_H    (nn.distill has the three terms)
+    stage 1:  a L_I + b L_S + c L_H    (nn.losses.distill has the three terms)
     stage 2:  cross-entropy to the labels
 
 From the paper: sharing, a = b = 0.25, c = 0.5, student first in the divergence, learning rate, and
 a quarter as many tokens in stage 2. Ours: one schedule of the learning rate over both stages, terms
 over the positions whose next token counts, L_I as a mean over features, and the choice of layers
-where none are given (`effbench.similarity`).
+where none are given (`effbench.nn.sharing.ranking`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from effbench.errors import UserError
-from effbench.footprint import Training
-from effbench.layer_maps import (
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import (
     LayerMap,
     SharedShape,
     listed_map,
@@ -41,14 +45,13 @@ from effbench.layer_maps import (
     shared_in,
     shared_shape,
 )
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
-from effbench.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
-from effbench.similarity import block_ends, count_of, joined, ranking
+from effbench.methods.base import Method
+from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.decoding import Session
+    from effbench.api.session import Session
 
 CHOSEN = "shared"
 """Key of the chosen layers in `ctx.state`."""
@@ -139,7 +142,7 @@ class EchoAtt(Method):
     def _most_similar(
         self, model: Any, batches: Sequence[Batch], device: torch.device
     ) -> list[int]:
-        from effbench.nn.similarity import mean_attention
+        from effbench.nn.sharing.similarity import mean_attention
 
         rows = (b.input_ids[0, : int(b.attention_mask[0].sum())].tolist() for b in batches)
         texts = joined(rows, self.tokens, self.samples)
@@ -167,7 +170,7 @@ class EchoAtt(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Keep a frozen copy as the teacher, and let the chosen layers share."""
-        from effbench.nn.sharing import share
+        from effbench.nn.llama.shared_attention import share
 
         config: Any = model.config
         length = config.num_hidden_layers
@@ -194,8 +197,8 @@ class EchoAtt(Method):
         """Return the loss of one micro-batch in the stage that its step belongs to."""
         if self.refining(ctx):
             return super().loss(model, batch, ctx)
-        from effbench.nn.distill import three_terms
-        from effbench.nn.sharing import map_of
+        from effbench.nn.llama.shared_attention import map_of
+        from effbench.nn.losses.distill import three_terms
 
         sharing = map_of(model)
         terms = three_terms(
@@ -218,15 +221,15 @@ class EchoAtt(Method):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and which layers share."""
-        from effbench.nn.shared_folder import write_map
+        from effbench.nn.sharing.checkpoint import write_map
 
         super().save(model, folder)
         write_map(model, folder)
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` sharing as the artefact does, with its weights; no teacher."""
-        from effbench.nn.shared_folder import follow_map
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.sharing.checkpoint import follow_map
 
         model = follow_map(model, folder).requires_grad_(True)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
@@ -234,7 +237,7 @@ class EchoAtt(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
-        from effbench.nn.shared_folder import write_shared
+        from effbench.nn.sharing.checkpoint import write_shared
 
         write_shared(model, folder)
 
@@ -242,9 +245,9 @@ class EchoAtt(Method):
 
     def session(self, model: torch.nn.Module) -> Session:
         """Return a session of our engine, or one whose steps hand attention maps on."""
-        from effbench.nn.copied import CopyingSession
-        from effbench.nn.layout import why_not
-        from effbench.nn.sharing import map_of
+        from effbench.nn.decode.copied_maps import CopyingSession
+        from effbench.nn.llama.shared_attention import map_of
+        from effbench.nn.llama.walk import why_not
 
         copies = map_of(model) and why_not(model)
         return CopyingSession(model) if copies else super().session(model)
@@ -277,7 +280,7 @@ class EchoAtt(Method):
 
         The first stage is the larger one, if there is one. The teacher is among what it `holds`.
         """
-        from effbench.nn.distill import CHUNK, CHUNK_BYTES
+        from effbench.nn.losses.distill import CHUNK, CHUNK_BYTES
 
         training = super().training(self.left(shape), dtype)
         if not self.distils:

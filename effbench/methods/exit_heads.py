@@ -23,14 +23,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from effbench.errors import UserError
-from effbench.footprint import Training
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.base import Method
 from effbench.methods.depths import DYNAMIC, READING, Depths, check_depths, depth_set
 from effbench.methods.full import Full
-from effbench.schema import PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ class ExitHeads(Depths):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Add the exits, in float32, and freeze the rest unless it is to learn too."""
-        from effbench.nn.depths import decoder_layers, require_layers_alike
-        from effbench.nn.exit_heads import attach_heads
+        from effbench.nn.depth.exit_heads import attach_heads
+        from effbench.nn.llama.layers import decoder_layers, require_layers_alike
 
         require_layers_alike(model)
         model.requires_grad_(self.trunk == "trained")
@@ -133,7 +136,8 @@ class ExitHeads(Depths):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the mean loss of the exits, a scalar; of the last one too if the trunk learns."""
-        from effbench.nn.depths import decoder_layers, exit_nll, exit_states
+        from effbench.nn.depth.submodel import exit_nll, exit_states
+        from effbench.nn.llama.layers import decoder_layers
 
         count = len(decoder_layers(model))
         trained = self.trunk == "trained"
@@ -160,8 +164,8 @@ class ExitHeads(Depths):
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of an exit inside the context, or decode in the way of the point."""
-        from effbench.nn.depths import decoder_layers
-        from effbench.nn.exit_heads import with_own_head
+        from effbench.nn.depth.exit_heads import with_own_head
+        from effbench.nn.llama.layers import decoder_layers
 
         depth = self.depth_of(point, len(decoder_layers(model)))
         with super().at(model, point):
@@ -179,7 +183,8 @@ class ExitHeads(Depths):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the sub-model of an exit as a model of its own that transformers loads."""
-        from effbench.nn.depths import decoder_layers, write_submodel
+        from effbench.nn.depth.submodel import write_submodel
+        from effbench.nn.llama.layers import decoder_layers
 
         with self.at(model, point):
             write_submodel(model, range(len(decoder_layers(model))), folder)
@@ -247,7 +252,7 @@ def _with_more(cost: Cost, params: int, trainable: int, size: int) -> Cost:
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Return the model with its exits in `dtype`."""
-    from effbench.nn.exit_heads import NAME
+    from effbench.nn.depth.exit_heads import NAME
 
     model.get_submodule(NAME).to(dtype)
     return model

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.methods.base import Method, Weights
+from effbench.api.method_types import Weights
+from effbench.methods.base import Method
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from effbench.errors import UserError
-from effbench.layer_maps import require_unshared
-from effbench.lazy import torch
-from effbench.methods.base import (
-    Batch,
-    Context,
-    Cost,
-    Method,
-    Paper,
-    Part,
-    compress_whole,
-    dense_cost,
-)
-from effbench.schema import PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import require_unshared
+from effbench.methods.base import Method, Part, compress_whole
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 POOLED = ("k_proj", "v_proj")
 
@@ -68,7 +62,7 @@ class GQA(Method):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Pool the heads of one projection after the other."""
-        from effbench.nn.slicing import require_llama
+        from effbench.nn.llama.attention import require_llama
 
         require_llama(model)
         root: Any = model
@@ -109,7 +103,7 @@ class GQA(Method):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the pooled projections of `folder`."""
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
 
         compress_whole(self, model, [], ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
@@ -117,7 +111,7 @@ class GQA(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that transformers loads."""
-        from effbench.nn.sliced_folder import write_folder
+        from effbench.nn.pruning.checkpoint import write_folder
 
         write_folder(model, folder)
 

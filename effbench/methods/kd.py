@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from effbench.errors import UserError
-from effbench.footprint import Training
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Method, Paper, Weights
-from effbench.schema import Fraction, PositiveFloat
-from effbench.shapes import Shape
+from effbench.api.batch import Batch
+from effbench.api.footprint import Training
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import Fraction, PositiveFloat
+from effbench.api.shape import Shape
+from effbench.methods.base import Method
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 DISTILLED_BYTES = 28
 """Bytes per counted logit when the backward pass begins: seven float32 tensors. They are the
@@ -71,7 +73,7 @@ class Distillation(Method):
         """Return the mixed loss of one micro-batch, a scalar."""
         if not self.weight:
             return super().loss(model, batch, ctx)
-        from effbench.nn.losses import token_kl, token_nll
+        from effbench.nn.losses.token import token_kl, token_nll
 
         logits = self.logits(model, batch)
         with torch.no_grad():
@@ -87,7 +89,7 @@ class Distillation(Method):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the trained student; the teacher is not needed any more."""
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
 
         model = super().prepare(model, ctx)
         load_tensors(self.tensors(model), folder / "weights.safetensors")

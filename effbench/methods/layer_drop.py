@@ -21,12 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from effbench.errors import UserError
-from effbench.files import write_atomic
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
-from effbench.schema import NonNegativeInt
-from effbench.shapes import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import NonNegativeInt
+from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.methods.base import Method, Part
+from effbench.util.errors import UserError
+from effbench.util.files import write_atomic
+from effbench.util.lazy import torch
 
 KEPT = "layers.json"
 """The artefact: which layers of the base stay."""
@@ -77,7 +80,7 @@ class LayerDrop(Method):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Read row by row how much each layer changes, where that is asked for, then cut."""
-        from effbench.nn.depths import require_layers_alike
+        from effbench.nn.llama.layers import require_layers_alike
 
         require_layers_alike(model)
         root: Any = model
@@ -105,7 +108,7 @@ class LayerDrop(Method):
 
     def _keep(self, model: torch.nn.Module, verdict: Mapping[str, torch.Tensor]) -> None:
         """Leave the chosen layers alone in the model."""
-        from effbench.nn.depths import keep_layers
+        from effbench.nn.depth.submodel import keep_layers
 
         config: Any = model.config
         config.kept_layers = verdict["kept"].nonzero()[:, 0].tolist()
@@ -132,7 +135,7 @@ class LayerDrop(Method):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` without the layers that went."""
-        from effbench.nn.depths import keep_layers
+        from effbench.nn.depth.submodel import keep_layers
 
         config: Any = model.config
         config.kept_layers = _kept_in(folder)
@@ -141,7 +144,7 @@ class LayerDrop(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` and transformers load."""
-        from effbench.nn.sliced_folder import write_folder
+        from effbench.nn.pruning.checkpoint import write_folder
 
         write_folder(model, folder)
 

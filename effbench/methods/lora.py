@@ -22,15 +22,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
-from effbench.errors import UserError, did_you_mean
-from effbench.footprint import Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Context, Cost, Method, Paper, dense_cost
-from effbench.schema import PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.footprint import Training, adapted_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.methods.base import Method
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.lowrank import Factors
+    from effbench.nn.adapters.lowrank import Factors
 
     Adapters = Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]
 
@@ -80,7 +82,7 @@ class LoRA(Method):
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        from effbench.nn.lowrank import init_a
+        from effbench.nn.adapters.lowrank import init_a
 
         config = LoraConfig(
             r=self.rank,
@@ -125,14 +127,14 @@ class LoRA(Method):
 
     def cut(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> Factors:
         """Return A [R, d_in] and B [d_out, R] cut to `rank`; their scale is still alpha / R."""
-        from effbench.nn.lowrank import svd_truncate, truncate
+        from effbench.nn.adapters.lowrank import svd_truncate, truncate
 
         svd = self.truncation == "svd" and rank < self.rank
         return (svd_truncate if svd else truncate)(a, b, rank)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
-        from effbench.nn.lowrank import write_peft_adapter
+        from effbench.nn.adapters.lowrank import write_peft_adapter
 
         rank = rank_of(point, self.rank)
         write_peft_adapter(
@@ -266,7 +268,7 @@ def low_rank_cost(
     per_rank = sum(i + o for _, name, i, o in shape.linears() if name in targets)
     saved = 0
     if nf4:
-        from effbench.kernels.nf4 import nf4_bytes
+        from effbench.nn.quant.nf4 import nf4_bytes
 
         saved = sum(i * o * size - nf4_bytes(i, o) for _, _, i, o in shape.linears())
     return replace(

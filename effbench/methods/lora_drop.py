@@ -35,16 +35,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from effbench.errors import UserError, did_you_mean
-from effbench.footprint import Training, passed_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper
-from effbench.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training, passed_layers
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.base import Method
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.decoding import Session
-    from effbench.nn.temporal import DroppableLayers
+    from effbench.api.session import Session
+    from effbench.nn.depth.droppable import DroppableLayers
 
 MOST_PLACES = 8
 """Longest place in a cycle that has a loss of its own."""
@@ -151,7 +154,7 @@ class LoRADrop(Method):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and add one float32 stand-in per droppable layer."""
-        from effbench.nn.temporal import DroppableLayers, attach
+        from effbench.nn.depth.droppable import DroppableLayers, attach
 
         model.requires_grad_(False)
         config: Any = model.config
@@ -172,8 +175,8 @@ class LoRADrop(Method):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the cross-entropy under a schedule drawn for each sequence."""
-        from effbench.nn.losses import token_nll
-        from effbench.nn.temporal import masked_logits, schedule
+        from effbench.nn.depth.droppable import masked_logits, schedule
+        from effbench.nn.losses.token import token_nll
 
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
@@ -198,7 +201,7 @@ class LoRADrop(Method):
         Two numbers are drawn per sequence, in order, so that the split of a window into
         micro-batches does not matter.
         """
-        from effbench.nn.temporal import prompt_lengths
+        from effbench.nn.depth.droppable import prompt_lengths
 
         draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
         draws = draws.to(batch.labels.device)
@@ -213,7 +216,7 @@ class LoRADrop(Method):
 
         The prompt is the unlabelled start of a row, at least its first token.
         """
-        from effbench.nn.temporal import masked_logits, prompt_lengths, schedule
+        from effbench.nn.depth.droppable import masked_logits, prompt_lengths, schedule
 
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
@@ -266,7 +269,7 @@ class LoRADrop(Method):
 
         It is one of our engine wherever that applies, the cache being filled aside.
         """
-        from effbench.nn.temporal_static import StaticTemporalSession, why_not_static
+        from effbench.nn.decode.droppable_static import StaticTemporalSession, why_not_static
 
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
@@ -277,8 +280,8 @@ class LoRADrop(Method):
 
     def eager_session(self, model: torch.nn.Module) -> Session:
         """Return a session of whole modules and a growing cache."""
-        from effbench.nn.decoding import CachedSession
-        from effbench.nn.temporal import TemporalSession
+        from effbench.nn.decode.droppable import TemporalSession
+        from effbench.nn.decode.session import CachedSession
 
         stand_ins = _stand_ins(model)
         return TemporalSession(model, stand_ins) if stand_ins.active else CachedSession(model)
@@ -293,7 +296,7 @@ class LoRADrop(Method):
         `j0` follows a refresh or the prompt, and is predicted by a token that read every layer;
         `j1` is predicted by the first dropped one, and so on. Long windows stop at `j8`.
         """
-        from effbench.nn.temporal import prompt_lengths
+        from effbench.nn.depth.droppable import prompt_lengths
 
         stand_ins = _stand_ins(model)
         if not stand_ins.active:

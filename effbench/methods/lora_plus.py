@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.lazy import torch
-from effbench.methods.base import Paper
+from effbench.api.method_types import Paper
+from effbench.api.schema import PositiveFloat
 from effbench.methods.lora import LoRA
-from effbench.schema import PositiveFloat
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from effbench.lazy import torch
-from effbench.methods.base import Context, Cost, Method, dense_cost
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.base import Method
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.methods.base import Paper, Weights
+from effbench.api.method_types import Paper, Weights
 from effbench.methods.dylora import DyLoRA
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.methods.base import Paper, Weights
+from effbench.api.method_types import Paper, Weights
 from effbench.methods.lora import LoRA
 
 

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.methods.base import Paper
+from effbench.api.method_types import Paper
 from effbench.methods.lora import LoRA
 
 

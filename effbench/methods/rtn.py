@@ -25,11 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from effbench.kernels.groupwise import grouped_bytes
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
-from effbench.schema import Bits, PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import Bits, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.base import Method, Part
+from effbench.nn.quant.groupwise import grouped_bytes
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,14 @@ class RTN(Method):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Round one linear after the other."""
-        from effbench.nn.quantised import dense_linears
+        from effbench.nn.quant.linears import dense_linears
 
         for name, linear in dense_linears(model):
             yield Part(name, partial(self._round, linear), partial(self._pack, model, name, linear))
 
     def _round(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
         """Return the codes, scales and zero points of a linear."""
-        from effbench.nn.quantised import PackedLinear
+        from effbench.nn.quant.linears import PackedLinear
 
         packed = PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
         return dict(packed.named_buffers())
@@ -74,15 +77,15 @@ class RTN(Method):
         stored: Mapping[str, torch.Tensor],
     ) -> None:
         """Put what a linear was rounded to in its place."""
-        from effbench.nn.linears import replace_module
-        from effbench.nn.quantised import PackedLinear
+        from effbench.nn.llama.replace import replace_module
+        from effbench.nn.quant.linears import PackedLinear
 
         settings = self.bits, self.group_size, self.symmetric
         replace_module(model, name, PackedLinear.holding(linear, stored, *settings))
 
     def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the codes, scales and zero points of every linear."""
-        from effbench.nn.linears import decoder_linears
+        from effbench.nn.llama.replace import decoder_linears
 
         return {
             f"{name}.{key}": tensor
@@ -92,9 +95,9 @@ class RTN(Method):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the packed linears of `folder`."""
-        from effbench.nn.linears import replace_module
-        from effbench.nn.quantised import PackedLinear, dense_linears
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.replace import replace_module
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.quant.linears import PackedLinear, dense_linears
 
         for name, linear in dense_linears(model):
             part = PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)

@@ -12,7 +12,7 @@ depths, L among them, sub-model n has the first n layers and the shared final no
 `soft` is the paper's; `sampled` is that of SortedNet (Valipour et al., arXiv 2309.00255): each
 micro-batch draws its depth, so that one step over several of them mixes depths. A third objective,
 `layerskip`, is another paper's and here to compare with: layers that are left out at random and a
-weighted loss of two exits (Elhoushi et al., arXiv 2404.16710; see `effbench.nn.layerskip`).
+weighted loss of two exits (Elhoushi et al., arXiv 2404.16710; see `effbench.nn.depth.layerskip`).
 
 Decoding: a depth of its own; the first exit whose most likely token is more probable than that
 exit's threshold (`exit`); or the shallowest exit drafts and the deepest one verifies, which loses
@@ -30,13 +30,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from effbench.errors import UserError
-from effbench.footprint import Training, trained_layers
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Weights
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training, trained_layers
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.base import Method
 from effbench.methods.depths import READING, Depths, check_depths, cut_cost, depth_set
-from effbench.schema import PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class SortedFull(Depths):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make every weight train but those of layers that no depth has."""
-        from effbench.nn.depths import require_layers_alike
+        from effbench.nn.llama.layers import require_layers_alike
 
         require_layers_alike(model)
         model.requires_grad_(True)
@@ -140,7 +143,7 @@ class SortedFull(Depths):
 
     def freeze_rest(self, model: torch.nn.Module) -> None:
         """Freeze the layers that no trained depth has."""
-        from effbench.nn.depths import decoder_layers
+        from effbench.nn.llama.layers import decoder_layers
 
         layers = decoder_layers(model)
         for index in set(range(len(layers))) - set(self.trained_layers(len(layers))):
@@ -150,7 +153,7 @@ class SortedFull(Depths):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of a drawn depth, or the mean of those of all, a scalar."""
-        from effbench.nn.depths import at_layers, decoder_layers
+        from effbench.nn.llama.layers import at_layers, decoder_layers
 
         if self.objective == "soft":
             return self._mean_loss(model, batch)
@@ -171,7 +174,7 @@ class SortedFull(Depths):
         return left.pop()
 
     def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        from effbench.nn.depths import exit_nll
+        from effbench.nn.depth.submodel import exit_nll
 
         total = torch.zeros((), device=batch.labels.device)
         for n, hidden in self._exit_states(model, batch):
@@ -179,8 +182,8 @@ class SortedFull(Depths):
         return total / (len(self.depths) * batch.window_tokens)
 
     def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
-        from effbench.nn.depths import decoder_layers
-        from effbench.nn.layerskip import exit_weights, summed_nll
+        from effbench.nn.depth.layerskip import exit_weights, summed_nll
+        from effbench.nn.llama.layers import decoder_layers
 
         weights = exit_weights(self.depths, len(decoder_layers(model)), ctx.step)
         inputs = batch.input_ids, batch.attention_mask, batch.labels
@@ -190,7 +193,8 @@ class SortedFull(Depths):
         self, model: torch.nn.Module, batch: Batch
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield depths and what the head reads there; sub-models that share no exit run apart."""
-        from effbench.nn.depths import at_layers, decoder_layers, exit_states
+        from effbench.nn.depth.submodel import exit_states
+        from effbench.nn.llama.layers import at_layers, decoder_layers
 
         inputs = batch.input_ids, batch.attention_mask
         if self.layout == "prefix":
@@ -208,7 +212,7 @@ class SortedFull(Depths):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, with a learning rate for each layer when they are reweighted."""
-        from effbench.nn.depths import scaled_updates
+        from effbench.nn.depth.submodel import scaled_updates
 
         factors = self._factors(model) if self.reweight else []
         with scaled_updates(factors):
@@ -216,7 +220,7 @@ class SortedFull(Depths):
 
     def _factors(self, model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, float]]:
         """Return 1 / P(layer runs) for every trained parameter of a layer."""
-        from effbench.nn.depths import decoder_layers
+        from effbench.nn.llama.layers import decoder_layers
 
         layers = decoder_layers(model)
         runs = [0] * len(layers)
@@ -238,7 +242,8 @@ class SortedFull(Depths):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the sub-model of a depth as a model of its own that transformers loads."""
-        from effbench.nn.depths import decoder_layers, write_submodel
+        from effbench.nn.depth.submodel import write_submodel
+        from effbench.nn.llama.layers import decoder_layers
 
         count = len(decoder_layers(model))
         write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
@@ -274,7 +279,7 @@ class SortedFull(Depths):
 
     def _layerskip_training(self, whole: Training, num_layers: int) -> Training:
         """Count the layers that run on average, and the exits of a step."""
-        from effbench.nn.layerskip import drop_rates
+        from effbench.nn.depth.layerskip import drop_rates
 
         exits = min(2, len(self.depths))
         run = sum(1 - p for p in drop_rates(num_layers)[: round(whole.run)]) / whole.run

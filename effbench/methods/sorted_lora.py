@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from effbench.footprint import Training, adapted_layers
-from effbench.lazy import torch
-from effbench.methods.base import Context, Cost, Paper, Weights
+from effbench.api.cost import Cost
+from effbench.api.footprint import Training, adapted_layers
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import PositiveFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
 from effbench.methods.lora import Dropout, LoRA, base_name, peft_adapters
 from effbench.methods.sorted_full import SortedFull
-from effbench.schema import PositiveFloat, PositiveInt
-from effbench.shapes import DTYPE_BYTES, LINEARS, Shape
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class SortedLoRA(SortedFull):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base, put adapters in, and make the final norm train."""
-        from effbench.nn.depths import require_layers_alike, train_norm
+        from effbench.nn.depth.submodel import train_norm
+        from effbench.nn.llama.layers import require_layers_alike
 
         require_layers_alike(model)
         model.requires_grad_(False)
@@ -93,8 +95,8 @@ class SortedLoRA(SortedFull):
 
         The adapter goes on the base loaded with `num_hidden_layers` set to the depth.
         """
-        from effbench.nn.depths import at_layers, decoder_layers
-        from effbench.nn.lowrank import write_peft_adapter
+        from effbench.nn.adapters.lowrank import write_peft_adapter
+        from effbench.nn.llama.layers import at_layers, decoder_layers
 
         super().export(model, point, folder)
         count = len(decoder_layers(model))

@@ -10,8 +10,8 @@ stream. What is ranked:
     random      a seeded draw
 
 `layer` keeps the same share of each layer; `global` takes the longest prefix by score per weight
-over all layers, as `apt` does (`nn.blocks`). The model is sliced, without training; go on from it
-with `effbench train from=RUN`.
+over all layers, as `apt` does (`nn.pruning.blocks`). The model is sliced, without training; go on
+from it with `effbench train from=RUN`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Interval
 
-from effbench.errors import UserError
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Cost, Method, Paper, Part, dense_cost
-from effbench.schema import PositiveInt
-from effbench.shapes import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.methods.base import Method, Part
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.nn.blocks import Layout
+    from effbench.nn.pruning.blocks import Layout
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Structured(Method):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Score the blocks, choose among those of the whole model, then cut."""
-        from effbench.nn.slicing import kept_blocks, layout_of, require_llama, slice_model
+        from effbench.nn.llama.attention import require_llama
+        from effbench.nn.pruning.slice import kept_blocks, layout_of, slice_model
 
         require_llama(model)
         layout, root = layout_of(model), cast("Any", model)
@@ -110,7 +114,7 @@ class Structured(Method):
 
     def _choose(self, layout: Layout, scores: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return which blocks stay, [N] bool."""
-        from effbench.nn.blocks import search, search_uniform
+        from effbench.nn.pruning.blocks import search, search_uniform
 
         budget = self.keep * layout.weights(torch.ones(layout.size))
         find = search if self.scope == "global" else search_uniform
@@ -123,15 +127,15 @@ class Structured(Method):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the sizes they have."""
-        from effbench.nn.sliced_folder import write_sizes
+        from effbench.nn.pruning.checkpoint import write_sizes
 
         super().save(model, folder)
         write_sizes(model, folder, {})
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
-        from effbench.nn.sliced_folder import fit_sizes
-        from effbench.nn.state import load_tensors
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.pruning.checkpoint import fit_sizes
 
         fit_sizes(model, folder)
         load_tensors(self.tensors(model), folder / "weights.safetensors")
@@ -139,7 +143,7 @@ class Structured(Method):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
-        from effbench.nn.sliced_folder import write_folder
+        from effbench.nn.pruning.checkpoint import write_folder
 
         write_folder(model, folder)
 
@@ -183,7 +187,7 @@ def _layer_score(
     reads: bool,
 ) -> Part:
     """Return the part that scores the blocks of one layer, and adds to those of the stream."""
-    from effbench.nn.blocks import add_layer_sums
+    from effbench.nn.pruning.blocks import add_layer_sums
 
     def make() -> dict[str, torch.Tensor]:
         mine = scores.clone()
@@ -219,7 +223,7 @@ def input_squares(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         model: A causal language model.
         batch: What it reads; the squares are summed over tokens, and padding does not count.
     """
-    from effbench.nn.linears import decoder_linears
+    from effbench.nn.llama.replace import decoder_linears
 
     found: dict[str, torch.Tensor] = {}
     real = batch.attention_mask.bool()

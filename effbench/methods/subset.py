@@ -20,10 +20,11 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Paper
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context, Paper
 from effbench.methods.kd import check_vocabulary
 from effbench.methods.lora import LoRA
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)

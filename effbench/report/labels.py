@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from effbench.records import Record
+from effbench.results.records import Record
 
 if TYPE_CHECKING:
     from effbench.stats import Better

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from effbench.records import Metric, Record
 from effbench.report.labels import ABSENT, labels
+from effbench.results.records import Metric, Record
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

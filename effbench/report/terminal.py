@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effbench.errors import UserError
-from effbench.records import Record, read_all
 from effbench.report.table import Cell, Table, as_value, comparison, runs_table, tasks_table
+from effbench.results.records import Record, read_all
+from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from effbench.assets import Status
-    from effbench.doctor import Check
-    from effbench.query import Rows
-    from effbench.report.compared import Comparison
+    from effbench.report.comparison.result import Comparison
+    from effbench.results.query import Rows
+
 
 EVALUATED = (
     "loss",
@@ -96,7 +94,7 @@ def print_runs(results: Path) -> None:
     Raises:
         UserError: When there is nothing to list.
     """
-    from effbench.store import Store
+    from effbench.results.store import Store
 
     store = Store(results)
     records = read_all(store.records, outcomes=False)
@@ -117,23 +115,3 @@ def print_rows(rows: Rows) -> None:
 
 def _cell(value: object) -> Cell:
     return value if isinstance(value, str | int | float) or value is None else str(value)
-
-
-def print_assets(found: Sequence[Status]) -> None:
-    """Print what can be fetched and what is there."""
-    rows: list[tuple[Cell, ...]] = [
-        (
-            status.asset.name,
-            str(status.path) if status.path else f"not fetched ({status.asset.megabytes} MB)",
-            status.asset.licence,
-            status.asset.summary,
-        )
-        for status in found
-    ]
-    print_table(Table("", ("asset", "where", "licence", "what"), rows))
-
-
-def print_checks(found: Sequence[Check]) -> None:
-    """Print what was looked at, and what to do about what is missing."""
-    rows: list[tuple[Cell, ...]] = [(c.status, c.name, c.found, c.advice) for c in found]
-    print_table(Table("", ("", "check", "found", "advice"), rows))

@@ -18,7 +18,7 @@ def run(stage: Stage) -> None:
     """Time the products, each matrix of a size in turn."""
     import torch
 
-    from effbench.measure.roofline import probe
+    from effbench.resources.roofline import probe
 
     device = "cpu" if stage.tiny else "cuda"
     dtype = torch.float32 if stage.tiny else torch.bfloat16
@@ -35,7 +35,7 @@ def _compare(
     """Note how the fused product of one size compares with the dense one, and with the bytes."""
     import torch
 
-    from effbench.kernels import nf4
+    from effbench.nn.quant import nf4
 
     d_in, d_out = sizes
     draws = (torch.randn(d_out, d_in, device=device, dtype=dtype) for _ in range(COPIES))
@@ -52,7 +52,7 @@ def _compare(
 
 
 def _product(x: Any, packed: Any, shape: tuple[int, int]) -> Any:
-    from effbench.kernels import nf4
+    from effbench.nn.quant import nf4
 
     if x.is_cuda and nf4.bitsandbytes_available():
         return nf4.product_bitsandbytes(x, packed, shape)
@@ -63,7 +63,7 @@ def _seconds(device: str, work: Callable[[], object]) -> float:
     """Return the median seconds of a call, as a graph where there is a GPU."""
     import torch
 
-    from effbench.measure.timing import Clock, steady
+    from effbench.resources.timing import Clock, steady
 
     clock, replayed = Clock(device), work
     if device == "cuda":

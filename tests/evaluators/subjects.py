@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from conftest import Bench
 
-from effbench.datasets import Data
-from effbench.evaluators.base import Result, Subject
+from effbench.data.dataset import Data
+from effbench.evaluators.base import Result
+from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
-from effbench.records import Metric
-from effbench.stages.common import open_bench, open_model
+from effbench.results.records import Metric
+from effbench.runner.open import open_model
+from effbench.runner.run import open_bench
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from conftest import Bench
 
-from effbench import models, task_data, tasks
-from effbench.config import compose
-from effbench.errors import UserError
-from effbench.evaluators.base import Subject
+from effbench.api.spec import DatasetSpec
+from effbench.config.compose import compose
+from effbench.data import lm_eval_rows, lm_eval_tasks
 from effbench.evaluators.choices import Choices
+from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.records import Record
-from effbench.spec import DatasetSpec
+from effbench.models import load as models
+from effbench.results.records import Record
+from effbench.util.errors import UserError
 
 PIQA = "evaluator.choices.tasks=[piqa]"
 
@@ -67,11 +68,11 @@ def holds(real: tuple[Any, Any, Any], name: str, shots: int | None, limit: int) 
     cpu = torch.device("cpu")
     subject = Subject(model, Method(), "", None, cpu, 0, 0, tokenizer=tokenizer, shape=shape)  # type: ignore[arg-type]
     found = Choices(tasks=[name], **settings).run(subject)
-    loaded = {t.name: t for t in tasks.load_all(name, **settings)}
+    loaded = {t.name: t for t in lm_eval_tasks.load_all(name, **settings)}
     theirs = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=[t.task for t in loaded.values()],
-        task_manager=tasks._manager(next(iter(loaded.values())).entry.folder),
+        task_manager=lm_eval_tasks._manager(next(iter(loaded.values())).entry.folder),
         bootstrap_iters=0,
         **settings,
     )
@@ -161,7 +162,7 @@ def test_texts_are_cut_into_tokens_as_lm_eval_cuts_them(pair: tuple[str, str]) -
     lm._loglikelihood_tokens = lambda reqs, **_: seen.extend(reqs)  # type: ignore[method-assign]
     lm.loglikelihood([SimpleNamespace(args=pair)], disable_tqdm=True)
     task: Any = SimpleNamespace(name="own", instances=lambda: [[SimpleNamespace(args=pair)]])
-    ((request,),) = tasks.requests(task, Words())
+    ((request,),) = lm_eval_tasks.requests(task, Words())
     assert (request.context, request.continuation) == (seen[0][1], seen[0][2])
 
 
@@ -207,7 +208,7 @@ def test_the_content_of_files_is_in_the_key(bench: Bench, tmp_path: Path) -> Non
 def test_a_group_is_the_mean_over_all_its_items(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(task_data.GROUPS, "mmlu", ("mmlu_anatomy", "mmlu_virology"))
+    monkeypatch.setitem(lm_eval_rows.GROUPS, "mmlu", ("mmlu_anatomy", "mmlu_virology"))
     words = ["evaluator=choices", "evaluator.choices.tasks=[mmlu]"]
     for name, count in (("mmlu_anatomy", 3), ("mmlu_virology", 9)):
         path = tmp_path / f"{name}.jsonl"
@@ -262,7 +263,7 @@ def test_perplexity_is_that_of_the_last_words(bench: Bench, tmp_path: Path) -> N
 def test_what_cannot_be_evaluated_is_refused_at_once(
     bench: Bench, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effbench.hf.hub_reachable", lambda: False)
+    monkeypatch.setattr("effbench.util.hf.hub_reachable", lambda: False)
     with pytest.raises(UserError, match=message):
         bench.job("eval", "evaluator=choices", *words)
 
@@ -306,7 +307,7 @@ def test_rows_that_were_trained_on_are_not_evaluated(bench: Bench, tmp_path: Pat
 )
 def test_the_sets_of_our_datasets_are_known(config: str, name: str, shared: bool) -> None:
     dataset = compose("eval", [f"dataset={config}", "model=tiny"]).spec.dataset
-    assert tasks.overlaps(name, dataset) == shared
+    assert lm_eval_tasks.overlaps(name, dataset) == shared
 
 
 def test_sets_of_the_hub_are_known() -> None:
@@ -315,8 +316,10 @@ def test_sets_of_the_hub_are_known() -> None:
             name="own", source="hub", kind="pairs", id=hub, subset=subset, splits={"train": split}
         )
 
-    assert tasks.overlaps("piqa", trained("ybisk/piqa", "validation[:90%]"))
-    assert not tasks.overlaps("piqa", trained("ybisk/piqa", "train"))
-    assert tasks.overlaps("arc_easy", trained("allenai/ai2_arc", "test", "ARC-Easy"))
-    assert not tasks.overlaps("arc_easy", trained("allenai/ai2_arc", "test", "ARC-Challenge"))
-    assert tasks.overlaps("mmlu", trained("cais/mmlu", "test", "virology"))
+    assert lm_eval_tasks.overlaps("piqa", trained("ybisk/piqa", "validation[:90%]"))
+    assert not lm_eval_tasks.overlaps("piqa", trained("ybisk/piqa", "train"))
+    assert lm_eval_tasks.overlaps("arc_easy", trained("allenai/ai2_arc", "test", "ARC-Easy"))
+    assert not lm_eval_tasks.overlaps(
+        "arc_easy", trained("allenai/ai2_arc", "test", "ARC-Challenge")
+    )
+    assert lm_eval_tasks.overlaps("mmlu", trained("cais/mmlu", "test", "virology"))

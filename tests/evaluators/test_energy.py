@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Bench
 
-from effbench.measure import energy
+from effbench.resources import energy
 
 SHORT = ["evaluator=energy", "evaluator.energy.window_seconds=0.01"]
 SHORT += ["evaluator.energy.prompt_tokens=6", "evaluator.energy.new_tokens=4"]

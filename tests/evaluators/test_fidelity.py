@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
-from effbench.errors import UserError
-from effbench.evaluators.base import Result, Subject
+from effbench.evaluators.base import Result
 from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_loyalty, chosen
-from effbench.journal import Journal
-from effbench.nn.divergence import CHUNK, FIELDS, divergences, row_sums
+from effbench.evaluators.subject import Subject
+from effbench.nn.losses.divergence import CHUNK, FIELDS, divergences, row_sums
+from effbench.results.journal import Journal
+from effbench.util.errors import UserError
 
 LN2 = math.log(2)
 

@@ -14,15 +14,15 @@ from conftest import Bench
 from scipy import stats
 from subjects import HARDWARE, by_name, subject_of, text_file
 
-from effbench import models
-from effbench.config import compose
-from effbench.errors import UserError
-from effbench.evaluators.base import Subject
+from effbench.config.compose import compose
 from effbench.evaluators.generation import Generation, end_tokens, flattened
-from effbench.journal import Journal
-from effbench.nn.decoding import CachedSession
-from effbench.nn.generate import Generated, Prompt, Sampling, generate, left_padded, sample
-from effbench.questions import extracted
+from effbench.evaluators.questions import extracted
+from effbench.evaluators.subject import Subject
+from effbench.models import load as models
+from effbench.nn.decode.generate import Generated, Prompt, Sampling, generate, left_padded, sample
+from effbench.nn.decode.session import CachedSession
+from effbench.results.journal import Journal
+from effbench.util.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -489,7 +489,7 @@ def test_greedy_is_that_of_transformers() -> None:
 def test_answers_are_those_of_lm_eval(bench: Bench) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from effbench import tasks
+    from effbench.data import lm_eval_tasks
 
     words = ["model=smollm2-135m", "dataset=arithmetic"]
     subject = subject_of(bench, *words, strength=1)
@@ -499,7 +499,7 @@ def test_answers_are_those_of_lm_eval(bench: Bench) -> None:
     Generation(tasks=names, limit=2, max_new_tokens=40).run(subject)
     theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=2)
     for name in names:
-        asked = [i[0] for i in tasks.load(name, limit=2).instances()]
+        asked = [i[0] for i in lm_eval_tasks.load(name, limit=2).instances()]
         for instance in asked:
             instance.args[1]["max_gen_toks"] = 40
         expected = theirs.generate_until(asked, disable_tqdm=True)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import Bench
 
-from effbench.errors import UserError
+from effbench.evaluators import memory_cap
 from effbench.evaluators.memory import bisect
-from effbench.measure import cap
-from effbench.measure.cap import succeeds_under
-from effbench.nn.engine import StaticSession
+from effbench.evaluators.memory_cap import succeeds_under
+from effbench.nn.decode.static import StaticSession
+from effbench.util.errors import UserError
 
 SIZES = ["evaluator=memory", "evaluator.memory.batch_size=2"]
 SIZES += ["evaluator.memory.prompt_tokens=6", "evaluator.memory.new_tokens=4"]
@@ -74,7 +74,7 @@ def test_no_cap_is_large_enough() -> None:
 
 def test_a_trial_in_a_process_of_its_own(bench: Bench) -> None:
     job = bench.job("eval", "method=none", *SIZES)
-    from effbench.schema import plain
+    from effbench.api.schema import plain
 
     work = {
         "job": plain(job),
@@ -91,6 +91,6 @@ def test_a_trial_in_a_process_of_its_own(bench: Bench) -> None:
 
 
 def test_what_speaks_of_memory() -> None:
-    assert cap.says_out_of_memory("DefaultCPUAllocator: can't allocate memory: you tried")
-    assert cap.says_out_of_memory("terminate called after throwing 'std::bad_alloc'")
-    assert not cap.says_out_of_memory("KeyError: 'weights'")
+    assert memory_cap.says_out_of_memory("DefaultCPUAllocator: can't allocate memory: you tried")
+    assert memory_cap.says_out_of_memory("terminate called after throwing 'std::bad_alloc'")
+    assert not memory_cap.says_out_of_memory("KeyError: 'weights'")

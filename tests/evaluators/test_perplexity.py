@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
-from effbench.datasets import IGNORED, Example, splits
-from effbench.errors import UserError
-from effbench.evaluators.base import Subject
+from effbench.api.method_types import Context
+from effbench.api.schema import digest
+from effbench.data.dataset import splits
+from effbench.data.tokenise import IGNORED, Example
 from effbench.evaluators.perplexity import Perplexity
-from effbench.journal import Journal
-from effbench.methods.base import Context
+from effbench.evaluators.subject import Subject
+from effbench.evaluators.windows import cut, spans
 from effbench.methods.lora_drop import LoRADrop
-from effbench.schema import digest
-from effbench.windows import cut, spans
+from effbench.results.journal import Journal
+from effbench.util.errors import UserError
 
 QUESTIONS = ["dataset=arithmetic", "+dataset.limit.test=12"]
 TEXTS = [

@@ -9,9 +9,9 @@ import pytest
 from conftest import Bench
 from subjects import by_name, subject_of
 
-from effbench.errors import UserError
 from effbench.evaluators.similarity import Similarity, layer_rows, means
-from effbench.similarity import joined
+from effbench.nn.sharing.ranking import joined
+from effbench.util.errors import UserError
 
 WORDS = ["+dataset.limit.train=40"]
 

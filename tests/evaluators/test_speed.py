@@ -10,22 +10,24 @@ import pytest
 import torch
 from conftest import Bench
 
-from effbench.datasets import Data
-from effbench.errors import UserError
+from effbench.api.method_types import Context
+from effbench.api.spec import Machine
+from effbench.data.dataset import Data
 from effbench.evaluators import speed
-from effbench.evaluators.base import Result, Subject
+from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
-from effbench.journal import Journal
-from effbench.measure import timing
-from effbench.measure.roofline import Ceilings, decode_bytes, decode_flops, prefill_flops
-from effbench.methods.base import Context
+from effbench.evaluators.subject import Subject
 from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.none import Unchanged
-from effbench.nn.decoding import CachedSession
-from effbench.nn.engine import StaticSession
-from effbench.records import Metric
-from effbench.spec import Machine
-from effbench.stages.common import open_bench, open_model
+from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.static import StaticSession
+from effbench.resources import timing
+from effbench.resources.roofline import Ceilings, decode_bytes, decode_flops, prefill_flops
+from effbench.results.journal import Journal
+from effbench.results.records import Metric
+from effbench.runner.open import open_model
+from effbench.runner.run import open_bench
+from effbench.util.errors import UserError
 
 WORDS = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
 SMALL: dict[str, Any] = {"prompt_tokens": 10, "new_tokens": 7, "repeats": 6, "roofline": False}

@@ -15,19 +15,20 @@ from conftest import Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effbench import models
-from effbench.config import compose
-from effbench.datasets import Text
-from effbench.errors import UserError
-from effbench.evaluators.base import Result, Subject
+from effbench.config.compose import compose
+from effbench.data.render import Text
+from effbench.evaluators.base import Result
+from effbench.evaluators.subject import Subject
 from effbench.evaluators.trust import Trust
-from effbench.journal import Journal
-from effbench.nn.scoring import Score
-from effbench.records import Metric
-from effbench.trust import answers, perturb, rows
-from effbench.trust.base import Item, find, names
-from effbench.trust.dimensions import fairness, toxicity
-from effbench.trust.replies import REFUSAL, Reply, parse
+from effbench.evaluators.trustworthiness import answers, perturb, rows
+from effbench.evaluators.trustworthiness.base import Item, find, names
+from effbench.evaluators.trustworthiness.dimensions import fairness, toxicity
+from effbench.evaluators.trustworthiness.replies import REFUSAL, Reply, parse
+from effbench.models import load as models
+from effbench.nn.scoring.prefix_tree import Score
+from effbench.results.journal import Journal
+from effbench.results.records import Metric
+from effbench.util.errors import UserError
 
 EIGHT = (
     "adversarial",
@@ -339,7 +340,7 @@ def test_data_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(name: str) -> Any:
         raise UserError("no network")
 
-    monkeypatch.setattr("effbench.assets.fetch", missing)
+    monkeypatch.setattr("effbench.data.assets.fetch", missing)
     FETCHED.cache_clear()
     monkeypatch.setattr(rows, "_rows", FETCHED)
     with pytest.raises(UserError, match="no sst2: no network") as error:

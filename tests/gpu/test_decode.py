@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from effbench.nn.decoding import CachedSession, Session, greedy
-from effbench.nn.depths import at_layers
-from effbench.nn.engine import StaticSession
+from effbench.api.session import Session
+from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.static import StaticSession
+from effbench.nn.llama.layers import at_layers
 
 pytestmark = pytest.mark.gpu
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import Bench, forget_accelerator
 
-from effbench.events import read_events
-from effbench.kernels import groupwise, nf4
-from effbench.measure.energy import Meter
-from effbench.measure.environment import fingerprint
-from effbench.measure.memory import PeakMemory
-from effbench.measure.roofline import probe
-from effbench.measure.timing import Clock
-from effbench.nn.quantised import NF4Linear
+from effbench.nn.quant import groupwise, nf4
+from effbench.nn.quant.linears import NF4Linear
+from effbench.resources.energy import Meter
+from effbench.resources.environment import fingerprint
+from effbench.resources.memory import PeakMemory
+from effbench.resources.roofline import probe
+from effbench.resources.timing import Clock
+from effbench.results.events import read_events
 
 pytestmark = pytest.mark.gpu
 
@@ -116,8 +116,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(device: str, tmp_path: Path)
 
 def stopped_after(bench: Bench, job: object, steps: int) -> None:
     """Run a job, and have it end without a chance to save anything after some steps."""
-    from effbench.events import EventLog
-    from effbench.worker import run_here
+    from effbench.results.events import EventLog
+    from effbench.runner.worker import run_here
 
     class HardKill(BaseException):
         pass

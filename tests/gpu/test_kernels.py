@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from effbench.nn.pointwise import gate, rms_norm, turn
+from effbench.nn.decode.pointwise import gate, rms_norm, turn
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 8e-2}
@@ -21,7 +21,7 @@ def kernels(device: str) -> Any:
     pytest.importorskip("triton")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("without a GPU, Triton needs TRITON_INTERPRET=1")
-    from effbench.nn import triton_step
+    from effbench.nn.decode import triton_step
 
     return triton_step
 

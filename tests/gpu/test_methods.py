@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import Bench, forget_accelerator
 
-from effbench import registry
-from effbench.events import read_events
-from effbench.nn.decoding import CachedSession
-from effbench.nn.engine import StaticSession
-from effbench.records import Record
-from effbench.stages.common import evaluated
+from effbench.api import registry
+from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.static import StaticSession
+from effbench.results.events import read_events
+from effbench.results.records import Record
+from effbench.runner.open import evaluated
 
 pytestmark = pytest.mark.gpu
 

@@ -20,20 +20,20 @@ from helpers import (
 )
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
-from effbench.errors import StoppedError, UserError
-from effbench.events import read_events
-from effbench.footprint import Pass, step_flops
-from effbench.measure.counting import flops
+from effbench.api.footprint import Pass, step_flops
+from effbench.api.schema import build
+from effbench.api.shape import LINEARS, planned_slice, sliced_shape
 from effbench.methods.adalora import AdaLoRA, RankedShape
 from effbench.methods.lora import LoRA, peft_adapters
-from effbench.nn.allocation import BudgetSchedule, best, no_averages, observe, scores
-from effbench.nn.lowrank import LowRankLinear, low_rank_layers
-from effbench.nn.quantised import quantise_nf4
-from effbench.nn.svd_adapters import SVDLinear, orthogonality, svd_layers
-from effbench.schema import build
-from effbench.shapes import LINEARS, planned_slice, sliced_shape
-from effbench.stages import train as stage
-from effbench.worker import run_here
+from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
+from effbench.nn.adapters.rank_budget import BudgetSchedule, best, no_averages, observe, scores
+from effbench.nn.adapters.svd import SVDLinear, orthogonality, svd_layers
+from effbench.nn.quant.linears import quantise_nf4
+from effbench.resources.counting import flops
+from effbench.results.events import read_events
+from effbench.runner.stages import train as stage
+from effbench.runner.worker import run_here
+from effbench.util.errors import StoppedError, UserError
 
 STEPS = 10
 LAYERS = 14

@@ -28,14 +28,16 @@ from helpers import (
 from scipy.stats import kurtosis
 from transformers import AutoModelForCausalLM
 
-from effbench.config import compose
-from effbench.errors import StoppedError, UserError
-from effbench.events import read_events
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context
+from effbench.api.shape import LINEARS
+from effbench.api.spec import Machine, ModelSpec
+from effbench.config.compose import compose
 from effbench.methods.apt import APT
-from effbench.methods.base import Batch, Context, Method
+from effbench.methods.base import Method
 from effbench.methods.lora import LoRA, peft_adapters
-from effbench.models import load
-from effbench.nn.growth import (
+from effbench.models.load import load
+from effbench.nn.adapters.growth import (
     Swap,
     adapter_parameters,
     grow,
@@ -43,18 +45,24 @@ from effbench.nn.growth import (
     merge,
     rank_sums,
 )
-from effbench.nn.lowrank import low_rank_layers
-from effbench.nn.masking import masks_of
-from effbench.nn.pruning import Pruning, weights_left
-from effbench.nn.pruning_schedule import PruningSchedule
-from effbench.nn.salience import Salience, outliers, ranked, root_kurtosis, salience_of
-from effbench.nn.selfdistill import as_teacher, captured, copy_adapters, draw_layers, layer_loss
-from effbench.nn.temporal import LowRankMap
-from effbench.plan import predict
-from effbench.shapes import LINEARS
-from effbench.spec import Machine, ModelSpec
-from effbench.stages import train as stage
-from effbench.worker import run_here
+from effbench.nn.adapters.lowrank import low_rank_layers
+from effbench.nn.depth.droppable import LowRankMap
+from effbench.nn.losses.self_distill import (
+    as_teacher,
+    captured,
+    copy_adapters,
+    draw_layers,
+    layer_loss,
+)
+from effbench.nn.pruning.masks import masks_of
+from effbench.nn.pruning.pruner import Pruning, weights_left
+from effbench.nn.pruning.salience import Salience, outliers, ranked, root_kurtosis, salience_of
+from effbench.nn.pruning.schedule import PruningSchedule
+from effbench.resources.predict import predict
+from effbench.results.events import read_events
+from effbench.runner.stages import train as stage
+from effbench.runner.worker import run_here
+from effbench.util.errors import StoppedError, UserError
 
 NO_PRUNING = {"keep": 1.0, "grow": 1.0}
 SOON: dict[str, Any] = {"end": 0.5, "prunings": 3, "mask_step": 1.0, "growths": 3, "rank": 4}
@@ -718,7 +726,7 @@ def test_the_record_tells_what_is_left(bench: Bench, tmp_path: Path) -> None:
     assert len(facts["kept"]["dims"]) == left.hidden_size
     assert max(facts["ranks"].values()) > 8
 
-    from effbench.stages.export import export
+    from effbench.runner.stages.export import export
 
     export(record.key, tmp_path / "out", "", bench.root)
     spec = ModelSpec(name="folder", source="folder", path=str(tmp_path / "out"))
@@ -734,7 +742,7 @@ def test_the_record_tells_what_is_left(bench: Bench, tmp_path: Path) -> None:
 def test_one_size_for_all_layers_loads_in_transformers(bench: Bench, tmp_path: Path) -> None:
     words = [w for w in RUN if not w.startswith("method.keep")]
     record = bench.run("train", *words, "method.keep=0.9", "method.blocks=[dims]", "method.align=8")
-    from effbench.stages.export import export
+    from effbench.runner.stages.export import export
 
     export(record.key, tmp_path / "out", "", bench.root)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -24,15 +24,15 @@ from helpers import (
 )
 from torch import nn
 
-from effbench.errors import UserError
 from effbench.methods.deep_lora import DeepLoRA, update_params
-from effbench.nn.deep import (
+from effbench.nn.adapters.deep import (
     DeepLinear,
     deep_layers,
     low_rank_pair,
     top_directions,
     weight_gradients,
 )
+from effbench.util.errors import UserError
 
 FORMS = ["narrow", "full", "compressed"]
 SIZES = {"square": (24, 24), "tall": (16, 40), "wide": (40, 16)}
@@ -355,7 +355,7 @@ def test_an_odd_rank_is_refused_for_the_compressed_form() -> None:
 
 
 def test_it_works_on_a_packed_base() -> None:
-    from effbench.nn.quantised import quantise_nf4
+    from effbench.nn.quant.linears import quantise_nf4
 
     method = DeepLoRA(rank=4)
     model = base_for(method)

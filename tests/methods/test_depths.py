@@ -9,12 +9,10 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, batch_of, context, counted, generator, tiny_model
 
-from effbench import models
-from effbench.config import compose
-from effbench.errors import UserError
-from effbench.evaluators.base import make_batch
-from effbench.kernels.native import kernels as native_kernels
-from effbench.methods.base import Method, chain_cost
+from effbench.api.batch import make_batch
+from effbench.config.compose import compose
+from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
 from effbench.methods.deep_lora import DeepLoRA
 from effbench.methods.depths import Depths
 from effbench.methods.dora import DoRA
@@ -22,13 +20,16 @@ from effbench.methods.dylora import DyLoRA
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.sorted_lora import SortedLoRA
-from effbench.nn.engine import StaticSession
-from effbench.nn.linears import decoder_linears, replace_linears
-from effbench.nn.merging import merged
-from effbench.nn.quantised import PackedLinear, storage_bytes
-from effbench.nn.scoring import Plan, Request, padded_scores, tree_scores
-from effbench.report.compare import compare
-from effbench.stages.export import export
+from effbench.models import load as models
+from effbench.nn.adapters.merge import merged
+from effbench.nn.decode.native import kernels as native_kernels
+from effbench.nn.decode.static import StaticSession
+from effbench.nn.llama.replace import decoder_linears, replace_linears
+from effbench.nn.quant.linears import PackedLinear, storage_bytes
+from effbench.nn.scoring.prefix_tree import Plan, Request, padded_scores, tree_scores
+from effbench.report.comparison.compare import compare
+from effbench.runner.stages.export import export
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)
 SMALL = [

@@ -20,13 +20,13 @@ from helpers import (
     train,
 )
 
-from effbench.errors import UserError
+from effbench.api.schema import build
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.lora import LoRA
-from effbench.nn.linears import replace_linears
-from effbench.nn.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
-from effbench.nn.quantised import PackedLinear
-from effbench.schema import build
+from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
+from effbench.nn.llama.replace import replace_linears
+from effbench.nn.quant.linears import PackedLinear
+from effbench.util.errors import UserError
 
 
 def factors(model):

@@ -1,6 +1,6 @@
 """ECHO-LLaMA: the schedule, conversion under the optimiser, resume, adapters, counts.
 
-What holds for every model that shares is in `tests/test_sharing.py`.
+What holds for every model that shares is in `tests/nn/test_sharing.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from methods.helpers import SHAPE, adamw, batch_of, context, logits, tiny_model, train
+from helpers import SHAPE, adamw, batch_of, context, logits, tiny_model, train
 
-from effbench.errors import UserError
-from effbench.footprint import Pass, step_flops
-from effbench.layer_maps import TAKEN, LayerMap, SharedShape, shared_shape, top_map
-from effbench.measure.counting import flops, parameters
-from effbench.methods.base import Context
+from effbench.api.footprint import Pass, step_flops
+from effbench.api.method_types import Context
+from effbench.api.sharing import TAKEN, LayerMap, SharedShape, shared_shape, top_map
+from effbench.api.spec import ModelSpec
 from effbench.methods.echo_llama import EchoLLaMA, share_at
 from effbench.methods.full import Full
-from effbench.models import load
-from effbench.nn.sharing import map_of, sharing_layers
-from effbench.spec import ModelSpec
+from effbench.models.load import load
+from effbench.nn.llama.shared_attention import map_of, sharing_layers
+from effbench.resources.counting import flops, parameters
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=4, tied=True)
 

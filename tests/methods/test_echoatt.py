@@ -24,20 +24,22 @@ from helpers import (
     window,
 )
 
-from effbench.config import compose
-from effbench.errors import UserError
-from effbench.footprint import Pass, step_flops
-from effbench.measure.counting import flops
-from effbench.methods.base import Batch, Context, Method
+from effbench.api.batch import Batch
+from effbench.api.footprint import Pass, step_flops
+from effbench.api.method_types import Context
+from effbench.config.compose import compose
+from effbench.methods.base import Method
 from effbench.methods.echoatt import EchoAtt
 from effbench.methods.full import Full
-from effbench.nn.copied import CopyingSession
-from effbench.nn.decoding import greedy
-from effbench.nn.selfdistill import captured
-from effbench.nn.shared_session import SharedSession
-from effbench.nn.sharing import copying, map_of
-from effbench.nn.similarity import layer_similarity, mean_attention
-from effbench.similarity import ranking
+from effbench.nn.decode.copied_maps import CopyingSession
+from effbench.nn.decode.session import greedy
+from effbench.nn.decode.shared import SharedSession
+from effbench.nn.llama.shared_attention import copying, map_of
+from effbench.nn.losses.self_distill import captured
+from effbench.nn.sharing.ranking import ranking
+from effbench.nn.sharing.similarity import layer_similarity, mean_attention
+from effbench.resources.counting import flops
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=6)
 SHARED = (2, 3, 5)

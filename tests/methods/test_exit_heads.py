@@ -19,17 +19,18 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from effbench.errors import UserError
-from effbench.methods.base import Method, chain_cost
+from effbench.api.schema import build
+from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
 from effbench.methods.exit_heads import ExitHeads
 from effbench.methods.lora import LoRA
 from effbench.methods.lora_drop import LoRADrop
 from effbench.methods.sorted_lora import SortedLoRA
-from effbench.nn.decoding import CachedSession, greedy
-from effbench.nn.depths import exit_states
-from effbench.nn.exit_heads import own_head
-from effbench.nn.quantised import storage_bytes
-from effbench.schema import build
+from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.depth.exit_heads import own_head
+from effbench.nn.depth.submodel import exit_states
+from effbench.nn.quant.linears import storage_bytes
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)
 TRUNKS = pytest.mark.parametrize("trunk", ["frozen", "trained"])

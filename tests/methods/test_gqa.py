@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from methods.helpers import SHAPE, batch_of, context, counted, logits, stated, tiny_model
+from helpers import SHAPE, batch_of, context, counted, logits, stated, tiny_model
 from transformers import AutoModelForCausalLM
 
-from effbench.errors import UserError
-from effbench.layer_maps import shared_shape, top_map
+from effbench.api.sharing import shared_shape, top_map
 from effbench.methods.base import compress_whole
 from effbench.methods.gqa import GQA
-from effbench.nn.engine import StaticSession, session_for
+from effbench.nn.decode.static import StaticSession, session_for
+from effbench.util.errors import UserError
 
 
 def pooled(heads: int = 1, dtype: torch.dtype = torch.float32) -> Any:

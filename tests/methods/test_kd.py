@@ -16,10 +16,10 @@ from helpers import (
     train,
 )
 
-from effbench.errors import UserError
 from effbench.methods.base import Method
 from effbench.methods.kd import Distillation
-from effbench.nn.losses import token_kl
+from effbench.nn.losses.token import token_kl
+from effbench.util.errors import UserError
 
 
 def student_of(method, teacher_seed=7):

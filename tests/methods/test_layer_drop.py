@@ -11,11 +11,11 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
-from effbench.errors import UserError
+from effbench.api.shape import LayerSize, Shape, sliced_shape
 from effbench.methods.base import compress_whole
 from effbench.methods.layer_drop import LayerDrop, influence, passed
-from effbench.nn.depths import at_layers
-from effbench.shapes import LayerSize, Shape, sliced_shape
+from effbench.nn.llama.layers import at_layers
+from effbench.util.errors import UserError
 
 DEEP = Shape(**{**vars(SHAPE), "num_layers": 6})
 

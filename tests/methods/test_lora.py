@@ -16,11 +16,11 @@ from helpers import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from effbench.errors import UserError
+from effbench.api.schema import build
+from effbench.api.shape import LINEARS
 from effbench.methods.lora import LoRA, peft_adapters
-from effbench.nn.lowrank import init_a, svd_truncate, truncate
-from effbench.schema import build
-from effbench.shapes import LINEARS
+from effbench.nn.adapters.lowrank import init_a, svd_truncate, truncate
+from effbench.util.errors import UserError
 
 
 def trained(method, steps=4, **settings):

@@ -14,17 +14,20 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effbench import registry
-from effbench.config import settings_of
-from effbench.errors import UserError
-from effbench.methods.base import Batch, Context, Method
+from effbench.api import registry
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context
+from effbench.api.schema import build
+from effbench.api.shape import Shape
+from effbench.config.compose import settings_of
+from effbench.methods.base import Method
 from effbench.methods.lora_drop import LoRADrop, speed_ceiling
-from effbench.nn.decoding import CachedSession, greedy
-from effbench.nn.native_step import NativeStep
-from effbench.nn.temporal import TemporalSession, prompt_lengths, schedule
-from effbench.nn.temporal_static import StaticTemporalSession
-from effbench.schema import build
-from effbench.shapes import Shape
+from effbench.nn.decode.droppable import TemporalSession
+from effbench.nn.decode.droppable_static import StaticTemporalSession
+from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.depth.droppable import prompt_lengths, schedule
+from effbench.util.errors import UserError
 
 SHAPE = Shape(
     hidden_size=32,

@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_lora_drop import SETS, SHAPE, decoded, in_float64, prepared, tiny, tokens
 
-from effbench.kernels import native
 from effbench.methods.lora_drop import LoRADrop
-from effbench.nn.decoding import greedy
-from effbench.nn.graph import StaticStep
-from effbench.nn.pointwise import fused
-from effbench.nn.temporal import TemporalSession
-from effbench.nn.temporal_static import StaticTemporalSession
+from effbench.nn.decode import native
+from effbench.nn.decode.cuda_graph import StaticStep
+from effbench.nn.decode.droppable import TemporalSession
+from effbench.nn.decode.droppable_static import StaticTemporalSession
+from effbench.nn.decode.pointwise import fused
+from effbench.nn.decode.session import greedy
 
 POLICIES = ["refresh", "previous", "input", "reuse", "identity"]
 

@@ -3,10 +3,10 @@ import torch
 from helpers import SHAPE, counted, logits, prepared, stated, tiny_model, train
 from peft.optimizers import create_loraplus_optimizer
 
-from effbench.errors import UserError
+from effbench.api.schema import build
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.lora_plus import LoRAPlus
-from effbench.schema import build
+from effbench.util.errors import UserError
 
 SMALL = [
     "dataset=arithmetic",

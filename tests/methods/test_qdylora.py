@@ -20,13 +20,13 @@ from helpers import (
 )
 from peft import PeftModel
 
-from effbench.kernels.nf4 import nf4_bytes
+from effbench.api.shape import Shape
 from effbench.methods.dylora import DyLoRA
 from effbench.methods.qdylora import QDyLoRA
 from effbench.methods.qlora import QLoRA
-from effbench.nn.lowrank import control_of, low_rank_layers
-from effbench.nn.quantised import NF4Linear, quantise_nf4, storage_bytes
-from effbench.shapes import Shape
+from effbench.nn.adapters.lowrank import control_of, low_rank_layers
+from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.nn.quant.nf4 import nf4_bytes
 
 SMOLLM2 = Shape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
 LLAMA_7B = Shape(4096, 11008, 32, 32, 32, 128, 32000)
@@ -231,8 +231,8 @@ def test_it_learns_after_an_evaluation():
 def test_planning_needs_no_torch():
     code = (
         "import sys\n"
-        "from effbench.registry import find\n"
-        "from effbench.shapes import Shape\n"
+        "from effbench.api.registry import find\n"
+        "from effbench.api.shape import Shape\n"
         "shape = Shape(64, 128, 2, 4, 2, 16, 128)\n"
         "for name in 'full lora qlora dylora qdylora kd subset'.split():\n"
         "    method = find('methods', name)()\n"

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.qlora import QLoRA
-from effbench.nn.quantised import NF4Linear
+from effbench.nn.quant.linears import NF4Linear
 
 
 def test_the_base_is_nf4_and_the_adapters_start_as_those_of_lora():

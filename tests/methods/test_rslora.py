@@ -5,9 +5,9 @@ import torch
 from helpers import SHAPE, base_for, counted, logits, prepared, stated, tiny_model, train
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
+from effbench.api.shape import LINEARS
 from effbench.methods.lora import LoRA, peft_adapters
 from effbench.methods.rslora import RankStabilisedLoRA as RsLoRA
-from effbench.shapes import LINEARS
 
 
 def test_the_untrained_adapter_changes_nothing():

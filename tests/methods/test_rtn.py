@@ -11,14 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effbench.errors import UserError
-from effbench.kernels import groupwise
-from effbench.methods.base import Context, compress_whole
+from effbench.api.method_types import Context
+from effbench.api.registry import find
+from effbench.api.shape import Shape
+from effbench.methods.base import compress_whole
 from effbench.methods.none import Unchanged
 from effbench.methods.rtn import RTN
-from effbench.nn.quantised import PackedLinear, storage_bytes
-from effbench.registry import find
-from effbench.shapes import Shape
+from effbench.nn.quant import groupwise
+from effbench.nn.quant.linears import PackedLinear, storage_bytes
+from effbench.util.errors import UserError
 
 SHAPE = Shape(
     hidden_size=72,
@@ -215,7 +216,7 @@ def test_it_needs_dense_layers() -> None:
 
 def test_cost_needs_no_torch() -> None:
     program = (
-        "import sys; from effbench.methods.rtn import RTN; from effbench.shapes import Shape;"
+        "import sys; from effbench.methods.rtn import RTN; from effbench.api.shape import Shape;"
         "RTN().cost(Shape(64, 128, 2, 4, 2, 16, 97), 'bfloat16'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,11 +7,11 @@ import torch
 from helpers import SHAPE, adamw, batch_of, context, counted, stated, tiny_model, train, window
 from transformers import AutoModelForCausalLM
 
-from effbench.errors import UserError
 from effbench.methods.base import Method
 from effbench.methods.full import Full
 from effbench.methods.lora import LoRA
 from effbench.methods.sorted_full import SortedFull
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)
 

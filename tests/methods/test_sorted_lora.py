@@ -24,20 +24,23 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from effbench.errors import UserError
-from effbench.measure.counting import LayerForwards
-from effbench.methods.base import Method, chain_cost, dense_cost
+from effbench.api.cost import dense_cost
+from effbench.api.schema import build
+from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
 from effbench.methods.depths import depth_set, paper_thresholds
 from effbench.methods.lora import LoRA
 from effbench.methods.rtn import RTN
 from effbench.methods.sorted_lora import SortedLoRA
-from effbench.nn import layerskip
-from effbench.nn.decoding import greedy
-from effbench.nn.depths import at_layers, exit_states, readout
-from effbench.nn.linears import replace_linears
-from effbench.nn.merging import merged
-from effbench.nn.quantised import PackedLinear
-from effbench.schema import build
+from effbench.nn.adapters.merge import merged
+from effbench.nn.decode.session import greedy
+from effbench.nn.depth import layerskip
+from effbench.nn.depth.submodel import exit_states, readout
+from effbench.nn.llama.layers import at_layers
+from effbench.nn.llama.replace import replace_linears
+from effbench.nn.quant.linears import PackedLinear
+from effbench.resources.counting import LayerForwards
+from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)
 IDS = batch_of().input_ids
@@ -555,7 +558,7 @@ def test_one_depth_alone_trains_its_own_layers_alone():
 
 @pytest.mark.parametrize("point", ["exit", "speculative"])
 def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
-    from effbench.measure.counting import flops as work
+    from effbench.resources.counting import flops as work
 
     settings = {"thresholds": (1.0, 1.0), "draft_window": "constant", "draft_tokens": 3}
     method, model, _ = trained_model(decoding=("exit", "speculative"), **settings)

@@ -10,11 +10,12 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
-from effbench.errors import UserError
-from effbench.methods.base import Batch, compress_whole
+from effbench.api.batch import Batch
+from effbench.api.shape import SlicedShape
+from effbench.methods.base import compress_whole
 from effbench.methods.structured import Structured, input_squares
-from effbench.nn.slicing import kept_blocks, layout_of, shape_left, slice_model
-from effbench.shapes import SlicedShape
+from effbench.nn.pruning.slice import kept_blocks, layout_of, shape_left, slice_model
+from effbench.util.errors import UserError
 
 
 def compressed(method: Structured, model: Any) -> Any:

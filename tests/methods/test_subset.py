@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import SHAPE, batch_of, context, counted, prepared, stated, tiny_model
 
-from effbench.errors import UserError
+from effbench.api.schema import build
 from effbench.methods.base import Method
 from effbench.methods.subset import Subset
-from effbench.nn.losses import token_nll
-from effbench.schema import build
+from effbench.nn.losses.token import token_nll
+from effbench.util.errors import UserError
 
 ROWS = [batch_of(seed, rows=1, length=8 + 5 * (seed % 3)) for seed in range(10)]
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effbench.lazy import torch
-from effbench.methods.base import Batch, Context, Paper
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context, Paper
+from effbench.api.schema import NonNegativeFloat
 from effbench.methods.lora import LoRA
-from effbench.schema import NonNegativeFloat
+from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)

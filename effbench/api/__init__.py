@@ -1,0 +1,1 @@
+"""The contracts that all rooms speak, without torch."""

@@ -1,0 +1,105 @@
+"""Finds methods and evaluators by name: one file each, or an entry point of another package."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from effbench.util.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+Kind = Literal["methods", "evaluators"]
+NOT_PLUGINS = {"__init__", "base", "chain", "subject"}
+NOT_PLUGINS |= {"ifeval", "memory_cap", "questions", "requests", "windows"}
+
+
+@cache
+def names(kind: Kind) -> tuple[str, ...]:
+    """Return all names of a kind, sorted, without importing any of them."""
+    folder = Path(__file__).parents[1] / kind
+    own = {p.stem for p in folder.glob("*.py") if p.stem not in NOT_PLUGINS}
+    return tuple(sorted(own | set(plugins(kind))))
+
+
+@cache
+def plugins(kind: Kind) -> dict[str, EntryPoint]:
+    """Return what other packages offer through the entry point group `effbench.<kind>`."""
+    group = f"effbench.{kind}"
+    if not _named_by_a_package(group):
+        return {}
+    from importlib.metadata import entry_points
+
+    return {e.name: e for e in entry_points(group=group)}
+
+
+def _named_by_a_package(group: str) -> bool:
+    """Whether any installed package's entry points mention a group.
+
+    Reading the files is several times faster than parsing all packages' metadata, which only
+    somebody with such a package then pays for.
+    """
+    files = (
+        file for place in sys.path for file in Path(place or ".").glob("*.*-info/entry_points.txt")
+    )
+    return any(group in file.read_text(encoding="utf-8") for file in files)
+
+
+@cache
+def find(kind: Kind, name: str) -> Any:
+    """Return the class called `name`.
+
+    Raises:
+        UserError: When there is none, or when its file does not hold exactly one.
+    """
+    if name in plugins(kind):
+        cls = plugins(kind)[name].load()
+    elif name in names(kind):
+        cls = _class_in(kind, name)
+    else:
+        known = names(kind)
+        raise UserError(f"There is no {kind[:-1]} called {name!r}.", did_you_mean(name, known))
+    return _named(cls, name)
+
+
+def _named(cls: Any, name: str) -> Any:
+    """Return a class with its name; a subclass where it has another entry point's name already."""
+    if vars(cls).get("name") not in (None, "", name):
+        cls = type(cls)(
+            cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        )
+    cls.name = name
+    return cls
+
+
+def _class_in(kind: Kind, name: str) -> type:
+    module = import_module(f"effbench.{kind}.{name}")
+    base = import_module(f"effbench.{kind}.base")
+    root = base.Method if kind == "methods" else base.Evaluator
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, root) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"{module.__file__} must define exactly one {root.__name__}.")
+    return found[0]
+
+
+def summary(kind: Kind, name: str) -> str:
+    """Return the first line of the docstring of a plug-in's file, without importing it."""
+    if name in plugins(kind):
+        spec = find_spec(plugins(kind)[name].module)
+        path = Path(spec.origin) if spec and spec.origin else None
+    else:
+        path = Path(__file__).parents[1] / kind / f"{name}.py"
+    if path is None or not path.is_file():
+        return ""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]

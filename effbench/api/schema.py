@@ -1,0 +1,156 @@
+"""Typed dataclasses from plain mappings: checked, frozen, and with errors a person can act on."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import textwrap
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from annotated_types import Ge, Gt, Interval
+
+from effbench.util.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""What pydantic calls an unknown key; often the reason why another one is missing."""
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Bits = Annotated[int, Interval(ge=2, le=8)]
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Return `cls(**values)` with every value checked against its annotation.
+
+    Args:
+        cls: A dataclass.
+        values: Plain JSON-like values.
+        where: The place in the config, for messages (`method`, `train`, …).
+
+    Raises:
+        UserError: For an unknown key, a missing key, a wrong type or an impossible value.
+    """
+    from pydantic import ValidationError
+
+    try:
+        text = json.dumps(values, allow_nan=False)
+        checked: T = _adapter(cls).validate_json(text, strict=True)
+        return checked
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
+        raise _explain(cls, first, where) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} holds a value that JSON cannot hold: {error}.") from None
+
+
+_ADAPTERS: dict[type, Any] = {}
+
+
+def _adapter(cls: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    if cls not in _ADAPTERS:
+        for part in _dataclasses_in(cls):
+            part.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
+
+
+def _dataclasses_in(cls: type) -> set[type]:
+    found = {cls}
+    for hint in get_type_hints(cls).values():
+        for part in (hint, *getattr(hint, "__args__", ())):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                found |= _dataclasses_in(part)
+    return found
+
+
+def _explain(cls: type, error: Any, where: str) -> UserError:
+    loc = [str(p) for p in error["loc"]]
+    place = ".".join([where, *loc] if where else loc)
+    if error["type"] in UNKNOWN:
+        return UserError(f"Unknown key {place!r}.", did_you_mean(loc[-1], _names_in(cls, loc[:-1])))
+    if error["type"].startswith("missing"):
+        if isinstance(error["loc"][-1], int):
+            list_ = place.rpartition(".")[0]
+            return UserError(f"{list_}={json.dumps(error['input'])} has too few values.")
+        return UserError(f"{place} is missing.", f"Set it, for example {place}=VALUE.")
+    given = error.get("input")
+    reason = error["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    shown = "null" if given is None else repr(given)
+    hint = "In a file, text that looks like a number has to stand in quotes."
+    return UserError(
+        f"{place}={shown} is not possible: {reason}.",
+        hint if error["type"] == "string_type" and isinstance(given, int | float) else "",
+    )
+
+
+def _names_in(cls: type, path: list[str]) -> list[str]:
+    """Return the fields of the dataclass that stands at a path of field names in another."""
+    for name in path:
+        hint = get_type_hints(cls).get(name)
+        parts = (hint, *getattr(hint, "__args__", ()))
+        inner = [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        if not inner:
+            return []
+        cls = inner[0]
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def plain(value: Any) -> Any:
+    """Return a dataclass, mapping or sequence as plain JSON values, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def canonical(value: Any) -> str:
+    """Return the canonical JSON of `value`: sorted keys, no spaces, one form per number."""
+    return json.dumps(_one_form(plain(value)), sort_keys=True, separators=(",", ":"))
+
+
+def _one_form(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, dict):
+        return {k: _one_form(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_one_form(v) for v in value]
+    return value
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Return the first `length` hexadecimal digits of the SHA-256 of canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring that follows each field of a dataclass, base classes included."""
+    docs: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        if part is object or not dataclasses.is_dataclass(part):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                docs[field.target.id] = inspect.cleandoc(text.value.value)
+    return docs

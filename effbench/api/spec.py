@@ -1,0 +1,239 @@
+"""The frozen description of one run, and the key that is its hash.
+
+`Spec` holds everything that can change a result; `Runtime` holds what cannot (paths, trackers,
+log level), so that the one is hashed and the other is not, by type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from effbench.api.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    digest,
+)
+from effbench.api.shape import Shape
+
+SPEC_VERSION = 2
+"""The form of a spec. Raised when a field goes or gets another name, with an entry in
+`migrations.SPECS`. Not in keys: what changes results raises the `version` of its part."""
+
+Stage = Literal["train", "compress", "eval"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A pretrained model, or a shape with random weights."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same model would compute something else."""
+
+    name: str
+    """Name of the config."""
+    source: Literal["package", "hub", "folder", "gguf", "random"]
+    """Where the weights come from."""
+    id: str = ""
+    """Hub id, or the name of an asset that `effbench fetch` knows."""
+    path: str = ""
+    """Local folder or GGUF file."""
+    revision: str = "main"
+    """Hub revision."""
+    shape: Shape | None = None
+    """Sizes, for `plan` and for random weights; read from the files when not given."""
+    weights_seed: NonNegativeInt = 0
+    """Seed of random weights."""
+    fingerprint: str = ""
+    """Content hash of local files; filled in when the config is composed."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Texts, prompt/answer pairs or multiple-choice questions, in disjoint named splits."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same settings would give other rows, splits or tokens."""
+
+    name: str
+    """Name of the config."""
+    source: Literal["package", "hub", "file", "generator"]
+    """Where the rows come from."""
+    kind: Literal["text", "pairs", "choices"]
+    """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
+    `choices`: pairs whose wrong answers are known too."""
+    id: str = ""
+    """Hub id, asset name or generator name."""
+    subset: str = ""
+    """Hub configuration, or folder inside an asset."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Local files by split name (jsonl, json, csv, parquet, txt)."""
+    text: str = "{text}"
+    """Template of a row's text (kind `text`)."""
+    prompt: str = "{prompt}"
+    """Template of the prompt."""
+    answer: str = " {answer}"
+    """Template of the right answer (kind `pairs`)."""
+    choices: list[str] = field(default_factory=list)
+    """Templates of the answers (kind `choices`); one template with `{choice}` when they stand in
+    the list field `choices_field`."""
+    choices_field: str = ""
+    """Dotted name of the field that lists the answers."""
+    label: str = "label"
+    """Dotted name of the field that says which answer is right: an index, or a name found in
+    `label_names`."""
+    label_names: str = ""
+    """Dotted name of the list field that names the answers, when `label` is such a name."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Source split of each of our splits: `{train: train, validation: validation}`."""
+    cut: dict[str, Fraction] = field(default_factory=dict)
+    """Or: shares of the one source split that each of our splits gets, drawn by content hash."""
+    max_length: PositiveInt = 256
+    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it.
+    Texts are evaluated whole, in windows of that size."""
+    chat: bool = False
+    """Whether prompts go through the model's chat template."""
+    limit: dict[str, PositiveInt] = field(default_factory=dict)
+    """At most this many rows of a split, the first ones in content-hash order."""
+    allow_overlap: bool = False
+    """Whether a row may stand in the training and an evaluation split at once."""
+    fingerprint: str = ""
+    """Content hash of local files; filled in when the config is composed."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """The training loop."""
+
+    version: ClassVar[int] = 2
+    """Raised when the same settings would give other weights: 2, since AdamW passes once over each
+    weight."""
+
+    max_steps: PositiveInt = 12
+    """Optimiser steps."""
+    batch_size: PositiveInt = 2
+    """Sequences in a micro-batch."""
+    accumulation: PositiveInt = 1
+    """Micro-batches in one optimiser step."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate; null takes the method's own."""
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """`adamw8bit` is bitsandbytes' 8-bit AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    epsilon: PositiveFloat = 1e-8
+    """What Adam adds to the root of its second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate does after warm-up."""
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    validate_every: NonNegativeInt = 0
+    """Steps between losses on the validation split; 0 never."""
+    patience: NonNegativeInt = 0
+    """Stop after so many validations without a better loss; 0 never."""
+    checkpoint_every: PositiveInt = 25
+    """Steps between checkpoints. A resumed run ends in the same state."""
+
+
+@dataclass(frozen=True)
+class HardwareSpec:
+    """What the run computes on."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same device and dtype would be used in another way."""
+
+    device: Literal["cpu", "cuda"]
+    """`auto` in a config becomes one of these when it is composed."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Compute dtype; `auto` is bfloat16 where the hardware multiplies it natively."""
+    threads: NonNegativeInt = 0
+    """CPU threads; 0 takes all cores."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A method or an evaluator by name, with its validated settings."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that can change the result of a run."""
+
+    stage: Stage
+    method: Plugin
+    model: ModelSpec
+    dataset: DatasetSpec
+    evaluators: list[Plugin]
+    train: TrainSpec
+    hardware: HardwareSpec
+    seed: NonNegativeInt = 0
+    parent: str = ""
+    """Key of the run this one goes on from."""
+    version: int = SPEC_VERSION
+    versions: dict[str, int] = field(default_factory=dict)
+    """Versions above 1 of the parts that are used: `train`, `method.NAME`, ...; filled in when the
+    config is composed. A run from before there were any has none."""
+
+    @property
+    def key(self) -> str:
+        """The run key: 16 hexadecimal digits of the SHA-256 of canonical JSON; see `keys`."""
+        from effbench.api.keys import hashed
+
+        return digest(hashed(self))
+
+    @property
+    def label(self) -> str:
+        """A short name for people: stage, method, model, dataset and seed."""
+        parts = (self.stage, self.method.name, self.model.name, self.dataset.name)
+        return f"{' '.join(parts)} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Stated ceilings of the hardware, for `plan`; zero means: measure or leave open."""
+
+    name: str = "this machine"
+    memory_gib: NonNegativeFloat = 0
+    """Memory a run may use; 0 takes what is free."""
+    tflops: NonNegativeFloat = 0
+    """Matrix product ceiling at the compute dtype, 10^12 FLOP/s."""
+    bandwidth_gbs: NonNegativeFloat = 0
+    """Memory bandwidth, 10^9 bytes/s."""
+    tdp_watts: NonNegativeFloat = 0
+    """Thermal design power of the device, where energy is modelled; 0 takes 7 W per CPU core."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What cannot change a result."""
+
+    results: str = "results"
+    """Folder of `runs/` and `records/`."""
+    tracker: Literal["none", "wandb"] = "none"
+    """Where to mirror events; wandb is offline unless WANDB_MODE says otherwise."""
+    progress: bool = True
+    """Show progress lines."""
+    exact_memory: bool = False
+    """On a CPU, give every large block of memory back at once: peaks are those of the tensors, but
+    each block costs time."""
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A spec and how to run it."""
+
+    spec: Spec
+    runtime: Runtime

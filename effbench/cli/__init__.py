@@ -1,0 +1,1 @@
+"""Commands, and what they print before a run or in its place."""

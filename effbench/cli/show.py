@@ -1,0 +1,94 @@
+"""A page about one method, model, dataset or evaluator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effbench.api import registry
+from effbench.api.schema import field_docs
+from effbench.api.shape import Shape
+from effbench.config import compose as config
+from effbench.config import files as conf_files
+from effbench.util.errors import UserError, did_you_mean
+
+
+def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
+    """Return a page about one thing.
+
+    Raises:
+        UserError: When there is none of that name.
+    """
+    known = conf_files.options(kind, extra)
+    if name not in known:
+        raise UserError(f"There is no {kind} called {name!r}.", did_you_mean(name, known))
+    if kind in ("method", "evaluator"):
+        return _plugin(kind, name)
+    path = known[name]
+    assert path is not None
+    values = yaml.safe_load(path.read_text())
+    lines = [f"{name}: {conf_files.summary(path)}", ""]
+    return "\n".join(lines) + yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+def _plugin(kind: str, name: str) -> str:
+    cls = registry.find("methods" if kind == "method" else "evaluators", name)
+    module = __import__(cls.__module__, fromlist=["_"])
+    lines = [f"{name}", "", (module.__doc__ or "").strip(), ""]
+    if kind == "method":
+        lines += _method_facts(cls)
+    prefix = "method" if kind == "method" else f"evaluator.{name}"
+    lines += ["Settings", *_settings(cls, prefix)]
+    return "\n".join(lines)
+
+
+def _method_facts(cls: Any) -> list[str]:
+    lines = []
+    if cls.paper:
+        lines.append(f"Paper      {cls.paper.title}. {cls.paper.venue}. {cls.paper.identifier}")
+    lines.append(f"Command    effbench {cls.stage} method={cls.name}")
+    lines.append(f"Starts on  {', '.join(sorted(cls.works_on))} linear layers")
+    try:
+        method = cls().fitted(EXAMPLE)
+        points = [p or "one" for p in method.points()]
+        lines.append(f"Points     {', '.join(points)}")
+        lines.append(f"Saving     {method.cost(EXAMPLE, 'bfloat16', method.points()[-1]).saving}")
+    except TypeError:
+        pass
+    return [*lines, ""]
+
+
+def _settings(cls: Any, prefix: str) -> list[str]:
+    docs = field_docs(cls)
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = config.settings_of(cls)[field.name]
+        lines.append(f"  {prefix}.{field.name} = {_word(default)}  ({_type(field.type)})")
+        if docs.get(field.name):
+            lines.append("      " + " ".join(docs[field.name].split()))
+    return lines or ["  none"]
+
+
+def _word(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True).strip()
+    return text.removesuffix("...").strip()
+
+
+def _type(annotation: Any) -> str:
+    return str(annotation).replace("typing.", "")
+
+
+EXAMPLE = Shape(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+)
+"""A 7B shape, on which a method says what kind of saving it makes."""

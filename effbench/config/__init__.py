@@ -1,0 +1,1 @@
+"""The words of a command to a checked job."""

@@ -1,0 +1,348 @@
+"""From command-line overrides to a frozen, validated `Job`, before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effbench.api import registry
+from effbench.api.keys import versions_of
+from effbench.api.plugins import make_evaluator, make_method
+from effbench.api.schema import NonNegativeInt, build, plain
+from effbench.api.spec import (
+    DatasetSpec,
+    HardwareSpec,
+    Job,
+    Machine,
+    ModelSpec,
+    Plugin,
+    Runtime,
+    Spec,
+    Stage,
+    TrainSpec,
+)
+from effbench.config.files import groups
+from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain
+from effbench.models.load import known_shape
+from effbench.results.store import Store
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.package_data import conf_dir
+
+
+def compose(
+    stage: Stage | None,
+    overrides: Sequence[str],
+    extra: Sequence[Path] = (),
+) -> Job:
+    """Return the validated job of a command.
+
+    Args:
+        stage: The command, or None for the stage that the method itself belongs to.
+        overrides: Hydra overrides as typed.
+        extra: Folders with the user's own configs, searched first.
+
+    Raises:
+        UserError: For anything a user can mend: unknown names, wrong types, impossible values,
+            an unknown `from=`, a pair of methods that cannot follow each other.
+    """
+    extra = [existing(p) for p in extra]
+    words = check_overrides(overrides, extra)
+    if words.swept:
+        raise UserError(
+            f"{words.swept} asks for several runs.",
+            "Add -m to train, compress or eval to run them all; without it, give one value "
+            "(in quotes when it holds a comma).",
+        )
+    return job_from(stage, hydra_compose(words.with_method(stage), extra), words.chosen)
+
+
+def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
+    """Return the composed config of one run as plain values.
+
+    Raises:
+        UserError: When it cannot be composed, with the reason.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException, HydraException
+
+    register_plugin_configs()
+    paths = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        try:
+            config = compose("config", overrides=[*paths, *overrides])
+            return to_plain(config)
+        except (ConfigCompositionException, HydraException) as error:
+            raise explain(error, overrides) from None
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return a composed config as plain values, interpolations resolved.
+
+    Raises:
+        UserError: When a value is missing (`???`) or cannot be resolved.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            first = min(missing)
+            raise UserError(f"{first} has no value.", f"Give one: {first}=VALUE.")
+        values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore
+    except OmegaConfBaseException as error:
+        raise UserError(f"The config cannot be resolved: {str(error).splitlines()[0]}.") from None
+    return values
+
+
+def register_plugin_configs() -> None:
+    """Offer a config for every method of another package that has no file of its own."""
+    from hydra.core.config_store import ConfigStore
+
+    for name in registry.plugins("methods"):
+        defaults = settings_of(registry.find("methods", name))
+        ConfigStore.instance().store(name, {"name": name, **defaults}, group="method")
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """Return a plug-in's fields with their default values, `???` where there is none."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = plain(field.default_factory())
+        else:
+            values[field.name] = "???"
+    return values
+
+
+def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
+    """Return the job that a composed config describes; see `compose`."""
+    config = dict(config)
+    config.pop("hydra", None)
+    unknown = config.keys() - TOP_LEVEL - set(groups())
+    if unknown:
+        first = min(unknown)
+        raise UserError(f"Unknown key {first!r}.", did_you_mean(first, [*TOP_LEVEL, *groups()]))
+    for part in ("hardware", "run", "method", "model", "dataset", "train"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
+    hardware, machine = _hardware(config["hardware"])
+    runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
+    store = Store(Path(runtime.results))
+
+    start = _start(config["from"], chosen, store)
+    parent = store.spec_of(start) if start else None
+    stage = stage or registry.find("methods", config["method"]["name"]).stage
+    method, model, dataset = _inherit(stage, config, chosen, start, parent)
+    train = build(TrainSpec, config["train"], "train")
+    if train.learning_rate is None:
+        rate = registry.find("methods", method.name).learning_rate
+        train = dataclasses.replace(train, learning_rate=rate)
+    spec = Spec(
+        stage=stage,
+        method=method,
+        model=model,
+        dataset=dataset,
+        evaluators=[
+            _plugin("evaluators", name, settings, f"evaluator.{name}")
+            for name, settings in sorted((config.get("evaluator") or {}).items())
+        ],
+        train=train,
+        hardware=hardware,
+        seed=build(_Seed, {"seed": config["seed"]}, "").seed,
+        parent=start,
+    )
+    spec = dataclasses.replace(spec, versions=versions_of(spec))
+    _check_methods(spec, store)
+    _check_data(spec)
+    _check_evaluators(spec, store)
+    return Job(spec, runtime)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    seed: NonNegativeInt
+
+
+def _start(ref: Any, chosen: set[str], store: Store) -> str:
+    """Return the key of the run that `from=` names; empty when there is no `from=`.
+
+    Raises:
+        UserError: When it names nothing, or no finished run.
+    """
+    if ref in ("", None):
+        if "from" in chosen:
+            raise UserError(
+                "from= names no run.",
+                "Name one, for example from=latest, or leave from= out.",
+            )
+        return ""
+    if not isinstance(ref, str):
+        raise UserError(f"from={ref} is no text.", "In a file, write the key in quotes.")
+    return store.resolve(ref)
+
+
+def _inherit(
+    stage: Stage, config: dict[str, Any], chosen: set[str], start: str, parent: Spec | None
+) -> tuple[Plugin, ModelSpec, DatasetSpec]:
+    """Return method, model and dataset; what an earlier run fixed cannot be chosen again."""
+    if parent:
+        _refuse_fixed(stage, config, chosen, parent)
+    settings = dict(config["method"])
+    if parent and stage == "eval" and not _reads_out(config, chosen):
+        method = _at_evaluation(settings, chosen, parent.method)
+    else:
+        method = _plugin("methods", settings.pop("name"), settings, "method")
+    if parent is None:
+        return method, _model(config["model"]), _dataset(config["dataset"])
+    if chosen & {"dataset", "experiment"}:
+        dataset = _dataset(config["dataset"])
+    else:
+        keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
+        dataset = _dataset(_overlaid(plain(parent.dataset), config["dataset"], keys))
+    if _model(plain(parent.model)) != parent.model:
+        raise UserError(
+            f"The files of {parent.model.path} have changed since run {start}.",
+            "Put them back, or run that one again first.",
+        )
+    return method, parent.model, dataset
+
+
+def _at_evaluation(settings: dict[str, Any], chosen: set[str], method: Plugin) -> Plugin:
+    """Return the method of an earlier run with the chosen settings of its evaluation."""
+    keys = {c.removeprefix("method.") for c in chosen if c.startswith("method.")}
+    given = {key: settings[key] for key in keys}
+    return _plugin("methods", method.name, {**method.settings, **given}, "method")
+
+
+def _reads_out(config: dict[str, Any], chosen: set[str]) -> bool:
+    """Whether a method was chosen that can evaluate what another method made."""
+    name = config["method"]["name"]
+    return "method" in chosen and name != "none" and registry.find("methods", name).stage == "eval"
+
+
+def _refuse_fixed(stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec) -> None:
+    free = registry.find("methods", parent.method.name).at_evaluation
+    chosen = chosen - {f"method.{key}" for key in free}
+    own = stage != "eval" or _reads_out(config, chosen)
+    for key in ("model",) if own else ("model", "method"):
+        if any(c == key or c.startswith(f"{key}.") for c in chosen):
+            raise UserError(
+                f"from= already fixes the {key} ({getattr(parent, key).name}).",
+                f"Leave {key} out, or leave from= out.",
+            )
+
+
+def _overlaid(
+    values: dict[str, Any], changed: dict[str, Any], keys: Sequence[list[str]]
+) -> dict[str, Any]:
+    """Return values with those of `changed` at some keys; a key that is gone there goes."""
+    for *path, last in keys:
+        there, here = changed, values
+        for part in path:
+            there, here = there.get(part) or {}, here.setdefault(part, {})
+        if last in there:
+            here[last] = there[last]
+        else:
+            here.pop(last, None)
+    return values
+
+
+def _plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str) -> Plugin:
+    cls = registry.find(kind, name)
+    plugin = build(cls, settings, where)
+    return Plugin(name, plain(plugin.sealed() if kind == "evaluators" else plugin))
+
+
+def _model(values: dict[str, Any]) -> ModelSpec:
+    from effbench.models.load import fingerprint
+
+    spec = build(ModelSpec, values, "model")
+    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+
+
+def _dataset(values: dict[str, Any]) -> DatasetSpec:
+    from effbench.data.dataset import fingerprint
+
+    spec = build(DatasetSpec, values, "dataset")
+    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+
+
+def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
+    from effbench.util.hardware import default_device, default_dtype
+
+    machine_keys = {f.name for f in dataclasses.fields(Machine)}
+    machine = {k: v for k, v in values.items() if k in machine_keys}
+    rest = {k: v for k, v in values.items() if k not in machine_keys}
+    known = {f.name for f in dataclasses.fields(HardwareSpec)}
+    if unknown := sorted(rest.keys() - known):
+        raise UserError(
+            f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known | machine_keys)
+        )
+    if rest.get("device") == "auto":
+        rest["device"] = default_device()
+    if rest.get("dtype") == "auto":
+        rest["dtype"] = default_dtype(str(rest.get("device")))
+    return build(HardwareSpec, rest, "hardware"), machine
+
+
+def _check_methods(spec: Spec, store: Store) -> None:
+    method = make_method(spec.method)
+    if spec.stage != "eval" and method.stage != spec.stage:
+        if method.stage == "eval":
+            raise UserError(
+                f"{method.name} changes nothing, so there is nothing to {spec.stage}.",
+                "Choose another method (effbench list methods), or use effbench eval.",
+            )
+        raise UserError(
+            f"{method.name} is not a method to {spec.stage} with.",
+            f"Use: effbench {method.stage} method={method.name}",
+        )
+    earlier = [make_method(s.method) for s in store.ancestors(spec).values()]
+    if spec.stage != "eval" or (earlier and method.stage == "eval"):
+        method.check_after(earlier)
+    elif not spec.parent and method.stage != "eval":
+        raise UserError(
+            f"effbench eval evaluates a model as it is, or what a run made, not {method.name}.",
+            f"Use: effbench {method.stage} method={method.name}, or eval from=RUN.",
+        )
+    shape = known_shape(spec.model)
+    if shape:
+        method.check(shape)
+
+
+def _check_data(spec: Spec) -> None:
+    """Refuse splits that the dataset will not have, and sequences longer than the model takes."""
+    from effbench.data.dataset import split_names
+
+    known = split_names(spec.dataset)
+    wanted = ["train"] if spec.stage == "train" else []
+    if spec.stage == "train" and spec.train.validate_every:
+        wanted.append("validation")
+    wanted += [s for p in spec.evaluators for s in make_evaluator(p).splits()]
+    for split in wanted:
+        if split not in known:
+            raise UserError(
+                f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
+            )
+    shape = known_shape(spec.model)
+    if shape and spec.dataset.max_length > shape.max_positions:
+        raise UserError(
+            f"dataset.max_length={spec.dataset.max_length} is more than the "
+            f"{shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={shape.max_positions}",
+        )
+
+
+def _check_evaluators(spec: Spec, store: Store) -> None:
+    from effbench.methods.chain import chain
+
+    methods = chain(spec, [make_method(s.method) for s in store.ancestors(spec).values()])
+    shape = known_shape(spec.model)
+    for plugin in spec.evaluators:
+        make_evaluator(plugin).check(spec, methods, shape)

@@ -1,0 +1,265 @@
+"""The words of a command line: which names they use, and whether those exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from effbench.config.files import groups, keys_of, options
+from effbench.util.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from effbench.api.spec import Stage
+
+DEFAULT_METHOD = {"train": "lora", "compress": "rtn", "eval": "none"}
+"""What a stage takes when no `method=` is given."""
+TOP_LEVEL = {"seed", "from", "train", "run", "hydra"}
+JUDGED_BY_US = {"model", "dataset", "method", "hardware", "train", "run"}
+"""Parts of a config whose keys a dataclass judges, so that a file need not name every key."""
+SEVERAL = {"evaluator"}
+"""Groups of which a config takes any number of members."""
+
+
+def is_sweep(overrides: Iterable[str]) -> bool:
+    """Whether the overrides ask for several runs or for another launcher than this machine."""
+    return any(re.match(r"launcher=(?!local$)", o) for o in overrides)
+
+
+def existing(folder: Path) -> Path:
+    """Return the absolute path of a folder with somebody's own configs.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {folder} is not a folder.", "Create it or correct the path.")
+    return folder.resolve()
+
+
+@dataclass(frozen=True)
+class Words:
+    """Checked overrides."""
+
+    words: list[str]
+    """As Hydra takes them."""
+    chosen: set[str]
+    """The groups and keys that they set."""
+    swept: str = ""
+    """The first one that asks for several runs."""
+
+    def with_method(self, stage: Stage | None) -> list[str]:
+        """Return the words, with a method for the stage when they name none."""
+        if self.chosen & {"method", "experiment"}:
+            return self.words
+        return [*self.words, f"method={DEFAULT_METHOD[stage or 'train']}"]
+
+
+def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Words:
+    """Check the names in overrides.
+
+    Raises:
+        UserError: For a word that is no override, an unknown group, key or config name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    known = groups(extra)
+    words, chosen, swept = [], set(), ""
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            raise UserError(
+                f"{text!r} is not an override.",
+                "Write key=value, for example method=qdylora or train.max_steps=100; "
+                "quote values with spaces or commas.",
+            ) from None
+        key = override.key_or_group
+        text = _kept_as_text(key, text, overrides)
+        top = key.split(".")[0].split("/")[0].split("@")[0]
+        if top not in TOP_LEVEL and top not in known:
+            raise UserError(
+                f"There is no config group or key {top!r}.",
+                did_you_mean(top, [*known, *TOP_LEVEL]),
+            )
+        if key in known:
+            text = _check_group(override, text, extra)
+        elif top in JUDGED_BY_US and "." in key and not override.is_delete():
+            text = "++" + text.lstrip("+")
+        elif top in SEVERAL and key.count(".") > 2:  # a key inside a setting, such as `files`
+            _check_member(key, text, overrides)
+            text = "++" + text.lstrip("+")
+        words.append(text)
+        chosen.add(key)
+        swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
+    return Words(words, chosen, swept)
+
+
+# -- text that looks like a number -------------------------------------------------------------
+
+
+QUOTED = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")""")
+ITEM = re.compile(r"(?:(?<=^)|(?<=[\[({,:]))(\s*)([\w.+-]+)(\s*)(?=$|[\])},])")
+"""A value or an item of a list, of a mapping or of a sweep."""
+FUNCTION = re.compile(r"(?!choice\()\w+\(")
+
+
+def _kept_as_text(key: str, text: str, overrides: Sequence[str]) -> str:
+    """Return an override in whose value nothing is read as a number where text is wanted.
+
+    Keys of runs, revisions and names may look like numbers: Hydra would read 0e09 as 0.0.
+    """
+    name, equals, value = text.partition("=")
+    if FUNCTION.match(value) or not any(_is_number(m[2]) for m in ITEM.finditer(value)):
+        return text
+    if not any(_is_text(hint) for hint in _hints(key, overrides)):
+        return text
+    parts = QUOTED.split(value)
+    parts[::2] = [ITEM.sub(_quoted, part) for part in parts[::2]]
+    return f"{name}{equals}{''.join(parts)}"
+
+
+def _quoted(item: re.Match[str]) -> str:
+    before, word, after = item.groups()
+    return f"{before}'{word}'{after}" if _is_number(word) else item[0]
+
+
+def _is_number(word: str) -> bool:
+    """Whether Hydra reads a word as a number or a truth value."""
+    try:
+        float(word)
+    except ValueError:
+        return word.lower() in ("true", "false")
+    return True
+
+
+def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
+    """Return the annotations of what a key sets, as far as they can be known before composing."""
+    from effbench.api import registry, spec
+
+    top, *path = key.split(".")
+    if top == "from":
+        return [str]
+    parts: dict[str, list[Any]] = {
+        "model": [spec.ModelSpec],
+        "dataset": [spec.DatasetSpec],
+        "train": [spec.TrainSpec],
+        "hardware": [spec.HardwareSpec, spec.Machine],
+        "run": [spec.Runtime],
+    }
+    if top == "evaluator" and path and path[0] in registry.names("evaluators"):
+        parts[top] = [registry.find("evaluators", path.pop(0))]
+    elif top == "method":
+        words = [w.partition("=")[2] for w in overrides if w.startswith("method=")]
+        chosen = {n for w in words for n in w.split(",")} or set(DEFAULT_METHOD.values())
+        known = chosen.intersection(registry.names("methods"))
+        parts[top] = [registry.find("methods", name) for name in known]
+    return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]
+
+
+def _inside(hint: Any, path: Sequence[str]) -> list[Any]:
+    """Return the annotations at a path of names in an annotation."""
+    if not path:
+        return [hint]
+    found = []
+    for kind in (hint, *get_args(hint)):
+        if is_dataclass(kind) and path[0] in (hints := get_type_hints(kind)):
+            found += _inside(hints[path[0]], path[1:])
+        elif get_origin(kind) is dict:
+            found += _inside(get_args(kind)[1], path[1:])
+    return found
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether an annotation takes text, or a list or mapping of it, and no number."""
+    if get_origin(hint) is dict:
+        return _is_text(get_args(hint)[1])
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    kinds = [kind for kind in get_args(hint) if kind not in (type(None), Ellipsis)]
+    return all(map(_is_text, kinds)) if kinds else hint is str
+
+
+# -- groups and members ------------------------------------------------------------------------
+
+
+def _check_member(key: str, text: str, overrides: Sequence[str]) -> None:
+    """Refuse a key inside a setting of what is not chosen, or of no setting that there is."""
+    group, name, setting, *_ = key.split(".")
+    path = options(group).get(name)
+    words = [w for w in overrides if w.partition("=")[0] in (group, "experiment")]
+    if not (path and setting in keys_of(path)) or not any(name in w for w in words):
+        raise _explain_member(group, name, f"{group}.{name}.{setting}={text.partition('=')[2]}")
+
+
+def _check_group(override: Any, text: str, extra: Sequence[Path]) -> str:
+    """Return the override of a whole group as Hydra takes it."""
+    group, value = override.key_or_group, override._value
+    for name in _names_in(override):
+        _check_option(group, name, extra)
+    empty = override.is_delete() or value is None
+    if empty and group in SEVERAL:
+        return f"{group}=[]"
+    if (empty and group != "experiment") or (isinstance(value, list) and group not in SEVERAL):
+        raise UserError(f"A run has exactly one {group}.", did_you_mean("", options(group, extra)))
+    return text
+
+
+def _names_in(override: Any) -> list[str]:
+    from hydra.core.override_parser.types import QuotedString, Sweep
+
+    value = override._value
+    if isinstance(value, Sweep):
+        value = getattr(value, "list", None) or []
+    names: list[str] = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, QuotedString):
+            names.append(item.text)
+        elif isinstance(item, list):
+            names += [str(i) for i in item]
+        elif item is not None:
+            names.append(str(item))
+    return names
+
+
+def _check_option(group: str, name: str, extra: Sequence[Path]) -> None:
+    if name not in options(group, extra):
+        raise UserError(
+            f"There is no {group} called {name!r}.", did_you_mean(name, options(group, extra))
+        )
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> UserError:
+    """Return what Hydra's error about these overrides means for the user."""
+    reason = str(error.__cause__ or error).splitlines()[0]
+    launcher = re.search(r"hydra/launcher/(\w+)", str(error))
+    if launcher:
+        name = launcher[1].removeprefix("submitit_")
+        return UserError(
+            f"The launcher plug-in {launcher[1]!r} is not installed.",
+            f"pip install 'effbench[{name}]'",
+        )
+    for text in overrides:
+        group, _, rest = text.split("=")[0].partition(".")
+        name = rest.split(".")[0]
+        if group in SEVERAL and name:
+            return _explain_member(group, name, text)
+    return UserError(f"The config cannot be composed: {reason.rstrip('.')}.")
+
+
+def _explain_member(group: str, name: str, text: str) -> UserError:
+    known = options(group)
+    if name not in known:
+        return UserError(f"There is no {group} called {name!r}.", did_you_mean(name, known))
+    path = known[name]
+    key = text.split("=")[0].rpartition(".")[2]
+    keys = keys_of(path) if path else []
+    if key in keys:
+        return UserError(
+            f"{text} is set, but {name} is not chosen.",
+            f"Choose it too, for example {group}=[perplexity,{name}].",
+        )
+    return UserError(f"Unknown key {text.split('=')[0]!r}.", did_you_mean(key, keys))

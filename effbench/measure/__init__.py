@@ -1,1 +1,0 @@
-"""Time, memory, counts and the environment they were taken in."""

@@ -1,0 +1,458 @@
+"""Models from a package, the hub, a folder, a GGUF file, or a shape with random weights.
+
+`shape_of` and `fingerprint` serve commands that start without torch, so this module imports it,
+and transformers, only where weights or tokenizers are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effbench.api.method_types import Weights
+from effbench.api.schema import build, digest
+from effbench.api.shape import SLICED, LayerSize, Shape, sliced_shape
+from effbench.api.sharing import SHARED, shared_shape
+from effbench.api.sharing import read as read_map
+from effbench.api.spec import ModelSpec
+from effbench.data import assets
+from effbench.models.gguf_convert import already_converted, converted
+from effbench.models.gguf_header import config_in, read_header
+from effbench.util.cache import sha256_of
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+from effbench.util.package_data import conf_dir
+
+SIZES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+"""From the sizes that every Llama-style config states to their names there."""
+END_BYTES = 1 << 20
+"""Bytes at either end of a file that enter its fingerprint."""
+
+
+@dataclass
+class Loaded:
+    """A model ready for use."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    shape: Shape
+    seconds: float
+    """Time it took to load."""
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UserError: With another one to take.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"hardware.device={device}, but torch sees no CUDA device.",
+            "Use hardware.device=cpu; `effbench doctor` says what is missing.",
+        )
+
+
+def load(
+    spec: ModelSpec,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    weights: Weights = "compute",
+    tokenizer: bool = True,
+) -> Loaded:
+    """Return the model that `spec` names, in evaluation mode.
+
+    Args:
+        spec: Which model.
+        device: `cpu` or `cuda`.
+        dtype: Compute dtype.
+        weights: `compute` holds the weights in `dtype`, `float32` as float32 masters, `nf4` the
+            decoder linears as 4-bit NormalFloat.
+        tokenizer: Whether to load the tokenizer too.
+
+    Raises:
+        UserError: When there is no such device, or the files are missing, corrupt or not
+            Llama-style, or the hub cannot be reached.
+    """
+    check_device(device)
+    start = time.perf_counter()
+    held = torch.float32 if weights == "float32" else dtype
+    if spec.source == "random":
+        shape = shape_of(spec)
+        from effbench.models.random import random_model
+
+        model = random_model(shape, spec.weights_seed, device, held)
+    else:
+        spec = _at_hand(spec)
+        model = _pretrained(spec, device, held)
+        if device == "cpu":
+            from effbench.nn.llama.weights import own_weights
+
+            own_weights(model)
+        shape = shape_in(model.config.to_dict(), spec.name)
+        _check_stated(spec, shape)
+    if weights == "nf4":
+        from effbench.nn.quant.linears import quantise_nf4
+
+        quantise_nf4(model, compute_dtype=dtype)
+    return Loaded(
+        model=model,
+        tokenizer=load_tokenizer(spec) if tokenizer else None,
+        shape=shape,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def fetch(spec: ModelSpec) -> int | None:
+    """Make sure that a model's files lie here, converted; return the bytes of its weights.
+
+    None where they are not known: from the hub, and for random weights.
+
+    Raises:
+        UserError: When they are missing or cannot be had.
+    """
+    if spec.source not in ("package", "gguf", "folder"):
+        return None
+    folder = Path(_at_hand(spec).path)
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None
+
+
+def import_libraries() -> None:
+    """Import what loading a model imports, so that its memory can be told from the model's."""
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        DynamicCache,
+        LlamaForCausalLM,
+    )
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """Return the model's tokenizer, which always has a padding token.
+
+    A model with random weights takes the tokenizer of the asset that its `id` names, if it names
+    one, else one token per byte.
+
+    Raises:
+        UserError: When it is missing or cannot be reached.
+    """
+    if spec.source == "random":
+        if spec.id not in assets.ASSETS:
+            from effbench.models.random import byte_tokenizer
+
+            return byte_tokenizer(shape_of(spec))
+        spec = dataclasses.replace(spec, source="package")
+    from transformers import AutoTokenizer
+
+    from effbench.util.hf import quiet
+
+    spec = _at_hand(spec)
+    with quiet(), _load_errors(spec), _hub_if_it_answers(spec):
+        tokenizer = AutoTokenizer.from_pretrained(spec.path or spec.id, **_options(spec))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def shape_of(spec: ModelSpec) -> Shape:
+    """Return the model's shape without loading weights and without the network.
+
+    Raises:
+        UserError: When it can be known only after a download, or the model is not Llama-style.
+    """
+    if spec.shape:
+        return spec.shape
+    if spec.source == "random":
+        raise UserError(
+            f"model={spec.name} has random weights, but no shape.",
+            "Give model.shape, or a named model: model=tiny, model=llama2-7b model.source=random.",
+        )
+    if spec.source == "gguf":
+        return shape_in(config_in(read_header(_gguf_file(spec))), spec.path)
+    path = _config_file(spec)
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UserError(
+            f"{path.parent} holds no config.json.", "Give the folder of a saved transformers model."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
+    return shape_in(config, str(path))
+
+
+def shape_in(config: Mapping[str, Any], where: str) -> Shape:
+    """Return the shape that a transformers config states.
+
+    Raises:
+        UserError: When the model is not Llama-style: rotary positions, RMS norms, a gated MLP.
+    """
+    absent = [name for name in SIZES.values() if not isinstance(config.get(name), int)]
+    if absent or config.get("num_local_experts") or config.get("num_experts"):
+        reason = f"its config has no {absent[0]}" if absent else "it is a mixture of experts"
+        raise UserError(
+            f"{where} is not a Llama-style model: {reason}.",
+            "effbench works on dense decoders with the seven linear layers of Llama.",
+        )
+    values = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    rope = config.get("rope_parameters") or {}
+    shape = build(
+        Shape,
+        {
+            **values,
+            "num_kv_heads": config.get("num_key_value_heads") or values["num_heads"],
+            "head_dim": config.get("head_dim") or values["hidden_size"] // values["num_heads"],
+            "max_positions": config.get("max_position_embeddings") or 2048,
+            "tied": bool(config.get("tie_word_embeddings")),
+            "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            "rms_eps": _decimal(config.get("rms_norm_eps") or 1e-6),
+        },
+        where,
+    )
+    sharing = read_map(config)
+    if sharing is not None:
+        return shared_shape(shape, sharing)
+    sizes = config.get("layer_sizes")
+    if not sizes:
+        return shape
+    return sliced_shape(shape, shape.hidden_size, [LayerSize(*size) for size in sizes])
+
+
+def _decimal(value: float) -> float:
+    """Return what was written before a float32 held it: 1e-5, not 9.999999747378752e-06."""
+    return float(f"{value:.7g}")
+
+
+def fingerprint(spec: ModelSpec) -> str:
+    """Return a hash of the content of a local folder or GGUF file, "" for other sources.
+
+    Name, size, first and last MiB of every file enter it, so that it takes no time.
+
+    Raises:
+        UserError: When there is no such folder or file.
+    """
+    if spec.source == "gguf":
+        return digest([_ends(_gguf_file(spec))])
+    if spec.source != "folder":
+        return ""
+    folder = _folder(spec)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = [p.relative_to(folder) for p in files]
+    kept = [n for n in names if not any(part.startswith(".") for part in n.parts)]
+    return digest([[n.as_posix(), *_ends(folder / n)] for n in kept])
+
+
+def _ends(path: Path) -> list[Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(END_BYTES)
+        file.seek(max(0, size - END_BYTES))
+        last = file.read()
+    return [size, hashlib.sha256(first).hexdigest(), hashlib.sha256(last).hexdigest()]
+
+
+def _gguf_file(spec: ModelSpec) -> Path:
+    path = Path(spec.path).expanduser()
+    if not spec.path or not path.is_file():
+        raise UserError(f"There is no GGUF file {spec.path!r}.", "Set model.path=FILE.gguf.")
+    return path
+
+
+def _folder(spec: ModelSpec) -> Path:
+    path = Path(spec.path).expanduser()
+    if not spec.path or not path.is_dir():
+        raise UserError(f"There is no folder {spec.path!r}.", "Set model.path=FOLDER.")
+    return path
+
+
+def _package_folder(spec: ModelSpec) -> Path:
+    """Return the converted folder of a package model, fetched and converted if need be."""
+    sha256 = _package_sha256(spec)
+    return already_converted(sha256, spec.id) or converted(
+        assets.fetch(spec.id) / assets.GGUF, sha256, spec.id
+    )
+
+
+def _package_sha256(spec: ModelSpec) -> str:
+    contents = assets.find(spec.id).contents
+    if assets.GGUF not in contents:
+        raise UserError(
+            f"The asset {spec.id!r} holds no causal language model.",
+            "Models that can be had offline: " + ", ".join(offline_models()) + ".",
+        )
+    return contents[assets.GGUF]
+
+
+def _config_file(spec: ModelSpec) -> Path:
+    if spec.source == "folder":
+        return _folder(spec) / "config.json"
+    if spec.source == "package":
+        folder = already_converted(_package_sha256(spec), spec.id)
+        if folder:
+            return folder / "config.json"
+        raise UserError(
+            f"The shape of {spec.name} is known only after its download.",
+            f"Run: effbench fetch {spec.id}, then use it once; or give model.shape.",
+        )
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(spec.id, "config.json", revision=spec.revision)
+    except HFValidationError as error:
+        raise _hub_error(spec, error) from None
+    if isinstance(found, str):
+        return Path(found)
+    raise UserError(
+        f"The shape of {spec.id} is known only after its download from the hub.",
+        "Use it once, or give model.shape.",
+    )
+
+
+def offline_models() -> list[str]:
+    """Return the configs of models that need no model hub."""
+    import yaml
+
+    files = sorted((conf_dir() / "model").glob("*.yaml"))
+    found = {p.stem: yaml.safe_load(p.read_text()) for p in files}
+    return [n for n, values in found.items() if values["source"] in ("package", "random")]
+
+
+def _at_hand(spec: ModelSpec) -> ModelSpec:
+    """Return the same model as a folder or a hub id, which are what transformers reads."""
+    if spec.source == "package":
+        return dataclasses.replace(spec, source="folder", path=str(_package_folder(spec)))
+    if spec.source == "gguf":
+        gguf = _gguf_file(spec)
+        sha256 = sha256_of(gguf)
+        folder = converted(gguf, sha256, f"gguf-{sha256[:16]}")
+        return dataclasses.replace(spec, source="folder", path=str(folder))
+    if spec.source == "folder":
+        return dataclasses.replace(spec, path=str(_folder(spec)))
+    return dataclasses.replace(spec, path="")
+
+
+def _options(spec: ModelSpec) -> dict[str, Any]:
+    return {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+
+
+def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
+    """Without network, use at once what earlier downloads have left."""
+    from effbench.util.hf import hub_reachable, offline
+
+    return offline() if spec.source == "hub" and not hub_reachable() else nullcontext()
+
+
+def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
+    kind = _own_kind(Path(spec.path)) if spec.path else ""
+    if kind == SLICED:
+        from effbench.nn.pruning.checkpoint import read_folder
+
+        with _load_errors(spec):
+            return read_folder(Path(spec.path), device, dtype)
+    if kind == SHARED:
+        from effbench.nn.sharing.checkpoint import read_shared
+
+        with _load_errors(spec):
+            return read_shared(Path(spec.path), device, dtype)
+    from transformers import AutoModelForCausalLM
+
+    from effbench.util.hf import quiet
+
+    options = _options(spec)
+    if device != "cpu":
+        options["device_map"] = {"": device}
+    with quiet(), _load_errors(spec), _hub_if_it_answers(spec):
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            spec.path or spec.id,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
+        )
+    model, info = both
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise UserError(
+            f"The files of {spec.name} lack {len(lacking)} weights, the first is {lacking[0]}.",
+            "The model was not saved completely; get its files anew.",
+        )
+    return model.eval()
+
+
+def _own_kind(folder: Path) -> str:
+    """Return the model type of a folder; transformers cannot load ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""  # transformers says what is wrong
+    return str(config.get("model_type", ""))
+
+
+def _check_stated(spec: ModelSpec, shape: Shape) -> None:
+    """Refuse a stated shape that is not the shape of the files."""
+    if spec.shape is None or spec.shape == shape:
+        return
+    for part in dataclasses.fields(Shape):
+        stated, found = getattr(spec.shape, part.name), getattr(shape, part.name)
+        if stated != found:
+            raise UserError(
+                f"model.shape.{part.name}={stated}, but the files of {spec.name} have {found}.",
+                "Leave model.shape out, or make it what the files have.",
+            )
+
+
+@contextmanager
+def _load_errors(spec: ModelSpec) -> Iterator[None]:
+    """Say what is wrong with a model's files, or with the way to the hub."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{spec.name} does not fit into the device's memory.",
+            "`effbench plan` shows what it needs, part by part.",
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if spec.source == "hub":
+            raise _hub_error(spec, error) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{spec.path or spec.name} cannot be loaded: {reason.rstrip('.')}.",
+            "A file is missing, truncated or corrupt; get the model's files anew.",
+        ) from error
+
+
+def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{spec.id} cannot be had from the model hub: {reason.rstrip('.')}.",
+        "Check the id and the network (a gated model needs `hf auth login`). "
+        f"Without the hub: {', '.join(offline_models())}.",
+    )
+
+
+def known_shape(model: ModelSpec) -> Shape | None:
+    """Return the model's shape where it can be known without loading the model."""
+    if model.shape:
+        return model.shape
+    if model.source == "hub":
+        try:
+            return shape_of(model)
+        except UserError:
+            return None
+    return shape_of(model)

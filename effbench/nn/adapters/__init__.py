@@ -1,0 +1,1 @@
+"""What is trained beside a weight, and how it is merged."""

@@ -1,0 +1,1 @@
+"""Decoding: sessions, caches, and the engine's routes."""

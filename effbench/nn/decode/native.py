@@ -1,0 +1,186 @@
+"""The C++ kernels of `decode.cpp`: compiled once for this machine, then loaded.
+
+They are plain C functions over pointers, so they need a compiler but no headers of torch, and they
+are there in about two seconds. The library lies in effbench's cache under the hash of its source,
+the compiler's version and the CPU's features, so that a cache that several machines share never
+gives one of them instructions that it lacks. It uses OpenMP as torch does: both share one pool of
+threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import threading
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from effbench.api.schema import digest
+from effbench.util.cache import cache_dir, make_once
+from effbench.util.errors import UserError
+from effbench.util.hardware import cpu_flags, cpu_name
+from effbench.util.lazy import torch
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+LIBRARY = "decode.so"
+OPTIONS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
+NATIVE = ("-march=native",)
+"""Left out where the compiler does not know this CPU."""
+SUFFIXES = {"torch.bfloat16": "bf16", "torch.float32": "f32"}
+"""Endings of the functions' names, by dtype."""
+LARGEST_BATCH = 16
+"""Most rows of one step; with more of them, torch's matrix products are the faster ones."""
+LARGEST_HEAD = 1024
+"""Widest head."""
+LARGEST_RANK = 1024
+"""Highest rank of what stands in for a block."""
+_lock = threading.Lock()
+
+
+class Layer(ctypes.Structure):
+    """Pointers of one decoder block; the fields of `struct Layer`."""
+
+    _fields_ = [
+        *((n, c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((n, c_void_p) for n in ("q_bias", "k_bias", "v_bias", "o_bias")),
+        *((n, c_void_p) for n in ("gate_bias", "up_bias", "down_bias")),
+        *((n, c_void_p) for n in ("attention_norm", "mlp_norm", "keys", "values")),
+        *((n, c_int64) for n in ("heads", "kv_heads", "inner", "capacity")),
+        *((n, c_void_p) for n in ("a", "b", "anchor")),
+        *((n, c_int64) for n in ("rank", "running")),
+        ("scale", c_float),
+    ]
+
+
+class Model(ctypes.Structure):
+    """Sizes and pointers of a model; the fields of `struct Model`."""
+
+    _fields_ = [
+        *((n, c_int64) for n in ("hidden", "inner", "heads")),
+        *((n, c_int64) for n in ("head_dim", "vocab", "layers")),
+        *((n, c_float) for n in ("eps", "scale")),
+        *((n, c_void_p) for n in ("embedding", "norm", "head", "head_bias", "cos", "sin")),
+        ("layer", ctypes.POINTER(Layer)),
+    ]
+
+
+class Step(ctypes.Structure):
+    """What one call does; the fields of `struct Step`."""
+
+    _fields_ = [
+        ("batch", c_int64),
+        *((n, c_void_p) for n in ("tokens", "positions", "starts", "lengths", "runs")),
+        *((n, c_void_p) for n in ("logits", "scratch")),
+        *((n, c_int64) for n in ("threads", "width", "first", "last")),
+        *((n, c_void_p) for n in ("inputs", "outputs")),
+    ]
+
+
+class Kernels:
+    """The functions of the loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._scratch = library.scratch_floats
+        self._scratch.restype = c_int64
+        self._scratch.argtypes = [c_void_p, c_int64, c_int64]
+        self._decode = {d: getattr(library, f"decode_{s}") for d, s in SUFFIXES.items()}
+        self._gemv = {d: getattr(library, f"gemv_{s}") for d, s in SUFFIXES.items()}
+        for function in self._decode.values():
+            function.argtypes, function.restype = [c_void_p, c_void_p], None
+        for function in self._gemv.values():
+            function.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64]
+            function.restype = None
+
+    def scratch_floats(self, model: Model, batch: int, capacity: int) -> int:
+        """Return how many float32 numbers a step needs as working memory."""
+        return int(self._scratch(ctypes.addressof(model), batch, capacity))
+
+    def decode(self, model: Model, step: Step, dtype: torch.dtype) -> None:
+        """Run one step; everything that it reads and writes is in the two structures."""
+        self._decode[str(dtype)](ctypes.addressof(model), ctypes.addressof(step))
+
+    def gemv(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return W x, [N], for a contiguous W [N, K] and x [K] of the same dtype on the CPU."""
+        n, k = weight.shape
+        out = torch.empty(n, dtype=weight.dtype)
+        pointers = (t.data_ptr() for t in (weight, x.contiguous(), out))
+        self._gemv[str(weight.dtype)](*pointers, n, k, torch.get_num_threads())
+        return out
+
+
+def kernels() -> Kernels | None:
+    """Return the kernels, compiled at the first call of all; None where they cannot be had.
+
+    EFFBENCH_NATIVE=0 turns them off; `why_not` has the reason.
+    """
+    found = _found()
+    return found if isinstance(found, Kernels) else None
+
+
+def why_not() -> str:
+    """Return why there are no kernels, in words; empty when there are."""
+    found = _found()
+    return found if isinstance(found, str) else ""
+
+
+def _found() -> Kernels | str:
+    if os.environ.get("EFFBENCH_NATIVE") == "0":
+        return "EFFBENCH_NATIVE=0"
+    with _lock:
+        return _load(str(cache_dir()))
+
+
+@cache
+def compiler() -> str | None:
+    """Return the C++ compiler: CXX, else c++, g++ or clang++; None where there is none."""
+    own = os.environ.get("CXX", "").split()
+    found = (shutil.which(name) for name in (*own[:1], "c++", "g++", "clang++"))
+    return next((path for path in found if path), None)
+
+
+@cache
+def _load(cache_folder: str) -> Kernels | str:
+    """Return the kernels, or why they cannot be had."""
+    program = compiler()
+    if program is None:
+        return "there is no C++ compiler"
+    origin = {
+        "source": digest(SOURCE.read_text()),
+        "compiler": _version(program),
+        "options": [*OPTIONS, *NATIVE],
+        "cpu": [cpu_name(), *sorted(cpu_flags())],
+    }
+    folder = Path(cache_folder) / "kernels" / digest(origin)
+    try:
+        make_once(folder, origin, lambda place: _compile(program, place), "compiling kernels")
+        return Kernels(folder / LIBRARY)
+    except subprocess.SubprocessError as error:
+        return f"{program} cannot compile them ({error})"
+    except UserError as error:
+        return error.message
+    except OSError as error:
+        return f"they cannot be loaded ({error})"
+
+
+def _compile(program: str, folder: Path) -> None:
+    """Compile into `folder`, for this CPU if the compiler knows it.
+
+    Raises:
+        subprocess.CalledProcessError: When the compiler refuses.
+    """
+    target = str(folder / LIBRARY)
+    for options in (OPTIONS + NATIVE, OPTIONS):
+        command = [program, *options, str(SOURCE), "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
+
+
+def _version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout

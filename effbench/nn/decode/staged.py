@@ -1,0 +1,254 @@
+"""A decoder in stages, with a key/value cache that is put right after a stage was left out.
+
+The layers up to an exit, and those between one exit and the next, make a stage. A token that leaves
+at an exit has no keys and values in the stages above it, which later tokens will attend to. There
+are two repairs:
+
+- recompute: its hidden state waits at the stage that it did not enter, and everything that waits
+  runs through the stage in one pass as soon as a later token needs it. Exact: the cache becomes
+  what full decoding would have built.
+- propagate: its hidden state is taken for the input of every skipped layer, and only keys and
+  values are computed from it. Approximate, and nothing waits.
+
+Prompts run through the modules of transformers. What follows them is run by our engine's kernel
+where that applies (`effbench.nn.decode.verify`), else by the modules too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from effbench.nn.decode.verify import stretch_engine
+from effbench.nn.depth.submodel import norm_and_head
+from effbench.nn.llama.layers import require_layers_alike
+from effbench.util.errors import UserError
+
+
+@dataclass
+class Work:
+    """What decoding did."""
+
+    passes: int = 0
+    """Layers that were called: how often a layer's weights were read."""
+    positions: int = 0
+    """Positions that went through a layer, summed over layers; of each sequence."""
+
+
+class StagedDecoder:
+    """A decoder whose layers run stage by stage, each as far behind the one before as one likes.
+
+    Args:
+        model: A Llama-style causal language model.
+        exits: Depths at which the stages end, ascending.
+
+    Raises:
+        UserError: When the model is laid out differently or its layers differ in size.
+    """
+
+    def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
+        require_layers_alike(model)
+        self.root: Any = model
+        self.decoder: Any = self.root.model
+        self.stages = [range(start, end) for start, end in pairwise((0, *exits))]
+        self.engine = stretch_engine(model)
+        self.cache = DynamicCache() if self.engine is None else self.engine.cache
+        self.waiting: list[torch.Tensor | None] = [None] * len(self.stages)
+        """Hidden states [B, W, d] that each stage has still to take in."""
+        self.positions = torch.empty(0, dtype=torch.long)
+        """Position of every token read, [B, T]."""
+        self.real = torch.empty(0, dtype=torch.bool)
+        """Whether it is a token and not padding, [B, T]."""
+        self.starts = torch.empty(0, dtype=torch.long)
+        """Padding on the left of each sequence, [B]."""
+        self.work = Work()
+
+    @property
+    def length(self) -> int:
+        """Tokens read, padding included."""
+        return self.positions.shape[-1]
+
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Take in tokens [B, W]; a mask [B, W] says which are padding, on the left of a prompt."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.length:
+            positions = self.positions[:, -1:] + real.cumsum(1)
+            self.positions = torch.cat([self.positions, positions], dim=1)
+            self.real = torch.cat([self.real, real.bool()], dim=1)
+        else:
+            self.positions = (real.cumsum(1) - 1).clamp(min=0)
+            self.real = real.bool()
+            self.starts = (~self.real).sum(1)
+        self._hand_on(0, self.decoder.embed_tokens(input_ids))
+
+    def run(self, stage: int) -> torch.Tensor:
+        """Run a stage on all that waits for it; return what comes out of it, [B, W, d]."""
+        hidden, done = self._taken(stage)
+        positions = self.positions[:, done : done + hidden.shape[1]]
+        if self.engine is not None and done and self.engine.takes(hidden):
+            hidden = self.engine.stretch(hidden, positions, self.starts, self.stages[stage])
+        else:
+            hidden = self._through_modules(stage, hidden, positions, done)
+        self.work.passes += len(self.stages[stage])
+        self.work.positions += len(self.stages[stage]) * hidden.shape[1]
+        self._hand_on(stage + 1, hidden)
+        return hidden
+
+    def _through_modules(
+        self, stage: int, hidden: torch.Tensor, positions: torch.Tensor, done: int
+    ) -> torch.Tensor:
+        """Return what a stage makes of hidden states [B, W, d] as forward passes make it."""
+        rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
+        mask = self._mask(done, hidden)
+        for index in self.stages[stage]:
+            hidden = self.decoder.layers[index](
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return hidden
+
+    def propagate(self, stage: int) -> None:
+        """Give a stage keys and values of what waits for it as if its layers changed nothing."""
+        hidden, done = self._taken(stage)
+        positions = self.positions[:, done : done + hidden.shape[1]]
+        cos, sin = self.decoder.rotary_emb(hidden, position_ids=positions)
+        for index in self.stages[stage]:
+            layer = self.decoder.layers[index]
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            if hasattr(attention, "k_norm"):
+                raise UserError(
+                    f"Keys of {type(self.root).__name__} are normed and cannot be propagated.",
+                    "Set method.kv=recompute.",
+                )
+            shape = (*normed.shape[:-1], -1, attention.head_dim)
+            keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+            values = attention.v_proj(normed).view(shape).transpose(1, 2)
+            _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+            self.cache.update(keys, values, index)
+        self._hand_on(stage + 1, hidden)
+
+    def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, W, V] of what came out of a stage."""
+        norm, head = norm_and_head(self.root, self.stages[stage].stop)
+        if self.engine is not None:
+            return self.engine.logits(hidden, norm, head)
+        logits: torch.Tensor = head(norm(hidden))
+        return logits
+
+    def _taken(self, stage: int) -> tuple[torch.Tensor, int]:
+        """Return what waits for a stage, no longer waiting, and how many positions it has done."""
+        hidden = self.waiting[stage]
+        if hidden is None:
+            raise RuntimeError(f"nothing waits for stage {stage}")
+        self.waiting[stage] = None
+        return hidden, self.cache.get_seq_length(self.stages[stage][0])
+
+    def _hand_on(self, stage: int, hidden: torch.Tensor) -> None:
+        if stage < len(self.stages):
+            before = self.waiting[stage]
+            self.waiting[stage] = hidden if before is None else torch.cat([before, hidden], dim=1)
+
+    def _mask(self, done: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return which of the positions up to the last new one each new one sees, [B, 1, W, T]."""
+        width = hidden.shape[1]
+        kind = self.decoder.config._attn_implementation
+        real = self.real[:, : done + width]
+        if bool(real.all()) and (width == 1 or (done == 0 and kind == "sdpa")):
+            return None
+        places = torch.arange(done + width, device=real.device)
+        own = places[done:, None]
+        # A padded position sees itself, for a row of attention with nothing in it is NaN.
+        seen = (real[:, None, None] & (places <= own)) | (places == own)
+        if kind == "sdpa":
+            return seen
+        if kind == "eager":
+            lowest = torch.finfo(hidden.dtype).min
+            return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, lowest)
+        raise UserError(
+            f"A model cannot be left early under {kind} attention.", "Use sdpa attention."
+        )
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens after the first `length` ones."""
+        for layer in self.cache.layers:
+            cached: Any = layer
+            cached.crop(-max(0, cached.get_seq_length() - length))
+        for stage, hidden in enumerate(self.waiting):
+            if hidden is not None:
+                left = length - self.cache.get_seq_length(self.stages[stage][0])
+                self.waiting[stage] = hidden[:, :left] if left > 0 else None
+        self.positions, self.real = self.positions[:, :length], self.real[:, :length]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the sequences `rows`, in this order."""
+        self.cache.reorder_cache(rows.long())  # type: ignore[arg-type]
+        self.waiting = [None if h is None else h[rows] for h in self.waiting]
+        self.positions, self.real = self.positions[rows], self.real[rows]
+        self.starts = self.starts[rows]
+
+    def kv_bytes(self, length: int | None = None) -> int:
+        """Return the bytes of keys and values of the first `length` tokens, or of all."""
+        found = 0
+        for layer in self.cache.layers:
+            cached: Any = layer
+            for entries in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if entries is not None:
+                    used = entries[..., : cached.get_seq_length(), :][..., :length, :]
+                    found += used.numel() * used.element_size()
+        return found
+
+    def kv_lengths(self) -> list[int]:
+        """Return the cached positions of each layer."""
+        return [self.cache.get_seq_length(i) for stage in self.stages for i in stage]
+
+
+class StagedSession:
+    """What sessions over a staged decoder share: prompt, order of rows, and what is counted.
+
+    Args:
+        model: A Llama-style causal language model.
+        exits: Depths of the exits, ascending.
+    """
+
+    def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
+        self.staged = StagedDecoder(model, exits)
+        self.steps = 0
+        """Tokens decoded of each sequence."""
+        self.prompt = Work()
+        """What had been done when the prompt was read."""
+
+    @torch.inference_mode()
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read prompts [B, P]; return the logits after the last position, [B, V]."""
+        self.staged.read(input_ids, attention_mask)
+        logits = self.after_prompt()
+        self.prompt = Work(**vars(self.staged.work))
+        return logits
+
+    def after_prompt(self) -> torch.Tensor:
+        """Return the logits [B, V] after a prompt that has been taken in."""
+        raise NotImplementedError
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the sequences `rows`, in this order."""
+        self.staged.reorder(rows)
+
+    def work_per_step(self) -> dict[str, float]:
+        """Return the layers called and the positions that went through a layer, per token."""
+        work = self.staged.work
+        return {
+            "layer_passes": (work.passes - self.prompt.passes) / self.steps,
+            "layer_positions": (work.positions - self.prompt.positions) / self.steps,
+        }

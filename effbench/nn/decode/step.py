@@ -1,0 +1,114 @@
+"""What a step of the engine is told, and what stands in for a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+from effbench.nn.decode.cache import StaticLayer
+from effbench.nn.decode.pointwise import EAGER, Pointwise
+from effbench.nn.llama.walk import Block
+
+Runs = tuple[bool, ...]
+"""Whether each block runs in a step."""
+Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys and values [B, H_kv, T, D] and which of them a sequence sees, [B, 1, 1, T]; None for all."""
+Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], Stored]
+"""Puts the new key and value of a layer away and returns all that the query may look at."""
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A `Store` whose places lie on the device, for a kernel that stores by itself."""
+
+    starts: torch.Tensor
+    """The first position that each sequence sees, [B] int64."""
+
+    def place(self, layer: StaticLayer) -> torch.Tensor:
+        """Return where the next key and value of a layer go, [1] int64."""
+        ...
+
+
+@dataclass
+class StandIn:
+    """What takes the place of a block in a step that leaves it out: start + scale B A h.
+
+    h is what the block would have read, and the start is either h or the anchor.
+    """
+
+    a: torch.Tensor | None = None
+    """A, [r, d]; None for no map at all."""
+    b: torch.Tensor | None = None
+    """B, [d, r]."""
+    scale: float = 0.0
+    anchored: bool = False
+    """Whether the start is the block's output when it last ran."""
+    running: bool = False
+    """Whether the anchor follows the stand-in's own output too."""
+    anchor: torch.Tensor | None = None
+    """[B, 1, d], the session's own."""
+
+    def __call__(self, hidden: torch.Tensor, pointwise: Pointwise = EAGER) -> torch.Tensor:
+        """Return what the next block reads, from what this one would have, [B, 1, d] both."""
+        start = hidden if self.anchor is None else self.anchor
+        if self.a is not None and self.b is not None:
+            change = F.linear(F.linear(hidden.to(self.a.dtype), self.a), self.b)
+            start = pointwise.move(start, change, self.scale)
+        if self.running:
+            self.note(start)
+        return start
+
+    def note(self, hidden: torch.Tensor) -> None:
+        """Take the output of the block, [B, *, d], for the anchor: its last position."""
+        last = hidden[:, -1:]
+        if self.anchor is not None and self.anchor.shape == last.shape:
+            self.anchor.copy_(last)
+        elif self.anchored:
+            self.anchor = last.clone(memory_format=torch.contiguous_format)
+
+
+class StepSession(Protocol):
+    """What a step reads of the session it belongs to, which is a `StaticSession`."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    scaling: float
+    blocks: list[Block]
+    caches: list[StaticLayer | None]
+    layers: list[StaticLayer]
+    stand_ins: dict[int, StandIn]
+    every: Runs
+    starts: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the cache."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the largest cache has room for."""
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return the tensors on whose addresses a step depends, those of the weights left out."""
+
+    def running(self, runs: Runs) -> list[StaticLayer]:
+        """Return the caches of the blocks that run."""
+
+    def walk(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        store: Store,
+        pointwise: Pointwise,
+        runs: Runs,
+    ) -> torch.Tensor:
+        """Return logits [B, V] of one token per sequence, block by block."""

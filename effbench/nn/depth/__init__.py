@@ -1,0 +1,1 @@
+"""Models of fewer layers, and layers that some tokens skip."""

@@ -1,0 +1,193 @@
+"""Sub-models that are some of a model's layers, under the same final norm and head.
+
+A sub-model of depth n is W_out norm(h), with h the output of the last of its n layers. Inside
+`nn.llama.layers.at_layers` a model is that sub-model: layers, caches and counts are those of the n
+layers alone. `exit_states` gives the outputs h_n of several depths in one pass over the deepest.
+
+Sources: Valipour et al., SortedNet, arXiv 2309.00255; Kavehzadeh et al., Sorted LLaMA, arXiv
+2309.08968, whose exits share one norm and one head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from effbench.nn.adapters.merge import merged_weight
+from effbench.nn.depth.exit_heads import own_head
+from effbench.nn.llama.head import IGNORED
+from effbench.nn.llama.layers import at_layers, decoder_layers
+from effbench.nn.llama.replace import decoder_linears
+from effbench.util.errors import UserError
+
+
+def keep_layers(model: torch.nn.Module, kept: Sequence[int]) -> None:
+    """Take all other layers out of `model` for good, and number those that stay anew.
+
+    Args:
+        model: A Llama-style causal language model.
+        kept: Indices of layers, ascending.
+    """
+    root: Any = model
+    decoder, config = root.model, root.config
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    for place, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = place
+
+
+def exit_states(
+    model: torch.nn.Module,
+    depths: Iterable[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> dict[int, torch.Tensor]:
+    """Return h_n [B, T, d], not normed, for each of `depths`; deeper layers do not run.
+
+    Args:
+        model: A Llama-style causal language model.
+        depths: Numbers of layers n, from 1.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+    """
+    wanted = sorted(set(depths))
+    found: dict[int, torch.Tensor] = {}
+    layers = decoder_layers(model)
+    hooks = []
+    for n in wanted:
+
+        def keep(_: Any, __: Any, output: torch.Tensor, n: int = n) -> None:
+            found[n] = output
+
+        hooks.append(layers[n - 1].register_forward_hook(keep))
+    root: Any = model
+    try:
+        with at_layers(model, range(wanted[-1])):
+            root.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def readout(model: torch.nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return the logits [..., V] of the exit at `depth` from its hidden states [..., d].
+
+    They are those of the model's norm and head, unless the exit has its own.
+    """
+    norm, head = norm_and_head(model, depth)
+    logits: torch.Tensor = head(norm(hidden))
+    return logits
+
+
+def norm_and_head(model: torch.nn.Module, depth: int) -> tuple[Any, Any]:
+    """Return the modules that give the logits of the exit at `depth`, one after the other."""
+    own, root = own_head(model, depth), cast(Any, model)
+    return (root.model.norm, root.lm_head) if own is None else (own.norm, own.head)
+
+
+def exit_nll(
+    model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, depth: int
+) -> torch.Tensor:
+    """Return the summed negative log-likelihood of an exit in nats, a scalar.
+
+    Its logits are computed again in the backward pass, so that those of several exits are never in
+    memory at once.
+
+    Args:
+        model: A Llama-style causal language model.
+        hidden: h_n [B, T, d].
+        labels: [B, T], not shifted; -100 where a token does not count.
+        depth: n.
+    """
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    wanted = targets[counted]
+
+    def head(chosen: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(readout(model, chosen, depth).float(), wanted, reduction="sum")
+
+    total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
+    return total
+
+
+def train_norm(model: torch.nn.Module) -> None:
+    """Make the final norm a trained parameter, held in float32 whatever the model's dtype.
+
+    A learning step is smaller than a short dtype can tell from 1.
+    """
+    root: Any = model
+    norm = root.model.norm.float().requires_grad_(True)
+    # A float32 weight gives a float32 output, which the head does not take.
+    norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+@contextmanager
+def scaled_updates(factors: Iterable[tuple[torch.nn.Parameter, float]]) -> Iterator[None]:
+    """Multiply what happens to each parameter inside the context by its factor.
+
+    Around a step of an optimiser whose update is proportional to the learning rate, it multiplies
+    the learning rate of that parameter.
+    """
+    before = [(p, p.detach().clone(), factor) for p, factor in factors if factor != 1]
+    yield
+    with torch.no_grad():
+        for parameter, old, factor in before:
+            parameter.copy_(old + factor * (parameter - old))
+
+
+# -- extraction --------------------------------------------------------------------------------
+
+
+def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) -> None:
+    """Write the layers `kept` as a model of its own that transformers loads, in float32.
+
+    Adapters are added to their weights and packed weights are expanded, both in float32: a shorter
+    dtype would round away part of what was trained.
+
+    Raises:
+        UserError: When transformers cannot hold a model of these sizes.
+    """
+    from safetensors.torch import save_file
+
+    from effbench.nn.pruning.checkpoint import stock
+
+    if not stock(model.config):
+        raise UserError(
+            "transformers cannot load a model whose width is no multiple of its heads.",
+            "Prune with method.blocks=[groups,neurons], which leaves the width.",
+        )
+
+    with at_layers(model, kept):
+        linears = dict(decoder_linears(model))
+        inside = tuple(f"{name}." for name in linears)
+        tensors = {
+            name: parameter.detach().float()
+            for name, parameter in model.named_parameters()
+            if not name.startswith(inside)
+        }
+        for name, linear in linears.items():
+            tensors[f"{name}.weight"] = merged_weight(linear)
+            bias = getattr(linear, "bias", None)
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.detach().float()
+        config: Any = copy.deepcopy(model.config)
+    root: Any = model
+    config.tie_word_embeddings = root.lm_head.weight is root.model.embed_tokens.weight
+    config.dtype = torch.float32
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)

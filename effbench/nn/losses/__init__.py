@@ -1,0 +1,1 @@
+"""What is minimised, and distances between distributions."""

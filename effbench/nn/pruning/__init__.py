@@ -1,0 +1,1 @@
+"""Which blocks matter, and models without the others."""

@@ -1,0 +1,109 @@
+"""Round-to-nearest weights: integer codes of b bits with one scale per group of a row.
+
+Each row of W [d_out, d_in] is cut into G = ⌈d_in / group⌉ groups, the last one possibly shorter.
+With L = 2^b - 1, over the weights w of one group:
+
+    asymmetric   s = (max(w, 0) - min(w, 0)) / L,   z = round(-min(w, 0) / s)
+    symmetric    s = max|w| / (2^(b-1) - 1),        z = 2^(b-1) - 1
+    q = clamp(round(w / s) + z, 0, M),              ŵ = s · (q - z)
+
+M is L, or 2z when symmetric. Zero is always exact. s is rounded to float16 before it is used, so
+that q fits the scale that is stored; ŵ is exact in float32 and rounded once, to the compute dtype.
+Storage: q in b bits, s in 16, and z in b bits when asymmetric.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from effbench.nn.quant.packing import fill_up, pack, packed_bytes, unpack
+from effbench.util.lazy import torch
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16; the scale of a group of zeros."""
+LARGEST_SCALE = 65504.0
+"""The largest float16."""
+
+
+class Groups(NamedTuple):
+    """The stored tensors of one weight matrix."""
+
+    codes: torch.Tensor
+    """[⌈d_out · d_in · b / 8⌉] uint8, packed row after row."""
+    scales: torch.Tensor
+    """[d_out, G] float16."""
+    zeros: torch.Tensor | None
+    """[⌈d_out · G · b / 8⌉] uint8, packed row after row; None when symmetric."""
+
+
+def grouped_bytes(d_in: int, d_out: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Return the exact bytes of a [d_out, d_in] matrix: codes, scales and zero points."""
+    groups = d_out * -(d_in // -group_size)
+    zeros = 0 if symmetric else packed_bytes(groups, bits)
+    return packed_bytes(d_in * d_out, bits) + 2 * groups + zeros
+
+
+def empty(
+    d_in: int,
+    d_out: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    device: torch.device | None = None,
+) -> Groups:
+    """Return zeroed storage for a [d_out, d_in] matrix."""
+    groups = -(d_in // -group_size)
+
+    def codes(count: int) -> torch.Tensor:
+        return torch.zeros(packed_bytes(count, bits), dtype=torch.uint8, device=device)
+
+    return Groups(
+        codes(d_out * d_in),
+        torch.zeros(d_out, groups, dtype=torch.float16, device=device),
+        None if symmetric else codes(d_out * groups),
+    )
+
+
+def quantise(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> Groups:
+    """Return `weight`, [d_out, d_in] of any floating dtype, rounded to the nearest codes."""
+    d_out, d_in = weight.shape
+    grouped = _grouped(weight.detach().float(), group_size)
+    if symmetric:
+        middle = 2 ** (bits - 1) - 1
+        scales = _scales(grouped.abs().amax(2), middle)
+        zeros = torch.full_like(scales, middle, dtype=torch.float32)
+        top = 2 * middle
+    else:
+        top = 2**bits - 1
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scales = _scales(high - low, top)
+        zeros = (-low / scales.float()).round_().clamp_(0, top)
+    codes = (grouped / scales.float()[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
+    codes = codes.to(torch.uint8).view(d_out, -1)[:, :d_in]
+    return Groups(
+        pack(codes, bits), scales, None if symmetric else pack(zeros.to(torch.uint8), bits)
+    )
+
+
+def dequantise(
+    stored: Groups, d_in: int, bits: int, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weights that the codes stand for, [d_out, d_in] in `dtype`."""
+    d_out, groups = stored.scales.shape
+    codes = _grouped(unpack(stored.codes, bits, d_out * d_in).view(d_out, d_in), group_size)
+    values = codes.to(torch.float32)
+    if stored.zeros is None:
+        values.sub_(2 ** (bits - 1) - 1)
+    else:
+        values.sub_(unpack(stored.zeros, bits, d_out * groups).view(d_out, groups, 1))
+    values.mul_(stored.scales[..., None])
+    return values.view(d_out, -1)[:, :d_in].to(dtype)
+
+
+def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return [d_out, G, group_size], the last group filled with zeros."""
+    return fill_up(weight, group_size).reshape(weight.shape[0], -1, group_size)
+
+
+def _scales(span: torch.Tensor, steps: int) -> torch.Tensor:
+    return (span / steps).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)

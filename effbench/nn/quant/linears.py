@@ -1,0 +1,320 @@
+"""Linear layers whose weights lie in memory as packed low-bit codes, and frozen.
+
+The dense weight exists only while it is multiplied: the forward pass expands it and drops it, and
+the backward pass expands it again to pass the gradient on to the input. Gradients flow in the same
+way in train and eval mode, after any number of changes between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+
+from effbench.api.shape import LINEARS
+from effbench.nn.llama.replace import decoder_linears, replace_module
+from effbench.nn.quant import groupwise, nf4
+from effbench.util.errors import UserError
+
+Backend = Literal["auto", "torch", "bitsandbytes"]
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """Base of the packed layers: y = x W^T + b with a W that is made when it is needed.
+
+    It is a `torch.nn.Linear` so that peft attaches its adapters to it. It has buffers and no weight
+    parameter; `weight` is the packed codes, of another shape, so that what would change a dense
+    weight in place (merging an adapter, for example) fails instead of being lost.
+
+    Args:
+        linear: The layer it stands for: sizes, bias and device are taken from it.
+        compute_dtype: What W is expanded to and x is cast to; None takes the dtype of x.
+    """
+
+    codes: torch.Tensor
+    _kept: dict[torch.dtype, torch.Tensor] | None = None
+    """The dense weight while it is kept."""
+
+    def __init__(self, linear: torch.nn.Linear, compute_dtype: torch.dtype | None = None) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.compute_dtype = compute_dtype
+
+    @property
+    def logical_params(self) -> int:
+        """The weights that the packed codes stand for, and the bias."""
+        return self.in_features * self.out_features + (
+            0 if self.bias is None else self.out_features
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The packed codes, uint8."""
+        return self.codes
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W expanded, [d_out, d_in] in `dtype`."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T, [..., d_out], without a gradient."""
+        return F.linear(x, self._kept_weight(x.dtype))
+
+    def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W expanded; inside `expanded_once` it stays."""
+        if self._kept is None:
+            return self.dense_weight(dtype)
+        if dtype not in self._kept:
+            self._kept[dtype] = self.dense_weight(dtype)
+        return self._kept[dtype]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return [..., d_out] in the dtype of `input`, [..., d_in]."""
+        out: torch.Tensor = _Product.apply(input.to(self.compute_dtype or input.dtype), self)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.to(input.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move to devices; keep the dtypes, for a cast of the scales would change the weights."""
+        scales = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != scale.dtype:
+                self._buffers[name] = scale.to(moved.device)
+        return self
+
+    def _set(self, stored: Iterable[tuple[str, torch.Tensor | None]]) -> Self:
+        for name, tensor in stored:
+            self.register_buffer(name, tensor)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of a quantised layer; the graph keeps the layer, not its dense weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ ctx.layer.dense_weight(grad.dtype), None
+
+
+class NF4Linear(QuantisedLinear):
+    """A linear with NF4 weights; its four buffers are those of `effbench.nn.quant.nf4.NF4`.
+
+    The backend only says who expands them: PyTorch or bitsandbytes' kernels, from the same buffers
+    and, on a CPU, to the same bits. `auto` is PyTorch on a CPU, where it is as fast, and
+    bitsandbytes elsewhere, where a fused kernel multiplies without expanding.
+    """
+
+    absmax: torch.Tensor
+    absmax_scales: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(
+        self,
+        linear: torch.nn.Linear,
+        compute_dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(linear, compute_dtype)
+        if backend == "bitsandbytes" and not nf4.bitsandbytes_available():
+            raise UserError(
+                "bitsandbytes cannot be imported here.", "Install it, or use the torch backend."
+            )
+        self.backend = backend
+
+    @classmethod
+    def quantise(
+        cls,
+        linear: torch.nn.Linear,
+        compute_dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+    ) -> Self:
+        """Return `linear` with its weight rounded to NF4; the bias is shared."""
+        stored = nf4.quantise(linear.weight)
+        return cls(linear, compute_dtype, backend)._set(stored._asdict().items())
+
+    @classmethod
+    def empty(
+        cls,
+        linear: torch.nn.Linear,
+        compute_dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+    ) -> Self:
+        """Return a layer in the place of `linear` that waits for a state dict."""
+        stored = nf4.empty(linear.in_features * linear.out_features, linear.weight.device)
+        return cls(linear, compute_dtype, backend)._set(stored._asdict().items())
+
+    @property
+    def stored(self) -> nf4.NF4:
+        """The buffers as one value."""
+        return nf4.NF4(self.codes, self.absmax, self.absmax_scales, self.offset)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W expanded, [d_out, d_in] in `dtype`."""
+        expand = nf4.dequantise_bitsandbytes if self._fast() else nf4.dequantise
+        return expand(self.stored, (self.out_features, self.in_features), dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T, [..., d_out], without a gradient; fused on a GPU."""
+        if x.is_cuda and self._fast() and self.in_features % nf4.BLOCK == 0:
+            return nf4.product_bitsandbytes(x, self.stored, (self.out_features, self.in_features))
+        return super().product(x)
+
+    def _fast(self) -> bool:
+        if self.backend == "auto":
+            return self.codes.device.type != "cpu" and nf4.bitsandbytes_available()
+        return self.backend == "bitsandbytes"
+
+
+class PackedLinear(QuantisedLinear):
+    """A linear with round-to-nearest weights of b bits; its buffers are those of `Groups`.
+
+    Args:
+        linear: The layer it stands for.
+        bits: Bits per code, 2 to 8.
+        group_size: Neighbouring weights of a row that share one scale.
+        symmetric: Whether there is no zero point.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(
+        self, linear: torch.nn.Linear, bits: int, group_size: int, symmetric: bool = False
+    ) -> None:
+        super().__init__(linear)
+        self.bits = bits
+        self.group_size = group_size
+        self.symmetric = symmetric
+
+    @classmethod
+    def quantise(
+        cls, linear: torch.nn.Linear, bits: int, group_size: int, symmetric: bool = False
+    ) -> Self:
+        """Return `linear` with its weight rounded to the nearest codes; the bias is shared."""
+        stored = groupwise.quantise(linear.weight, bits, group_size, symmetric)
+        return cls(linear, bits, group_size, symmetric)._set(stored._asdict().items())
+
+    @classmethod
+    def empty(
+        cls, linear: torch.nn.Linear, bits: int, group_size: int, symmetric: bool = False
+    ) -> Self:
+        """Return a layer in the place of `linear` that waits for a state dict."""
+        sizes = linear.in_features, linear.out_features
+        stored = groupwise.empty(*sizes, bits, group_size, symmetric, linear.weight.device)
+        return cls(linear, bits, group_size, symmetric)._set(stored._asdict().items())
+
+    @classmethod
+    def holding(
+        cls,
+        linear: torch.nn.Linear,
+        stored: Mapping[str, torch.Tensor],
+        bits: int,
+        group_size: int,
+        symmetric: bool = False,
+    ) -> Self:
+        """Return a layer in the place of `linear` with buffers that are there already, by name."""
+        fields = groupwise.Groups._fields
+        return cls(linear, bits, group_size, symmetric)._set((n, stored.get(n)) for n in fields)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W expanded, [d_out, d_in] in `dtype`."""
+        stored = groupwise.Groups(self.codes, self.scales, self.zeros)
+        return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}, {kind}"
+
+
+def dense_linears(
+    model: torch.nn.Module, targets: Iterable[str] = LINEARS
+) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Yield the target linears, and hold none of them, so that replaced ones are freed at once.
+
+    Raises:
+        UserError: When one of them does not have a dense weight any more.
+    """
+    for name in [name for name, _ in decoder_linears(model, targets)]:
+        linear = model.get_submodule(name)
+        if not isinstance(linear, torch.nn.Linear) or isinstance(linear, QuantisedLinear):
+            raise UserError(
+                f"{name} is a {type(linear).__name__}, not a dense linear layer.",
+                "Quantise the base model, before any other method has changed its layers.",
+            )
+        yield name, linear
+
+
+def quantise_nf4(
+    model: torch.nn.Module,
+    *,
+    compute_dtype: torch.dtype,
+    backend: Backend = "auto",
+    targets: Iterable[str] = LINEARS,
+) -> list[str]:
+    """Replace the decoder's linears by NF4 ones, in place, and return their names.
+
+    Embeddings, norms and head stay as they are.
+    """
+    names = []
+    for name, linear in dense_linears(model, targets):
+        replace_module(model, name, NF4Linear.quantise(linear, compute_dtype, backend))
+        names.append(name)
+    return names
+
+
+@contextmanager
+def expanded_once(module: torch.nn.Module) -> Iterator[None]:
+    """Keep the dense weight of each packed layer of `module`, once it is expanded, to the end.
+
+    For several forward passes over the same weights, without gradients. A kernel that multiplies
+    without expanding is left to do so.
+    """
+    layers = [m for m in module.modules() if isinstance(m, QuantisedLinear)]
+    for layer in layers:
+        layer._kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
+
+
+def storage_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all parameters and persistent buffers, each storage counted once.
+
+    Tied weights are one storage. What a model makes anew when it is built (rotary angles) and
+    constants of a format (code books) are not counted; the scales and the offset that bitsandbytes'
+    own 4-bit layers keep beside their parameter are.
+    """
+    sizes = {
+        (t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size()
+        for t in _stored_tensors(model)
+    }
+    return sum(sizes.values())
+
+
+def _stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
+        for parameter in module.parameters(recurse=False):
+            yield parameter
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                yield from (state.absmax, state.state2.absmax, state.offset)

@@ -1,0 +1,1 @@
+"""Log-likelihoods of many requests and at many points."""

@@ -1,0 +1,1 @@
+"""Layers that are alike, and models whose layers share states."""

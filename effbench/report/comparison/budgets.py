@@ -1,0 +1,111 @@
+"""What a fair comparison holds equal, and whether it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from effbench.report.comparison.seeds import Group, settings
+from effbench.report.table import show
+from effbench.results.records import Record
+
+EQUAL = 0.01
+"""Budgets count as equal when the largest exceeds the smallest by at most this share."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Something that a fair comparison holds equal."""
+
+    name: str
+    values: list[float | str | None]
+    """One per run or group of runs; None where it is not recorded."""
+
+    @property
+    def equal(self) -> bool | None:
+        """Whether all had the same, within 1 %; None when it is not recorded for all."""
+        if any(v is None for v in self.values):
+            return None
+        numbers = [v for v in self.values if isinstance(v, int | float)]
+        if len(numbers) < len(self.values):
+            return len(set(self.values)) == 1
+        return max(numbers) <= (1 + EQUAL) * min(numbers)
+
+    def shown(self) -> str:
+        """Return the values as people read them."""
+        return " against ".join(dict.fromkeys(show(v) for v in self.values))
+
+
+def budgets(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[Budget]:
+    """Return what a fair comparison of groups holds equal.
+
+    Args:
+        groups: What is compared.
+        known: All finished runs of the folder, among which the tuning trials are counted.
+    """
+    rows: dict[str, Callable[[Record], float | str | None]] = {
+        "base model": lambda r: r.name_of("model") or None,
+        "dataset": lambda r: r.name_of("dataset") or None,
+        "training tokens": lambda r: _metric(r, "train_tokens"),
+        "layer forwards": lambda r: _metric(r, "train_layer_forwards"),
+        "optimiser steps": _steps,
+        "trainable parameters": lambda r: _metric(r, "trainable_params"),
+    }
+    found = [Budget(name, [_common(value, g) for g in groups]) for name, value in rows.items()]
+    tried = [float(tuning_trials(g.records[0], known)) for g in groups]
+    seeds = [float(len(g.records)) for g in groups]
+    return [*found, Budget("tuning trials", [*tried]), Budget("seeds", [*seeds])]
+
+
+def tuning_trials(record: Record, known: Sequence[Record]) -> int:
+    """Return how many settings were tried to get a run: itself, and those that differ from it
+    in settings of the method or of the training alone, at the same rows of training.
+
+    Seeds do not count; nor do runs whose records are not in the folder.
+
+    Args:
+        record: The run.
+        known: All finished runs of the folder.
+    """
+    return len({_tuned(r) for r in [record, *known] if _frame(r) == _frame(record)})
+
+
+def _frame(record: Record) -> str:
+    """Return what all trials of one tuning have in common."""
+    train = record.spec.get("train") or {}
+    rows = 1
+    for name in ("max_steps", "batch_size", "accumulation"):
+        rows *= int(train.get(name) or 1)
+    parts = [record.stage, rows if record.stage == "train" else 0, record.parent]
+    parts += [record.name_of("method")]
+    parts += [record.spec.get("model"), record.spec.get("dataset")]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _tuned(record: Record) -> str:
+    """Return the settings that a tuning varies."""
+    spec = settings(record)
+    train = {k: v for k, v in (spec.get("train") or {}).items() if k != "checkpoint_every"}
+    return json.dumps([spec.get("method"), train], sort_keys=True)
+
+
+def _common(value: Callable[[Record], float | str | None], group: Group) -> float | str | None:
+    """Return a budget of the runs of a group: the same for all of them, or their mean."""
+    values = [value(record) for record in group.records]
+    numbers = [v for v in values if isinstance(v, int | float)]
+    if len(numbers) == len(values):
+        return sum(numbers) / len(numbers)
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _metric(record: Record, name: str) -> float | None:
+    """Return a metric of the whole run, or its largest one over the operating points."""
+    return max((m.value for m in record.metrics if m.name == name), default=None)
+
+
+def _steps(record: Record) -> float | None:
+    if record.stage != "train":
+        return None
+    taken = _metric(record, "train_steps")
+    return taken if taken is not None else (record.spec.get("train") or {}).get("max_steps")

@@ -1,0 +1,127 @@
+"""Two rows of a comparison on the same items: the test that covers as much as their runs allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from effbench.results.records import Outcomes
+from effbench.stats import (
+    Better,
+    Difference,
+    OverSeeds,
+    Student,
+    equivalence,
+    over_seeds,
+    paired_difference,
+    paired_test,
+    seeds_and_items,
+)
+
+OTHER_ITEMS = "not the same items: no paired test"
+
+
+@dataclass(frozen=True)
+class Side:
+    """The outcomes of a group of runs at one operating point."""
+
+    group: int
+    """Which group of runs they are of."""
+    seeds: list[tuple[int, ...]]
+    """Of each run."""
+    outcomes: list[Outcomes]
+    """Of each run."""
+    seedless: bool
+    """Whether no seed enters them."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """Outcomes as an array [seeds, items]."""
+        return np.array([o.values for o in self.outcomes], dtype=np.float64)
+
+    def same_items(self, other: Side) -> bool:
+        """Return whether all runs of both saw the same items."""
+        mine, own = self.outcomes[0], self.outcomes + other.outcomes
+        return all(o.ids == mine.ids and len(o.values) == len(mine.values) for o in own)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What two sides show."""
+
+    difference: Difference
+    """By the test that covers the most."""
+    covers: str
+    """`seeds and items`, or `items` alone."""
+    items: Difference | None = None
+    """The test over items alone, of outcomes averaged over seeds, where it is not the first one."""
+    seeds: OverSeeds | None = None
+    """The tests over seeds alone, where both sides have several."""
+
+
+def contrast(a: Side, b: Side, margin: float | None = None, better: Better = "") -> Contrast:
+    """Return what the difference a - b shows.
+
+    Runs of one group at two operating points are paired by their seed. Different groups are not:
+    each has seeds of its own, unless no seed enters one of them.
+
+    Args:
+        a: One side.
+        b: The other side, on the same items.
+        margin: Difference that would still count as none.
+        better: Which direction of the metric is the good one.
+    """
+    x, y = a.values, b.values
+    clusters = a.outcomes[0].clusters
+    options: dict[str, Any] = {"clusters": clusters, "margin": margin, "better": better}
+    items = paired_difference(x.mean(axis=0).tolist(), y.mean(axis=0).tolist(), **options)
+    joint = _joint(a, b)
+    if joint is None:
+        return Contrast(items, "items")
+    same = None if margin is None else equivalence(joint, margin, better)
+    value, low, high = joint.interval()
+    size = x.shape[1]
+    whole = Difference(value, low, high, joint.p_zero(), size, "t over seeds and items", same)
+    return Contrast(whole, "seeds and items", items, _over_seeds(a, b))
+
+
+def p_of_difference(a: Side, b: Side) -> float:
+    """Return the p-value of `contrast` alone, which takes less time."""
+    joint = _joint(a, b)
+    if joint is not None:
+        return joint.p_zero()
+    means = a.values.mean(axis=0), b.values.mean(axis=0)
+    return paired_test(*means, a.outcomes[0].clusters)[0]
+
+
+def _joint(a: Side, b: Side) -> Student | None:
+    """Return the difference over seeds and items; None when the seeds are too few for one."""
+    x, y, clusters = a.values, b.values, a.outcomes[0].clusters
+    if a.group == b.group:
+        return seeds_and_items(x - y, clusters=clusters) if len(x) > 1 else None
+    if len(x) > 1 and len(y) > 1:
+        return seeds_and_items(x, y, clusters)
+    if len(x) > 1 and b.seedless:
+        return seeds_and_items(x, y, clusters, fixed=True)
+    if len(y) > 1 and a.seedless:
+        turned = seeds_and_items(y, x, clusters, fixed=True)
+        return Student(-turned.value, turned.error, turned.df)
+    return None
+
+
+def _over_seeds(a: Side, b: Side) -> OverSeeds | None:
+    """Return the tests over the means of the runs, seeds that both sides have first."""
+    if len(a.seeds) < 2 or len(b.seeds) < 2:
+        return None
+    both = [s for s in a.seeds if s in b.seeds]
+    means = [
+        [float(side.values[side.seeds.index(s)].mean()) for s in _ordered(side, both)]
+        for side in (a, b)
+    ]
+    return over_seeds(means[0], means[1], len(both))
+
+
+def _ordered(side: Side, first: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [*first, *(s for s in side.seeds if s not in first)]

@@ -1,0 +1,102 @@
+"""Runs that differ in nothing but their seed, as one group."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from effbench.report.labels import labels
+from effbench.results.records import Record, as_now
+
+Seeds = tuple[int, ...]
+"""The seeds of a run and of the runs it went on from, last to first."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one spec with several seeds, or a single run."""
+
+    label: str
+    records: list[Record]
+    """In the order of their seeds."""
+    seeds: list[Seeds]
+    """Of each run."""
+
+    @property
+    def keys(self) -> str:
+        """Run keys, joined."""
+        return "+".join(record.key for record in self.records)
+
+    @property
+    def seedless(self) -> bool:
+        """Whether no seed enters its numbers: a model evaluated as it is, without training."""
+        first = self.records[0]
+        return first.stage == "eval" and not first.parent
+
+
+def grouped(records: Sequence[Record], known: Sequence[Record] = ()) -> list[Group]:
+    """Return runs in groups of the same spec up to seeds, in order of first appearance.
+
+    A second run with a seed that its group has already begins a group of its own.
+
+    Args:
+        records: The runs to group.
+        known: Runs that these may have gone on from, whose seeds do not count either.
+    """
+    records, known = as_now(records), as_now(known)
+    by_key = {record.key: record for record in [*known, *records]}
+    found: list[tuple[str, list[Record], list[Seeds]]] = []
+    for record in records:
+        name, seeds = identity(record, by_key)
+        for other, members, used in found:
+            if other == name and seeds not in used:
+                members.append(record)
+                used.append(seeds)
+                break
+        else:
+            found.append((name, [record], [seeds]))
+    names = labels([_representative(members, seeds) for _, members, seeds in found])
+    groups = []
+    for name, (_, members, used) in zip(names, found, strict=True):
+        order = sorted(range(len(used)), key=used.__getitem__)
+        if used[0] != used[order[0]]:
+            members, used = [members[i] for i in order], [used[i] for i in order]
+        groups.append(Group(name, members, used))
+    return groups
+
+
+def identity(record: Record, known: Mapping[str, Record]) -> tuple[str, Seeds]:
+    """Return what a run is up to its seeds, and those seeds.
+
+    Args:
+        record: The run.
+        known: Runs by key, among them those it went on from; one that is missing counts by its key.
+    """
+    spec = settings(record)
+    seeds: Seeds = (int(spec.pop("seed", 0)),)
+    earlier = known.get(record.parent)
+    if earlier is not None:
+        spec["parent"], before = identity(earlier, known)
+        seeds += before
+    return json.dumps(spec, sort_keys=True), seeds
+
+
+def settings(record: Record) -> dict[str, Any]:
+    """Return a copy of the spec without what its stage does not use."""
+    spec = copy.deepcopy(record.spec)
+    if record.stage != "train":
+        spec.pop("train", None)
+    return spec
+
+
+def _representative(members: Sequence[Record], seeds: Sequence[Seeds]) -> Record:
+    """Return the first run with all the seeds in the place of its own."""
+    if len(members) == 1:
+        return members[0]
+    own = sorted(s[0] for s in seeds)
+    whole = own == list(range(own[0], own[-1] + 1))
+    shown = f"{own[0]}–{own[-1]}" if whole and own[-1] > own[0] else ", ".join(map(str, own))
+    return replace(members[0], spec={**members[0].spec, "seed": shown})

@@ -1,0 +1,161 @@
+"""One operating point per method, chosen on one split and reported on another.
+
+The best of several points on the split that is reported is too good: it is partly the best by luck.
+So the point is chosen by a metric on other rows, and the metrics of these rows are not shown. Runs
+of one spec with several seeds have one point in common, the one whose mean over them is best: a
+setting is chosen once for a method, not anew for each seed. Of equal points the first is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from effbench.report.comparison.seeds import Group, grouped
+from effbench.report.labels import better
+from effbench.results.records import Record
+from effbench.util.errors import UserError, did_you_mean
+
+REPORTED = "test"
+"""The split that is there to be reported, and never to choose on."""
+
+
+class Criterion(NamedTuple):
+    """What a point is chosen by: a metric on a split of the run's own dataset."""
+
+    metric: str
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} on {self.split}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Records that are left with one operating point each."""
+
+    records: list[Record]
+    words: list[str]
+    """One sentence per method: which point was chosen, on which split, among how many."""
+
+
+def criterion_of(word: str) -> Criterion:
+    """Return the criterion of a word like `loss@validation`.
+
+    Raises:
+        UserError: For another form, for the split that is reported, and for a metric of which
+            neither high nor low values are the good ones.
+    """
+    metric, _, split = word.partition("@")
+    if not metric or not split:
+        raise UserError(
+            f"--select {word} is no metric on a split.", "For example: --select loss@validation"
+        )
+    if split == REPORTED:
+        raise UserError(
+            f"--select {word} would choose on the split that is reported.",
+            f"Choose on other rows: --select {metric}@validation",
+        )
+    if not better(metric):
+        raise UserError(
+            f"--select {word}: whether more or less of {metric} is better is not known.",
+            "Choose by a loss or an accuracy.",
+        )
+    return Criterion(metric, split)
+
+
+def select_points(
+    records: Sequence[Record], criterion: Criterion, known: Sequence[Record] = ()
+) -> Selection:
+    """Return the records with the metrics of the chosen point alone, those of the split left out.
+
+    A run with one point needs no choice, and no metric on the split.
+
+    Args:
+        records: The runs.
+        criterion: What to choose by.
+        known: Runs that these may have gone on from; see `grouped`.
+
+    Raises:
+        UserError: When a run with several points lacks the metric on that split or on any other.
+    """
+    found: dict[str, Record] = {}
+    words = []
+    for group in grouped(records, known):
+        every = sorted({m.point for r in group.records for m in r.metrics if m.point})
+        point = every[0] if every else ""
+        if len(every) > 1:
+            values = _values(group, criterion)
+            point = _best(values, criterion)
+            words.append(_said(group, criterion, values, point))
+        found |= {r.key: _at(r, point, criterion.split) for r in group.records}
+    return Selection([found[r.key] for r in records], words)
+
+
+def _values(group: Group, criterion: Criterion) -> dict[str, float]:
+    """Return the metric at each point that all runs of a group have it at, a mean over them."""
+    runs = [
+        {
+            m.point: m.value
+            for m in record.metrics
+            if (m.name, m.split, m.task) == (*criterion, "") and m.point
+        }
+        for record in group.records
+    ]
+    shared = [p for p in runs[0] if all(p in run for run in runs)]
+    if not shared:
+        raise _lacks(group, criterion)
+    if not any(_reported(r, criterion) for r in group.records):
+        raise UserError(
+            f"{group.label} has {criterion.metric} on no split but {criterion.split}: "
+            "nothing would be left to report.",
+            _evaluate_on(group, f"{criterion.split},{REPORTED}"),
+        )
+    return {p: sum(run[p] for run in runs) / len(runs) for p in shared}
+
+
+def _reported(record: Record, criterion: Criterion) -> bool:
+    own = [m for m in record.metrics if m.name == criterion.metric and not m.task]
+    return any(m.split != criterion.split for m in own)
+
+
+def _lacks(group: Group, criterion: Criterion) -> UserError:
+    names = {m.name for r in group.records for m in r.metrics if m.split and not m.task}
+    if criterion.metric not in names:
+        hint = did_you_mean(criterion.metric, names)
+        return UserError(f"{group.label} has no {criterion.metric}.", hint)
+    return UserError(
+        f"{group.label} has no {criterion}, to choose a point by.",
+        _evaluate_on(group, f"{criterion.split},{REPORTED}"),
+    )
+
+
+def _evaluate_on(group: Group, splits: str) -> str:
+    return (
+        f"Evaluate it there: effbench eval from={group.records[0].key[:8]} "
+        f"'evaluator.perplexity.split=[{splits}]'"
+    )
+
+
+def _best(values: dict[str, float], criterion: Criterion) -> str:
+    sign = -1 if better(criterion.metric) == "higher" else 1
+    return min(values, key=lambda point: sign * values[point])
+
+
+def _said(group: Group, criterion: Criterion, values: dict[str, float], point: str) -> str:
+    seeds = len(group.records)
+    mean = f", a mean over {seeds} seeds" if seeds > 1 else ""
+    return (
+        f"{group.label}: {point} was chosen among {len(values)} points by {criterion} "
+        f"({values[point]:.4g}{mean}); what is shown is on other rows."
+    )
+
+
+def _at(record: Record, point: str, split: str) -> Record:
+    """Return a record with what it has at one point, and what has no point."""
+    return replace(
+        record,
+        metrics=[m for m in record.metrics if m.point in ("", point) and m.split != split],
+        outcomes=[o for o in record.outcomes if o.point in ("", point) and o.split != split],
+    )

@@ -1,0 +1,57 @@
+"""Which versions of effbench's parts made the rows of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from effbench.report.comparison.seeds import Group
+from effbench.results.records import Record
+
+
+def different_versions(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[str]:
+    """Return a sentence for each part that made the rows in different versions.
+
+    Args:
+        groups: What is compared.
+        known: Runs that these may have gone on from, whose versions count too.
+    """
+    by_key = {record.key: record for record in known}
+    rows = [_of_group(group, by_key) for group in groups]
+    lines = []
+    for part in dict.fromkeys(name for row in rows for name in row):
+        labels: dict[str, list[str]] = {}
+        for group, row in zip(groups, rows, strict=True):
+            for number in sorted(row.get(part, ())):
+                labels.setdefault(f"{number}", []).append(group.label)
+        if len(labels) > 1:
+            told = "; ".join(f"{n} ({', '.join(labels[n])})" for n in sorted(labels))
+            lines.append(f"Rows come from different versions of {part}: {told}.")
+    return lines
+
+
+def _of_group(group: Group, known: Mapping[str, Record]) -> dict[str, set[int]]:
+    """Return the versions of the parts that made the runs of a group."""
+    found: dict[str, set[int]] = {}
+    for record in group.records:
+        for run in _lineage(record, known):
+            versions = run.spec.get("versions") or {}
+            for part in _parts(run):
+                found.setdefault(part, set()).add(versions.get(part, 1))
+    return found
+
+
+def _lineage(record: Record, known: Mapping[str, Record]) -> Iterator[Record]:
+    """Yield a run and those that it went on from, as far as their records are there."""
+    while True:
+        yield record
+        if record.parent not in known:
+            return
+        record = known[record.parent]
+
+
+def _parts(record: Record) -> list[str]:
+    """Return the parts of a run that can have versions, as `keys.versions_of` names them."""
+    evaluators = [f"evaluator.{e['name']}" for e in record.spec.get("evaluators") or ()]
+    trained = ["train"] if record.stage == "train" else []
+    parts = ["model", "dataset", "hardware", *trained, f"method.{record.name_of('method')}"]
+    return [*parts, *evaluators]

@@ -1,0 +1,248 @@
+"""Plots of records and events, written as PNG, PDF or SVG by the name of the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from effbench.report.labels import better
+from effbench.report.plots.canvas import COLOURS, canvas, direct_labels, footnote, save
+from effbench.report.table import scale
+from effbench.util.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from effbench.report.comparison.metric_table import Row
+    from effbench.report.comparison.result import Comparison
+    from effbench.report.table import Value
+
+MARKERS = "osD^vPX"
+"""So that lines stay distinct without colour too."""
+
+
+CROWD = 4
+"""Most lines or levels that have bars; more of them would hide each other."""
+
+
+def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
+    """Plot a metric over the operating points of what was compared; runs without any are levels.
+
+    Several seeds are one line, through their means. Bars and bands are 95 % intervals. Points whose
+    names hold a number (`r1`, `r2`, `r4`) are put at that number, on a logarithmic axis when they
+    span a factor of four or more.
+
+    Args:
+        found: The comparison.
+        metric: Name of the metric; of several tables that have it, that of the test split is drawn,
+            else the first.
+        path: File to write.
+
+    Raises:
+        UserError: When no run has the metric.
+    """
+    tables = [table for table in found.metrics if table.kind.metric == metric]
+    if not tables:
+        known = {table.kind.metric for table in found.metrics}
+        raise UserError(f"No run has a metric called {metric!r}.", did_you_mean(metric, known))
+    table = min(tables, key=lambda t: not t.kind.task and t.kind.split != "test")
+    kind = table.kind
+    names = list(dict.fromkeys(row.label for row in table.rows))
+    series = [[r for r in table.rows if r.label == name] for name in names]
+    factor, unit = _factor([r.value.value for rows in series for r in rows], series[0][0])
+    drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
+    figure = _drawn(names, drawn, metric, kind.obtained == "modelled")
+    where = f" on {kind.split}" if kind.split else ""
+    direction = f", {better(metric)} is better" if better(metric) else ""
+    task = f" of {kind.task}" if kind.task else ""
+    title = f"{_words(metric)}{task}{where}{direction}"
+    axes = figure.axes[0]
+    axes.set_title(title[0].upper() + title[1:], loc="left")
+    axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
+    return save(figure, path)
+
+
+class _Place(NamedTuple):
+    """A value at an operating point, in the unit of the axis."""
+
+    point: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def _drawn(names: Sequence[str], series: list[list[_Place]], metric: str, modelled: bool) -> Any:
+    """Return a figure with a line or a level for each name."""
+    positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
+    places = _places(sum(not any(m.point for m in values) for values in series), bool(positions))
+    figure, axes = canvas()
+    axes.margins(x=0.1 if len(places) > 1 else 0.05)
+    bars = len(series) <= CROWD
+    marks = []
+    for number, (name, values) in enumerate(zip(names, series, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        shown = values if bars else [m._replace(low=None, high=None) for m in values]
+        pointed = sorted((m for m in shown if m.point), key=lambda m: positions[m.point])
+        if pointed:
+            _line(axes, [positions[m.point] for m in pointed], pointed, colour, number)
+        else:
+            _level(axes, shown[0], colour, places.pop())
+        marks.append(((pointed or shown)[-1].value, name, colour))
+    _finish_x(axes, positions, axis_name, log)
+    notes = ["modelled, not measured"] if modelled else []
+    if bars and any(_bounded(m) for values in series for m in values):
+        notes.append("bars and bands: 95 % interval of each value alone, not of differences")
+    footnote(figure, notes)
+    direct_labels(axes, marks)
+    return figure
+
+
+def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
+    """Plot the loss over the optimiser steps of one run.
+
+    Args:
+        events: Events with `step` and `loss`; those of kind `validation` make a line of their own.
+        path: File to write.
+        title: Of the plot.
+
+    Raises:
+        UserError: When no event holds a loss.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {"training": [], "validation": []}
+    for event in events:
+        if "step" in event and "loss" in event:
+            kind = "validation" if event.get("event") == "validation" else "training"
+            lines[kind].append((event["step"], event["loss"]))
+    if not any(lines.values()):
+        raise UserError("The run has no losses to plot.", "Only training writes them.")
+    figure, axes = canvas()
+    marks = []
+    for (kind, line), colour in zip(lines.items(), COLOURS, strict=False):
+        if not line:
+            continue
+        steps, losses = zip(*line, strict=True)
+        if kind == "training":
+            reach = len(losses) // 40
+            smooth = _running_mean(losses, reach)
+            axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(steps, smooth, color=colour, linewidth=2)
+            marks.append((smooth[-1], kind, colour))
+            footnote(figure, [f"thick line: mean over {2 * reach + 1} steps"] if reach else [])
+        else:
+            axes.plot(steps, losses, color=colour, linewidth=1.5, marker="s", markersize=5)
+            marks.append((losses[-1], kind, colour))
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats/token)")
+    axes.set_title(title or "Loss over training", loc="left")
+    direct_labels(axes, marks)
+    return save(figure, path)
+
+
+# -- what is drawn -----------------------------------------------------------------------------
+
+
+def _factor(values: Sequence[float], first: Row) -> tuple[float, str]:
+    """Return what makes values easy to read when they are divided by it, and the unit then."""
+    most = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    unit = first.value.unit
+    factor, prefix = scale(most, unit)
+    if unit.startswith("bytes"):
+        return factor, prefix
+    return factor, f"10^{round(math.log10(factor))} {unit}".rstrip() if prefix else unit
+
+
+def _over(value: Value, factor: float) -> tuple[float, float | None, float | None]:
+    """Return a value and its bounds, divided."""
+    low, high = (None if bound is None else bound / factor for bound in value[2:])
+    return value.value / factor, low, high
+
+
+def _axis(names: Iterable[str]) -> tuple[dict[str, float], str, bool]:
+    """Return where each point lies, what the axis is called, and whether it is logarithmic."""
+    unique = list(dict.fromkeys(names))
+    parts = [re.fullmatch(r"(\D*)(\d+(?:\.\d+)?)(\D*)", name) for name in unique]
+    matches = [m for m in parts if m]
+    if len(matches) < len(unique) or len({(m[1], m[3]) for m in matches}) != 1:
+        return {name: float(i) for i, name in enumerate(unique)}, "operating point", False
+    positions = {name: float(m[2]) for name, m in zip(unique, matches, strict=True)}
+    least, most = min(positions.values()), max(positions.values())
+    log = least > 0 and most / least >= 4
+    return positions, f"operating point{' (log scale)' if log else ''}", log
+
+
+def _line(axes: Axes, xs: list[float], metrics: list[_Place], colour: str, number: int) -> None:
+    values = [m.value for m in metrics]
+    marker = MARKERS[number % len(MARKERS)]
+    axes.plot(xs, values, color=colour, marker=marker, markersize=6, linewidth=1.8, zorder=3)
+    for x, metric in zip(xs, metrics, strict=True):
+        if _bounded(metric):
+            _bar(axes, x, metric, colour)
+
+
+def _places(levels: int, points: bool) -> list[float | None]:
+    """Return where across the axes each level has its bar; a single one gets a band instead."""
+    if levels == 1:
+        return [None]
+    if points:
+        return [0.99 - 0.018 * i for i in range(levels)]
+    return [(i + 1) / (levels + 1) for i in reversed(range(levels))]
+
+
+def _level(axes: Axes, metric: _Place, colour: str, place: float | None) -> None:
+    """Draw a run without points: a band, or a bar at `place` when bands would cover each other."""
+    axes.axhline(metric.value, color=colour, linewidth=1.8, linestyle="--")
+    if not _bounded(metric):
+        return
+    if place is None:
+        axes.axhspan(metric.low or 0, metric.high or 0, color=colour, alpha=0.12, linewidth=0)
+    else:
+        across = axes.get_yaxis_transform()
+        _bar(axes, place, metric, colour, transform=across)
+
+
+def _bar(axes: Axes, x: float, metric: _Place, colour: str, **options: Any) -> None:
+    low, high = metric.value - (metric.low or 0), (metric.high or 0) - metric.value
+    axes.errorbar(
+        x,
+        metric.value,
+        [[max(0, low)], [max(0, high)]],
+        color=colour,
+        capsize=3,
+        linewidth=1.2,
+        zorder=2,
+        **options,
+    )
+
+
+def _bounded(metric: _Place) -> bool:
+    return all(b is not None and math.isfinite(b) for b in (metric.low, metric.high))
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Return the mean of each value and `reach` on both sides, fewer near the ends."""
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        means.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
+    return means
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> None:
+    if not positions:
+        axes.set_xticks([])
+        return
+    if log:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(list(positions.values()), list(positions))
+    axes.minorticks_off()
+    axes.set_xlabel(name)
+    if len(positions) == 1:
+        (x,) = positions.values()
+        axes.set_xlim(x / 2, x * 2) if log else axes.set_xlim(x - 1, x + 1)

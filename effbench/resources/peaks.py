@@ -1,0 +1,197 @@
+"""The peak of each kind of phase, by component: what `plan` and the memory evaluator predict.
+
+Tensors are counted from shapes; `workspace` and `allocator` are modelled from measurements. Bytes
+are those beyond the process itself: Python, its libraries, the tokenizer and the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from effbench.api.cost import Cost
+from effbench.api.footprint import Pass, Training, logit_bytes, transient
+from effbench.api.shape import Shape
+from effbench.api.spec import TrainSpec
+
+GRADIENT_BYTES = 4
+"""Gradients of trained weights are float32."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
+"""Bytes of optimiser state per trained weight."""
+WORKSPACE = 24 * 2**20
+"""Bytes of scratch space and code that a CPU process needs in its first pass; modelled from
+measurements (PyTorch 2.13 with oneDNN and MKL)."""
+TRAINING_WORKSPACE = 40 * 2**20
+"""The same that a CPU process needs for its first backward pass, on top, and keeps: an evaluation
+after training still holds it. Measured were 30 to 100 MiB."""
+KERNEL_BYTES = 0.6 * 2**20
+"""Bytes of code that oneDNN makes, and keeps, for each size of bfloat16 product on a CPU; modelled
+from measurements (oneDNN in PyTorch 2.13, AVX512-BF16). Float32 products need none."""
+KERNELS = 1024
+"""Sizes of which it keeps the code: the capacity of its cache."""
+HOLES = 0.2
+"""Share by which the C library's allocator needs more than the tensors that a training step makes
+and frees, because it cannot use freed blocks again whole; modelled from measurements with glibc
+2.36, where it was 0.14 to 0.57, and more with gradient checkpointing."""
+
+Components = dict[str, float]
+"""Bytes by component."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Predicts the peaks of one model on one device."""
+
+    shape: Shape
+    element: int
+    """Bytes of a compute element."""
+    cpu: bool = True
+    exact: bool = False
+    """Whether the allocator gives blocks back at once (`resources.memory.exact_blocks`)."""
+
+    def load(self, weights: int, made_from: int, packed: bool) -> Components:
+        """Return the peak of loading.
+
+        Args:
+            weights: Bytes of the weights as they are first held.
+            made_from: Bytes that are there beside them: files whose weights are cast.
+            packed: Whether linears are packed one after the other.
+        """
+        room = self.expanded if packed else 0
+        return {"weights": weights, "files": made_from, "workspace": room}
+
+    def step(
+        self,
+        settings: TrainSpec,
+        cost: Cost,
+        saved: Training,
+        one: Pass,
+        others: int = 0,
+        several: bool = False,
+        kernels: int = 0,
+    ) -> Components:
+        """Return the higher of a step's two peaks: when its backward pass begins, and its update.
+
+        Args:
+            settings: Of the training loop.
+            cost: The model's as it trains.
+            saved: What the method keeps from the forward pass.
+            one: The micro-batch.
+            others: Bytes of other models beside it.
+            several: Whether a step has several micro-batches, so that gradients are there already.
+            kernels: Sizes of products that the process has computed (`kernels`).
+        """
+        kept = saved.layers * one.size
+        if settings.gradient_checkpointing:
+            kept = (saved.boundary * self.shape.num_layers + saved.layer) * one.size
+        gradients = cost.trainable * GRADIENT_BYTES
+        backward: Components = {
+            "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
+            "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
+            "gradients": gradients if several else 0,
+        }
+        update: Components = {"gradients": gradients}
+        highest = max((backward, update), key=lambda m: sum(m.values()))
+        state = cost.trainable * OPTIMIZER_BYTES[settings.optimizer]
+        return {
+            "weights": cost.resident_bytes,
+            "other models": others,
+            "optimiser": state if settings.max_steps > 1 else 0,
+            **highest,
+            **self._around(_code(kernels), HOLES * sum(highest.values()), trained=True),
+        }
+
+    def compress(self, weights: int, read: Pass | None = None, kernels: int = 0) -> Components:
+        """Return the peak of compressing one linear after the other, from `weights` bytes.
+
+        Args:
+            weights: Bytes of what is compressed.
+            read: The longest row that is read to calibrate; None where nothing is read. Its widest
+                input is squared in float32 on the way.
+            kernels: Sizes of products that the process has computed (`kernels`).
+        """
+        reading: float = 0
+        if read is not None:
+            d, m = self.shape.hidden_size, self.shape.intermediate_size
+            reading = read.size * (transient(self.shape, self.element, False) + 8 * max(d, m))
+        highest = max(reading, self.expanded)
+        return {"weights": weights, **self._around(highest + _code(kernels))}
+
+    def kernels(self, passes: Collection[Pass], products: int = 1, lengths: int = 0) -> int:
+        """Return of how many sizes the products are that bring code with them.
+
+        Args:
+            passes: What is computed.
+            products: Of each linear: 1 forward, and 1 or 2 backward.
+            lengths: Different sizes of passes, where there are more than in `passes`.
+        """
+        if not self.cpu or self.element != 2:
+            return 0
+        sizes = len({(i, o) for _, _, i, o in self.shape.linears()})
+        rows = max(lengths, len({p.rows if p.kind == "decode" else p.size for p in passes}))
+        heads = max(lengths, len({p.counted for p in passes}))
+        return products * (sizes * rows + heads)
+
+    def inference(
+        self,
+        cost: Cost,
+        one: Pass,
+        every: bool = False,
+        trained: bool = False,
+        points: int = 1,
+        kernels: int = 0,
+        expands: bool = True,
+    ) -> Components:
+        """Return the peak of a pass without gradients.
+
+        Args:
+            cost: The model's as it is evaluated.
+            one: The pass.
+            every: Whether the head runs on all positions, not only on those that count.
+            trained: Whether the process has trained before.
+            points: Operating points that a scored batch goes through side by side.
+            kernels: Sizes of products that the process has computed (`kernels`).
+            expands: Whether packed linears, where there are some, are expanded to be multiplied.
+        """
+        adapted = cost.params > self.shape.params
+        packed = cost.resident_bytes < cost.params * self.element
+        positions = one.rows if one.kind == "decode" else one.size
+        running = transient(self.shape, self.element, adapted) * positions
+        residual = self.element * self.shape.hidden_size * positions
+        logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
+        last = {"activations": residual, "logits": logits}
+        cached = one.kind in ("prefill", "decode")
+        others = points - 1 if one.kind == "score" else 0
+        kept = self.block if packed and self.cpu and others else 0
+        room = self.expanded if packed and expands else 0
+        return {
+            "weights": cost.resident_bytes,
+            "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
+            **({"activations": running} if running > residual + logits else last),
+            "other points": others * residual + kept,
+            **self._around(room + _code(kernels), trained=trained),
+        }
+
+    @property
+    def expanded(self) -> int:
+        """Bytes of the largest linear while it is packed or expanded, in float32 on the way."""
+        largest = max((i * o for _, _, i, o in self.shape.linears()), default=0)
+        return largest * (self.element + 16)
+
+    @property
+    def block(self) -> int:
+        """Bytes of the largest block's linears, expanded to be used several times."""
+        sizes = (self.shape.linear_sizes(i).values() for i in range(self.shape.num_layers))
+        return max(sum(i * o for i, o in linears) for linears in sizes) * self.element
+
+    def _around(self, room: float, holes: float = 0, trained: bool = False) -> Components:
+        """Return scratch space, and on a CPU what the process needs beside its tensors."""
+        if not self.cpu:
+            return {"workspace": room}
+        room += WORKSPACE + (TRAINING_WORKSPACE if trained else 0)
+        return {"workspace": room, "allocator": 0 if self.exact else holes}
+
+
+def _code(kernels: int) -> float:
+    """Return the bytes of the kernels that are kept."""
+    return min(kernels, KERNELS) * KERNEL_BYTES

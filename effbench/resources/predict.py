@@ -1,0 +1,356 @@
+"""What a run will need before it runs: the peak of each phase by component, work, and least time.
+
+Tensors are counted from shapes (`effbench.api.footprint` says what autograd keeps). What a CPU
+process needs beside them is modelled from measurements, and is labelled so: scratch space of
+kernels, and the pieces that the C library's allocator cannot use again. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from effbench.api.cost import Cost
+from effbench.api.footprint import POINTS_AT_ONCE, Pass, step_flops
+from effbench.api.method_types import CALIBRATION_ROWS
+from effbench.api.plugins import make_evaluator
+from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.spec import Machine, Spec
+from effbench.config.compose import compose
+from effbench.methods.base import Method
+from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost
+from effbench.models.load import known_shape
+from effbench.resources.peaks import Components, Peaks
+from effbench.resources.usage import Taken
+from effbench.util.hardware import memory_bytes
+
+STORED_BYTES = 2
+"""Bytes per weight of a checkpoint, where its files are not at hand."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run works on, as far as memory depends on it."""
+
+    train: tuple[Pass, ...] = ()
+    """Micro-batches of training; any of them can be the largest."""
+    micro_batches: int = 1
+    """Most micro-batches of one step."""
+    lengths: int = 0
+    """Different sizes of what is trained or calibrated on, where there are more than listed."""
+    calibrate: tuple[Pass, ...] = ()
+    """Rows that a compression may read."""
+    evaluate: tuple[Pass, ...] = ()
+    """Batches of the evaluators."""
+    stored_bytes: int | None = None
+    """Bytes of the checkpoint's files that are converted while loading; None when not known."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The predicted peak of one phase, by component, in bytes."""
+
+    name: str
+    memory: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The sum of the components."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one run. Bytes, FLOPs and seconds."""
+
+    cost: Cost
+    phases: tuple[Phase, ...]
+    """In the order they run. Bytes are those beyond the process itself: Python, its libraries, the
+    tokenizer and the data."""
+    flops: float
+    """FLOPs of all training steps (0 when nothing is trained)."""
+    tokens: int
+    """Most tokens that training can see."""
+    seconds: float | None
+    """Least time of training at the machine's ceilings; None when they are not known."""
+    available: int
+    """Bytes that the machine has."""
+    notes: list[str] = field(default_factory=list)
+    trained: int = 0
+    """Parameters that train at the most; what is left of them is in `cost`."""
+
+    @property
+    def largest(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda p: p.peak)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by component at the highest peak."""
+        return self.largest.memory
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak in bytes."""
+        return self.largest.peak
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak fits; None when the machine's memory is not known."""
+        return self.peak <= self.available if self.available else None
+
+    def phase(self, name: str) -> Phase | None:
+        """Return the prediction of a phase; None when the run has no such phase."""
+        return next((p for p in self.phases if p.name == name), None)
+
+    def summary(self, took: Mapping[str, Taken] | None = None, base: int = 0) -> dict[str, Any]:
+        """Return the prediction as plain values, for the record.
+
+        Args:
+            took: What each phase then took.
+            base: Measured bytes of the process before the model was loaded.
+        """
+        phases: dict[str, Any] = {
+            p.name: {"memory": p.memory, "peak_bytes": p.peak, **_held_against(p, took, base)}
+            for p in self.phases
+        }
+        if self.seconds is not None and "measured_seconds" in phases.get("train", {}):
+            train = phases["train"]
+            train["seconds_error"] = self.seconds / train["measured_seconds"] - 1
+        return {
+            "peak_bytes": self.peak,
+            "memory": self.memory,
+            "base_bytes": base,
+            "phases": phases,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "cost": asdict(self.cost),
+        }
+
+
+def _held_against(phase: Phase, took: Mapping[str, Taken] | None, base: int) -> dict[str, float]:
+    """Return measurement and error of a phase; the error is relative to what was measured.
+
+    `error` is that of the whole peak, with the measured base on both sides; `own_error` is that of
+    what the run added to the base.
+    """
+    if not took or phase.name not in took:
+        return {}
+    measured = took[phase.name].peak_bytes
+    own = measured - base
+    return {
+        "measured_bytes": measured,
+        "measured_seconds": took[phase.name].seconds,
+        "error": (base + phase.peak) / measured - 1,
+        "own_error": phase.peak / own - 1 if own > 0 else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run makes of its model, from shapes."""
+
+    methods: tuple[Method, ...]
+    """All that the model goes through, first to last, fitted."""
+    base: Shape
+    """Of the base model."""
+    start: Shape
+    """Of what its method starts from."""
+    left: Shape
+    """Of what it leaves, as far as it is known."""
+    before: Cost | None
+    """Of what earlier runs made, as it is used; None for the base model."""
+    working: Cost
+    """While it trains, at the most."""
+    cost: Cost
+    """Of what it leaves, in the dtype that it trains in."""
+    used: Cost
+    """The same as it is evaluated, with all that is in memory beside it."""
+
+    @property
+    def own(self) -> Method:
+        """The method of the run."""
+        return self.methods[-1]
+
+    @classmethod
+    def of(
+        cls, spec: Spec, shape: Shape, earlier: Sequence[Method], folders: Sequence[Path] = ()
+    ) -> Course:
+        """Return the course of a run; see `predict`."""
+        methods, dtype = chain(spec, earlier), spec.hardware.dtype
+        shapes = [shape, *chain_shapes(methods, shape, folders)]
+        *first, own = methods = [m.fitted(s) for m, s in zip(methods, shapes, strict=False)]
+        start, point = shapes[-2], own.points()[-1]
+        before = None
+        if first:
+            whole = first[-1].whole(shapes[-2])
+            before = inference_cost(first, shape, dtype, whole, folders)
+        cost = chain_cost(methods, shape, dtype, point, folders)
+        used = inference_cost(methods, shape, dtype, own.whole(shapes[-1]), folders)
+        return cls(
+            methods=tuple(methods),
+            base=shape,
+            start=start,
+            left=shapes[-1],
+            before=before,
+            working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
+            cost=cost,
+            used=replace(used, kv_bytes_per_token=cost.kv_bytes_per_token),
+        )
+
+
+def predict(
+    spec: Spec,
+    shape: Shape,
+    machine: Machine,
+    earlier: Sequence[Method] = (),
+    workload: Workload | None = None,
+    exact: bool = False,
+    folders: Sequence[Path] = (),
+) -> Prediction:
+    """Return what a run will need.
+
+    Args:
+        spec: The run.
+        shape: Its model's shape.
+        machine: Stated ceilings; zeros are left open.
+        earlier: The methods that made what the run starts from, first to last.
+        workload: The batches it really has; None takes the largest that its settings allow.
+        exact: Whether the allocator gives blocks back at once.
+        folders: Artefacts of the earlier methods.
+    """
+    course = Course.of(spec, shape, earlier, folders)
+    work = workload or at_most(spec)
+    train = spec.stage == "train"
+    total = spec.train.max_steps * spec.train.accumulation * spec.train.batch_size
+    tokens = total * spec.dataset.max_length if train else 0
+    flops = tokens * _flops_per_trained_token(spec, course.own, course.start) if train else 0.0
+    seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
+    available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
+    return Prediction(
+        course.cost,
+        _phases(spec, course, work, exact),
+        flops,
+        tokens,
+        seconds,
+        available,
+        _notes(spec, course.methods, course.cost),
+        course.working.trainable,
+    )
+
+
+def at_most(spec: Spec) -> Workload:
+    """Return the largest work that the settings of a run allow."""
+    rows, tokens = spec.train.batch_size, spec.dataset.max_length
+    passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
+    steps = spec.train.max_steps * spec.train.accumulation
+    return Workload(
+        (Pass("train", rows, tokens, rows * (tokens - 1)),),
+        spec.train.accumulation,
+        min(tokens, steps if spec.stage == "train" else CALIBRATION_ROWS),
+        (Pass("score", 1, tokens, 1),),
+        tuple(passes),
+    )
+
+
+def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Phase, ...]:
+    """Return the phases of a run in their order."""
+    dtype, own = spec.hardware.dtype, course.own
+    cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
+    base, start, left = (
+        Peaks(s, size, cpu, exact) for s in (course.base, course.start, course.left)
+    )
+    loaded = _loaded(spec, course.base, course.methods, work)
+    found = {"load": base.load(*loaded, _packed(course.methods))}
+    trained, kernels = spec.stage == "train", 0
+    if trained:
+        saved, others = own.training(course.start, dtype), _others(own, course.start, size)
+        several = work.micro_batches > 1
+        kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
+        steps = (
+            start.step(spec.train, course.working, saved, p, others, several, kernels)
+            for p in work.train
+        )
+        found["train"] = max(steps, key=_total)
+    if spec.stage == "compress":
+        weights = course.before.resident_bytes if course.before else course.start.params * size
+        longest = None
+        if own.calibrates:
+            longest = max(work.calibrate, key=lambda p: p.size, default=None)
+            kernels = start.kernels(work.calibrate, lengths=work.lengths)
+        found["compress"] = start.compress(weights, longest, kernels)
+    if spec.evaluators:
+        every = not own.plain_logits(own.points()[-1])
+        passes = work.evaluate or (Pass("score", 1, 1, 1),)
+        kernels += left.kernels(passes)
+        together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
+        # A GPU multiplies NF4 weights in one kernel (bitsandbytes').
+        expands = cpu or any(m.leaves == "packed" for m in course.methods)
+        found["evaluate"] = max(
+            (
+                left.inference(course.used, p, every, trained, together, kernels, expands)
+                for p in passes
+            ),
+            key=_total,
+        )
+    return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
+
+
+def _total(memory: Components) -> float:
+    return sum(memory.values())
+
+
+def _packed(methods: Sequence[Method]) -> bool:
+    return any(m.leaves == "packed" or m.weights == "nf4" for m in methods)
+
+
+def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload) -> tuple[int, int]:
+    """Return the bytes of the weights as they are first held, and of what they are made from."""
+    masters = spec.stage == "train" and methods[-1].weights == "float32"
+    size = 4 if masters and methods[0].weights != "nf4" else DTYPE_BYTES[spec.hardware.dtype]
+    made_from = work.stored_bytes
+    if spec.model.source == "random":
+        made_from = 4 * shape.vocab_size * shape.hidden_size  # drawn matrix by matrix, in float32
+    elif made_from is None:
+        made_from = 0 if size == STORED_BYTES else shape.params * STORED_BYTES
+    return shape.params * size, made_from
+
+
+def _others(method: Method, start: Shape, element: int) -> int:
+    """Return the bytes of the other models that training holds."""
+    return sum(s.params * element for s in _other_shapes(method, start))
+
+
+def _other_shapes(method: Method, start: Shape) -> list[Shape]:
+    """Return the shapes of the other models that training holds, as far as they are known."""
+    shapes = (
+        known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start
+        for name in method.holds()
+    )
+    return [s for s in shapes if s]
+
+
+def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
+    """Return the FLOPs of a training step per token, with rows of full length."""
+    rows, length = spec.train.batch_size, spec.dataset.max_length
+    work = method.training(shape, spec.hardware.dtype)
+    batch = Pass("train", rows, length, rows * length)
+    own = step_flops(shape, work, batch, spec.train.gradient_checkpointing)
+    others = (s.flops_per_token(length // 2) for s in _other_shapes(method, shape))
+    return own / batch.size + sum(others)
+
+
+def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
+    notes = []
+    if cost.saving == "simulated":
+        notes.append("The saving is simulated: it is computed, but not held, in fewer bytes.")
+    if spec.hardware.device == "cpu" and any(m.weights == "nf4" for m in methods):
+        notes.append("On a CPU, 4-bit weights save memory, not time.")
+    return notes
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on this machine's CPU side; 0 where that is not known."""
+    return memory_bytes()[1] if device == "cpu" else 0

@@ -1,0 +1,94 @@
+"""Events of a run: one JSON line each, appended, and cut back to the checkpoint on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from effbench.api.schema import plain
+from effbench.api.spec import Job
+from effbench.util.errors import UserError
+from effbench.util.files import mendable
+
+
+class EventLog:
+    """Facts with a clock. A tracker, when asked for, gets a copy of each."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        _mend(path)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._tracker = _wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
+
+    def append(self, kind: str, **facts: Any) -> None:
+        """Add one event."""
+        line = {"time": round(time.time(), 4), "event": kind, **facts}
+        with mendable(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(_flat(kind, facts))
+
+    def position(self) -> int:
+        """Return the length of the log in bytes, for `cut`."""
+        self._file.flush()
+        return self._file.tell()
+
+    def cut(self, position: int) -> None:
+        """Forget all events behind `position`."""
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.truncate(min(position, end))
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the log and the tracker."""
+        self._file.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that a crash left unfinished, so that the next one stands alone."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_events(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Yield the events of a kind; a last line that a crash cut off is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if event["event"] == kind:
+            yield event
+
+
+def _flat(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    if kind == "metric":
+        return {"/".join(p for p in (facts["name"], facts["point"]) if p): facts["value"]}
+    return {f"{kind}/{k}": v for k, v in facts.items() if isinstance(v, int | float)}
+
+
+def _wandb(job: Job, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb is not installed.", "pip install 'effbench[wandb]'") from None
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project="effbench",
+        id=job.spec.key,
+        name=job.spec.label,
+        config=plain(job.spec),
+        dir=folder,
+        resume="allow",
+    )

@@ -1,0 +1,288 @@
+"""The record of a finished run: one JSON line in `results/records/<key>.json`.
+
+Records are committed with the code, so a fresh clone can make every table again. Per-item outcomes
+stand at the end of the line, so that lists of many runs can be shown without parsing them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from effbench.results.migrations import RECORDS, migrated_spec
+from effbench.util.errors import NewerVersionError, UserError, did_you_mean
+from effbench.util.files import write_atomic
+
+SCHEMA = 3
+"""Raised when the form of a record changes; `migrations.RECORDS` then gets an entry."""
+
+Obtained = Literal["measured", "counted", "modelled"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run."""
+
+    name: str
+    value: float
+    unit: str
+    point: str = ""
+    """Operating point of the artefact; empty when it has only one."""
+    split: str = ""
+    """Split of the dataset; empty for what no data entered."""
+    n: int = 0
+    """Observations behind the value; 0 when it is not an estimate."""
+    low: float | None = None
+    """Lower end of the 95 % interval."""
+    high: float | None = None
+    """Upper end of the 95 % interval."""
+    obtained: Obtained = "measured"
+    """`measured` on the device, `counted` exactly, or `modelled` from shapes and ceilings."""
+    phase: str = ""
+    """Part of the run (load, train, evaluate)."""
+    task: str = ""
+    """Benchmark task that an evaluator brought along; empty for the run's own dataset."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The outcome of every item behind a metric, for paired tests between runs."""
+
+    evaluator: str
+    metric: str
+    point: str
+    split: str
+    ids: str
+    """`schema.digest` of the item ids in order: runs with equal `ids` saw the same items."""
+    values: list[float]
+    """One per item, in order; their mean is the metric. Stored with 6 significant digits."""
+    task: str = ""
+    """As in `Metric`."""
+    clusters: list[int] = field(default_factory=list)
+    """Group of each item, where items are not independent (questions on one passage); else empty.
+    Intervals and tests then resample whole groups."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one finished run was and what it gave."""
+
+    schema: int
+    key: str
+    label: str
+    stage: str
+    spec: dict[str, Any]
+    environment: dict[str, Any]
+    parent: str
+    """Key of the run this one went on from; empty when it started from the base model."""
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    """Wall-clock time of the run."""
+    metrics: list[Metric]
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What was predicted before the run."""
+    notes: list[str] = field(default_factory=list)
+    outcomes: list[Outcomes] = field(default_factory=list)
+
+    @property
+    def ended(self) -> float:
+        """When the run finished, in seconds since the epoch."""
+        return datetime.fromisoformat(self.started).timestamp() + self.seconds
+
+    def name_of(self, part: str) -> str:
+        """Return the name of the `method`, `model` or `dataset`, or an empty string."""
+        return str((self.spec.get(part) or {}).get("name", ""))
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def write(record: Record, folder: Path) -> Path:
+    """Write a record into `folder`, atomically, and return its file.
+
+    Raises:
+        UserError: When the place cannot be written.
+    """
+    path = folder / f"{record.key}.json"
+    plain = asdict(replace(record, outcomes=[]))
+    del plain["outcomes"]
+    plain["outcomes"] = [_packed(o) for o in record.outcomes]
+    line = json.dumps(strict(plain), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    write_atomic(path, line + "\n")
+    return path
+
+
+def read(path: Path, outcomes: bool = True) -> Record:
+    """Return the record in a file.
+
+    Args:
+        path: A file that `write` made, with this or an earlier version.
+        outcomes: Whether to parse the per-item outcomes, the longest part of the line.
+
+    Raises:
+        UserError: When there is none, it is damaged, or a newer effbench wrote it.
+    """
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), outcomes)
+        return _record(_migrated(values))
+    except NewerVersionError as error:
+        raise UserError(
+            f"{path} was written by a newer effbench: {error.message}.",
+            "Upgrade effbench to read it.",
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"There is no record {path}.", "See: effbench runs") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a whole record: {error}.",
+            "Restore it from version control, or delete it and run its command again.",
+        ) from None
+
+
+def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
+    """Return all records of a folder, oldest first; none is skipped.
+
+    Raises:
+        UserError: That names the first file that cannot be read.
+    """
+    records = [read(path, outcomes) for path in _files(folder)]
+    return sorted(records, key=lambda r: (r.started, r.key))
+
+
+def find(folder: Path, ref: str) -> Record:
+    """Return the record that a person means.
+
+    Args:
+        folder: Folder of the records.
+        ref: A key, at least four digits that begin only one key, or `latest`.
+
+    Raises:
+        UserError: When none or several fit, with the keys that come near.
+    """
+    paths = {path.stem: path for path in _files(folder)}
+    if not paths:
+        raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
+    if ref == "latest":
+        newest = max(read_all(folder, outcomes=False), key=lambda r: r.ended)
+        return read(paths[newest.key])
+    if ref in paths:
+        return read(paths[ref])
+    fits = [key for key in paths if len(ref) >= 4 and key.startswith(ref)]
+    if len(fits) == 1:
+        return read(paths[fits[0]])
+    if fits:
+        raise UserError(f"{ref!r} fits {len(fits)} records.", f"They are: {', '.join(fits[:6])}.")
+    if any(key.startswith(ref) for key in paths):
+        raise UserError(f"{ref!r} is too short to name a record.", "Give at least four digits.")
+    raise UserError(
+        f"There is no record {ref!r}.", did_you_mean(ref, paths) + " See: effbench runs"
+    )
+
+
+def as_now(records: Sequence[Record]) -> list[Record]:
+    """Return records whose specs have the fields that came since, so that specs can be compared."""
+    from effbench.api.keys import completed
+    from effbench.api.spec import Spec
+
+    return [replace(record, spec=completed(Spec, migrated_spec(record.spec))) for record in records]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+# -- reading and writing one line --------------------------------------------------------------
+
+OUTCOMES = ',"outcomes":['
+"""Cannot occur inside a JSON string, where quotes are escaped; its last occurrence is ours."""
+
+
+def _parse(text: str, outcomes: bool) -> dict[str, Any]:
+    line = text.removesuffix("\n")
+    if "\n" in line:
+        raise ValueError("it has more than one line")
+    if not outcomes and OUTCOMES in line and line.endswith("]}"):
+        line = line[: line.rindex(OUTCOMES)] + "}"
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    return values
+
+
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
+    number = values["schema"]
+    if number > SCHEMA:
+        raise NewerVersionError(f"its schema is {number}, known: {SCHEMA}")
+    for step in range(number, SCHEMA):
+        values = RECORDS[step](values)
+    return values
+
+
+def _record(values: dict[str, Any]) -> Record:
+    metrics = [_typed(Metric, m, "metrics") for m in values.pop("metrics")]
+    outcomes = [_typed(Outcomes, _unpacked(o), "outcomes") for o in values.pop("outcomes", [])]
+    return _typed(Record, {**values, "metrics": metrics, "outcomes": outcomes}, "record")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float,),
+    "float | None": (float, type(None)),
+    "dict": (dict,),
+    "list": (list,),
+    "Obtained": (str,),
+}
+"""What a field may hold, by the head of its annotation (this file must not import pydantic)."""
+
+
+def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
+    known = {part.name: part for part in fields(cls)}  # type: ignore[arg-type]
+    unknown = values.keys() - known
+    if unknown and all(name in values for name, part in known.items() if _required(part)):
+        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
+    for part in known.values():
+        if part.name not in values:
+            continue
+        annotation = str(part.type)
+        value = values[part.name]
+        if annotation.startswith("float") and value is not None and not isinstance(value, bool):
+            value = values[part.name] = float(value)
+        right = isinstance(value, _KINDS[annotation.partition("[")[0]])
+        if not right or (annotation == "Obtained" and value not in get_args(Obtained)):
+            raise TypeError(f"{where}.{part.name} cannot be {value!r}")
+    return cls(**values)
+
+
+def _required(part: Field[Any]) -> bool:
+    return part.default is MISSING and part.default_factory is MISSING
+
+
+def _packed(outcomes: Outcomes) -> dict[str, Any]:
+    """Return outcomes with short numbers: 6 digits, and `1` for 1.0."""
+    rounded = (float(f"{v:.6g}") for v in outcomes.values)
+    values = [int(v) if v.is_integer() and abs(v) < 1e6 else v for v in rounded]
+    return {**asdict(replace(outcomes, values=[])), "values": values}
+
+
+def _unpacked(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "values": [float(v) for v in values["values"]]}
+
+
+def strict(value: Any) -> Any:
+    """Return `value` with NaN and infinities as strings, which strict JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    return value

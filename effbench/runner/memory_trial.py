@@ -1,0 +1,59 @@
+"""One trial of a memory cap: `python -m effbench.runner.memory_trial`.
+
+The work comes on standard input. It loads the model of a run, caps the memory of its own process
+first, and decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from effbench.api.schema import build
+from effbench.api.spec import Job
+from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here, says_out_of_memory
+from effbench.results.store import Store
+
+
+def main() -> int:
+    """Run the trial on standard input and return the exit status."""
+    work = json.loads(sys.stdin.read())
+    try:
+        decode(work)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not isinstance(error, MemoryError) and not says_out_of_memory(str(error)):
+            raise
+        return OUT_OF_MEMORY
+    return 0
+
+
+def decode(work: dict[str, Any]) -> None:
+    """Load what the run evaluates, under the cap, and decode at the operating point."""
+    import torch
+
+    from effbench.evaluators.memory import random_tokens
+    from effbench.runner.open import evaluated
+
+    job = build(Job, work["job"], "job")
+    store = Store(Path(job.runtime.results))
+    if job.spec.hardware.threads:
+        torch.set_num_threads(job.spec.hardware.threads)
+    cap_here(work["cap"], work["device"])
+    with TemporaryDirectory() as scratch:
+        model, method = evaluated(job, store, Path(scratch))
+    prompt = random_tokens(model, work["seed"], work["batch_size"], work["prompt_tokens"])
+    with torch.inference_mode(), method.at(model, work["point"]):
+        session = method.session(model)
+        token = session.prefill(prompt.to(work["device"])).argmax(-1, keepdim=True)
+        for _ in range(work["new_tokens"]):
+            token = session.step(token).argmax(-1, keepdim=True)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # a library that cannot allocate at exit must not change the answer

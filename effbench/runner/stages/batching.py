@@ -1,0 +1,105 @@
+"""Which rows a training step sees, and how they are cut into micro-batches with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from effbench.api.batch import Batch, make_batch
+from effbench.data.tokenise import Example
+from effbench.util.errors import UserError
+
+PASS_TOKENS = {"cpu": 128, "cuda": 256}
+"""Tokens whose arithmetic takes about as long as one more pass over the weights does, by device."""
+
+
+def rows_of_step(count: int, seed: int, step: int, size: int) -> list[int]:
+    """Return the rows of a step: a function of the seed and the step alone, each row once an epoch.
+
+    Args:
+        count: Rows there are.
+        seed: Of the run.
+        step: From 0.
+        size: Rows of one step.
+    """
+    rows = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(place, count)
+        rows.append(_permutation(count, seed * 1_000_003 + epoch)[offset])
+    return rows
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int) -> list[int]:
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=draws).tolist()
+
+
+def micro_batches(lengths: Sequence[int], most: int, pass_tokens: int) -> list[list[int]]:
+    """Return the positions in groups that together take the least time.
+
+    Rows of one group are padded to its longest; each group costs one more pass over the weights.
+    The best cut of the rows in order of length is found by dynamic programming.
+
+    Args:
+        lengths: Tokens of each row.
+        most: Rows that a group may have.
+        pass_tokens: What a pass costs, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best: list[tuple[int, int]] = [(0, 0)]  # (cost, start of the last group) of the first n rows
+    for end in range(1, len(order) + 1):
+        choices = [
+            (best[start][0] + (end - start) * lengths[order[start]] + pass_tokens, start)
+            for start in range(max(0, end - most), end)
+        ]
+        best.append(min(choices))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.insert(0, order[start:end])
+        end = start
+    return groups
+
+
+def groups_of(rows: Sequence[Example], most: int, device: torch.device) -> list[list[int]]:
+    """Return the positions of a step's rows, by micro-batch."""
+    return micro_batches([len(r.ids) for r in rows], most, PASS_TOKENS.get(device.type, 128))
+
+
+def window(
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    most: int,
+    pad: int,
+    device: torch.device,
+) -> list[Batch]:
+    """Return the micro-batches of one step; their losses add up to the mean over all its tokens.
+
+    Args:
+        examples: The training rows.
+        rows: The rows of this step.
+        most: Rows that a micro-batch may have.
+        pad: Token that fills up.
+        device: Where the batches go.
+
+    Raises:
+        UserError: When no token of the step counts in the loss.
+    """
+    tokens = sum(sum(label != -100 for label in examples[i].labels()[1:]) for i in rows)
+    if tokens == 0:
+        raise UserError(
+            "A whole accumulation window has no token to learn from.",
+            "Raise dataset.max_length, or check the answers.",
+        )
+    batches = []
+    for group in groups_of([examples[i] for i in rows], most, device):
+        chosen = [rows[position] for position in group]
+        batch = make_batch([(examples[i].ids, examples[i].labels()) for i in chosen], pad)
+        batch.rows = chosen
+        batch.window_tokens = tokens
+        batches.append(batch.to(device))
+    return batches

@@ -1,0 +1,89 @@
+"""Compression: part by part, each part a resume point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from effbench.api.batch import Batch
+from effbench.api.footprint import Pass
+from effbench.api.method_types import CALIBRATION_ROWS
+from effbench.data.tokenise import Example
+from effbench.nn.llama.weights import read_tensors
+from effbench.runner.artefact import load_made, note_made, save_artefact
+from effbench.runner.evaluation import evaluate
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import Bench, as_batch, count_model, count_trained
+from effbench.runner.signals import stop_signal
+from effbench.util.errors import StoppedError
+from effbench.util.files import atomic_path
+
+
+class Parts:
+    """Finished parts of a compression, on disk, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def read(self, name: str, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """Return a finished part, None when it is not there."""
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        return {n: t.to(device) for n, t in read_tensors(path).items()}
+
+    def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a finished part."""
+        with atomic_path(self._path(name)) as place:
+            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, place)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def compress(bench: Bench) -> None:
+    """Compress, save and evaluate.
+
+    Raises:
+        StoppedError: After Ctrl-C or a termination signal; finished parts are kept.
+    """
+    data = open_data(bench)
+    model = open_model(bench).requires_grad_(False).eval()
+    made = load_made(bench, model)
+    if made is None:
+        rows = _calibration(bench, data.examples("train"))
+        passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
+        bench.know(calibrate=tuple(passes), lengths=0)
+        with bench.phase("compress"):
+            _parts(bench, model, rows)
+        count_model(bench, model)
+        count_trained(bench, model)
+        save_artefact(bench, model)
+        note_made(bench)
+    evaluate(bench, made or model, data)
+
+
+def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
+    pad = bench.tokenizer.pad_token_id
+    return [as_batch(e, pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
+
+
+def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:
+    """Make every part that is not finished yet, and put all of them in place, in order."""
+    finished = Parts(bench.folder.path / "parts")
+    parts = bench.method.compress(model, calibration, bench.context())
+    with stop_signal() as stop:
+        for done, part in enumerate(parts, 1):
+            tensors = finished.read(part.name, bench.device)
+            if tensors is None:
+                tensors = part.make()
+                finished.add(part.name, tensors)
+                bench.events.append("part", name=part.name)
+            part.put(tensors)
+            bench.progress.count("part", done, part.name)
+            if stop.requested:
+                raise StoppedError(f"part {part.name}")

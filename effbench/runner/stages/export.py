@@ -1,0 +1,45 @@
+"""Writes what a run made in another tool's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effbench.api.spec import Job, Runtime
+from effbench.results.store import Store
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.files import replace_folder, scratch_folder
+
+
+def export(ref: str, folder: Path, point: str, results: Path) -> None:
+    """Write the artefact of a run at one operating point into a new folder.
+
+    Raises:
+        UserError: For an unknown run or point, a folder that exists, or a method without export.
+    """
+    store = Store(results)
+    key = store.resolve(ref)
+    spec = store.spec_of(key)
+    while spec.stage == "eval" and spec.parent:
+        key, spec = spec.parent, store.spec_of(spec.parent)
+    if spec.stage == "eval":
+        raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
+    if folder.exists():
+        raise UserError(f"{folder} is there already.", "Choose another folder.")
+
+    from effbench.runner.open import open_model
+    from effbench.runner.run import open_bench
+
+    bench = open_bench(Job(spec, Runtime(results=str(results))), store.run(key), store)
+    model = open_model(bench)
+    points = bench.method.points()
+    point = point or points[-1]
+    if point not in points:
+        raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
+    model = bench.method.load(model, store.run(key).artefact, bench.context())
+    bench.events.close()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent, folder.name) as new:
+        bench.method.export(model, point, new)
+        if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
+            bench.tokenizer.save_pretrained(new)
+        replace_folder(new, folder)

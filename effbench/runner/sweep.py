@@ -1,0 +1,143 @@
+"""Grids of runs: Hydra's sweepers make the list, Hydra's launchers take it to the machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from effbench.api.spec import Stage
+from effbench.config.compose import hydra_compose, job_from, to_plain
+from effbench.config.overrides import Words, check_overrides, existing
+from effbench.results.store import Store
+from effbench.runner.local import execute
+from effbench.util.errors import RunFailedError, UserError
+from effbench.util.files import mendable
+from effbench.util.package_data import conf_dir
+
+OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a grid ended."""
+
+    overrides: list[str]
+    key: str
+    error: str = ""
+
+
+def sweep(
+    stage: Stage, overrides: Sequence[str], extra: Sequence[Path] = (), fresh: bool = False
+) -> list[Outcome]:
+    """Run a grid; a run that fails does not stop the others.
+
+    Args:
+        stage: The command.
+        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`).
+        extra: Folders with the user's own configs.
+        fresh: Run finished keys again.
+
+    Raises:
+        UserError: When the grid itself cannot be composed.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    extra = [existing(p) for p in extra]
+    checked = check_overrides(overrides, extra)
+    words = checked.with_method(stage)
+    words = [_latest_now(w, _results(words)) for w in words]
+    _try_one(stage, replace(checked, words=words), extra)
+    if extra:
+        words.append(f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]")
+    folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    with mendable(folder):
+        folder.mkdir(parents=True)
+    words.append(f"hydra.sweep.dir={folder}")
+
+    def task(config: Any) -> None:
+        context = HydraConfig.get()
+        mine = [str(o).lstrip("+") for o in context.overrides.task]
+        key, error = "", ""
+        try:
+            job = job_from(stage, to_plain(config), checked.chosen)
+            key = job.spec.key
+            execute(job, fresh)
+        except UserError as problem:
+            error = str(problem)
+        except RunFailedError as problem:
+            if problem.status == 130:
+                raise KeyboardInterrupt from None
+            error = str(problem)
+        place = Path(context.runtime.output_dir)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / OUTCOME).write_text(json.dumps({"overrides": mine, "key": key, "error": error}))
+
+    with _arguments(["effbench", "-m", *words]):
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
+                task
+            )()
+        except SystemExit as stop:
+            if stop.code:
+                raise UserError(
+                    "The grid cannot be composed; the reason stands above.",
+                    "Try one of its runs alone, with --dry-run.",
+                ) from None
+    files = sorted(folder.glob(f"*/{OUTCOME}"), key=lambda p: int(p.parent.name))
+    return [Outcome(**json.loads(p.read_text())) for p in files]
+
+
+def _try_one(stage: Stage, checked: Words, extra: Sequence[Path]) -> None:
+    """Compose runs of the grid until one is possible.
+
+    Raises:
+        UserError: What is wrong with the first one, when none is.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(checked.words)
+        points = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException:
+        return  # another sweeper draws the points itself
+    problem: UserError | None = None
+    for point in points:
+        try:
+            job_from(stage, hydra_compose(point, extra), checked.chosen)
+            return
+        except UserError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+
+
+def _latest_now(word: str, results: Path) -> str:
+    """Name the latest run, which the grid's own runs would otherwise replace one by one."""
+    if word.startswith("from=") and re.search(r"\blatest\b", word):
+        return re.sub(r"\blatest\b", Store(results).resolve("latest"), word)
+    return word
+
+
+def _results(words: Sequence[str]) -> Path:
+    given = [w.partition("=")[2] for w in words if w.lstrip("+").startswith("run.results=")]
+    return Path(given[-1].strip("'\"") if given else "results").resolve()
+
+
+@contextmanager
+def _arguments(words: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = words
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,89 @@
+"""The process of one run: `python -m effbench.runner.worker`, with the job on standard input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from effbench.api.schema import build
+from effbench.api.spec import Job
+from effbench.results.store import RunFolder, Store
+from effbench.runner.signals import end_with_parent, interrupt_when_asked
+from effbench.util.errors import StoppedError, UserError
+
+INTERRUPTED = 130
+"""Exit status of a run that was asked to stop."""
+
+
+def main() -> int:
+    """Run the job on standard input and return the exit status."""
+    job = build(Job, json.loads(sys.stdin.read()), "job")
+    try:
+        run_here(job)
+    except UserError as error:
+        return _fail(error)
+    except StoppedError as place:
+        _say(f"Stopped after {place}; everything is saved. The same command goes on from there.")
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        _say("Stopped. The same command goes on from the last checkpoint.")
+        return INTERRUPTED
+    return 0
+
+
+def run_here(job: Job) -> None:
+    """Run a job in this process, unless it is finished; wait for whoever is on it.
+
+    Raises:
+        UserError: For anything a user can mend.
+        StoppedError: When the run was asked to stop; its state is saved.
+    """
+    store = Store(Path(job.runtime.results))
+    folder = store.run(job.spec.key)
+    with folder.locked(lambda holder: _say(f"waiting: {holder} is on this very run")):
+        store.sweep(job.spec.key)
+        if not folder.finished:
+            folder.create(job.spec)
+            try:
+                _run(job, folder, store)
+            except Exception:
+                with suppress(OSError), (folder.path / "log.txt").open("a") as log:
+                    log.write(traceback.format_exc())
+                raise
+
+
+def _run(job: Job, folder: RunFolder, store: Store) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    from effbench.runner.run import finish, open_bench
+    from effbench.runner.stages.compress import compress
+    from effbench.runner.stages.evaluate import evaluate_only
+    from effbench.runner.stages.train import train
+
+    bench = open_bench(job, folder, store)
+    stages = {"train": train, "compress": compress, "eval": evaluate_only}
+    stages[job.spec.stage](bench)
+    finish(bench)
+
+
+def _fail(error: UserError) -> int:
+    _say(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+    return 2
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone, and that is why the run stops
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    interrupt_when_asked()
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What is counted of a training step, against the tensors that autograd really keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import SHAPE as TINY
+from helpers import adamw, generator, tiny_model
+
+from effbench.api.batch import Batch
+from effbench.api.footprint import Pass, logit_bytes, step_flops
+from effbench.api.method_types import Context
+from effbench.methods.adalora import AdaLoRA
+from effbench.methods.apt import APT
+from effbench.methods.base import Method
+from effbench.methods.deep_lora import DeepLoRA
+from effbench.methods.dora import DoRA
+from effbench.methods.dylora import DyLoRA
+from effbench.methods.echo_llama import EchoLLaMA
+from effbench.methods.echoatt import EchoAtt
+from effbench.methods.exit_heads import ExitHeads
+from effbench.methods.full import Full
+from effbench.methods.kd import Distillation
+from effbench.methods.lora import LoRA
+from effbench.methods.lora_drop import LoRADrop
+from effbench.methods.qlora import QLoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn.quant.linears import quantise_nf4
+from effbench.resources.peaks import OPTIMIZER_BYTES
+
+SHAPE = replace(TINY, vocab_size=500)
+ROWS, LENGTH = 4, 64
+METHODS = [
+    Full(),
+    LoRA(rank=4),
+    LoRA(rank=4, targets=("q_proj", "down_proj")),
+    QLoRA(rank=4),
+    DyLoRA(rank=4),
+    Distillation(teacher="t"),
+    DeepLoRA(rank=4),
+    DeepLoRA(rank=4, form="narrow", targets=("q_proj", "down_proj")),
+    DeepLoRA(form="full"),
+    APT(rank=4),
+    DoRA(rank=4),
+    DoRA(rank=4, targets=("q_proj", "down_proj")),
+    AdaLoRA(rank=4),
+    SortedLoRA(rank=4, depths=(2,)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="soft"),
+    SortedLoRA(rank=4, depths=(1, 2), objective="soft", layout="skip_middle"),
+    SortedFull(depths=(2,), objective="sampled"),
+    SortedFull(depths=(1, 2)),
+    SortedLoRA(rank=4, depths=(1, 2), objective="layerskip"),
+    SortedFull(depths=(1, 2), objective="layerskip"),
+    ExitHeads(depths=(1, 2)),
+    ExitHeads(depths=(1, 2), trunk="trained"),
+    EchoAtt(layers=(1,), refine=1.0),
+    EchoLLaMA(share=0.5),
+    EchoLLaMA(share=0.5, blend=False),
+    EchoLLaMA(share=0.5, trains="lora", rank=4, blend=False),
+]
+
+
+def full_batch() -> Batch:
+    ids = torch.randint(3, SHAPE.vocab_size, (ROWS, LENGTH), generator=generator(0))
+    batch = Batch(ids, torch.ones_like(ids), ids.clone(), list(range(ROWS)))
+    batch.window_tokens = batch.loss_tokens
+    return batch
+
+
+def kept_bytes(method: Method, dtype: str) -> int:
+    """Return the bytes that a step's forward pass keeps, parameters and loss left out."""
+    compute = getattr(torch, dtype)
+    masters = method.weights == "float32"
+    model = tiny_model(dtype=torch.float32 if masters else compute, shape=SHAPE)
+    if method.weights == "nf4":
+        quantise_nf4(model, compute_dtype=compute)
+    cast = torch.autocast("cpu", compute, enabled=masters and dtype != "float32")
+    ctx = Context(
+        0,
+        torch.device("cpu"),
+        compute,
+        generator(0),
+        lambda name: tiny_model(dtype=compute, shape=SHAPE),
+    )
+    model = method.prepare(model, ctx).train()
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        logits = tensor.shape[-1:] == (SHAPE.vocab_size,) and tensor.shape[0] != SHAPE.hidden_size
+        if place not in own and not logits:
+            seen[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), cast:
+        loss = method.loss(model, full_batch(), ctx)
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_activations_are_what_autograd_keeps(method: Method, dtype: str) -> None:
+    training = method.training(SHAPE, dtype)
+    counted = training.layers * ROWS * LENGTH + training.fixed
+    assert counted == pytest.approx(kept_bytes(method, dtype), rel=0.06)
+
+
+def test_stand_ins_keep_what_is_above_the_first_one() -> None:
+    method = LoRADrop(rank=4, layers=(1,))
+    training = method.training(SHAPE, "float32")
+    kept = kept_bytes(method, "float32")
+    counted = training.layers * ROWS * LENGTH + training.quadratic * ROWS * LENGTH**2
+    assert counted < 0.6 * LoRA(rank=4).training(SHAPE, "float32").layers * ROWS * LENGTH
+    assert counted == pytest.approx(kept, rel=0.5)
+
+
+def test_logits_of_a_pass_without_gradients() -> None:
+    one = Pass("score", 2, 10, 7)
+    assert logit_bytes(one, 100, 4, every=False) == 7 * 100 * 8
+    assert logit_bytes(one, 100, 2, every=False) == 7 * 100 * 10
+    assert logit_bytes(one, 100, 2, every=True) == 7 * 100 * 10 + 20 * 100 * 2
+    assert logit_bytes(Pass("decode", 2, 10, 2), 100, 2, every=True) == 2 * 100 * 2
+
+
+def test_half_of_the_square_is_seen_by_causal_attention() -> None:
+    training, one = Full().training(SHAPE, "float32"), Pass("train", 1, 32, 31)
+    half, whole = (step_flops(SHAPE, training, one, square=s) for s in (False, True))
+    attention = 4 * SHAPE.num_heads * SHAPE.head_dim * 32 * 32 * SHAPE.num_layers
+    assert whole - half == pytest.approx(3 * attention / 2)
+    again = step_flops(SHAPE, training, one, recompute=True, square=True)
+    assert again - whole == pytest.approx(2 * SHAPE.linear_params * 32 + attention)
+
+
+def test_products_of_weights_do_not_depend_on_the_tokens() -> None:
+    training = DoRA(rank=4).training(SHAPE, "float32")
+    assert training.forward_constant == 2 * 4 * SHAPE.linear_params
+    short, long = (Pass("train", 1, t, t - 1) for t in (8, 16))
+    plain = LoRA(rank=4).training(SHAPE, "float32")
+    for one in (short, long):
+        more = step_flops(SHAPE, training, one) - step_flops(SHAPE, plain, one)
+        assert more == training.forward_constant
+        again = step_flops(SHAPE, training, one, recompute=True)
+        assert again - step_flops(SHAPE, plain, one, recompute=True) == 2 * more
+    distance = AdaLoRA(rank=4).training(SHAPE, "float32")
+    none = AdaLoRA(rank=4, orthogonality=0).training(SHAPE, "float32")
+    for recompute in (False, True):
+        flops = [step_flops(SHAPE, t, short, recompute) for t in (distance, none)]
+        sizes = sum(i + o for _, _, i, o in SHAPE.linears())
+        assert flops[0] - flops[1] == 6 * 6**2 * sizes
+
+
+def test_optimiser_state_is_what_the_plan_counts() -> None:
+    model = tiny_model(shape=SHAPE)
+    optimizer = adamw(model)
+    model(input_ids=full_batch().input_ids).logits.sum().backward()
+    optimizer.step()
+    states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    held = sum(t.numel() * t.element_size() for t in states if t.ndim)
+    assert held == OPTIMIZER_BYTES["adamw"] * SHAPE.params

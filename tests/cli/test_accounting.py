@@ -1,0 +1,77 @@
+"""The self-check of counts and peaks: it passes, and it notices what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from effbench.cli.selfcheck import accounting
+from effbench.cli.selfcheck.base import Check
+from effbench.methods.base import Method
+from effbench.methods.exit_heads import ExitHeads
+from effbench.methods.lora import LoRA
+from effbench.methods.sorted_full import SortedFull
+from effbench.methods.sorted_lora import SortedLoRA
+from effbench.nn.depth import layerskip
+
+
+@pytest.mark.parametrize("name", accounting._methods())
+def test_counts_of_every_method_at_every_point(name: str) -> None:
+    checks = list(accounting._counts(name))
+    assert not [c for c in checks if not c.passed]
+    kinds = {c.name.split(",")[0] for c in checks}
+    assert {"forward FLOPs", "forward FLOPs again", "bytes of cache", "bytes of weights"} <= kinds
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SortedLoRA(depths=(3,)),
+        SortedLoRA(depths=(2, 4), objective="soft"),
+        SortedLoRA(depths=(2, 4), objective="soft", layout="skip_middle"),
+        SortedFull(depths=(2, 4), objective="sampled"),
+        SortedLoRA(depths=(1, 2, 4), objective="layerskip"),
+        SortedFull(depths=(3,), objective="layerskip"),
+        ExitHeads(depths=(2, 3, 4), trunk="trained"),
+    ],
+)
+def test_a_step_over_several_depths(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerskip, "MOST_DROPPED", 0.0)  # what is drawn has a test of its own
+    model, ctx = accounting._model(method)
+    assert accounting._step("", method, model, ctx).passed
+
+
+def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoRA.cost
+
+    def wrong(self: LoRA, *args: object, **more: object) -> object:
+        cost = right(self, *args, **more)  # type: ignore[arg-type]
+        return replace(
+            cost,
+            flops_per_token=cost.flops_per_token * 1.02,
+            kv_bytes_per_token=cost.kv_bytes_per_token + 1,
+            resident_bytes=cost.resident_bytes + 1,
+        )
+
+    monkeypatch.setattr(LoRA, "cost", wrong)
+    failed = {c.name.split(",")[0] for c in accounting._counts("lora") if not c.passed}
+    assert failed == {"forward FLOPs", "bytes of cache", "bytes of weights"}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "name",
+    [*accounting.SHORT, *(pytest.param(n, marks=pytest.mark.slow) for n in ("structured", "apt"))],
+)
+def test_peaks_of_runs_on_the_real_model(name: str) -> None:
+    checks: list[Check] = list(accounting._peaks(name))
+    work = "compress" if name == "structured" else "train"
+    assert [c.name.split(",")[0] for c in checks] == [
+        "peak of load",
+        f"peak of {work}",
+        "peak of evaluate",
+    ]
+    assert not [c for c in checks if not c.passed]
+    if name not in accounting.SHORT:  # what was furthest off
+        assert max(abs(c.value) for c in checks) <= 0.05

@@ -1,0 +1,336 @@
+"""What a user gets wrong: a short message, a hint, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effbench.api.shape import Shape
+from effbench.util.errors import UserError
+
+RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
+STEPS = ["train.max_steps=2", "train.batch_size=2"]
+
+
+def refused(cli, *words: str) -> str:
+    """Give a command that must fail; return the one message it shows."""
+    status, out, said = cli(*words)
+    text = said.strip()
+    assert status == 2, (words, out, text)
+    assert len(text.splitlines()) <= 6, text
+    assert "Traceback" not in text
+    assert not list(Path().glob("results/runs/[!.]*")), "a run folder is left behind"
+    assert not list(Path().rglob("*.part")), "half a file is left behind"
+    return text
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+TRAIN = ["train", "model=tiny"]
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ([*TRAIN, "method.rnak=4"], ["'method.rnak'", "'rank'"]),
+        ([*TRAIN, "method=qdylora", "method.rnak=4"], ["'method.rnak'", "'rank'"]),
+        ([*TRAIN, "train.max_stpes=3"], ["'train.max_stpes'", "'max_steps'"]),
+        ([*TRAIN, "run.resutls=x"], ["'run.resutls'", "'results'"]),
+        ([*TRAIN, "hardware.tflop=1"], ["'hardware.tflop'", "'tflops'"]),
+        ([*TRAIN, "dataset.limt.test=1"], ["'dataset.limt'", "'limit'"]),
+        ([*TRAIN, "model.shape.hiden_size=32"], ["'model.shape.hiden_size'", "'hidden_size'"]),
+        ([*TRAIN, "evaluator.perplexity.splt=test"], ["splt", "'split'"]),
+        ([*TRAIN, "evaluator.speed.repeats=2"], ["speed is not chosen", "evaluator=["]),
+        ([*TRAIN, "evaluator.sped.repeats=2"], ["no evaluator called 'sped'", "'speed'"]),
+        ([*TRAIN, "evaluator.perplexity.split=tset"], ["no split 'tset'", "'test'"]),
+        (["train", "mdoel=tiny"], ["'mdoel'", "'model'"]),
+        ([*TRAIN, "sede=1"], ["'sede'", "'seed'"]),
+        (["train", "model=tniy"], ["no model called 'tniy'", "'tiny'"]),
+        (["train", "method=qdlora"], ["no method called 'qdlora'", "'qdylora'"]),
+        ([*TRAIN, "evaluator=[perplexity,choises]"], ["'choises'", "'choices'"]),
+        ([*TRAIN, "experiment=qdilora"], ["no experiment called", "'qdylora'"]),
+        ([*TRAIN, "launcher=slrum"], ["no launcher called", "'slurm'"]),
+        (["trian"], ["No such command 'trian'", "'train'"]),
+        (["train", "--dryrun"], ["--dryrun", "--dry-run"]),
+        (["list", "method"], ["'method'", "'methods'"]),
+        (["list", "methods", "zzz*"], ["No methods fit", "effbench list methods"]),
+        (["show", "method", "qdlora"], ["'qdlora'", "'qdylora'"]),
+        (["show", "evaluator", "perplexty"], ["'perplexty'", "'perplexity'"]),
+        ([*TRAIN, "--config-dir", "nowhere"], ["nowhere is not a folder", "Create it"]),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
+    text = refused(cli, *words)
+    assert all(p in text for p in parts), text
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["train.max_steps=abc"], ["train.max_steps='abc'", "integer"]),
+        (["train.max_steps=0"], ["train.max_steps=0", "greater than 0"]),
+        (["train.schedule=steep"], ["train.schedule='steep'", "'cosine'"]),
+        (["train.betas=[0.9]"], ["train.betas=[0.9]", "too few"]),
+        (["train.learning_rate=nan"], ["train holds a value"]),
+        (["train=5"], ["train must hold keys", "train.KEY=VALUE"]),
+        (["run=null"], ["run must hold keys"]),
+        (["seed=-1"], ["seed=-1", "greater than or equal to 0"]),
+        (["seed=1.5"], ["seed=1.5", "integer"]),
+        (["method.rank=0"], ["method.rank=0", "greater than 0"]),
+        (["method.rank=100"], ["method.rank=100", "64 or less"]),
+        (["method.targets=[q_prj]"], ["'q_prj'", "'q_proj'"]),
+        (["dataset.cut.train=2"], ["dataset.cut.train=2"]),
+        (["dataset.max_length=9999"], ["512 positions", "dataset.max_length=512"]),
+        (["hardware.device=tpu"], ["hardware.device='tpu'", "'cpu'"]),
+        (["run.tracker=other"], ["run.tracker='other'", "'wandb'"]),
+        (["hello"], ["'hello' is not an override", "key=value"]),
+        (["a b=3"], ["is not an override", "key=value"]),
+        (["=3"], ["no config group or key ''"]),
+        (["method.rank=4,8"], ["method.rank=4,8 asks for several runs", "-m"]),
+        (["seed=range(0,3)"], ["several runs", "-m"]),
+        (["method.rank=4,8", "--dry-run"], ["several runs", "-m"]),
+        (["model=null"], ["exactly one model", "tiny"]),
+        (["~dataset"], ["exactly one dataset", "gsm8k-test"]),
+        (["method=[lora,full]"], ["exactly one method", "dylora"]),
+        (["model=hub"], ["model.id has no value", "model.id=VALUE"]),
+        (["model=folder"], ["model.path has no value", "model.path=VALUE"]),
+        (["train.weight_decay=${oc.env:NO_SUCH}"], ["NO_SUCH"]),
+        (["method=rtn"], ["rtn is not a method to train with", "effbench compress method=rtn"]),
+        (["method=none"], ["nothing to train", "effbench eval"]),
+        (["launcher=slurm"], ["'submitit_slurm' is not installed", "pip install"]),
+        (["dataset=file"], ["names no file", "dataset.files.all=PATH"]),
+        (["dataset=file", "dataset.files.all=no.jsonl"], ["no.jsonl is not a file", "path"]),
+        (["from=abcd"], ["no run 'abcd'", "effbench runs"]),
+        (["from=latest"], ["no finished run", "effbench train"]),
+    ],
+)
+def test_an_impossible_value_is_refused(cli, words, parts) -> None:
+    text = refused(cli, *TRAIN, *words)
+    assert all(p in text for p in parts), text
+
+
+def test_a_method_for_another_stage_is_refused(cli) -> None:
+    assert "effbench train method=lora" in refused(cli, "compress", "model=tiny", "method=lora")
+    assert "eval from=RUN" in refused(cli, "eval", "model=tiny", "method=lora")
+
+
+def test_a_rank_that_does_not_fit_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.argv = ['effbench', 'train', 'model=tiny', 'method.rank=65']\n"
+        "from effbench.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.split() == ["2", "False"]
+    assert "method.rank=65" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+SHAPE = Shape(
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=272,
+    max_positions=128,
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    import torch
+
+    from effbench.models.random import byte_tokenizer, random_model
+
+    folder = tmp_path / "model"
+    random_model(SHAPE, 0, "cpu", torch.float32).save_pretrained(folder)
+    byte_tokenizer(SHAPE).save_pretrained(folder)
+    return folder
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name, harm, part",
+    [
+        ("config.json", Path.unlink, "holds no config.json"),
+        ("config.json", _truncate, "cannot be read"),
+        ("model.safetensors", Path.unlink, "cannot be loaded"),
+        ("model.safetensors", _truncate, "cannot be loaded"),
+        ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 99), "cannot be loaded"),
+        ("tokenizer.json", _truncate, "cannot be loaded"),
+    ],
+)
+def test_a_broken_model_folder_is_named(cli, inline, saved, name, harm, part) -> None:
+    harm(saved / name)
+    text = refused(cli, "eval", "model=folder", f"model.path={saved}", *RUN[1:])
+    assert part in text
+    assert str(saved) in text
+
+
+def test_a_whole_model_folder_runs(cli, inline, saved) -> None:
+    status, _, said = cli("eval", "model=folder", f"model.path={saved}", *RUN[1:])
+    assert status == 0, said
+
+
+def test_without_a_hub_it_says_what_can_be_had(cli, inline, monkeypatch) -> None:
+    monkeypatch.setattr("effbench.util.hf.hub_reachable", lambda: False)
+    text = refused(cli, "eval", "model=hub", "model.id=no/such-model-anywhere", *RUN[1:])
+    assert "no/such-model-anywhere cannot be had" in text
+    assert "smollm2-135m" in text
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def rows(count: int = 40) -> str:
+    return "".join(json.dumps({"prompt": f"{i}?", "answer": f"{i}!"}) + "\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    "name, text, parts",
+    [
+        ("a.jsonl", "", ["has no rows", "at least one"]),
+        ("a.jsonl", rows(3) + '{"prompt": \n', ["a.jsonl, line 4"]),
+        ("a.jsonl", rows(3) + "[1]\n", ["a.jsonl, line 4 is no JSON object"]),
+        ("a.jsonl", rows().replace("answer", "anwser"), ["no field 'answer'", "'anwser'"]),
+        ("a.json", '[{"prompt": "a", "answer": "b"}', ["a.json"]),
+        ("a.json", '{"prompt": "a"}', ["no list of JSON objects"]),
+        ("a.csv", "prompt,answer\na,b\nc\n", ["a.csv, line 3", "number of fields"]),
+        ("a.parquet", "PAR1 no", ["a.parquet cannot be read"]),
+        ("a.xlsx", "x", ["no known kind", ".jsonl"]),
+        ("a.txt", "one\n\ntwo\n", ["no field 'prompt'", "text"]),
+    ],
+)
+def test_a_broken_data_file_is_named(cli, inline, tmp_path, name, text, parts) -> None:
+    (tmp_path / name).write_text(text)
+    words = ["model=tiny", "dataset=file", f"dataset.files.all={name}", "run.progress=false"]
+    message = refused(cli, "train", *words, *STEPS)
+    assert all(p in message for p in parts), message
+
+
+def test_a_split_to_train_on_without_rows_is_named(cli, inline, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows())
+    words = ["dataset=file", "dataset.files.all=a.jsonl", "dataset.cut.train=0"]
+    text = refused(cli, "train", "model=tiny", *words, "run.progress=false", *STEPS)
+    assert "Split 'train' of dataset 'file' has no rows" in text
+    assert "dataset.cut.train" in text
+
+
+def test_a_file_that_is_not_utf8_is_named(cli, inline, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "\xe9"}'.encode("latin-1"))
+    text = refused(cli, "train", "model=tiny", "dataset=file", "dataset.files.all=a.jsonl")
+    assert "a.jsonl is not UTF-8" in text
+
+
+def test_rows_in_two_splits_are_refused(cli, inline, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(rows(9))
+    (tmp_path / "test.jsonl").write_text(rows(4))
+    files = ["dataset.files.train=train.jsonl", "dataset.files.test=test.jsonl"]
+    words = ["model=tiny", "dataset=file", *files, "run.progress=false"]
+    text = refused(cli, "train", *words, *STEPS)
+    assert "4 rows stand both in split 'train' and in split 'test'" in text
+    assert "dataset.allow_overlap=true" in text
+    assert cli("train", *words, *STEPS, "dataset.allow_overlap=true")[0] == 0
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+def test_going_on_from_a_run_in_a_way_that_cannot_be(cli, inline) -> None:
+    def said(*words: str) -> str:
+        status, _, text = cli(*words)
+        assert status == 2
+        assert len(text.strip().splitlines()) <= 6
+        return text
+
+    assert cli("train", *RUN, *STEPS, "method.rank=2")[0] == 0
+    first = next(Path("results/records").glob("*.json")).stem
+    assert "cannot go on from what lora left" in said("train", "method=lora", f"from={first}")
+    assert "cannot go on from what lora left" in said("compress", "method=rtn", f"from={first}")
+    assert "already fixes the model (tiny)" in said("eval", f"from={first}", "model=tiny")
+    assert "already fixes the method" in said("eval", f"from={first}", "method.rank=4")
+    assert "is there already" in said("export", first, "results")
+    assert "no point 'r9'" in said("export", first, "out", "--point", "r9")
+
+    assert cli("train", *RUN, *STEPS, "method.rank=4")[0] == 0
+    second = next(p.stem for p in Path("results/records").glob("*.json") if p.stem != first)
+    Path("results/runs", second, "FINISHED").unlink()
+    assert "is not finished" in said("eval", f"from={second}")
+    Path("results/runs", second, "artefact/weights.safetensors").write_bytes(b"x" * 99)
+    Path("results/runs", second, "FINISHED").write_text("1.0\n")
+    text = said("eval", f"from={second}")
+    assert "weights.safetensors cannot be read" in text
+    assert "--fresh" in text
+    assert len(list(Path("results/runs").glob("[!.]*"))) == 2
+
+
+# -- places ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], ["--fresh"], ["-m", "seed=0,1"]])
+def test_a_file_where_the_results_should_be(cli, inline, tmp_path: Path, extra) -> None:
+    (tmp_path / "taken").write_text("mine")
+    text = refused(cli, "train", *RUN, *STEPS, "run.results=taken", *extra)
+    assert "taken" in text
+    assert "another folder" in text
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing_and_the_same_command_ends_it(bench, monkeypatch) -> None:
+    words = ["train", *RUN, *STEPS, "method.rank=2"]
+    job = bench.job(*words)
+    sync, full = os.fsync, [True]
+
+    def fsync(descriptor: int) -> None:
+        if full[0] and ".artefact." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="No space left") as caught:
+        bench.run(*words)
+    assert "Free some space" in caught.value.hint
+    folder = bench.folder(job)
+    assert not folder.finished
+    assert not folder.artefact.exists()
+    assert not list(folder.path.glob(".*.part"))
+    assert not bench.store.records.exists()
+    full[0] = False
+    assert bench.run(*words).key == job.spec.key
+    assert folder.finished
+
+
+def test_a_full_disk_is_known_however_it_is_said(tmp_path: Path) -> None:
+    from effbench.util.files import mendable
+
+    with pytest.raises(UserError, match="No space left"), mendable(tmp_path):
+        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+    with pytest.raises(UserError, match="No space left"), mendable(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+    with pytest.raises(RuntimeError, match="a bug"), mendable(tmp_path):
+        raise RuntimeError("a bug")
+
+
+def test_a_tracker_that_is_not_installed(cli, inline, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    text = refused(cli, "train", *RUN, *STEPS, "run.tracker=wandb")
+    assert "wandb is not installed" in text
+    assert "pip install 'effbench[wandb]'" in text

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from effbench.cli.completion import complete, complete_after, run_keys
+from effbench.config.files import keys_of, options
+
+KEYS = ["aaaa0000aaaa0000", "bbbb0000bbbb0000"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(folder: Path) -> None:
+    (folder / "results" / "records").mkdir(parents=True)
+    for key in KEYS:
+        (folder / "results" / "records" / f"{key}.json").touch()
+
+
+@pytest.mark.parametrize(
+    "typed, found",
+    [
+        ("met", ["method="]),
+        ("se", ["seed="]),
+        ("tr", ["train."]),
+        ("method=q", ["method=qdylora", "method=qlora"]),
+        ("launcher=s", ["launcher=slurm"]),
+        ("method.trunc", ["method.truncation="]),
+        ("train.max", ["train.max_steps="]),
+        ("run.tr", ["run.tracker="]),
+        ("evaluator.perplexity.s", ["evaluator.perplexity.split=", "evaluator.perplexity.stride="]),
+        ("hydra", []),
+        ("nothing", []),
+        ("nothing.", []),
+        ("seed=", []),
+        ("from=", ["from=latest"]),
+    ],
+)
+def test_what_a_word_can_become(typed: str, found: list[str]) -> None:
+    assert complete(typed) == found
+
+
+def test_every_method_and_every_setting_can_be_completed() -> None:
+    assert complete("method=") == [f"method={n}" for n in options("method")]
+    keys = {k for p in options("method").values() if p for k in keys_of(p)}
+    assert complete("method.") == [f"method.{k}=" for k in sorted(keys)]
+
+
+@pytest.mark.usefixtures("runs")
+def test_runs_can_be_completed() -> None:
+    assert run_keys("") == KEYS
+    assert run_keys("bb") == KEYS[1:]
+    assert complete("from=a") == ["from=aaaa0000aaaa0000"]
+    assert complete("from=l") == ["from=latest"]
+
+
+@pytest.mark.parametrize(
+    "words, typed, found",
+    [
+        (["method", "="], "q", ["qdylora", "qlora"]),
+        (["seed", "=", "1", "method", "="], "q", ["qdylora", "qlora"]),
+        (["launcher"], "", ["joblib", "local", "ray", "slurm"]),
+        (["seed=1"], "method=q", ["method=qdylora", "method=qlora"]),
+        (["seed=1"], "met", ["method="]),
+        ([], "met", ["method="]),
+    ],
+)
+def test_bash_takes_an_equals_sign_for_a_word(words, typed, found) -> None:
+    assert complete_after(words, typed) == found
+
+
+def test_after_a_whole_word_anything_can_come() -> None:
+    assert complete_after(["seed=1"], "") == complete("")
+    assert complete_after([], "") == complete("")

@@ -1,0 +1,168 @@
+"""A tiny random Llama, batches, a context and a bare training loop for the method tests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context
+from effbench.api.shape import Shape
+from effbench.methods.base import Method
+from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+
+SHAPE = Shape(
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=128,
+)
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, shape: Shape = SHAPE
+) -> LlamaForCausalLM:
+    """Return a Llama of `shape` with random weights, in train mode."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.tied,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype).train()
+
+
+def batch_of(seed: int = 0, rows: int = 2, length: int = 12, window_tokens: int = 0) -> Batch:
+    """Return random tokens whose last row is padded; prompts of three tokens carry no loss."""
+    ids = torch.randint(3, SHAPE.vocab_size, (rows, length), generator=generator(seed))
+    mask = torch.ones_like(ids)
+    mask[-1, -2:] = 0
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[mask == 0] = -100
+    batch = Batch(ids, mask, labels, list(range(rows)))
+    return replace(batch, window_tokens=window_tokens or batch.loss_tokens)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def context(
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    load_model: Callable[[str], torch.nn.Module] = lambda name: tiny_model(seed=7),
+) -> Context:
+    return Context(seed, torch.device("cpu"), dtype, generator(seed), load_model)
+
+
+def base_for(method: Method, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Return the tiny model held as `method` wants it."""
+    model = tiny_model(dtype=dtype)
+    if method.weights == "nf4":
+        quantise_nf4(model, compute_dtype=dtype)
+    return model
+
+
+def prepared(
+    method: Method, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, Context]:
+    ctx = context(seed, dtype)
+    return method.prepare(base_for(method, dtype), ctx), ctx
+
+
+def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, **{"lr": 1e-2, "weight_decay": 0.0, **settings})
+
+
+def window(step: int = 0) -> list[Batch]:
+    """Return two micro-batches that share one loss denominator."""
+    parts = [batch_of(2 * step), batch_of(2 * step + 1)]
+    tokens = sum(b.loss_tokens for b in parts)
+    return [replace(b, window_tokens=tokens) for b in parts]
+
+
+def train(
+    method: Method,
+    model: torch.nn.Module,
+    ctx: Context,
+    steps: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    same_batch: bool = False,
+) -> list[float]:
+    """Train from `ctx.step` on and return the loss of each step."""
+    optimizer = optimizer or adamw(model)
+    losses = []
+    for _ in range(steps):
+        method.on_step(model, ctx)
+        parts = window(0 if same_batch else ctx.step)
+        losses.append(method.update(model, optimizer, parts, ctx).item())
+        ctx.step += 1
+    return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, batch: Batch | None = None) -> torch.Tensor:
+    """Return the logits in eval mode, and put the mode back."""
+    training = model.training
+    out = Method().logits(model.eval(), batch or batch_of())
+    model.train(training)
+    return out
+
+
+def counted(model: torch.nn.Module) -> dict[str, int]:
+    """Count what `Cost` states, on the model itself; NF4 weights by their logical size."""
+    packed = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    return {
+        "params": sum(p.numel() for p in model.parameters())
+        + sum(m.in_features * m.out_features for m in packed),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "resident_bytes": storage_bytes(model),
+    }
+
+
+def stated(method: Method, point: str = "", shape: Shape = SHAPE) -> dict[str, int]:
+    """Return the same figures from `Method.cost`."""
+    cost = method.cost(shape, "float32", point)
+    return {
+        "params": cost.params,
+        "trainable": cost.trainable,
+        "resident_bytes": cost.resident_bytes,
+    }
+
+
+def flops(model: torch.nn.Module) -> int:
+    """Count the FLOPs of matrix products in a forward pass over one token."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), use_cache=False)
+    return counter.get_total_flops()
+
+
+def storage_hash(model: torch.nn.Module) -> str:
+    """Return a hash of all that is not an adapter."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,484 @@
+"""Models: the same from the same spec, and errors that name the file or the way out."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from effbench.api.schema import build
+from effbench.api.shape import Shape
+from effbench.api.spec import ModelSpec
+from effbench.models import gguf_convert
+from effbench.models import load as models
+from effbench.models.gguf_header import config_in, read_header
+from effbench.models.load import Loaded, fingerprint, load, load_tokenizer, shape_of
+from effbench.util import hf
+from effbench.util.errors import UserError
+from effbench.util.package_data import conf_dir
+
+SMALL = Shape(
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    max_positions=64,
+    rope_theta=20000.0,
+)
+
+
+def named(name: str, **changes: Any) -> ModelSpec:
+    values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())
+    return build(ModelSpec, {**values, **changes}, "model")
+
+
+def small(seed: int = 0, shape: Shape = SMALL) -> ModelSpec:
+    return ModelSpec(name="small", source="random", shape=shape, weights_seed=seed)
+
+
+def on_cpu(spec: ModelSpec, dtype: torch.dtype = torch.float32, **options: Any) -> Loaded:
+    return load(spec, device="cpu", dtype=dtype, **options)
+
+
+def state(loaded: Loaded) -> dict[str, torch.Tensor]:
+    return loaded.model.state_dict()
+
+
+def logits(loaded: Loaded, ids: list[int] | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(torch.tensor([ids or [5, 9, 200, 31]])).logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    loaded = on_cpu(small())
+    folder = tmp_path / "saved"
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def folder_spec(folder: Path) -> ModelSpec:
+    return ModelSpec(name="folder", source="folder", path=str(folder))
+
+
+# -- random weights ------------------------------------------------------------------------------
+
+
+def test_same_seed_same_weights_another_seed_others() -> None:
+    first, again, other = (state(on_cpu(small(seed))) for seed in (0, 0, 1))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not any(torch.equal(first[n], other[n]) for n in first if "proj" in n)
+
+
+def test_drawing_weights_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    on_cpu(small())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lower_precision_is_the_rounded_float32_model() -> None:
+    full, half = state(on_cpu(small())), state(on_cpu(small(), torch.bfloat16))
+    assert all(v.dtype == torch.bfloat16 for v in half.values())
+    assert all(torch.equal(full[n].bfloat16(), half[n]) for n in full)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_model_has_its_shape(tied: bool) -> None:
+    shape = replace(SMALL, tied=tied)
+    loaded = on_cpu(small(shape=shape))
+    assert sum(p.numel() for p in loaded.model.parameters()) == shape.params
+    assert models.shape_in(loaded.model.config.to_dict(), "") == shape == loaded.shape
+    assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert loaded.model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_byte_tokenizer_round_trip() -> None:
+    tokenizer = load_tokenizer(small())
+    text = "Ünïcode 日本 \n\t<tag> 🙂"
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text.encode())
+    assert max(ids) < SMALL.vocab_size
+    assert tokenizer.decode(ids) == text
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert special == (0, 1, 2)
+    batch = tokenizer(["a", "abc"], padding=True, return_tensors="pt")
+    assert batch.attention_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_vocabulary_too_small_for_bytes() -> None:
+    spec = small(shape=replace(SMALL, vocab_size=100))
+    assert on_cpu(spec, tokenizer=False).tokenizer is None
+    with pytest.raises(UserError, match="vocab_size=100"):
+        load_tokenizer(spec)
+
+
+def test_random_weights_need_a_shape() -> None:
+    with pytest.raises(UserError, match="no shape"):
+        on_cpu(ModelSpec(name="x", source="random"))
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("compute", torch.bfloat16), ("float32", None)])
+def test_weights_are_held_as_asked(weights: Any, dtype: torch.dtype | None) -> None:
+    loaded = on_cpu(named("tiny"), torch.bfloat16, weights=weights)
+    assert {p.dtype for p in loaded.model.parameters()} == {dtype or torch.float32}
+
+
+def test_nf4_replaces_the_decoder_linears() -> None:
+    dense = on_cpu(named("tiny"))
+    packed = on_cpu(named("tiny"), weights="nf4")
+    names = {n for n, m in dense.model.named_modules() if type(m) is torch.nn.Linear}
+    left = {n for n, m in packed.model.named_modules() if type(m) is torch.nn.Linear}
+    assert names - left == {n for n in names if n != "lm_head"}
+    assert logits(packed).isfinite().all()
+
+
+def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        load(small(), device="cuda", dtype=torch.float32)
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def test_folder_round_trip(saved: Path) -> None:
+    random, loaded = on_cpu(small()), on_cpu(folder_spec(saved))
+    assert loaded.shape == shape_of(folder_spec(saved)) == SMALL
+    assert torch.equal(logits(loaded), logits(random))
+    assert loaded.tokenizer("abc").input_ids == random.tokenizer("abc").input_ids
+    assert not loaded.model.training
+
+
+def test_folder_without_padding_token_gets_one(saved: Path) -> None:
+    path = saved / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder_spec(saved))
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_truncated_weights(saved: Path, keep: float) -> None:
+    path = saved / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match="saved cannot be loaded") as caught:
+        on_cpu(folder_spec(saved))
+    assert "truncated" in caught.value.hint
+
+
+def test_missing_weights_are_not_made_up(saved: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 weights, .*layers\.1\.mlp\.up_proj"):
+        on_cpu(folder_spec(saved))
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_missing_file(saved: Path, gone: str) -> None:
+    (saved / gone).unlink()
+    with pytest.raises(UserError, match="saved"):
+        on_cpu(folder_spec(saved))
+
+
+def test_corrupt_config(saved: Path) -> None:
+    (saved / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        shape_of(folder_spec(saved))
+    with pytest.raises(UserError):
+        on_cpu(folder_spec(saved))
+
+
+def test_stated_shape_must_be_the_files_shape(saved: Path) -> None:
+    wrong = replace(folder_spec(saved), shape=replace(SMALL, num_layers=3))
+    with pytest.raises(UserError, match=r"num_layers=3, but the files of folder have 2"):
+        on_cpu(wrong)
+
+
+@pytest.mark.parametrize("source", ["folder", "gguf"])
+def test_no_such_path(tmp_path: Path, source: Any) -> None:
+    spec = ModelSpec(name="x", source=source, path=str(tmp_path / "none"))
+    for ask in (shape_of, fingerprint, on_cpu):
+        with pytest.raises(UserError, match="There is no"):
+            ask(spec)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "gpt2", "n_embd": 8}, {"num_local_experts": 8}],
+)
+def test_other_architectures_are_refused(saved: Path, config: dict[str, Any]) -> None:
+    path = saved / "config.json"
+    base = {} if "model_type" in config else json.loads(path.read_text())
+    path.write_text(json.dumps({**base, **config}))
+    with pytest.raises(UserError, match="not a Llama-style model"):
+        shape_of(folder_spec(saved))
+
+
+def test_older_configs_state_theta_at_the_top(saved: Path) -> None:
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["head_dim"]
+    path.write_text(json.dumps({**config, "rope_theta": 123.0, "hidden_size": 64}))
+    shape = shape_of(folder_spec(saved))
+    assert (shape.rope_theta, shape.head_dim) == (123.0, 16)
+
+
+def test_fingerprint_follows_the_content(saved: Path, tmp_path: Path) -> None:
+    first = fingerprint(folder_spec(saved))
+    moved = saved.rename(tmp_path / "elsewhere")
+    (moved / ".hidden").write_text("does not count")
+    assert fingerprint(folder_spec(moved)) == first
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(folder_spec(moved)) != first
+    assert fingerprint(small()) == ""
+
+
+# -- GGUF ----------------------------------------------------------------------------------------
+
+
+GGUF = replace(SMALL, head_dim=8)
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small model, written the way llama.cpp lays it out."""
+    import gguf
+    import numpy as np
+
+    monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    loaded = on_cpu(small(shape=GGUF))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("small")
+    writer.add_block_count(GGUF.num_layers)
+    writer.add_context_length(GGUF.max_positions)
+    writer.add_embedding_length(GGUF.hidden_size)
+    writer.add_feed_forward_length(GGUF.intermediate_size)
+    writer.add_head_count(GGUF.num_heads)
+    writer.add_head_count_kv(GGUF.num_kv_heads)
+    writer.add_key_length(GGUF.head_dim)
+    writer.add_layer_norm_rms_eps(GGUF.rms_eps)
+    writer.add_rope_freq_base(GGUF.rope_theta)
+    writer.add_vocab_size(GGUF.vocab_size)
+    letters = list(loaded.tokenizer.get_vocab())
+    letters = sorted(letters, key=loaded.tokenizer.get_vocab().get)
+    letters += ["ab", *(f"<unused{i}>" for i in range(GGUF.vocab_size - len(letters) - 1))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters)
+    writer.add_token_types([3] * 4 + [1] * (GGUF.vocab_size - 4))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, GGUF.num_layers)
+    for name, tensor in state(loaded).items():
+        heads = {"q_proj": GGUF.num_heads, "k_proj": GGUF.num_kv_heads}.get(name.split(".")[-2])
+        if heads:
+            half = tensor.view(heads, 2, -1, tensor.shape[-1])
+            tensor = half.swapaxes(1, 2).reshape(tensor.shape)
+        values = np.ascontiguousarray(tensor.numpy())
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_spec(path: Path) -> ModelSpec:
+    return ModelSpec(name="gguf", source="gguf", path=str(path))
+
+
+def test_gguf_is_converted_once(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = gguf_spec(gguf_file)
+    assert shape_of(spec) == GGUF
+    loaded = on_cpu(spec)
+    assert loaded.shape == GGUF
+    assert capfd.readouterr().err.count("\n") == 1
+    rounded = on_cpu(small(shape=GGUF), torch.bfloat16)
+    for name, value in state(rounded).items():
+        assert torch.equal(state(loaded)[name], value.float()), name
+    assert "quantization_config" not in loaded.model.config.to_dict()
+    monkeypatch.setattr(gguf_convert, "_convert", lambda *a: pytest.fail("converted again"))
+    assert torch.equal(logits(on_cpu(spec)), logits(loaded))
+
+
+def test_corrupt_conversion_is_made_anew(gguf_file: Path) -> None:
+    spec = gguf_spec(gguf_file)
+    first = logits(on_cpu(spec))
+    (weights,) = (gguf_file.parent / "cache" / "models").rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert torch.equal(logits(on_cpu(spec)), first)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "header", "weights"])
+def test_corrupt_gguf(gguf_file: Path, damage: str) -> None:
+    content = gguf_file.read_bytes()
+    damaged = {
+        "empty": b"",
+        "text": b"not a model" * 99,
+        "header": content[:700],
+        "weights": content[: len(content) // 2],
+    }
+    gguf_file.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"small\.gguf cannot be read as GGUF") as caught:
+        on_cpu(gguf_spec(gguf_file))
+    assert "truncated or corrupt" in caught.value.hint
+    assert not list((gguf_file.parent / "cache").rglob("config.json"))
+
+
+def test_gguf_cut_inside_its_last_tensor(gguf_file: Path) -> None:
+    gguf_file.write_bytes(gguf_file.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"small\.gguf cannot be"):
+        on_cpu(gguf_spec(gguf_file))
+
+
+def test_full_disk_while_converting(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+    from transformers import LlamaForCausalLM
+
+    def full(self: Any, *arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(UserError, match="No space is left"):
+        on_cpu(gguf_spec(gguf_file))
+    assert not list((gguf_file.parent / "cache").rglob("*.json"))
+
+
+def test_fingerprint_of_a_gguf_file(gguf_file: Path) -> None:
+    first = fingerprint(gguf_spec(gguf_file))
+    content = gguf_file.read_bytes()
+    gguf_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert fingerprint(gguf_spec(gguf_file)) != first != ""
+
+
+# -- hub -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    hf.hub_reachable.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("asked the network"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+def test_hub_without_network_names_what_works(no_hub: None) -> None:
+    with pytest.raises(UserError, match="gpt-nobody cannot be had from the model hub") as caught:
+        on_cpu(ModelSpec(name="hub", source="hub", id="nobody/gpt-nobody"))
+    assert "smollm2-135m, tiny" in caught.value.hint
+
+
+def test_impossible_hub_id(no_hub: None) -> None:
+    spec = ModelSpec(name="hub", source="hub", id="not / an id")
+    for ask in (shape_of, on_cpu):
+        with pytest.raises(UserError, match="not / an id"):
+            ask(spec)
+
+
+def test_hub_model_from_an_earlier_download(no_hub: None, saved: Path, tmp_path: Path) -> None:
+    commit = "0" * 40
+    home = tmp_path / "models--org--small"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots").mkdir()
+    saved.rename(home / "snapshots" / commit)
+    spec = ModelSpec(name="hub", source="hub", id="org/small")
+    assert shape_of(spec) == SMALL
+    assert torch.equal(logits(on_cpu(spec)), logits(on_cpu(small())))
+    with pytest.raises(UserError, match="only after its download"):
+        shape_of(replace(spec, revision="other"))
+
+
+def test_offline_is_left_as_it_was() -> None:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    with hf.offline():
+        assert constants.HF_HUB_OFFLINE
+    assert before == constants.HF_HUB_OFFLINE
+
+
+# -- configs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+    ],
+)
+def test_named_shapes_have_the_published_size(name: str, params: int) -> None:
+    assert shape_of(named(name)).params == params
+
+
+def test_every_config_is_a_spec_with_a_summary() -> None:
+    for path in (conf_dir() / "model").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        spec = build(ModelSpec, values, "model")
+        assert spec.name == path.stem
+        assert path.read_text().startswith("# ")
+        if spec.shape and spec.source != "random":
+            assert shape_of(replace(spec, source="random")) == spec.shape
+
+
+def test_shapes_and_fingerprints_need_no_torch(saved: Path) -> None:
+    code = (
+        "import sys; from effbench.models.load import *; from effbench.api.spec import ModelSpec\n"
+        "spec = ModelSpec(name='x', source='folder', path=sys.argv[1])\n"
+        "shape_of(spec), fingerprint(spec)\n"
+        "print([m for m in ('torch', 'transformers', 'gguf') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.real
+def test_smollm2_from_its_package() -> None:
+    spec = named("smollm2-135m")
+    loaded = on_cpu(spec)
+    assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    assert shape_of(replace(spec, shape=None)) == spec.shape == loaded.shape
+    from effbench.data import assets
+
+    header = read_header(assets.fetch("smollm2-135m") / assets.GGUF)
+    assert models.shape_in(config_in(header), "") == spec.shape
+    ids = loaded.tokenizer("The capital of France is").input_ids
+    assert loaded.tokenizer.decode(logits(loaded, ids)[0, -1].argmax()) == " Paris"
+    text = "The sun rises in the east and sets in the west."
+    ids = loaded.tokenizer(text).input_ids
+    nll = torch.nn.functional.cross_entropy(logits(loaded, ids)[0, :-1], torch.tensor(ids[1:]))
+    assert 0.5 < nll.item() < 3.0
+    random = named("smollm2-135m", source="random")
+    assert load_tokenizer(random)(text).input_ids == ids

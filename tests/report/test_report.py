@@ -1,0 +1,498 @@
+"""Tables, comparisons and plots of records made up for the purpose."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from effbench.report.comparison.budgets import tuning_trials
+from effbench.report.comparison.compare import compare, margins_of
+from effbench.report.comparison.seeds import grouped
+from effbench.report.labels import differences, labels
+from effbench.report.plots.curves import _axis, _running_mean, comparison_plot, loss_plot
+from effbench.report.table import (
+    Table,
+    Value,
+    comparison,
+    headline,
+    readable,
+    runs_table,
+    tasks_table,
+)
+from effbench.results.records import SCHEMA, Metric, Outcomes, Record
+from effbench.stats import mean_interval
+from effbench.util.errors import UserError
+
+ITEMS = np.random.default_rng(0).gamma(20, 0.12, 120)
+
+
+def run(
+    method: str,
+    shifts: dict[str, float],
+    *,
+    number: int = 0,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    ids: str = "aa",
+    weight: float = 4 * 2**20,
+    obtained: Any = "counted",
+    tokens: float = 1000,
+) -> Record:
+    metrics, outcomes = [], []
+    noise = np.random.default_rng(number + 1)
+    for point, shift in shifts.items():
+        values = (ITEMS + shift + noise.normal(0, 0.02, ITEMS.size)).tolist()
+        mean = mean_interval(values)
+        metrics.append(Metric("loss", mean[0], "nats/token", point, "test", 120, mean[1], mean[2]))
+        outcomes.append(Outcomes("perplexity", "loss", point, "test", ids, values))
+    metrics += [
+        Metric("weight_bytes", weight, "bytes", obtained=obtained),
+        Metric("peak_bytes", 3 * 2**30, "bytes", phase="train"),
+        Metric("train_tokens", tokens, "tokens", obtained="counted"),
+    ]
+    spec = {
+        "stage": "train",
+        "method": {"name": method, "settings": settings or {}},
+        "model": {"name": "tiny"},
+        "dataset": {"name": "arithmetic"},
+        "train": {"max_steps": 60},
+        "seed": seed,
+    }
+    key = f"{number:04x}".ljust(16, "0")
+    started = f"2025-03-{number + 1:02d}T12:30:00+00:00"
+    return Record(
+        SCHEMA, key, method, "train", spec, {}, "", started, 60.0, metrics, outcomes=outcomes
+    )
+
+
+LORA = run("lora", {"": 0.0})
+FAMILY = run("qdylora", {"r1": 0.12, "r2": 0.05, "r8": 0.0}, number=1, settings={"rank": 8})
+FULL = run("full", {"": -0.05}, number=2, weight=8 * 2**20)
+
+
+def text_of(renderable: Any, width: int = 140) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(renderable)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+# -- labels ------------------------------------------------------------------------------------
+
+
+def test_labels_say_only_what_tells_runs_apart() -> None:
+    assert labels([LORA, FAMILY]) == ["lora", "qdylora"]
+    assert labels([LORA, run("lora", {"": 0}, seed=1)]) == ["lora, seed 0", "lora, seed 1"]
+    small, large = (run("lora", {"": 0}, settings={"rank": r}) for r in (4, 8))
+    assert labels([small, large]) == ["lora, rank=4", "lora, rank=8"]
+    again = labels([LORA, run("lora", {"": 0}, number=7)])
+    assert again == ["lora, 00000000", "lora, 00070000"]
+
+
+def test_differences_are_dotted_and_absent_is_not_null() -> None:
+    found = differences([LORA, FAMILY])
+    assert found == {
+        "method.name": ["lora", "qdylora"],
+        "method.settings.rank": ["—", 8],
+    }
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert readable(2.34567) == "2.346"
+    assert readable(61440) == "61,440"
+    assert readable(134515008) == "134.5 M"
+    assert readable(3 * 2**30, "bytes") == "3 GiB"
+    assert readable(23040, "bytes/token") == "22.50 KiB/token"
+    assert readable(0.00001234) == "1.23e-05"
+    assert readable(0) == "0"
+    assert readable(float("nan")) == "nan"
+    assert str(Value(2.3456, "nats/token", 2.31, 2.38)) == "2.346 [2.310, 2.380]"
+    assert str(Value(0.0001, "", -0.01, 0.01)) == "0.000 [-0.010, 0.010]"
+    assert str(Value(2.5, "", float("-inf"), float("inf"))) == "2.500"
+
+
+def test_one_table_three_forms() -> None:
+    table = Table("A [bold]title", ("run|s", "loss"), [("x[1]", Value(1.5, "", 1.0, 2.0))], ("n",))
+    assert "A [bold]title" in text_of(table.rich()) and "x[1]" in text_of(table.rich())
+    assert "| run\\|s | loss |\n| --- | ---: |\n| x[1] | 1.5 [1.0, 2.0] |" in table.markdown()
+    assert table.csv() == "run|s,loss,loss_low,loss_high\nx[1],1.5,1.0,2.0\n"
+
+
+def test_the_list_of_runs() -> None:
+    text = text_of(runs_table([LORA, FAMILY]).rich(), width=200)
+    assert "2025-03-01 12:30" in text and "00000000" in text
+    assert headline(LORA) == f"loss {LORA.metrics[0].value:.3f} nats/token"
+    low, high = FAMILY.metrics[2].value, FAMILY.metrics[0].value
+    assert headline(FAMILY) == f"loss {low:.3f} to {high:.3f} nats/token over 3 points"
+    assert headline(run("base", {})) == "weight_bytes 4 MiB"
+
+
+def test_what_is_modelled_has_a_column_of_its_own() -> None:
+    modelled = run("other", {"": 0.1}, number=3, obtained="modelled")
+    table = comparison([LORA, FAMILY, modelled])
+    assert "weight_bytes" in table.columns
+    assert "weight_bytes (modelled, not measured)" in table.columns
+    counted = table.columns.index("weight_bytes")
+    assert table.rows[-1][counted] is None and table.rows[0][counted] is not None
+    assert [row[1] for row in table.rows] == ["", "r1", "r2", "r8", ""]
+    assert "point" not in comparison([LORA, FULL]).columns
+
+
+# -- comparisons -------------------------------------------------------------------------------
+
+
+def test_a_comparison_tests_pairs_and_adjusts_for_the_table() -> None:
+    found = compare([LORA, FAMILY, FULL])
+    (loss,) = [m for m in found.metrics if m.kind.metric == "loss"]
+    assert loss.kind.evaluator == "perplexity"
+    assert [row.name for row in loss.rows] == [
+        "lora",
+        "qdylora r1",
+        "qdylora r2",
+        "qdylora r8",
+        "full",
+    ]
+    findings = [row.finding for row in loss.rows]
+    assert findings == ["", "higher", "higher", "cannot be told apart", "lower"]
+    assert loss.rows[4].verdict.startswith("full is lower than lora by 0.0496 [")
+    for row in loss.rows[1:]:
+        assert row.difference and row.p_adjusted
+        assert row.difference.p <= row.p_adjusted <= min(1.0, 4 * row.difference.p)
+
+
+def test_points_of_one_run_are_compared_with_its_first() -> None:
+    found = compare([FAMILY])
+    assert [m.kind.metric for m in found.metrics] == ["loss"]
+    assert [row.finding for row in found.metrics[0].rows] == ["", "lower", "lower"]
+    assert "held equal" not in found.markdown()
+
+
+def test_other_items_get_no_paired_test() -> None:
+    found = compare([LORA, run("dora", {"": 0.3}, number=4, ids="bb")])
+    row = found.metrics[0].rows[1]
+    assert row.finding == "not the same items: no paired test"
+    assert row.difference is None and row.p_adjusted is None
+    assert row.value.value > found.metrics[0].rows[0].value.value
+
+
+def test_counted_and_modelled_numbers_are_not_compared() -> None:
+    found = compare([LORA, run("other", {"": 0.1}, number=3, obtained="modelled")])
+    assert "weight_bytes" not in [m.kind.metric for m in found.metrics]
+    assert "weight_bytes is counted in lora but modelled in other: not compared." in found.notes
+
+
+def test_what_is_missing_is_said() -> None:
+    found = compare([LORA, FULL, run("bare", {}, number=5)])
+    assert "bare has no loss on test." in found.notes
+    assert "loss on test is only in lora." in compare([LORA, run("bare", {}, number=5)]).notes
+
+
+def test_budgets_say_what_was_equal() -> None:
+    longer = run("full", {"": 0.0}, number=6, tokens=2000)
+    equal = {b.name: b.equal for b in compare([LORA, longer]).budgets}
+    assert equal["base model"] is True and equal["optimiser steps"] is True
+    assert equal["training tokens"] is False
+    assert equal["trainable parameters"] is None
+
+
+def test_every_form_of_a_comparison() -> None:
+    found = compare([LORA, FAMILY, FULL])
+    brief, full, markdown = text_of(found.rich()), text_of(found.rich(full=True)), found.markdown()
+    for text in (brief, full, markdown):
+        assert "cannot be told apart" in text
+        assert "against lora" in text
+        assert "(2.00×)" in text
+        assert ("method.settings.rank" in text) is (text is not brief)
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert len(rows) == sum(len(m.rows) for m in found.metrics)
+    assert float(rows[1]["difference_low"]) < float(rows[1]["difference"])
+    assert {row["obtained"] for row in rows} == {"measured", "counted"}
+    whole = json.loads(found.json())
+    assert whole["labels"] == ["lora", "qdylora", "full"]
+    assert whole["metrics"][0]["rows"][1]["difference"]["test"] == "sign-flip permutation"
+    assert {b["name"]: b["equal"] for b in whole["budgets"]}["training tokens"] is True
+
+
+# -- plots -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_plot_of_a_family_and_levels(suffix: str, tmp_path: Path) -> None:
+    path = comparison_plot(compare([LORA, FAMILY, FULL]), "loss", tmp_path / f"loss.{suffix}")
+    assert path.stat().st_size > 2000
+    if suffix == "svg":
+        assert "qdylora" in path.read_text() or "<path" in path.read_text()
+
+
+def test_the_axis_of_points_is_numeric_where_the_names_are() -> None:
+    assert _axis(["r1", "r2", "r8"])[::2] == ({"r1": 1.0, "r2": 2.0, "r8": 8.0}, True)
+    assert _axis(["4bit", "3bit"])[::2] == ({"4bit": 4.0, "3bit": 3.0}, False)
+    assert _axis(["small", "large"])[::2] == ({"small": 0.0, "large": 1.0}, False)
+    assert _axis(["r1", "d2"])[0] == {"r1": 0.0, "d2": 1.0}
+
+
+def test_plots_need_something_to_show(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No run has") as caught:
+        comparison_plot(compare([LORA, FAMILY]), "los", tmp_path / "x.png")
+    assert "'loss'" in caught.value.hint
+    with pytest.raises(UserError, match="no losses"):
+        loss_plot([], tmp_path / "x.png")
+    with pytest.raises(UserError, match="kind of picture"):
+        comparison_plot(compare([LORA, FAMILY]), "loss", tmp_path / "x.docx")
+
+
+def test_loss_plot_of_training_and_validation(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = [
+        {"event": "step", "step": s, "loss": 3 / s + 2} for s in range(1, 90)
+    ]
+    events += [{"event": "validation", "step": s, "loss": 2.5} for s in (30, 60)]
+    events += [{"event": "phase", "name": "load"}]
+    assert loss_plot(events, tmp_path / "loss.png").stat().st_size > 2000
+
+
+def test_the_running_mean_is_centred() -> None:
+    assert _running_mean([1.0, 2.0, 3.0, 4.0, 50.0], 1) == [1.0, 2.0, 3.0, 19.0, 50.0]
+    assert _running_mean([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+# -- tasks -------------------------------------------------------------------------------------
+
+
+def with_tasks(number: int, shift: float = 0.0) -> Record:
+    tasks = [
+        Metric("accuracy", 0.5 + shift, point=p, unit="", n=100, low=0.4, high=0.6, task=task)
+        for p in ("r1", "r8")
+        for task in ("piqa", "copa")
+    ]
+    made = run("lora", {}, number=number)
+    return replace(made, metrics=[*made.metrics, *tasks])
+
+
+def test_tasks_are_kept_apart() -> None:
+    made = with_tasks(1)
+    assert headline(made) == "accuracy of piqa 0.5000 over 2 points"
+    table = tasks_table(made)
+    assert table.columns == ("task", "point", "accuracy")
+    assert [row[:2] for row in table.rows] == [
+        ("piqa", "r1"),
+        ("copa", "r1"),
+        ("piqa", "r8"),
+        ("copa", "r8"),
+    ]
+    assert tasks_table(LORA).rows == []
+    heads = comparison([made], ["accuracy"]).columns
+    assert heads == ("run", "point", "accuracy (piqa)", "accuracy (copa)")
+
+
+def test_a_plot_names_its_task(tmp_path: Path) -> None:
+    path = comparison_plot(compare([with_tasks(1)]), "accuracy", tmp_path / "x.svg")
+    assert path.stat().st_size > 2000
+    made = [m.title for m in compare([with_tasks(1), with_tasks(2)]).metrics]
+    assert "accuracy of piqa" in made and "accuracy of copa" in made
+
+
+# -- seeds -------------------------------------------------------------------------------------
+
+
+def seeds_of(
+    method: str, shift: float, first: int, count: int = 4, **settings: Any
+) -> list[Record]:
+    level = np.random.default_rng(first).normal(0, 0.05, count)
+    return [
+        run(method, {"": shift + level[s]}, number=first + s, seed=s, **settings)
+        for s in range(count)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_one_row() -> None:
+    found = compare([*seeds_of("lora", 0.0, 10), *seeds_of("full", -0.6, 20)])
+    assert found.labels == ["lora", "full"]
+    (loss,) = [m for m in found.metrics if m.tested]
+    first, row = loss.rows
+    assert (first.seeds, row.seeds) == (4, 4)
+    assert row.key.count("+") == 3
+    assert row.spread == pytest.approx(0.05, rel=0.9)
+    assert row.covers == "seeds and items" and row.finding == "lower"
+    assert row.difference and row.items and row.over_seeds
+    assert row.difference.test == "t over seeds and items"
+    assert row.difference.high - row.difference.low > 3 * (row.items.high - row.items.low)
+    assert row.over_seeds.pairs == 4
+    assert row.over_seeds.wilcoxon == pytest.approx(0.125)
+    text = found.markdown()
+    assert "sd over seeds" in text and "p Wilcoxon" in text
+    assert "Seeds: lora: 4; full: 4." in text
+    assert "One seed only" not in text
+
+
+def test_a_difference_that_seeds_explain_is_no_finding() -> None:
+    a, b = seeds_of("lora", 0.0, 10), seeds_of("full", -0.05, 20)
+    alone = compare([a[0], b[0]]).metrics[0].rows[1]
+    together = compare([*a, *b]).metrics[0].rows[1]
+    assert alone.finding in ("lower", "higher") and alone.covers == "items"
+    assert together.finding == "cannot be told apart"
+    assert "One seed only: lora; full." in compare([a[0], b[0]]).markdown()
+
+
+def test_seeds_of_one_spec_alone_show_their_spread() -> None:
+    found = compare(seeds_of("lora", 0.0, 10))
+    (table,) = [t for t in found.tables(full=False) if t.title.startswith("loss")]
+    assert table.columns == ("run", "seeds", "value", "sd over seeds")
+    assert table.rows[0][:2] == ("lora", 4)
+    assert found.words == ["lora: 4 seeds of one spec, and nothing to compare with."]
+
+
+def test_a_seed_that_is_there_twice_begins_another_group() -> None:
+    again = run("lora", {"": 0.0}, number=7)
+    assert [g.label for g in grouped([LORA, again])] == ["lora, 00000000", "lora, 00070000"]
+    (one,) = grouped(list(reversed(seeds_of("lora", 0.0, 10))))
+    assert one.seeds == [(0,), (1,), (2,), (3,)]
+    three = [*seeds_of("lora", 0.0, 10, 3), run("full", {"": 0.0}, number=9, seed=1)]
+    assert [g.label for g in grouped(three)] == ["lora, seed 0–2", "full, seed 1"]
+
+
+def test_seeds_of_earlier_runs_do_not_count_either() -> None:
+    parents = seeds_of("lora", 0.0, 10, 2)
+    children = [
+        replace(
+            run("rtn", {"": 0.1}, number=30 + i),
+            parent=p.key,
+            spec={**run("rtn", {}, number=30).spec, "parent": p.key},
+        )
+        for i, p in enumerate(parents)
+    ]
+    (group,) = grouped(children, parents)
+    assert group.seeds == [(0, 0), (0, 1)]
+    assert len(grouped(children)) == 2
+
+
+def test_points_of_one_run_are_paired_by_their_seed() -> None:
+    level = np.random.default_rng(3).normal(0, 0.5, 4)
+    family = [
+        run("qdylora", {"r1": 0.1 + v, "r8": 0.0 + v}, number=40 + s, seed=s)
+        for s, v in enumerate(level)
+    ]
+    row = compare(family).metrics[0].rows[1]
+    assert row.finding == "lower" and row.covers == "seeds and items"
+    assert row.over_seeds and row.over_seeds.wilcoxon == pytest.approx(0.125)
+
+
+def test_an_untrained_model_needs_no_seeds() -> None:
+    base = replace(run("none", {"": 0.8}, number=50), stage="eval")
+    row = compare([base, *seeds_of("lora", 0.0, 10)]).metrics[0].rows[1]
+    assert row.finding == "lower" and row.covers == "seeds and items"
+    turned = compare([*seeds_of("lora", 0.0, 10), base]).metrics[0].rows[1]
+    assert turned.difference and row.difference
+    assert turned.difference.low == pytest.approx(-row.difference.high)
+    assert "One seed only" not in compare([base, *seeds_of("lora", 0.0, 10)]).markdown()
+
+
+def test_groups_of_items_are_kept_together() -> None:
+    def grouped_run(record: Record) -> Record:
+        clusters = [i // 6 for i in range(120)]
+        return replace(record, outcomes=[replace(o, clusters=clusters) for o in record.outcomes])
+
+    row = compare([grouped_run(LORA), grouped_run(FULL)]).metrics[0].rows[1]
+    assert row.difference and row.difference.test == "sign-flip permutation of groups"
+
+
+# -- margins, letters, words -------------------------------------------------------------------
+
+
+def test_margins_say_what_is_equivalent() -> None:
+    found = compare([LORA, FAMILY, FULL], margins={"loss": 0.02})
+    (loss,) = [m for m in found.metrics if m.tested]
+    assert [r.at_margin for r in loss.rows] == [
+        "",
+        "not shown",
+        "not shown",
+        "equivalent",
+        "not worse",
+    ]
+    text = found.markdown()
+    assert "| within 0.02 |" in text
+    assert "Equivalent: qdylora r8. Not worse, but not shown to be equivalent: full." in text
+    with pytest.raises(UserError, match="no test of 'los'") as caught:
+        compare([LORA, FULL], margins={"los": 0.1})
+    assert "'loss'" in caught.value.hint
+
+
+def test_margins_of_several_rows_are_adjusted() -> None:
+    twins = [run(name, {"": 0.01}, number=80) for name in ("dora", "vera")]
+    for margin in np.arange(0.010, 0.020, 0.0001):
+        row = compare([LORA, twins[0]], margins={"": margin}).metrics[0].rows[1]
+        assert row.difference and row.difference.equivalence
+        if row.difference.equivalence.p < 0.045:
+            break
+    assert row.at_margin == "equivalent"
+    both = compare([LORA, *twins], margins={"": margin}).metrics[0].rows[1:]
+    assert [r.at_margin for r in both] == ["not shown", "not shown"]
+
+
+def test_margins_are_numbers_above_zero() -> None:
+    assert margins_of(["0.01", "loss=0.02"]) == {"": 0.01, "loss": 0.02}
+    for word in ("loss", "loss=0", "loss=-1", "loss=nan", "=inf"):
+        with pytest.raises(UserError, match="no number above zero"):
+            margins_of([word])
+
+
+def test_letters_cover_all_pairs() -> None:
+    rows = compare([LORA, FAMILY, FULL]).metrics[0].rows
+    marks = {row.name: row.letters for row in rows}
+    assert marks == {
+        "full": "a",
+        "lora": "b",
+        "qdylora r8": "b",
+        "qdylora r2": "c",
+        "qdylora r1": "d",
+    }
+    assert [row.letters for row in compare([LORA, FULL]).metrics[0].rows] == ["", ""]
+
+
+def test_the_words_say_what_was_and_was_not_equal() -> None:
+    longer = run("full", {"": 0.0}, number=6, tokens=2000)
+    words = compare([LORA, longer]).words
+    assert words[0].startswith(
+        "loss on test (nats/token), against lora. Cannot be told apart: full"
+    )
+    assert "Equal: base model, dataset, optimiser steps, tuning trials, seeds." in words
+    assert "Not equal: training tokens (1,000 against 2,000)." in words
+    assert "Not recorded for all: layer forwards, trainable parameters." in words
+    other = compare([LORA, run("dora", {"": 0.3}, number=4, ids="bb")]).words
+    assert "Not the same items: no paired test: dora." in other[0]
+
+
+def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None:
+    tried = [run("lora", {}, number=60 + r, settings={"rank": r}) for r in (2, 4, 8)]
+    tried += [run("lora", {}, number=70, settings={"rank": 8}, seed=1)]
+    longer = run("lora", {}, number=71, settings={"rank": 16})
+    longer.spec["train"] = {"max_steps": 120}
+    other = run("full", {}, number=72)
+    assert tuning_trials(tried[0], [*tried, longer, other]) == 3
+    assert tuning_trials(other, [*tried, longer, other]) == 1
+    (trials,) = [b for b in compare([tried[0], other], tried).budgets if b.name == "tuning trials"]
+    assert trials.values == [3, 1] and trials.equal is False
+
+
+def test_forms_agree_on_seeds_and_margins() -> None:
+    found = compare([*seeds_of("lora", 0.0, 10), *seeds_of("full", -0.6, 20)], margins={"": 0.01})
+    (line,) = [r for r in csv.DictReader(io.StringIO(found.csv())) if r["difference"]]
+    row = json.loads(found.json())["metrics"][0]["rows"][1]
+    assert float(line["difference"]) == row["difference"]["value"]
+    assert float(line["p_wilcoxon"]) == row["over_seeds"]["wilcoxon"]
+    assert float(line["p_equivalence"]) == row["difference"]["equivalence"]["p"]
+    assert line["at_margin"] == row["at_margin"] == "not worse"
+    assert float(line["margin"]) == 0.01 and int(line["seeds"]) == row["seeds"] == 4
+    assert json.loads(found.json())["words"] == found.words
+    assert all(word in found.markdown() for word in found.words)

@@ -1,0 +1,74 @@
+"""The records that come with the repository can be listed and compared in a fresh clone."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effbench.api.keys import earlier_keys, versions_of
+from effbench.api.schema import build
+from effbench.api.spec import Spec
+from effbench.config.compose import compose
+from effbench.report.comparison.compare import compare
+from effbench.results.migrations import present_spec
+from effbench.results.records import find, read_all
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "results" / "records"
+DEMO = ("39c18473706785f1", "0e7476789214e33f", "8148650c7705b238")
+MANIFESTS = sorted((ROOT / "results" / "campaigns").glob("*.json"))
+CAMPAIGNS = sorted(path.stem for path in (ROOT / "scripts" / "campaigns").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def campaigns() -> Any:
+    return runpy.run_path(str(ROOT / "scripts" / "campaign.py"))["Campaign"]
+
+
+def test_the_records_of_the_demo_can_be_compared():
+    found = compare([find(RECORDS, key) for key in DEMO])
+    loss = next(m for m in found.metrics if m.kind.metric == "loss")
+    assert [row.point for row in loss.rows] == ["", "r1", "r2", "r4", "r8", "r16", ""]
+    assert all(row.difference is not None for row in loss.rows[1:])
+
+
+def test_the_records_of_the_demo_come_from_the_present_versions() -> None:
+    for key in DEMO:
+        spec = build(Spec, present_spec(find(RECORDS, key).spec), "spec")
+        assert spec.versions == versions_of(spec), "give `make demo` again and put it in the README"
+
+
+def test_the_committed_records_come_from_committed_code():
+    for record in read_all(RECORDS, outcomes=False):
+        assert record.environment["commit"], record.key
+        assert record.environment["dirty"] is False, record.key
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_campaign_has_all_its_records(path: Path, campaigns) -> None:
+    campaign = campaigns.read(path.stem)
+    noted = json.loads(path.read_text())
+    assert list(noted) == list(campaign.arms)
+    assert all((RECORDS / f"{key}.json").is_file() for keys in noted.values() for key in keys)
+
+
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
+    name: str, campaigns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    campaign = campaigns.read(name)
+    path = ROOT / "results" / "campaigns" / f"{name}.json"
+    noted = json.loads(path.read_text()) if path.is_file() else {}
+    for arm, (first, *later) in campaign.arms.items():
+        stage, *words = first.split()
+        settings = [f"experiment={campaign.experiment}", "hardware=cpu", "hardware.dtype=bfloat16"]
+        words += [] if stage == "eval" else [f"seed={campaign.seeds[0]}"]
+        spec = compose(stage, [*settings, *words]).spec
+        if not later and arm in noted:
+            assert campaign._done(spec, alone=True) == noted[arm][0], arm
+            assert noted[arm][0] in (spec.key, *earlier_keys(spec)), arm

@@ -1,0 +1,261 @@
+"""Runs that are told to stop, or killed: what is saved, what is said, what is left lying about."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Bench
+
+from effbench.api.schema import plain
+from effbench.api.spec import Job
+from effbench.resources.memory import PeakMemory
+from effbench.results.events import read_events
+from effbench.results.store import RunFolder, Store
+from effbench.runner.local import execute
+from effbench.runner.signals import stop_signal
+from effbench.util.errors import RunFailedError, UserError
+
+LONG = [
+    "method=lora",
+    "train.max_steps=100000",
+    "train.checkpoint_every=100000",
+    "train.batch_size=2",
+    "hardware.device=cpu",
+    "hardware.dtype=float32",
+    "hardware.threads=1",
+]
+
+
+@pytest.fixture
+def training(bench: Bench) -> Iterator[tuple[Job, subprocess.Popen[str]]]:
+    """A long training, started from the command line, at work."""
+    job = bench.job("train", *LONG)
+    words = [*TINY, *LONG, f"run.results={bench.root}"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "from effbench.cli.main import main; main()", "train", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: len(steps(bench, job)) > 2, launcher)
+        yield job, launcher
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def steps(bench: Bench, job: Job) -> list[Any]:
+    path = bench.folder(job).path / "events.jsonl"
+    return list(read_events(path, "step")) if path.is_file() else []
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    for _ in range(6000):
+        if done():
+            return
+        assert process is None or process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("not within two minutes")
+
+
+def saved_steps(bench: Bench, job: Job) -> int:
+    state = torch.load(bench.folder(job).checkpoint, weights_only=True)
+    count: int = state["done"]["step"]
+    return count
+
+
+def worker_of(launcher: subprocess.Popen[str]) -> int:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return int(children[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_the_launcher_stops_its_worker_which_saves(
+    bench: Bench, training: tuple[Job, subprocess.Popen[str]], number: int
+) -> None:
+    job, launcher = training
+    worker = worker_of(launcher)
+    launcher.send_signal(number)
+    status = launcher.wait(60)
+    assert status == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    assert saved_steps(bench, job) == len(steps(bench, job))
+    if number != signal.SIGKILL:
+        assert launcher.stderr is not None
+        said = launcher.stderr.read()
+        assert "everything is saved" in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_to_both_processes_saves_too(
+    bench: Bench, training: tuple[Job, subprocess.Popen[str]]
+) -> None:
+    job, launcher = training
+    os.killpg(launcher.pid, signal.SIGTERM)
+    assert launcher.wait(60) == 130
+    assert saved_steps(bench, job) == len(steps(bench, job))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_worker_is_spoken_of(training: tuple[Job, subprocess.Popen[str]]) -> None:
+    _, launcher = training
+    os.kill(worker_of(launcher), signal.SIGKILL)
+    assert launcher.wait(60) == 2
+    assert launcher.stderr is not None
+    said = launcher.stderr.read()
+    assert "most likely because memory ran out" in said and "effbench plan" in said
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(-11, UserError), (-15, RunFailedError), (-2, RunFailedError)]
+)
+def test_other_signals(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr("effbench.runner.local._run_process", lambda *_: status)
+    with pytest.raises(kind, match="SIGSEGV" if kind is UserError else "130"):
+        execute(bench.job("eval"))
+
+
+def test_signals_are_requests_and_the_second_ctrl_c_acts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_signal() as stop:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_file_in_the_current_folder_is_no_module_of_ours(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "yaml.py").write_text("open('ran', 'w')")
+    (tmp_path / "logging.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    execute(bench.job("eval", "dataset.limit.test=2", "evaluator=[]", "hardware.device=cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+# -- what is said ----------------------------------------------------------------------------------
+
+
+def test_the_first_error_is_told_though_nothing_was_measured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: PeakMemory) -> None:
+        raise UserError("there is no such device")
+
+    monkeypatch.setattr(PeakMemory, "__enter__", refuse)
+    with pytest.raises(UserError, match="no such device"):
+        bench.run("eval", "hardware.device=cpu")
+
+
+def test_the_first_error_is_told_though_the_disk_is_full(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunFolder, name: str, value: object) -> None:
+        if name == "phases.json":
+            raise UserError("no space for the second file")
+        write(self, name, value)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("what went wrong first")
+
+    write = RunFolder.write_json
+    monkeypatch.setattr(RunFolder, "write_json", full)
+    monkeypatch.setattr("effbench.models.load.load", fail)
+    with pytest.raises(UserError, match="what went wrong first"):
+        bench.run("eval", "hardware.device=cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused_with_a_word(bench: Bench) -> None:
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        bench.run("eval", "hardware.device=cuda", "hardware.dtype=float32")
+
+
+# -- what is left lying about ----------------------------------------------------------------------
+
+
+def rubbish(store: Store, key: str) -> list[Path]:
+    """Leave what killed processes leave."""
+    run = store.run(key).path
+    places = [
+        run / ".checkpoint.pt.0123abcd.part",
+        run / "evaluations" / ".perplexity.json.0123abcd.part",
+        run / ".artefact.0123abcd.part" / "weights",
+        run / ".artefact.0123abcd.old" / "weights",
+        store.records / f".{key}.json.0123abcd.part",
+    ]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    return places
+
+
+def test_rubbish_is_swept_when_a_run_goes_on(bench: Bench) -> None:
+    words = ("dataset.limit.test=2", "hardware.device=cpu")
+    job = bench.job("eval", *words)
+    bench.folder(job).create(job.spec)
+    places = rubbish(bench.store, job.spec.key)
+    other = bench.store.records / ".ffff.json.0123abcd.part"
+    other.touch()
+    bench.run("eval", *words)
+    assert not any(place.exists() for place in places)
+    assert other.exists(), "another run may be writing it now"
+
+
+def test_a_finished_run_keeps_nothing_of_its_making(bench: Bench) -> None:
+    job = bench.job("eval", "dataset.limit.test=2", "hardware.device=cpu")
+    record = bench.run("eval", "dataset.limit.test=2", "hardware.device=cpu")
+    run = bench.folder(job)
+    places = [*rubbish(bench.store, job.spec.key), run.checkpoint, run.path / "parts" / "x"]
+    (run.path / "parts").mkdir()
+    for place in places[-2:]:
+        place.touch()
+    assert execute(job) == record
+    assert not any(place.exists() for place in places)
+    assert (run.path / "spec.json").exists()
+
+
+def test_the_launcher_writes_nothing_of_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = bench.job("eval")
+    seen: list[bool] = []
+
+    def look(command: list[str], text: str) -> int:
+        assert json.loads(text) == plain(job)
+        seen.append(bench.folder(job).path.exists())
+        return 1
+
+    monkeypatch.setattr("effbench.runner.local._run_process", look)
+    with pytest.raises(RunFailedError):
+        execute(job)
+    assert seen == [False]

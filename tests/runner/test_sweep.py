@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
+STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
+
+
+def outcomes() -> list[dict]:
+    files = sorted(Path("results/sweeps").glob("*/*/outcome.json"))
+    return [json.loads(f.read_text()) for f in files]
+
+
+def test_a_grid_runs_once_and_the_second_time_not_at_all(cli, inline) -> None:
+    status, out, _ = cli("train", "-m", "seed=0,1", *RUN, *STEPS)
+    assert status == 0
+    assert inline == [0, 0]
+    keys = [line.split()[0] for line in out.strip().splitlines()[-2:]]
+    assert sorted(keys) == sorted(p.stem for p in Path("results/records").glob("*.json"))
+    assert "seed=0" in out
+    assert "++" not in out
+    assert cli("train", "-m", "seed=0,1", *RUN, *STEPS)[0] == 0
+    assert len(inline) == 2, "what is done is not run again"
+    assert len(list(Path("results/sweeps").iterdir())) == 2
+    assert cli("train", "-m", "--fresh", "seed=0,1", *RUN, *STEPS)[0] == 0
+    assert inline == [0] * 4
+
+
+def test_a_run_that_fails_does_not_stop_the_others(cli, inline, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("no\n")
+    (tmp_path / "good.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}", "answer": "a"}) + "\n" for i in range(60))
+    )
+    files = "dataset.files.all=bad.jsonl,good.jsonl"
+    words = ["train", "-m", "dataset=file", files, "model=tiny", "run.progress=false", *STEPS]
+    status, out, said = cli(*words)
+    assert status == 2
+    assert inline == [2, 0]
+    assert "1 of 2 runs failed" in said
+    assert "bad.jsonl, line 1" in said
+    first, second = out.strip().splitlines()[-2:]
+    assert "failed" in first
+    assert second.endswith("done")
+    assert [bool(o["error"]) for o in outcomes()] == [True, False]
+    assert len(list(Path("results/runs").glob("[!.]*"))) == 1, "the failed one leaves no folder"
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "good.jsonl").read_text() + "\n")
+    assert cli(*words)[0] == 0
+    assert inline == [2, 0, 0]
+
+
+def test_a_run_that_cannot_be_composed_does_not_stop_the_others(cli, inline) -> None:
+    status, out, said = cli("train", "-m", "method.rank=999,2", *RUN, *STEPS[:2])
+    assert status == 2
+    assert inline == [0]
+    assert "1 of 2 runs failed" in said
+    assert "method.rank=999 is more than q_proj can have" in out
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["method.rnak=4,8"], "Unknown key 'method.rnak'"),
+        (["method.rank=100,200"], "method.rank=100 is more"),
+        (["model=tiny,tniy"], "'tniy'"),
+        (["seed=0,1", "--config-dir", "nowhere"], "nowhere is not a folder"),
+        (["seed=1", "launcher=slurm"], "pip install 'effbench[slurm]'"),
+        (["seed=1,2", "launcher=joblib"], "pip install 'effbench[joblib]'"),
+        (["seed=1,2", "launcher=ray"], "pip install 'effbench[ray]'"),
+    ],
+)
+def test_a_grid_with_no_possible_run_says_why_and_leaves_nothing(cli, words, part) -> None:
+    flag = ["-m"] if words[0] != "seed=1" else []
+    status, _, said = cli("train", *flag, *RUN[:0], "model=tiny", *words)
+    assert status == 2
+    assert part in said
+    assert len(said.strip().splitlines()) <= 6
+    assert not list(Path().iterdir())
+
+
+def test_latest_means_the_run_before_the_grid(cli, inline) -> None:
+    assert cli("train", *RUN, *STEPS)[0] == 0
+    [first] = Path("results/records").glob("*.json")
+    assert cli("eval", "-m", "from=latest", "seed=1,2", "run.progress=false")[0] == 0
+    files = set(Path("results/records").glob("*.json")) - {first}
+    assert [json.loads(f.read_text())["parent"] for f in files] == [first.stem] * 2
+
+
+def test_stopping_a_grid_stops_it(cli, monkeypatch) -> None:
+    monkeypatch.setattr("effbench.runner.local._run_process", lambda *_: 130)
+    assert cli("train", "-m", "seed=0,1", *RUN, *STEPS)[0] == 130
+    assert outcomes() == []
+
+
+def test_keys_that_look_like_numbers_are_swept_as_text(cli) -> None:
+    status, _, said = cli("eval", "-m", "from=0e09,8065", "run.progress=false")
+    assert status == 2
+    assert "There is no run '0e09'" in said
