@@ -15,6 +15,7 @@ def run(stage: Stage) -> None:
     """Run the tests, and note how many passed and which did not."""
     report = stage.out / "tests.txt"
     words = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    words += ["--basetemp", str(stage.out / "pytest")]
     device = "cpu" if stage.tiny else "cuda"
     try:
         said = stage.command("env", f"EFFBENCH_TEST_DEVICE={device}", *words, *_how(stage))

@@ -76,9 +76,13 @@ def test_a_finished_command_is_read_and_fresh_runs_it_anew(cli, inline) -> None:
 
 
 def test_a_run_that_fails_gives_its_status(cli, monkeypatch) -> None:
-    monkeypatch.setattr("effbench.runner.local._run_process", lambda *_: 7)
+    def broken(*_: object) -> int:
+        Path("results/runs/begun").mkdir(parents=True)
+        return 7
+
+    monkeypatch.setattr("effbench.runner.local._run_process", broken)
     assert cli(*TRAIN)[0] == 7
-    assert list(Path("results/runs").glob("[!.]*")), "what a bug left is kept"
+    assert Path("results/runs/begun").is_dir(), "what a bug left is kept"
 
 
 def test_a_run_without_a_record_is_no_success(cli, monkeypatch) -> None:

@@ -60,6 +60,7 @@ from effbench.nn.pruning.salience import Salience, outliers, ranked, root_kurtos
 from effbench.nn.pruning.schedule import PruningSchedule
 from effbench.resources.predict import predict
 from effbench.results.events import read_events
+from effbench.runner.signals import Stop
 from effbench.runner.stages import train as stage
 from effbench.runner.worker import run_here
 from effbench.util.errors import StoppedError, UserError
@@ -702,11 +703,11 @@ def stop_after_a_step(patch: pytest.MonkeyPatch) -> None:
 
     def then_stop(trainer: Any) -> float:
         loss = one_step(trainer)
-        stage.Stop.requested = True
+        Stop.requested = True
         return loss
 
     patch.setattr(stage, "one_step", then_stop)
-    patch.setattr(stage.Stop, "requested", False)
+    patch.setattr(Stop, "requested", False)
 
 
 def test_the_record_tells_what_is_left(bench: Bench, tmp_path: Path) -> None:
