@@ -2,7 +2,9 @@
 # What `make demo` shows: one training that serves every rank, beside what it must be compared with.
 set -euo pipefail
 effbench="${BIN:-.venv/bin}/effbench"
-results="${EFFBENCH_RESULTS:-results}"
+# A folder of its own: records of this machine do not take the place of those in the repository.
+results="${EFFBENCH_RESULTS:-results/demo}"
+export EFFBENCH_RESULTS="$results"
 common=(run.results="$results")
 
 step() { printf '\n\033[1m$ effbench %s\033[0m\n' "$*"; "$effbench" "$@" "${common[@]}"; }
@@ -22,7 +24,8 @@ mkdir -p "$results/tables"
 
 cat <<TEXT
 
-Next:
+The plot is $results/tables/demo.png. Next:
+  export EFFBENCH_RESULTS=$results                    so that effbench finds these runs
   $effbench show method qdylora                         what was trained, and what can be set
   $effbench export ${qdylora:0:8} adapter-r4 --point r4            one rank as a plain LoRA adapter for peft
   $effbench train -m method=qdylora method.rank=8,32 seed=0,1   a grid
