@@ -40,7 +40,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def called(scripts: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(scripts / "gpu.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_a_stage_that_fails_stops_no_other_and_what_is_done_is_kept(
