@@ -12,7 +12,7 @@ LAYERS = 8
 def run(stage: Stage) -> None:
     """Train a few steps with each method; the peak is to be within 10 % of the prediction."""
     words = [*stage.model, *stage.prose(), f"train.batch_size={stage.size(4, 2)}"]
-    words += [f"train.max_steps={stage.size(12, 4)}"]
+    words += [f"train.max_steps={stage.size(12, 2)}"]
     steps: dict[str, float] = {}
     for method in ("qlora", "qdylora", "lora", "full"):
         with stage.part(method):

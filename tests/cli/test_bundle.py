@@ -338,6 +338,7 @@ def test_left_out_takes_along_what_only_it_needs(demo: Path, tmp_path: Path) -> 
     assert made.there == {"demo-torch": {"effbench": ">=2.8"}}
 
 
+@pytest.mark.slow
 def test_left_out_of_unknown_version(demo: Path, tmp_path: Path) -> None:
     bundle(tmp_path / "out", {"demo-torch": ""})
     assert files_of(tmp_path / "out") == {"effbench", "demo-lib", "demo-source", "pip"}
@@ -350,6 +351,7 @@ def test_version_there_outside_our_range(demo: Path, tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith((".", "out"))]
 
 
+@pytest.mark.slow
 def test_extras(demo: Path, tmp_path: Path) -> None:
     bundle(tmp_path / "out", extras=("dev",), assets=())
     assert "demo-tool" in files_of(tmp_path / "out")
@@ -358,6 +360,7 @@ def test_extras(demo: Path, tmp_path: Path) -> None:
     assert "'dev'" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_another_python(demo: Path, tmp_path: Path) -> None:
     other = target.choose("3.14", ["manylinux_2_28_x86_64"])
     bundle(tmp_path / "out", target=other, assets=())
@@ -368,6 +371,7 @@ def test_another_python(demo: Path, tmp_path: Path) -> None:
     assert versions["demo-source"] == "1.0"  # built here
 
 
+@pytest.mark.slow
 def test_no_wheel_for_that_platform(demo: Path, tmp_path: Path) -> None:
     for file in demo.glob("demo_lib*"):
         file.unlink()
@@ -377,6 +381,7 @@ def test_no_wheel_for_that_platform(demo: Path, tmp_path: Path) -> None:
         bundle(tmp_path / "out", target=other)
 
 
+@pytest.mark.slow
 def test_source_that_compiles_is_refused_by_name(demo: Path, tmp_path: Path) -> None:
     (demo / "demo_source-1.0.tar.gz").unlink()
     (demo / "tree").rename(tmp_path / "old-tree")
@@ -409,6 +414,7 @@ def test_unknown_asset(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_goes_on(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     brought: list[str] = []
     original = make.download
@@ -431,6 +437,7 @@ def test_interrupted_goes_on(demo: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(files_of(tmp_path / "out")) == 6
 
 
+@pytest.mark.slow
 def test_earlier_bundle_stays_until_the_new_one_is_whole(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +522,7 @@ def test_install_beside_what_is_there(
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".my")]
 
 
+@pytest.mark.slow
 def test_install_twice(in_parts: Path, tmp_path: Path, blocked: Run, there: Path) -> None:
     prefix = tmp_path / "eff"
     install(blocked, in_parts, str(prefix), path=[there])

@@ -84,7 +84,13 @@ def worker_of(launcher: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGKILL)),
+    ],
+)
 def test_what_ends_the_launcher_stops_its_worker_which_saves(
     bench: Bench, training: tuple[Job, subprocess.Popen[str]], number: int
 ) -> None:
@@ -101,6 +107,7 @@ def test_what_ends_the_launcher_stops_its_worker_which_saves(
         assert "everything is saved" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_to_both_processes_saves_too(
     bench: Bench, training: tuple[Job, subprocess.Popen[str]]
