@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
             importlib.import_module(library)
     release()
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
+    atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
     bench.base_bytes = memory_in_use(bench.device)
     with bench.phase("load"):
         loaded = models.load(
