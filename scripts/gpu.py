@@ -157,6 +157,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _run_here(name: str, out: Path, tiny: bool) -> int:
     stage = Stage(name, out, tiny)
+    os.chdir(out)
     with stage.part(name):
         load(stages()[name]).run(stage)
     return 1 if stage.failures else 0

@@ -85,14 +85,14 @@ class Stage:
 
     def prose(self) -> list[str]:
         """Return words that choose a generated text in rows of 512 bytes (128 in a rehearsal)."""
-        path = self.out / "prose.txt"
+        path = self.out / "prose.txt"  # named without its folder, which no record is to hold
         if not path.exists():
             draws, words = random.Random(0), WORDS.split()
             rows = (" ".join(draws.choices(words, k=400)) for _ in range(200))
             path.write_text("\n\n".join(rows))
         length = self.size(512, 128)
         return [
-            *("dataset=file", "dataset.kind=text", f"dataset.files.all={path}"),
+            *("dataset=file", "dataset.kind=text", f"dataset.files.all={path.name}"),
             f"dataset.max_length={length}",
         ]
 

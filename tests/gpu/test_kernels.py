@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from effbench.nn.decode.pointwise import gate, rms_norm, turn
+from effbench.api.sharing import LayerMap
+from effbench.nn.decode.cuda_graph import StaticStep
+from effbench.nn.decode.pointwise import EAGER, fused, gate, rms_norm, turn
+from effbench.nn.decode.static import StaticSession
+from effbench.nn.llama.shared_attention import share
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 8e-2}
@@ -100,3 +106,52 @@ def test_attention(
     torch.testing.assert_close(found, right.reshape(1, 1, -1), **close)
     for now, before in zip(cache, (keys, values), strict=True):
         torch.testing.assert_close(now, before, **close)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 72,
+    "intermediate_size": 106,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "initializer_range": 0.1,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("mode", [None, "kv", "qk"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_kernels_gives_what_modules_give(
+    kernels: Any, family: str, mode: Any, device: str
+) -> None:
+    """Not captured, so that the interpreter runs it too; after padding, and with shared states."""
+    torch.manual_seed(3)
+    model: Any = LlamaForCausalLM(copy.deepcopy(FAMILIES[family]))
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, 1.0, 0.3)
+    model = model.to(device).eval().requires_grad_(False)
+    if mode:
+        share(model, LayerMap(mode, (0, 1, 1)))
+    ids = torch.randint(1, 131, (1, 16), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones(1, 9, dtype=torch.long, device=device)
+    mask[0, :3] = 0
+    session, other = (StaticSession(model, use_native=False) for _ in range(2))
+    for one in (session, other):
+        one.prefill(ids[:, :9], mask)
+    step = StaticStep(session, fused(lambda function: function, kernels.RowKernels))
+    modules = StaticStep(other, EAGER)
+    with torch.inference_mode():
+        for t in range(9, 16):
+            found = []
+            for one, its in ((step, session), (modules, other)):
+                one.token.copy_(ids[:, t : t + 1])
+                found.append(one.logits(its).clone())
+                one.advance(its)
+            assert found[1].std() > 0.5
+            torch.testing.assert_close(*found, atol=5e-4, rtol=5e-4)

@@ -162,16 +162,16 @@ def test_a_session_leaves_the_model_as_it_was(way: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
-def test_captured_steps_give_what_whole_modules_give() -> None:
-    for name in POLICIES:
-        method, model, point = policy(name, layers=(2, 3, 5), window=2)
-        model, ids = model.cuda(), tokens(2, 30).cuda()
-        with method.at(model, point):
-            ours = StaticTemporalSession(model, model.lora_drop)
-            theirs = TemporalSession(model, model.lora_drop)
-        ours.reserve(2, 30, prompt=6)
-        assert ours.engine == "graph"
-        seen = [decoded(s, ids, 6) for s in (ours, theirs)]
-        torch.testing.assert_close(*seen, atol=1e-3, rtol=1e-3)
+def test_captured_steps_give_what_whole_modules_give(name: str, rows: int, device: str) -> None:
+    method, model, point = policy(name, layers=(2, 3, 5), window=2)
+    model, ids = model.to(device), tokens(rows, 30).to(device)
+    with method.at(model, point):
+        ours = StaticTemporalSession(model, model.lora_drop)
+        theirs = TemporalSession(model, model.lora_drop)
+    ours.reserve(rows, 30, prompt=6)
+    assert (ours.engine == "graph") == (device == "cuda")
+    seen = [decoded(s, ids, 6) for s in (ours, theirs)]
+    torch.testing.assert_close(*seen, atol=1e-3, rtol=1e-3)

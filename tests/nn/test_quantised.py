@@ -368,16 +368,3 @@ def test_merging_an_adapter_is_refused_not_lost(kind: str) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(RuntimeError):
         adapted.merge_and_unload()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    base = linear(256, 512).cuda()
-    fast, plain = NF4Linear.quantise(base), NF4Linear.quantise(base, backend="torch")
-    x = torch.randn(3, 256, device="cuda", dtype=dtype, requires_grad=True)
-    torch.testing.assert_close(fast.dense_weight(dtype), plain.dense_weight(dtype))
-    torch.testing.assert_close(fast(x), plain(x), rtol=2e-2, atol=2e-2)
-    grads = [torch.autograd.grad(layer(x).sum(), x)[0] for layer in (fast, plain)]
-    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)

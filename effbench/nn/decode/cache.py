@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -92,3 +93,21 @@ class StaticValues(StaticLayer):
         self.length = length
         self.buffers[1][:, :, :length] = value_states
         return key_states, value_states
+
+
+Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys and values [B, H_kv, T, D] and which of them a sequence sees, [B, 1, 1, T]; None for all."""
+Store = Callable[[StaticLayer, torch.Tensor, torch.Tensor], Stored]
+"""Puts the new key and value of a layer away and returns all that the query may look at."""
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A `Store` whose places lie on the device, for a kernel that stores by itself."""
+
+    starts: torch.Tensor
+    """The first position that each sequence sees, [B] int64."""
+
+    def place(self, layer: StaticLayer) -> torch.Tensor:
+        """Return where the next key and value of a layer go, [1] int64."""
+        ...

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 
-from effbench.nn.decode.pointwise import Pointwise, compiled
+from effbench.nn.decode.pointwise import EAGER, Pointwise, fused
 
 if TYPE_CHECKING:
-    from effbench.nn.decode.cache import StaticLayer
-    from effbench.nn.decode.step import Runs, StepSession, Stored
+    from effbench.nn.decode.cache import StaticLayer, Stored
+    from effbench.nn.decode.step import Runs, StepSession
 
 WARM_UP = 3
 """Steps that run before the capture, so that libraries have made what they need."""
+
+
+@cache
+def compiled(rows: int) -> Pointwise:
+    """Return what a captured step of some rows is made of; eager functions without Triton.
+
+    torch.compile makes each function one kernel. For a single row our own kernels take the products
+    and attention too.
+    """
+    if not find_spec("triton"):
+        return EAGER
+    if rows > 1:
+        return fused(torch.compile)
+    from effbench.nn.decode.triton_step import RowKernels
+
+    return fused(torch.compile, RowKernels)
 
 
 class Put:

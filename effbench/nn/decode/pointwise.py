@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:
+    from effbench.nn.decode.cache import StaticLayer, Store
+
 Normed = tuple[torch.Tensor, torch.Tensor]
 """The residual stream and its normed form, [B, 1, d] each."""
-
-
 Products = tuple[torch.Tensor, list[torch.Tensor]]
 """The residual stream, and what each of several linears makes of its norm."""
 
@@ -31,23 +30,11 @@ class Pointwise:
     """From the two inner products of a gated MLP to what its last product takes."""
     move: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """From a start [B, 1, d], a change and its scale to their sum, rounded as the start is."""
-    fused_project: Callable[..., Products] | None = None
-    """`project` as one kernel, where there is one."""
-    fused_gated: Callable[..., Normed] | None = None
-    """`gated` as one kernel, where there is one."""
-    fused_product: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    """`product` as a kernel for one row, where there is one."""
-    fused_attend: Callable[..., torch.Tensor] | None = None
-    """Rotary positions, cache and attention of one row, where there is a kernel for them."""
 
     def project(
         self, norm: Any, hidden: torch.Tensor, added: torch.Tensor | None, linears: Sequence[Any]
     ) -> Products:
         """Return the sum of the residual stream and `added`, and the products of its norm."""
-        if not linears:
-            return hidden if added is None else hidden + added, []
-        if self.fused_project is not None:
-            return self.fused_project(norm, hidden, added, linears)
         hidden, x = self.norm(norm, hidden, added)
         return hidden, [m(x) for m in linears]
 
@@ -59,14 +46,32 @@ class Pointwise:
             hidden: The residual stream, [B, 1, d].
             added: What the block adds to it before its MLP.
         """
-        if self.fused_gated is not None:
-            return self.fused_gated(mlp.norm, hidden, added, mlp.gate, mlp.up)
         hidden, x = self.norm(mlp.norm, hidden, added)
         return hidden, self.gate(mlp.gate(x), mlp.up(x))
 
     def product(self, linear: Any, x: torch.Tensor) -> torch.Tensor:
         """Return the product of one linear."""
-        return linear(x) if self.fused_product is None else self.fused_product(linear, x)
+        out: torch.Tensor = linear(x)
+        return out
+
+    def attend(
+        self,
+        states: Sequence[torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: StaticLayer,
+        store: Store,
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """Turn, store and attend at once, [B, 1, H D]; None where the caller has to do each.
+
+        Args:
+            states: Queries, keys and values of the new position, not turned yet.
+            angles: Cosine and sine of its rotary position.
+            cache: Where its key and value go.
+            store: Knows at which place.
+            scaling: What scores are multiplied by.
+        """
+        return None
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -104,36 +109,10 @@ def rms_norm(
 EAGER = Pointwise(module_norm, turn, gate, move)
 
 
-@cache
-def compiled(rows: int) -> Pointwise:
-    """Return what a captured step of some rows is made of; eager functions without Triton.
-
-    torch.compile makes each function one kernel. For a single row our own kernels take the products
-    too: at more rows those of cuBLAS read the weights as fast.
-    """
-    if not find_spec("triton"):
-        return EAGER
-    made = fused(torch.compile)
-    return with_kernels(made) if rows == 1 else made
-
-
-def with_kernels(pointwise: Pointwise) -> Pointwise:
-    """Return functions whose products, for a single row, are our kernels."""
-    from effbench.nn.decode import triton_step
-
-    return replace(
-        pointwise,
-        fused_project=triton_step.project,
-        fused_gated=triton_step.gated,
-        fused_product=triton_step.product,
-        fused_attend=triton_step.attend,
-    )
-
-
-def fused(make: Callable[[Any], Any]) -> Pointwise:
+def fused(make: Callable[[Any], Any], kind: type[Pointwise] = Pointwise) -> Pointwise:
     """Return functions that `make` made of plain ones."""
     norm = make(rms_norm)
-    return Pointwise(
+    return kind(
         lambda module, hidden, added: norm(hidden, added, module.weight, module.variance_epsilon),
         make(turn),
         make(gate),

@@ -32,13 +32,13 @@ from transformers.cache_utils import Cache
 
 from effbench.api.session import Session
 from effbench.nn.decode import native
-from effbench.nn.decode.cache import BLOCK, StaticLayer, StaticValues
+from effbench.nn.decode.cache import BLOCK, StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.shared import SharedSession
-from effbench.nn.decode.step import Placing, Runs, StandIn, Store, Stored
+from effbench.nn.decode.step import Runs, StandIn
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import Attention, blocks_of, plain, untouched, why_not
 
@@ -381,11 +381,10 @@ class StaticSession:
         """
         own, cache = self.blocks[index].attention, self.caches[index]
         assert own is not None and cache is not None
-        attend = pointwise.fused_attend
-        if attend is not None and len(outs) == 3 and index not in self._givers:
-            assert isinstance(store, Placing)
-            place = store.place(cache)
-            return attend(*outs, angles, cache.buffers, place, store.starts, own.scaling)
+        if len(outs) == 3 and index not in self._givers:
+            at_once = pointwise.attend(outs, angles, cache, store, own.scaling)
+            if at_once is not None:
+                return at_once
         # The query heads of one key head are queries at one place: nothing is repeated.
         heads = len(outs[0]) if outs else self.batch, own.kv_heads, -1, self.head_dim
         each = iter(outs)

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from effbench.nn.decode.cache import StaticLayer
+from effbench.nn.decode.cache import StaticLayer, Store
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.llama.walk import Block
 
 Runs = tuple[bool, ...]
 """Whether each block runs in a step."""
-Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Keys and values [B, H_kv, T, D] and which of them a sequence sees, [B, 1, 1, T]; None for all."""
-Store = Callable[["StaticLayer", torch.Tensor, torch.Tensor], Stored]
-"""Puts the new key and value of a layer away and returns all that the query may look at."""
-
-
-@runtime_checkable
-class Placing(Protocol):
-    """A `Store` whose places lie on the device, for a kernel that stores by itself."""
-
-    starts: torch.Tensor
-    """The first position that each sequence sees, [B] int64."""
-
-    def place(self, layer: StaticLayer) -> torch.Tensor:
-        """Return where the next key and value of a layer go, [1] int64."""
-        ...
 
 
 @dataclass

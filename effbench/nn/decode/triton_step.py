@@ -24,6 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
+from effbench.nn.decode.cache import Placing, StaticLayer, Store
+from effbench.nn.decode.pointwise import Normed, Pointwise, Products
+
 ROWS, GATED_ROWS = 2, 2
 """Outputs that a program computes: of one linear, and of gate and up each."""
 BLOCK_K, GATED_BLOCK_K = 2048, 1024
@@ -495,3 +498,38 @@ def row_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def product(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Return the product of one linear with x, [1, 1, d_in]."""
     return project(None, x.contiguous(), None, [linear])[1][0]
+
+
+class RowKernels(Pointwise):
+    """A step of one row, made of these kernels."""
+
+    def project(
+        self, norm: Any, hidden: torch.Tensor, added: torch.Tensor | None, linears: Sequence[Any]
+    ) -> Products:
+        """See `Pointwise.project`; without linears there is only the sum."""
+        if not linears:
+            return hidden if added is None else hidden + added, []
+        return project(norm, hidden, added, linears)
+
+    def gated(self, mlp: Any, hidden: torch.Tensor, added: torch.Tensor | None) -> Normed:
+        """See `Pointwise.gated`."""
+        return gated(mlp.norm, hidden, added, mlp.gate, mlp.up)
+
+    def product(self, linear: Any, x: torch.Tensor) -> torch.Tensor:
+        """See `Pointwise.product`."""
+        return product(linear, x)
+
+    def attend(
+        self,
+        states: Sequence[torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: StaticLayer,
+        store: Store,
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """See `Pointwise.attend`; None where the place is not known on the device."""
+        if not isinstance(store, Placing):
+            return None
+        q, k, v = states
+        place = store.place(cache)
+        return attend(q, k, v, angles, cache.buffers, place, store.starts, scaling)
