@@ -115,3 +115,6 @@ def test_the_rehearsal_runs_every_stage(tmp_path: Path) -> None:
     for name in gpu_stage.stages():
         assert gpu_stage.rows(out, name), name
         assert all(row.value is not None for row in gpu_stage.rows(out, name)), name
+    records = [p.read_text() for p in (out / "results" / "records").glob("*.json")]
+    assert records
+    assert not any(str(tmp_path) in text for text in records)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from effbench.cli.bundle import build, make, parts, resolve, target
+from effbench.cli.bundle import build, installer, make, parts, resolve, target
 from effbench.cli.bundle.make import Made, Wanted
 from effbench.data import assets
 from effbench.util.errors import UserError
@@ -631,3 +631,17 @@ def test_command(demo: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, 
     status, _, err = cli("bundle", "out", "--part-size", "1k")
     assert status == 2
     assert "too small" in err
+
+
+def test_prefix_is_taken_by_the_letter(tmp_path: Path) -> None:
+    prefix = tmp_path / "it's $HOME, `id`"
+    program = prefix / "site" / "bin" / "effbench"
+    program.parent.mkdir(parents=True)
+    program.write_text("import os; print(os.environ['EFFBENCH_CACHE'])")
+    starter = tmp_path / "starter"
+    starter.write_text(installer._starter(prefix))
+    environment = {k: v for k, v in os.environ.items() if k != "EFFBENCH_CACHE"}
+    said = subprocess.run(
+        ["sh", str(starter)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert said.stdout.strip() == str(prefix / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -512,3 +513,12 @@ def test_events_are_cut_back_and_mended(bench: Bench, tmp_path: Path) -> None:
     log.cut(0)
     log.close()
     assert path.read_bytes() == b""
+
+
+def test_what_libraries_made_is_not_looked_through_at_every_phase(bench: Bench) -> None:
+    gc.unfreeze()
+    try:
+        bench.run("train", "method=lora", "train.max_steps=1", "evaluator=[]")
+        assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    finally:
+        gc.unfreeze()

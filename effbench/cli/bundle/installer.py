@@ -338,7 +338,7 @@ def _starter(prefix: Path) -> str:
     return (
         "#!/bin/sh\n"
         f'PYTHONPATH={site}"${{PYTHONPATH:+:$PYTHONPATH}}"\n'
-        f'EFFBENCH_CACHE="${{EFFBENCH_CACHE:-{prefix / "cache"}}}"\n'
+        f'[ -n "$EFFBENCH_CACHE" ] || EFFBENCH_CACHE={shlex.quote(str(prefix / "cache"))}\n'
         'HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"\n'
         "export PYTHONPATH EFFBENCH_CACHE HF_HUB_OFFLINE\n"
         f'exec {python} {site}/bin/effbench "$@"\n'
