@@ -44,7 +44,7 @@ def test_the_records_of_the_demo_come_from_the_present_versions() -> None:
 
 
 def test_the_committed_records_come_from_committed_code():
-    """Those of a lent device may not, where docs/gpu.md says so: its time is gone when one commits."""
+    """Or docs/gpu.md says so: the time of a lent device is gone when one commits."""
     for record in read_all(RECORDS, outcomes=False):
         assert record.environment["commit"], record.key
         said = record.environment.get("gpus") and f"`{record.key[:8]}`" in GPU_PAGE
