@@ -23,9 +23,9 @@ from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.config.compose import compose
-from effbench.methods.apt import APT
 from effbench.methods.base import Method, compress_whole
-from effbench.methods.structured import Structured
+from effbench.methods.pruning.apt import APT
+from effbench.methods.pruning.structured import Structured
 from effbench.models import load as models
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.pruning.pruner import Pruning

@@ -18,7 +18,7 @@ from effbench.api.method_types import Context
 from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
-from effbench.methods.echoatt import EchoAtt
+from effbench.methods.sharing.echoatt import EchoAtt
 from effbench.models import load as models
 from effbench.nn.decode.copied_maps import CopyingSession
 from effbench.nn.decode.session import CachedSession

@@ -19,7 +19,7 @@ from effbench.api.method_types import Context
 from effbench.api.session import Cyclic, Session
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.config.compose import compose
-from effbench.methods.lora_drop import LoRADrop, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
 from effbench.nn.llama.walk import why_not

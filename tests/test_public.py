@@ -38,7 +38,13 @@ from effbench.util.package_data import conf_dir
 
 ROOT = Path(__file__).parents[1]
 PROMISED = ("api.batch", "api.cost", "api.method_types", "api.schema", "evaluators.base")
-PROMISED += ("evaluators.subject", "methods.base", "methods.lora", "util.errors", "util.lazy")
+PROMISED += (
+    "evaluators.subject",
+    "methods.base",
+    "methods.adapters.lora",
+    "util.errors",
+    "util.lazy",
+)
 """Modules that docs/adding-a-method.md lets other packages import."""
 
 

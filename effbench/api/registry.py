@@ -1,4 +1,8 @@
-"""Finds methods and evaluators by name: one file each, or an entry point of another package."""
+"""Finds methods and evaluators by name: one file and config each, or an entry point.
+
+A room's files are in any folder below it; one without a config of its name is no plug-in, but what
+others use.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.package_data import conf_dir
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 Kind = Literal["methods", "evaluators"]
-NOT_PLUGINS = {"__init__", "base", "chain", "subject"}
-NOT_PLUGINS |= {"ifeval", "memory_cap", "questions", "requests", "windows"}
 
 
 @cache
 def names(kind: Kind) -> tuple[str, ...]:
     """Return all names of a kind, sorted, without importing any of them."""
-    folder = Path(__file__).parents[1] / kind
-    own = {p.stem for p in folder.glob("*.py") if p.stem not in NOT_PLUGINS}
-    return tuple(sorted(own | set(plugins(kind))))
+    return tuple(sorted({*_own(kind), *plugins(kind)}))
+
+
+@cache
+def _own(kind: Kind) -> dict[str, Path]:
+    """Return the files of effbench's own by name: those in the room that have a config."""
+    room, configs = Path(__file__).parents[1] / kind, conf_dir() / kind.removesuffix("s")
+    files = {p.stem: p for p in sorted(room.rglob("*.py"))}
+    return {p.stem: files[p.stem] for p in configs.glob("*.yaml") if p.stem in files}
 
 
 @cache
@@ -80,7 +89,8 @@ def _named(cls: Any, name: str) -> Any:
 
 
 def _class_in(kind: Kind, name: str) -> type:
-    module = import_module(f"effbench.{kind}.{name}")
+    path = _own(kind)[name].relative_to(Path(__file__).parents[1]).with_suffix("")
+    module = import_module(".".join(("effbench", *path.parts)))
     base = import_module(f"effbench.{kind}.base")
     root = base.Method if kind == "methods" else base.Evaluator
     found = [
@@ -99,7 +109,7 @@ def summary(kind: Kind, name: str) -> str:
         spec = find_spec(plugins(kind)[name].module)
         path = Path(spec.origin) if spec and spec.origin else None
     else:
-        path = Path(__file__).parents[1] / kind / f"{name}.py"
+        path = _own(kind).get(name)
     if path is None or not path.is_file():
         return ""
     return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]

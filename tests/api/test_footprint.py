@@ -12,22 +12,22 @@ from helpers import adamw, generator, tiny_model
 from effbench.api.batch import Batch
 from effbench.api.footprint import Pass, logit_bytes, step_flops
 from effbench.api.method_types import Context
-from effbench.methods.adalora import AdaLoRA
-from effbench.methods.apt import APT
+from effbench.methods.adapters.adalora import AdaLoRA
+from effbench.methods.adapters.deep_lora import DeepLoRA
+from effbench.methods.adapters.dora import DoRA
+from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import LoRA
+from effbench.methods.adapters.qlora import QLoRA
 from effbench.methods.base import Method
-from effbench.methods.deep_lora import DeepLoRA
-from effbench.methods.dora import DoRA
-from effbench.methods.dylora import DyLoRA
-from effbench.methods.echo_llama import EchoLLaMA
-from effbench.methods.echoatt import EchoAtt
-from effbench.methods.exit_heads import ExitHeads
+from effbench.methods.depth.exit_heads import ExitHeads
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.sorted_full import SortedFull
+from effbench.methods.depth.sorted_lora import SortedLoRA
+from effbench.methods.distill.kd import Distillation
 from effbench.methods.full import Full
-from effbench.methods.kd import Distillation
-from effbench.methods.lora import LoRA
-from effbench.methods.lora_drop import LoRADrop
-from effbench.methods.qlora import QLoRA
-from effbench.methods.sorted_full import SortedFull
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.pruning.apt import APT
+from effbench.methods.sharing.echo_llama import EchoLLaMA
+from effbench.methods.sharing.echoatt import EchoAtt
 from effbench.nn.quant.linears import quantise_nf4
 from effbench.resources.peaks import OPTIMIZER_BYTES
 

@@ -8,11 +8,11 @@ import pytest
 
 from effbench.cli.selfcheck import accounting
 from effbench.cli.selfcheck.base import Check
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
-from effbench.methods.exit_heads import ExitHeads
-from effbench.methods.lora import LoRA
-from effbench.methods.sorted_full import SortedFull
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.depth.exit_heads import ExitHeads
+from effbench.methods.depth.sorted_full import SortedFull
+from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.nn.depth import layerskip
 
 

@@ -20,7 +20,7 @@ from effbench.data.tokenise import IGNORED, Example
 from effbench.evaluators.perplexity import Perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
-from effbench.methods.lora_drop import LoRADrop
+from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.results.journal import Journal
 from effbench.util.errors import UserError
 

@@ -17,7 +17,7 @@ from effbench.evaluators import speed
 from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
-from effbench.methods.lora_drop import LoRADrop
+from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.static import StaticSession

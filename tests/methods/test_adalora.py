@@ -23,8 +23,8 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from effbench.api.footprint import Pass, step_flops
 from effbench.api.schema import build
 from effbench.api.shape import LINEARS, planned_slice, sliced_shape
-from effbench.methods.adalora import AdaLoRA, RankedShape
-from effbench.methods.lora import LoRA, peft_adapters
+from effbench.methods.adapters.adalora import AdaLoRA, RankedShape
+from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
 from effbench.nn.adapters.rank_budget import BudgetSchedule, best, no_averages, observe, scores
 from effbench.nn.adapters.svd import SVDLinear, orthogonality, svd_layers

@@ -33,9 +33,9 @@ from effbench.api.method_types import Context
 from effbench.api.shape import LINEARS
 from effbench.api.spec import Machine, ModelSpec
 from effbench.config.compose import compose
-from effbench.methods.apt import APT
+from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.base import Method
-from effbench.methods.lora import LoRA, peft_adapters
+from effbench.methods.pruning.apt import APT
 from effbench.models.load import load
 from effbench.nn.adapters.growth import (
     Swap,

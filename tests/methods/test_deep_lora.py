@@ -24,7 +24,7 @@ from helpers import (
 )
 from torch import nn
 
-from effbench.methods.deep_lora import DeepLoRA, update_params
+from effbench.methods.adapters.deep_lora import DeepLoRA, update_params
 from effbench.nn.adapters.deep import (
     DeepLinear,
     deep_layers,

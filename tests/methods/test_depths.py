@@ -11,15 +11,15 @@ from helpers import SHAPE, batch_of, context, counted, generator, tiny_model
 
 from effbench.api.batch import make_batch
 from effbench.config.compose import compose
+from effbench.methods.adapters.deep_lora import DeepLoRA
+from effbench.methods.adapters.dora import DoRA
+from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.deep_lora import DeepLoRA
-from effbench.methods.depths import Depths
-from effbench.methods.dora import DoRA
-from effbench.methods.dylora import DyLoRA
-from effbench.methods.lora import LoRA, peft_adapters
-from effbench.methods.lora_drop import LoRADrop
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.models import load as models
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.native import kernels as native_kernels

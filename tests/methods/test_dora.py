@@ -19,9 +19,9 @@ from helpers import (
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from effbench.api.shape import LINEARS
+from effbench.methods.adapters.dora import DoRA
+from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.base import Method
-from effbench.methods.dora import DoRA
-from effbench.methods.lora import LoRA, peft_adapters
 from effbench.nn.adapters.dora import DoRALinear, dora_layers
 from effbench.nn.quant.linears import PackedLinear
 

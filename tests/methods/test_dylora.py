@@ -21,8 +21,8 @@ from helpers import (
 )
 
 from effbench.api.schema import build
-from effbench.methods.dylora import DyLoRA
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import LoRA
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
 from effbench.nn.llama.replace import replace_linears
 from effbench.nn.quant.linears import PackedLinear

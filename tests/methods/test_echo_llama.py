@@ -19,8 +19,8 @@ from effbench.api.footprint import Pass, step_flops
 from effbench.api.method_types import Context
 from effbench.api.sharing import TAKEN, LayerMap, SharedShape, shared_shape, top_map
 from effbench.api.spec import ModelSpec
-from effbench.methods.echo_llama import EchoLLaMA, share_at
 from effbench.methods.full import Full
+from effbench.methods.sharing.echo_llama import EchoLLaMA, share_at
 from effbench.models.load import load
 from effbench.nn.llama.shared_attention import map_of, sharing_layers
 from effbench.resources.counting import flops, parameters

@@ -29,8 +29,8 @@ from effbench.api.footprint import Pass, step_flops
 from effbench.api.method_types import Context
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.echoatt import EchoAtt
 from effbench.methods.full import Full
+from effbench.methods.sharing.echoatt import EchoAtt
 from effbench.nn.decode.copied_maps import CopyingSession
 from effbench.nn.decode.session import greedy
 from effbench.nn.decode.shared import SharedSession

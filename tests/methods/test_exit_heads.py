@@ -20,12 +20,12 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from effbench.api.schema import build
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.exit_heads import ExitHeads
-from effbench.methods.lora import LoRA
-from effbench.methods.lora_drop import LoRADrop
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.depth.exit_heads import ExitHeads
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.depth.exit_heads import own_head
 from effbench.nn.depth.submodel import exit_states

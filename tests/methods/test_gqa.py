@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from effbench.api.sharing import shared_shape, top_map
 from effbench.methods.base import compress_whole
-from effbench.methods.gqa import GQA
+from effbench.methods.sharing.gqa import GQA
 from effbench.nn.decode.static import StaticSession, session_for
 from effbench.util.errors import UserError
 

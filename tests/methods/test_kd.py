@@ -17,7 +17,7 @@ from helpers import (
 )
 
 from effbench.methods.base import Method
-from effbench.methods.kd import Distillation
+from effbench.methods.distill.kd import Distillation
 from effbench.nn.losses.token import token_kl
 from effbench.util.errors import UserError
 

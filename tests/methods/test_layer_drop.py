@@ -13,7 +13,7 @@ from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.shape import LayerSize, Shape, sliced_shape
 from effbench.methods.base import compress_whole
-from effbench.methods.layer_drop import LayerDrop, influence, passed
+from effbench.methods.depth.layer_drop import LayerDrop, influence, passed
 from effbench.nn.llama.layers import at_layers
 from effbench.util.errors import UserError
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from effbench.api.schema import build
 from effbench.api.shape import LINEARS
-from effbench.methods.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.nn.adapters.lowrank import init_a, svd_truncate, truncate
 from effbench.util.errors import UserError
 

@@ -21,7 +21,7 @@ from effbench.api.schema import build
 from effbench.api.shape import Shape
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
-from effbench.methods.lora_drop import LoRADrop, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
 from effbench.nn.decode.droppable import TemporalSession
 from effbench.nn.decode.droppable_static import StaticTemporalSession
 from effbench.nn.decode.native_step import NativeStep

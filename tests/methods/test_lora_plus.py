@@ -4,8 +4,8 @@ from helpers import SHAPE, counted, logits, prepared, stated, tiny_model, train
 from peft.optimizers import create_loraplus_optimizer
 
 from effbench.api.schema import build
-from effbench.methods.lora import LoRA, peft_adapters
-from effbench.methods.lora_plus import LoRAPlus
+from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora_plus import LoRAPlus
 from effbench.util.errors import UserError
 
 SMALL = [

@@ -21,9 +21,9 @@ from helpers import (
 from peft import PeftModel
 
 from effbench.api.shape import Shape
-from effbench.methods.dylora import DyLoRA
-from effbench.methods.qdylora import QDyLoRA
-from effbench.methods.qlora import QLoRA
+from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.qdylora import QDyLoRA
+from effbench.methods.adapters.qlora import QLoRA
 from effbench.nn.adapters.lowrank import control_of, low_rank_layers
 from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
 from effbench.nn.quant.nf4 import nf4_bytes

@@ -15,8 +15,8 @@ from helpers import (
 )
 from peft import PeftModel
 
-from effbench.methods.lora import LoRA, peft_adapters
-from effbench.methods.qlora import QLoRA
+from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.qlora import QLoRA
 from effbench.nn.quant.linears import NF4Linear
 
 

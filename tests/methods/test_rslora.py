@@ -6,8 +6,8 @@ from helpers import SHAPE, base_for, counted, logits, prepared, stated, tiny_mod
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from effbench.api.shape import LINEARS
-from effbench.methods.lora import LoRA, peft_adapters
-from effbench.methods.rslora import RankStabilisedLoRA as RsLoRA
+from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.rslora import RankStabilisedLoRA as RsLoRA
 
 
 def test_the_untrained_adapter_changes_nothing():

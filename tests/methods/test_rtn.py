@@ -16,7 +16,7 @@ from effbench.api.registry import find
 from effbench.api.shape import Shape
 from effbench.methods.base import compress_whole
 from effbench.methods.none import Unchanged
-from effbench.methods.rtn import RTN
+from effbench.methods.quant.rtn import RTN
 from effbench.nn.quant import groupwise
 from effbench.nn.quant.linears import PackedLinear, storage_bytes
 from effbench.util.errors import UserError
@@ -216,7 +216,8 @@ def test_it_needs_dense_layers() -> None:
 
 def test_cost_needs_no_torch() -> None:
     program = (
-        "import sys; from effbench.methods.rtn import RTN; from effbench.api.shape import Shape;"
+        "import sys; from effbench.methods.quant.rtn import RTN;"
+        "from effbench.api.shape import Shape;"
         "RTN().cost(Shape(64, 128, 2, 4, 2, 16, 97), 'bfloat16'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

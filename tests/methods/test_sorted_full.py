@@ -7,10 +7,10 @@ import torch
 from helpers import SHAPE, adamw, batch_of, context, counted, stated, tiny_model, train, window
 from transformers import AutoModelForCausalLM
 
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
+from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.full import Full
-from effbench.methods.lora import LoRA
-from effbench.methods.sorted_full import SortedFull
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)

@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from effbench.api.cost import dense_cost
 from effbench.api.schema import build
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.depths import depth_set, paper_thresholds
-from effbench.methods.lora import LoRA
-from effbench.methods.rtn import RTN
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.depth.depths import depth_set, paper_thresholds
+from effbench.methods.depth.sorted_lora import SortedLoRA
+from effbench.methods.quant.rtn import RTN
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import greedy
 from effbench.nn.depth import layerskip

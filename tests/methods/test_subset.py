@@ -6,7 +6,7 @@ from helpers import SHAPE, batch_of, context, counted, prepared, stated, tiny_mo
 
 from effbench.api.schema import build
 from effbench.methods.base import Method
-from effbench.methods.subset import Subset
+from effbench.methods.data.subset import Subset
 from effbench.nn.losses.token import token_nll
 from effbench.util.errors import UserError
 

@@ -15,8 +15,8 @@ from helpers import batch_of, generator, prepared, tiny_model
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.sharing import top_map
 from effbench.evaluators.subject import Subject
-from effbench.methods.dylora import DyLoRA
-from effbench.methods.qdylora import QDyLoRA
+from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.qdylora import QDyLoRA
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
 from effbench.nn.llama.shared_attention import share
 from effbench.nn.llama.walk import why_not

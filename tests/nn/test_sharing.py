@@ -27,13 +27,13 @@ from effbench.api.sharing import (
     top_map,
 )
 from effbench.api.spec import ModelSpec
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method, compress_whole
-from effbench.methods.depths import Depths
+from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.full import Full
-from effbench.methods.lora import LoRA
-from effbench.methods.lora_drop import LoRADrop
-from effbench.methods.rtn import RTN
-from effbench.methods.structured import Structured
+from effbench.methods.pruning.structured import Structured
+from effbench.methods.quant.rtn import RTN
 from effbench.models.load import load
 from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep

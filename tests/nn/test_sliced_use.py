@@ -18,15 +18,15 @@ from effbench.api.footprint import Pass, step_flops
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.shape import LayerSize, Shape
-from effbench.methods.apt import APT
+from effbench.methods.adapters.deep_lora import DeepLoRA
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
-from effbench.methods.deep_lora import DeepLoRA
-from effbench.methods.depths import Depths
+from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.sorted_full import SortedFull
+from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
-from effbench.methods.lora import LoRA
-from effbench.methods.sorted_full import SortedFull
-from effbench.methods.sorted_lora import SortedLoRA
+from effbench.methods.pruning.apt import APT
 from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused

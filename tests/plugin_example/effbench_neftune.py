@@ -15,7 +15,7 @@ from typing import ClassVar
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeFloat
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.lora import LoRA
 from effbench.util.lazy import torch
 
 

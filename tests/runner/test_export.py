@@ -10,7 +10,7 @@ import torch
 from conftest import Bench
 
 from effbench.config.compose import compose
-from effbench.methods.dylora import DyLoRA
+from effbench.methods.adapters.dylora import DyLoRA
 from effbench.models import load as models
 from effbench.runner.open import open_model
 from effbench.runner.run import open_bench

@@ -21,8 +21,8 @@ from conftest import Bench
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job, TrainSpec
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
-from effbench.methods.lora import LoRA
 from effbench.nn.llama.weights import read_tensors
 from effbench.nn.losses.token import token_nll
 from effbench.results.events import EventLog, read_events

@@ -25,8 +25,8 @@ from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
-from effbench.methods.lora import Dropout, LoRA, base_name, peft_adapters
-from effbench.methods.sorted_full import SortedFull
+from effbench.methods.adapters.lora import Dropout, LoRA, base_name, peft_adapters
+from effbench.methods.depth.sorted_full import SortedFull
 from effbench.util.lazy import torch
 
 

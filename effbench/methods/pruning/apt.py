@@ -41,9 +41,9 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.methods.adapters.lora import check_rank_fits, check_targets, low_rank_cost
 from effbench.methods.base import Method
-from effbench.methods.lora import check_rank_fits, check_targets, low_rank_cost
-from effbench.methods.structured import check_budget
+from effbench.methods.pruning.structured import check_budget
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

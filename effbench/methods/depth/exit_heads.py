@@ -30,7 +30,7 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.methods.base import Method
-from effbench.methods.depths import DYNAMIC, READING, Depths, check_depths, depth_set
+from effbench.methods.depth.depths import DYNAMIC, READING, Depths, check_depths, depth_set
 from effbench.methods.full import Full
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch

@@ -22,8 +22,8 @@ from annotated_types import Interval
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
-from effbench.methods.kd import check_vocabulary
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.lora import LoRA
+from effbench.methods.distill.kd import check_vocabulary
 from effbench.util.lazy import torch
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from effbench.api.method_types import Paper
 from effbench.api.schema import PositiveFloat
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.lora import LoRA
 from effbench.util.lazy import torch
 
 

@@ -25,11 +25,11 @@ from effbench.api.cost import Cost
 from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper
 from effbench.api.shape import Shape
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.lora import LoRA
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.methods.lora import Adapters
+    from effbench.methods.adapters.lora import Adapters
 
 
 @dataclass(frozen=True)

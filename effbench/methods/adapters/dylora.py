@@ -29,8 +29,7 @@ from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
-from effbench.methods.base import Method
-from effbench.methods.lora import (
+from effbench.methods.adapters.lora import (
     Dropout,
     base_name,
     check_rank_fits,
@@ -39,6 +38,7 @@ from effbench.methods.lora import (
     low_rank_cost,
     rank_of,
 )
+from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

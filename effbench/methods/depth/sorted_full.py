@@ -37,7 +37,7 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.methods.base import Method
-from effbench.methods.depths import READING, Depths, check_depths, cut_cost, depth_set
+from effbench.methods.depth.depths import READING, Depths, check_depths, cut_cost, depth_set
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

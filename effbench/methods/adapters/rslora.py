@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from effbench.api.method_types import Paper
-from effbench.methods.lora import LoRA
+from effbench.methods.adapters.lora import LoRA
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from effbench.api.method_types import Paper, Weights
-from effbench.methods.dylora import DyLoRA
+from effbench.methods.adapters.dylora import DyLoRA
 
 
 @dataclass(frozen=True)

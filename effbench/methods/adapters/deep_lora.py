@@ -36,8 +36,8 @@ from effbench.api.footprint import BOTTOM, Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
 from effbench.methods.base import Method
-from effbench.methods.lora import base_name, check_rank_fits, check_targets
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

@@ -35,8 +35,14 @@ from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, LayerSize, Shape
+from effbench.methods.adapters.lora import (
+    Dropout,
+    base_name,
+    check_rank_fits,
+    check_targets,
+    with_adapters,
+)
 from effbench.methods.base import Method
-from effbench.methods.lora import Dropout, base_name, check_rank_fits, check_targets, with_adapters
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

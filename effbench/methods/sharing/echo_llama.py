@@ -45,7 +45,7 @@ from effbench.api.sharing import (
     top_map,
 )
 from effbench.methods.base import Method
-from effbench.methods.kd import DISTILLED_BYTES
+from effbench.methods.distill.kd import DISTILLED_BYTES
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 

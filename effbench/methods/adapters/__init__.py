@@ -1,0 +1,1 @@
+"""Low-rank and other adapters on a base that stays as it is."""

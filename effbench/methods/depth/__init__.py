@@ -1,0 +1,1 @@
+"""Models read out after fewer layers, or with layers skipped."""

@@ -1,0 +1,1 @@
+"""Neurons, heads and widths taken away."""

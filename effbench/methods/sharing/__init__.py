@@ -1,0 +1,1 @@
+"""Layers that share keys, values or attention maps."""

@@ -1,0 +1,22 @@
+"""Methods and evaluators are found by the names of their files, wherever in their room these lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import effbench
+from effbench.api import registry
+from effbench.util.package_data import conf_dir
+
+ROOM = Path(effbench.__file__).parent
+
+
+@pytest.mark.parametrize("kind", ["methods", "evaluators"])
+def test_each_config_has_one_file(kind: registry.Kind) -> None:
+    files = Counter(p.stem for p in (ROOM / kind).rglob("*.py"))
+    configs = {p.stem for p in (conf_dir() / kind.removesuffix("s")).glob("*.yaml")}
+    assert {name: files[name] for name in configs} == dict.fromkeys(configs, 1)
+    assert configs <= set(registry.names(kind))
