@@ -1,4 +1,4 @@
-"""Methods and evaluators are found by the names of their files, wherever in their room these lie."""
+"""Methods and evaluators are found by the names of their files, in any folder of their room."""
 
 from __future__ import annotations
 
