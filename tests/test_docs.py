@@ -262,7 +262,7 @@ def test_what_can_follow_what() -> None:
     for names, starts, leaves in re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \| (\w+) \|$", text, re.M):
         for name in names.split(", ") if names != "method" else ():
             cls = registry.find("methods", name)
-            assert (set(starts.split(", ")), leaves) == (set(cls.works_on), cls.leaves), name
+            assert (set(starts.split(", ")), leaves) == (set(cls.accepts), cls.produces), name
             seen.add(name)
     assert seen == own_methods()
 

@@ -227,7 +227,7 @@ def _reads_out(config: dict[str, Any], chosen: set[str]) -> bool:
 
 
 def _refuse_fixed(stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec) -> None:
-    free = registry.find("methods", parent.method.name).at_evaluation
+    free = registry.find("methods", parent.method.name).eval_settings
     chosen = chosen - {f"method.{key}" for key in free}
     own = stage != "eval" or _reads_out(config, chosen)
     for key in ("model",) if own else ("model", "method"):
@@ -305,7 +305,7 @@ def _check_methods(spec: Spec, store: Store) -> None:
         )
     earlier = [make_method(s.method) for s in store.ancestors(spec).values()]
     if spec.stage != "eval" or (earlier and method.stage == "eval"):
-        method.check_after(earlier)
+        method.check_start(earlier)
     elif not spec.parent and method.stage != "eval":
         raise UserError(
             f"effbench eval evaluates a model as it is, or what a run made, not {method.name}.",
@@ -313,7 +313,7 @@ def _check_methods(spec: Spec, store: Store) -> None:
         )
     shape = known_shape(spec.model)
     if shape:
-        method.check(shape)
+        method.resolve(shape)
 
 
 def _check_data(spec: Spec) -> None:

@@ -117,7 +117,7 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        last = methods[-1].fitted(shape) if shape else methods[-1]
+        last = methods[-1].resolve(shape) if shape else methods[-1]
         own = [point for point in last.points() if not last.plain_session(point)]
         without = type(last).eager_session is Method.eager_session
         asked = {self.engine, self.baseline} & {
@@ -135,7 +135,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
-        packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
+        packed = any(m.weights == "nf4" or m.produces == "packed" for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
                 "evaluator.speed.engine=merged adds adapters to dense weights, but these are "

@@ -61,7 +61,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
         for place, (key, method) in enumerate(made):
             if place and method.weights == "nf4":
                 quantise_nf4(model, compute_dtype=bench.dtype)
-            method = method.fitted(shapes[place])
+            method = method.resolve(shapes[place])
             model = method.load(model, bench.store.run(key).artefact, bench.context())
             model.requires_grad_(False)
         if made and spec.stage == "train" and own.weights == "nf4":
@@ -73,8 +73,7 @@ def open_model(bench: Bench) -> torch.nn.Module:
             f"Lower it: dataset.max_length={loaded.shape.max_positions}",
         )
     start = bench.start_shape()
-    own.check(start)
-    bench.method = own.fitted(start)
+    bench.method = own.resolve(start)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else bench.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE

@@ -23,7 +23,7 @@ from annotated_types import Interval
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.methods.adapters.lora import LoRA
-from effbench.methods.distill.kd import check_vocabulary
+from effbench.methods.trains import require_same_tokens
 from effbench.util.lazy import torch
 
 
@@ -55,7 +55,7 @@ class Subset(LoRA):
             generator = torch.Generator().manual_seed(ctx.seed)
             return sorted(torch.randperm(len(batches), generator=generator)[:keep].tolist())
         judge = ctx.load_model(self.reference) if self.reference else model
-        check_vocabulary("reference", self.reference, judge, model)
+        require_same_tokens("reference", self.reference, judge, model)
         losses = self.mean_losses(judge, batches, ctx)
         sign = 1 if self.by == "lowest_loss" else -1
         ranking = sorted(

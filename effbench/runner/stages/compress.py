@@ -12,6 +12,7 @@ from effbench.api.batch import Batch
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.data.tokenise import Example
+from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -75,7 +76,9 @@ def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
 def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(bench.folder.path / "parts")
-    parts = bench.method.compress(model, calibration, bench.context())
+    method = bench.method
+    assert isinstance(method, Compresses)
+    parts = method.compress(model, calibration, bench.context())
     with stop_signal() as stop:
         for done, part in enumerate(parts, 1):
             tensors = finished.read(part.name, bench.device)

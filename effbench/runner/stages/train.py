@@ -17,6 +17,7 @@ from effbench.api.method_types import Context
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
 from effbench.data.tokenise import Example
+from effbench.methods.trains import Trains, begin_training
 from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
@@ -59,6 +60,7 @@ class Trainer:
     """Everything one training run holds."""
 
     bench: Bench
+    method: Trains
     model: torch.nn.Module
     examples: Sequence[Example]
     validation: Sequence[Example]
@@ -101,16 +103,16 @@ def _made(bench: Bench, model: torch.nn.Module, data: Data) -> torch.nn.Module:
         _loop(trainer)
         trainer.layer_forwards.close()
         if trainer.best:
-            _restore(bench, trainer.model, trainer.best)
+            _restore(trainer, trainer.best)
         count_trained(bench, trainer.model)
         _count_state(bench, trainer)
-        model = bench.method.finish(trainer.model, trainer.ctx)
+        model = trainer.method.finalize(trainer.model, trainer.ctx)
     count_model(bench, model)
     save_artefact(bench, model)
     _summarise(bench, trainer.done)
     note_made(bench)
     trainer.optimizer.zero_grad(set_to_none=True)
-    bench.method.release(model)
+    trainer.ctx.aux.clear()
     return model
 
 
@@ -130,6 +132,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
         UserError: When there is nothing to train, or nothing to train on.
     """
     spec, method = bench.spec, bench.method
+    assert isinstance(method, Trains)
     if spec.train.patience and not spec.train.validate_every:
         raise UserError(
             f"train.patience={spec.train.patience} waits for validations, but there are none.",
@@ -150,11 +153,11 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     chosen = method.select(model, batches, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
-    model = method.prepare(model, ctx)
+    model = begin_training(method, model, ctx)
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-    groups = method.groups(model)
+    groups = method.param_groups(model)
     if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
     optimizer = _optimizer(spec.train, groups)
@@ -164,6 +167,7 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     bench.know(**_work(bench, kept))
     return Trainer(
         bench=bench,
+        method=method,
         model=model,
         examples=kept,
         validation=data.examples("validation") if spec.train.validate_every else [],
@@ -258,7 +262,7 @@ def _loop(trainer: Trainer) -> None:
     _resume(trainer)
     first = done.step
     if first == 0:
-        trainer.bench.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
+        trainer.ctx.evolution.begin(window_of(trainer, 0))
     begun = time.perf_counter()
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
@@ -285,8 +289,8 @@ def one_step(trainer: Trainer) -> float:
     batches = window_of(trainer, done.step)
     before = trainer.layer_forwards.count
     ctx.step = done.step
-    bench.method.on_step(trainer.model, ctx)
-    loss = float(bench.method.update(trainer.model, trainer.optimizer, batches, ctx))
+    ctx.evolution.before_step()
+    loss = float(trainer.method.update(trainer.model, trainer.optimizer, batches, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
     _refuse_infinite("loss", loss, trainer.settings, done.step + 1)
@@ -303,7 +307,7 @@ def one_step(trainer: Trainer) -> float:
         tokens=tokens,
         layer_forwards=layer_forwards,
         learning_rate=rate,
-        **bench.method.facts(trainer.model, ctx),
+        **ctx.evolution.metrics(),
     )
     return loss
 
@@ -357,12 +361,12 @@ def _validate(trainer: Trainer) -> None:
     loss = total / count
     bench.events.append("validation", step=done.step, loss=loss)
     bench.progress.say(f"step {done.step}: validation loss {loss:.4f}")
-    if not bench.method.settled(model, trainer.ctx):
+    if not trainer.ctx.evolution.final:
         return
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
-            tensors = bench.method.tensors(trainer.model)
+            tensors = trainer.method.trained_tensors(trainer.model)
             trainer.best = {n: t.detach().clone() for n, t in tensors.items()}
     else:
         done.waited += 1
@@ -374,8 +378,8 @@ def _validate(trainer: Trainer) -> None:
             )
 
 
-def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    for name, target in bench.method.tensors(model).items():
+def _restore(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
+    for name, target in trainer.method.trained_tensors(trainer.model).items():
         target.copy_(tensors[name])
 
 
@@ -384,7 +388,7 @@ def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tens
 
 def _checkpoint(trainer: Trainer) -> None:
     state = {
-        "tensors": trainer.bench.method.tensors(trainer.model),
+        "tensors": trainer.method.trained_tensors(trainer.model),
         "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.schedule.state_dict(),
@@ -392,6 +396,7 @@ def _checkpoint(trainer: Trainer) -> None:
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "draws": trainer.ctx.generator.get_state(),
         "method": trainer.ctx.state,
+        "evolution": trainer.ctx.evolution.state_dict(),
         "done": vars(trainer.done),
         "notes": trainer.bench.notes,
         "events": trainer.bench.events.position(),
@@ -419,12 +424,12 @@ def _resume(trainer: Trainer) -> None:
             "Start anew with --fresh.",
         ) from None
     trainer.ctx.state = state["method"]
-    trainer.model = bench.method.rebuild(trainer.model, trainer.ctx)
-    groups = bench.method.groups(trainer.model)
+    trainer.ctx.evolution.load_state_dict(state["evolution"])
+    groups = trainer.method.param_groups(trainer.model)
     for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
         group["params"] = members  # some may be new
     with torch.no_grad():
-        _restore(bench, trainer.model, state["tensors"])
+        _restore(trainer, state["tensors"])
     trainer.best = state["best"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
