@@ -27,6 +27,7 @@ from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
 from effbench.runner.run import Run, open_run
 from effbench.util.errors import UserError
+from effbench.util.libraries import import_uncompiled
 
 SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
@@ -87,9 +88,11 @@ def _import_all(run: Run, own: Method) -> int | None:
     stored = models.fetch(run.spec.model)
     models.import_libraries()
     _ = run.tokenizer  # loaded by now
+    if run.spec.train.optimizer == "adamw8bit":
+        importlib.import_module("bitsandbytes")  # its steps on a CPU are compiled
     for method in (own, *run.lineage.earlier):
         for library in method.libraries:
-            importlib.import_module(library)
+            import_uncompiled(library)
     release()
     return stored
 
