@@ -268,8 +268,10 @@ def _model(values: dict[str, Any]) -> ModelSpec:
 
 def _dataset(values: dict[str, Any]) -> DatasetSpec:
     from effbench.data.dataset import fingerprint
+    from effbench.data.kinds.base import find
 
     spec = build(DatasetSpec, values, "dataset")
+    find(spec.kind)
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
 
 
@@ -330,6 +332,8 @@ def _check_data(spec: Spec) -> None:
             raise UserError(
                 f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
             )
+    if spec.stage == "train":
+        make_method(spec.method).check_dataset(spec.dataset)
     shape = known_shape(spec.model)
     if shape and spec.dataset.max_length > shape.max_positions:
         raise UserError(
