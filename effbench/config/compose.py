@@ -272,6 +272,8 @@ def _check_data(spec: Spec) -> None:
             raise UserError(
                 f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
             )
+    if trains:
+        make_method(spec.method).check_dataset(spec.dataset)
     shape = known_shape(spec.model)
     if shape and spec.dataset.max_length > shape.max_positions:
         raise UserError(

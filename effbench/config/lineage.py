@@ -192,6 +192,8 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
 def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
     """Return the spec of a dataset, with the fingerprint of its local files."""
     from effbench.data.dataset import fingerprint
+    from effbench.data.kinds.base import find
 
     spec = build(DatasetSpec, dict(values), "dataset")
+    find(spec.kind)
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))

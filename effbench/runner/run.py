@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from effbench.api.batch import Batch, make_batch
 from effbench.api.schema import plain
 from effbench.api.shape import Shape
 from effbench.api.spec import Job, Spec
 from effbench.config.lineage import Lineage
-from effbench.data.tokenise import Example
 from effbench.models import load as models
 from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import parameters
@@ -151,11 +149,6 @@ def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
         device=torch.device(spec.hardware.device),
         dtype=getattr(torch, spec.hardware.dtype),
     )
-
-
-def as_batch(example: Example, pad: int) -> Batch:
-    """Return one example as a batch of one sequence."""
-    return make_batch([(example.ids, example.labels())], pad)
 
 
 def count_model(run: Run, model: torch.nn.Module) -> None:

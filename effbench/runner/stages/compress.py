@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from effbench.api.batch import Batch
+from effbench.api.batch import Batch, collate
+from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
-from effbench.data.tokenise import Example
 from effbench.methods.base import Method
 from effbench.nn.llama.weights import read_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import context, open_data, open_model
-from effbench.runner.run import Run, as_batch, count_model, count_trained, hold_against_plan
+from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
 from effbench.util.files import atomic_path
@@ -73,7 +73,7 @@ def perform(run: Run) -> None:
 
 def _calibration(run: Run, examples: Sequence[Example]) -> list[Batch]:
     pad = run.tokenizer.pad_token_id
-    return [as_batch(e, pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
+    return [collate([e], pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
 
 
 def _parts(run: Run, method: Method, model: torch.nn.Module, calibration: Sequence[Batch]) -> None:
