@@ -54,6 +54,7 @@ def _method_facts(cls: Any) -> list[str]:
         lines.append(f"Paper      {cls.paper.title}. {cls.paper.venue}. {cls.paper.identifier}")
     lines.append(f"Command    effbench {cls.stage} method={cls.name}")
     lines.append(f"Starts on  {', '.join(sorted(cls.accepts))} linear layers")
+    lines.append(f"Leaves     {cls.produces} ones")
     try:
         method = make_method(Plugin(cls.name, cls.needs)).resolve(EXAMPLE)
         points = [p or "one" for p in method.points()]

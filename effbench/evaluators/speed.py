@@ -22,7 +22,7 @@ from effbench.api.shape import DTYPE_BYTES
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost
+from effbench.methods.chain import chain_cost, chain_shapes
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -117,7 +117,9 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        last = methods[-1].resolve(shape) if shape else methods[-1]
+        *before, last = methods
+        if shape:
+            last = last.resolve([shape, *chain_shapes(before, shape)][-1])
         own = [point for point in last.points() if not last.plain_session(point)]
         without = type(last).eager_session is Method.eager_session
         asked = {self.engine, self.baseline} & {

@@ -26,6 +26,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.session import Session
+    from effbench.api.spec import DatasetSpec
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Method:
                 "Run it first and the other one after it, or choose another method.",
             )
 
+    def check_dataset(self, dataset: DatasetSpec) -> None:
+        """Refuse a dataset that it cannot train on.
+
+        Raises:
+            UserError: Before any weight is loaded.
+        """
+
     # -- structure -----------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -134,6 +142,13 @@ class Method:
         do not count.
         """
         return {}
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return what the model finds each sequence worth, [B]; higher is better.
+
+        Default: the log-likelihood of its answer in nats, summed over tokens.
+        """
+        return -self.token_nll(model, batch).sum(1)
 
     # -- use -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
+from effbench.api.examples import Example
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.api.spec import Stage
@@ -39,9 +40,26 @@ class Trains(Method):
         """
         return {}
 
-    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
-        """Return the positions in `batches` (one sequence each) to train on, in order."""
-        return list(range(len(batches)))
+    def dataset(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[Example]:
+        """Return the examples to train on, in order: chosen, weighted, relabelled, with columns.
+
+        A resumed run calls it again, with the untrained model.
+
+        Args:
+            examples: The training split.
+            model: What training starts from, before anything is put into it.
+            ctx: Of the run.
+        """
+        return list(examples)
+
+    def unit(self, example: Example) -> Example:
+        """Return a row with all sequences that one batch must hold, such as both of a pair.
+
+        Rows of training and validation go through it. Default: the right answer alone.
+        """
+        return example
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what changes the prepared model beside the optimiser. Default: nothing."""
@@ -55,9 +73,17 @@ class Trains(Method):
         """Return the loss of one micro-batch, a scalar.
 
         The sum over its loss tokens divided by `batch.window_tokens`, so that the micro-batches of
-        one window add up to the mean over all its tokens.
+        one window add up to the mean over all its tokens, each with the weight of its row.
         """
-        return self.token_nll(model, batch).sum() / batch.window_tokens
+        nll = self.token_nll(model, batch)
+        weights = batch.weights
+        if weights is not None:
+            nll = nll * weights[:, None]
+        return nll.sum() / batch.window_tokens
+
+    def validation(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Return the losses of a validation batch, of any shape, and what their sum is over."""
+        return self.token_nll(model, batch), batch.loss_tokens
 
     def update(
         self,
