@@ -350,7 +350,7 @@ def _validate(trainer: Trainer) -> None:
             pad = bench.tokenizer.pad_token_id
             batch = make_batch([(e.ids, e.labels()) for e in rows], pad).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                nll = bench.method.token_nll(model, batch)
+                nll = bench.method.token_nll(model, batch, trainer.validated)
             total += float(nll.double().sum())
             count += batch.loss_tokens
     model.train()
