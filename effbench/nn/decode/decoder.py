@@ -1,10 +1,11 @@
-"""How a model decodes, in words: which blocks run for which token, and who asks for tokens.
+"""How a model decodes, in words: a cache, a route and a driver.
 
+- The **cache** says what each layer keeps of the tokens read: everything, or what a policy chooses.
 - The **route** says which blocks run: all of them, those up to an exit, all but the dropped ones.
 - The **driver** says how many tokens go in at once: one, or drafts that are then verified.
 
 They are values without torch, so that what does not go together is refused before a model is
-loaded. A new route or driver is a subclass with its own session; nothing here knows them all.
+loaded. A new one is a subclass in a file of its own; nothing here knows them all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
@@ -35,23 +38,40 @@ class Route:
 
     @property
     def engines(self) -> frozenset[str]:
-        """What can decode it."""
+        """What can decode it where everything is kept."""
         return ANY_ENGINE
 
-    @property
-    def logits(self) -> Logits | None:
-        """What gives the logits that decoding gives, in one go; None for a plain forward pass."""
-        return None
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return ""
 
-    def session(self, model: Any, engine: Engine) -> Session:
+    def logits(self, cache: CachePolicy) -> Logits | None:
+        """Return what gives the logits that decoding gives, in one go.
+
+        None where a plain forward pass does.
+        """
+        if cache == EVERYTHING:
+            return None
+
+        def run(model: Any, batch: Batch) -> torch.Tensor:
+            from effbench.nn.decode.staged import whole_logits
+
+            return whole_logits(model, cache, batch.input_ids)
+
+        return run
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session that reads one token at a time.
 
         Raises:
             ValueError: When the engine does not apply.
         """
         from effbench.nn.decode.session import CachedSession
+        from effbench.nn.decode.staged import WholeSession
         from effbench.nn.decode.static import StaticSession, session_for
 
+        if cache != EVERYTHING:
+            return WholeSession(model, cache)
         if engine == "static":
             return StaticSession(model)
         return CachedSession(model) if engine == "eager" else session_for(model)
@@ -61,14 +81,20 @@ class Route:
 class CopiedMaps(Route):
     """All blocks; shared attention maps are handed on where our engine does not apply."""
 
-    def session(self, model: Any, engine: Engine) -> Session:
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return (
+            "" if cache == EVERYTHING else "layers that take a map see all of their source's keys"
+        )
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session."""
         from effbench.nn.decode.copied_maps import CopyingSession
         from effbench.nn.llama.shared_attention import map_of
         from effbench.nn.llama.walk import why_not
 
         copies = engine == "auto" and map_of(model) and why_not(model)
-        return CopyingSession(model) if copies else super().session(model, engine)
+        return CopyingSession(model) if copies else super().session(model, cache, engine)
 
 
 @dataclass(frozen=True)
@@ -85,9 +111,14 @@ class Drops(Route):
         """What can decode it."""
         return ANY_ENGINE - {"generate"} if self.window else ANY_ENGINE
 
-    @property
-    def logits(self) -> Logits:
-        """One parallel pass that gives what decoding after each row's prompt would give."""
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return (
+            "" if cache == EVERYTHING else "dropped tokens leave gaps that a cache does not know of"
+        )
+
+    def logits(self, cache: CachePolicy) -> Logits:
+        """Return one parallel pass that gives what decoding after each row's prompt would give."""
         return self._logits
 
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -100,7 +131,7 @@ class Drops(Route):
             model, droppable, batch.input_ids, batch.attention_mask, batch.labels
         )
 
-    def session(self, model: Any, engine: Engine) -> Session:
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session; where nothing is dropped, an ordinary one.
 
         Raises:
@@ -111,7 +142,7 @@ class Drops(Route):
 
         droppable = getattr(model, self.module)
         if not droppable.active:
-            return super().session(model, engine)
+            return super().session(model, cache, engine)
         if engine == "eager" or (engine == "auto" and why_not_static(model, droppable)):
             return TemporalSession(model, droppable)
         return StaticTemporalSession(model, droppable)
@@ -136,45 +167,51 @@ class Exits(Route):
         """What can decode it."""
         return frozenset({"auto"})
 
-    @property
-    def logits(self) -> Logits:
-        """The logits of each position's exit."""
-        return self._logits
+    def logits(self, cache: CachePolicy) -> Logits:
+        """Return what gives the logits of each position's exit."""
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
-        from effbench.nn.depth.droppable import prompt_lengths
+        def run(model: Any, batch: Batch) -> torch.Tensor:
+            from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
+            from effbench.nn.depth.droppable import prompt_lengths
 
-        inputs = batch.input_ids, batch.attention_mask
-        if self.propagate:
-            prompts = prompt_lengths(batch.labels)
-            return stepwise_logits(lambda: self.session(model), *inputs, prompts)
-        exits = exits_of(model, self.depths)
-        return exit_logits(model, exits, self.rule(len(exits)), *inputs)[0]
+            inputs = batch.input_ids, batch.attention_mask
+            if self.propagate:
+                prompts = prompt_lengths(batch.labels)
+                return stepwise_logits(lambda: self.session(model, cache), *inputs, prompts)
+            exits = exits_of(model, self.depths)
+            return exit_logits(model, exits, self.rule(len(exits)), *inputs, cache)[0]
 
-    def session(self, model: Any, engine: Engine = "auto") -> Session:
+        return run
+
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        if self.propagate and cache != EVERYTHING:
+            return "keys that are propagated come from no query, so that nothing says what it sees"
+        return ""
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine = "auto") -> Session:
         """Return a fresh session."""
         from effbench.nn.decode.early_exit import ExitSession
 
         exits = exits_of(model, self.depths)
-        return ExitSession(model, exits, self.rule(len(exits)), self.propagate)
+        return ExitSession(model, exits, self.rule(len(exits)), self.propagate, cache)
 
 
 @dataclass(frozen=True)
 class Driver:
     """Who asks for tokens; on its own, each token goes in by itself."""
 
-    def why_not(self, route: Route) -> str:
-        """Return what keeps it from driving a route; empty when nothing does."""
+    def why_not(self, route: Route, cache: CachePolicy) -> str:
+        """Return what keeps it from a route and a cache; empty when nothing does."""
         return ""
 
-    def session(self, model: Any, route: Route, engine: Engine) -> Session:
+    def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session.
 
         Raises:
             ValueError: When the engine does not apply.
         """
-        return route.session(model, engine)
+        return route.session(model, cache, engine)
 
 
 @dataclass(frozen=True)
@@ -188,48 +225,52 @@ class Drafts(Driver):
     adaptive: bool = True
     """Whether their number follows what was kept."""
 
-    def why_not(self, route: Route) -> str:
-        """Return what keeps it from driving a route; empty when nothing does."""
-        return "" if route == Route() else "drafts are verified by all blocks, for every token"
+    def why_not(self, route: Route, cache: CachePolicy) -> str:
+        """Return what keeps it from a route and a cache; empty when nothing does."""
+        if route != Route():
+            return "drafts are verified by all blocks, for every token"
+        return "" if cache.takes_back else "a draft that is not kept cannot be taken back"
 
-    def session(self, model: Any, route: Route, engine: Engine) -> Session:
+    def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session."""
         from effbench.nn.decode.speculative import SpeculativeSession
         from effbench.nn.llama.layers import decoder_layers
 
         pair = self.depth, len(decoder_layers(model))
-        return SpeculativeSession(model, pair, self.tokens, self.adaptive)
+        return SpeculativeSession(model, pair, self.tokens, self.adaptive, cache)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A route and a driver.
+    """A cache, a route and a driver.
 
     Raises:
-        ValueError: When they do not go together.
+        UserError: When they do not go together.
     """
 
     route: Route = field(default_factory=Route)
     driver: Driver = field(default_factory=Driver)
+    cache: CachePolicy = EVERYTHING
 
     def __post_init__(self) -> None:
-        if reason := self.driver.why_not(self.route):
-            raise ValueError(f"this cannot be decoded: {reason}")
+        reason = self.route.why_not(self.cache) or self.driver.why_not(self.route, self.cache)
+        if reason:
+            names = (type(part).__name__ for part in (self.cache, self.route, self.driver))
+            raise UserError(
+                f"{', '.join(names)} do not decode together: {reason}.",
+                "Choose another way of decoding.",
+            )
 
     @property
     def engines(self) -> frozenset[str]:
         """What can decode it."""
-        return self.route.engines if self.driver == Driver() else frozenset({"auto"})
-
-    @property
-    def plain(self) -> bool:
-        """Whether anything that decodes the model's own forward pass decodes it."""
-        return self.engines == ANY_ENGINE
+        plain = self.driver == Driver() and self.cache == EVERYTHING
+        return self.route.engines if plain else frozenset({"auto"})
 
     @property
     def logits(self) -> Logits | None:
         """What gives the logits that decoding gives, in one go; None for a plain forward pass."""
-        return self.route.logits
+        return self.route.logits(self.cache)
 
     def session(self, model: Any, engine: Engine = "auto") -> Session:
         """Return a fresh session.
@@ -237,7 +278,7 @@ class Decoder:
         Raises:
             ValueError: When the engine does not apply.
         """
-        return self.driver.session(model, self.route, engine)
+        return self.driver.session(model, self.route, self.cache, engine)
 
 
 def exits_of(model: Any, depths: Sequence[int]) -> tuple[int, ...]:
