@@ -15,8 +15,10 @@ from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import whole_logits
-from effbench.nn.decode.static import session_for
+from effbench.nn.decode.static import StaticSession, session_for
 from effbench.nn.decode.view import LayerCache, View
+from effbench.nn.llama.parts import Attention, attention_of
+from effbench.nn.llama.walk import why_not
 from effbench.util.errors import UserError
 
 SIZES: dict[str, Any] = {
@@ -153,3 +155,41 @@ def test_a_new_attention_decodes_and_takes_any_cache(policy: CachePolicy) -> Non
     found = decoded(Decoder(cache=policy).session(model), ids, 7)
     torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=2e-5, rtol=1e-4)
     assert (found - expected).abs().max() > 0.1
+
+
+class Cooled(LlamaAttention):
+    """Llama's attention at another temperature, which says how a step goes through it."""
+
+    def __init__(self, old: LlamaAttention) -> None:
+        super().__init__(old.config, old.layer_idx)
+        self.load_state_dict(old.state_dict())
+        self.scaling = old.scaling / 2
+        self.eval()
+
+    def decode_part(self, norm: Any) -> Attention:
+        return attention_of(self, norm)
+
+    def why_not_stepped(self) -> str:
+        return ""
+
+
+class Doubled(Cooled):
+    """Overrides what the part was offered for."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+@pytest.mark.parametrize("kind", [Cooled, Doubled])
+def test_a_new_attention_that_offers_its_part_goes_in_our_engine(kind: type[Cooled]) -> None:
+    model, ids = model_of(), some_ids(2, 20)
+    for layer in model.model.layers:
+        layer.self_attn = kind(layer.self_attn)
+    session = session_for(model)
+    assert isinstance(session, StaticSession) == (kind is Cooled)
+    assert why_not(model) == (
+        "" if kind is Cooled else "a Doubled stands where a LlamaAttention should"
+    )
+    found = decoded(session, ids, 7)
+    torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=2e-5, rtol=1e-4)
