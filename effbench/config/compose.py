@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from effbench.api.spec import (
     TrainSpec,
 )
 from effbench.config.files import groups
-from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain
+from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain, parse
 from effbench.models.load import known_shape
 from effbench.results.store import Store
 from effbench.util.errors import UserError, did_you_mean
@@ -62,20 +65,52 @@ def compose(
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
     """Return the composed config of one run as plain values.
 
+    Hydra composes the same choice of files once in a process, and puts the values into a copy.
+
     Raises:
         UserError: When it cannot be composed, with the reason.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.errors import ConfigCompositionException, HydraException
 
     register_plugin_configs()
+    try:
+        choices, values = _choices_and_values(overrides, groups(extra))
+        config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return to_plain(config)
+    except (ConfigCompositionException, HydraException) as error:
+        raise explain(error, overrides) from None
+
+
+def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
+    """Return the words that choose files, and the parsed rest, which only set values in them."""
+    choices, values = [], []
+    for word in words:
+        override = parse(word)
+        key = override.key_or_group
+        sets = key not in known and not re.match(r"hydra\b", key) and override.package is None
+        if sets and not override.is_sweep_override():
+            values.append(override)
+        else:
+            choices.append(word)
+    return choices, values
+
+
+@lru_cache(maxsize=128)
+def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
+    """Return Hydra's config of a choice of files, as they were at the time that `files` tells."""
+    from hydra import compose, initialize_config_dir
+
     paths = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        try:
-            config = compose("config", overrides=[*paths, *overrides])
-            return to_plain(config)
-        except (ConfigCompositionException, HydraException) as error:
-            raise explain(error, overrides) from None
+        return compose("config", overrides=[*paths, *choices])
+
+
+def _files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Return the path, time and size of every config file there is."""
+    files = (p for folder in (conf_dir(), *extra) for p in folder.rglob("*.yaml"))
+    return tuple((str(p), s.st_mtime_ns, s.st_size) for p in files if (s := p.stat()))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -268,8 +303,10 @@ def _model(values: dict[str, Any]) -> ModelSpec:
 
 def _dataset(values: dict[str, Any]) -> DatasetSpec:
     from effbench.data.dataset import fingerprint
+    from effbench.data.kinds.base import find
 
     spec = build(DatasetSpec, values, "dataset")
+    find(spec.kind)
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
 
 
@@ -330,6 +367,8 @@ def _check_data(spec: Spec) -> None:
             raise UserError(
                 f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
             )
+    if spec.stage == "train":
+        make_method(spec.method).check_dataset(spec.dataset)
     shape = known_shape(spec.model)
     if shape and spec.dataset.max_length > shape.max_positions:
         raise UserError(

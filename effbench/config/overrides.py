@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -63,14 +64,13 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
     Raises:
         UserError: For a word that is no override, an unknown group, key or config name.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     known = groups(extra)
     words, chosen, swept = [], set(), ""
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = parse(text)
         except HydraException:
             raise UserError(
                 f"{text!r} is not an override.",
@@ -96,6 +96,18 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
         chosen.add(key)
         swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
     return Words(words, chosen, swept)
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Any:
+    """Return a word as Hydra reads it.
+
+    Raises:
+        HydraException: When it is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(text)
 
 
 # -- text that looks like a number -------------------------------------------------------------

@@ -23,6 +23,7 @@ from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
 from effbench.runner.run import Bench, open_bench
 from effbench.util.errors import UserError
+from effbench.util.libraries import import_uncompiled
 
 SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
@@ -41,9 +42,11 @@ def open_model(bench: Bench) -> torch.nn.Module:
     stored = models.fetch(spec.model)
     models.import_libraries()
     open_tokenizer(bench)
+    if spec.train.optimizer == "adamw8bit":
+        importlib.import_module("bitsandbytes")  # its steps on a CPU are compiled
     for method in (own, *(m for _, m in made)):
         for library in method.libraries:
-            importlib.import_module(library)
+            import_uncompiled(library)
     release()
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise

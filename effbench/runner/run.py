@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from effbench.api.batch import Batch, make_batch
 from effbench.api.cost import Cost
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.schema import plain
 from effbench.api.shape import Shape
 from effbench.api.spec import Job, ModelSpec, Spec
-from effbench.data.tokenise import Example
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_shapes, inference_cost
 from effbench.models import load as models
@@ -219,11 +217,6 @@ def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
         device=torch.device(spec.hardware.device),
         dtype=getattr(torch, spec.hardware.dtype),
     )
-
-
-def as_batch(example: Example, pad: int) -> Batch:
-    """Return one example as a batch of one sequence."""
-    return make_batch([(example.ids, example.labels())], pad)
 
 
 def count_model(bench: Bench, model: torch.nn.Module) -> None:

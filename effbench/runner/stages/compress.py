@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from effbench.api.batch import Batch
+from effbench.api.batch import Batch, collate
+from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
-from effbench.data.tokenise import Example
 from effbench.nn.llama.weights import read_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import Bench, as_batch, count_model, count_trained
+from effbench.runner.run import Bench, count_model, count_trained
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
 from effbench.util.files import atomic_path
@@ -69,7 +69,7 @@ def compress(bench: Bench) -> None:
 
 def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
     pad = bench.tokenizer.pad_token_id
-    return [as_batch(e, pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
+    return [collate([e], pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
 
 
 def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from effbench.api.batch import Batch, by_length, make_batch
-from effbench.api.footprint import Pass
+from effbench.api.batch import Batch, by_length, collate
+from effbench.api.examples import Example
 from effbench.api.method_types import Context
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
-from effbench.data.tokenise import Example
 from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
@@ -26,15 +25,17 @@ from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import open_data, open_model
 from effbench.runner.progress import duration
-from effbench.runner.run import Bench, as_batch, count_model, count_trained, mean
+from effbench.runner.run import Bench, count_model, count_trained, mean
 from effbench.runner.signals import stop_signal
-from effbench.runner.stages.batching import groups_of, rows_of_step, window
+from effbench.runner.stages.batching import passes_of, rows_of_step, window
 from effbench.stats import median_interval
 from effbench.util.errors import StoppedError, UserError
 from effbench.util.files import open_atomic
 
 FORESEEN_STEPS = 500
 """Steps whose batches are looked at to predict the peak."""
+VALIDATION_TOKENS = 2048
+"""Tokens of a batch of validation rows, padding included."""
 WARMUP_STEPS = 3
 """Steps left out of the steady-state speed, where there are more."""
 
@@ -144,10 +145,8 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     ctx.autocast = accelerator.autocast
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
-    examples = data.examples("train")
     bench.folder.write_json("data.json", data.ids("train"))
-    batches = [as_batch(e, bench.tokenizer.pad_token_id) for e in examples]
-    chosen = method.select(model, batches, ctx)
+    chosen = method.dataset(data.examples("train"), model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
     model = method.prepare(model, ctx)
@@ -160,13 +159,13 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     optimizer = _optimizer(spec.train, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
     optimizer = accelerator.prepare(optimizer)
-    kept = [examples[i] for i in chosen]
-    bench.know(**_work(bench, kept))
+    examples = [method.unit(e) for e in chosen]
+    bench.know(**_work(bench, examples))
     return Trainer(
         bench=bench,
         model=model,
-        examples=kept,
-        validation=data.examples("validation") if spec.train.validate_every else [],
+        examples=examples,
+        validation=_validation(bench, data),
         ctx=ctx,
         accelerator=accelerator,
         optimizer=optimizer,
@@ -178,17 +177,18 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
 
 def _work(bench: Bench, examples: Sequence[Example]) -> dict[str, Any]:
     """Return the micro-batches that training will have, as far as memory depends on them."""
-    settings, found, most = bench.spec.train, set(), 1
+    settings, seed = bench.spec.train, bench.spec.seed
+    steps = min(settings.max_steps, FORESEEN_STEPS)
     size = settings.batch_size * settings.accumulation
-    for step in range(min(settings.max_steps, FORESEEN_STEPS)):
-        rows = [examples[i] for i in rows_of_step(len(examples), bench.spec.seed, step, size)]
-        groups = groups_of(rows, settings.batch_size, bench.device)
-        most = max(most, len(groups))
-        for group in groups:
-            longest = max(len(rows[i].ids) for i in group)
-            counted = sum(label != -100 for i in group for label in rows[i].labels()[1:])
-            found.add(Pass("train", len(group), longest, counted))
+    found, most = passes_of(examples, steps, seed, size, settings.batch_size, bench.device)
     return {"train": tuple(found), "micro_batches": most, "lengths": 0}
+
+
+def _validation(bench: Bench, data: Data) -> list[Example]:
+    """Return the rows that training is validated on, as training has its own."""
+    if not bench.spec.train.validate_every:
+        return []
+    return [bench.method.unit(e) for e in data.examples("validation")]
 
 
 def _mixed_precision(bench: Bench) -> str:
@@ -345,14 +345,14 @@ def _validate(trainer: Trainer) -> None:
     model.eval()
     total, count = 0.0, 0
     with bench.method.at(model, trainer.validated):
-        for group in by_length([len(e.ids) for e in trainer.validation], 2048):
+        lengths = [e.longest * len(e.sequences) for e in trainer.validation]
+        for group in by_length(lengths, VALIDATION_TOKENS):
             rows = [trainer.validation[i] for i in group]
-            pad = bench.tokenizer.pad_token_id
-            batch = make_batch([(e.ids, e.labels()) for e in rows], pad).to(trainer.ctx.device)
+            batch = collate(rows, bench.tokenizer.pad_token_id).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                nll = bench.method.token_nll(model, batch, trainer.validated)
-            total += float(nll.double().sum())
-            count += batch.loss_tokens
+                losses, over = bench.method.validation(model, batch, trainer.validated)
+            total += float(losses.double().sum())
+            count += over
     model.train()
     loss = total / count
     bench.events.append("validation", step=done.step, loss=loss)
