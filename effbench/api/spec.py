@@ -23,7 +23,8 @@ SPEC_VERSION = 2
 """The form of a spec. Raised when a field goes or gets another name, with an entry in
 `migrations.SPECS`. Not in keys: what changes results raises the `version` of its part."""
 
-Stage = Literal["train", "compress", "eval"]
+Stage = str
+"""The name of a stage: a file in `effbench/api/stages`."""
 
 
 @dataclass(frozen=True)

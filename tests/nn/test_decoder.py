@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -23,6 +23,8 @@ from effbench.nn.decode.decoder import (
     Exits,
     Route,
 )
+from effbench.nn.decode.policy import CachePolicy
+from effbench.util.errors import UserError
 
 
 def rule(exits: int) -> Any:
@@ -46,13 +48,34 @@ EXITS = Exits((2, 3), rule)
 def test_what_decodes_it_is_known_before_a_model_is_loaded(
     decoder: Decoder, engines: set[str], own_logits: bool
 ) -> None:
-    assert decoder.engines == engines and decoder.plain == (engines == ANY_ENGINE)
+    assert decoder.engines == engines
     assert (decoder.logits is not None) == own_logits
+
+
+@dataclass(frozen=True)
+class Forgets(CachePolicy):
+    takes_back: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"driver": Drafts(2)}, "cannot be taken back"),
+        ({"route": Drops("stand_ins", 3)}, "leave gaps"),
+        ({"route": CopiedMaps()}, "all of their source's keys"),
+        ({"route": Exits((2,), rule, propagate=True)}, "come from no query"),
+    ],
+)
+def test_a_cache_goes_with_what_can_ask_it(parts: Any, why: str) -> None:
+    assert Decoder(EXITS, cache=Forgets()).engines == {"auto"}
+    assert Decoder(cache=Forgets()).logits is not None
+    with pytest.raises(UserError, match=why):
+        Decoder(**parts, cache=Forgets())
 
 
 @pytest.mark.parametrize("route", [EXITS, Drops("stand_ins", 3), CopiedMaps()])
 def test_drafts_are_verified_by_all_blocks_alone(route: Route) -> None:
-    with pytest.raises(ValueError, match="verified by all blocks"):
+    with pytest.raises(UserError, match="verified by all blocks"):
         Decoder(route, Drafts(2))
 
 
@@ -73,7 +96,7 @@ def test_a_driver_from_anywhere_makes_its_own_session() -> None:
 
     @dataclass(frozen=True)
     class Tree(Driver):
-        def session(self, model: Any, route: Route, engine: Engine) -> Session:
+        def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
             made.append((route, engine))
             return model  # type: ignore[no-any-return]
 
