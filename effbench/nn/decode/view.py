@@ -78,7 +78,7 @@ class LayerCache(DynamicLayer):
         """Take in keys and values, as a module of transformers gives them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.view = self.append(key_states, value_states)
+        self.view = self.append(key_states.contiguous(), value_states.contiguous())
         return self.view.keys, self.view.values
 
     def pad(self, starts: torch.Tensor) -> None:
