@@ -12,11 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context
-from effbench.api.shape import Shape
+from effbench.api.shape import FlatShape, Shape
 from effbench.methods.base import Method
-from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.methods.chain import chain_cost
+from effbench.nn.quant.formats.nf4 import NF4Format
+from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 
-SHAPE = Shape(
+SHAPE = FlatShape(
     hidden_size=64,
     intermediate_size=128,
     num_layers=2,
@@ -78,7 +80,7 @@ def base_for(method: Method, dtype: torch.dtype = torch.float32) -> LlamaForCaus
     """Return the tiny model held as `method` wants it."""
     model = tiny_model(dtype=dtype)
     if method.weights == "nf4":
-        quantise_nf4(model, compute_dtype=dtype)
+        pack_linears(model, NF4Format(), dtype)
     return model
 
 
@@ -142,7 +144,7 @@ def counted(model: torch.nn.Module) -> dict[str, int]:
 
 def stated(method: Method, point: str = "", shape: Shape = SHAPE) -> dict[str, int]:
     """Return the same figures from `Method.cost`."""
-    cost = method.cost(shape, "float32", point)
+    cost = chain_cost([method], shape, "float32", point)
     return {
         "params": cost.params,
         "trainable": cost.trainable,

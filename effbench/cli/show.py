@@ -11,9 +11,10 @@ import yaml
 
 from effbench.api import registry
 from effbench.api.schema import field_docs
-from effbench.api.shape import Shape
+from effbench.api.shape import FlatShape
 from effbench.config import compose as config
 from effbench.config import files as conf_files
+from effbench.methods.chain import chain_cost
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -56,7 +57,8 @@ def _method_facts(cls: Any) -> list[str]:
         method = cls().fitted(EXAMPLE)
         points = [p or "one" for p in method.points()]
         lines.append(f"Points     {', '.join(points)}")
-        lines.append(f"Saving     {method.cost(EXAMPLE, 'bfloat16', method.points()[-1]).saving}")
+        cost = chain_cost([method], EXAMPLE, "bfloat16", method.points()[-1])
+        lines.append(f"Saving     {cost.saving}")
     except TypeError:
         pass
     return [*lines, ""]
@@ -82,7 +84,7 @@ def _type(annotation: Any) -> str:
     return str(annotation).replace("typing.", "")
 
 
-EXAMPLE = Shape(
+EXAMPLE = FlatShape(
     hidden_size=4096,
     intermediate_size=11008,
     num_layers=32,

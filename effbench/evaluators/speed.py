@@ -15,10 +15,11 @@ from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt, canonical
 from effbench.api.shape import DTYPE_BYTES
+from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
@@ -135,7 +136,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
-        packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
+        packed = any(is_packed(m.weights) or is_packed(m.leaves) for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
                 "evaluator.speed.engine=merged adds adapters to dense weights, but these are "
@@ -174,18 +175,15 @@ class Speed(Evaluator):
         shape, whole = subject.shape, subject.whole
         layers = getattr(subject.model.config, "num_hidden_layers", None)
         if shape and layers not in (None, shape.num_layers):
-            subject = replace(subject, shape=replace(shape, num_layers=layers))
+            subject = replace(subject, shape=shape.only(range(layers)))
         if self.engine != "merged":
             yield subject, {}
             return
         with merged(subject.model) as linears:
             if linears and shape and subject.shape and subject.cost and whole:
-                size = DTYPE_BYTES[subject.dtype]
-                plain = replace(
-                    dense_cost(subject.shape, size),
-                    kv_bytes_per_token=subject.cost.kv_bytes_per_token,
-                )
-                subject = replace(subject, cost=plain, whole=dense_cost(shape, size))
+                cost, whole = (cost_of(x.merged(), subject.dtype) for x in (subject.shape, shape))
+                plain = replace(cost, kv_bytes_per_token=subject.cost.kv_bytes_per_token)
+                subject = replace(subject, cost=plain, whole=whole)
             yield subject, {"merged_linears": linears}
 
     def _run(self, subject: Subject, counted: dict[str, float]) -> Result:

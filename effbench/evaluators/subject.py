@@ -17,7 +17,7 @@ from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.api.shape import Shape
+    from effbench.api.shape import ModelShape
     from effbench.data.dataset import Data
     from effbench.nn.scoring.prefix_tree import Plan, Request, Score
     from effbench.results.journal import Journal
@@ -51,7 +51,7 @@ class Subject:
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what is done, how many and of how many."""
     tokenizer: Any = None
-    shape: Shape | None = None
+    shape: ModelShape | None = None
     """Sizes of the base model."""
     dtype: str = "float32"
     """Compute dtype, a key of `shape.DTYPE_BYTES`."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import ModelShape, Phase
 from effbench.methods.base import Method
 from effbench.util.lazy import torch
 
@@ -29,6 +28,6 @@ class Unchanged(Method):
         """Return the model; there is nothing to read."""
         return self.prepare(model, ctx)
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Return the cost of what is there, nothing trainable."""
-        return replace(base or dense_cost(shape, DTYPE_BYTES[dtype]), trainable=0)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Return the model as it is."""
+        return base

@@ -180,8 +180,8 @@ def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
     share = upper / max(1, shape.linear_params)
     layers = (cost.flops_per_token - head) * (prompt * (1 - share) + share)
     pairs = prompt * (prompt + 1) // 2
-    heads = sum(shape.layer(i).num_heads for i in range(shape.num_layers))
-    skipped = sum(shape.layer(i).num_heads for i in range(first, shape.num_layers)) / max(1, heads)
+    heads = sum(x.size.num_heads for x in shape.layers)
+    skipped = sum(x.size.num_heads for x in shape.layers[first:]) / max(1, heads)
     attention = _attention_flops(shape) * (pairs * (1 - skipped) + prompt * skipped)
     return batch * (layers + head + attention)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from effbench.api.method_types import Weights
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.spec import Job
+from effbench.api.weights import find, is_packed
 from effbench.data.dataset import Data
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes
 from effbench.models import load as models
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
 from effbench.runner.run import Bench, open_bench
@@ -59,13 +59,13 @@ def open_model(bench: Bench) -> torch.nn.Module:
         model, bench.base_shape = loaded.model, loaded.shape
         shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
         for place, (key, method) in enumerate(made):
-            if place and method.weights == "nf4":
-                quantise_nf4(model, compute_dtype=bench.dtype)
+            if place and is_packed(method.weights):
+                pack_linears(model, find(method.weights)(), bench.dtype)
             method = method.fitted(shapes[place])
             model = method.load(model, bench.store.run(key).artefact, bench.context())
             model.requires_grad_(False)
-        if made and spec.stage == "train" and own.weights == "nf4":
-            quantise_nf4(model, compute_dtype=bench.dtype)
+        if made and spec.stage == "train" and is_packed(own.weights):
+            pack_linears(model, find(own.weights)(), bench.dtype)
     if spec.dataset.max_length > loaded.shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "
@@ -101,11 +101,11 @@ def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, M
     return model.eval().requires_grad_(False), bench.method
 
 
-def _base_weights(bench: Bench, earlier: Sequence[Method]) -> Weights:
+def _base_weights(bench: Bench, earlier: Sequence[Method]) -> str:
     """Return how to hold the base: as its first method wants it, float32 only to train it all."""
     first = earlier[0] if earlier else bench.method
-    if first.weights == "nf4":
-        return "nf4"
+    if is_packed(first.weights):
+        return first.weights
     masters = bench.spec.stage == "train" and bench.method.weights == "float32"
     return "float32" if masters else "compute"
 

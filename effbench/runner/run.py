@@ -17,7 +17,7 @@ from effbench.api.cost import Cost
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.schema import plain
-from effbench.api.shape import Shape
+from effbench.api.shape import ModelShape, Shape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.data.tokenise import Example
 from effbench.methods.base import Method
@@ -75,14 +75,15 @@ class Bench:
         """Return the artefacts of what the run starts from, first to last."""
         return [self.store.run(key).artefact for key in self.store.ancestors(self.spec)]
 
-    def start_shape(self) -> Shape:
+    def start_shape(self) -> ModelShape:
         """Return the sizes of what the method starts from; an evaluation goes through it again."""
         assert self.base_shape is not None
         methods = chain(self.spec, self.earlier())[:-1]
-        return [self.base_shape, *chain_shapes(methods, self.base_shape, self.folders())][-1]
+        base = ModelShape.of(self.base_shape)
+        return [base, *chain_shapes(methods, base, self.folders())][-1]
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ModelShape:
         """Sizes of what the run evaluates, once it is made."""
         assert self.base_shape is not None
         methods = chain(self.spec, self.earlier())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from effbench.api.shape import Shape
+from effbench.api.shape import FlatShape
 from effbench.api.spec import DatasetSpec
 from effbench.data import readers
 from effbench.data.dataset import Data, split_names, splits
@@ -16,7 +16,7 @@ from effbench.data.tokenise import Example, prefix_token, tokenise
 from effbench.models.random import byte_tokenizer
 from effbench.util.errors import UserError
 
-SHAPE = Shape(
+SHAPE = FlatShape(
     hidden_size=16,
     intermediate_size=32,
     num_layers=1,

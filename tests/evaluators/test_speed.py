@@ -17,6 +17,7 @@ from effbench.evaluators import speed
 from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
+from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
@@ -44,7 +45,7 @@ def subject(bench: Bench) -> Subject:
     data = Data(job.spec.dataset, work.tokenizer)
     device, method = torch.device("cpu"), Unchanged()
     assert work.shape is not None
-    cost = method.cost(work.shape, "float32")
+    cost = chain_cost([method], work.shape, "float32")
     return Subject(model, method, "", data, device, 0, 0, shape=work.shape, cost=cost)
 
 
@@ -245,7 +246,7 @@ def dropping(subject: Subject, point: str) -> Subject:
     method = LoRADrop(layers=(1, 2), window=2)
     model = method.prepare(subject.model, context).requires_grad_(False)
     assert subject.shape is not None
-    cost, whole = (method.cost(subject.shape, "float32", p) for p in (point, "k0"))
+    cost, whole = (chain_cost([method], subject.shape, "float32", p) for p in (point, "k0"))
     return replace(
         subject, model=model, method=method, point=point, dtype="float32", cost=cost, whole=whole
     )

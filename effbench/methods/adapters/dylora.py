@@ -24,18 +24,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.shape import LINEARS, ModelShape, Phase, Shape
 from effbench.methods.adapters.lora import (
     Dropout,
     base_name,
     check_rank_fits,
     check_ranks,
     check_targets,
-    low_rank_cost,
     rank_of,
 )
 from effbench.methods.base import Method
@@ -166,15 +163,10 @@ class DyLoRA(Method):
             base_name(model),
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count all R ranks as held in memory and those of `point` as read and multiplied."""
-        nf4 = self.weights == "nf4"
-        used = rank_of(point, self.rank)
-        return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used, base)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count a step that draws the highest rank."""
-        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put adapters of all R ranks beside the targets; those of `point` are used."""
+        used = self.rank if phase == "train" else rank_of(point, self.rank)
+        return base.low_rank(self.rank, self.targets, used)
 
 
 def powers(rank: int) -> tuple[int, ...]:

@@ -19,13 +19,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context
 from effbench.api.schema import NonNegativeFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.api.shape import LAYERS_DIFFER, ModelShape, Phase, Shape
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -97,7 +97,7 @@ class Depths(Method):
 
     def check(self, shape: Shape) -> None:
         """Refuse depths that the model does not have, and exits that lead nowhere."""
-        if isinstance(shape, SlicedShape):
+        if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
         method = self.fitted(shape)
         check_depths("eval_depths", method.eval_depths, shape.num_layers)
@@ -234,45 +234,26 @@ class Depths(Method):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the layers of a depth alone.
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Keep the layers of a depth, or read out as the point's way of decoding does."""
+        return self.fitted(base).read_out(base, point)
+
+    def read_out(self, whole: ModelShape, point: str) -> ModelShape:
+        """Return the sub-model of a point.
 
         `exit` and `speculative` depend on the text; stated is the most that they can need per
         token: nobody leaves early, or no draft is kept.
         """
-        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        whole = self.whole_cost(shape, dtype, base)
-        method = self.fitted(shape)
-        depth = method.depth_of(point, shape.num_layers)
-        cost = cut_cost(whole, shape, size, depth)
-        if point in DYNAMIC:
-            return method._dynamic_cost(cost, shape, size, point)
-        return replace(cost, saving="physical") if depth < shape.num_layers else cost
-
-    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
-        """Return the cost at full depth."""
-        return replace(base or dense_cost(shape, DTYPE_BYTES[dtype]), trainable=0)
-
-    def _dynamic_cost(self, cost: Cost, shape: Shape, size: int, point: str) -> Cost:
-        """Return the most that a token can need, from the cost at the deepest exit."""
-        exits = self.exits(shape.num_layers)
-        head = dense_cost(replace(shape, num_layers=0), size)
+        count = whole.num_layers
+        cut = whole.only(self.kept(self.depth_of(point, count), count))
+        if point not in DYNAMIC:
+            return cut
+        exits = self.exits(count)
         if point == "exit":
-            more = len(exits) - 1
-            return replace(
-                cost,
-                bytes_per_token=cost.bytes_per_token + more * head.bytes_per_token,
-                flops_per_token=cost.flops_per_token + more * head.flops_per_token,
-            )
+            return replace(cut, readout=replace(cut.readout, runs=len(exits)))
         draft, k = self.draft_depth or exits[0], self.draft_tokens
-        layers_bytes = cost.bytes_per_token - head.bytes_per_token
-        layers_flops = cost.flops_per_token - head.flops_per_token
-        return replace(
-            cost,
-            bytes_per_token=layers_bytes * (1 + k * draft / exits[-1])
-            + (k + 1) * head.bytes_per_token,
-            flops_per_token=(k + 1) * layers_flops + (2 * k + 1) * head.flops_per_token,
-        )
+        drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
+        return replace(drafting, readout=replace(cut.readout, runs=2 * k + 1, reads=k + 1))
 
 
 @contextmanager
@@ -329,29 +310,3 @@ def depth_in(point: str, num_layers: int) -> int:
 def paper_thresholds(count: int) -> tuple[float, ...]:
     """Return thresholds for `count` exits: the paper's seven, spread evenly."""
     return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
-
-
-def cut_cost(whole: Cost, shape: Shape, size: int, depth: int) -> Cost:
-    """Return the cost of `depth` of the layers from that of all, since they are all alike.
-
-    Args:
-        whole: Cost at full depth.
-        shape: The full model's shape.
-        size: Bytes of a weight outside the layers.
-        depth: Number of layers.
-    """
-    rest = dense_cost(replace(shape, num_layers=0), size)
-    outside = rest.params if whole.trainable == whole.params else 0
-
-    def share(total: float, fixed: float) -> float:
-        return fixed + (total - fixed) * depth / shape.num_layers
-
-    return replace(
-        whole,
-        params=round(share(whole.params, rest.params)),
-        trainable=round(share(whole.trainable, outside)),
-        resident_bytes=round(share(whole.resident_bytes, rest.resident_bytes)),
-        bytes_per_token=share(whole.bytes_per_token, rest.bytes_per_token),
-        flops_per_token=share(whole.flops_per_token, rest.flops_per_token),
-        kv_bytes_per_token=share(whole.kv_bytes_per_token, 0),
-    )

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from effbench.api.batch import Batch
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Objective
 from effbench.api.schema import Fraction, PositiveFloat
-from effbench.api.shape import Shape
+from effbench.api.shape import ModelShape, Phase, Shape
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -95,9 +95,10 @@ class Distillation(Method):
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
 
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count both distributions, their products and their gradients beside plain training."""
-        return replace(super().training(shape, dtype), loss_bytes=DISTILLED_BYTES, every=True)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Train every weight, with both distributions, their products and their gradients."""
+        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
+        return replace(super().shape(base, point, phase, folder), objective=objective)
 
     def holds(self) -> tuple[str, ...]:
         """Return the teacher."""

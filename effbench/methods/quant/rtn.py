@@ -20,18 +20,17 @@ is not, as each product first expands its weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import ModelShape, Phase
 from effbench.methods.base import Method, Part
-from effbench.nn.quant.groupwise import grouped_bytes
+from effbench.nn.quant.formats.grouped import Grouped
 from effbench.util.lazy import torch
 
 
@@ -43,7 +42,7 @@ class RTN(Method):
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
     stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    leaves: ClassVar[str] = "packed"
+    leaves: ClassVar[str] = "grouped"
     identity: ClassVar[dict[str, Any] | None] = None
 
     bits: Bits = 4
@@ -105,19 +104,6 @@ class RTN(Method):
         load_tensors(self.tensors(model), folder / "weights.safetensors")
         return model
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Return the cost with every decoder linear packed."""
-        size = DTYPE_BYTES[dtype]
-        packed = sum(
-            grouped_bytes(d_in, d_out, self.bits, self.group_size, self.symmetric)
-            for _, _, d_in, d_out in shape.linears()
-        )
-        dense = base or dense_cost(shape, size)
-        saved = shape.linear_params * size - packed
-        return replace(
-            dense,
-            trainable=0,
-            resident_bytes=dense.resident_bytes - saved,
-            bytes_per_token=dense.bytes_per_token - saved,
-            saving="physical",
-        )
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Pack every decoder linear."""
+        return base.packed(Grouped(self.bits, self.group_size, self.symmetric))
