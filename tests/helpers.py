@@ -11,11 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import Batch
+from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import FlatShape, Shape
+from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 
 SHAPE = FlatShape(
@@ -64,6 +65,12 @@ def batch_of(seed: int = 0, rows: int = 2, length: int = 12, window_tokens: int 
     return replace(batch, window_tokens=window_tokens or batch.loss_tokens)
 
 
+def example_of(seed: int = 0, length: int = 12, prompt: int = 3, **columns: Any) -> Example:
+    """Return a row of random tokens; its prompt carries no loss."""
+    ids = torch.randint(3, SHAPE.vocab_size, (length,), generator=generator(seed)).tolist()
+    return Example(str(seed), (Tokens(ids, prompt, length - prompt),), columns=columns)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -79,8 +86,8 @@ def context(
 def base_for(method: Method, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Return the tiny model held as `method` wants it."""
     model = tiny_model(dtype=dtype)
-    if method.weights == "nf4":
-        pack_linears(model, NF4Format(), dtype)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), dtype)
     return model
 
 

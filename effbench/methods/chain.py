@@ -9,6 +9,7 @@ from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
 from effbench.api.shape import ModelShape, Phase, Shape
 from effbench.api.spec import Spec
+from effbench.api.stages import base as stages
 from effbench.api.weights import held, is_packed
 from effbench.methods.base import Method
 
@@ -101,9 +102,9 @@ def inference_cost(
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
     """Return all methods that a run's model goes through.
 
-    An evaluation goes through the last one again, perhaps with other settings of evaluation, unless
-    its own method is one of evaluation.
+    A run that makes nothing goes through the last one again, perhaps with other settings of
+    evaluation, unless its own method makes nothing either.
     """
     own: Method = make_method(spec.method)
-    same = spec.stage == "eval" and own.stage != "eval"
+    same = not stages.find(spec.stage).makes and stages.find(own.stage).makes
     return [*(earlier[:-1] if same else earlier), own]

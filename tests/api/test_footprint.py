@@ -12,6 +12,7 @@ from helpers import adamw, generator, tiny_model
 from effbench.api.batch import Batch
 from effbench.api.footprint import Pass, logit_bytes, step_flops, training_of
 from effbench.api.method_types import Context
+from effbench.api.weights import find, is_packed
 from effbench.methods.adapters.adalora import AdaLoRA
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.dora import DoRA
@@ -29,7 +30,6 @@ from effbench.methods.full import Full
 from effbench.methods.pruning.apt import APT
 from effbench.methods.sharing.echo_llama import EchoLLaMA
 from effbench.methods.sharing.echoatt import EchoAtt
-from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import pack_linears
 from effbench.resources.peaks import OPTIMIZER_BYTES
 
@@ -77,8 +77,8 @@ def kept_bytes(method: Method, dtype: str) -> int:
     compute = getattr(torch, dtype)
     masters = method.weights == "float32"
     model = tiny_model(dtype=torch.float32 if masters else compute, shape=SHAPE)
-    if method.weights == "nf4":
-        pack_linears(model, NF4Format(), compute)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), compute)
     cast = torch.autocast("cpu", compute, enabled=masters and dtype != "float32")
     ctx = Context(
         0,

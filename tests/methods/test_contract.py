@@ -207,9 +207,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], M
     def run(name: str) -> Made:
         found: dict[str, str] = {}
 
-        def save(bench: Any, model: torch.nn.Module) -> None:
-            found.update(digests(bench.method, model))
-            save_artefact(bench, model)
+        def save(work: Any, method: Method, model: torch.nn.Module) -> None:
+            found.update(digests(method, model))
+            save_artefact(work, method, model)
 
         forget_accelerator()
         bench = Bench(tmp_path_factory.mktemp(name) / "results")
@@ -349,12 +349,12 @@ def test_a_loaded_artefact_gives_the_same_logits(
     run = made(name)
     found: dict[str, str] = {}
 
-    def look(bench: Any, model: torch.nn.Module, data: Any) -> None:
-        found.update(digests(bench.method, model))
+    def look(work: Any, opened: Any, data: Any) -> None:
+        found.update(digests(opened.method, opened.model))
         raise HardKill
 
-    monkeypatch.setattr("effbench.runner.stages.evaluate.evaluate", look)
-    monkeypatch.setattr("effbench.runner.stages.evaluate.count_model", lambda bench, model: None)
+    monkeypatch.setattr("effbench.runner.stages.eval.evaluate", look)
+    monkeypatch.setattr("effbench.runner.stages.eval.count_model", lambda run, model: None)
     with pytest.raises(HardKill):
         run_here(compose("eval", eval_words(run)))
     assert run.logits == found

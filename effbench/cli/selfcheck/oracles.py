@@ -21,6 +21,7 @@ import torch
 from effbench.api import registry
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
+from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec, Plugin
 from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check

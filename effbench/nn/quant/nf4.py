@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from effbench.nn.quant.packing import fill_up
 from effbench.util.lazy import torch
+from effbench.util.libraries import import_uncompiled
 
 BLOCK = 64
 """Weights that share one scale."""
@@ -161,7 +162,7 @@ def product_bitsandbytes(x: torch.Tensor, stored: NF4, shape: tuple[int, int]) -
 def bitsandbytes_available() -> bool:
     """Return whether bitsandbytes imports; importing it registers its kernels with PyTorch."""
     try:
-        import bitsandbytes  # noqa: F401
+        import_uncompiled("bitsandbytes")
     except (ImportError, OSError, RuntimeError):
         return False
     return True
