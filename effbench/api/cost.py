@@ -86,6 +86,8 @@ def cache_bytes(shape: Shape, dtype: str, tokens: int, sequences: int = 1) -> fl
 def _pieces(model: ModelShape, element: int) -> Iterator[Piece]:
     """Yield what every part of a model adds: embedding rows are not read, exits neither."""
     yield _linear(model.embed, element, 0, 0)
+    for other in model.more:
+        yield _linear(other, element, 0, 0)
     yield Piece(model.grown, model.grown, 4 * model.grown)
     for layer in model.layers:
         yield from _layer(layer, element)

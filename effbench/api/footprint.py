@@ -132,8 +132,8 @@ def training_of(shape: Shape, dtype: str) -> Training:
         )
         * backward,
         head=2 * model.vocab_size * model.hidden_size,
-        heads=2 * loss.exits or 1 + loss.again,
-        head_gradients=max(1, loss.exits) * (2 if count.head_trains else 1) * backward,
+        heads=(2 * loss.exits or 1 + loss.again) * loss.reads_out,
+        head_gradients=count.head_gradients * loss.reads_out * backward,
         every=loss.every or any(x.bypass and x.bypass.active for x in model.layers),
         forwards=model.forwards,
         noise=largest_trained(model) if model.forwards else 0,
@@ -256,10 +256,10 @@ class Counted:
     # -- work ----------------------------------------------------------------------------------
 
     @property
-    def head_trains(self) -> bool:
-        """Whether the weights of the heads that are read out train."""
+    def head_gradients(self) -> int:
+        """Products of the head in the backward pass: of each exit one more where its head trains."""
         heads = [x.head for x in self.model.exits] or [self.model.readout.head]
-        return any(x.trains for x in heads)
+        return max(1, self.model.objective.exits) * (1 + any(x.trains for x in heads))
 
     def attention(self, index: int) -> float:
         """Return the FLOPs of a layer per token and position that it attends to."""

@@ -283,6 +283,8 @@ class Objective:
     """Bytes whatever the batch is."""
     again: bool = False
     """Whether logits are made anew in the backward pass."""
+    reads_out: bool = True
+    """Whether the head runs at all."""
     exits: int = 0
     """Exits that a step reads out, each made anew in the backward pass; 0 reads the end alone."""
     gradient_constant: float = 0

@@ -190,6 +190,8 @@ class ModelShape(Shape):
     """Norm and head after the last layer."""
     exits: tuple[Readout, ...] = ()
     """Norms and heads of earlier exits, which are in memory."""
+    more: tuple[Linear, ...] = ()
+    """Linears of other heads, which are in memory and which decoding does not read."""
     max_positions: int = 2048
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
@@ -334,6 +336,7 @@ class ModelShape(Shape):
             embed=linear(self.embed),
             readout=readout(self.readout),
             exits=tuple(readout(x) for x in self.exits),
+            more=tuple(linear(x) for x in self.more),
         )
 
 
