@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from effbench.api.batch import Batch
 from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
-from effbench.api.shape import FlatShape, Shape
+from effbench.api.shape import Shape
 from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
+from effbench.methods.trains import Trains, begin_training
 from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 
-SHAPE = FlatShape(
+SHAPE = Shape(
     hidden_size=64,
     intermediate_size=128,
     num_layers=2,
@@ -95,7 +96,14 @@ def prepared(
     method: Method, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
-    return method.prepare(base_for(method, dtype), ctx), ctx
+    return begun(method, base_for(method, dtype), ctx), ctx
+
+
+def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    """Return the model as the method trains it, or as it reads it."""
+    if isinstance(method, Trains):
+        return begin_training(method, model, ctx)
+    return method.prepare(model, ctx)
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:
@@ -122,7 +130,7 @@ def train(
     optimizer = optimizer or adamw(model)
     losses = []
     for _ in range(steps):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         parts = window(0 if same_batch else ctx.step)
         losses.append(method.update(model, optimizer, parts, ctx).item())
         ctx.step += 1

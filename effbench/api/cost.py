@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Share
-from effbench.api.shape import DTYPE_BYTES, ModelShape, Shape
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 
 Saving = Literal["none", "physical", "simulated"]
 
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     flops: Share = 0
 
 
-def cost_of(shape: Shape, dtype: str, base: Shape | None = None) -> Cost:
+def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
     """Return the cost of a model.
 
     Args:
@@ -77,7 +77,7 @@ def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:
     return "physical" if smaller or model.formats else "none"
 
 
-def cache_bytes(shape: Shape, dtype: str, tokens: int, sequences: int = 1) -> float:
+def cache_bytes(shape: AnyShape, dtype: str, tokens: int, sequences: int = 1) -> float:
     """Return the bytes of the caches of so many sequences of so many tokens each."""
     caches = (x.mixer.cache for x in shape.layers if x.mixer)
     return sequences * sum(c.bytes(tokens, DTYPE_BYTES[dtype]) for c in caches)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from effbench.api.parts import Adapter, LayerShape, Linear, Share
-from effbench.api.shape import DTYPE_BYTES, ModelShape, Shape
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import FLOAT32, MASTERS
 
 Kind = Literal["train", "score", "prefill", "decode"]
@@ -100,7 +100,7 @@ class Training:
     """Parameters of the largest tensor that trains: what a perturbation of it takes."""
 
 
-def training_of(shape: Shape, dtype: str) -> Training:
+def training_of(shape: AnyShape, dtype: str) -> Training:
     """Return what a training step keeps from its forward pass, and its work.
 
     Args:
@@ -257,7 +257,7 @@ class Counted:
 
     @property
     def head_gradients(self) -> int:
-        """Products of the head in the backward pass: of each exit one more where its head trains."""
+        """Products of the head in the backward pass, two of each where its weight trains."""
         heads = [x.head for x in self.model.exits] or [self.model.readout.head]
         return max(1, self.model.objective.exits) * (1 + any(x.trains for x in heads))
 
@@ -364,7 +364,7 @@ def step_flops(
     return one.size * passes + head * heads + constant
 
 
-def transient(shape: Shape, element: int, adapted: bool) -> int:
+def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     """Return the bytes per token that a layer needs while it runs and nothing is kept.
 
     The widest moment is in the MLP: residual stream, normed input, three inner tensors, and in

@@ -30,7 +30,7 @@ FOUNDING: dict[str, str] = {
     "Spec": "stage method model dataset evaluators train hardware seed parent version",
     "Plugin": "name settings",
     "ModelSpec": "name source id path revision shape weights_seed fingerprint",
-    "FlatShape": (
+    "Shape": (
         "hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim vocab_size "
         "max_positions tied rope_theta rms_eps"
     ),

@@ -1,6 +1,6 @@
 """The shape of a decoder-only model, composed of its parts, from which everything is counted.
 
-A `ModelShape` is layers (`api.parts`) between an embedding and a readout. `FlatShape` is its form
+A `ModelShape` is layers (`api.parts`) between an embedding and a readout. `Shape` is its form
 in configs: the sizes of a Llama whose layers are alike. What a model costs is counted in
 `api.cost`, what a step of training keeps in `api.footprint`.
 """
@@ -45,7 +45,7 @@ Phase = Literal["train", "use"]
 """While a method trains, at the most, or as it is used afterwards."""
 
 
-class Shape:
+class AnyShape:
     """What is known alike of a flat shape and of a composed one."""
 
     if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class FlatShape(Shape):
+class Shape(AnyShape):
     """Sizes of a Llama-style model whose layers are alike: the flat form of configs."""
 
     hidden_size: PositiveInt
@@ -180,7 +180,7 @@ class FlatShape(Shape):
 
 
 @dataclass(frozen=True)
-class ModelShape(Shape):
+class ModelShape(AnyShape):
     """A model composed of its parts; every count is exact for it."""
 
     layers: tuple[LayerShape, ...]
@@ -210,9 +210,9 @@ class ModelShape(Shape):
     """Whether fewer bytes are only computed with, and not held."""
 
     @classmethod
-    def of(cls, shape: Shape) -> ModelShape:
+    def of(cls, shape: AnyShape) -> ModelShape:
         """Return a shape composed; one that is composed already as it is."""
-        return shape if isinstance(shape, ModelShape) else _composed(cast("FlatShape", shape))
+        return shape if isinstance(shape, ModelShape) else _composed(cast("Shape", shape))
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ def llama_layer(hidden_size: int, head_dim: int, size: LayerSize) -> LayerShape:
 
 
 @cache
-def _composed(shape: FlatShape) -> ModelShape:
+def _composed(shape: Shape) -> ModelShape:
     d, vocabulary = shape.hidden_size, shape.vocab_size
     size = LayerSize(shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
     return ModelShape(

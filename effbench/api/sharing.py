@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effbench.api.parts import LayerShape
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.util.errors import UserError
 
 Mode = Literal["kv", "qk"]
@@ -120,7 +120,7 @@ def listed_map(
 # -- shapes ------------------------------------------------------------------------------------
 
 
-def shared_shape(shape: Shape, sharing: LayerMap) -> ModelShape:
+def shared_shape(shape: AnyShape, sharing: LayerMap) -> ModelShape:
     """Return a model in which layers share: without what they take, and its part of the cache."""
     model = ModelShape.of(shape)
 
@@ -137,7 +137,7 @@ def shared_shape(shape: Shape, sharing: LayerMap) -> ModelShape:
     return model.map(take)
 
 
-def require_unshared(shape: Shape, name: str) -> None:
+def require_unshared(shape: AnyShape, name: str) -> None:
     """Refuse to share in a model whose layers share or differ in size already.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from effbench.api.parts import LayerSize
-from effbench.api.shape import ModelShape, Shape, llama_layer
+from effbench.api.shape import AnyShape, ModelShape, llama_layer
 
 SLICED = "sliced_llama"
 """`model_type` in the config of a saved model whose layers differ in size."""
@@ -16,7 +16,7 @@ SIZES = "sizes.json"
 """File of an artefact that states the sizes of a sliced model."""
 
 
-def sliced_shape(shape: Shape, hidden_size: int, layers: Sequence[LayerSize]) -> ModelShape:
+def sliced_shape(shape: AnyShape, hidden_size: int, layers: Sequence[LayerSize]) -> ModelShape:
     """Return a dense model with another width and other blocks.
 
     Args:
@@ -44,7 +44,7 @@ def slice_in(shape: ModelShape, folder: Path | None) -> ModelShape | None:
     return sliced_shape(shape, sizes["hidden_size"], [LayerSize(*s) for s in sizes["layers"]])
 
 
-def planned_slice(shape: Shape, keep: float) -> ModelShape:
+def planned_slice(shape: AnyShape, keep: float) -> ModelShape:
     """Return a model with at most the share `keep` of the linear weights, all dimensions kept.
 
     Each layer loses the same share: neurons first, then key/value groups with their query heads.
@@ -52,7 +52,7 @@ def planned_slice(shape: Shape, keep: float) -> ModelShape:
     return sliced_shape(shape, shape.hidden_size, [_cut(shape, x.size, keep) for x in shape.layers])
 
 
-def _cut(shape: Shape, size: LayerSize, keep: float) -> LayerSize:
+def _cut(shape: AnyShape, size: LayerSize, keep: float) -> LayerSize:
     queries = size.num_heads // max(1, size.num_kv_heads)
     group = (2 * queries + 2) * shape.head_dim
     width = keep * (group * size.num_kv_heads + 3 * size.intermediate_size)

@@ -17,7 +17,7 @@ from effbench.api.schema import (
     PositiveInt,
     digest,
 )
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 
 SPEC_VERSION = 2
 """The form of a spec. Raised when a field goes or gets another name, with an entry in
@@ -44,7 +44,7 @@ class ModelSpec:
     """Local folder or GGUF file."""
     revision: str = "main"
     """Hub revision."""
-    shape: FlatShape | None = None
+    shape: Shape | None = None
     """Sizes, for `plan` and for random weights; read from the files when not given."""
     weights_seed: NonNegativeInt = 0
     """Seed of random weights."""

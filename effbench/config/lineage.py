@@ -7,7 +7,7 @@
 | `from=`, one that makes nothing | the run's, with the chosen free settings | the same | the same |
 | the same, with a method that reads | chosen | the same | the same |
 
-Free are settings of evaluation (`at_evaluation`); a method reads when it makes nothing itself.
+Free are settings of evaluation (`eval_settings`); a method reads when it makes nothing itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from effbench.api import registry
 from effbench.api.cost import Cost
 from effbench.api.plugins import make_method
 from effbench.api.schema import build, plain
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
@@ -62,7 +62,7 @@ class Lineage:
         """The artefacts of the earlier methods."""
         return self.folders[: len(self.earlier)]
 
-    def start(self, base: Shape) -> ModelShape:
+    def start(self, base: AnyShape) -> ModelShape:
         """Return the shape of what the run's own method starts from.
 
         Args:
@@ -71,11 +71,11 @@ class Lineage:
         shapes = chain_shapes(self.methods[:-1], base, self.artefacts)
         return [ModelShape.of(base), *shapes][-1]
 
-    def left(self, base: Shape) -> ModelShape:
+    def left(self, base: AnyShape) -> ModelShape:
         """Return the shape of what the run leaves: as planned, until its artefact is there."""
         return chain_shapes(self.methods, base, self.folders)[-1]
 
-    def cost(self, base: Shape, dtype: str, point: str) -> Cost:
+    def cost(self, base: AnyShape, dtype: str, point: str) -> Cost:
         """Return what the model that the run evaluates needs at an operating point."""
         return inference_cost(self.methods, base, dtype, point, self.folders)
 
@@ -132,7 +132,7 @@ def _at_evaluation(settings: Mapping[str, Any], chosen: set[str], method: Plugin
 
 
 def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None:
-    free = registry.find("methods", parent.method.name).at_evaluation
+    free = registry.find("methods", parent.method.name).eval_settings
     chosen = chosen - {f"method.{key}" for key in free}
     fixed = ("model", "method") if _taken_over(stage, name, chosen) else ("model",)
     for key in fixed:

@@ -23,14 +23,14 @@ from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost
+from effbench.methods.chain import chain_cost, chain_shapes
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.session import Session
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.evaluators.requests import Times
@@ -109,7 +109,7 @@ class Speed(Evaluator):
         lists = [axis if isinstance(axis, list) else [axis] for axis in axes]
         return [Cell(*point) for point in product(*lists)]
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse an empty grid, cells that the model or the memory has no room for, and engines
         that would not be the method.
 
@@ -118,7 +118,9 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        last = methods[-1].fitted(shape) if shape else methods[-1]
+        *before, last = methods
+        if shape:
+            last = last.resolve([shape, *chain_shapes(before, shape)][-1])
         own = [point for point in last.points() if not last.plain_session(point)]
         without = type(last).eager_session is Method.eager_session
         asked = {self.engine, self.baseline} & {
@@ -136,7 +138,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
-        packed = any(is_packed(m.weights) or is_packed(m.leaves) for m in methods)
+        packed = any(is_packed(m.weights) or is_packed(m.produces) for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
                 "evaluator.speed.engine=merged adds adapters to dense weights, but these are "
@@ -271,7 +273,7 @@ class Speed(Evaluator):
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def _check_positions(cell: Cell, shape: Shape) -> None:
+def _check_positions(cell: Cell, shape: AnyShape) -> None:
     longest = cell.prompt + cell.new
     if longest > shape.max_positions:
         raise UserError(
@@ -281,7 +283,7 @@ def _check_positions(cell: Cell, shape: Shape) -> None:
         )
 
 
-def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shape) -> None:
+def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyShape) -> None:
     """Refuse a batch whose weights, cache and logits alone are more than the memory."""
     from effbench.util.hardware import gpus, memory_bytes
 

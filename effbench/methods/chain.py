@@ -7,7 +7,7 @@ from pathlib import Path
 
 from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
-from effbench.api.shape import ModelShape, Phase, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import held, is_packed
@@ -16,7 +16,7 @@ from effbench.methods.base import Method
 
 def shape_of(
     method: Method,
-    base: Shape,
+    base: AnyShape,
     point: str = "",
     phase: Phase = "use",
     folder: Path | None = None,
@@ -24,7 +24,7 @@ def shape_of(
     """Return what a method makes of a model, which is held as the method asks for it.
 
     Args:
-        method: With its defaults filled in, as for `base`.
+        method: Its defaults need not be filled in.
         base: What it starts from.
         point: One of its operating points.
         phase: While it trains or as it is used.
@@ -37,7 +37,7 @@ def shape_of(
 
 
 def chain_shapes(
-    methods: Sequence[Method], shape: Shape, folders: Sequence[Path] = ()
+    methods: Sequence[Method], shape: AnyShape, folders: Sequence[Path] = ()
 ) -> list[ModelShape]:
     """Return what each method of a chain leaves to the next one, frozen, with all that it has.
 
@@ -49,16 +49,15 @@ def chain_shapes(
     found, base = [], ModelShape.of(shape)
     for place, method in enumerate(methods):
         folder = folders[place] if place < len(folders) else None
-        own = method.fitted(base)
-        left = shape_of(own, base, "", "use", folder)
-        base = shape_of(own, base, own.whole(left), "use", folder).used().frozen()
+        left = shape_of(method, base, "", "use", folder)
+        base = shape_of(method, base, method.whole(left), "use", folder).used().frozen()
         found.append(base)
     return found
 
 
 def last_shape(
     methods: Sequence[Method],
-    shape: Shape,
+    shape: AnyShape,
     point: str = "",
     folders: Sequence[Path] = (),
 ) -> ModelShape:
@@ -69,12 +68,12 @@ def last_shape(
     *first, own = methods
     base = [ModelShape.of(shape), *chain_shapes(first, shape, folders)][-1]
     folder = folders[len(first)] if len(first) < len(folders) else None
-    return shape_of(own.fitted(base), base, point, "use", folder)
+    return shape_of(own, base, point, "use", folder)
 
 
 def chain_cost(
     methods: Sequence[Method],
-    shape: Shape,
+    shape: AnyShape,
     dtype: str,
     point: str = "",
     folders: Sequence[Path] = (),
@@ -86,7 +85,7 @@ def chain_cost(
 
 def inference_cost(
     methods: Sequence[Method],
-    shape: Shape,
+    shape: AnyShape,
     dtype: str,
     point: str = "",
     folders: Sequence[Path] = (),

@@ -18,7 +18,7 @@ from typing import Any
 
 from effbench.api.parts import LayerSize
 from effbench.api.schema import build, digest
-from effbench.api.shape import FlatShape, Shape
+from effbench.api.shape import AnyShape, Shape
 from effbench.api.sharing import SHARED, shared_shape
 from effbench.api.sharing import read as read_map
 from effbench.api.slices import SLICED, sliced_shape
@@ -50,7 +50,7 @@ class Loaded:
 
     model: torch.nn.Module
     tokenizer: Any
-    shape: Shape
+    shape: AnyShape
     seconds: float
     """Time it took to load."""
 
@@ -169,7 +169,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def shape_of(spec: ModelSpec) -> Shape:
+def shape_of(spec: ModelSpec) -> AnyShape:
     """Return the model's shape without loading weights and without the network.
 
     Raises:
@@ -196,7 +196,7 @@ def shape_of(spec: ModelSpec) -> Shape:
     return shape_in(config, str(path))
 
 
-def shape_in(config: Mapping[str, Any], where: str) -> Shape:
+def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
     """Return the shape that a transformers config states.
 
     Raises:
@@ -212,7 +212,7 @@ def shape_in(config: Mapping[str, Any], where: str) -> Shape:
     values = {ours: config[theirs] for ours, theirs in SIZES.items()}
     rope = config.get("rope_parameters") or {}
     shape = build(
-        FlatShape,
+        Shape,
         {
             **values,
             "num_kv_heads": config.get("num_key_value_heads") or values["num_heads"],
@@ -404,11 +404,11 @@ def _own_kind(folder: Path) -> str:
     return str(config.get("model_type", ""))
 
 
-def _check_stated(spec: ModelSpec, shape: Shape) -> None:
+def _check_stated(spec: ModelSpec, shape: AnyShape) -> None:
     """Refuse a stated shape that is not the shape of the files."""
     if spec.shape is None or spec.shape == shape:
         return
-    for part in dataclasses.fields(FlatShape):
+    for part in dataclasses.fields(Shape):
         stated, found = getattr(spec.shape, part.name), getattr(shape, part.name)
         if stated != found:
             raise UserError(
@@ -448,7 +448,7 @@ def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
     )
 
 
-def known_shape(model: ModelSpec) -> Shape | None:
+def known_shape(model: ModelSpec) -> AnyShape | None:
     """Return the model's shape where it can be known without loading the model."""
     if model.shape:
         return model.shape

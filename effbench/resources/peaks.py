@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from effbench.api.cost import Cost
 from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, transient
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.api.spec import TrainSpec
 
 GRADIENT_BYTES = 4
@@ -42,7 +42,7 @@ Components = dict[str, float]
 class Peaks:
     """Predicts the peaks of one model on one device."""
 
-    shape: Shape
+    shape: AnyShape
     element: int
     """Bytes of a compute element."""
     cpu: bool = True

@@ -16,12 +16,13 @@ from effbench.api.cost import Cost, cost_of
 from effbench.api.footprint import POINTS_AT_ONCE, Pass, step_flops, training_of
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
-from effbench.api.shape import DTYPE_BYTES, ModelShape, Shape
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.spec import Machine, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost, shape_of
+from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
 from effbench.resources.usage import Taken
@@ -179,12 +180,12 @@ class Course:
 
     @classmethod
     def of(
-        cls, spec: Spec, shape: Shape, earlier: Sequence[Method], folders: Sequence[Path] = ()
+        cls, spec: Spec, shape: AnyShape, earlier: Sequence[Method], folders: Sequence[Path] = ()
     ) -> Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
         shapes = [ModelShape.of(shape), *chain_shapes(methods, shape, folders)]
-        *first, own = methods = [m.fitted(s) for m, s in zip(methods, shapes, strict=False)]
+        *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
         cost = chain_cost(methods, shape, dtype, own.points()[-1], folders)
@@ -204,7 +205,7 @@ class Course:
 
 def predict(
     spec: Spec,
-    shape: Shape,
+    shape: AnyShape,
     machine: Machine,
     earlier: Sequence[Method] = (),
     workload: Workload | None = None,
@@ -278,7 +279,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
     if spec.stage == "compress":
         weights = course.before.resident_bytes if course.before else course.start.params * size
         longest = None
-        if own.calibrates:
+        if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
@@ -302,7 +303,9 @@ def _total(memory: Components) -> float:
     return sum(memory.values())
 
 
-def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload) -> tuple[int, int]:
+def _loaded(
+    spec: Spec, shape: AnyShape, methods: Sequence[Method], work: Workload
+) -> tuple[int, int]:
     """Return the bytes of the weights as they are first held, and of what they are made from."""
     masters = spec.stage == "train" and methods[-1].weights == "float32"
     packed = is_packed(methods[0].weights)
@@ -315,12 +318,12 @@ def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload)
     return shape.params * size, made_from
 
 
-def _others(method: Method, start: Shape, element: int) -> int:
+def _others(method: Method, start: AnyShape, element: int) -> int:
     """Return the bytes of the other models that training holds."""
     return sum(s.params * element for s in _other_shapes(method, start))
 
 
-def _other_shapes(method: Method, start: Shape) -> list[Shape]:
+def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
     """Return the shapes of the other models that training holds, as far as they are known."""
     shapes = (
         known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start

@@ -26,7 +26,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.cost import Cost
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
 
 SIDES = (512, 1024, 2048, 4096, 8192)
 """Widths of the square products, and of the matrices in matrix-vector products."""
@@ -168,7 +168,7 @@ def _read(clock: Clock, matrices: torch.Tensor, repeats: int) -> float:
 # -- what has to be done -----------------------------------------------------------------------
 
 
-def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
+def prefill_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int) -> float:
     """Return the FLOPs of reading prompts: causal attention, the head at the last position only.
 
     Layers that need that position alone count with it alone.
@@ -186,7 +186,7 @@ def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
     return batch * (layers + head + attention)
 
 
-def decode_flops(cost: Cost, shape: Shape, batch: int, prompt: int, tokens: int) -> float:
+def decode_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int, tokens: int) -> float:
     """Return the FLOPs of `tokens` steps after prompts of `prompt` positions."""
     attention = _attention_flops(shape) * _contexts(prompt, tokens)
     return batch * (tokens * cost.flops_per_token + attention)
@@ -201,7 +201,7 @@ def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
     return tokens * cost.bytes_per_token + cached
 
 
-def _attention_flops(shape: Shape) -> int:
+def _attention_flops(shape: AnyShape) -> int:
     """Return the FLOPs of attending from one position to one other, over all layers."""
     return shape.flops_per_token(1) - shape.flops_per_token(0)
 

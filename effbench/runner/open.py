@@ -14,7 +14,7 @@ import torch
 
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
@@ -42,7 +42,7 @@ class Opened:
     """At first what the run starts from: the base model and what earlier runs made of it."""
     method: Method
     """The run's own, resolved for the model."""
-    base: Shape
+    base: AnyShape
     """Sizes of the base model."""
     start: ModelShape
     """Sizes of what the method starts from."""
@@ -76,13 +76,12 @@ def open_model(run: Run) -> Opened:
             pack_linears(model, find(own.weights)(), run.dtype)
     _check_length(spec, loaded.shape)
     start = lineage.start(loaded.shape)
-    own.check(start)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else run.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
     run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
-    return Opened(model, own.fitted(start), loaded.shape, start, base_bytes)
+    return Opened(model, own.resolve(start), loaded.shape, start, base_bytes)
 
 
 def _import_all(run: Run, own: Method) -> int | None:
@@ -99,7 +98,7 @@ def _import_all(run: Run, own: Method) -> int | None:
     return stored
 
 
-def _put_in(run: Run, model: torch.nn.Module, shape: Shape) -> torch.nn.Module:
+def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Module:
     """Return the base model turned into what the earlier methods made of it, frozen."""
     lineage = run.lineage
     shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts)]
@@ -108,12 +107,12 @@ def _put_in(run: Run, model: torch.nn.Module, shape: Shape) -> torch.nn.Module:
     ):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
-        model = method.fitted(shapes[place]).load(model, artefact, context(run))
+        model = method.resolve(shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
 
 
-def _check_length(spec: Spec, shape: Shape) -> None:
+def _check_length(spec: Spec, shape: AnyShape) -> None:
     if spec.dataset.max_length > shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "

@@ -18,7 +18,7 @@ from effbench.api import keys, registry, schema
 from effbench.api.keys import FOUNDING, earlier_keys
 from effbench.api.plugins import make_method
 from effbench.api.schema import build, digest, plain
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec, HardwareSpec, ModelSpec, Plugin, Spec, TrainSpec
 from effbench.config.compose import compose
 from effbench.report.comparison.compare import compare
@@ -31,7 +31,7 @@ from effbench.results.store import MARKER, Store
 from effbench.util.errors import UserError
 
 RECORDS = Path(__file__).parents[2] / "results" / "records"
-PARTS = (Spec, Plugin, ModelSpec, FlatShape, DatasetSpec, TrainSpec, HardwareSpec)
+PARTS = (Spec, Plugin, ModelSpec, Shape, DatasetSpec, TrainSpec, HardwareSpec)
 PLUGINS = [(kind, name) for kind in ("methods", "evaluators") for name in registry.names(kind)]
 TINY = ["model=tiny", "dataset=arithmetic", "hardware=cpu"]
 

@@ -9,12 +9,12 @@ import pytest
 from effbench.api.cost import cache_bytes, cost_of
 from effbench.api.footprint import Pass, training_of
 from effbench.api.parts import Cache, LayerShape, Linear, Mixer, low_rank, portion
-from effbench.api.shape import LINEARS, FlatShape, ModelShape, experts
+from effbench.api.shape import LINEARS, ModelShape, Shape, experts
 from effbench.api.spec import TrainSpec
 from effbench.api.weights import find
 from effbench.resources.peaks import Peaks
 
-FLAT = FlatShape(64, 128, 4, 4, 2, 16, 100)
+FLAT = Shape(64, 128, 4, 4, 2, 16, 100)
 BASE = ModelShape.of(FLAT)
 ATTENTION, MLP, NORMS = 64 * (64 + 32 + 32 + 64), 3 * 64 * 128, 2 * 64
 

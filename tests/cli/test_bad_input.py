@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 from effbench.util.errors import UserError
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
@@ -136,7 +136,7 @@ def test_a_rank_that_does_not_fit_is_refused_before_torch_is_imported(tmp_path: 
 
 # -- models ----------------------------------------------------------------------------------------
 
-SHAPE = FlatShape(
+SHAPE = Shape(
     hidden_size=16,
     intermediate_size=32,
     num_layers=1,

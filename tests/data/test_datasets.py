@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from effbench.api.examples import Example
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec
 from effbench.data import readers
 from effbench.data.dataset import Data, render, split_names, splits
@@ -20,7 +20,7 @@ from effbench.data.tokens import prefix_token
 from effbench.models.random import byte_tokenizer
 from effbench.util.errors import UserError
 
-SHAPE = FlatShape(
+SHAPE = Shape(
     hidden_size=16,
     intermediate_size=32,
     num_layers=1,

@@ -12,11 +12,11 @@ from goldens import Golden
 from effbench.api import registry
 from effbench.api.footprint import training_of
 from effbench.api.plugins import make_method
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
 from effbench.methods.chain import chain_cost, inference_cost, shape_of
 
-SHAPE = FlatShape(96, 250, 8, 6, 3, 16, 512)
+SHAPE = Shape(96, 250, 8, 6, 3, 16, 512)
 NAMES = [n for n in registry.names("methods") if n not in registry.plugins("methods")]
 ADVICE = (
     "Plans and records hold these numbers. If they were wrong, say so in CHANGELOG.md: make golden."
@@ -27,7 +27,7 @@ ADVICE = (
 @pytest.mark.parametrize("name", NAMES)
 def test_what_it_costs_stays(name: str, golden: Callable[[str], Golden]) -> None:
     settings = registry.find("methods", name).needs
-    method = make_method(Plugin(name, settings)).fitted(SHAPE)
+    method = make_method(Plugin(name, settings)).resolve(SHAPE)
     found: dict[str, Any] = {
         point: asdict(chain_cost([method], SHAPE, "bfloat16", point)) for point in method.points()
     }

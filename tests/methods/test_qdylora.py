@@ -20,7 +20,7 @@ from helpers import (
 )
 from peft import PeftModel
 
-from effbench.api.shape import FlatShape
+from effbench.api.shape import Shape
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.qdylora import QDyLoRA
 from effbench.methods.adapters.qlora import QLoRA
@@ -30,8 +30,8 @@ from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 from effbench.nn.quant.nf4 import nf4_bytes
 
-SMOLLM2 = FlatShape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
-LLAMA_7B = FlatShape(4096, 11008, 32, 32, 32, 128, 32000)
+SMOLLM2 = Shape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
+LLAMA_7B = Shape(4096, 11008, 32, 32, 32, 128, 32000)
 
 
 def trained(method, steps=6):
@@ -199,7 +199,7 @@ def test_10_ten_thousand_draws_follow_the_distribution(distribution, weight):
     model, ctx = prepared(method, seed=7)
     drawn = []
     for _ in range(10_000):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         drawn.append(control_of(model).active)
     total = sum(weight(b) for b in range(1, 9))
     for b in range(1, 9):
@@ -212,7 +212,7 @@ def test_10_all_layers_of_a_step_have_the_drawn_rank():
     model, ctx = prepared(method)
     seen = []
     for _ in range(40):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         ranks = {layer.control.active for _, layer in low_rank_layers(model)}
         assert len(ranks) == 1
         seen += ranks
@@ -234,9 +234,9 @@ def test_planning_needs_no_torch():
     code = (
         "import sys\n"
         "from effbench.api.registry import find\n"
-        "from effbench.api.shape import FlatShape\n"
+        "from effbench.api.shape import Shape\n"
         "from effbench.methods.chain import chain_cost\n"
-        "shape = FlatShape(64, 128, 2, 4, 2, 16, 128)\n"
+        "shape = Shape(64, 128, 2, 4, 2, 16, 128)\n"
         "for name in 'full lora qlora dylora qdylora kd subset'.split():\n"
         "    method = find('methods', name)()\n"
         "    method.points(), chain_cost([method], shape, 'bfloat16')\n"

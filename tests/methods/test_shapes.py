@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import begun
 from test_contract import NAMES, TRAINED, changed, fresh, saved
 
 from effbench.api.parts import LayerShape, Linear, Norm
@@ -37,7 +38,7 @@ def test_the_walk_sees_what_it_should() -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_shape_that_trains_is_the_model_that_trains(name: str, dtype: str) -> None:
     method, model, shape, ctx = fresh(name, dtype)
-    model = method.prepare(model, ctx)
+    model = begun(method, model, ctx)
     stated = shape_of(method, shape, phase="train")
     assert stated_of(stated, getattr(torch, dtype).itemsize) == tree(model)
 

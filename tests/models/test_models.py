@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from effbench.api.schema import build
-from effbench.api.shape import FlatShape, Shape
+from effbench.api.shape import Shape
 from effbench.api.spec import ModelSpec
 from effbench.models import gguf_convert
 from effbench.models import load as models
@@ -25,7 +25,7 @@ from effbench.util import hf
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
 
-SMALL = FlatShape(
+SMALL = Shape(
     hidden_size=32,
     intermediate_size=64,
     num_layers=2,

@@ -248,7 +248,7 @@ def test_first_use_under_inference_mode_does_not_spoil_training(kind: str) -> No
 # -- models --------------------------------------------------------------------------------------
 
 
-def test_quantise_nf4_takes_the_decoder_linears_and_nothing_else() -> None:
+def test_packing_takes_the_decoder_linears_and_nothing_else() -> None:
     model = tiny()
     kept = {n: p.clone() for n, p in model.named_parameters() if "proj" not in n}
     names = pack_linears(model, NF4Format(), torch.float32)

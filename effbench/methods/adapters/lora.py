@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, ModelShape, Phase, Shape
-from effbench.methods.base import Method
+from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
@@ -38,16 +38,16 @@ Dropout = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(Trains):
     """Low-rank adaptation through peft."""
 
     paper: ClassVar[Paper | None] = Paper(
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
     learning_rate: ClassVar[float] = 1e-3
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
-    leaves: ClassVar[str] = "adapted"
-    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
+    produces: ClassVar[str] = "adapted"
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
 
     rank: PositiveInt = 16
@@ -72,9 +72,10 @@ class LoRA(Method):
         """What over R is the update's scale."""
         return self.alpha
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
+        return self
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
@@ -210,7 +211,7 @@ def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:
         )
 
 
-def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
+def check_rank_fits(shape: AnyShape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
     """Refuse a rank above what a target's weight itself can have.
 
     Raises:

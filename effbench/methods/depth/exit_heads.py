@@ -27,16 +27,17 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Linear, Norm, Objective, Readout
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import ModelShape, Phase, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import COMPUTE, FLOAT32, MASTERS
 from effbench.methods.base import Method
-from effbench.methods.depth.depths import DYNAMIC, READING, Depths, check_depths, depth_set
+from effbench.methods.depth.reading import DYNAMIC, READING, ReadsDepths, check_depths, depth_set
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class ExitHeads(Depths):
+class ExitHeads(Trains, ReadsDepths):
     """A norm and a head for each exit, on a frozen trunk or trained with it."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -44,12 +45,11 @@ class ExitHeads(Depths):
         "ICML 2019",
         "1810.07052",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
     learning_rate: ClassVar[float] = 2e-4
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
-    leaves: ClassVar[str] = "adapted"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
-    at_evaluation: ClassVar[frozenset[str]] = READING
+    eval_settings: ClassVar[frozenset[str]] = READING
     shallowest: ClassVar[float] = 0.6
 
     depths: tuple[PositiveInt, ...] = ()
@@ -65,19 +65,19 @@ class ExitHeads(Depths):
 
     # -- depths --------------------------------------------------------------------------------
 
-    def fitted(self, shape: Shape) -> Self:
-        """Return the method with the depths of a model of `shape`."""
-        return replace(self, depths=self.depths or depth_set(shape.num_layers, self.shallowest))
+    def with_depths(self, num_layers: int) -> Self:
+        """Return the method with the depths that are not given."""
+        return replace(self, depths=self.depths or depth_set(num_layers, self.shallowest))
 
     def listed(self) -> tuple[int, ...]:
-        """Return the depths to evaluate, once fitted: those of the exits unless some are given."""
+        """Return the depths to evaluate, once resolved: the exits' unless some are given."""
         return self.eval_depths or self.depths
 
     def headed(self, num_layers: int) -> tuple[int, ...]:
         """Return the depths that have a norm and a head of their own."""
         return tuple(n for n in self.depths if n < num_layers)
 
-    def whole(self, shape: Shape) -> str:
+    def whole(self, shape: AnyShape) -> str:
         """Return the unnamed point: all layers, with the exits beside them in memory."""
         return ""
 
@@ -92,10 +92,13 @@ class ExitHeads(Depths):
             raise UserError(f"There is no exit at depth {depth}.", f"Known: {self.points()}.")
         return depth
 
-    def check(self, shape: Shape) -> None:
-        """Refuse depths that the model does not have, and exits that nobody trained."""
-        super().check(shape)
-        method = self.fitted(shape)
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method with the depths of a model of `shape`.
+
+        Raises:
+            UserError: For depths that the model does not have, and exits that nobody trained.
+        """
+        method = super().resolve(shape)
         check_depths("depths", method.depths, shape.num_layers)
         if not method.headed(shape.num_layers):
             raise UserError(
@@ -109,12 +112,13 @@ class ExitHeads(Depths):
                     f"method.{key} names depth {n}, which has no head.",
                     f"Choose from {list(method.depths)}.",
                 )
+        return method
 
-    def check_after(self, earlier: Sequence[Method]) -> None:
+    def check_start(self, earlier: Sequence[Method]) -> None:
         """Refuse a trunk whose logits are not simply those of its layers, or that cannot learn."""
-        super().check_after(earlier)
+        super().check_start(earlier)
         self.check_plain(earlier)
-        kind = earlier[-1].leaves if earlier else "dense"
+        kind = earlier[-1].produces if earlier else "dense"
         if self.trunk == "trained" and kind != "dense":
             raise UserError(
                 f"method.trunk=trained needs dense linear layers, not {kind} ones.",
@@ -148,17 +152,17 @@ class ExitHeads(Depths):
             total = total + exit_nll(model, hidden, batch.labels, n)
         return total / (len(depths) * batch.window_tokens)
 
-    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with its exits in the compute dtype, unless all of it is in float32."""
         return model if self.trunk == "trained" else _cast(model, ctx.dtype)
 
     # -- use -----------------------------------------------------------------------------------
 
-    def validated(self, shape: Shape) -> str:
+    def validated(self, shape: AnyShape) -> str:
         """Return the deepest exit that learns: on a frozen trunk the last layer's never changes."""
         if self.trunk == "trained":
             return f"d{shape.num_layers}"
-        return f"d{self.fitted(shape).headed(shape.num_layers)[-1]}"
+        return f"d{self.with_depths(shape.num_layers).headed(shape.num_layers)[-1]}"
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
@@ -196,7 +200,7 @@ class ExitHeads(Depths):
         On a frozen trunk a step runs the layers up to the deepest exit, whose norms and heads are
         in float32.
         """
-        method, count = self.fitted(base), base.num_layers
+        method, count = self.with_depths(base.num_layers), base.num_layers
         trained, training = self.trunk == "trained", phase == "train"
         held = MASTERS if trained else FLOAT32 if training else COMPUTE
         head = Linear("lm_head", base.hidden_size, base.vocab_size, held, trains=True)

@@ -19,13 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeInt
-from effbench.api.shape import LAYERS_DIFFER, ModelShape, Phase, Shape
-from effbench.methods.base import Method, Part
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.methods.base import Method
+from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.lazy import torch
@@ -35,7 +36,7 @@ KEPT = "layers.json"
 
 
 @dataclass(frozen=True)
-class LayerDrop(Method):
+class LayerDrop(Compresses):
     """Layers removed in one shot."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -43,8 +44,6 @@ class LayerDrop(Method):
         "Findings of ACL 2025",
         "2403.03853",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    identity: ClassVar[dict[str, Any] | None] = None
 
     layers: tuple[NonNegativeInt, ...] | None = None
     """The layers that go, counted from 0; null chooses them."""
@@ -53,7 +52,7 @@ class LayerDrop(Method):
     criterion: Literal["influence", "last", "even", "random"] = "influence"
     """Which: those with the lowest block influence, the deepest, evenly spaced or random ones."""
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that are not there, and a model of which none would be left."""
         if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
@@ -68,6 +67,7 @@ class LayerDrop(Method):
                 f"No layer of {shape.num_layers} would be left.",
                 "Lower method.remove, or list fewer in method.layers.",
             )
+        return self
 
     def count(self, num_layers: int) -> int:
         """Return how many layers go."""

@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.sharing import TAKEN, LayerMap, Mode, shared_shape, written
 from effbench.nn.llama.attention import require_llama
 
@@ -318,7 +318,7 @@ def map_of(model: nn.Module) -> LayerMap | None:
     return layers[0].sharing.only(taking) if taking else None
 
 
-def shape_shared(model: nn.Module, shape: Shape) -> ModelShape:
+def shape_shared(model: nn.Module, shape: AnyShape) -> ModelShape:
     """Return `shape` with the sharing that a model has now."""
     sharing = map_of(model)
     return shared_shape(shape, sharing) if sharing else ModelShape.of(shape)

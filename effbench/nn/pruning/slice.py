@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from effbench.api.parts import LayerSize
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.slices import sliced_shape
 from effbench.nn.adapters.lowrank import LowRankLinear
 from effbench.nn.llama.attention import NoAttention, NoMLP, SlicedAttention, require_llama
@@ -104,7 +104,7 @@ def layout_of(model: Any) -> Layout:
     return Layout(layer_sizes(model), model.config.head_dim, model.config.hidden_size)
 
 
-def shape_left(model: Any, shape: Shape) -> ModelShape:
+def shape_left(model: Any, shape: AnyShape) -> ModelShape:
     """Return `shape` with the width and the blocks that a model has now."""
     return sliced_shape(shape, model.config.hidden_size, layer_sizes(model))
 

@@ -1,0 +1,294 @@
+"""Sub-models of the first layers, and ways of decoding through them: what such methods share.
+
+A depth n is the first n layers under the model's own final norm and head. Decoding can mix depths:
+
+- `exit`: each token leaves at the first exit whose most likely token is more probable than that
+  exit's threshold (Kavehzadeh et al., Sorted LLaMA, arXiv 2309.08968, whose thresholds are the
+  default);
+- `speculative`: the shallowest exit drafts and all layers verify, which loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from effbench.api.batch import Batch
+from effbench.api.schema import NonNegativeFloat, PositiveInt
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.methods.base import Method
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.api.session import Session
+    from effbench.nn.decode.early_exit import Rule
+
+DYNAMIC = ("exit", "speculative")
+READING = frozenset(
+    {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
+)
+"""Settings of how depths are read out, on which nothing that is trained depends."""
+PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
+"""Those of Sorted LLaMA, at depths 12 to 36 of 40."""
+
+
+@dataclass(frozen=True)
+class ReadsDepths(Method):
+    """A method whose model can be read out at several depths."""
+
+    shallowest: ClassVar[float] = 0.3
+    """Share of the layers that the shallowest depth has at least, unless depths are given."""
+
+    eval_depths: tuple[PositiveInt, ...] = ()
+    """Depths to evaluate; empty for the default ones."""
+    decoding: tuple[Literal["exit", "speculative"], ...] = ()
+    """Ways of decoding that are operating points too."""
+    thresholds: tuple[NonNegativeFloat, ...] = ()
+    """Least probability to leave at each exit but the last; empty for the paper's. 0 always
+    leaves, 1 and more never does."""
+    kv: Literal["recompute", "propagate"] = "recompute"
+    """How skipped layers get the keys and values of a token that left early: exactly, when a later
+    token needs them, or approximately, at once."""
+    draft_depth: PositiveInt | None = None
+    """Depth that drafts; null for the shallowest."""
+    draft_tokens: PositiveInt = 4
+    """Drafted tokens of the first round."""
+    draft_window: Literal["adaptive", "constant"] = "adaptive"
+    """Whether their number follows what was kept."""
+
+    # -- depths --------------------------------------------------------------------------------
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method with the depths of a model of `shape`.
+
+        Raises:
+            UserError: For depths that the model does not have, and exits that lead nowhere.
+        """
+        if not shape.uniform:
+            raise UserError(*LAYERS_DIFFER)
+        method = self.with_depths(shape.num_layers)
+        check_depths("eval_depths", method.eval_depths, shape.num_layers)
+        if method.decoding:
+            method._check_exits(method.exits(shape.num_layers))
+        return method
+
+    def with_depths(self, num_layers: int) -> Self:
+        """Return the method with the depths that are not given."""
+        return replace(self, eval_depths=self.eval_depths or depth_set(num_layers, self.shallowest))
+
+    def kept(self, depth: int, num_layers: int) -> list[int]:
+        """Return the layers of the sub-model `depth`, counted from 0."""
+        return list(range(depth))
+
+    def listed(self) -> tuple[int, ...]:
+        """Return the depths to evaluate, once resolved."""
+        return self.eval_depths
+
+    def full_depth(self, num_layers: int) -> int:
+        """Return the depth of the deepest exit, which is the full model when tokens leave early."""
+        return num_layers
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        """Return the depths at which decoding can leave, ascending."""
+        full = self.full_depth(num_layers)
+        return (*(n for n in self.listed() if n < full), full)
+
+    def check_plain(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that computes its logits in a way of its own."""
+        last = type(earlier[-1]) if earlier else Method
+        if last.logits is not Method.logits or last.session is not Method.session:
+            raise UserError(
+                f"{last.name} computes its logits in a way of its own, which {self.name} would "
+                "leave out.",
+                "Evaluate it without method=, through its own operating points.",
+            )
+
+    def _check_exits(self, exits: Sequence[int]) -> None:
+        if len(exits) < 2:
+            raise UserError(
+                f"method.decoding={list(self.decoding)} needs an exit below the last one.",
+                "List a shallower depth in method.eval_depths.",
+            )
+        if self.thresholds and len(self.thresholds) != len(exits) - 1:
+            raise UserError(
+                f"method.thresholds has {len(self.thresholds)} values for the exits "
+                f"{list(exits[:-1])}.",
+                f"Give {len(exits) - 1}.",
+            )
+        if self.draft_depth is not None and self.draft_depth >= exits[-1]:
+            raise UserError(
+                f"method.draft_depth={self.draft_depth} is not below {exits[-1]}, the depth that "
+                "verifies.",
+                f"Set it to {exits[0]}, for example.",
+            )
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def points(self) -> tuple[str, ...]:
+        """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
+        return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
+
+    def whole(self, shape: AnyShape) -> str:
+        """Return the point of all layers: they are in memory at every depth."""
+        return f"d{shape.num_layers}"
+
+    def depth_of(self, point: str, num_layers: int) -> int:
+        """Return the depth whose layers a point needs; any depth can be named.
+
+        Raises:
+            UserError: When there is no such point.
+        """
+        if not point:
+            return num_layers
+        return self.full_depth(num_layers) if point in DYNAMIC else depth_in(point, num_layers)
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Be the sub-model of a depth inside the context, or decode in the way of the point."""
+        from effbench.nn.llama.layers import at_layers, decoder_layers, require_layers_alike
+
+        require_layers_alike(model)
+        count = len(decoder_layers(model))
+        kept = self.kept(self.depth_of(point, count), count)
+        with at_layers(model, kept), _decoding(model, point if point in DYNAMIC else ""):
+            yield
+
+    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits, [B, T, V]; at `exit` those of each position's exit."""
+        if vars(model).get("decoding") != "exit":
+            return super().logits(model, batch)
+        from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
+        from effbench.nn.depth.droppable import prompt_lengths
+
+        inputs = batch.input_ids, batch.attention_mask
+        if self.kv == "recompute":
+            exits = self._exits_of(model)
+            return exit_logits(model, exits, self.rule(len(exits)), *inputs)[0]
+        prompts = prompt_lengths(batch.labels)
+        return stepwise_logits(lambda: self.session(model), *inputs, prompts)
+
+    def plain_logits(self, point: str) -> bool:
+        """Return whether all tokens at a point leave at the same depth."""
+        return point != "exit"
+
+    def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return each predicted token's negative log-likelihood, [B, T - 1], in nats."""
+        from effbench.nn.losses.token import answer_nll, token_nll
+
+        if vars(model).get("decoding") == "exit":
+            return token_nll(self.logits(model, batch), batch.labels)
+        return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
+
+    def rule(self, exits: int) -> Rule:
+        """Return who leaves at each of so many exits."""
+        from effbench.nn.decode.early_exit import confident
+
+        return confident(self.thresholds or paper_thresholds(exits - 1))
+
+    def _exits_of(self, model: torch.nn.Module) -> tuple[int, ...]:
+        from effbench.nn.llama.layers import decoder_layers
+
+        return self.exits(len(decoder_layers(model)))
+
+    def session(self, model: torch.nn.Module) -> Session:
+        """Return a session that decodes in the way of the point, or an ordinary one."""
+        from effbench.nn.decode.early_exit import ExitSession
+        from effbench.nn.decode.speculative import SpeculativeSession
+
+        way, exits = vars(model).get("decoding"), self._exits_of(model)
+        if way == "exit":
+            return ExitSession(model, exits, self.rule(len(exits)), self.kv == "propagate")
+        if way == "speculative":
+            pair = (self.draft_depth or exits[0], exits[-1])
+            return SpeculativeSession(
+                model, pair, self.draft_tokens, self.draft_window == "adaptive"
+            )
+        return super().session(model)
+
+    def plain_session(self, point: str) -> bool:
+        """Return whether a point is a model of fewer layers, and no way of decoding."""
+        return point not in DYNAMIC
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Keep the layers of a depth, or read out as the point's way of decoding does."""
+        return self.with_depths(base.num_layers).read_out(base, point)
+
+    def read_out(self, whole: ModelShape, point: str) -> ModelShape:
+        """Return the sub-model of a point.
+
+        `exit` and `speculative` depend on the text; stated is the most that they can need per
+        token: nobody leaves early, or no draft is kept.
+        """
+        count = whole.num_layers
+        cut = whole.only(self.kept(self.depth_of(point, count), count))
+        if point not in DYNAMIC:
+            return cut
+        exits = self.exits(count)
+        if point == "exit":
+            return replace(cut, readout=replace(cut.readout, runs=len(exits)))
+        draft, k = self.draft_depth or exits[0], self.draft_tokens
+        drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
+        return replace(drafting, readout=replace(cut.readout, runs=2 * k + 1, reads=k + 1))
+
+
+@contextmanager
+def _decoding(model: torch.nn.Module, way: str) -> Iterator[None]:
+    """Note on the model how it decodes inside the context; the note is no part of its state."""
+    before = vars(model).get("decoding", "")
+    vars(model)["decoding"] = way
+    try:
+        yield
+    finally:
+        vars(model)["decoding"] = before
+
+
+def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:
+    """Return every ceil(L / 10)-th depth down from L layers, none below a share of them.
+
+    40 layers and 0.3 give the paper's 12, 16, ... 40.
+    """
+    step = math.ceil(num_layers / 10)
+    least = math.ceil(shallowest * num_layers - 1e-9)
+    return tuple(range(num_layers, max(1, least) - 1, -step))[::-1]
+
+
+def check_depths(key: str, depths: Sequence[int], num_layers: int) -> None:
+    """Refuse depths that do not rise, or that a model does not have.
+
+    Raises:
+        UserError: Naming `method.<key>`.
+    """
+    if list(depths) != sorted(set(depths)):
+        raise UserError(
+            f"method.{key}={list(depths)} does not rise.",
+            "Give different depths, the shallowest first.",
+        )
+    if depths and depths[-1] > num_layers:
+        raise UserError(
+            f"method.{key} lists depth {depths[-1]}, but the model has {num_layers} layers.",
+            f"Choose depths from 1 to {num_layers}.",
+        )
+
+
+def depth_in(point: str, num_layers: int) -> int:
+    """Return the depth n that an operating point `d<n>` names.
+
+    Raises:
+        UserError: When it is not `d1` … `d<num_layers>`.
+    """
+    number = point.removeprefix("d")
+    if point.startswith("d") and number.isdecimal() and 1 <= int(number) <= num_layers:
+        return int(number)
+    raise UserError(f"There is no operating point {point!r}.", f"Known: d1 to d{num_layers}.")
+
+
+def paper_thresholds(count: int) -> tuple[float, ...]:
+    """Return thresholds for `count` exits: the paper's seven, spread evenly."""
+    return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
