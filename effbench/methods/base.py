@@ -42,7 +42,7 @@ class Method:
     version: ClassVar[int] = 1
     """Raised when the same settings would give another result; from then on in the key."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
-    """Kinds of linear layers it can start from: `dense`, `nf4`, `packed`, `adapted`."""
+    """Kinds of linear layers it can start from: `dense`, `adapted`, `packed`, one packed format."""
     produces: ClassVar[str] = "dense"
     """The kind of linear layers that its artefact has."""
     identity: ClassVar[dict[str, Any] | None] = {}

@@ -61,7 +61,7 @@ class AdaLoRA(Trains):
         "2303.10512",
     )
     learning_rate: ClassVar[float] = 5e-3
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
 
     rank: PositiveInt = 16

@@ -54,7 +54,7 @@ class DeepLoRA(Trains):
         "2406.04112",
     )
     learning_rate: ClassVar[float] = 1e-2
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
 

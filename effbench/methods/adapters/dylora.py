@@ -52,7 +52,7 @@ class DyLoRA(Trains):
         "2210.07558",
     )
     learning_rate: ClassVar[float] = 1e-3
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
     in_one_pass: ClassVar[bool] = True

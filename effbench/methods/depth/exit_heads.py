@@ -46,7 +46,7 @@ class ExitHeads(Trains, ReadsDepths):
         "1810.07052",
     )
     learning_rate: ClassVar[float] = 2e-4
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed", "adapted"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
     eval_settings: ClassVar[frozenset[str]] = READING
