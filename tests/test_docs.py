@@ -276,7 +276,7 @@ def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> N
     [section] = [part for part in text.split("\n## ") if title in part.partition("\n")[0]]
     rows = re.findall(r"^\| (`.*?`) \|", section, re.M)
     hooks = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    public = {n: v for n, v in vars(cls).items() if not n.startswith("_")}
+    public = {n: v for n, v in _members(cls).items() if not n.startswith("_")}
     there = {n for n, v in public.items() if callable(v) or isinstance(v, property)}
     inherited = set(dir(Method)) if cls is not Method else set()
     assert hooks == there - inherited
@@ -284,6 +284,12 @@ def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> N
         named = re.search(r"Class variables: (.*?)\.\n", section, re.S)
         assert named is not None
         assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+
+
+def _members(cls: type[Method]) -> dict[str, Any]:
+    """Return what a class has, and what it has from others that are no methods."""
+    own = [c for c in cls.__mro__ if c is cls or not issubclass(c, Method)]
+    return {n: v for c in reversed(own) for n, v in vars(c).items()}
 
 
 # -- what may import what ----------------------------------------------------------------------

@@ -83,9 +83,11 @@ class Trains(Method):
             nll = nll * weights[:, None]
         return nll.sum() / batch.window_tokens
 
-    def validation(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    def validation(
+        self, model: torch.nn.Module, batch: Batch, point: str = ""
+    ) -> tuple[torch.Tensor, int]:
         """Return the losses of a validation batch, of any shape, and what their sum is over."""
-        return self.token_nll(model, batch), batch.loss_tokens
+        return self.token_nll(model, batch, point), batch.loss_tokens
 
     def update(
         self,

@@ -26,7 +26,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 
@@ -39,12 +39,10 @@ from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, Posi
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
 from effbench.methods.trains import START, Trains
+from effbench.nn.decode.decoder import CopiedMaps, Decoder
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.session import Session
 
 CHOSEN = "shared"
 """Key of the chosen layers in `ctx.state`."""
@@ -235,14 +233,9 @@ class EchoAtt(Trains):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def session(self, model: torch.nn.Module) -> Session:
-        """Return a session of our engine, or one whose steps hand attention maps on."""
-        from effbench.nn.decode.copied_maps import CopyingSession
-        from effbench.nn.llama.shared_attention import map_of
-        from effbench.nn.llama.walk import why_not
-
-        copies = map_of(model) and why_not(model)
-        return CopyingSession(model) if copies else super().session(model)
+    def decoder(self, point: str) -> Decoder:
+        """Return that maps are handed on where our engine does not apply."""
+        return Decoder(CopiedMaps())
 
     # -- accounting ----------------------------------------------------------------------------
 
