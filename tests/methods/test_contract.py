@@ -32,6 +32,7 @@ from effbench.config.files import options
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.compresses import Part, compress_whole
+from effbench.methods.trains import Trains
 from effbench.models import load as models
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.llama.weights import cast_parameters, read_tensors
@@ -178,7 +179,8 @@ def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Mo
     if method.stage == "compress":
         compress_whole(method, model.requires_grad_(False), [probe()], ctx)
         return model
-    return method.finalize(begun(method, model, ctx), ctx)
+    model = begun(method, model, ctx)
+    return method.finalize(model, ctx) if isinstance(method, Trains) else model
 
 
 def saved(method: Method, model: torch.nn.Module, folder: Path) -> list[Path]:
