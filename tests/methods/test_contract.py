@@ -23,13 +23,16 @@ from helpers import begun
 
 from effbench.api import registry
 from effbench.api.batch import Batch, make_batch
+from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.compresses import Part, compress_whole
+from effbench.methods.trains import Trains
 from effbench.models import load as models
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.llama.weights import cast_parameters, read_tensors
@@ -176,15 +179,16 @@ def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Mo
     if method.stage == "compress":
         compress_whole(method, model.requires_grad_(False), [probe()], ctx)
         return model
-    return method.finalize(begun(method, model, ctx), ctx)
+    model = begun(method, model, ctx)
+    return method.finalize(model, ctx) if isinstance(method, Trains) else model
 
 
-def left(method: Method, model: torch.nn.Module, shape: Any, folder: Path) -> Any:
-    """Return the shape that a changed model has, as its artefact says."""
+def saved(method: Method, model: torch.nn.Module, folder: Path) -> list[Path]:
+    """Save what a method made of a model, and return where; one of evaluation makes nothing."""
     if method.stage == "eval":
-        return shape
+        return []
     method.save(model, folder)
-    return method.left(shape, folder)
+    return [folder]
 
 
 def strengthened(name: str, **settings: Any) -> tuple[Any, Any]:
@@ -271,9 +275,9 @@ def test_untrained_it_is_the_base(name: str) -> None:
 def test_its_cost_is_what_is_counted(name: str, dtype: str, tmp_path: Path) -> None:
     method, model, shape, ctx = fresh(name, dtype)
     model = changed(method, model, ctx)
-    shape = left(method, model, shape, tmp_path)
+    made = saved(method, model, tmp_path)
     for point in method.points():
-        cost = method.cost(shape, dtype, point)
+        cost = chain_cost([method], shape, dtype, point, made)
         with method.at(model, point):
             assert cost.resident_bytes == storage_bytes(model)
             counted = parameters(model)
@@ -286,9 +290,8 @@ def test_its_cost_is_what_is_counted(name: str, dtype: str, tmp_path: Path) -> N
 def test_what_trains_is_what_training_states(name: str) -> None:
     method, model, shape, ctx = fresh(name)
     counted = parameters(begun(method, model, ctx)).trainable
-    stated = method.training_cost(shape, "float32").trainable
-    changes = type(method).training_cost is not Method.training_cost
-    assert 0 < counted <= stated if changes else counted == stated
+    working = shape_of(method, shape, phase="train")
+    assert 0 < counted == cost_of(working, "float32").trainable - working.grown
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -296,7 +299,7 @@ def test_what_trains_is_what_training_states(name: str) -> None:
 def test_its_cache_grows_as_stated(name: str, dtype: str, tmp_path: Path) -> None:
     method, model, shape, ctx = fresh(name, dtype)
     model = changed(method, model, ctx).requires_grad_(False).eval()
-    shape = left(method, model, shape, tmp_path)
+    made = saved(method, model, tmp_path)
     cast_parameters_to_use(method, model, dtype)
     for point in method.points():
         with method.at(model, point):
@@ -306,7 +309,7 @@ def test_its_cache_grows_as_stated(name: str, dtype: str, tmp_path: Path) -> Non
             for token in range(12):  # a multiple of any short cycle
                 session.step(torch.tensor([[token]]))
             grown = (session.kv_bytes() - before) / 12
-        assert grown == method.cost(shape, dtype, point).kv_bytes_per_token
+        assert grown == chain_cost([method], shape, dtype, point, made).kv_bytes_per_token
 
 
 def cast_parameters_to_use(method: Method, model: torch.nn.Module, dtype: str) -> None:
@@ -325,7 +328,7 @@ def test_its_flops_are_what_torch_counts(
     monkeypatch.setattr(NativeStep, "of", lambda session: None)
     method, model, shape, ctx = fresh(name)
     model = changed(method, model, ctx).requires_grad_(False).eval()
-    shape = left(method, model, shape, tmp_path)
+    made = saved(method, model, tmp_path)
     for point in {method.points()[0], method.points()[-1]}:
         with method.at(model, point):
             session = method.session(model, point)
@@ -336,7 +339,9 @@ def test_its_flops_are_what_torch_counts(
                     session.step(torch.tensor([[token]]))
 
             counted = flops(decode) / 12
-        assert method.cost(shape, "float32", point).flops_per_token == pytest.approx(counted, 0.01)
+        assert chain_cost([method], shape, "float32", point, made).flops_per_token == pytest.approx(
+            counted, 0.01
+        )
 
 
 # -- 4: the artefact ---------------------------------------------------------------------------
@@ -641,8 +646,8 @@ def test_settings_of_evaluation_do_not_change_what_training_needs(name: str) -> 
         spec = compose("train", [*overrides(name), *words]).spec
         shape, method = spec.model.shape, make_method(spec.method)
         assert shape is not None
-        whole = method.cost(shape, "float32", method.whole(shape))
-        needs.append((whole, method.training_cost(shape, "float32"), method.validated(shape)))
+        whole = chain_cost([method], shape, "float32", method.whole(shape))
+        needs.append((whole, shape_of(method, shape, phase="train"), method.validated(shape)))
     assert needs[0] == needs[1]
 
 
@@ -672,13 +677,13 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     shape = compose("eval", ["model=tiny"]).spec.model.shape
     assert shape is not None
     method = method.resolve(shape)
-    shape = method.left(shape, run.bench.folder(run.job).artefact)
+    made_here = [run.bench.folder(run.job).artefact]
     found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
     for point in method.points():
         for evaluator in EVALUATORS:
             headline = registry.find("evaluators", evaluator).headline
             assert found[headline, point].value >= 0
-        stated = method.cost(shape, "float32", point)
+        stated = chain_cost([method], shape, "float32", point, made_here)
         assert found["weight_bytes", point].value == stated.resident_bytes
         assert found["params", point].value == stated.params
     assert len({(m.name, m.point, m.split, m.phase, m.task) for m in run.record.metrics}) == len(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from effbench.api.shape import LINEARS
+from effbench.api.weights import Packed
 from effbench.nn.llama.replace import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4
 from effbench.util.errors import UserError
@@ -259,20 +260,25 @@ def dense_linears(
         yield name, linear
 
 
-def quantise_nf4(
+def pack_linears(
     model: torch.nn.Module,
-    *,
+    weights: Packed,
     compute_dtype: torch.dtype,
-    backend: Backend = "auto",
     targets: Iterable[str] = LINEARS,
 ) -> list[str]:
-    """Replace the decoder's linears by NF4 ones, in place, and return their names.
+    """Replace the decoder's linears by packed ones, in place, and return their names.
 
     Embeddings, norms and head stay as they are.
+
+    Args:
+        model: What is changed.
+        weights: The packed format.
+        compute_dtype: What weights are expanded to.
+        targets: Linears by the last part of their names.
     """
     names = []
     for name, linear in dense_linears(model, targets):
-        replace_module(model, name, NF4Linear.quantise(linear, compute_dtype, backend))
+        replace_module(model, name, weights.quantise(linear, compute_dtype))
         names.append(name)
     return names
 
