@@ -151,7 +151,7 @@ class Estimates(Evolution):
 
     def metrics(self) -> dict[str, float]:
         """Return seed and g of each direction; from the second one on with its number."""
-        named = {}
+        named: dict[str, float] = {}
         for number, estimate in enumerate(self.found, 1):
             end = f"_{number}" if number > 1 else ""
             named |= {f"seed{end}": estimate.seed, f"projected_gradient{end}": estimate.gradient}
@@ -178,7 +178,7 @@ def perturb(steps: Iterable[Step], seed: int, scale: float) -> None:
 def two_point(
     steps: Sequence[Step], loss: Callable[[], float], seed: int, epsilon: float
 ) -> Estimate:
-    """Return the slope of a loss along the z of a seed; the tensors are as before, but for rounding.
+    """Return the slope of a loss along the z of a seed; all but rounding is undone.
 
     Args:
         steps: The tensors that train, in a fixed order.
