@@ -236,3 +236,4 @@ def test_the_record_has_no_bytes_of_gradients_and_moments(bench: Bench) -> None:
     found = {m.name: m.value for m in record.metrics}
     assert (found["gradient_bytes"], found["optimizer_bytes"]) == (0, 0)
     assert found["trainable_bytes"] > 0
+    assert found["train_layer_forwards"] >= 2 * 2 * found["train_tokens"]  # two passes, two layers
