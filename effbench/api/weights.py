@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from effbench.util.lazy import torch
 
 ROOM = "effbench.nn.quant.formats"
@@ -92,12 +90,6 @@ class Packed(WeightFormat):
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Linear:
         """Return a layer in the place of `linear` that waits for a state dict."""
-        raise NotImplementedError
-
-    def holding(
-        self, linear: torch.nn.Linear, stored: Mapping[str, torch.Tensor]
-    ) -> torch.nn.Linear:
-        """Return a layer in the place of `linear` with codes that are there already, by name."""
         raise NotImplementedError
 
 

@@ -47,18 +47,19 @@ class RTN(CompressesLinears):
     symmetric: bool = False
     """Levels around zero, without a zero point of each group."""
 
+    @property
+    def format(self) -> Grouped:
+        """What weights become."""
+        return Grouped(self.bits, self.group_size, self.symmetric)
+
     def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a linear rounded to the nearest codes."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
+        return self.format.quantise(linear)
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a packed linear without codes."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)
+        return self.format.empty(linear)
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Pack every decoder linear."""
-        return base.packed(Grouped(self.bits, self.group_size, self.symmetric))
+        return base.packed(self.format)

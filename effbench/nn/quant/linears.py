@@ -7,7 +7,7 @@ way in train and eval mode, after any number of changes between the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -217,19 +217,6 @@ class PackedLinear(QuantisedLinear):
         sizes = linear.in_features, linear.out_features
         stored = groupwise.empty(*sizes, bits, group_size, symmetric, linear.weight.device)
         return cls(linear, bits, group_size, symmetric)._set(stored._asdict().items())
-
-    @classmethod
-    def holding(
-        cls,
-        linear: torch.nn.Linear,
-        stored: Mapping[str, torch.Tensor],
-        bits: int,
-        group_size: int,
-        symmetric: bool = False,
-    ) -> Self:
-        """Return a layer in the place of `linear` with buffers that are there already, by name."""
-        fields = groupwise.Groups._fields
-        return cls(linear, bits, group_size, symmetric)._set((n, stored.get(n)) for n in fields)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from effbench.api.schema import Bits, PositiveInt
@@ -44,11 +43,3 @@ class Grouped(Packed):
         from effbench.nn.quant.linears import PackedLinear
 
         return PackedLinear.empty(linear, *self.settings)
-
-    def holding(
-        self, linear: torch.nn.Linear, stored: Mapping[str, torch.Tensor]
-    ) -> torch.nn.Linear:
-        """Return a layer with the tensors of `effbench.nn.quant.groupwise.Groups`."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.holding(linear, stored, *self.settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,11 +38,3 @@ class NF4Format(Packed):
         from effbench.nn.quant.linears import NF4Linear
 
         return NF4Linear.empty(linear, None, self.backend)
-
-    def holding(
-        self, linear: torch.nn.Linear, stored: Mapping[str, torch.Tensor]
-    ) -> torch.nn.Linear:
-        """Return a layer with the four tensors of `effbench.nn.quant.nf4.NF4`."""
-        from effbench.nn.quant.linears import NF4Linear
-
-        return NF4Linear(linear)._set(stored.items())
