@@ -38,7 +38,7 @@ from effbench.results.records import Record
 from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
 
 KEEP = 0.75
@@ -148,9 +148,9 @@ def salience_cost(results: str) -> None:
     store = Store(Path(results))
     folder = store.run(job.spec.key)
     folder.create(job.spec)
-    bench = open_bench(job, folder, store)
-    trainer = stage.prepare(bench, open_model(bench), open_data(bench))
-    model, method, ctx = trainer.model, bench.method, trainer.ctx
+    run = open_run(job, folder, store)
+    trainer = stage.build_trainer(run, open_model(run), open_data(run))
+    model, method, ctx = trainer.model, trainer.method, trainer.ctx
     batches = stage.window_of(trainer, 0)
     pruning = Pruning.of(model)
     assert isinstance(method, APT)

@@ -27,7 +27,7 @@ from effbench.resources.timing import interleaved
 from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
 from effbench.runner.stages.export import export
 
@@ -114,8 +114,8 @@ def trainer(method: str, results: str) -> stage.Trainer:
     store = Store(Path(results))
     folder = store.run(job.spec.key)
     folder.create(job.spec)
-    bench = open_bench(job, folder, store)
-    return stage.prepare(bench, open_model(bench), open_data(bench))
+    run = open_run(job, folder, store)
+    return stage.build_trainer(run, open_model(run), open_data(run))
 
 
 def steps(results: str) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from effbench.config.compose import compose
 from effbench.results.store import Store
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
 from effbench.stats import ratio_interval
 
@@ -41,9 +41,8 @@ def trainer(results: str) -> stage.Trainer:
     )
     folder = Store(Path(results)).run(job.spec.key)
     folder.create(job.spec)
-    bench = open_bench(job, folder, Store(Path(results)))
-    model = open_model(bench)
-    return stage.prepare(bench, model, open_data(bench))
+    run = open_run(job, folder, Store(Path(results)))
+    return stage.build_trainer(run, open_model(run), open_data(run))
 
 
 def bare_step(model: Any, optimizer: Any, batches: list[Any], parameters: list[Any]) -> float:

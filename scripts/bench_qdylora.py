@@ -21,7 +21,7 @@ from effbench.nn.quant.nf4 import nf4_bytes
 from effbench.nn.scoring.multi_point import nll_at
 from effbench.results.store import Store
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
 from effbench.stats import ratio_interval
 
@@ -36,23 +36,22 @@ def trainer(method: str, results: str) -> stage.Trainer:
     job = compose("train", [*words, *sys.argv[1:]])
     folder = Store(Path(results)).run(job.spec.key)
     folder.create(job.spec)
-    bench = open_bench(job, folder, Store(Path(results)))
-    model = open_model(bench)
-    counted = sum(storage_bytes(m) for _, m in decoder_linears(model))
-    assert bench.shape is not None
-    formula = sum(nf4_bytes(i, o) for _, _, i, o in bench.shape.linears())
-    weights = bench.shape.linear_params
+    run = open_run(job, folder, Store(Path(results)))
+    opened = open_model(run)
+    counted = sum(storage_bytes(m) for _, m in decoder_linears(opened.model))
+    formula = sum(nf4_bytes(i, o) for _, _, i, o in opened.base.linears())
+    weights = opened.base.linear_params
     print(
         f"{method}: base storage {counted:,} bytes counted, {formula:,} by the formula, "
         f"{counted / weights:.5f} bytes a weight"
     )
-    return stage.prepare(bench, model, open_data(bench))
+    return stage.build_trainer(run, opened, open_data(run))
 
 
 @torch.inference_mode()
 def evaluation(arm: stage.Trainer) -> None:
     """Print what one pass over all ranks takes of the time of separate passes."""
-    method, model = arm.bench.method, arm.model.eval().requires_grad_(False)
+    method, model = arm.method, arm.model.eval().requires_grad_(False)
     points = method.points()
     rows = [(e.ids[:128], e.labels()[:128]) for e in arm.examples[:8]]
     batch = make_batch(rows, 0)

@@ -25,8 +25,8 @@ from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.resources.timing import interleaved
 from effbench.results.store import RunFolder, Store
-from effbench.runner.open import open_data, open_model
-from effbench.runner.run import Bench, open_bench
+from effbench.runner.open import Opened, open_data, open_model
+from effbench.runner.run import Run, open_run
 
 DEPTHS = (18, 21, 24, 27, 30)
 POINTS = [
@@ -39,21 +39,23 @@ FULL = f"d{DEPTHS[-1]}"
 Decode = Callable[[], list[torch.Tensor]]
 
 
-def opened(words: list[str], scratch: str) -> tuple[Bench, Any]:
-    """Return the run that the words compose, and its model."""
+def opened(words: list[str], scratch: str) -> tuple[Run, Opened]:
+    """Return the run that the words compose, and what it evaluates."""
     method = [] if any(w.startswith(("from=", "method=")) for w in words) else ["method=depths"]
     job = compose("eval", [*method, *POINTS, "run.progress=false", *words])
-    bench = open_bench(job, RunFolder(Path(scratch)), Store(Path(job.runtime.results)))
-    return bench, open_model(bench).eval().requires_grad_(False)
+    run = open_run(job, RunFolder(Path(scratch)), Store(Path(job.runtime.results)))
+    opened = open_model(run)
+    opened.model.eval().requires_grad_(False)
+    return run, opened
 
 
 class Points:
     """Decodes the same prompts at every operating point."""
 
-    def __init__(self, bench: Bench, model: Any) -> None:
-        self.method: Any = bench.method
-        self.model = model
-        examples = open_data(bench).examples("test")[:PROMPTS]
+    def __init__(self, run: Run, opened: Opened) -> None:
+        self.method: Any = opened.method
+        self.model: Any = opened.model
+        examples = open_data(run).examples("test")[:PROMPTS]
         self.prompts = [torch.tensor([e.ids[:PROMPT]]) for e in examples]
 
     def at(self, point: str, eager: bool = False) -> Decode:
@@ -129,12 +131,12 @@ def lossless(points: Points) -> bool:
 @torch.inference_mode()
 def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        bench, model = opened(sys.argv[1:], scratch)
-        shape = bench.shape
-        with merged(model) as linears:
-            print(f"{bench.spec.label}, {bench.spec.hardware.dtype}: {linears} adapters merged")
-            points = Points(bench, model)
-            depths(points, shape, bench.spec.hardware.dtype)
+        run, found = opened(sys.argv[1:], scratch)
+        shape = run.lineage.left(found.base)
+        with merged(found.model) as linears:
+            print(f"{run.spec.label}, {run.spec.hardware.dtype}: {linears} adapters merged")
+            points = Points(run, found)
+            depths(points, shape, run.spec.hardware.dtype)
             ways(points)
             return 0 if lossless(points) else 1
 

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import Batch
+from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.methods.base import Method
@@ -60,6 +61,12 @@ def batch_of(seed: int = 0, rows: int = 2, length: int = 12, window_tokens: int 
     labels[mask == 0] = -100
     batch = Batch(ids, mask, labels, list(range(rows)))
     return replace(batch, window_tokens=window_tokens or batch.loss_tokens)
+
+
+def example_of(seed: int = 0, length: int = 12, prompt: int = 3, **columns: Any) -> Example:
+    """Return a row of random tokens; its prompt carries no loss."""
+    ids = torch.randint(3, SHAPE.vocab_size, (length,), generator=generator(seed)).tolist()
+    return Example(str(seed), (Tokens(ids, prompt, length - prompt),), columns=columns)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -37,7 +37,14 @@ from effbench.results.records import Metric, Outcomes, Record
 from effbench.util.package_data import conf_dir
 
 ROOT = Path(__file__).parents[1]
-PROMISED = ("api.batch", "api.cost", "api.method_types", "api.schema", "evaluators.base")
+PROMISED = (
+    "api.batch",
+    "api.cost",
+    "api.examples",
+    "api.method_types",
+    "api.schema",
+    "evaluators.base",
+)
 PROMISED += (
     "evaluators.subject",
     "methods.base",

@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
 from effbench.api.schema import plain
+from effbench.api.stages.base import trains
 from effbench.util.errors import NewerVersionError
 
 FOUNDED = 2
@@ -127,7 +128,7 @@ def hashed(spec: Any) -> dict[str, Any]:
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
                 del part[name]
-    if spec.stage != "train":
+    if not trains(spec.stage):
         del values["train"]
     return values
 
@@ -161,7 +162,7 @@ def refuse_unknown(cls: type, spec: dict[str, Any]) -> None:
 
 def versions_of(spec: Any) -> dict[str, int]:
     """Return the versions above 1 of what a run uses: `train`, `method.NAME` and so on."""
-    used = ["model", "dataset", "hardware", *(["train"] if spec.stage == "train" else [])]
+    used = ["model", "dataset", "hardware", *(["train"] if trains(spec.stage) else [])]
     parts: dict[str, Any] = {name: type(getattr(spec, name)) for name in used}
     parts[f"method.{spec.method.name}"] = registry.find("methods", spec.method.name)
     for plugin in spec.evaluators:

@@ -23,7 +23,8 @@ SPEC_VERSION = 2
 """The form of a spec. Raised when a field goes or gets another name, with an entry in
 `migrations.SPECS`. Not in keys: what changes results raises the `version` of its part."""
 
-Stage = Literal["train", "compress", "eval"]
+Stage = str
+"""The name of a stage: a file in `effbench/api/stages`."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class DatasetSpec:
     """Name of the config."""
     source: Literal["package", "hub", "file", "generator"]
     """Where the rows come from."""
-    kind: Literal["text", "pairs", "choices"]
+    kind: str
     """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
-    `choices`: pairs whose wrong answers are known too."""
+    `choices`: pairs whose wrong answers are known too. Each is a file in `data/kinds`."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
@@ -102,6 +103,12 @@ class DatasetSpec:
     """Whether a row may stand in the training and an evaluation split at once."""
     fingerprint: str = ""
     """Content hash of local files; filled in when the config is composed."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Dotted names of fields with a number that goes into batches, by column; `weight` is that of
+    the row in the loss. A kind can read further columns of its own."""
+    missing: Literal["refuse", "empty", "skip"] = "refuse"
+    """What a field without a value does: it is refused, is an empty text, or its row is left out.
+    An empty answer is refused too, or its row is left out."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from effbench.api.stages import base as stages
 from effbench.util.errors import RunFailedError, UserError
 
 app = typer.Typer(
@@ -72,72 +73,28 @@ Results = Annotated[
 ]
 
 
-@app.command()
-def train(
-    overrides: Overrides = None,
-    multirun: Multirun = False,
-    dry_run: DryRun = False,
-    fresh: Fresh = False,
-    print_key: PrintKey = False,
-    config_dir: ConfigDirs = None,
-) -> None:
-    """Fine-tune a model with a method, then evaluate it at every operating point.
+def _command_of(stage: str) -> Callable[..., None]:
+    """Return the command that runs jobs of a stage."""
 
-    A finished run is not run again; an interrupted one goes on from its last checkpoint.
+    def command(
+        overrides: Overrides = None,
+        multirun: Multirun = False,
+        dry_run: DryRun = False,
+        fresh: Fresh = False,
+        print_key: PrintKey = False,
+        config_dir: ConfigDirs = None,
+    ) -> None:
+        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key)
 
-    \b
-    Examples:
-      effbench train method=qdylora
-      effbench train method=qdylora method.rank=8 train.max_steps=200 seed=1
-      effbench train method=lora model=hub model.id=Qwen/Qwen2.5-0.5B dataset=gsm8k
-      effbench train -m method=lora,qlora seed=0,1,2
-      effbench train experiment=qdylora_paper --dry-run
-    """
-    _stage("train", overrides, config_dir, multirun, dry_run, fresh, print_key)
+    return command
 
 
-@app.command()
-def compress(
-    overrides: Overrides = None,
-    multirun: Multirun = False,
-    dry_run: DryRun = False,
-    fresh: Fresh = False,
-    print_key: PrintKey = False,
-    config_dir: ConfigDirs = None,
-) -> None:
-    """Compress a model, or what an earlier run made, then evaluate it.
-
-    \b
-    Examples:
-      effbench compress method=rtn method.bits=4
-      effbench compress method=rtn from=latest
-      effbench compress -m method=rtn method.bits=2,3,4,8
-    """
-    _stage("compress", overrides, config_dir, multirun, dry_run, fresh, print_key)
-
-
-@app.command(name="eval")
-def evaluate(
-    overrides: Overrides = None,
-    multirun: Multirun = False,
-    dry_run: DryRun = False,
-    fresh: Fresh = False,
-    print_key: PrintKey = False,
-    config_dir: ConfigDirs = None,
-) -> None:
-    """Evaluate a model as it is, or what an earlier run made.
-
-    \b
-    Examples:
-      effbench eval model=smollm2-135m
-      effbench eval from=latest evaluator=speed
-      effbench eval from=3f2a dataset=arc-easy evaluator=[perplexity,choices]
-    """
-    _stage("eval", overrides, config_dir, multirun, dry_run, fresh, print_key)
+for _name in stages.names():
+    app.command(_name, help=stages.find(_name).help)(_command_of(_name))
 
 
 def _stage(
-    stage: Literal["train", "compress", "eval"],
+    stage: str,
     overrides: Sequence[str] | None,
     config_dir: Sequence[Path] | None,
     multirun: bool,
@@ -171,9 +128,7 @@ def _stage(
     _show_record(before or execute(job, fresh))
 
 
-def _grid(
-    stage: Literal["train", "compress", "eval"], words: list[str], extra: list[Path], fresh: bool
-) -> None:
+def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool) -> None:
     from effbench.runner.sweep import sweep
 
     outcomes = sweep(stage, words, extra, fresh)
@@ -213,8 +168,8 @@ def plan(
 
 
 def _plan(job: Any) -> None:
-    from effbench.api.plugins import make_method
     from effbench.cli.plan_text import render
+    from effbench.config.lineage import Lineage
     from effbench.models.load import known_shape
     from effbench.resources.predict import predict
     from effbench.results.store import Store
@@ -226,13 +181,9 @@ def _plan(job: Any) -> None:
             "Give it as model.shape.*, or fetch the model first.",
         )
     machine = job.runtime.machine
-    store = Store(Path(job.runtime.results))
-    ancestors = store.ancestors(job.spec)
-    earlier = [make_method(s.method) for s in ancestors.values()]
-    folders = [store.run(key).artefact for key in ancestors]
-    typer.echo(
-        render(predict(job.spec, shape, machine, earlier, folders=folders), job.spec, machine)
-    )
+    lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
+    found = predict(job.spec, shape, machine, lineage.earlier, folders=lineage.artefacts)
+    typer.echo(render(found, job.spec, machine))
 
 
 @app.command()

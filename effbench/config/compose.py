@@ -15,19 +15,10 @@ from effbench.api import registry
 from effbench.api.keys import versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import NonNegativeInt, build, plain
-from effbench.api.spec import (
-    DatasetSpec,
-    HardwareSpec,
-    Job,
-    Machine,
-    ModelSpec,
-    Plugin,
-    Runtime,
-    Spec,
-    Stage,
-    TrainSpec,
-)
+from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
+from effbench.api.stages import base as stages
 from effbench.config.files import groups
+from effbench.config.lineage import Lineage, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain, parse
 from effbench.models.load import known_shape
 from effbench.results.store import Store
@@ -59,7 +50,7 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    return job_from(stage, hydra_compose(words.with_method(stage), extra), words.chosen)
+    return job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
 
 
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
@@ -173,7 +164,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     start = _start(config["from"], chosen, store)
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
-    method, model, dataset = _inherit(stage, config, chosen, start, parent)
+    method, model, dataset = inherit(stage, config, chosen, start, parent)
     train = build(TrainSpec, config["train"], "train")
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
@@ -184,7 +175,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
         model=model,
         dataset=dataset,
         evaluators=[
-            _plugin("evaluators", name, settings, f"evaluator.{name}")
+            plugin("evaluators", name, settings, f"evaluator.{name}")
             for name, settings in sorted((config.get("evaluator") or {}).items())
         ],
         train=train,
@@ -193,9 +184,10 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
         parent=start,
     )
     spec = dataclasses.replace(spec, versions=versions_of(spec))
-    _check_methods(spec, store)
+    lineage = Lineage.of(spec, store)
+    _check_methods(spec, lineage)
     _check_data(spec)
-    _check_evaluators(spec, store)
+    _check_evaluators(spec, lineage)
     return Job(spec, runtime)
 
 
@@ -222,92 +214,6 @@ def _start(ref: Any, chosen: set[str], store: Store) -> str:
     return store.resolve(ref)
 
 
-def _inherit(
-    stage: Stage, config: dict[str, Any], chosen: set[str], start: str, parent: Spec | None
-) -> tuple[Plugin, ModelSpec, DatasetSpec]:
-    """Return method, model and dataset; what an earlier run fixed cannot be chosen again."""
-    if parent:
-        _refuse_fixed(stage, config, chosen, parent)
-    settings = dict(config["method"])
-    if parent and stage == "eval" and not _reads_out(config, chosen):
-        method = _at_evaluation(settings, chosen, parent.method)
-    else:
-        method = _plugin("methods", settings.pop("name"), settings, "method")
-    if parent is None:
-        return method, _model(config["model"]), _dataset(config["dataset"])
-    if chosen & {"dataset", "experiment"}:
-        dataset = _dataset(config["dataset"])
-    else:
-        keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
-        dataset = _dataset(_overlaid(plain(parent.dataset), config["dataset"], keys))
-    if _model(plain(parent.model)) != parent.model:
-        raise UserError(
-            f"The files of {parent.model.path} have changed since run {start}.",
-            "Put them back, or run that one again first.",
-        )
-    return method, parent.model, dataset
-
-
-def _at_evaluation(settings: dict[str, Any], chosen: set[str], method: Plugin) -> Plugin:
-    """Return the method of an earlier run with the chosen settings of its evaluation."""
-    keys = {c.removeprefix("method.") for c in chosen if c.startswith("method.")}
-    given = {key: settings[key] for key in keys}
-    return _plugin("methods", method.name, {**method.settings, **given}, "method")
-
-
-def _reads_out(config: dict[str, Any], chosen: set[str]) -> bool:
-    """Whether a method was chosen that can evaluate what another method made."""
-    name = config["method"]["name"]
-    return "method" in chosen and name != "none" and registry.find("methods", name).stage == "eval"
-
-
-def _refuse_fixed(stage: Stage, config: dict[str, Any], chosen: set[str], parent: Spec) -> None:
-    free = registry.find("methods", parent.method.name).at_evaluation
-    chosen = chosen - {f"method.{key}" for key in free}
-    own = stage != "eval" or _reads_out(config, chosen)
-    for key in ("model",) if own else ("model", "method"):
-        if any(c == key or c.startswith(f"{key}.") for c in chosen):
-            raise UserError(
-                f"from= already fixes the {key} ({getattr(parent, key).name}).",
-                f"Leave {key} out, or leave from= out.",
-            )
-
-
-def _overlaid(
-    values: dict[str, Any], changed: dict[str, Any], keys: Sequence[list[str]]
-) -> dict[str, Any]:
-    """Return values with those of `changed` at some keys; a key that is gone there goes."""
-    for *path, last in keys:
-        there, here = changed, values
-        for part in path:
-            there, here = there.get(part) or {}, here.setdefault(part, {})
-        if last in there:
-            here[last] = there[last]
-        else:
-            here.pop(last, None)
-    return values
-
-
-def _plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str) -> Plugin:
-    cls = registry.find(kind, name)
-    plugin = build(cls, settings, where)
-    return Plugin(name, plain(plugin.sealed() if kind == "evaluators" else plugin))
-
-
-def _model(values: dict[str, Any]) -> ModelSpec:
-    from effbench.models.load import fingerprint
-
-    spec = build(ModelSpec, values, "model")
-    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
-
-
-def _dataset(values: dict[str, Any]) -> DatasetSpec:
-    from effbench.data.dataset import fingerprint
-
-    spec = build(DatasetSpec, values, "dataset")
-    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
-
-
 def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
     from effbench.util.hardware import default_device, default_dtype
 
@@ -326,10 +232,11 @@ def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
     return build(HardwareSpec, rest, "hardware"), machine
 
 
-def _check_methods(spec: Spec, store: Store) -> None:
-    method = make_method(spec.method)
-    if spec.stage != "eval" and method.stage != spec.stage:
-        if method.stage == "eval":
+def _check_methods(spec: Spec, lineage: Lineage) -> None:
+    method, stage = make_method(spec.method), stages.find(spec.stage)
+    changes = stages.find(method.stage).makes
+    if stage.makes and method.stage != spec.stage:
+        if not changes:
             raise UserError(
                 f"{method.name} changes nothing, so there is nothing to {spec.stage}.",
                 "Choose another method (effbench list methods), or use effbench eval.",
@@ -338,17 +245,16 @@ def _check_methods(spec: Spec, store: Store) -> None:
             f"{method.name} is not a method to {spec.stage} with.",
             f"Use: effbench {method.stage} method={method.name}",
         )
-    earlier = [make_method(s.method) for s in store.ancestors(spec).values()]
-    if spec.stage != "eval" or (earlier and method.stage == "eval"):
-        method.check_after(earlier)
-    elif not spec.parent and method.stage != "eval":
+    if stage.makes or (lineage.earlier and not changes):
+        method.check_after(lineage.earlier)
+    elif not spec.parent and changes and stage.loads:
         raise UserError(
             f"effbench eval evaluates a model as it is, or what a run made, not {method.name}.",
             f"Use: effbench {method.stage} method={method.name}, or eval from=RUN.",
         )
     shape = known_shape(spec.model)
     if shape:
-        method.check(shape)
+        method.check(lineage.start(shape))
 
 
 def _check_data(spec: Spec) -> None:
@@ -356,8 +262,9 @@ def _check_data(spec: Spec) -> None:
     from effbench.data.dataset import split_names
 
     known = split_names(spec.dataset)
-    wanted = ["train"] if spec.stage == "train" else []
-    if spec.stage == "train" and spec.train.validate_every:
+    trains = stages.find(spec.stage).trains
+    wanted = ["train"] if trains else []
+    if trains and spec.train.validate_every:
         wanted.append("validation")
     wanted += [s for p in spec.evaluators for s in make_evaluator(p).splits()]
     for split in wanted:
@@ -365,6 +272,8 @@ def _check_data(spec: Spec) -> None:
             raise UserError(
                 f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
             )
+    if trains:
+        make_method(spec.method).check_dataset(spec.dataset)
     shape = known_shape(spec.model)
     if shape and spec.dataset.max_length > shape.max_positions:
         raise UserError(
@@ -374,10 +283,7 @@ def _check_data(spec: Spec) -> None:
         )
 
 
-def _check_evaluators(spec: Spec, store: Store) -> None:
-    from effbench.methods.chain import chain
-
-    methods = chain(spec, [make_method(s.method) for s in store.ancestors(spec).values()])
+def _check_evaluators(spec: Spec, lineage: Lineage) -> None:
     shape = known_shape(spec.model)
-    for plugin in spec.evaluators:
-        make_evaluator(plugin).check(spec, methods, shape)
+    for each in spec.evaluators:
+        make_evaluator(each).check(spec, lineage.methods, shape)

@@ -9,14 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from effbench.api.stages import base as stages
 from effbench.config.files import groups, keys_of, options
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from effbench.api.spec import Stage
 
-DEFAULT_METHOD = {"train": "lora", "compress": "rtn", "eval": "none"}
-"""What a stage takes when no `method=` is given."""
 TOP_LEVEL = {"seed", "from", "train", "run", "hydra"}
 JUDGED_BY_US = {"model", "dataset", "method", "hardware", "train", "run"}
 """Parts of a config whose keys a dataclass judges, so that a file need not name every key."""
@@ -51,11 +50,19 @@ class Words:
     swept: str = ""
     """The first one that asks for several runs."""
 
-    def with_method(self, stage: Stage | None) -> list[str]:
-        """Return the words, with a method for the stage when they name none."""
-        if self.chosen & {"method", "experiment"}:
-            return self.words
-        return [*self.words, f"method={DEFAULT_METHOD[stage or 'train']}"]
+    def with_defaults(self, stage: Stage | None) -> list[str]:
+        """Return the words, with those that the stage takes when they name none.
+
+        Args:
+            stage: The command; None stands for the first stage.
+        """
+        taken = stages.find(stage or stages.names()[0])
+        words = list(self.words)
+        if not self.chosen & {"method", "experiment"}:
+            words.append(f"method={taken.method}")
+        if taken.evaluators and not self.chosen & {"evaluator", "experiment"}:
+            words.append(f"evaluator=[{','.join(taken.evaluators)}]")
+        return words
 
 
 def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Words:
@@ -166,7 +173,8 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
         parts[top] = [registry.find("evaluators", path.pop(0))]
     elif top == "method":
         words = [w.partition("=")[2] for w in overrides if w.startswith("method=")]
-        chosen = {n for w in words for n in w.split(",")} or set(DEFAULT_METHOD.values())
+        defaults = {stages.find(stage).method for stage in stages.names()}
+        chosen = {n for w in words for n in w.split(",")} or defaults
         known = chosen.intersection(registry.names("methods"))
         parts[top] = [registry.find("methods", name) for name in known]
     return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]

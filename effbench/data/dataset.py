@@ -7,15 +7,17 @@ so that splits are disjoint, the same on every machine, and comparable between r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from effbench.api.examples import Example
 from effbench.api.spec import DatasetSpec
+from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
-from effbench.data.render import Text, render
-from effbench.data.tokenise import Example, tokenise
+from effbench.data.render import MissingError, Place, Text
+from effbench.data.tokenise import tokenise
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -44,6 +46,7 @@ class Data:
 
     def __init__(self, spec: DatasetSpec, tokenizer: Any) -> None:
         self.spec = spec
+        self.kind = find(spec.kind)
         self.tokenizer = tokenizer
         self.texts = splits(spec)
         self._tokenised: dict[tuple[str, bool], list[Example]] = {}
@@ -70,7 +73,7 @@ class Data:
 
     def _tokens(self, split: str, whole: bool) -> list[Example]:
         """Return the tokenised rows of a split, the same list each time."""
-        key = split, whole and self.spec.kind == "text"
+        key = split, whole and self.kind.packs
         if key not in self._tokenised:
             rows = self.rows(split)
             self._tokenised[key] = tokenise(rows, self.spec, self.tokenizer, whole=whole)
@@ -167,6 +170,26 @@ def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
 
 
 # -- rows ----------------------------------------------------------------------------------------
+
+
+def render(rows: Iterable[Row], spec: DatasetSpec, split: str) -> Iterator[Text]:
+    """Yield the rows as text; see `DatasetSpec` for the templates.
+
+    Raises:
+        UserError: For a field that a row lacks, one without a value, a right answer that is not
+            among the choices; it names the row.
+    """
+    kind = find(spec.kind)
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of split {split!r} of dataset {spec.name!r}"
+        try:
+            text = kind.render(Place(row, where, spec.missing), spec)
+        except MissingError:
+            if spec.missing != "skip":
+                raise
+            continue
+        if text is not None:
+            yield text
 
 
 def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:

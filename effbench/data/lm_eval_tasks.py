@@ -24,6 +24,7 @@ from effbench.data.lm_eval_rows import Entry, Files, check_hub, from_hub, needed
 from effbench.data.lm_eval_rows import find as find
 from effbench.data.lm_eval_rows import members as members
 from effbench.data.lm_eval_rows import overlaps as shared_rows
+from effbench.data.tokens import Encoder
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -278,7 +279,8 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
         some = [t for t in texts if t and t.startswith(begin) != special]
         if some:
             ids = tokenizer(some, add_special_tokens=special)["input_ids"]
-            found |= dict(zip(some, ids, strict=True))
+            closing = Encoder(tokenizer).closing if special else 0
+            found |= {t: i[: len(i) - closing] for t, i in zip(some, ids, strict=True)}
     return found
 
 

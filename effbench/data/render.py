@@ -1,15 +1,20 @@
-"""Rows to texts, by the templates of a dataset."""
+"""A row's fields as text, by the templates of a dataset: what is missing or no text is refused."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 
 from effbench.api.spec import DatasetSpec
 from effbench.data.readers import Row
 from effbench.util.errors import UserError, did_you_mean
+
+Turn = tuple[str, str]
+"""Who speaks (`system`, `user` or `assistant`), and what."""
 
 
 @dataclass(frozen=True)
@@ -21,79 +26,168 @@ class Text:
     answer: str
     choices: tuple[str, ...] = ()
     right: int = 0
+    turns: tuple[Turn, ...] = ()
+    """The prompt as a conversation, where the row has one."""
+    columns: Mapping[str, float] = field(default_factory=dict)
+    """Further values of the row by name."""
 
 
-def render(rows: Iterable[Row], spec: DatasetSpec, split: str) -> Iterator[Text]:
-    """Yield the rows as text; see `DatasetSpec` for the templates.
-
-    Raises:
-        UserError: For a field that a row lacks, or a right answer that is not among the choices.
-    """
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} of split {split!r} of dataset {spec.name!r}"
-        if spec.kind == "text":
-            body = _fill(spec.text, row, where)
-            if body.strip():
-                yield Text(_hash("", body), "", body)
-            continue
-        prompt = _fill(spec.prompt, row, where)
-        if spec.kind == "pairs":
-            answer = _fill(spec.answer, row, where)
-            yield Text(_hash(prompt, answer), prompt, answer)
-            continue
-        answers = _answers(spec, row, where)
-        right = _right(spec, row, len(answers), where)
-        yield Text(_hash(prompt, *answers), prompt, answers[right], tuple(answers), right)
+class MissingError(UserError):
+    """A row lacks a value, or has an empty one, where its kind needs text."""
 
 
-def _hash(*parts: str) -> str:
+@dataclass(frozen=True)
+class Place:
+    """A row, with where it stands, for messages."""
+
+    row: Row
+    where: str
+    """Number, split and dataset."""
+    missing: str = "refuse"
+    """As `DatasetSpec.missing`."""
+
+    def fill(self, template: str) -> str:
+        """Return a template filled with the row's fields.
+
+        Raises:
+            MissingError: When a field is null or not a number.
+            UserError: When a field is not there, or holds what is no text.
+        """
+        return self._filled(template, self.row)
+
+    def fill_with(self, template: str, **more: Any) -> str:
+        """Return a template filled with the row's fields and some more; see `fill`."""
+        return self._filled(template, {**self.row, **more})
+
+    def answer(self, template: str, **more: Any) -> str:
+        """Return a filled template that must hold something to be predicted; see `fill`.
+
+        Raises:
+            MissingError: When there is nothing but white space.
+        """
+        text = self.fill_with(template, **more)
+        self.require(text, template)
+        return text
+
+    def require(self, text: str, what: str) -> None:
+        """Refuse an answer of nothing but white space.
+
+        Raises:
+            MissingError: That names it.
+        """
+        if not text.strip():
+            raise MissingError(
+                f"{self.where}: the answer {what!r} is empty.",
+                "Mend the row, or leave such rows out: dataset.missing=skip",
+            )
+
+    def field(self, dotted: str) -> Any:
+        """Return the value of a field, perhaps inside another.
+
+        Raises:
+            MissingError: When it is null or not a number.
+            UserError: When it is not there.
+        """
+        value: Any = self.row
+        for part in dotted.split("."):
+            if not isinstance(value, dict) or part not in value:
+                known = value if isinstance(value, dict) else self.row
+                raise UserError(f"{self.where} has no field {dotted!r}.", did_you_mean(part, known))
+            value = value[part]
+        if _is_missing(value):
+            raise self._missing(dotted)
+        return value
+
+    def number(self, dotted: str) -> float:
+        """Return the number in a field.
+
+        Raises:
+            UserError: As `field`, and when it is none.
+        """
+        value = self.field(dotted)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{self.where}: {dotted!r} is {_shown(value)}, no number.")
+        return number
+
+    def _missing(self, name: str) -> MissingError:
+        return MissingError(
+            f"{self.where}: the field {name!r} has no value.",
+            "Mend the row, or say what such a field stands for: dataset.missing=empty for an empty "
+            "text, dataset.missing=skip to leave the row out.",
+        )
+
+    def _filled(self, template: str, row: Row) -> str:
+        try:
+            return clean(_Strict(self, template).vformat(template, (), row))
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{template!r} is no template: {error}.", "Double {{ and }}.") from None
+
+
+class _Strict(Formatter):
+    """Python's templates without attributes, and without values that are no text."""
+
+    def __init__(self, place: Place, template: str) -> None:
+        self.place, self.template = place, template
+
+    def get_field(self, name: str, args: Any, row: Any) -> Any:
+        """Return the value at `field` or `field[key][0]`, and the field."""
+        first, *keys = (part.removesuffix("]") for part in name.split("["))
+        value = self._inside(row, first, row)
+        for key in keys:
+            value = self._inside(value, key, value)
+        if _is_missing(value):
+            if self.place.missing != "empty":
+                raise self.place._missing(name)
+            value = ""
+        if hasattr(value, "__iter__") and not isinstance(value, str):
+            raise UserError(
+                f"{self.place.where}: the field {name!r} is {_shown(value)}, which is no text.",
+                "Name what is inside it, as in {field[0]} or {field[name]}.",
+            )
+        return value, first
+
+    def _inside(self, value: Any, key: str, known: Any) -> Any:
+        if isinstance(value, Mapping) and key in value:
+            return value[key]
+        if isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
+            return value[int(key)]
+        raise UserError(
+            f"{self.place.where} has no field {key!r}, which {self.template!r} needs.",
+            did_you_mean(key, known if isinstance(known, Mapping) else self.place.row),
+        )
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def clean(text: str) -> str:
+    """Return a text in which half a surrogate pair, which UTF-8 has no bytes for, is U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def content_hash(*parts: str) -> str:
+    """Return the identity of a row with these texts, 16 hexadecimal digits."""
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
-def _fill(template: str, row: Row, where: str) -> str:
-    try:
-        return template.format_map(row)
-    except (KeyError, IndexError) as error:
-        raise UserError(
-            f"{where} has no field {error.args[0]!r}, which {template!r} needs.",
-            did_you_mean(str(error.args[0]), row),
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{template!r} is no template: {error}.", "Double {{ and }}.") from None
+def columns_of(place: Place, spec: DatasetSpec, own: tuple[str, ...]) -> dict[str, float]:
+    """Return the numbers in the columns that a dataset names, but for those of its kind.
 
-
-def _field(row: Row, dotted: str, where: str) -> Any:
-    value: Any = row
-    for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
-            known = value if isinstance(value, dict) else row
-            raise UserError(f"{where} has no field {dotted!r}.", did_you_mean(part, known))
-        value = value[part]
-    return value
-
-
-def _answers(spec: DatasetSpec, row: Row, where: str) -> list[str]:
-    if not spec.choices_field:
-        return [_fill(template, row, where) for template in spec.choices]
-    if len(spec.choices) != 1:
-        raise UserError("dataset.choices must be one template when choices_field is set.")
-    listed = _field(row, spec.choices_field, where)
-    return [_fill(spec.choices[0], {**row, "choice": c}, where) for c in listed]
-
-
-def _right(spec: DatasetSpec, row: Row, count: int, where: str) -> int:
-    label = _field(row, spec.label, where)
-    if spec.label_names:
-        listed = list(_field(row, spec.label_names, where))
-        if label not in listed:
-            raise UserError(f"{where}: label {label!r} is not among {listed}.")
-        return listed.index(label)
-    try:
-        right = int(label)
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{where}: label {label!r} is no index.", "Set dataset.label_names."
-        ) from None
-    if not 0 <= right < count:
-        raise UserError(f"{where}: label {right} is not one of {count} answers.")
-    return right
+    Raises:
+        UserError: When a row has no number there.
+    """
+    return {n: place.number(f) for n, f in sorted(spec.columns.items()) if n not in own}

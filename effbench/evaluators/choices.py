@@ -20,10 +20,10 @@ from effbench.results.records import Metric, Outcomes
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from effbench.api.examples import Tokens
     from effbench.api.shape import Shape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
-    from effbench.data.tokenise import Choice
     from effbench.nn.scoring.prefix_tree import Score
 
 LARGEST_EXPONENT = 709.0
@@ -69,9 +69,11 @@ class Choices(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse a dataset without choices, and tasks that cannot be had."""
+        from effbench.data.kinds.base import find as find_kind
+
         if self.tasks:
             self._check_tasks()
-        elif spec.dataset.kind != "choices":
+        elif not find_kind(spec.dataset.kind).choices:
             raise UserError(
                 f"Evaluator choices needs a dataset with choices; {spec.dataset.name!r} "
                 f"is of kind {spec.dataset.kind!r}.",
@@ -118,15 +120,15 @@ class Choices(Evaluator):
 
     def _own_dataset(self, subject: Subject, result: Result, split: str) -> None:
         examples = subject.data.examples(split)
-        flat = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices or []))]
-        scores = self._scores(subject, split, [(examples[i].choices or [])[j] for i, j in flat])
+        flat = [(i, j) for i, e in enumerate(examples) for j in range(len(e.choices))]
+        scores = self._scores(subject, split, [examples[i].choices[j] for i, j in flat])
         by_item: list[list[float]] = [[] for _ in examples]
         for (i, _), score in zip(flat, scores, strict=True):
             by_item[i].append(score)
 
         right, right_norm = [], []
         for example, item in zip(examples, by_item, strict=True):
-            sizes = [c.answer_bytes for c in example.choices or []]
+            sizes = [c.answer_bytes for c in example.choices]
             normed = [s / b for s, b in zip(item, sizes, strict=True)]
             right.append(float(item.index(max(item)) == example.right))
             right_norm.append(float(normed.index(max(normed)) == example.right))
@@ -135,7 +137,7 @@ class Choices(Evaluator):
         for name, values in (("accuracy", right), ("accuracy_norm", right_norm)):
             result.add_items(subject, "choices", name, values, ids, split=split)
 
-    def _scores(self, subject: Subject, split: str, choices: Sequence[Choice]) -> list[float]:
+    def _scores(self, subject: Subject, split: str, choices: Sequence[Tokens]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
         from effbench.nn.scoring.prefix_tree import Request
 

@@ -23,11 +23,11 @@ from effbench.util.lazy import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from effbench.api.examples import Example
     from effbench.api.footprint import Pass
     from effbench.api.shape import Shape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
-    from effbench.data.tokenise import Example
     from effbench.nn.scoring.prefix_tree import Request
 
 BOUNDS = {
@@ -120,7 +120,7 @@ class Fidelity(Evaluator):
         examples = subject.data.documents(self.split)
         result = Result()
         self._add_tokens(result, subject, other, examples)
-        if subject.data.spec.kind == "choices":
+        if subject.data.kind.choices:
             self._add_answers(result, subject, other, examples)
         for name in self.tasks:
             self._add_task(result, subject, other, name)
@@ -201,7 +201,7 @@ class Fidelity(Evaluator):
         from effbench.nn.scoring.prefix_tree import Request
 
         rows = [
-            [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices or []]
+            [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices]
             for e in examples
         ]
         ours, theirs = self._scores(subject, other, rows, self.split)

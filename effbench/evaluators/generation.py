@@ -92,7 +92,9 @@ class Generation(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
         """Refuse tasks that cannot be had or generate nothing, and a pattern that is none."""
-        if not self.tasks and spec.dataset.kind == "text":
+        from effbench.data.kinds.base import find
+
+        if not self.tasks and not find(spec.dataset.kind).asks:
             raise UserError(
                 f"Evaluator generation has no prompts in {spec.dataset.name!r}: it is plain text.",
                 "Name tasks: evaluator.generation.tasks=[gsm8k_cot]",
@@ -214,18 +216,17 @@ class Generation(Evaluator):
         return Sampling(temperature, self.top_k, self.top_p)
 
     def _prompts(self, subject: Subject, questions: Questions) -> list[Prompt]:
-        from effbench.data.tokenise import prefix_token
+        from effbench.data.tokens import Encoder
         from effbench.nn.decode.generate import Prompt
 
         tokenizer = subject.data.tokenizer
-        ends, added = end_tokens(subject), tokenizer.get_added_vocab()
+        ends, added, encoder = end_tokens(subject), tokenizer.get_added_vocab(), Encoder(tokenizer)
         prompts = []
         for q in questions.asked:
             stop = (*q.until, *self.until)
-            ids = tokenizer(q.prompt, add_special_tokens=q.special)["input_ids"]
             prompts.append(
                 Prompt(
-                    ids or [prefix_token(tokenizer)],
+                    encoder.context(q.prompt, q.special),
                     self.max_new_tokens or q.max_new_tokens,
                     ends | {added[s] for s in stop if s in added},
                     tuple(s for s in stop if s),

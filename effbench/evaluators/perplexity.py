@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from effbench.api.batch import Batch
+    from effbench.api.examples import Example
     from effbench.api.footprint import Pass
     from effbench.api.shape import Shape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
-    from effbench.data.tokenise import Example
     from effbench.methods.base import Method
 
 

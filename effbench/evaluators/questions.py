@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.api.schema import digest
 from effbench.data.dataset import Data
-from effbench.data.tokenise import chat_prompt
+from effbench.data.tokens import chat_prompt, moved
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ def of_dataset(data: Data, split: str, limit: int | None, pattern: str) -> Quest
                 f"{row.answer[:60]!r} of dataset {data.spec.name!r}.",
                 "Correct the pattern, or leave it out.",
             )
-    prompts = [chat_prompt(r.prompt, data.tokenizer) if chat else r.prompt for r in rows]
+    prompts = [
+        chat_prompt(r.turns or r.prompt, data.tokenizer) if chat else moved(r.prompt, "")[0]
+        for r in rows
+    ]
     asked = [
         Question(r.id, prompt, special=not chat) for r, prompt in zip(rows, prompts, strict=True)
     ]

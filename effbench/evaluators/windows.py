@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from effbench.api.batch import by_length
+from effbench.api.examples import IGNORED, Example
 from effbench.api.footprint import Pass
 from effbench.api.shape import Shape
 from effbench.data.dataset import Data
-from effbench.data.tokenise import IGNORED, Example
 from effbench.util.errors import UserError
 
 

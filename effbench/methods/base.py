@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
+from effbench.api.examples import Example
 from effbench.api.footprint import Training, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.shape import DTYPE_BYTES, Shape
@@ -23,6 +24,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.session import Session
+    from effbench.api.spec import DatasetSpec
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,13 @@ class Method:
                 "Run it first and the other one after it, or choose another method.",
             )
 
+    def check_dataset(self, dataset: DatasetSpec) -> None:
+        """Refuse a dataset that it cannot train on.
+
+        Raises:
+            UserError: Before any weight is loaded.
+        """
+
     # -- structure -----------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -114,9 +123,26 @@ class Method:
 
     # -- training ------------------------------------------------------------------------------
 
-    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
-        """Return the positions in `batches` (one sequence each) to train on, in order."""
-        return list(range(len(batches)))
+    def dataset(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[Example]:
+        """Return the examples to train on, in order: chosen, weighted, relabelled, with columns.
+
+        A resumed run calls it again, with the untrained model.
+
+        Args:
+            examples: The training split.
+            model: What training starts from, before anything is put into it.
+            ctx: Of the run.
+        """
+        return list(examples)
+
+    def unit(self, example: Example) -> Example:
+        """Return a row with all sequences that one batch must hold, such as both of a pair.
+
+        Rows of training and validation go through it. Default: the right answer alone.
+        """
+        return example
 
     def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
         """Run once before the first step: what has to look at data before anything trains.
@@ -202,9 +228,24 @@ class Method:
         """Return the loss of one micro-batch, a scalar.
 
         The sum over its loss tokens divided by `batch.window_tokens`, so that the micro-batches of
-        one window add up to the mean over all its tokens.
+        one window add up to the mean over all its tokens, each with the weight of its row.
         """
-        return self.token_nll(model, batch).sum() / batch.window_tokens
+        nll = self.token_nll(model, batch)
+        weights = batch.weights
+        if weights is not None:
+            nll = nll * weights[:, None]
+        return nll.sum() / batch.window_tokens
+
+    def validation(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Return the losses of a validation batch, of any shape, and what their sum is over."""
+        return self.token_nll(model, batch), batch.loss_tokens
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return what the model finds each sequence worth, [B]; higher is better.
+
+        Default: the log-likelihood of its answer in nats, summed over tokens.
+        """
+        return -self.token_nll(model, batch).sum(1)
 
     def update(
         self,

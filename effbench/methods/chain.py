@@ -10,6 +10,7 @@ from effbench.api.cost import Cost
 from effbench.api.plugins import make_method
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.api.spec import Spec
+from effbench.api.stages import base as stages
 from effbench.methods.base import Method
 
 
@@ -77,9 +78,9 @@ def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:
     """Return all methods that a run's model goes through.
 
-    An evaluation goes through the last one again, perhaps with other settings of evaluation, unless
-    its own method is one of evaluation.
+    A run that makes nothing goes through the last one again, perhaps with other settings of
+    evaluation, unless its own method makes nothing either.
     """
     own: Method = make_method(spec.method)
-    same = spec.stage == "eval" and own.stage != "eval"
+    same = not stages.find(spec.stage).makes and stages.find(own.stage).makes
     return [*(earlier[:-1] if same else earlier), own]

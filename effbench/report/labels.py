@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from effbench.api.stages.base import trains
 from effbench.results.records import Record
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
     Training settings of a run that trained nothing are left out: they are not part of its key.
     """
     flat = [
-        {k: v for k, v in flatten(r.spec).items() if r.stage == "train" or k[:6] != "train."}
+        {k: v for k, v in flatten(r.spec).items() if trains(r.stage) or k[:6] != "train."}
         for r in records
     ]
     keys = dict.fromkeys(key for spec in flat for key in spec)

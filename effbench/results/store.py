@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effbench.api.stages import base as stages
 from effbench.util.errors import NewerVersionError, UserError, did_you_mean
 from effbench.util.files import mendable, remove, scratch_in, write_atomic
 from effbench.util.locks import locked
@@ -220,13 +221,13 @@ class Store:
     def ancestors(self, spec: Spec) -> dict[str, Spec]:
         """Return the runs that made what `spec` starts from, by key, first to last.
 
-        Evaluations make nothing and are left out.
+        Runs that make nothing, evaluations for one, are left out.
         """
         chain: dict[str, Spec] = {}
         key = spec.parent
         while key:
             parent = self.spec_of(key)
-            if parent.stage != "eval":
+            if stages.find(parent.stage).makes:
                 chain = {key: parent, **chain}
             key = parent.parent
         return chain

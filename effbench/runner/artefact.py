@@ -8,39 +8,40 @@ from dataclasses import asdict
 import torch
 
 from effbench.api.schema import plain
+from effbench.methods.base import Method
 from effbench.resources.usage import Taken
 from effbench.results.records import Metric
-from effbench.runner.run import Bench
+from effbench.runner.open import context
+from effbench.runner.run import Run
+from effbench.util.files import replace_folder, scratch_folder
 
 
-def save_artefact(bench: Bench, model: torch.nn.Module) -> None:
+def save_artefact(run: Run, method: Method, model: torch.nn.Module) -> None:
     """Write the artefact so that it is there whole or not at all."""
-    from effbench.util.files import replace_folder, scratch_folder
-
-    with scratch_folder(bench.folder.path, "artefact") as new:
-        bench.method.save(model, new)
-        (new / "method.json").write_text(json.dumps(plain(bench.spec.method), indent=1))
-        replace_folder(new, bench.folder.artefact)
-    size = sum(f.stat().st_size for f in bench.folder.artefact.rglob("*") if f.is_file())
-    bench.count("artefact_bytes", size, "bytes")
+    with scratch_folder(run.folder.path, "artefact") as new:
+        method.save(model, new)
+        (new / "method.json").write_text(json.dumps(plain(run.spec.method), indent=1))
+        replace_folder(new, run.folder.artefact)
+    size = sum(f.stat().st_size for f in run.folder.artefact.rglob("*") if f.is_file())
+    run.count("artefact_bytes", size, "bytes")
 
 
-def note_made(bench: Bench) -> None:
+def note_made(run: Run) -> None:
     """Remember that the artefact is whole, with what was found out while making it."""
     facts = {
-        "metrics": [vars(m) for m in bench.metrics],
-        "notes": bench.notes,
-        "took": {name: asdict(t) for name, t in bench.took.items()},
+        "metrics": [vars(m) for m in run.metrics],
+        "notes": run.notes,
+        "took": {name: asdict(t) for name, t in run.took.items()},
     }
-    bench.folder.write_json("made.json", facts)
+    run.folder.write_json("made.json", facts)
 
 
-def load_made(bench: Bench, model: torch.nn.Module) -> torch.nn.Module | None:
+def load_made(run: Run, method: Method, model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the base `model` turned into what an interrupted run had made; None if nothing yet."""
-    facts = bench.folder.read_json("made.json")
+    facts = run.folder.read_json("made.json")
     if facts is None:
         return None
-    bench.metrics = [Metric(**m) for m in facts["metrics"]]
-    bench.notes = facts["notes"]
-    bench.took |= {name: Taken(**t) for name, t in facts["took"].items()}
-    return bench.method.load(model, bench.folder.artefact, bench.context())
+    run.metrics = [Metric(**m) for m in facts["metrics"]]
+    run.notes = facts["notes"]
+    run.took |= {name: Taken(**t) for name, t in facts["took"].items()}
+    return method.load(model, run.folder.artefact, context(run))

@@ -4,48 +4,77 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effbench.api.cost import Cost
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.plugins import make_evaluator
 from effbench.api.schema import plain
+from effbench.api.shape import Shape
+from effbench.api.spec import Plugin
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.quant.linears import storage_bytes
 from effbench.results.journal import Journal
 from effbench.results.records import Metric, Outcomes
-from effbench.runner.run import Bench
+from effbench.runner.open import Opened, load_base, load_frozen
+from effbench.runner.run import Run
 from effbench.util.files import write_atomic
 
 
-def evaluate(bench: Bench, model: torch.nn.Module, data: Data) -> None:
+@dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated: a model at all its points, and all that is known of it from shapes."""
+
+    opened: Opened
+    data: Data
+    shape: Shape
+    """Sizes of what the run leaves."""
+    costs: Mapping[str, Cost]
+    """By operating point."""
+    whole: Cost
+    """Of the point with all that is in memory."""
+
+    @classmethod
+    def of(cls, run: Run, opened: Opened, data: Data) -> Evaluated:
+        """Return what a run evaluates, once it is made."""
+        lineage, dtype = run.lineage, run.spec.hardware.dtype
+        shape = lineage.left(opened.base)
+        whole = opened.method.whole(shape)
+        points = {whole, *opened.method.points()}
+        costs = {point: lineage.cost(opened.base, dtype, point) for point in points}
+        return cls(opened, data, shape, costs, costs[whole])
+
+
+def evaluate(run: Run, opened: Opened, data: Data) -> None:
     """Run every evaluator at every operating point; finished ones are not run again."""
-    if not bench.spec.evaluators:
+    if not run.spec.evaluators:
         return
     # Frozen, because torch multiplies by a weight that requires gradients in another order.
-    model.eval().requires_grad_(False)
-    done = bench.folder.path / "evaluations"
+    model, method = opened.model.eval().requires_grad_(False), opened.method
+    done = run.folder.path / "evaluations"
     done.mkdir(exist_ok=True)
-    plugins = [make_evaluator(p) for p in bench.spec.evaluators]
-    bench.know(evaluate=tuple(p for e in plugins for p in e.passes(bench.spec, data)))
-    with bench.phase("evaluate"):
-        for point in bench.method.points():
-            with bench.method.at(model, point):
-                for plugin in bench.spec.evaluators:
+    plugins = [make_evaluator(p) for p in run.spec.evaluators]
+    run.know(evaluate=tuple(p for e in plugins for p in e.passes(run.spec, data)))
+    with run.phase("evaluate"):
+        subject = Evaluated.of(run, opened, data)
+        for point in method.points():
+            with method.at(model, point):
+                for plugin in run.spec.evaluators:
                     path = done / f"{plugin.name}{'@' if point else ''}{point}.json"
                     result = _read_result(path)
                     if result is None:
-                        result = _run_one(bench, model, data, plugin, point)
-                        bench.folder.write_json(f"evaluations/{path.name}", asdict(result))
-                    bench.metrics += result.metrics
-                    bench.outcomes += result.outcomes
-                _count_cost(bench, model, point)
+                        result = _run_one(run, subject, plugin, point)
+                        run.folder.write_json(f"evaluations/{path.name}", asdict(result))
+                    run.metrics += result.metrics
+                    run.outcomes += result.outcomes
+                _count_cost(run, model, subject.costs[point], point)
 
 
 def _read_result(path: Path) -> Result | None:
@@ -57,8 +86,8 @@ def _read_result(path: Path) -> Result | None:
     )
 
 
-def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, point: str) -> Result:
-    place = bench.folder.path / "evaluations"
+def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: str) -> Result:
+    place = run.folder.path / "evaluations"
 
     def where(point: str) -> str:
         return f"{plugin.name}{'@' if point else ''}{point}"
@@ -66,36 +95,37 @@ def _run_one(bench: Bench, model: torch.nn.Module, data: Data, plugin: Any, poin
     def journal(point: str, name: str, items: Sequence[str]) -> Journal:
         return Journal(place / f"{where(point)}.{name}.items", items)
 
-    points = bench.method.points()
+    opened = evaluated.opened
+    points = opened.method.points()
     later = points[points.index(point) + 1 :][: POINTS_AT_ONCE - 1]
     subject = Subject(
-        model=model,
-        method=bench.method,
+        model=opened.model,
+        method=opened.method,
         point=point,
-        data=data,
-        device=bench.device,
-        seed=bench.spec.seed,
-        pad_token_id=bench.tokenizer.pad_token_id or 0,
-        progress=lambda what, n, of: bench.progress.bar(f"{what} {point}".strip(), n, of),
-        tokenizer=bench.tokenizer,
-        shape=bench.shape,
-        dtype=bench.spec.hardware.dtype,
-        cost=bench.cost(point),
-        whole=bench.cost(bench.method.whole(bench.shape)),
-        machine=bench.job.runtime.machine,
+        data=evaluated.data,
+        device=run.device,
+        seed=run.spec.seed,
+        pad_token_id=run.tokenizer.pad_token_id or 0,
+        progress=lambda what, n, of: run.progress.bar(f"{what} {point}".strip(), n, of),
+        tokenizer=run.tokenizer,
+        shape=evaluated.shape,
+        dtype=run.spec.hardware.dtype,
+        cost=evaluated.costs[point],
+        whole=evaluated.whole,
+        machine=run.job.runtime.machine,
         journal=partial(journal, point),
         beside={p: partial(journal, p) for p in later},
         keep=lambda name, rows: _write_rows(place / f"{where(point)}.{name}.jsonl", rows),
-        load_model=bench.load_frozen,
-        load_base=bench.load_base,
-        base_bytes=bench.base_bytes,
-        job=plain(bench.job),
+        load_model=partial(load_frozen, run),
+        load_base=partial(load_base, run),
+        base_bytes=opened.base_bytes,
+        job=plain(run.job),
     )
-    result = make_evaluator(plugin).run(subject)
+    result: Result = make_evaluator(plugin).run(subject)
     for metric in result.metrics:
-        bench.events.append("metric", **asdict(metric))
+        run.events.append("metric", **asdict(metric))
     headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
-    bench.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
+    run.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
     return result
 
 
@@ -103,10 +133,9 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _count_cost(bench: Bench, model: torch.nn.Module, point: str) -> None:
-    cost = bench.cost(point)
-    bench.count("params", cost.params, "parameters", point)
-    bench.count("weight_bytes", storage_bytes(model), "bytes", point)
-    bench.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
-    bench.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
-    bench.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)
+def _count_cost(run: Run, model: torch.nn.Module, cost: Cost, point: str) -> None:
+    run.count("params", cost.params, "parameters", point)
+    run.count("weight_bytes", storage_bytes(model), "bytes", point)
+    run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
+    run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
+    run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)

@@ -44,7 +44,8 @@ def decode(work: dict[str, Any]) -> None:
         torch.set_num_threads(job.spec.hardware.threads)
     cap_here(work["cap"], work["device"])
     with TemporaryDirectory() as scratch:
-        model, method = evaluated(job, store, Path(scratch))
+        opened = evaluated(job, store, Path(scratch))
+    model, method = opened.model, opened.method
     prompt = random_tokens(model, work["seed"], work["batch_size"], work["prompt_tokens"])
     with torch.inference_mode(), method.at(model, work["point"]):
         session = method.session(model)

@@ -6,14 +6,18 @@ import atexit
 import gc
 import importlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from effbench.api.method_types import Weights
+from effbench.api.method_types import Context, Weights
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.spec import Job
+from effbench.api.shape import Shape
+from effbench.api.spec import Job, ModelSpec, Spec
+from effbench.api.stages import base as stages
+from effbench.config.compose import compose
 from effbench.data.dataset import Data
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes
@@ -21,7 +25,7 @@ from effbench.models import load as models
 from effbench.nn.quant.linears import quantise_nf4
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
-from effbench.runner.run import Bench, open_bench
+from effbench.runner.run import Run, open_run
 from effbench.util.errors import UserError
 from effbench.util.libraries import import_uncompiled
 
@@ -29,65 +33,122 @@ SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
 
 
-def open_model(bench: Bench) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Opened:
+    """What a run works on: a model, and what is to be known of it."""
+
+    model: torch.nn.Module
+    """At first what the run starts from: the base model and what earlier runs made of it."""
+    method: Method
+    """The run's own, resolved for the model."""
+    base: Shape
+    """Sizes of the base model."""
+    start: Shape
+    """Sizes of what the method starts from."""
+    base_bytes: int
+    """Memory of the process before the model was loaded."""
+
+
+def open_model(run: Run) -> Opened:
     """Load the base model and everything that earlier runs made of it.
 
     Raises:
         UserError: When a file is missing or broken, or two settings contradict each other.
     """
-    spec, own = bench.spec, bench.method
-    ancestors = bench.store.ancestors(spec)
-    made = [(key, make_method(s.method)) for key, s in ancestors.items()]
-    weights = _base_weights(bench, [m for _, m in made])
-    stored = models.fetch(spec.model)
-    models.import_libraries()
-    open_tokenizer(bench)
-    if spec.train.optimizer == "adamw8bit":
-        importlib.import_module("bitsandbytes")  # its steps on a CPU are compiled
-    for method in (own, *(m for _, m in made)):
-        for library in method.libraries:
-            import_uncompiled(library)
-    release()
+    spec, lineage, own = run.spec, run.lineage, make_method(run.spec.method)
+    weights = _base_weights(spec, own, lineage.earlier)
+    stored = _import_all(run, own)
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
-    bench.base_bytes = memory_in_use(bench.device)
-    with bench.phase("load"):
+    base_bytes = memory_in_use(run.device)
+    with run.phase("load"):
         loaded = models.load(
             spec.model,
             device=spec.hardware.device,
-            dtype=bench.dtype,
+            dtype=run.dtype,
             weights=weights,
             tokenizer=False,
         )
-        model, bench.base_shape = loaded.model, loaded.shape
-        shapes = [loaded.shape, *chain_shapes(bench.earlier(), loaded.shape, bench.folders())]
-        for place, (key, method) in enumerate(made):
-            if place and method.weights == "nf4":
-                quantise_nf4(model, compute_dtype=bench.dtype)
-            method = method.fitted(shapes[place])
-            model = method.load(model, bench.store.run(key).artefact, bench.context())
-            model.requires_grad_(False)
-        if made and spec.stage == "train" and own.weights == "nf4":
-            quantise_nf4(model, compute_dtype=bench.dtype)
-    if spec.dataset.max_length > loaded.shape.max_positions:
-        raise UserError(
-            f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{loaded.shape.max_positions} positions of {spec.model.name}.",
-            f"Lower it: dataset.max_length={loaded.shape.max_positions}",
-        )
-    start = bench.start_shape()
+        model = _put_in(run, loaded.model, loaded.shape)
+        if lineage.earlier and stages.find(spec.stage).trains and own.weights == "nf4":
+            quantise_nf4(model, compute_dtype=run.dtype)
+    _check_length(spec, loaded.shape)
+    start = lineage.start(loaded.shape)
     own.check(start)
-    bench.method = own.fitted(start)
     if stored is not None:
-        element = (torch.float32 if weights == "float32" else bench.dtype).itemsize
+        element = (torch.float32 if weights == "float32" else run.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
-        bench.know(stored_bytes=0 if same else stored)
-    bench.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
+        run.know(stored_bytes=0 if same else stored)
+    run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
+    return Opened(model, own.fitted(start), loaded.shape, start, base_bytes)
+
+
+def _import_all(run: Run, own: Method) -> int | None:
+    """Have in memory all that is no part of the model; return the bytes of its files, if known."""
+    stored = models.fetch(run.spec.model)
+    models.import_libraries()
+    _ = run.tokenizer  # loaded by now
+    if run.spec.train.optimizer == "adamw8bit":
+        importlib.import_module("bitsandbytes")  # its steps on a CPU are compiled
+    for method in (own, *run.lineage.earlier):
+        for library in method.libraries:
+            import_uncompiled(library)
+    release()
+    return stored
+
+
+def _put_in(run: Run, model: torch.nn.Module, shape: Shape) -> torch.nn.Module:
+    """Return the base model turned into what the earlier methods made of it, frozen."""
+    lineage = run.lineage
+    shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts)]
+    for place, (method, artefact) in enumerate(
+        zip(lineage.earlier, lineage.artefacts, strict=True)
+    ):
+        if place and method.weights == "nf4":
+            quantise_nf4(model, compute_dtype=run.dtype)
+        model = method.fitted(shapes[place]).load(model, artefact, context(run))
+        model.requires_grad_(False)
     return model
 
 
-def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, Method]:
-    """Return the model that a run evaluates, and its method; the run itself is left alone.
+def _check_length(spec: Spec, shape: Shape) -> None:
+    if spec.dataset.max_length > shape.max_positions:
+        raise UserError(
+            f"dataset.max_length={spec.dataset.max_length} is more than the "
+            f"{shape.max_positions} positions of {spec.model.name}.",
+            f"Lower it: dataset.max_length={shape.max_positions}",
+        )
+
+
+def context(run: Run) -> Context:
+    """Return a fresh context for the method's hooks."""
+    return Context(
+        seed=run.spec.seed,
+        device=run.device,
+        dtype=run.dtype,
+        generator=torch.Generator().manual_seed(run.spec.seed),
+        load_model=partial(load_frozen, run),
+        tokenizer=run.tokenizer,
+    )
+
+
+def load_frozen(run: Run, name: str) -> torch.nn.Module:
+    """Return another model by its config name, frozen, on the device."""
+    return _load_dense(run, compose("eval", [f"model={name}"]).spec.model)
+
+
+def load_base(run: Run) -> torch.nn.Module:
+    """Return the model of the spec before any method touched it, frozen, on the device."""
+    return _load_dense(run, run.spec.model)
+
+
+def _load_dense(run: Run, model: ModelSpec) -> torch.nn.Module:
+    loaded = models.load(model, device=run.spec.hardware.device, dtype=run.dtype)
+    return loaded.model.requires_grad_(False).eval()
+
+
+def evaluated(job: Job, store: Store, scratch: Path) -> Opened:
+    """Return what a run evaluates; the run itself is left alone.
 
     It is what an evaluation that goes on from the run would open.
 
@@ -97,48 +158,42 @@ def evaluated(job: Job, store: Store, scratch: Path) -> tuple[torch.nn.Module, M
         scratch: An empty folder for logs that nobody reads.
     """
     spec = job.spec
-    if spec.stage != "eval":
+    if stages.find(spec.stage).makes:
         spec = replace(spec, stage="eval", parent=spec.key)
-    bench = open_bench(replace(job, spec=spec), RunFolder(scratch), store)
-    model = open_model(bench)
-    return model.eval().requires_grad_(False), bench.method
+    opened = open_model(open_run(replace(job, spec=spec), RunFolder(scratch), store))
+    opened.model.eval().requires_grad_(False)
+    return opened
 
 
-def _base_weights(bench: Bench, earlier: Sequence[Method]) -> Weights:
+def _base_weights(spec: Spec, own: Method, earlier: Sequence[Method]) -> Weights:
     """Return how to hold the base: as its first method wants it, float32 only to train it all."""
-    first = earlier[0] if earlier else bench.method
+    first = earlier[0] if earlier else own
     if first.weights == "nf4":
         return "nf4"
-    masters = bench.spec.stage == "train" and bench.method.weights == "float32"
+    masters = stages.find(spec.stage).trains and own.weights == "float32"
     return "float32" if masters else "compute"
 
 
-def open_tokenizer(bench: Bench) -> None:
-    """Load the tokenizer, unless it is there."""
-    if bench.tokenizer is None:
-        bench.tokenizer = models.load_tokenizer(bench.spec.model)
-
-
-def open_data(bench: Bench) -> Data:
+def open_data(run: Run) -> Data:
     """Return the data, after making sure that no evaluation item was trained on earlier.
 
     Raises:
         UserError: When an earlier run trained on items that this one evaluates.
     """
-    open_tokenizer(bench)
-    data = Data(bench.spec.dataset, bench.tokenizer)
+    spec = run.spec
+    data = Data(spec.dataset, run.tokenizer)
     seen: set[str] = set()
-    trained = [bench.spec.dataset] if bench.spec.stage == "train" else []
-    for key, earlier in bench.store.ancestors(bench.spec).items():
-        rows = bench.store.run(key).read_json("data.json") or []
+    trained = [spec.dataset] if stages.find(spec.stage).trains else []
+    for key, earlier in run.store.ancestors(spec).items():
+        rows = run.store.run(key).read_json("data.json") or []
         seen |= set(rows)
         trained += [earlier.dataset] if rows else []
-    for evaluator in map(make_evaluator, bench.spec.evaluators):
+    for evaluator in map(make_evaluator, spec.evaluators):
         for split in evaluator.splits():
             if not data.ids(split):
                 data.examples(split)  # says what is missing before anything is trained
             shared = seen & set(data.ids(split))
-            if shared and not bench.spec.dataset.allow_overlap:
+            if shared and not spec.dataset.allow_overlap:
                 raise UserError(
                     f"{len(shared)} items of split {split!r} were training data of the run that "
                     "this one goes on from.",
@@ -146,7 +201,7 @@ def open_data(bench: Bench) -> Data:
                 )
         for dataset in trained:
             own = evaluator.overlap(dataset)
-            if own and not bench.spec.dataset.allow_overlap:
+            if own and not spec.dataset.allow_overlap:
                 raise UserError(
                     f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
                     "Train on others, leave it out, or say dataset.allow_overlap=true.",

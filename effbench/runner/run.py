@@ -1,4 +1,4 @@
-"""One run at work: what it holds, counts and measures, and the record at its end."""
+"""A run at work: where it is kept, what it counts and measures, and the record at its end."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from effbench.api.batch import Batch, make_batch
-from effbench.api.cost import Cost
-from effbench.api.method_types import Context
-from effbench.api.plugins import make_method
 from effbench.api.schema import plain
 from effbench.api.shape import Shape
-from effbench.api.spec import Job, ModelSpec, Spec
-from effbench.data.tokenise import Example
-from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_shapes, inference_cost
+from effbench.api.spec import Job, Spec
+from effbench.config.lineage import Lineage
 from effbench.models import load as models
 from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import parameters
 from effbench.resources.energy import Energy, Meter, energy_name
 from effbench.resources.environment import fingerprint
 from effbench.resources.memory import PeakMemory, exact_blocks, memory_in_use, release
-from effbench.resources.predict import Prediction, Workload, at_most, predict
+from effbench.resources.predict import Workload, at_most, predict
 from effbench.resources.usage import Taken, gib
 from effbench.results.events import EventLog
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record, write
@@ -37,13 +31,16 @@ from effbench.runner.progress import Progress
 
 
 @dataclass
-class Bench:
-    """One run at work."""
+class Run:
+    """A run at work: what it is, where it is kept and what it has measured so far.
+
+    What it works on is loaded by `runner.open`; a stage that needs no model never does.
+    """
 
     job: Job
     store: Store
     folder: RunFolder
-    method: Method
+    lineage: Lineage
     events: EventLog
     progress: Progress
     device: torch.device
@@ -52,13 +49,10 @@ class Bench:
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    base_shape: Shape | None = None
-    """Sizes of the base model."""
-    tokenizer: Any = None
-    base_bytes: int = 0
-    """Memory of the process before the model is loaded."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What was predicted, held against what was measured."""
     workload: Workload | None = None
-    """The batches of this run, once its data is there."""
+    """The batches of this run, as far as they are known; None for the largest possible ones."""
     took: dict[str, Taken] = field(default_factory=dict)
     """What each phase took."""
 
@@ -67,29 +61,10 @@ class Bench:
         """The spec of the run."""
         return self.job.spec
 
-    def earlier(self) -> list[Method]:
-        """Return the methods that made what the run starts from, first to last."""
-        return [make_method(s.method) for s in self.store.ancestors(self.spec).values()]
-
-    def folders(self) -> list[Path]:
-        """Return the artefacts of what the run starts from, first to last."""
-        return [self.store.run(key).artefact for key in self.store.ancestors(self.spec)]
-
-    def start_shape(self) -> Shape:
-        """Return the sizes of what the method starts from; an evaluation goes through it again."""
-        assert self.base_shape is not None
-        methods = chain(self.spec, self.earlier())[:-1]
-        return [self.base_shape, *chain_shapes(methods, self.base_shape, self.folders())][-1]
-
-    @property
-    def shape(self) -> Shape:
-        """Sizes of what the run evaluates, once it is made."""
-        assert self.base_shape is not None
-        methods = chain(self.spec, self.earlier())
-        return chain_shapes(methods, self.base_shape, self._all_folders())[-1]
-
-    def _all_folders(self) -> list[Path]:
-        return [*self.folders(), self.folder.artefact]
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the run's model."""
+        return models.load_tokenizer(self.spec.model)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -140,61 +115,16 @@ class Bench:
         """Add an exact count to the metrics."""
         self.metrics.append(Metric(name, value, unit, point=point, obtained="counted"))
 
-    def cost(self, point: str) -> Cost:
-        """Return what the model that is evaluated needs at one operating point."""
-        assert self.base_shape is not None
-        methods, dtype = chain(self.spec, self.earlier()), self.spec.hardware.dtype
-        return inference_cost(methods, self.base_shape, dtype, point, self._all_folders())
-
     def know(self, **parts: Any) -> None:
         """Put what was found out about the run's batches in the place of what is possible."""
         self.workload = replace(self.workload or at_most(self.spec), **parts)
-
-    def prediction(self) -> Prediction:
-        """Return what this run was predicted to take, for the batches that it has."""
-        assert self.base_shape is not None
-        runtime = self.job.runtime
-        return predict(
-            self.spec,
-            self.base_shape,
-            runtime.machine,
-            self.earlier(),
-            self.workload,
-            runtime.exact_memory and exact_blocks(),
-            self.folders(),
-        )
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
         return gib(memory_in_use(self.device))
 
-    def context(self) -> Context:
-        """Return a fresh context for the method's hooks."""
-        return Context(
-            seed=self.spec.seed,
-            device=self.device,
-            dtype=self.dtype,
-            generator=torch.Generator().manual_seed(self.spec.seed),
-            load_model=self.load_frozen,
-            tokenizer=self.tokenizer,
-        )
 
-    def load_frozen(self, name: str) -> torch.nn.Module:
-        """Return another model by its config name, frozen, on the device."""
-        from effbench.config.compose import compose
-
-        return self._load_dense(compose("eval", [f"model={name}"]).spec.model)
-
-    def load_base(self) -> torch.nn.Module:
-        """Return the model of the spec before any method touched it, frozen, on the device."""
-        return self._load_dense(self.spec.model)
-
-    def _load_dense(self, model: ModelSpec) -> torch.nn.Module:
-        loaded = models.load(model, device=self.spec.hardware.device, dtype=self.dtype)
-        return loaded.model.requires_grad_(False).eval()
-
-
-def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
+def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
     """Set the process up for a run: seeds, threads, logs.
 
     Raises:
@@ -209,11 +139,11 @@ def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
     torch.manual_seed(spec.seed)
     if job.runtime.exact_memory:
         exact_blocks()
-    return Bench(
+    return Run(
         job=job,
         store=store,
         folder=folder,
-        method=make_method(spec.method),
+        lineage=Lineage.of(spec, store, folder.artefact),
         events=EventLog(folder.path / "events.jsonl", job),
         progress=Progress(job.runtime.progress),
         device=torch.device(spec.hardware.device),
@@ -221,52 +151,67 @@ def open_bench(job: Job, folder: RunFolder, store: Store) -> Bench:
     )
 
 
-def as_batch(example: Example, pad: int) -> Batch:
-    """Return one example as a batch of one sequence."""
-    return make_batch([(example.ids, example.labels())], pad)
-
-
-def count_model(bench: Bench, model: torch.nn.Module) -> None:
+def count_model(run: Run, model: torch.nn.Module) -> None:
     """Count what the model in memory really holds."""
-    bench.count("params_total", parameters(model).total, "parameters")
-    bench.count("resident_bytes", storage_bytes(model), "bytes")
+    run.count("params_total", parameters(model).total, "parameters")
+    run.count("resident_bytes", storage_bytes(model), "bytes")
 
 
-def count_trained(bench: Bench, model: torch.nn.Module) -> None:
+def count_trained(run: Run, model: torch.nn.Module) -> None:
     """Count what trains, before a method puts it away."""
-    bench.count("trainable_params", parameters(model).trainable, "parameters")
+    run.count("trainable_params", parameters(model).trainable, "parameters")
     trained = [p for p in model.parameters() if p.requires_grad]
-    bench.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
+    run.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
 
 
-def finish(bench: Bench) -> Record:
-    """Write the record and mark the run as finished."""
-    seconds = time.time() - bench.started
-    summary = bench.prediction().summary(bench.took, bench.base_bytes)
-    bench.metrics.append(Metric("base_bytes", bench.base_bytes, "bytes", phase="start"))
-    for name, phase in summary["phases"].items():
+def hold_against_plan(run: Run, base: Shape, base_bytes: int) -> None:
+    """Keep what the run was predicted to take, for the batches that it had, and how far off it was.
+
+    Args:
+        run: Before its record is written.
+        base: Shape of the base model.
+        base_bytes: Memory of the process before the model was loaded.
+    """
+    runtime, lineage = run.job.runtime, run.lineage
+    prediction = predict(
+        run.spec,
+        base,
+        runtime.machine,
+        lineage.earlier,
+        run.workload,
+        runtime.exact_memory and exact_blocks(),
+        lineage.artefacts,
+    )
+    run.plan = prediction.summary(run.took, base_bytes)
+    run.metrics.append(Metric("base_bytes", base_bytes, "bytes", phase="start"))
+    for name, phase in run.plan["phases"].items():
         if "error" in phase:
             error = Metric("plan_error", phase["error"], "", phase=name, obtained="modelled")
-            bench.metrics.append(error)
+            run.metrics.append(error)
+
+
+def finish(run: Run) -> Record:
+    """Write the record and mark the run as finished."""
+    seconds = time.time() - run.started
     record = Record(
         schema=SCHEMA,
-        key=bench.spec.key,
-        label=bench.spec.label,
-        stage=bench.spec.stage,
-        spec=plain(bench.spec),
+        key=run.spec.key,
+        label=run.spec.label,
+        stage=run.spec.stage,
+        spec=plain(run.spec),
         environment=fingerprint(),
-        parent=bench.spec.parent,
-        started=datetime.fromtimestamp(bench.started, UTC).isoformat(timespec="milliseconds"),
+        parent=run.spec.parent,
+        started=datetime.fromtimestamp(run.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,
-        metrics=bench.metrics,
-        plan=summary,
-        notes=bench.notes,
-        outcomes=bench.outcomes,
+        metrics=run.metrics,
+        plan=run.plan,
+        notes=run.notes,
+        outcomes=run.outcomes,
     )
-    bench.folder.write_json("environment.json", record.environment)
-    write(record, bench.store.records)
-    bench.events.close()
-    bench.folder.finish()
+    run.folder.write_json("environment.json", record.environment)
+    write(record, run.store.records)
+    run.events.close()
+    run.folder.finish()
     return record
 
 

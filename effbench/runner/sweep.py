@@ -52,7 +52,7 @@ def sweep(
 
     extra = [existing(p) for p in extra]
     checked = check_overrides(overrides, extra)
-    words = checked.with_method(stage)
+    words = checked.with_defaults(stage)
     words = [_latest_now(w, _results(words)) for w in words]
     _try_one(stage, replace(checked, words=words), extra)
     if extra:

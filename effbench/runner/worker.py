@@ -9,10 +9,12 @@ import sys
 import traceback
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from effbench.api.schema import build
 from effbench.api.spec import Job
+from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
 from effbench.runner.signals import end_with_parent, interrupt_when_asked
 from effbench.util.errors import StoppedError, UserError
@@ -62,15 +64,11 @@ def _run(job: Job, folder: RunFolder, store: Store) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
-    from effbench.runner.run import finish, open_bench
-    from effbench.runner.stages.compress import compress
-    from effbench.runner.stages.evaluate import evaluate_only
-    from effbench.runner.stages.train import train
+    from effbench.runner.run import finish, open_run
 
-    bench = open_bench(job, folder, store)
-    stages = {"train": train, "compress": compress, "eval": evaluate_only}
-    stages[job.spec.stage](bench)
-    finish(bench)
+    run = open_run(job, folder, store)
+    import_module(f"effbench.runner.stages.{stages.find(job.spec.stage).name}").perform(run)
+    finish(run)
 
 
 def _fail(error: UserError) -> int:

@@ -16,7 +16,6 @@ from effbench.cli.listing import entries
 from effbench.cli.show import describe
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
-from effbench.config.overrides import DEFAULT_METHOD
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
@@ -180,8 +179,8 @@ def test_a_run_may_have_no_evaluators(word: str) -> None:
 
 
 def test_the_stage_has_a_method_of_its_own() -> None:
-    names = {s: compose(s, ["model=tiny"]).spec.method.name for s in DEFAULT_METHOD}
-    assert names == DEFAULT_METHOD
+    names = {s: compose(s, ["model=tiny"]).spec.method.name for s in ("train", "compress", "eval")}
+    assert names == {"train": "lora", "compress": "rtn", "eval": "none"}
 
 
 def test_plan_takes_the_stage_of_the_method() -> None:

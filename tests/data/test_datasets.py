@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from effbench.api.examples import Example
 from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec
 from effbench.data import readers
-from effbench.data.dataset import Data, split_names, splits
-from effbench.data.render import Text, render
-from effbench.data.tokenise import Example, prefix_token, tokenise
+from effbench.data.dataset import Data, render, split_names, splits
+from effbench.data.kinds import pairs as pairs_kind
+from effbench.data.kinds import text as text_kind
+from effbench.data.render import Text
+from effbench.data.tokenise import tokenise
+from effbench.data.tokens import prefix_token
 from effbench.models.random import byte_tokenizer
 from effbench.util.errors import UserError
 
@@ -254,7 +258,6 @@ def test_every_choice_ends_with_its_own_answer(tokenizer) -> None:
     )
     data = Data(spec, tokenizer)
     for text, example in zip(data.texts["test"], data.examples("test"), strict=True):
-        assert example.choices is not None
         tails = [tokenizer.decode(c.ids[c.prompt_length :]) for c in example.choices]
         assert tails == list(text.choices)
         assert example.right == text.right
@@ -327,8 +330,8 @@ def test_the_cache_gives_back_what_was_made(tokenizer, cache: Path, kind, monkey
     if kind != "choices":
         made = [replace(t, choices=(), right=0) for t in made]
     first = tokenise(made, spec, tokenizer)
-    for name in ("_packed", "_paired"):
-        monkeypatch.setattr(f"effbench.data.tokenise.{name}", lambda *_: pytest.fail("made again"))
+    for made_by in (pairs_kind.Pairs, text_kind.PlainText):
+        monkeypatch.setattr(made_by, "examples", lambda *_: pytest.fail("made again"))
     assert tokenise(made, spec, tokenizer) == first
     assert all(isinstance(e, Example) for e in first)
     assert len(list(cache.iterdir())) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from effbench.evaluators.base import Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
 from effbench.results.records import Metric
-from effbench.runner.open import open_model
-from effbench.runner.run import open_bench
+from effbench.runner.open import load_base, load_frozen, open_model
+from effbench.runner.run import open_run
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
 
@@ -24,8 +25,9 @@ def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
     job = bench.job("eval", *words, *HARDWARE)
     folder = bench.folder(job)
     folder.create(job.spec)
-    work = open_bench(job, folder, bench.store)
-    model = strengthened(open_model(work), strength)
+    work = open_run(job, folder, bench.store)
+    opened = open_model(work)
+    model = strengthened(opened.model, strength)
     return Subject(
         model,
         Unchanged(),
@@ -35,9 +37,9 @@ def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
         0,
         0,
         tokenizer=work.tokenizer,
-        shape=work.shape,
-        load_model=work.load_frozen,
-        load_base=lambda: strengthened(work.load_base(), strength),
+        shape=opened.base,
+        load_model=partial(load_frozen, work),
+        load_base=lambda: strengthened(load_base(work), strength),
     )
 
 

@@ -22,7 +22,7 @@ from effbench.nn.decode.session import CachedSession, greedy
 from effbench.results.records import Metric
 from effbench.runner import evaluation
 from effbench.runner.open import open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.util.errors import UserError
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
@@ -41,8 +41,8 @@ def subject(bench: Bench) -> Subject:
     job = bench.job("eval", *DATA, *HARDWARE)
     folder = bench.folder(job)
     folder.create(job.spec)
-    work = open_bench(job, folder, bench.store)
-    model = open_model(work)
+    work = open_run(job, folder, bench.store)
+    model = open_model(work).model
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5 if p.ndim > 1 else 1)
@@ -164,7 +164,9 @@ def test_finished_evaluations_are_not_done_again(
     with pytest.raises(KeyboardInterrupt):
         bench.run("train", *words)
     with monkeypatch.context() as patch:
-        patch.setattr("effbench.runner.stages.train.prepare", None)  # nothing is trained again
+        patch.setattr(
+            "effbench.runner.stages.train.build_trainer", None
+        )  # nothing is trained again
         record = bench.run("train", *words)
     assert set(done.values()) == {1} and len(done) == 6
     other = Bench(bench.root / "other").run("train", *words)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
+from effbench.api.examples import IGNORED, Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.schema import digest
 from effbench.data.dataset import splits
-from effbench.data.tokenise import IGNORED, Example
 from effbench.evaluators.perplexity import Perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
@@ -90,7 +90,10 @@ def test_every_token_is_scored_once_with_enough_context(length: int, stride: int
 
 
 def test_a_window_that_scores_nothing_is_left_out() -> None:
-    rows = [Example("a", list(range(30)), 25, 5), Example("b", [7], 1, 0)]
+    rows = [
+        Example("a", (Tokens(list(range(30)), 25, 5),)),
+        Example("b", (Tokens([7], 1, 0),)),
+    ]
     windows = cut(rows, 10, 5)
     pairs = [w.sequence(rows[w.row]) for w in windows]
     assert {w.row for w in windows} == {0}

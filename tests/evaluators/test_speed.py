@@ -26,7 +26,7 @@ from effbench.resources.roofline import Ceilings, decode_bytes, decode_flops, pr
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
 from effbench.runner.open import open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.util.errors import UserError
 
 WORDS = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
@@ -39,13 +39,13 @@ def subject(bench: Bench) -> Subject:
     job = bench.job("eval", *WORDS)
     folder = bench.folder(job)
     folder.create(job.spec)
-    work = open_bench(job, folder, bench.store)
-    model = open_model(work).requires_grad_(False)
+    work = open_run(job, folder, bench.store)
+    opened = open_model(work)
+    model = opened.model.requires_grad_(False)
     data = Data(job.spec.dataset, work.tokenizer)
     device, method = torch.device("cpu"), Unchanged()
-    assert work.shape is not None
-    cost = method.cost(work.shape, "float32")
-    return Subject(model, method, "", data, device, 0, 0, shape=work.shape, cost=cost)
+    cost = method.cost(opened.base, "float32")
+    return Subject(model, method, "", data, device, 0, 0, shape=opened.base, cost=cost)
 
 
 @pytest.fixture

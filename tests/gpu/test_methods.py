@@ -72,7 +72,8 @@ def test_it_does_what_it_does_on_a_cpu(
 def decoded(bench: Bench, job: Any, scratch: Path, device: str) -> None:
     """Check that the method's own sessions and plain ones agree, at some points that are plain."""
     scratch.mkdir()
-    model, method = evaluated(job, bench.store, scratch)
+    opened = evaluated(job, bench.store, scratch)
+    model, method = opened.model, opened.method
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 260, (2, 24), generator=draws).to(device)
     points = list(dict.fromkeys([*method.points()[:1], *method.points()[-2:]]))

@@ -16,6 +16,7 @@ from helpers import (
     batch_of,
     context,
     counted,
+    example_of,
     generator,
     logits,
     stated,
@@ -392,9 +393,9 @@ def test_similarity_sees_what_is_shared() -> None:
 def test_the_most_similar_layers_of_the_training_rows_are_chosen() -> None:
     method = EchoAtt(ratio=0.34, samples=3, tokens=9)
     model, ctx = base(), context()
-    batches = [batch_of(i, rows=1, length=12) for i in range(5)]
-    assert method.select(model, batches, ctx) == [0, 1, 2, 3, 4]
-    texts = [b.input_ids[0, :9] for b in batches[:3]]
+    examples = [example_of(i, length=12) for i in range(5)]
+    assert method.dataset(examples, model, ctx) == examples
+    texts = [torch.tensor(e.ids[:9]) for e in examples[:3]]
     expected = sorted(ranking(mean_attention(base(), texts))[:2])
     assert ctx.state == {"shared": expected}
     assert map_of(method.prepare(model, ctx)).consumers == tuple(expected)
@@ -428,7 +429,7 @@ def test_what_cannot_be_is_refused(method: EchoAtt, message: str) -> None:
 
 def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(UserError, match=r"fewer than method\.tokens=256"):
-        EchoAtt().select(base(), [batch_of(rows=1)], context())
+        EchoAtt().dataset([example_of()], base(), context())
 
 
 # -- what it costs -----------------------------------------------------------------------------

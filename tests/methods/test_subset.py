@@ -2,28 +2,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SHAPE, batch_of, context, counted, prepared, stated, tiny_model
+from helpers import SHAPE, context, counted, example_of, prepared, stated, tiny_model
 
+from effbench.api.batch import collate
 from effbench.api.schema import build
 from effbench.methods.base import Method
 from effbench.methods.data.subset import Subset
 from effbench.nn.losses.token import token_nll
 from effbench.util.errors import UserError
 
-ROWS = [batch_of(seed, rows=1, length=8 + 5 * (seed % 3)) for seed in range(10)]
+ROWS = [example_of(seed, length=8 + 5 * (seed % 3)) for seed in range(10)]
 
 
 def select(seed=0, rows=ROWS, model=None, ctx=None, **settings):
     method = Subset(rank=4, **settings)
-    return method.select(model or tiny_model(), rows, ctx or context(seed))
+    kept = method.dataset(rows, model or tiny_model(), ctx or context(seed))
+    return [next(i for i, row in enumerate(rows) if row is one) for one in kept]
 
 
 def losses_of(model):
     model.eval()
     found = []
     for row in ROWS:
-        nll = token_nll(Method().logits(model, row), row.labels)
-        found.append((nll.sum() / (row.labels[:, 1:] != -100).sum()).item())
+        batch = collate([row], 0)
+        nll = token_nll(Method().logits(model, batch), batch.labels)
+        found.append((nll.sum() / batch.loss_tokens).item())
     return found
 
 
@@ -65,13 +68,15 @@ def test_another_model_can_be_the_judge():
 
 @pytest.mark.parametrize("by", ["lowest_loss", "highest_loss"])
 def test_ties_go_to_the_lower_index(by):
-    assert select(rows=[ROWS[0]] * 6, fraction=0.5, by=by) == [0, 1, 2]
+    same = [replace(ROWS[0]) for _ in range(6)]
+    assert select(rows=same, fraction=0.5, by=by) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("by", ["lowest_loss", "highest_loss"])
 def test_rows_without_loss_tokens_come_last(by):
-    empty = replace(ROWS[0], labels=torch.full_like(ROWS[0].labels, -100))
-    assert select(rows=[empty, *ROWS[1:3], empty], fraction=0.5, by=by) == [1, 2]
+    [tokens] = ROWS[0].sequences
+    empty = replace(ROWS[0], sequences=(replace(tokens, prompt_length=len(tokens.ids)),))
+    assert select(rows=[empty, *ROWS[1:3], replace(empty)], fraction=0.5, by=by) == [1, 2]
 
 
 def test_at_least_one_row_is_kept():

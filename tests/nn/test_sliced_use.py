@@ -222,14 +222,15 @@ def test_a_trial_opens_what_the_run_after_a_slice_evaluates(
     job = bench.job("train", f"from={first.key}", *CHAINS[name], *small)
     found: list[Any] = []
     monkeypatch.setattr(
-        "effbench.runner.stages.train.evaluate", lambda bench, model, _: found.append(model)
+        "effbench.runner.stages.train.evaluate", lambda run, opened, _: found.append(opened.model)
     )
     run_here(job)
     seen: list[Shape] = []
     kind = type(make_method(job.spec.method))
     monkeypatch.setattr(kind, "check", lambda self, shape: seen.append(shape))
     (tmp_path / "scratch").mkdir()
-    model, method = evaluated(job, bench.store, tmp_path / "scratch")
+    opened = evaluated(job, bench.store, tmp_path / "scratch")
+    model, method = opened.model, opened.method
     sizes = json.loads((bench.store.run(first.key).artefact / "sizes.json").read_text())
     assert [s.hidden_size for s in seen] == [sizes["hidden_size"]]
     layers = [seen[0].layer(index) for index in range(seen[0].num_layers)]

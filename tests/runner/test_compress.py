@@ -33,9 +33,9 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     seen: list[torch.nn.Module] = []
     run_one = evaluation._run_one
 
-    def watched(bench: Any, model: torch.nn.Module, *rest: Any) -> Any:
-        seen.append(model)
-        return run_one(bench, model, *rest)
+    def watched(run: Any, evaluated: evaluation.Evaluated, *rest: Any) -> Any:
+        seen.append(evaluated.opened.model)
+        return run_one(run, evaluated, *rest)
 
     monkeypatch.setattr(evaluation, "_run_one", watched)
     return seen

@@ -12,8 +12,8 @@ from conftest import Bench
 from effbench.config.compose import compose
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.models import load as models
-from effbench.runner.open import open_model
-from effbench.runner.run import open_bench
+from effbench.runner.open import context, open_model
+from effbench.runner.run import open_run
 from effbench.runner.stages import train
 from effbench.runner.stages.export import export
 from effbench.util.errors import StoppedError, UserError
@@ -41,9 +41,10 @@ def test_peft_loads_a_point_and_gives_the_same_logits(bench: Bench, tmp_path: Pa
     words = ("method=dylora", "method.rank=8", *SMALL)
     record = bench.run("train", *words)
     job = bench.job("train", *words)
-    work = open_bench(job, bench.folder(job), bench.store)
-    method = work.method
-    ours = method.load(open_model(work), bench.folder(job).artefact, work.context()).eval()
+    work = open_run(job, bench.folder(job), bench.store)
+    opened = open_model(work)
+    method, artefact = opened.method, bench.folder(job).artefact
+    ours = method.load(opened.model, artefact, context(work)).eval()
     ours.requires_grad_(False)
     untouched = base()(IDS).logits
     for point, rank in (("r2", 2), ("", 8)):

@@ -27,7 +27,7 @@ from effbench.nn.llama.weights import read_tensors
 from effbench.nn.losses.token import token_nll
 from effbench.results.events import EventLog, read_events
 from effbench.runner.open import open_data, open_model
-from effbench.runner.run import open_bench
+from effbench.runner.run import open_run
 from effbench.runner.stages import train
 from effbench.runner.stages.batching import micro_batches, rows_of_step
 from effbench.runner.worker import run_here
@@ -59,9 +59,8 @@ def trainer(bench: Bench, method: str, *overrides: str) -> train.Trainer:
     made = job(bench, method, *overrides)
     folder = bench.folder(made)
     folder.create(made.spec)
-    work = open_bench(made, folder, bench.store)
-    model = open_model(work)
-    return train.prepare(work, model, open_data(work))
+    work = open_run(made, folder, bench.store)
+    return train.build_trainer(work, open_model(work), open_data(work))
 
 
 def events(bench: Bench, made: Job, kind: str = "step") -> list[dict[str, Any]]:
@@ -197,7 +196,7 @@ def test_a_window_is_the_mean_over_all_its_tokens(bench: Bench) -> None:
             token_nll(Method().logits(made.model, b), b.labels)[b.labels[:, 1:] != -100]
             for b in window
         ]
-        parts = [made.bench.method.loss(made.model, b, made.ctx) for b in window]
+        parts = [made.method.loss(made.model, b, made.ctx) for b in window]
     assert float(sum(parts)) == pytest.approx(float(torch.cat(each).double().mean()), rel=1e-6)
 
 
@@ -265,7 +264,7 @@ def test_early_stopping_keeps_the_best_weights(
     validate = train._validate
 
     def watched(work: train.Trainer) -> None:
-        tensors = work.bench.method.tensors(work.model)
+        tensors = work.method.tensors(work.model)
         held[work.done.step] = {n: t.clone() for n, t in tensors.items()}
         validate(work)
 
@@ -420,7 +419,7 @@ def test_a_crash_between_artefact_and_note_is_survived(
 ) -> None:
     made = job(bench, "lora", "train.checkpoint_every=2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "note_made", lambda bench: interrupt())
+        patch.setattr(train, "note_made", lambda run: interrupt())
         run_here(made)
     first = weights(bench, made)
     run_here(made)

@@ -20,7 +20,8 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
-from effbench.api.batch import Batch
+from effbench.api.batch import collate
+from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.distill.kd import check_vocabulary
@@ -44,35 +45,43 @@ class Subset(LoRA):
     reference: str = ""
     """Name of the model config that scores the rows; empty for the model itself before training."""
 
-    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+    def dataset(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[Example]:
         """Return the chosen rows in order; `model` is the base, before anything is put into it.
 
         Raises:
             UserError: When the reference's vocabulary is not the model's.
         """
-        keep = max(1, round(self.fraction * len(batches)))
+        keep = max(1, round(self.fraction * len(examples)))
+        return [examples[i] for i in sorted(self.ranking(examples, model, ctx)[:keep])]
+
+    def ranking(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[int]:
+        """Return the places of all rows, those first that are to be kept."""
         if self.by == "random":
             generator = torch.Generator().manual_seed(ctx.seed)
-            return sorted(torch.randperm(len(batches), generator=generator)[:keep].tolist())
+            return torch.randperm(len(examples), generator=generator).tolist()
         judge = ctx.load_model(self.reference) if self.reference else model
         check_vocabulary("reference", self.reference, judge, model)
-        losses = self.mean_losses(judge, batches, ctx)
+        losses = self.mean_losses(judge, examples, ctx)
         sign = 1 if self.by == "lowest_loss" else -1
-        ranking = sorted(
-            range(len(batches)), key=lambda i: (math.isnan(losses[i]), sign * losses[i], i)
+        return sorted(
+            range(len(examples)), key=lambda i: (math.isnan(losses[i]), sign * losses[i], i)
         )
-        return sorted(ranking[:keep])
 
     def mean_losses(
-        self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context
+        self, model: torch.nn.Module, examples: Sequence[Example], ctx: Context
     ) -> list[float]:
         """Return each row's mean loss over its tokens that count, in nats; NaN where none does."""
         training = model.training
         model.eval()
         losses = []
         with torch.no_grad():
-            for batch in batches:
-                total = float(self.token_nll(model, batch.to(ctx.device)).sum())
+            for example in examples:
+                batch = collate([example], pad_token_id=0).to(ctx.device)  # alone, so not padded
+                total = float(self.token_nll(model, batch).sum())
                 losses.append(total / batch.loss_tokens if batch.loss_tokens else math.nan)
         model.train(training)
         return losses

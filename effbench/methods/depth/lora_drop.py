@@ -41,6 +41,7 @@ from effbench.api.footprint import Training, passed_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import require_own_states
 from effbench.methods.base import Method
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
@@ -116,6 +117,7 @@ class LoRADrop(Method):
 
     def check(self, shape: Shape) -> None:
         """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
+        require_own_states(shape, self.name)
         chosen = self.droppable(shape.num_layers)
         if 0 in chosen:
             raise UserError(

@@ -41,6 +41,7 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.sharing import require_own_states
 from effbench.methods.adapters.lora import check_rank_fits, check_targets, low_rank_cost
 from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
@@ -129,6 +130,7 @@ class APT(Method):
     def check(self, shape: Shape) -> None:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
+        require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
 
     # -- structure -----------------------------------------------------------------------------

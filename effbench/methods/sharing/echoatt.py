@@ -33,6 +33,7 @@ from annotated_types import Ge
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
+from effbench.api.examples import Example
 from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -133,19 +134,20 @@ class EchoAtt(Method):
         """Whether any step needs the teacher."""
         return self.refine < 1
 
-    def select(self, model: torch.nn.Module, batches: Sequence[Batch], ctx: Context) -> list[int]:
+    def dataset(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[Example]:
         """Choose the layers, by the similarity of their attention on the training rows."""
         if self.layers is None and self.choice == "similar":
-            ctx.state[CHOSEN] = self._most_similar(model, batches, ctx.device)
-        return super().select(model, batches, ctx)
+            ctx.state[CHOSEN] = self._most_similar(model, examples, ctx.device)
+        return super().dataset(examples, model, ctx)
 
     def _most_similar(
-        self, model: Any, batches: Sequence[Batch], device: torch.device
+        self, model: Any, examples: Sequence[Example], device: torch.device
     ) -> list[int]:
         from effbench.nn.sharing.similarity import mean_attention
 
-        rows = (b.input_ids[0, : int(b.attention_mask[0].sum())].tolist() for b in batches)
-        texts = joined(rows, self.tokens, self.samples)
+        texts = joined((e.ids for e in examples), self.tokens, self.samples)
         if not texts:
             raise UserError(
                 f"The training rows have fewer than method.tokens={self.tokens} tokens.",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from effbench.api.stages.base import trains
 from effbench.report.comparison.seeds import Group, settings
 from effbench.report.table import show
 from effbench.results.records import Record
@@ -77,7 +78,7 @@ def _frame(record: Record) -> str:
     rows = 1
     for name in ("max_steps", "batch_size", "accumulation"):
         rows *= int(train.get(name) or 1)
-    parts = [record.stage, rows if record.stage == "train" else 0, record.parent]
+    parts = [record.stage, rows if trains(record.stage) else 0, record.parent]
     parts += [record.name_of("method")]
     parts += [record.spec.get("model"), record.spec.get("dataset")]
     return json.dumps(parts, sort_keys=True)
@@ -105,7 +106,7 @@ def _metric(record: Record, name: str) -> float | None:
 
 
 def _steps(record: Record) -> float | None:
-    if record.stage != "train":
+    if not trains(record.stage):
         return None
     taken = _metric(record, "train_steps")
     return taken if taken is not None else (record.spec.get("train") or {}).get("max_steps")

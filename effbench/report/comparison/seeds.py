@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from effbench.api.stages.base import trains
 from effbench.report.labels import labels
 from effbench.results.records import Record, as_now
 
@@ -87,7 +88,7 @@ def identity(record: Record, known: Mapping[str, Record]) -> tuple[str, Seeds]:
 def settings(record: Record) -> dict[str, Any]:
     """Return a copy of the spec without what its stage does not use."""
     spec = copy.deepcopy(record.spec)
-    if record.stage != "train":
+    if not trains(record.stage):
         spec.pop("train", None)
     return spec
 

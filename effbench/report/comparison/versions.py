@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from effbench.api.stages.base import trains
 from effbench.report.comparison.seeds import Group
 from effbench.results.records import Record
 
@@ -52,6 +53,6 @@ def _lineage(record: Record, known: Mapping[str, Record]) -> Iterator[Record]:
 def _parts(record: Record) -> list[str]:
     """Return the parts of a run that can have versions, as `keys.versions_of` names them."""
     evaluators = [f"evaluator.{e['name']}" for e in record.spec.get("evaluators") or ()]
-    trained = ["train"] if record.stage == "train" else []
+    trained = ["train"] if trains(record.stage) else []
     parts = ["model", "dataset", "hardware", *trained, f"method.{record.name_of('method')}"]
     return [*parts, *evaluators]

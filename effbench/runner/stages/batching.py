@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
-from effbench.api.batch import Batch, make_batch
-from effbench.data.tokenise import Example
+from effbench.api.batch import Batch, collate
+from effbench.api.examples import Example
+from effbench.api.footprint import Pass
 from effbench.util.errors import UserError
 
 PASS_TOKENS = {"cpu": 128, "cuda": 256}
@@ -37,22 +39,31 @@ def _permutation(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=draws).tolist()
 
 
-def micro_batches(lengths: Sequence[int], most: int, pass_tokens: int) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], most: int, pass_tokens: int, sizes: Sequence[int] = ()
+) -> list[list[int]]:
     """Return the positions in groups that together take the least time.
 
     Rows of one group are padded to its longest; each group costs one more pass over the weights.
     The best cut of the rows in order of length is found by dynamic programming.
 
     Args:
-        lengths: Tokens of each row.
+        lengths: Tokens of each row's longest sequence.
         most: Rows that a group may have.
         pass_tokens: What a pass costs, in tokens.
+        sizes: Sequences of each row; one where it is empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    before = [0, *accumulate(sizes[i] if sizes else 1 for i in order)]
     best: list[tuple[int, int]] = [(0, 0)]  # (cost, start of the last group) of the first n rows
     for end in range(1, len(order) + 1):
         choices = [
-            (best[start][0] + (end - start) * lengths[order[start]] + pass_tokens, start)
+            (
+                best[start][0]
+                + (before[end] - before[start]) * lengths[order[start]]
+                + pass_tokens,
+                start,
+            )
             for start in range(max(0, end - most), end)
         ]
         best.append(min(choices))
@@ -67,7 +78,37 @@ def micro_batches(lengths: Sequence[int], most: int, pass_tokens: int) -> list[l
 
 def groups_of(rows: Sequence[Example], most: int, device: torch.device) -> list[list[int]]:
     """Return the positions of a step's rows, by micro-batch."""
-    return micro_batches([len(r.ids) for r in rows], most, PASS_TOKENS.get(device.type, 128))
+    sizes = [len(r.sequences) for r in rows]
+    return micro_batches([r.longest for r in rows], most, PASS_TOKENS.get(device.type, 128), sizes)
+
+
+def passes_of(
+    examples: Sequence[Example], steps: int, seed: int, size: int, most: int, device: torch.device
+) -> tuple[set[Pass], int]:
+    """Return the micro-batches of the first steps, as far as memory depends on them.
+
+    Args:
+        examples: The training rows.
+        steps: How many are looked at.
+        seed: Of the run.
+        size: Rows of one step.
+        most: Rows that a micro-batch may have.
+        device: Decides how they are dealt.
+
+    Returns:
+        What they are, and how many a step has at the most.
+    """
+    found, many = set(), 1
+    for step in range(steps):
+        rows = [examples[i] for i in rows_of_step(len(examples), seed, step, size)]
+        groups = groups_of(rows, most, device)
+        many = max(many, len(groups))
+        for group in groups:
+            members = [rows[i] for i in group]
+            sequences = sum(len(e.sequences) for e in members)
+            longest = max(e.longest for e in members)
+            found.add(Pass("train", sequences, longest, sum(e.loss_tokens for e in members)))
+    return found, many
 
 
 def window(
@@ -79,6 +120,8 @@ def window(
 ) -> list[Batch]:
     """Return the micro-batches of one step; their losses add up to the mean over all its tokens.
 
+    An example's sequences are never dealt into different micro-batches.
+
     Args:
         examples: The training rows.
         rows: The rows of this step.
@@ -89,7 +132,8 @@ def window(
     Raises:
         UserError: When no token of the step counts in the loss.
     """
-    tokens = sum(sum(label != -100 for label in examples[i].labels()[1:]) for i in rows)
+    weights = [examples[i].columns.get("weight", 1) for i in rows]
+    tokens = sum(w * examples[i].loss_tokens for w, i in zip(weights, rows, strict=True))
     if tokens == 0:
         raise UserError(
             "A whole accumulation window has no token to learn from.",
@@ -98,8 +142,9 @@ def window(
     batches = []
     for group in groups_of([examples[i] for i in rows], most, device):
         chosen = [rows[position] for position in group]
-        batch = make_batch([(examples[i].ids, examples[i].labels()) for i in chosen], pad)
-        batch.rows = chosen
+        batch = collate([examples[i] for i in chosen], pad)
+        batch.rows = [chosen[place] for place in batch.rows]
         batch.window_tokens = tokens
+        batch.window_examples = sum(weights)
         batches.append(batch.to(device))
     return batches

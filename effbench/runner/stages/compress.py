@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from effbench.api.batch import Batch
+from effbench.api.batch import Batch, collate
+from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
-from effbench.data.tokenise import Example
+from effbench.methods.base import Method
 from effbench.nn.llama.weights import read_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
-from effbench.runner.open import open_data, open_model
-from effbench.runner.run import Bench, as_batch, count_model, count_trained
+from effbench.runner.open import context, open_data, open_model
+from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
 from effbench.util.files import atomic_path
@@ -45,45 +47,47 @@ class Parts:
         return self.folder / f"{name}.safetensors"
 
 
-def compress(bench: Bench) -> None:
+def perform(run: Run) -> None:
     """Compress, save and evaluate.
 
     Raises:
         StoppedError: After Ctrl-C or a termination signal; finished parts are kept.
     """
-    data = open_data(bench)
-    model = open_model(bench).requires_grad_(False).eval()
-    made = load_made(bench, model)
+    data = open_data(run)
+    opened = open_model(run)
+    model = opened.model.requires_grad_(False).eval()
+    made = load_made(run, opened.method, model)
     if made is None:
-        rows = _calibration(bench, data.examples("train"))
+        rows = _calibration(run, data.examples("train"))
         passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
-        bench.know(calibrate=tuple(passes), lengths=0)
-        with bench.phase("compress"):
-            _parts(bench, model, rows)
-        count_model(bench, model)
-        count_trained(bench, model)
-        save_artefact(bench, model)
-        note_made(bench)
-    evaluate(bench, made or model, data)
+        run.know(calibrate=tuple(passes), lengths=0)
+        with run.phase("compress"):
+            _parts(run, opened.method, model, rows)
+        count_model(run, model)
+        count_trained(run, model)
+        save_artefact(run, opened.method, model)
+        note_made(run)
+    evaluate(run, replace(opened, model=made or model), data)
+    hold_against_plan(run, opened.base, opened.base_bytes)
 
 
-def _calibration(bench: Bench, examples: Sequence[Example]) -> list[Batch]:
-    pad = bench.tokenizer.pad_token_id
-    return [as_batch(e, pad).to(bench.device) for e in examples[:CALIBRATION_ROWS]]
+def _calibration(run: Run, examples: Sequence[Example]) -> list[Batch]:
+    pad = run.tokenizer.pad_token_id
+    return [collate([e], pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
 
 
-def _parts(bench: Bench, model: torch.nn.Module, calibration: list[Batch]) -> None:
+def _parts(run: Run, method: Method, model: torch.nn.Module, calibration: Sequence[Batch]) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
-    finished = Parts(bench.folder.path / "parts")
-    parts = bench.method.compress(model, calibration, bench.context())
+    finished = Parts(run.folder.path / "parts")
+    parts = method.compress(model, calibration, context(run))
     with stop_signal() as stop:
         for done, part in enumerate(parts, 1):
-            tensors = finished.read(part.name, bench.device)
+            tensors = finished.read(part.name, run.device)
             if tensors is None:
                 tensors = part.make()
                 finished.add(part.name, tensors)
-                bench.events.append("part", name=part.name)
+                run.events.append("part", name=part.name)
             part.put(tensors)
-            bench.progress.count("part", done, part.name)
+            run.progress.count("part", done, part.name)
             if stop.requested:
                 raise StoppedError(f"part {part.name}")

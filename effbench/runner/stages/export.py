@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from effbench.api.spec import Job, Runtime
+from effbench.api.stages import base as stages
 from effbench.results.store import Store
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.files import replace_folder, scratch_folder
@@ -19,27 +20,27 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     store = Store(results)
     key = store.resolve(ref)
     spec = store.spec_of(key)
-    while spec.stage == "eval" and spec.parent:
+    while not stages.find(spec.stage).makes and spec.parent:
         key, spec = spec.parent, store.spec_of(spec.parent)
-    if spec.stage == "eval":
+    if not stages.find(spec.stage).makes:
         raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
     if folder.exists():
         raise UserError(f"{folder} is there already.", "Choose another folder.")
 
-    from effbench.runner.open import open_model
-    from effbench.runner.run import open_bench
+    from effbench.runner.open import context, open_model
+    from effbench.runner.run import open_run
 
-    bench = open_bench(Job(spec, Runtime(results=str(results))), store.run(key), store)
-    model = open_model(bench)
-    points = bench.method.points()
+    run = open_run(Job(spec, Runtime(results=str(results))), store.run(key), store)
+    opened = open_model(run)
+    points = opened.method.points()
     point = point or points[-1]
     if point not in points:
         raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
-    model = bench.method.load(model, store.run(key).artefact, bench.context())
-    bench.events.close()
+    model = opened.method.load(opened.model, store.run(key).artefact, context(run))
+    run.events.close()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
-        bench.method.export(model, point, new)
+        opened.method.export(model, point, new)
         if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
-            bench.tokenizer.save_pretrained(new)
+            run.tokenizer.save_pretrained(new)
         replace_folder(new, folder)

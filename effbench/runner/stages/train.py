@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from effbench.api.batch import Batch, by_length, make_batch
-from effbench.api.footprint import Pass
+from effbench.api.batch import Batch, by_length, collate
+from effbench.api.examples import Example
 from effbench.api.method_types import Context
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
-from effbench.data.tokenise import Example
+from effbench.methods.base import Method
 from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
@@ -24,17 +24,19 @@ from effbench.results.events import read_events
 from effbench.results.records import Metric
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
-from effbench.runner.open import open_data, open_model
+from effbench.runner.open import Opened, context, open_data, open_model
 from effbench.runner.progress import duration
-from effbench.runner.run import Bench, as_batch, count_model, count_trained, mean
+from effbench.runner.run import Run, count_model, count_trained, hold_against_plan, mean
 from effbench.runner.signals import stop_signal
-from effbench.runner.stages.batching import groups_of, rows_of_step, window
+from effbench.runner.stages.batching import passes_of, rows_of_step, window
 from effbench.stats import median_interval
 from effbench.util.errors import StoppedError, UserError
 from effbench.util.files import open_atomic
 
 FORESEEN_STEPS = 500
 """Steps whose batches are looked at to predict the peak."""
+VALIDATION_TOKENS = 2048
+"""Tokens of a batch of validation rows, padding included."""
 WARMUP_STEPS = 3
 """Steps left out of the steady-state speed, where there are more."""
 
@@ -58,7 +60,8 @@ class Progressed:
 class Trainer:
     """Everything one training run holds."""
 
-    bench: Bench
+    run: Run
+    method: Method
     model: torch.nn.Module
     examples: Sequence[Example]
     validation: Sequence[Example]
@@ -75,79 +78,79 @@ class Trainer:
     @property
     def settings(self) -> TrainSpec:
         """The training part of the spec."""
-        return self.bench.spec.train
+        return self.run.spec.train
 
 
-def train(bench: Bench) -> None:
+def perform(run: Run) -> None:
     """Train, save and evaluate.
 
     Raises:
         StoppedError: After Ctrl-C or a termination signal, once the state is saved.
         UserError: For settings that cannot work, or a loss that is not finite.
     """
-    data = open_data(bench)
+    data = open_data(run)
     data.examples("train")  # held by the process before the model's memory is measured
-    model = open_model(bench)
-    model = load_made(bench, model) or _made(bench, model, data)
-    if bench.method.weights == "float32":
-        cast_parameters(model, bench.dtype)
-    evaluate(bench, model, data)
+    opened = open_model(run)
+    made = load_made(run, opened.method, opened.model) or _made(run, opened, data)
+    opened = replace(opened, model=made)
+    if opened.method.weights == "float32":
+        cast_parameters(made, run.dtype)
+    evaluate(run, opened, data)
+    hold_against_plan(run, opened.base, opened.base_bytes)
 
 
-def _made(bench: Bench, model: torch.nn.Module, data: Data) -> torch.nn.Module:
+def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
     """Train and save; the optimiser, gradients and other models are gone when this returns."""
-    trainer = prepare(bench, model, data)
-    with bench.phase("train"):
+    trainer, method = build_trainer(run, opened, data), opened.method
+    with run.phase("train"):
         _loop(trainer)
         trainer.layer_forwards.close()
         if trainer.best:
-            _restore(bench, trainer.model, trainer.best)
-        count_trained(bench, trainer.model)
-        _count_state(bench, trainer)
-        model = bench.method.finish(trainer.model, trainer.ctx)
-    count_model(bench, model)
-    save_artefact(bench, model)
-    _summarise(bench, trainer.done)
-    note_made(bench)
+            _restore(trainer, trainer.best)
+        count_trained(run, trainer.model)
+        _count_state(trainer)
+        model = method.finish(trainer.model, trainer.ctx)
+    count_model(run, model)
+    save_artefact(run, method, model)
+    _summarise(run, trainer.done)
+    note_made(run)
     trainer.optimizer.zero_grad(set_to_none=True)
-    bench.method.release(model)
+    method.release(model)
     return model
 
 
-def _count_state(bench: Bench, trainer: Trainer) -> None:
+def _count_state(trainer: Trainer) -> None:
     """Count what training holds beside the weights, from the tensors themselves."""
     states = trainer.optimizer.state.values()
     moments = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     for name, tensors in (("optimizer_bytes", moments), ("gradient_bytes", gradients)):
-        bench.count(name, sum(t.numel() * t.element_size() for t in tensors), "bytes")
+        trainer.run.count(name, sum(t.numel() * t.element_size() for t in tensors), "bytes")
 
 
-def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
+def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     """Choose the data, put the method in, and make optimiser and schedule.
 
     Raises:
         UserError: When there is nothing to train, or nothing to train on.
     """
-    spec, method = bench.spec, bench.method
+    spec, method, model = run.spec, opened.method, opened.model
     if spec.train.patience and not spec.train.validate_every:
         raise UserError(
             f"train.patience={spec.train.patience} waits for validations, but there are none.",
             "Set train.validate_every too.",
         )
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(bench), cpu=bench.device.type == "cpu"
+        mixed_precision=_mixed_precision(run, method), cpu=run.device.type == "cpu"
     )
-    ctx = bench.context()
+    ctx = context(run)
     ctx.total_steps = spec.train.max_steps
     ctx.backward = accelerator.backward
     ctx.autocast = accelerator.autocast
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
-    examples = data.examples("train")
-    bench.folder.write_json("data.json", data.ids("train"))
-    batches = [as_batch(e, bench.tokenizer.pad_token_id) for e in examples]
-    chosen = method.select(model, batches, ctx)
+    run.folder.write_json("data.json", data.ids("train"))
+    chosen = method.dataset(data.examples("train"), model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
     model = method.prepare(model, ctx)
@@ -160,42 +163,44 @@ def prepare(bench: Bench, model: torch.nn.Module, data: Data) -> Trainer:
     optimizer = _optimizer(spec.train, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
     optimizer = accelerator.prepare(optimizer)
-    kept = [examples[i] for i in chosen]
-    bench.know(**_work(bench, kept))
+    examples = [method.unit(e) for e in chosen]
+    run.know(**_work(run, examples))
     return Trainer(
-        bench=bench,
+        run=run,
+        method=method,
         model=model,
-        examples=kept,
-        validation=data.examples("validation") if spec.train.validate_every else [],
+        examples=examples,
+        validation=_validation(run, method, data),
         ctx=ctx,
         accelerator=accelerator,
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
-        validated=method.validated(bench.start_shape()),
+        validated=method.validated(opened.start),
     )
 
 
-def _work(bench: Bench, examples: Sequence[Example]) -> dict[str, Any]:
+def _work(run: Run, examples: Sequence[Example]) -> dict[str, Any]:
     """Return the micro-batches that training will have, as far as memory depends on them."""
-    settings, found, most = bench.spec.train, set(), 1
+    settings, seed = run.spec.train, run.spec.seed
+    steps = min(settings.max_steps, FORESEEN_STEPS)
     size = settings.batch_size * settings.accumulation
-    for step in range(min(settings.max_steps, FORESEEN_STEPS)):
-        rows = [examples[i] for i in rows_of_step(len(examples), bench.spec.seed, step, size)]
-        groups = groups_of(rows, settings.batch_size, bench.device)
-        most = max(most, len(groups))
-        for group in groups:
-            longest = max(len(rows[i].ids) for i in group)
-            counted = sum(label != -100 for i in group for label in rows[i].labels()[1:])
-            found.add(Pass("train", len(group), longest, counted))
+    found, most = passes_of(examples, steps, seed, size, settings.batch_size, run.device)
     return {"train": tuple(found), "micro_batches": most, "lengths": 0}
 
 
-def _mixed_precision(bench: Bench) -> str:
-    if bench.dtype == torch.float16:
+def _validation(run: Run, method: Method, data: Data) -> list[Example]:
+    """Return the rows that training is validated on, as training has its own."""
+    if not run.spec.train.validate_every:
+        return []
+    return [method.unit(e) for e in data.examples("validation")]
+
+
+def _mixed_precision(run: Run, method: Method) -> str:
+    if run.dtype == torch.float16:
         return "fp16"
-    masters = bench.method.weights == "float32"
-    return "bf16" if masters and bench.dtype == torch.bfloat16 else "no"
+    masters = method.weights == "float32"
+    return "bf16" if masters and run.dtype == torch.bfloat16 else "no"
 
 
 def _clip(
@@ -258,7 +263,7 @@ def _loop(trainer: Trainer) -> None:
     _resume(trainer)
     first = done.step
     if first == 0:
-        trainer.bench.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
+        trainer.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
     begun = time.perf_counter()
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
@@ -280,13 +285,13 @@ def one_step(trainer: Trainer) -> float:
     Raises:
         UserError: When the loss is not finite.
     """
-    bench, ctx, done = trainer.bench, trainer.ctx, trainer.done
+    run, method, ctx, done = trainer.run, trainer.method, trainer.ctx, trainer.done
     start = time.perf_counter()
     batches = window_of(trainer, done.step)
     before = trainer.layer_forwards.count
     ctx.step = done.step
-    bench.method.on_step(trainer.model, ctx)
-    loss = float(bench.method.update(trainer.model, trainer.optimizer, batches, ctx))
+    method.on_step(trainer.model, ctx)
+    loss = float(method.update(trainer.model, trainer.optimizer, batches, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
     _refuse_infinite("loss", loss, trainer.settings, done.step + 1)
@@ -295,7 +300,7 @@ def one_step(trainer: Trainer) -> float:
     done.tokens += tokens
     layer_forwards = trainer.layer_forwards.count - before
     done.layer_forwards += layer_forwards
-    bench.events.append(
+    run.events.append(
         "step",
         step=done.step,
         loss=loss,
@@ -303,7 +308,7 @@ def one_step(trainer: Trainer) -> float:
         tokens=tokens,
         layer_forwards=layer_forwards,
         learning_rate=rate,
-        **bench.method.facts(trainer.model, ctx),
+        **method.facts(trainer.model, ctx),
     )
     return loss
 
@@ -314,68 +319,69 @@ def window_of(trainer: Trainer, step: int) -> list[Batch]:
     size = settings.batch_size * settings.accumulation
     return window(
         trainer.examples,
-        rows_of_step(len(trainer.examples), trainer.bench.spec.seed, step, size),
+        rows_of_step(len(trainer.examples), trainer.run.spec.seed, step, size),
         settings.batch_size,
-        trainer.bench.tokenizer.pad_token_id,
+        trainer.run.tokenizer.pad_token_id,
         trainer.ctx.device,
     )
 
 
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
-    bench, done = trainer.bench, trainer.done
+    run, done = trainer.run, trainer.done
     elapsed = time.perf_counter() - begun
     left = elapsed / (done.step - first) * (trainer.settings.max_steps - done.step)
-    speed = _speed(bench, done, first, elapsed)
-    bench.progress.bar(
+    speed = _speed(run, done, first, elapsed)
+    run.progress.bar(
         "step",
         done.step,
         trainer.settings.max_steps,
-        f"loss {loss:.4f}  {speed:.0f} tok/s  {bench.memory_now()}  {duration(left)} left",
+        f"loss {loss:.4f}  {speed:.0f} tok/s  {run.memory_now()}  {duration(left)} left",
     )
 
 
-def _speed(bench: Bench, done: Progressed, first: int, elapsed: float) -> float:
+def _speed(run: Run, done: Progressed, first: int, elapsed: float) -> float:
     return done.tokens / done.step * (done.step - first) / max(elapsed, 1e-9)
 
 
 @torch.no_grad()
 def _validate(trainer: Trainer) -> None:
     """Measure the loss on the validation split; remember the best weights; decide to stop."""
-    bench, model, done = trainer.bench, trainer.model, trainer.done
+    run, method, done = trainer.run, trainer.method, trainer.done
+    model = trainer.model
     model.eval()
     total, count = 0.0, 0
-    with bench.method.at(model, trainer.validated):
-        for group in by_length([len(e.ids) for e in trainer.validation], 2048):
+    with method.at(model, trainer.validated):
+        lengths = [e.longest * len(e.sequences) for e in trainer.validation]
+        for group in by_length(lengths, VALIDATION_TOKENS):
             rows = [trainer.validation[i] for i in group]
-            pad = bench.tokenizer.pad_token_id
-            batch = make_batch([(e.ids, e.labels()) for e in rows], pad).to(trainer.ctx.device)
+            batch = collate(rows, run.tokenizer.pad_token_id).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                nll = bench.method.token_nll(model, batch)
-            total += float(nll.double().sum())
-            count += batch.loss_tokens
+                losses, over = method.validation(model, batch)
+            total += float(losses.double().sum())
+            count += over
     model.train()
     loss = total / count
-    bench.events.append("validation", step=done.step, loss=loss)
-    bench.progress.say(f"step {done.step}: validation loss {loss:.4f}")
-    if not bench.method.settled(model, trainer.ctx):
+    run.events.append("validation", step=done.step, loss=loss)
+    run.progress.say(f"step {done.step}: validation loss {loss:.4f}")
+    if not method.settled(model, trainer.ctx):
         return
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
-            tensors = bench.method.tensors(trainer.model)
+            tensors = method.tensors(trainer.model)
             trainer.best = {n: t.detach().clone() for n, t in tensors.items()}
     else:
         done.waited += 1
         if trainer.settings.patience and done.waited >= trainer.settings.patience:
             done.stopped = True
-            bench.notes.append(
+            run.notes.append(
                 f"stopped early at step {done.step}: no better validation loss in "
                 f"{done.waited} validations"
             )
 
 
-def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    for name, target in bench.method.tensors(model).items():
+def _restore(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, target in trainer.method.tensors(trainer.model).items():
         target.copy_(tensors[name])
 
 
@@ -384,7 +390,7 @@ def _restore(bench: Bench, model: torch.nn.Module, tensors: dict[str, torch.Tens
 
 def _checkpoint(trainer: Trainer) -> None:
     state = {
-        "tensors": trainer.bench.method.tensors(trainer.model),
+        "tensors": trainer.method.tensors(trainer.model),
         "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.schedule.state_dict(),
@@ -393,10 +399,10 @@ def _checkpoint(trainer: Trainer) -> None:
         "draws": trainer.ctx.generator.get_state(),
         "method": trainer.ctx.state,
         "done": vars(trainer.done),
-        "notes": trainer.bench.notes,
-        "events": trainer.bench.events.position(),
+        "notes": trainer.run.notes,
+        "events": trainer.run.events.position(),
     }
-    with open_atomic(trainer.bench.folder.checkpoint) as file:
+    with open_atomic(trainer.run.folder.checkpoint) as file:
         torch.save(state, file)
 
 
@@ -406,12 +412,12 @@ def _resume(trainer: Trainer) -> None:
     Raises:
         UserError: When the checkpoint cannot be read.
     """
-    bench = trainer.bench
-    path = bench.folder.checkpoint
+    run, method = trainer.run, trainer.method
+    path = run.folder.checkpoint
     if not path.is_file():
         return
     try:
-        state = torch.load(path, map_location=bench.device, weights_only=True)
+        state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -419,12 +425,12 @@ def _resume(trainer: Trainer) -> None:
             "Start anew with --fresh.",
         ) from None
     trainer.ctx.state = state["method"]
-    trainer.model = bench.method.rebuild(trainer.model, trainer.ctx)
-    groups = bench.method.groups(trainer.model)
+    trainer.model = method.rebuild(trainer.model, trainer.ctx)
+    groups = method.groups(trainer.model)
     for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
         group["params"] = members  # some may be new
     with torch.no_grad():
-        _restore(bench, trainer.model, state["tensors"])
+        _restore(trainer, state["tensors"])
     trainer.best = state["best"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
@@ -433,23 +439,23 @@ def _resume(trainer: Trainer) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
     trainer.ctx.generator.set_state(state["draws"].cpu())
     trainer.done.__dict__.update(state["done"])
-    bench.notes[:] = state["notes"]
-    bench.events.cut(state["events"])
-    bench.progress.say(f"going on from step {trainer.done.step}")
+    run.notes[:] = state["notes"]
+    run.events.cut(state["events"])
+    run.progress.say(f"going on from step {trainer.done.step}")
 
 
-def _summarise(bench: Bench, done: Progressed) -> None:
+def _summarise(run: Run, done: Progressed) -> None:
     """Turn the step events into metrics."""
-    steps = list(read_events(bench.folder.path / "events.jsonl", "step"))
+    steps = list(read_events(run.folder.path / "events.jsonl", "step"))
     losses = [s["loss"] for s in steps]
     tail = max(1, len(losses) // 10)
     steady = steps[WARMUP_STEPS:] or steps
     seconds = [s["seconds"] for s in steady]
     rates = [s["tokens"] / s["seconds"] for s in steady]
-    step, low, high = median_interval(seconds, seed=bench.spec.seed)
-    speed, slow, fast = median_interval(rates, seed=bench.spec.seed)
+    step, low, high = median_interval(seconds, seed=run.spec.seed)
+    speed, slow, fast = median_interval(rates, seed=run.spec.seed)
     counted: dict[str, Any] = {"phase": "train", "obtained": "counted"}
-    bench.metrics += [
+    run.metrics += [
         Metric("train_loss_first", mean(losses[:tail]), "nats/token", n=tail, phase="train"),
         Metric("train_loss_last", mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
         Metric("train_steps", done.step, "steps", **counted),

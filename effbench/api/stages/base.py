@@ -1,0 +1,66 @@
+"""What a stage says of itself, and the stages there are: one file each beside this one.
+
+The docstring of a stage's file is the help of its command. What it does is `perform(run)` in the
+file of the same name in `effbench/runner/stages`, which is imported when a run is at work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from effbench.util.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that a run can do with a model."""
+
+    method: str
+    """The method when no `method=` is given."""
+    evaluators: tuple[str, ...] = ()
+    """The evaluators when no `evaluator=` is given; none leaves those of the config."""
+    trains: bool = False
+    """Whether it trains, on the dataset's split of that name."""
+    makes: bool = False
+    """Whether it makes an artefact, with a method of its own, that other runs go on from."""
+    loads: bool = True
+    """Whether it loads a model; else shapes and stated ceilings are all that it has."""
+    name: str = ""
+    """The name of its file."""
+    help: str = ""
+    """What its command does, with examples."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all stages: those first that do most to a model."""
+    here = Path(__file__)
+    found = [p.stem for p in here.parent.glob("*.py") if p.stem not in ("__init__", here.stem)]
+    return tuple(sorted(found, key=_order))
+
+
+def _order(name: str) -> tuple[bool, bool, bool, str]:
+    stage = find(name)
+    return not stage.trains, not stage.makes, not stage.loads, name
+
+
+@cache
+def find(name: str) -> Stage:
+    """Return the stage called `name`.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if not (Path(__file__).parent / f"{name}.py").is_file():
+        raise UserError(f"There is no stage called {name!r}.", did_you_mean(name, names()))
+    module = import_module(f"effbench.api.stages.{name}")
+    stage: Stage = module.STAGE
+    return replace(stage, name=name, help=module.__doc__ or "")
+
+
+def trains(name: str) -> bool:
+    """Whether a stage trains; one that is not known here does not."""
+    return name in names() and find(name).trains

@@ -1,0 +1,199 @@
+"""What a run goes on from: the runs that made it, and what of theirs it takes over.
+
+| command | method | model | dataset |
+|---|---|---|---|
+| without `from=` | chosen | chosen | chosen |
+| `from=`, a stage that makes | chosen | the run's | the run's, with the chosen keys |
+| `from=`, one that makes nothing | the run's, with the chosen free settings | the same | the same |
+| the same, with a method that reads | chosen | the same | the same |
+
+Free are settings of evaluation (`at_evaluation`); a method reads when it makes nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effbench.api import registry
+from effbench.api.cost import Cost
+from effbench.api.plugins import make_method
+from effbench.api.schema import build, plain
+from effbench.api.shape import Shape
+from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
+from effbench.api.stages import base as stages
+from effbench.methods.base import Method
+from effbench.methods.chain import chain, chain_shapes, inference_cost
+from effbench.results.store import Store
+from effbench.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The methods that a run's model goes through, first to last."""
+
+    earlier: tuple[Method, ...]
+    """Those that made what the run starts from."""
+    methods: tuple[Method, ...]
+    """All, the run's own last; an evaluation goes through the last one again."""
+    folders: tuple[Path, ...]
+    """The artefact of each of the earlier ones, and of the run itself."""
+
+    @classmethod
+    def of(cls, spec: Spec, store: Store, artefact: Path | None = None) -> Lineage:
+        """Return the lineage of a run.
+
+        Args:
+            spec: The run.
+            store: Where the runs before it are.
+            artefact: Where the run's own is or will be.
+        """
+        ancestors = store.ancestors(spec)
+        earlier = tuple(make_method(s.method) for s in ancestors.values())
+        folders = tuple(store.run(key).artefact for key in ancestors)
+        own = (artefact,) if artefact else ()
+        return cls(earlier, tuple(chain(spec, earlier)), folders + own)
+
+    @property
+    def artefacts(self) -> tuple[Path, ...]:
+        """The artefacts of the earlier methods."""
+        return self.folders[: len(self.earlier)]
+
+    def start(self, base: Shape) -> Shape:
+        """Return the shape of what the run's own method starts from.
+
+        Args:
+            base: Of the base model.
+        """
+        return [base, *chain_shapes(self.methods[:-1], base, self.artefacts)][-1]
+
+    def left(self, base: Shape) -> Shape:
+        """Return the shape of what the run leaves: as planned, until its artefact is there."""
+        return chain_shapes(self.methods, base, self.folders)[-1]
+
+    def cost(self, base: Shape, dtype: str, point: str) -> Cost:
+        """Return what the model that the run evaluates needs at an operating point."""
+        return inference_cost(self.methods, base, dtype, point, self.folders)
+
+
+# -- what an earlier run fixed -----------------------------------------------------------------
+
+
+def inherit(
+    stage: str, config: Mapping[str, Any], chosen: set[str], start: str, parent: Spec | None
+) -> tuple[Plugin, ModelSpec, DatasetSpec]:
+    """Return method, model and dataset of a run; the table above says whose.
+
+    Args:
+        stage: The command.
+        config: The composed config.
+        chosen: The groups and keys that the user set.
+        start: Key of the run that `from=` names.
+        parent: Its spec; None without `from=`.
+
+    Raises:
+        UserError: When what the earlier run fixed is chosen again, or its files have changed.
+    """
+    settings = dict(config["method"])
+    name = settings.pop("name")
+    if parent is None:
+        method = plugin("methods", name, settings, "method")
+        return method, model_spec(config["model"]), dataset_spec(config["dataset"])
+    _refuse_fixed(stage, name, chosen, parent)
+    if _taken_over(stage, name, chosen):
+        method = _at_evaluation(settings, chosen, parent.method)
+    else:
+        method = plugin("methods", name, settings, "method")
+    if model_spec(plain(parent.model)) != parent.model:
+        raise UserError(
+            f"The files of {parent.model.path} have changed since run {start}.",
+            "Put them back, or run that one again first.",
+        )
+    return method, parent.model, _dataset_after(config["dataset"], chosen, parent.dataset)
+
+
+def _taken_over(stage: str, name: str, chosen: set[str]) -> bool:
+    """Whether the method is that of the earlier run: nothing is made, and nothing else reads it."""
+    if stages.find(stage).makes:
+        return False
+    reads = not stages.find(registry.find("methods", name).stage).makes
+    return not (reads and name != "none" and "method" in chosen)
+
+
+def _at_evaluation(settings: Mapping[str, Any], chosen: set[str], method: Plugin) -> Plugin:
+    """Return the method of an earlier run with the chosen settings of its evaluation."""
+    keys = {c.removeprefix("method.") for c in chosen if c.startswith("method.")}
+    given = {key: settings[key] for key in keys}
+    return plugin("methods", method.name, {**method.settings, **given}, "method")
+
+
+def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None:
+    free = registry.find("methods", parent.method.name).at_evaluation
+    chosen = chosen - {f"method.{key}" for key in free}
+    fixed = ("model", "method") if _taken_over(stage, name, chosen) else ("model",)
+    for key in fixed:
+        if any(c == key or c.startswith(f"{key}.") for c in chosen):
+            raise UserError(
+                f"from= already fixes the {key} ({getattr(parent, key).name}).",
+                f"Leave {key} out, or leave from= out.",
+            )
+
+
+def _dataset_after(
+    values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec
+) -> DatasetSpec:
+    """Return the dataset of an earlier run with the chosen keys, or another one."""
+    if chosen & {"dataset", "experiment"}:
+        return dataset_spec(values)
+    keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
+    return dataset_spec(_overlaid(plain(earlier), values, keys))
+
+
+def _overlaid(
+    values: dict[str, Any], changed: Mapping[str, Any], keys: Sequence[list[str]]
+) -> dict[str, Any]:
+    """Return values with those of `changed` at some keys; a key that is gone there goes."""
+    for *path, last in keys:
+        there, here = changed, values
+        for part in path:
+            there, here = there.get(part) or {}, here.setdefault(part, {})
+        if last in there:
+            here[last] = there[last]
+        else:
+            here.pop(last, None)
+    return values
+
+
+# -- parts of a spec ---------------------------------------------------------------------------
+
+
+def plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str) -> Plugin:
+    """Return a method or evaluator with its settings checked and filled in.
+
+    Raises:
+        UserError: For an unknown name or key, or a value of a wrong type.
+    """
+    cls = registry.find(kind, name)
+    made = build(cls, settings, where)
+    return Plugin(name, plain(made.sealed() if kind == "evaluators" else made))
+
+
+def model_spec(values: Mapping[str, Any]) -> ModelSpec:
+    """Return the spec of a model, with the fingerprint of its local files."""
+    from effbench.models.load import fingerprint
+
+    spec = build(ModelSpec, dict(values), "model")
+    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+
+
+def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
+    """Return the spec of a dataset, with the fingerprint of its local files."""
+    from effbench.data.dataset import fingerprint
+    from effbench.data.kinds.base import find
+
+    spec = build(DatasetSpec, dict(values), "dataset")
+    find(spec.kind)
+    return dataclasses.replace(spec, fingerprint=fingerprint(spec))

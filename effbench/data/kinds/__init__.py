@@ -1,0 +1,1 @@
+"""One kind of dataset a file: how its rows become texts, and texts examples."""

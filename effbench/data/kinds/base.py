@@ -1,0 +1,72 @@
+"""What a kind of dataset is, and how it is found: by the name of its file in this folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from effbench.api.examples import Example
+from effbench.api.spec import DatasetSpec
+from effbench.data.render import Place, Text
+from effbench.util.errors import UserError, did_you_mean
+
+
+class Kind:
+    """Base of all kinds. A kind has no settings of its own; it reads those of `DatasetSpec`."""
+
+    name: ClassVar[str] = ""
+    """The name of its file; set when it is found."""
+    asks: ClassVar[bool] = True
+    """Whether a row is a prompt that a model can be asked to answer."""
+    choices: ClassVar[bool] = False
+    """Whether its examples have wrong answers beside the right one."""
+    packs: ClassVar[bool] = False
+    """Whether rows are packed to train on, so that `documents` differs from `examples`."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Names in `DatasetSpec.columns` that it reads itself, as other things than numbers."""
+
+    def render(self, place: Place, spec: DatasetSpec) -> Text | None:
+        """Return a row as text; None for one that holds nothing and is left out.
+
+        Raises:
+            UserError: For a field that the row lacks, or that holds what cannot be.
+        """
+        raise NotImplementedError
+
+    def examples(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
+        """Return texts as examples to train on."""
+        raise NotImplementedError
+
+    def documents(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
+        """Return texts as examples to evaluate on, one each."""
+        return self.examples(texts, spec, tokenizer)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all kinds, sorted."""
+    own = {"__init__", Path(__file__).stem}
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in own))
+
+
+@cache
+def find(name: str) -> Kind:
+    """Return the kind called `name`.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if name not in names():
+        raise UserError(f"dataset.kind={name} is not a kind.", did_you_mean(name, names()))
+    module = import_module(f"effbench.data.kinds.{name}")
+    [kind] = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Kind) and c.__module__ == module.__name__
+    ]
+    kind.name = name
+    return kind()

@@ -1,0 +1,68 @@
+"""Multiple-choice questions: pairs whose wrong answers are known too."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from effbench.api.spec import DatasetSpec
+from effbench.data.kinds.pairs import Pairs
+from effbench.data.render import Place, Text, columns_of, content_hash
+from effbench.util.errors import UserError
+
+
+class Choices(Pairs):
+    """Prompt and answers, by `dataset.prompt`, `dataset.choices` and `dataset.label`."""
+
+    choices: ClassVar[bool] = True
+
+    def render(self, place: Place, spec: DatasetSpec) -> Text | None:
+        """Return a row's prompt, its answers and which is right."""
+        prompt = place.fill(spec.prompt)
+        answers = _answers(place, spec)
+        right = _right(place, spec, len(answers))
+        columns = columns_of(place, spec, self.columns)
+        id_ = content_hash(prompt, *answers)
+        return Text(id_, prompt, answers[right], tuple(answers), right, columns=columns)
+
+
+def _answers(place: Place, spec: DatasetSpec) -> list[str]:
+    if not spec.choices_field:
+        return [place.answer(template) for template in spec.choices]
+    if len(spec.choices) != 1:
+        raise UserError("dataset.choices must be one template when choices_field is set.")
+    listed = _listed(place, spec.choices_field)
+    return [place.answer(spec.choices[0], choice=choice) for choice in listed]
+
+
+def _right(place: Place, spec: DatasetSpec, count: int) -> int:
+    label = place.field(spec.label)
+    if spec.label_names:
+        listed = _listed(place, spec.label_names)
+        if label not in listed:
+            raise UserError(f"{place.where}: label {label!r} is not among {listed}.")
+        return listed.index(label)
+    right = _index(label)
+    if right is None:
+        raise UserError(f"{place.where}: label {label!r} is no index.", "Set dataset.label_names.")
+    if not 0 <= right < count:
+        raise UserError(f"{place.where}: label {right} is not one of {count} answers.")
+    return right
+
+
+def _index(label: Any) -> int | None:
+    """Return a label as a whole number; None where it is none."""
+    try:
+        right = int(label)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if isinstance(label, float) and label != right else right
+
+
+def _listed(place: Place, dotted: str) -> list[Any]:
+    value = place.field(dotted)
+    if isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__"):
+        raise UserError(
+            f"{place.where}: {dotted!r} is {value!r}, which is no list.",
+            "Name a field that lists the answers.",
+        )
+    return list(value)

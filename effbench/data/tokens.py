@@ -1,0 +1,196 @@
+"""Texts to tokens: where a prompt ends, and what is cut when it is too long."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from effbench.api.examples import Tokens
+from effbench.data.render import Turn
+from effbench.util.errors import UserError
+
+
+class Encoder:
+    """A tokenizer that never closes a text: what it would put at the end is left out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.opening, self.closing = _added(tokenizer)
+
+    def __call__(self, text: str, special: bool = True) -> list[int]:
+        """Return the tokens of a text.
+
+        Args:
+            text: Any.
+            special: Whether what the tokenizer puts before a text goes before it.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids[: len(ids) - self.closing] if special else ids
+
+    def pair(self, prompt: str, answer: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt and of an answer to it, neither of them empty.
+
+        As lm-eval does it: both are tokenised together, and the prompt's own tokens are taken off
+        the front. Before an answer without a prompt stands the token that a text begins with.
+
+        Args:
+            prompt: Without blanks at its end, see `moved`; may be empty.
+            answer: With all that stands between it and the prompt.
+            special: As in `__call__`.
+
+        Raises:
+            UserError: When the answer has no token.
+        """
+        context = self.context(prompt, special)
+        rest = self(prompt + answer, special)[len(context) :] if prompt else []
+        rest = rest or self(answer, special=False)
+        if not rest:
+            raise UserError(f"The answer {answer!r} has no token.", "Mend the row.")
+        return context, rest
+
+    def context(self, prompt: str, special: bool = True) -> list[int]:
+        """Return the tokens of a prompt that an answer is to follow, at least one; see `pair`."""
+        return self(prompt, special) or [prefix_token(self.tokenizer)]
+
+    def left_of(self, answer: str, ids: list[int], room: int) -> int:
+        """Return the UTF-8 bytes of an answer of which `room` tokens are left.
+
+        A character that is cut through does not count.
+        """
+        if len(ids) <= room:
+            return len(answer.encode())
+        text = self.tokenizer.decode(ids[:room], skip_special_tokens=True)
+        return len(text.rstrip("\ufffd").encode())
+
+
+def moved(prompt: str, answer: str) -> tuple[str, str]:
+    """Return both with the blanks at the end of the prompt before the answer; line ends stay.
+
+    Most tokenizers make one token of a blank and the word after it.
+    """
+    bare = prompt.rstrip(" \t")
+    return bare, prompt[len(bare) :] + answer
+
+
+def _added(tokenizer: Any) -> tuple[int, int]:
+    """Return how many tokens a tokenizer puts before and after every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for before in range(len(full) - len(bare) + 1):
+        if full[before : before + len(bare)] == bare:
+            return before, len(full) - len(bare) - before
+    return 0, 0
+
+
+def fitted(
+    prompt: list[int], answers: Sequence[list[int]], limit: int, kept: int = 0
+) -> tuple[list[int], int]:
+    """Return a prompt that leaves room for the longest of some answers, and what it lost.
+
+    It loses its start, but for the `kept` tokens that every text begins with.
+
+    Args:
+        prompt: Tokens.
+        answers: Tokens of each answer.
+        limit: Most tokens of prompt and answer; one is left for what ends a text.
+        kept: Tokens at its start that stay.
+    """
+    room = max(1, limit - max(map(len, answers)) - 1)
+    if len(prompt) <= room:
+        return prompt, 0
+    kept = min(kept, room - 1)
+    return prompt[:kept] + prompt[len(prompt) - (room - kept) :], len(prompt) - room
+
+
+def joined(prompt: list[int], lost: int, answer: list[int], limit: int, size: int) -> Tokens:
+    """Return prompt and answer as one sequence of at most `limit` tokens.
+
+    Args:
+        prompt: As `fitted` leaves it.
+        lost: Tokens that it lost.
+        answer: Tokens; it loses its end.
+        limit: Most tokens.
+        size: Bytes of the answer's text.
+    """
+    ids = [*prompt, *answer]
+    return Tokens(ids[:limit], len(prompt), size, (lost, max(0, len(ids) - limit)))
+
+
+def answered(
+    encoder: Encoder, prompt: str, answer: str, limit: int, special: bool = True
+) -> Tokens:
+    """Return prompt and answer as one sequence; its bytes are those of the answer that is left.
+
+    Args:
+        encoder: Makes the tokens.
+        prompt: As the user wrote it, or all of it in a chat template.
+        answer: With all that stands between it and the prompt.
+        limit: Most tokens, at least two.
+        special: False for a prompt in a chat template.
+
+    Raises:
+        UserError: When the answer has no token.
+    """
+    if special:
+        prompt, answer = moved(prompt, answer)
+    context, rest = encoder.pair(prompt, answer, special)
+    fitting, lost = fitted(context, [rest], limit, encoder.opening if special else 0)
+    size = encoder.left_of(answer, rest, limit - len(fitting))
+    return joined(fitting, lost, rest, limit, size)
+
+
+def ended(tokens: Tokens, limit: int, tokenizer: Any) -> Tokens:
+    """Return a sequence with the token that ends a text, if there is room for it."""
+    end = tokenizer.eos_token_id
+    if end is None or len(tokens.ids) >= limit or tokens.cut[1]:
+        return tokens
+    return Tokens([*tokens.ids, end], tokens.prompt_length, tokens.answer_bytes, tokens.cut)
+
+
+def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
+    """Return a prompt in the model's chat template, ready for an answer.
+
+    Args:
+        prompt: What the user says, or a conversation.
+        tokenizer: Of the model.
+
+    Raises:
+        UserError: When the model has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "The model has no chat template.",
+            "Set dataset.chat=false, or chat=false of the evaluator.",
+        )
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": who, "content": what} for who, what in turns],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    return rendered
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """Return the token that stands before a document: beginning of text, else end of text.
+
+    Raises:
+        UserError: When the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(
+        "The model's tokenizer has neither a beginning-of-text nor an end-of-text token, so the "
+        "first token of a document has nothing to be predicted from.",
+        "Give its tokenizer_config.json a bos_token.",
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return a hash of everything in a tokenizer that can change its output."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    template = str(getattr(tokenizer, "chat_template", ""))
+    return hashlib.sha256((body + template).encode()).hexdigest()[:16]
