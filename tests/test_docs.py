@@ -375,7 +375,12 @@ def python(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_a_method_from_another_package(tmp_path: Path) -> None:
+ALONE = "not evaluator and not process and not then"
+"""What of the contract concerns one method, and not its kind."""
+
+
+@pytest.mark.parametrize("chosen", [ALONE, pytest.param("", marks=pytest.mark.slow)])
+def test_a_method_from_another_package(chosen: str, tmp_path: Path) -> None:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     for name in ("effbench_neftune.py", "test_contract.py"):
         shutil.copy(EXAMPLE / name, tmp_path)
@@ -393,7 +398,9 @@ def test_a_method_from_another_package(tmp_path: Path) -> None:
     assert re.search("neftune +NEFTune: LoRA whose", effbench(tmp_path, "list", "methods"))
     assert "method.noise = 5.0" in effbench(tmp_path, "show", "method", "neftune")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    out = python(tmp_path, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider")
+    out = python(
+        tmp_path, "-m", "pytest", "-q", "-m", "not slow", "-k", chosen, "-p", "no:cacheprovider"
+    )
     assert "passed" in out
 
 

@@ -16,12 +16,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from dataclasses import replace as with_changes
 from functools import cache
-from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,8 +28,6 @@ import torch
 from effbench.api import registry
 from effbench.api.batch import make_batch
 from effbench.api.plugins import make_method
-from effbench.api.shape import Shape
-from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method, Part
@@ -52,11 +49,21 @@ from effbench.testing.bench import (
     kill,
     without_evaluation,
 )
+from effbench.testing.kinds import (
+    compresses,
+    evaluation_kind,
+    first_of_each,
+    makes,
+    method_class,
+    pair_kind,
+    pairs,
+    stage_of,
+    trains,
+)
 from effbench.testing.models import (
     changed,
     digests,
     fresh,
-    given,
     logits,
     move,
     shape_left,
@@ -64,116 +71,21 @@ from effbench.testing.models import (
     strengthened,
     tiny_shape,
 )
+from effbench.testing.runs import (
+    CHEAP,
+    STOPPING,
+    Made,
+    all_changed,
+    every_evaluator,
+    fitted,
+    overrides,
+)
 from effbench.util.errors import StoppedError, UserError
 
-HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
-SMALL = [
-    "train.max_steps=4",
-    "train.batch_size=2",
-    "train.checkpoint_every=2",
-    "+dataset.limit.train=16",
-    *HARDWARE,
-]
-CHEAP = "evaluator=[perplexity]"
 CYCLE = 12
-"""Decoded tokens: a multiple of any short cycle."""
-LONG = 300
-"""Decoded tokens, more than any cache begins with."""
-EVALUATION_HOOKS = (
-    "logits",
-    "plain_logits",
-    "token_nll",
-    "session",
-    "eager_session",
-    "plain_session",
-    "parts",
-    "whole",
-)
-"""Hooks that decide which way an evaluator goes."""
-
-
-def every_evaluator(only: Callable[[Any], bool] = lambda cls: True) -> list[str]:
-    """Return the overrides that choose evaluators, each with settings that take a moment."""
-    chosen = [n for n in registry.names("evaluators") if only(registry.find("evaluators", n))]
-    return [
-        f"evaluator=[{','.join(chosen)}]",
-        *(
-            f"evaluator.{name}.{key}={json.dumps(value)}"
-            for name in chosen
-            for key, value in registry.find("evaluators", name).trial.items()
-        ),
-    ]
-
-
-# -- kinds of methods ------------------------------------------------------------------------------
-
-
-def method_class(name: str) -> Any:
-    """Return the class of a method."""
-    return registry.find("methods", name)
-
-
-def stage_of(name: str) -> Any:
-    """Return the stage that makes a method's artefact."""
-    return method_class(name).stage
-
-
-def makes(name: str) -> bool:
-    """Whether a method leaves an artefact."""
-    return bool(stage_of(name) != "eval")
-
-
-def trains(name: str) -> bool:
-    """Whether a method trains."""
-    return bool(stage_of(name) == "train")
-
-
-def compresses(name: str) -> bool:
-    """Whether a method compresses."""
-    return bool(stage_of(name) == "compress")
-
-
-@cache
-def _left_kind(name: str) -> tuple[Any, ...]:
-    """Return how a method leaves the linear layers, the base and the shape."""
-    method, shape = given(name), tiny_shape()
-    left = type(method.fitted(shape).left(shape)).__name__
-    return method.leaves, method.weights == "nf4", left, type(method).left is not Method.left
-
-
-@cache
-def _evaluation_kind(name: str) -> tuple[Any, ...]:
-    """Return all that decides which way evaluators go with what a method makes."""
-    cls = method_class(name)
-    own = [h for h in EVALUATION_HOOKS if getattr(cls, h) is not getattr(Method, h)]
-    several = len(given(name).fitted(tiny_shape()).points()) > 1
-    return (*_left_kind(name), *own, several, cls.in_one_pass, cls.nested_points)
-
-
-@cache
-def _follower_kind(name: str) -> tuple[Any, ...]:
-    """Return all that decides what a method can go on from."""
-    cls = method_class(name)
-    own = cls.check_after is not Method.check_after
-    return cls.stage, given(name).weights == "nf4", cls.works_on, cls.leaves, own
-
-
-def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]:
-    """Return the first name of each kind."""
-    found: dict[Any, Any] = {}
-    for name in names:
-        found.setdefault(kind(name), name)
-    return list(found.values())
-
-
-def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Return all ordered pairs of methods that leave something, with one of `methods` in each."""
-    makers = [n for n in registry.names("methods") if makes(n)]
-    return [(a, b) for a, b in product(makers, makers) if a in methods or b in methods]
-
-
-def _pair_kind(pair: tuple[str, str]) -> Any:
-    return _left_kind(pair[0]), _follower_kind(pair[1])
+"""Decoded tokens: a multiple of any short cycle, where a method decodes in its own way."""
+LONG = 140
+"""Decoded tokens, more than a cache has room for at first."""
 
 
 def applies(to: Callable[[str], bool]) -> Callable[[Any], Any]:
@@ -192,88 +104,6 @@ def for_each_kind(test: Any) -> Any:
     return test
 
 
-# -- runs ------------------------------------------------------------------------------------------
-
-
-def overrides(name: str, **settings: Any) -> list[str]:
-    """Return the overrides of a small run; dropout is on, so that random numbers are drawn."""
-    cls = method_class(name)
-    chosen = {**cls.needs, **settings}
-    if "dropout" in {f.name for f in fields(cls)}:
-        chosen.setdefault("dropout", 0.1)
-    words = (f"method.{key}={json.dumps(value)}" for key, value in chosen.items())
-    return [f"method={name}", *SMALL, *words]
-
-
-@dataclass
-class Made:
-    """A finished run of a method, and what its model gave just before it was saved."""
-
-    bench: Bench
-    job: Job
-    record: Record
-    logits: dict[str, str]
-
-    @property
-    def artefact(self) -> dict[str, bytes]:
-        """The content of each file of the artefact."""
-        return self.bench.artefact(self.job)
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of each step."""
-        return self.bench.losses(self.job)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all tensors of the artefact by name."""
-        files = sorted(self.bench.folder(self.job).artefact.rglob("*.safetensors"))
-        return {name: t for path in files for name, t in read_tensors(path).items()}
-
-    def reading(self, *evaluators: str) -> list[str]:
-        """Return the words of an evaluation that goes on from the run."""
-        words = [f"run.results={self.bench.root}", "run.progress=false", *HARDWARE]
-        return [f"from={self.record.key}", *evaluators, *words]
-
-
-STOPPING = [
-    "train.validate_every=1",
-    "train.patience=1",
-    "train.schedule=constant",
-    "+dataset.limit.validation=8",
-]
-
-
-def all_changed(name: str) -> list[str]:
-    """Return overrides that give each setting of evaluation alone another value, all at once."""
-    cls, words = method_class(name), list[str]()
-    for key in sorted(cls.at_evaluation):
-        literals = [v for v in _literals(get_type_hints(cls)[key]) if isinstance(v, str)]
-        values = [*literals, *([v] for v in literals), True, False, 1, 2, 3, [1], [2], [3], [0]]
-        tried = (f"method.{key}={json.dumps(value)}" for value in values)
-        words.append(next(word for word in tried if _changes(name, key, [*words, word])))
-    return words
-
-
-def _changes(name: str, key: str, words: list[str]) -> bool:
-    try:
-        job = compose("train", [*overrides(name), "model=tiny", "dataset=arithmetic", *words])
-    except UserError:
-        return False
-    changed: bool = job.spec.method.settings[key] != settings_of(method_class(name))[key]
-    return changed
-
-
-def _literals(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) is Literal:
-        yield from get_args(hint)
-    else:
-        for part in get_args(hint):
-            yield from _literals(part)
-
-
-# -- the contract ----------------------------------------------------------------------------------
-
-
 class MethodContract:
     """The tests; a subclass names its `methods`."""
 
@@ -284,11 +114,11 @@ class MethodContract:
         to = getattr(metafunc.function, "applies", lambda name: True)
         names = [name for name in self.methods if to(name)]
         if getattr(metafunc.function, "for_each_kind", False):
-            names = first_of_each(names, _evaluation_kind)
+            names = first_of_each(names, evaluation_kind)
         if "name" in metafunc.fixturenames:
             metafunc.parametrize("name", names)
         if "pair" in metafunc.fixturenames:
-            chosen = first_of_each(pairs(self.methods), _pair_kind)
+            chosen = first_of_each(pairs(self.methods), pair_kind)
             rest = [
                 pytest.param(p, marks=pytest.mark.slow)
                 for p in pairs(self.methods)
@@ -627,7 +457,7 @@ class MethodContract:
         self, made: Callable[[str], Made], evaluated: Callable[[str], Record]
     ) -> None:
         """One process loads what the first method of each kind made, and evaluates it."""
-        names = first_of_each([n for n in self.methods if makes(n)], _evaluation_kind)
+        names = first_of_each([n for n in self.methods if makes(n)], evaluation_kind)
         if not names:
             pytest.skip("none of them makes anything")
         itemwise = every_evaluator(lambda cls: cls.itemwise)
@@ -688,16 +518,17 @@ def decoded(method: Method, model: torch.nn.Module, counts: bool) -> tuple[float
     session = method.session(model)
     session.prefill(torch.arange(8)[None])
     before, spent = session.kv_bytes(), 0.0
+    steps = CYCLE if type(method).session is not Method.session else 2
 
     def decode() -> None:
-        for token in range(CYCLE):
+        for token in range(steps):
             session.step(torch.tensor([[token]]))
 
     if counts:
         spent = flops(decode)
     else:
         decode()
-    return (session.kv_bytes() - before) / CYCLE, spent / CYCLE
+    return (session.kv_bytes() - before) / steps, spent / steps
 
 
 @torch.no_grad()
@@ -712,13 +543,6 @@ def check_decoding(method: Method, model: torch.nn.Module, ids: torch.Tensor) ->
     rows = [(row.tolist(), [-100] * 5 + row[5:].tolist()) for row in ids]
     one_pass = method.logits(model, make_batch(rows, 0))[:, 4:]
     torch.testing.assert_close(torch.stack(steps, 1), one_pass, atol=2e-5, rtol=1e-4)
-
-
-def fitted(run: Made) -> tuple[Method, Shape]:
-    """Return the method of a run, fitted, and the shape that it left."""
-    method = make_method(run.job.spec.method)
-    shape = method.left(tiny_shape(), run.bench.folder(run.job).artefact)
-    return method.fitted(shape), shape
 
 
 def no_part_is_made_twice(

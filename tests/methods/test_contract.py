@@ -14,13 +14,13 @@ from effbench.api import registry
 from effbench.results.records import Record
 from effbench.results.store import RunFolder
 from effbench.testing.contract import (
-    Made,
     MethodContract,
     applies,
     for_each_kind,
-    makes,
     no_part_is_made_twice,
 )
+from effbench.testing.kinds import makes
+from effbench.testing.runs import Made
 
 
 class TestMethods(MethodContract):
@@ -48,7 +48,8 @@ class TestMethods(MethodContract):
     ) -> None:
         def left(name: str) -> dict[str, Any]:
             record = evaluated(name)
-            return public_names(record, made(name).bench.store.run(record.key))
+            names = public_names(record, made(name).bench.store.run(record.key))
+            return {**names, "files": dict.fromkeys(names["files"], "")}
 
         found = left(name)
         if name != "full":
@@ -66,9 +67,11 @@ class TestMethods(MethodContract):
 
 def only_new(found: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics and files that the usual ones are not among."""
+    metrics = {k: v for k, v in found["metrics"].items() if k not in usual["metrics"]}
+    files = {f: "" for f in found["files"] if f not in usual["files"]}
     return {
-        "metrics": {k: v for k, v in found["metrics"].items() if k not in usual["metrics"]},
-        "files": [f for f in found["files"] if f not in usual["files"]],
+        "metrics": metrics,
+        "files": files if isinstance(found["files"], dict) else list(files),
     }
 
 

@@ -1,0 +1,94 @@
+"""Which methods are of one kind, so that the first of them can stand for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import product
+from typing import Any
+
+from effbench.api import registry
+from effbench.api.stages import base as stages
+from effbench.methods.base import Method
+from effbench.testing.models import given, tiny_shape
+
+EVALUATION_HOOKS = (
+    "logits",
+    "plain_logits",
+    "token_nll",
+    "session",
+    "eager_session",
+    "plain_session",
+    "parts",
+    "whole",
+)
+"""Hooks that decide which way an evaluator goes."""
+
+
+def method_class(name: str) -> Any:
+    """Return the class of a method."""
+    return registry.find("methods", name)
+
+
+def stage_of(name: str) -> Any:
+    """Return the stage that makes a method's artefact."""
+    return method_class(name).stage
+
+
+def makes(name: str) -> bool:
+    """Whether a method leaves an artefact."""
+    return stages.find(stage_of(name)).makes
+
+
+def trains(name: str) -> bool:
+    """Whether a method trains."""
+    return stages.find(stage_of(name)).trains
+
+
+def compresses(name: str) -> bool:
+    """Whether a method compresses."""
+    return bool(stage_of(name) == "compress")
+
+
+@cache
+def left_kind(name: str) -> tuple[Any, ...]:
+    """Return how a method leaves the linear layers, the base and the shape."""
+    method, shape = given(name), tiny_shape()
+    left = type(method.fitted(shape).left(shape)).__name__
+    return method.leaves, method.weights == "nf4", left, type(method).left is not Method.left
+
+
+@cache
+def evaluation_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides which way evaluators go with what a method makes."""
+    cls = method_class(name)
+    own = [h for h in EVALUATION_HOOKS if getattr(cls, h) is not getattr(Method, h)]
+    several = len(given(name).fitted(tiny_shape()).points()) > 1
+    return (*left_kind(name), *own, several, cls.in_one_pass, cls.nested_points)
+
+
+@cache
+def follower_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides what a method can go on from."""
+    cls = method_class(name)
+    own = cls.check_after is not Method.check_after
+    return cls.stage, given(name).weights == "nf4", cls.works_on, cls.leaves, own
+
+
+def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]:
+    """Return the first name of each kind."""
+    found: dict[Any, Any] = {}
+    for name in names:
+        found.setdefault(kind(name), name)
+    return list(found.values())
+
+
+def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return all ordered pairs of methods that leave something, with one of `methods` in each."""
+    makers = [n for n in registry.names("methods") if makes(n)]
+    return [(a, b) for a, b in product(makers, makers) if a in methods or b in methods]
+
+
+def pair_kind(pair: tuple[str, str]) -> Any:
+    """Return all that decides whether the second method can go on from the first, and how."""
+    return left_kind(pair[0]), follower_kind(pair[1])
