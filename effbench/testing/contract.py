@@ -51,6 +51,7 @@ from effbench.testing.bench import (
 )
 from effbench.testing.kinds import (
     compresses,
+    cycles,
     evaluation_kind,
     first_of_each,
     makes,
@@ -83,7 +84,7 @@ from effbench.testing.runs import (
 from effbench.util.errors import StoppedError, UserError
 
 CYCLE = 12
-"""Decoded tokens: a multiple of any short cycle, where a method decodes in its own way."""
+"""Decoded tokens: a multiple of any short cycle, where a method takes tokens by turns."""
 LONG = 140
 """Decoded tokens, more than a cache has room for at first."""
 
@@ -239,7 +240,7 @@ class MethodContract:
         for point in method.points():
             cost = method.cost(shape, dtype, point)
             with method.at(model, point):
-                grown, counted_flops = decoded(method, model, point in ends)
+                grown, counted_flops = decoded(method, model, point, point in ends)
             assert grown == cost.kv_bytes_per_token
             assert not counted_flops or cost.flops_per_token == pytest.approx(counted_flops, 0.01)
 
@@ -337,7 +338,7 @@ class MethodContract:
         ids = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(1))
         for point in method.points():
             with pytest.raises(HardKill), method.at(model, point):
-                check_decoding(method, model, ids)
+                check_decoding(method, model, point, ids)
                 raise HardKill
             assert logits(method, model).equal(whole)
         assert state_hash(model) == before
@@ -351,10 +352,10 @@ class MethodContract:
         batch = make_batch([(ids[0].tolist(), [-100] * 4 + ids[0, 4:].tolist())], 0)
         point = method.points()[-1]
         with method.at(model, point), torch.no_grad():
-            session = method.session(model)
+            session = method.session(model, point)
             session.prefill(ids[:, :4])
             steps = [session.step(ids[:, t : t + 1]) for t in range(4, LONG)]
-            one_pass = method.logits(model, batch)[0]
+            one_pass = method.logits(model, batch, point)[0]
         torch.testing.assert_close(torch.cat(steps[-4:]), one_pass[-4:], atol=5e-5, rtol=1e-3)
 
     # -- seeds -------------------------------------------------------------------------------------
@@ -513,12 +514,14 @@ for words in json.load(sys.stdin):
 """
 
 
-def decoded(method: Method, model: torch.nn.Module, counts: bool) -> tuple[float, float]:
+def decoded(
+    method: Method, model: torch.nn.Module, point: str, counts: bool
+) -> tuple[float, float]:
     """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token."""
-    session = method.session(model)
+    session = method.session(model, point)
     session.prefill(torch.arange(8)[None])
     before, spent = session.kv_bytes(), 0.0
-    steps = CYCLE if type(method).session is not Method.session else 2
+    steps = CYCLE if cycles(method) else 2
 
     def decode() -> None:
         for token in range(steps):
@@ -532,16 +535,16 @@ def decoded(method: Method, model: torch.nn.Module, counts: bool) -> tuple[float
 
 
 @torch.no_grad()
-def check_decoding(method: Method, model: torch.nn.Module, ids: torch.Tensor) -> None:
+def check_decoding(method: Method, model: torch.nn.Module, point: str, ids: torch.Tensor) -> None:
     """Decode two rows, swapped on the way, and hold each step against teacher-forced logits."""
-    session = method.session(model)
+    session = method.session(model, point)
     steps = [session.prefill(ids[:, :5])]
     steps += [session.step(ids[:, t : t + 1]) for t in range(5, 9)]
     session.reorder(torch.tensor([1, 0]))
     swapped = ids.flip(0)
     steps += [session.step(swapped[:, t : t + 1]).flip(0) for t in range(9, 12)]
     rows = [(row.tolist(), [-100] * 5 + row[5:].tolist()) for row in ids]
-    one_pass = method.logits(model, make_batch(rows, 0))[:, 4:]
+    one_pass = method.logits(model, make_batch(rows, 0), point)[:, 4:]
     torch.testing.assert_close(torch.stack(steps, 1), one_pass, atol=2e-5, rtol=1e-4)
 
 

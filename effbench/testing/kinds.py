@@ -10,19 +10,11 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
+from effbench.nn.decode.decoder import Route
 from effbench.testing.models import given, tiny_shape
 
-EVALUATION_HOOKS = (
-    "logits",
-    "plain_logits",
-    "token_nll",
-    "session",
-    "eager_session",
-    "plain_session",
-    "parts",
-    "whole",
-)
-"""Hooks that decide which way an evaluator goes."""
+OWN_HOOKS = ("forward", "parts", "whole")
+"""Hooks beside `decoder` that decide which way an evaluator goes."""
 
 
 def method_class(name: str) -> Any:
@@ -61,10 +53,23 @@ def left_kind(name: str) -> tuple[Any, ...]:
 @cache
 def evaluation_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides which way evaluators go with what a method makes."""
-    cls = method_class(name)
-    own = [h for h in EVALUATION_HOOKS if getattr(cls, h) is not getattr(Method, h)]
-    several = len(given(name).fitted(tiny_shape()).points()) > 1
-    return (*left_kind(name), *own, several, cls.in_one_pass, cls.nested_points)
+    cls, method = method_class(name), given(name).fitted(tiny_shape())
+    own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
+    return (*left_kind(name), *own, *_ways(method), cls.in_one_pass, cls.nested_points)
+
+
+def _ways(method: Method) -> list[Any]:
+    """Return how the points of a method decode, each way once, and whether they are several."""
+    decoders = [method.decoder(point) for point in method.points()]
+    ways = {
+        (type(d.cache).__name__, type(d.route).__name__, type(d.driver).__name__) for d in decoders
+    }
+    return [*sorted(ways), len(decoders) > 1]
+
+
+def cycles(method: Method) -> bool:
+    """Whether tokens may go through different blocks, in turns."""
+    return any(type(method.decoder(point).route) is not Route for point in method.points())
 
 
 @cache

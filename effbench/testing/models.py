@@ -103,12 +103,12 @@ def probe() -> Batch:
 
 
 @torch.no_grad()
-def logits(method: Method, model: torch.nn.Module) -> torch.Tensor:
+def logits(method: Method, model: torch.nn.Module, point: str = "") -> torch.Tensor:
     """Return evaluation logits; frozen, because torch then multiplies in one and the same order."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
-    out = method.logits(model.eval(), probe())
+    out = method.logits(model.eval(), probe(), point)
     for p in trained:
         p.requires_grad_(True)
     return out
@@ -119,7 +119,8 @@ def digests(method: Method, model: torch.nn.Module) -> dict[str, str]:
     training, found = model.training, {}
     for point in method.points():
         with method.at(model, point):
-            found[point] = hashlib.sha256(logits(method, model).numpy().tobytes()).hexdigest()
+            seen = logits(method, model, point).numpy().tobytes()
+            found[point] = hashlib.sha256(seen).hexdigest()
     model.train(training)
     return found
 
