@@ -208,7 +208,7 @@ class MethodContract:
         model = method.prepare(model, ctx)
         for point in method.points():
             with method.at(model, point):
-                assert logits(method, model).equal(expected)
+                assert logits(method, model, point).equal(expected)
 
     # -- the cost ----------------------------------------------------------------------------------
 
@@ -422,10 +422,10 @@ class MethodContract:
         point = method.validated(shape)
         model = method.prepare(base, ctx)
         with method.at(model, point):
-            before = logits(method, model)
+            before = logits(method, model, point)
         move(model)
         with method.at(model, point):
-            assert not logits(method, model).equal(before)
+            assert not logits(method, model, point).equal(before)
 
     # -- operating points --------------------------------------------------------------------------
 
