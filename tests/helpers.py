@@ -16,6 +16,7 @@ from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.methods.base import Method
 from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.testing.models import begun
 
 SHAPE = Shape(
     hidden_size=64,
@@ -93,7 +94,7 @@ def prepared(
     method: Method, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
-    return method.prepare(base_for(method, dtype), ctx), ctx
+    return begun(method, base_for(method, dtype), ctx), ctx
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:
@@ -120,7 +121,7 @@ def train(
     optimizer = optimizer or adamw(model)
     losses = []
     for _ in range(steps):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         parts = window(0 if same_batch else ctx.step)
         losses.append(method.update(model, optimizer, parts, ctx).item())
         ctx.step += 1

@@ -30,7 +30,9 @@ from effbench.api.batch import make_batch
 from effbench.api.plugins import make_method
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
-from effbench.methods.base import Method, Part
+from effbench.methods.base import Method
+from effbench.methods.compresses import Part
+from effbench.methods.trains import Trains
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.llama.weights import cast_parameters, read_tensors
 from effbench.nn.quant.linears import storage_bytes
@@ -62,6 +64,7 @@ from effbench.testing.kinds import (
     trains,
 )
 from effbench.testing.models import (
+    begun,
     changed,
     digests,
     fresh,
@@ -205,7 +208,7 @@ class MethodContract:
             pytest.skip("has no setting at which it changes nothing")
         method, model, _, ctx = fresh(name, **settings)
         expected = logits(Method(), model)
-        model = method.prepare(model, ctx)
+        model = begun(method, model, ctx)
         for point in method.points():
             with method.at(model, point):
                 assert logits(method, model, point).equal(expected)
@@ -251,7 +254,7 @@ class MethodContract:
         Where only the run itself finds out what stays, the cache is at most what was predicted,
         and everything else close to it.
         """
-        method = make_method(made(name).job.spec.method).fitted(tiny_shape())
+        method = make_method(made(name).job.spec.method).resolve(tiny_shape())
         predicted = method.left(tiny_shape())
         saved = method.left(tiny_shape(), made(name).bench.folder(made(name).job).artefact)
         for point in method.points():
@@ -267,7 +270,7 @@ class MethodContract:
     def test_what_trains_is_what_training_states(self, name: str) -> None:
         """`training_cost` counts what trains, or a bound of it where that changes."""
         method, model, shape, ctx = fresh(name)
-        counted = parameters(method.prepare(model, ctx)).trainable
+        counted = parameters(begun(method, model, ctx)).trainable
         stated = method.training_cost(shape, "float32").trainable
         changes = type(method).training_cost is not Method.training_cost
         assert 0 < counted <= stated if changes else counted == stated
@@ -386,7 +389,7 @@ class MethodContract:
 
     # -- settings of evaluation --------------------------------------------------------------------
 
-    @applies(lambda name: trains(name) and bool(method_class(name).at_evaluation))
+    @applies(lambda name: trains(name) and bool(method_class(name).eval_settings))
     def test_settings_of_evaluation_do_not_change_what_is_trained(
         self, name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -419,8 +422,9 @@ class MethodContract:
     def test_it_is_validated_where_it_learns(self, name: str) -> None:
         """What trains must be seen by the validation that decides which of it is kept."""
         method, base, shape, ctx = fresh(name)
+        assert isinstance(method, Trains)
         point = method.validated(shape)
-        model = method.prepare(base, ctx)
+        model = begun(method, base, ctx)
         with method.at(model, point):
             before = logits(method, model, point)
         move(model)

@@ -46,14 +46,14 @@ def compresses(name: str) -> bool:
 def left_kind(name: str) -> tuple[Any, ...]:
     """Return how a method leaves the linear layers, the base and the shape."""
     method, shape = given(name), tiny_shape()
-    left = type(method.fitted(shape).left(shape)).__name__
-    return method.leaves, method.weights == "nf4", left, type(method).left is not Method.left
+    left = type(method.resolve(shape).left(shape)).__name__
+    return method.produces, method.weights == "nf4", left, type(method).left is not Method.left
 
 
 @cache
 def evaluation_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides which way evaluators go with what a method makes."""
-    cls, method = method_class(name), given(name).fitted(tiny_shape())
+    cls, method = method_class(name), given(name).resolve(tiny_shape())
     own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
     return (*left_kind(name), *own, *_ways(method), cls.in_one_pass, cls.nested_points)
 
@@ -76,8 +76,8 @@ def cycles(method: Method) -> bool:
 def follower_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides what a method can go on from."""
     cls = method_class(name)
-    own = cls.check_after is not Method.check_after
-    return cls.stage, given(name).weights == "nf4", cls.works_on, cls.leaves, own
+    own = cls.check_start is not Method.check_start
+    return cls.stage, given(name).weights == "nf4", cls.accepts, cls.produces, own
 
 
 def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]:

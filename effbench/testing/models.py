@@ -16,7 +16,9 @@ from effbench.api.plugins import make_method
 from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
 from effbench.config.compose import compose, settings_of
-from effbench.methods.base import Method, compress_whole
+from effbench.methods.base import Method
+from effbench.methods.compresses import Compresses, compress_whole
+from effbench.methods.trains import Trains, begin_training
 from effbench.models import load as models
 
 
@@ -59,16 +61,25 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> Fresh:
 
     draws = torch.Generator().manual_seed(0)
     ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
-    return Fresh(method.fitted(loaded.shape), loaded.model, loaded.shape, ctx)
+    return Fresh(method.resolve(loaded.shape), loaded.model, loaded.shape, ctx)
+
+
+def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    """Return the model as the method trains it, or as it reads it."""
+    if isinstance(method, Trains):
+        return begin_training(method, model, ctx)
+    return method.prepare(model, ctx)
 
 
 def changed(name: str, dtype: str = "float32") -> Fresh:
     """Return a method and its model with the method in it, as its stage would put it there."""
     method, model, shape, ctx = fresh(name, dtype)
-    if method.stage == "compress":
+    if isinstance(method, Compresses):
         compress_whole(method, model.requires_grad_(False), [probe()], ctx)
     else:
-        model = method.finish(method.prepare(model, ctx), ctx)
+        model = begun(method, model, ctx)
+    if isinstance(method, Trains):
+        model = method.finalize(model, ctx)
     return Fresh(method, model, shape, ctx)
 
 
@@ -90,7 +101,7 @@ def move(model: torch.nn.Module) -> None:
 
 def shape_left(method: Method, model: torch.nn.Module, shape: Shape, folder: Path) -> Shape:
     """Return the shape that a changed model has, as its artefact says."""
-    if method.stage == "eval":
+    if not isinstance(method, Trains | Compresses):
         return shape
     method.save(model, folder)
     return method.left(shape, folder)

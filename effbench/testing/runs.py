@@ -97,7 +97,7 @@ STOPPING = [
 def all_changed(name: str) -> list[str]:
     """Return overrides that give each setting of evaluation alone another value, all at once."""
     cls, words = method_class(name), list[str]()
-    for key in sorted(cls.at_evaluation):
+    for key in sorted(cls.eval_settings):
         literals = [v for v in _literals(get_type_hints(cls)[key]) if isinstance(v, str)]
         values = [*literals, *([v] for v in literals), True, False, 1, 2, 3, [1], [2], [3], [0]]
         tried = (f"method.{key}={json.dumps(value)}" for value in values)
@@ -123,7 +123,6 @@ def _literals(hint: Any) -> Iterator[Any]:
 
 
 def fitted(run: Made) -> tuple[Method, Shape]:
-    """Return the method of a run, fitted, and the shape that it left."""
-    method = make_method(run.job.spec.method)
-    shape = method.left(tiny_shape(), run.bench.folder(run.job).artefact)
-    return method.fitted(shape), shape
+    """Return the method of a run, resolved, and the shape that it left."""
+    method = make_method(run.job.spec.method).resolve(tiny_shape())
+    return method, method.left(tiny_shape(), run.bench.folder(run.job).artefact)
