@@ -156,7 +156,7 @@ def require_own_states(shape: AnyShape, name: str) -> None:
     Raises:
         UserError: Naming the method.
     """
-    if any(x.mixer and x.mixer.source is not None for x in shape.layers):
+    if shape.shares:
         raise UserError(
             "Some layers of this model take states from others, which may not be left out.",
             f"Use {name} first, and share afterwards.",
