@@ -17,8 +17,8 @@ from effbench.api.shape import Shape
 from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.trains import Trains, begin_training
 from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
+from effbench.testing.models import begun
 
 SHAPE = Shape(
     hidden_size=64,
@@ -97,13 +97,6 @@ def prepared(
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
     return begun(method, base_for(method, dtype), ctx), ctx
-
-
-def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-    """Return the model as the method trains it, or as it reads it."""
-    if isinstance(method, Trains):
-        return begin_training(method, model, ctx)
-    return method.prepare(model, ctx)
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:

@@ -83,7 +83,12 @@ class AnyShape:
     def uniform(self) -> bool:
         """Whether all layers have the same sizes, none of which is 0, and each makes its states."""
         alike = len({x.size for x in self.layers}) <= 1
-        return alike and all(x.mixer and x.mlp and x.mixer.source is None for x in self.layers)
+        return alike and all(x.mixer and x.mlp for x in self.layers) and not self.shares
+
+    @property
+    def shares(self) -> bool:
+        """Whether some layer takes states from another."""
+        return any(x.mixer and x.mixer.source is not None for x in self.layers)
 
     @property
     def tail(self) -> int:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import begun
-from test_contract import NAMES, TRAINED, changed, fresh, saved
 
+from effbench.api import registry
 from effbench.api.parts import LayerShape, Linear, Norm
 from effbench.api.shape import LINEARS, ModelShape
 from effbench.methods.chain import shape_of
 from effbench.nn.quant.linears import QuantisedLinear, storage_bytes
+from effbench.testing.kinds import trains
+from effbench.testing.models import begun, changed, fresh, saved
 
+NAMES = registry.names("methods")
+TRAINED = [n for n in NAMES if trains(n)]
 Matrix = tuple[int, int, int, bool, int, int]
 """Columns, rows, bytes, whether it trains; parameters beside it, and how many of them train."""
 
@@ -45,8 +48,7 @@ def test_the_shape_that_trains_is_the_model_that_trains(name: str, dtype: str) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shape_that_is_left_is_the_model_that_is_left(name: str, tmp_path: Path) -> None:
-    method, model, shape, ctx = fresh(name, "bfloat16")
-    model = changed(method, model, ctx)
+    method, model, shape, _ = changed(name, "bfloat16")
     made = next(iter(saved(method, model, tmp_path)), None)
     left = shape_of(method, shape, phase="use", folder=made)
     point = method.whole(left)

@@ -42,6 +42,7 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.adapters.lora import check_rank_fits, check_targets
 from effbench.methods.pruning.structured import check_budget
@@ -134,6 +135,7 @@ class APT(Trains):
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
+        require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self
 

@@ -28,6 +28,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
@@ -60,6 +61,7 @@ class Structured(Compresses):
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse a budget that the prunable blocks cannot meet."""
+        require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self
 
