@@ -17,11 +17,13 @@ from effbench.api.examples import IGNORED, Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.schema import digest
 from effbench.data.dataset import splits
-from effbench.evaluators.perplexity import Perplexity
+from effbench.evaluators.base import exponential
+from effbench.evaluators.perplexity import Perplexity, _perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.results.journal import Journal
+from effbench.results.records import Metric
 from effbench.util.errors import UserError
 
 QUESTIONS = ["dataset=arithmetic", "+dataset.limit.test=12"]
@@ -99,6 +101,14 @@ def test_a_window_that_scores_nothing_is_left_out() -> None:
     assert {w.row for w in windows} == {0}
     assert [i for _, labels in pairs for i in labels if i != IGNORED] == list(range(25, 30))
     assert all(len(ids) == len(labels) for ids, labels in pairs)
+
+
+def test_a_loss_whose_exponential_overflows_is_kept() -> None:
+    assert exponential(4564.2) == math.inf
+    assert exponential(-4564.2) == 0.0
+    assert exponential(2.0) == math.exp(2.0)
+    found = _perplexity(Metric("loss", 708.0, low=1.0, high=710.0))
+    assert (found.value, found.low, found.high) == (math.exp(708.0), math.exp(1.0), math.inf)
 
 
 # -- documents ---------------------------------------------------------------------------------
