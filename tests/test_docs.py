@@ -318,7 +318,7 @@ def test_protocol_lists_the_hooks_that_exist() -> None:
     text = (ROOT / "docs" / "method-protocol.md").read_text()
     rows = re.findall(r"^\| (`.*?`) \|", text, re.M)
     hooks = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    public = {n: v for n, v in vars(Method).items() if not n.startswith("_")}
+    public = {n: getattr(Method, n) for n in dir(Method) if not n.startswith("_")}
     there = {n for n, v in public.items() if callable(v) or isinstance(v, property)}
     assert sorted(hooks) == sorted(there)
     named = re.search(r"Class variables: (.*?)\.\n", text, re.S)

@@ -90,7 +90,7 @@ class Preference(Evaluator):
         for group in journal.pending(_groups(units, self.batch_tokens)):
             batch = collate([units[i] for i in group], subject.pad_token_id).to(subject.device)
 
-            run = partial(subject.method.scores, subject.model, batch)
+            run = partial(subject.method.scores, subject.model, batch, subject.point)
             with torch.inference_mode():
                 scores = run()
                 require_finite(subject.model, scores, run)

@@ -106,7 +106,7 @@ class Reward(LoRA):
         """Return a question with its right answer and then all others."""
         return example.compared()
 
-    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
         """Return each sequence's reward, [B] float32, wherever the padding is."""
         states = model.model(  # type: ignore[operator]
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
@@ -124,7 +124,9 @@ class Reward(LoRA):
             losses = losses * batch.columns["weight"]
         return losses.sum() / batch.window_examples
 
-    def validation(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    def validation(
+        self, model: torch.nn.Module, batch: Batch, point: str = ""
+    ) -> tuple[torch.Tensor, int]:
         """Return the loss of each example, [E], and how many there are."""
         from effbench.nn.losses.preference import bradley_terry
 
