@@ -107,7 +107,7 @@ def test_a_loss_whose_exponential_overflows_is_kept() -> None:
     assert exponential(4564.2) == math.inf
     assert exponential(-4564.2) == 0.0
     assert exponential(2.0) == math.exp(2.0)
-    found = _perplexity(Metric("loss", 708.0, low=1.0, high=710.0))
+    found = _perplexity(Metric("loss", 708.0, "nats/token", low=1.0, high=710.0))
     assert (found.value, found.low, found.high) == (math.exp(708.0), math.exp(1.0), math.inf)
 
 
