@@ -182,7 +182,7 @@ def test_its_passes_are_its_batches(documents: Subject, bench: Bench) -> None:
     nll = documents.method.token_nll
 
     class Watched(type(documents.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             batches.append((*batch.input_ids.shape, batch.loss_tokens))
             return nll(model, batch)
 
@@ -204,7 +204,7 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_batch(
     class Stops(type(documents.method)):  # type: ignore[misc]
         limit = 3
 
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt
@@ -295,7 +295,7 @@ def test_differences_of_outcomes_are_those_of_the_ratio(questions: Subject) -> N
     nll = questions.method.token_nll
 
     class Worse(type(questions.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             return nll(model, batch) + 0.5 * (batch.labels[:, 1:] != -100)
 
     worse = Perplexity().run(dataclasses.replace(questions, method=Worse())).outcomes[0].values
