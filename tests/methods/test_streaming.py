@@ -13,7 +13,6 @@ from helpers import SHAPE, context, generator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import make_batch
-from effbench.api.shape import Shape
 from effbench.api.sharing import listed_map, shared_shape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.cache.streaming import SinkWindow, Streaming
@@ -272,7 +271,7 @@ def test_its_window_fits_the_model_unless_it_is_given() -> None:
 
 
 def test_artefacts_and_shapes_that_it_would_misread_are_refused_before_loading() -> None:
-    shared: Shape = shared_shape(DEEP, listed_map(4, [2], "kv"))
+    shared = shared_shape(DEEP, listed_map(4, [2], "kv"))
     with pytest.raises(UserError, match="take states from others"):
         Streaming().resolve(shared)
     Streaming().check_start([LoRA()])

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from effbench.api.method_types import Paper
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import Shape
-from effbench.api.sharing import SharedShape
+from effbench.api.shape import AnyShape
 from effbench.methods.base import Method
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.decoder import Decoder
@@ -74,7 +73,7 @@ class Streaming(Unchanged):
     """Last tokens that are in the cache beside them, w, the token that looks among them; null is
     the paper's 1,020, or as many as the model has positions for."""
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with its window.
 
         Raises:
@@ -88,7 +87,7 @@ class Streaming(Unchanged):
                 f"{shape.max_positions} positions of the model.",
                 f"Set method.window={most} or less.",
             )
-        if isinstance(shape, SharedShape):
+        if shape.shares:
             raise UserError(
                 "Some layers of this model take states from others, whose cache is not theirs.",
                 "Choose a model whose layers do not share.",
