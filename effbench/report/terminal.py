@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effbench.api.account import lines
 from effbench.report.table import Cell, Table, as_value, comparison, runs_table, tasks_table
 from effbench.results.records import Record, read_all
 from effbench.util.errors import UserError
@@ -59,6 +60,8 @@ def print_record(record: Record) -> None:
     if tasks.rows:
         print_table(tasks)
     print_table(_others(record))
+    for line in lines(record.data):
+        print(f"Data, {line}")
     for note in record.notes:
         print(f"Note: {note}")
     print(f"Key {record.key}: {record.label}, {record.seconds:.0f} s")

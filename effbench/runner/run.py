@@ -51,6 +51,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     """What was predicted, held against what was measured."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What became of the dataset's rows, as `Record.data`."""
     workload: Workload | None = None
     """The batches of this run, as far as they are known; None for the largest possible ones."""
     took: dict[str, Taken] = field(default_factory=dict)
@@ -207,6 +209,7 @@ def finish(run: Run) -> Record:
         plan=run.plan,
         notes=run.notes,
         outcomes=run.outcomes,
+        data=run.data,
     )
     run.folder.write_json("environment.json", record.environment)
     write(record, run.store.records)
