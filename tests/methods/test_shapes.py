@@ -11,7 +11,7 @@ import torch
 
 from effbench.api import registry
 from effbench.api.parts import LayerShape, Linear, Norm
-from effbench.api.shape import LINEARS, ModelShape
+from effbench.api.shape import ModelShape
 from effbench.methods.chain import shape_of
 from effbench.nn.quant.linears import QuantisedLinear, storage_bytes
 from effbench.testing.kinds import trains
@@ -104,8 +104,8 @@ def tree(model: Any) -> dict[str, Any]:
     for layer in model.model.layers:
         matrices = {}
         for part in (layer.self_attn, layer.mlp):
-            for name in LINEARS:
-                if isinstance(found := getattr(part, name, None), torch.nn.Module):
+            for name, found in part.named_children():
+                if hasattr(found, "in_features"):
                     matrices[name] = _matrix(found, seen)
         norms = [_norm_of(n, seen) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
         layers.append((matrices, norms))
