@@ -52,7 +52,8 @@ SMALL = [
     "hardware.dtype=float32",
     "hardware.threads=1",
 ]
-EVALUATORS = registry.names("evaluators")
+EVALUATORS = [n for n in registry.names("evaluators") if registry.find("evaluators", n).needs_model]
+"""Those that a model can answer differently; simulations have tests of their own."""
 ALL_EVALUATORS = [
     f"evaluator=[{','.join(EVALUATORS)}]",
     *(
