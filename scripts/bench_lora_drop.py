@@ -110,7 +110,7 @@ def same_tokens(model: Any, method: LoRADrop, given: Any, vocabulary: int) -> st
     """Say for how many tokens our engine and whole modules agree."""
     ids = torch.randint(vocabulary, (1, 32), device=given.device)
     with method.at(model, "k3"):
-        sessions = method.session(model), method.eager_session(model)
+        sessions = method.session(model), method.session(model, engine="eager")
         ours, theirs = (greedy(session, ids, 13) for session in sessions)
     alike = int((ours == theirs)[0].long().cumprod(0).sum())
     return f"the first {alike} of 13 tokens are those of whole modules"

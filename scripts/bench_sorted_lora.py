@@ -63,21 +63,20 @@ class Points:
 
         def decode() -> list[torch.Tensor]:
             with self.method.at(self.model, point):
-                return [greedy(self.session(eager), p, NEW) for p in self.prompts]
+                return [greedy(self.session(point, eager), p, NEW) for p in self.prompts]
 
         return decode
 
-    def session(self, eager: bool) -> Session:
+    def session(self, point: str, eager: bool) -> Session:
         """Return a fresh session."""
-        session: Session = self.method.session(self.model)
-        return CachedSession(self.model) if eager else session
+        return CachedSession(self.model) if eager else self.method.session(self.model, point)
 
     def counts(self, way: str) -> str:
         """Return what sessions counted, each a mean over the prompts."""
         found: list[dict[str, float]] = []
         with self.method.at(self.model, way):
             for prompt in self.prompts:
-                session: Any = self.session(False)
+                session: Any = self.session(way, False)
                 greedy(session, prompt, NEW)
                 found.append(session.counts())
         means = {key: sum(f[key] for f in found) / len(found) for key in found[0]}

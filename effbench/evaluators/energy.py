@@ -65,11 +65,10 @@ class EnergyPerToken(Evaluator):
 
         sizes = self.batch_size, self.prompt_tokens
         prompt = random_tokens(subject.model, subject.seed, *sizes).to(subject.device)
-        method, model = subject.method, subject.model
-        method.session(model).prefill(prompt)  # warms up
+        subject.session().prefill(prompt)  # warms up
 
         def prefill() -> None:
-            method.session(model).prefill(prompt)
+            subject.session().prefill(prompt)
 
         result = Result()
         read = self.batch_size * self.prompt_tokens
@@ -101,7 +100,7 @@ class EnergyPerToken(Evaluator):
         parts: list[Energy] = []
         seconds = 0.0
         while not parts or seconds < self.window_seconds:
-            session = subject.method.session(subject.model)
+            session = subject.session()
             token = session.prefill(prompt).argmax(-1, keepdim=True)
             parts.append(self._steps(subject, session, token))
             seconds += parts[-1].seconds

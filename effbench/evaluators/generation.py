@@ -191,14 +191,13 @@ class Generation(Evaluator):
 
         def check(logits: torch.Tensor) -> None:
             batch = subject.batch([(p.ids, p.ids) for p in prompts])
-            require_finite(
-                subject.model, logits, lambda: subject.method.logits(subject.model, batch)
-            )
+            method, model, point = subject.method, subject.model, subject.point
+            require_finite(model, logits, lambda: method.logits(model, batch, point))
 
         tokenizer = subject.data.tokenizer
         with torch.inference_mode():
             return generate(
-                subject.method.session(subject.model),
+                subject.session(),
                 prompts,
                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
                 device=subject.device,

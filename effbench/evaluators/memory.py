@@ -58,7 +58,7 @@ class Memory(Evaluator):
         """
         from effbench.resources.memory import PeakMemory, release
 
-        session = subject.method.session(subject.model)
+        session = subject.session()
         sizes = self.batch_size, self.prompt_tokens
         prompt = random_tokens(subject.model, subject.seed, *sizes).to(subject.device)
         result = Result()

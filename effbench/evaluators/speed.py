@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.evaluators.requests import Times
+    from effbench.nn.decode.decoder import Engine as DecodeEngine
     from effbench.resources.roofline import Ceilings
     from effbench.resources.timing import Ratio
 
@@ -118,13 +120,9 @@ class Speed(Evaluator):
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         last = methods[-1].fitted(shape) if shape else methods[-1]
-        own = [point for point in last.points() if not last.plain_session(point)]
-        without = type(last).eager_session is Method.eager_session
-        asked = {self.engine, self.baseline} & {
-            "generate",
-            *(("static", "eager") if without else ()),
-        }
-        if own and asked:
+        asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
+        own = [point for point in last.points() if asked - last.engines(point)]
+        if own:
             raise UserError(
                 f"{last.name} decodes in a way of its own{own[0] and f' at {own[0]}'}, which no "
                 "other engine has.",
@@ -320,30 +318,25 @@ def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
     prompt = prompt.to(subject.device)
     if engine == "generate":
         return lambda: timed_generate(subject.model, prompt, cell.new, subject.device)
-    make = session_maker(subject, engine)
+    make = session_maker(subject, "auto" if engine == "merged" else engine)
     return lambda: timed_session(make(), prompt, cell.new, subject.device)
 
 
-def session_maker(subject: Subject, engine: Engine) -> Callable[[], Session]:
+def session_maker(subject: Subject, engine: DecodeEngine) -> Callable[[], Session]:
     """Return what makes a fresh session of an engine.
 
     Raises:
         UserError: When our engine is asked for and does not apply.
     """
-    from effbench.nn.decode.session import CachedSession
-    from effbench.nn.decode.static import StaticSession
-    from effbench.nn.llama.walk import why_not
-
-    method, model = subject.method, subject.model
-    if engine == "eager":
-        return lambda: method.eager_session(model) or CachedSession(model)
-    if engine == "static" and not isinstance(session := method.session(model), StaticSession):
-        reason = why_not(model) or f"{method.name} decodes with a {type(session).__name__} here"
+    try:
+        subject.session(engine)
+    except ValueError as error:
+        reason = str(error).removeprefix("the engine does not apply: ")
         raise UserError(
-            f"evaluator.speed.engine=static does not apply: {reason}.",
+            f"evaluator.speed.engine={engine} does not apply: {reason}.",
             "Use engine=auto, which takes another session then.",
-        )
-    return lambda: method.session(model)
+        ) from None
+    return partial(subject.session, engine)
 
 
 def compared(
@@ -366,15 +359,16 @@ def compared(
     from effbench.stats import median_interval, ratio_interval
 
     done: tuple[list[float], list[float]] = [], []
-    work_a, work_b = timer(subject, a, cell), timer(subject, b, cell)
+    shape, point = subject.shape, subject.point
+    if whole and shape:
+        point = subject.method.whole(shape)
+    work_a, work_b = timer(subject, a, cell), timer(replace(subject, point=point), b, cell)
 
     def one() -> None:
         done[0].append(sum(work_a().gaps))
 
     def other() -> None:
-        method, model, shape = subject.method, subject.model, subject.shape
-        point = method.whole(shape) if whole and shape else subject.point
-        with method.at(model, point) if whole else nullcontext():
+        with subject.method.at(subject.model, point) if whole else nullcontext():
             done[1].append(sum(work_b().gaps))
 
     ratio = interleaved(one, other, repeats, clock=Clock(subject.device), seed=subject.seed)

@@ -17,8 +17,10 @@ from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
+    from effbench.api.session import Session
     from effbench.api.shape import Shape
     from effbench.data.dataset import Data
+    from effbench.nn.decode.decoder import Engine
     from effbench.nn.scoring.prefix_tree import Plan, Request, Score
     from effbench.results.journal import Journal
 
@@ -84,6 +86,14 @@ class Subject:
         """Return `(ids, labels)` pairs as one padded batch on the device."""
         return make_batch(sequences, self.pad_token_id).to(self.device)
 
+    def session(self, engine: Engine = "auto") -> Session:
+        """Return a fresh decoding session of the method's own.
+
+        Raises:
+            ValueError: When the engine does not apply.
+        """
+        return self.method.session(self.model, self.point, engine)
+
     def token_nll(self, batch: Batch) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
 
@@ -94,7 +104,7 @@ class Subject:
         from effbench.nn.scoring.finite import require_finite
 
         def run() -> torch.Tensor:
-            return self.method.token_nll(self.model, batch)
+            return self.method.token_nll(self.model, batch, self.point)
 
         nll = run()
         require_finite(self.model, nll, run)
@@ -131,9 +141,9 @@ class Subject:
     def _in_one_pass(self) -> bool:
         from effbench.nn.scoring.multi_point import can_walk
 
-        plain = all(self.method.plain_logits(p) for p in (self.point, *self.beside))
-        own = type(self.method).token_nll is not Method.token_nll
-        return self.method.in_one_pass and plain and not own and can_walk(self.model)
+        points = (self.point, *self.beside)
+        plain = all(self.method.forward(point).shares_prefixes for point in points)
+        return self.method.in_one_pass and plain and can_walk(self.model)
 
     def _at(self, points: Sequence[str]) -> list[Callable[[], AbstractContextManager[Any]]]:
         return [partial(self.method.at, self.model, point) for point in points]
@@ -158,7 +168,7 @@ class Subject:
         from effbench.nn.scoring.prefix_tree import Score, has_trees, padded_scores
 
         ids = [digest([r.context, r.continuation]) for r in requests]
-        if self.method.plain_logits(self.point) and has_trees(self.model):
+        if self.method.forward(self.point).shares_prefixes and has_trees(self.model):
             return self._score_trees(requests, ids, name, batch_tokens)
         journal = self.journal(name, ids)
         lengths = [len(r.context) + len(r.continuation) for r in requests]
@@ -212,7 +222,7 @@ class Subject:
         from effbench.nn.scoring.finite import require_finite
 
         def run() -> torch.Tensor:
-            return self.method.logits(self.model, batch)
+            return self.method.logits(self.model, batch, self.point)
 
         logits = run()
         require_finite(self.model, logits, run)

@@ -19,11 +19,11 @@ from effbench.api.examples import Example
 from effbench.api.footprint import Training, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.methods.decodes import Decodes
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.api.session import Session
     from effbench.api.spec import DatasetSpec
 
 
@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Decodes):
     """Base of all methods; on its own it is plain training of every weight."""
 
     name: ClassVar[str] = ""
@@ -191,31 +191,6 @@ class Method:
         """Return the trained model as it is used from now on: the artefact, not yet saved."""
         return model
 
-    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return teacher-forced logits, [B, T, V]."""
-        output: torch.Tensor = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
-        return output
-
-    def plain_logits(self, point: str) -> bool:
-        """Return whether the logits at a point are those of the model's own forward pass there.
-
-        Then what requests share can be computed once, and the head only where it is needed.
-        """
-        return type(self).logits is Method.logits
-
-    def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return each predicted token's negative log-likelihood, [B, T - 1], in nats.
-
-        Float32, zero where the label is -100. Follows `logits` where a method has its own.
-        """
-        from effbench.nn.losses.token import answer_nll, token_nll
-
-        if type(self).logits is Method.logits:
-            return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
-        return token_nll(self.logits(model, batch), batch.labels)
-
     def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return kinds of predicted tokens with a loss of their own, [B, T - 1] bool each, by name.
 
@@ -236,16 +211,18 @@ class Method:
             nll = nll * weights[:, None]
         return nll.sum() / batch.window_tokens
 
-    def validation(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    def validation(
+        self, model: torch.nn.Module, batch: Batch, point: str = ""
+    ) -> tuple[torch.Tensor, int]:
         """Return the losses of a validation batch, of any shape, and what their sum is over."""
-        return self.token_nll(model, batch), batch.loss_tokens
+        return self.token_nll(model, batch, point), batch.loss_tokens
 
-    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
         """Return what the model finds each sequence worth, [B]; higher is better.
 
         Default: the log-likelihood of its answer in nats, summed over tokens.
         """
-        return -self.token_nll(model, batch).sum(1)
+        return -self.token_nll(model, batch, point).sum(1)
 
     def update(
         self,
@@ -332,25 +309,6 @@ class Method:
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""
         return nullcontext()
-
-    def session(self, model: torch.nn.Module) -> Session:
-        """Return a fresh decoding session; it keeps all its state to itself.
-
-        Default: our engine where the model is laid out as Llama is, else the model's forward pass.
-        """
-        from effbench.nn.decode.static import session_for
-
-        return session_for(model)
-
-    def eager_session(self, model: torch.nn.Module) -> Session | None:
-        """Return a session that decodes as `session` does, without our engine; None for no such."""
-        from effbench.nn.decode.session import CachedSession
-
-        return CachedSession(model) if type(self).session is Method.session else None
-
-    def plain_session(self, point: str) -> bool:
-        """Return whether any engine that decodes the model's forward pass decodes a point."""
-        return type(self).session is Method.session
 
     # -- artefact ------------------------------------------------------------------------------
 

@@ -282,7 +282,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
     if spec.evaluators:
-        every = not own.plain_logits(own.points()[-1])
+        every = not own.forward(own.points()[-1]).shares_prefixes
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1

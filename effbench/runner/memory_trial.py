@@ -48,7 +48,7 @@ def decode(work: dict[str, Any]) -> None:
     model, method = opened.model, opened.method
     prompt = random_tokens(model, work["seed"], work["batch_size"], work["prompt_tokens"])
     with torch.inference_mode(), method.at(model, work["point"]):
-        session = method.session(model)
+        session = method.session(model, work["point"])
         token = session.prefill(prompt.to(work["device"])).argmax(-1, keepdim=True)
         for _ in range(work["new_tokens"]):
             token = session.step(token).argmax(-1, keepdim=True)

@@ -406,7 +406,7 @@ class Says:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def session(self, model: torch.nn.Module) -> Any:
+    def session(self, *_: Any) -> Any:
         return self
 
     def prefill(self, ids: torch.Tensor, mask: Any = None) -> torch.Tensor:
@@ -447,7 +447,7 @@ def test_no_answer_is_generated_twice(tmp_path: Path) -> None:
     class Stops(Says):
         asked = 0
 
-        def session(self, model: torch.nn.Module) -> Any:
+        def session(self, *_: Any) -> Any:
             self.asked += 1
             if self.asked == 5:
                 raise KeyboardInterrupt

@@ -79,8 +79,8 @@ def decoded(bench: Bench, job: Any, scratch: Path, device: str) -> None:
     points = list(dict.fromkeys([*method.points()[:1], *method.points()[-2:]]))
     for point, rows in product(points, (1, 2)):
         with method.at(model, point), torch.no_grad():
-            session = method.session(model)
-            if not isinstance(session, StaticSession) or not method.plain_session(point):
+            session = method.session(model, point)
+            if not isinstance(session, StaticSession) or "generate" not in method.engines(point):
                 continue
             seen = []
             for one in (session, CachedSession(model)):

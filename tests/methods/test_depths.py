@@ -252,9 +252,9 @@ def test_requests_share_the_work_of_each_depth(adapters: bool) -> None:
         with method.at(model, point):
             trees = tree_scores(model, plan, iter(plan.groups), torch.device("cpu"))
             found = {i: score for scores in trees for i, score in scores.items()}
-            logits, rows = partial(method.logits, model), iter([range(len(requests))])
+            logits, rows = partial(method.logits, model, point=point), iter([range(len(requests))])
             (expected,) = padded_scores(logits, lambda r: make_batch(r, 0), requests, rows)
-        assert method.plain_logits(point) and len(found) == len(requests)
+        assert method.forward(point).shares_prefixes and len(found) == len(requests)
         for i, score in found.items():
             assert score.loglikelihood == pytest.approx(expected[i].loglikelihood, abs=1e-4)
         seen.add(found[0].loglikelihood)

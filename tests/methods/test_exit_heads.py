@@ -161,10 +161,10 @@ def test_leaving_early_reads_with_the_exits_own_heads() -> None:
     with method.at(model, "d2"):
         expected = greedy(method.session(model), IDS[:1], 12)
     with method.at(model, "exit"):
-        session = method.session(model)
+        session = method.session(model, "exit")
         assert greedy(session, IDS[:1], 12).equal(expected)
         assert session.counts()["exit_depth"] == 2
-        whole = method.logits(model, batch_of(rows=1))
+        whole = method.logits(model, batch_of(rows=1), "exit")
     with method.at(model, "d2"):
         torch.testing.assert_close(method.logits(model, batch_of(rows=1)), whole)
 
@@ -172,7 +172,7 @@ def test_leaving_early_reads_with_the_exits_own_heads() -> None:
 def test_speculation_with_an_own_head_loses_nothing() -> None:
     method, model, _ = moved(decoding=("speculative",))
     with method.at(model, "speculative"):
-        session = method.session(model)
+        session = method.session(model, "speculative")
         found = greedy(session, IDS[:1], 20)
         drafts = session.staged.logits(0, torch.ones(1, 1, DEEP.hidden_size))
     assert found.equal(greedy(CachedSession(model), IDS[:1], 20))

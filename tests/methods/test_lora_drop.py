@@ -292,7 +292,7 @@ def test_prompt_and_refreshes_run_as_in_the_base(padded: bool) -> None:
     ids = tokens(2, 9)
     mask = torch.ones_like(ids[:, :6])
     mask[1, :2] = 0
-    session: Any = method.eager_session(prepared(method))
+    session: Any = method.session(prepared(method), engine="eager")
     session.cycle.window = 0  # refresh at every step
     ours = decoded(session, ids, 6, mask if padded else None)
     theirs = decoded(CachedSession(tiny()), ids, 6, mask if padded else None)
@@ -357,8 +357,8 @@ def test_baselines_are_points_without_maps(window: int) -> None:
     costs = {p: method.cost(SHAPE, "float32", p) for p in (k, f"{k}-reuse")}
     read = costs[k].bytes_per_token - costs[f"{k}-reuse"].bytes_per_token
     assert read == pytest.approx(4 * stand_in)
-    assert method.whole(SHAPE) == "k0" and method.plain_session("k0")
-    assert not method.plain_session(f"{k}-reuse")
+    assert method.whole(SHAPE) == "k0" and "generate" in method.engines("k0")
+    assert "generate" not in method.engines(f"{k}-reuse")
 
 
 @torch.no_grad()
@@ -421,7 +421,7 @@ def test_cache_lengths_and_bytes(layers: tuple[int, ...], window: int, generated
 def test_attention_calls_per_cycle(layers: tuple[int, ...], window: int) -> None:
     method = LoRADrop(layers=layers, window=window)
     model = prepared(method)
-    session, calls, ids = method.eager_session(model), [], tokens(1, 5)
+    session, calls, ids = method.session(model, engine="eager"), [], tokens(1, 5)
     session.prefill(ids)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: calls.append(1))
@@ -706,7 +706,7 @@ def test_cost_is_what_is_counted(kv: Any, monkeypatch: pytest.MonkeyPatch) -> No
         assert cost.saving == ("physical" if window else "none")
         cycle = window + 1
         with method.at(model, point):
-            session = method.eager_session(model)  # whole modules, which tell that they ran
+            session = method.session(model, engine="eager")  # modules, which tell that they ran
         session.prefill(tokens(1, 4))
         at_start = session.kv_bytes()
         weights, flops = touched(model, session, cycle)

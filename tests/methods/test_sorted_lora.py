@@ -76,7 +76,7 @@ def layer_of(name):
 @torch.no_grad()
 def logits_at(method, model, point, batch=None):
     with method.at(model.eval(), point):
-        return method.logits(model, batch or batch_of())
+        return method.logits(model, batch or batch_of(), point)
 
 
 # -- invariants 1, 2, 6: an exit is the model cut there ----------------------------------------
@@ -409,7 +409,7 @@ def test_every_depth_learns(objective):
     for when in ("before", "after"):
         for point in method.points():
             with method.at(model, point), torch.no_grad():
-                nll[when, point] = method.token_nll(model, batch_of(0)).sum().item()
+                nll[when, point] = method.token_nll(model, batch_of(0), point).sum().item()
         if when == "before":
             train(method, model, ctx, 9, same_batch=True)
     for point in method.points():
@@ -563,7 +563,7 @@ def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
     settings = {"thresholds": (1.0, 1.0), "draft_window": "constant", "draft_tokens": 3}
     method, model, _ = trained_model(decoding=("exit", "speculative"), **settings)
     with method.at(model.eval(), point), torch.inference_mode():
-        session = method.session(model)
+        session = method.session(model, point)
         token = session.prefill(IDS[:1]).argmin(-1, keepdim=True)
 
         def decode():
@@ -600,11 +600,11 @@ def test_logits_at_exit_are_those_of_decoding(kv):
     batch.labels[:, :3] = -100
     model.eval()
     with method.at(model, "exit"), torch.no_grad():
-        session = method.session(model)
+        session = method.session(model, "exit")
         steps = [session.prefill(batch.input_ids[:, :3])]
         steps += [session.step(batch.input_ids[:, t : t + 1]) for t in range(3, 10)]
-        whole = method.logits(model, batch)
-        nll = method.token_nll(model, batch)
+        whole = method.logits(model, batch, "exit")
+        nll = method.token_nll(model, batch, "exit")
     assert 2 < session.counts()["exit_depth"] < 5
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, 2:10], atol=1e-5, rtol=1e-4)
     expected = whole[:, 2:9].log_softmax(-1).gather(-1, batch.labels[:, 3:10, None])[..., 0]
@@ -621,7 +621,7 @@ def test_dynamic_decoding_with_adapters_ends_at_the_full_model_or_the_shallowest
     def tokens(point, **settings):
         own = replace(method, **settings)
         with own.at(model.eval(), point):
-            return greedy(own.session(model), IDS[:1], 20)
+            return greedy(own.session(model, point), IDS[:1], 20)
 
     full, shallow = tokens("d5"), tokens("d2")
     assert not full.equal(shallow)
@@ -637,14 +637,14 @@ def test_sessions_follow_the_settings():
         decoding=("exit", "speculative"), draft_depth=3, draft_tokens=2, draft_window="constant"
     )
     with method.at(model, "speculative"):
-        session = method.session(model)
+        session = method.session(model, "speculative")
         assert [len(s) for s in session.staged.stages] == [3, 2]
         assert (session.window, session.adaptive) == (2, False)
     with method.at(model, "exit"):
-        assert [len(s) for s in method.session(model).staged.stages] == [2, 1, 2]
+        assert [len(s) for s in method.session(model, "exit").staged.stages] == [2, 1, 2]
         with pytest.raises(RuntimeError), method.at(model, "d2"):
             raise RuntimeError
-        assert hasattr(method.session(model), "rule")
+        assert hasattr(method.session(model, "exit"), "rule")
     assert not hasattr(method.session(model), "staged")
 
 

@@ -17,7 +17,9 @@ from effbench.api.sharing import top_map
 from effbench.evaluators.subject import Subject
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.qdylora import QDyLoRA
+from effbench.methods.decodes import Forward
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
+from effbench.nn.decode.decoder import forward_logits
 from effbench.nn.llama.shared_attention import share
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant import nf4
@@ -181,8 +183,8 @@ def test_a_number_that_is_not_finite_is_found_at_its_point() -> None:
 class OwnLoss(DyLoRA):
     """A method that predicts in a way of its own."""
 
-    def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        return 2 * super().token_nll(model, batch)
+    def forward(self, point: str = "") -> Forward:
+        return Forward(lambda model, batch: 2 * forward_logits(model, batch))
 
 
 @pytest.mark.parametrize("kind", [DyLoRA, OwnLoss])

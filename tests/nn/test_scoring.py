@@ -15,9 +15,11 @@ from helpers import SHAPE, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbench.api.batch import Batch, make_batch
+from effbench.api.batch import make_batch
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.methods.decodes import Forward
+from effbench.nn.decode.decoder import forward_logits
 from effbench.nn.scoring import prefix_tree
 from effbench.nn.scoring.prefix_tree import (
     Plan,
@@ -195,8 +197,8 @@ def subject(model: Any, method: Method | None = None, journal: Any = None) -> Su
 class OwnLogits(Method):
     """A method with logits of its own."""
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        return 2 * super().logits(model, batch)
+    def forward(self, point: str = "") -> Forward:
+        return Forward(lambda model, batch: 2 * forward_logits(model, batch))
 
 
 def test_a_method_with_logits_of_its_own_is_scored_by_them(model: Any) -> None:

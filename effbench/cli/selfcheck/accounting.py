@@ -91,11 +91,11 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
         where = f"{name} {point}".strip()
         with method.at(model, point):
             cost = inference_cost([method], SHAPE, "float32", point, [folder])
-            first, second = (_forward(method, model) for _ in range(2))
+            first, second = (_forward(method, model, point) for _ in range(2))
             expected = ROWS * TOKENS * _parallel(method, shape, model, cost, point)
             yield _near(f"forward FLOPs, {where}", expected, first, FLOPS_BOUND)
             yield _near(f"forward FLOPs again, {where}", second, first, 0)
-            yield _cache(where, method, model, cost)
+            yield _cache(where, method, model, cost, point)
     whole = inference_cost([method], SHAPE, "float32", method.whole(shape), [folder])
     held = storage_bytes(model)
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
@@ -115,14 +115,14 @@ def _step(name: str, method: Method, model: Any, ctx: Context) -> Check:
     return _near(f"training FLOPs, {name}", expected + others, counted, FLOPS_BOUND)
 
 
-def _forward(method: Method, model: Any) -> int:
+def _forward(method: Method, model: Any, point: str) -> int:
     """Return torch's count of the FLOPs of a teacher-forced pass."""
     import torch
 
     from effbench.resources.counting import flops
 
     with torch.no_grad():
-        return flops(lambda: method.logits(model, _batch()))
+        return flops(lambda: method.logits(model, _batch(), point))
 
 
 def _parallel(method: Method, shape: Shape, model: Any, cost: Cost, point: str) -> float:
@@ -133,17 +133,17 @@ def _parallel(method: Method, shape: Shape, model: Any, cost: Cost, point: str) 
     dense = shape.flops_per_token()
     layers = len(model.model.layers)
     attention = (shape.flops_per_token(TOKENS) - dense) * layers / shape.num_layers
-    if cost.flops_per_token < dense and not method.plain_logits(point):
+    if cost.flops_per_token < dense and not method.forward(point).shares_prefixes:
         head = 2 * shape.vocab_size * shape.hidden_size
         return method.training(shape, "float32").forward + head + attention
     return cost.flops_per_token + attention
 
 
-def _cache(where: str, method: Method, model: Any, cost: Cost) -> Check:
+def _cache(where: str, method: Method, model: Any, cost: Cost, point: str) -> Check:
     """Return the check of the cache: what the tokens after the prompt add to it, cycles whole."""
     import torch
 
-    session = method.session(model)
+    session = method.session(model, point)
     token = session.prefill(_batch().input_ids).argmax(-1, keepdim=True)
     before = session.kv_bytes()
     with torch.inference_mode():

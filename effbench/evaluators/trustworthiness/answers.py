@@ -138,7 +138,7 @@ def _generated(
     journal = subject.journal(name, [q.item.id for q in questions])
     for (index,) in journal.pending([[i] for i in range(len(questions))]):
         ids = torch.tensor([contexts[index]], device=subject.device)
-        session = subject.method.session(subject.model)
+        session = subject.session()
         text = _first_line(subject.tokenizer, greedy(session, ids, how.new_tokens)[0].tolist())
         reply = find(questions[index].dimension).reply(questions[index].item, text)
         journal.add({index: asdict(reply)})

@@ -21,17 +21,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
 from effbench.methods.base import Method
+from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.api.session import Session
     from effbench.nn.decode.early_exit import Rule
 
 DYNAMIC = ("exit", "speculative")
@@ -112,8 +111,9 @@ class Depths(Method):
 
     def check_plain(self, earlier: Sequence[Method]) -> None:
         """Refuse an artefact that computes its logits in a way of its own."""
-        last = type(earlier[-1]) if earlier else Method
-        if last.logits is not Method.logits or last.session is not Method.session:
+        last = earlier[-1] if earlier else Method()
+        own = any(last.decoder(point) != Decoder() for point in last.points())
+        if own or isinstance(last, Depths):
             raise UserError(
                 f"{last.name} computes its logits in a way of its own, which {self.name} would "
                 "leave out.",
@@ -167,40 +167,14 @@ class Depths(Method):
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
-        """Be the sub-model of a depth inside the context, or decode in the way of the point."""
+        """Be the sub-model of a depth inside the context, or that of the deepest exit."""
         from effbench.nn.llama.layers import at_layers, decoder_layers, require_layers_alike
 
         require_layers_alike(model)
         count = len(decoder_layers(model))
         kept = self.kept(self.depth_of(point, count), count)
-        with at_layers(model, kept), _decoding(model, point if point in DYNAMIC else ""):
+        with at_layers(model, kept):
             yield
-
-    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return teacher-forced logits, [B, T, V]; at `exit` those of each position's exit."""
-        if vars(model).get("decoding") != "exit":
-            return super().logits(model, batch)
-        from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
-        from effbench.nn.depth.droppable import prompt_lengths
-
-        inputs = batch.input_ids, batch.attention_mask
-        if self.kv == "recompute":
-            exits = self._exits_of(model)
-            return exit_logits(model, exits, self.rule(len(exits)), *inputs)[0]
-        prompts = prompt_lengths(batch.labels)
-        return stepwise_logits(lambda: self.session(model), *inputs, prompts)
-
-    def plain_logits(self, point: str) -> bool:
-        """Return whether all tokens at a point leave at the same depth."""
-        return point != "exit"
-
-    def token_nll(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return each predicted token's negative log-likelihood, [B, T - 1], in nats."""
-        from effbench.nn.losses.token import answer_nll, token_nll
-
-        if vars(model).get("decoding") == "exit":
-            return token_nll(self.logits(model, batch), batch.labels)
-        return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
 
     def rule(self, exits: int) -> Rule:
         """Return who leaves at each of so many exits."""
@@ -208,29 +182,15 @@ class Depths(Method):
 
         return confident(self.thresholds or paper_thresholds(exits - 1))
 
-    def _exits_of(self, model: torch.nn.Module) -> tuple[int, ...]:
-        from effbench.nn.llama.layers import decoder_layers
-
-        return self.exits(len(decoder_layers(model)))
-
-    def session(self, model: torch.nn.Module) -> Session:
-        """Return a session that decodes in the way of the point, or an ordinary one."""
-        from effbench.nn.decode.early_exit import ExitSession
-        from effbench.nn.decode.speculative import SpeculativeSession
-
-        way, exits = vars(model).get("decoding"), self._exits_of(model)
-        if way == "exit":
-            return ExitSession(model, exits, self.rule(len(exits)), self.kv == "propagate")
-        if way == "speculative":
-            pair = (self.draft_depth or exits[0], exits[-1])
-            return SpeculativeSession(
-                model, pair, self.draft_tokens, self.draft_window == "adaptive"
-            )
-        return super().session(model)
-
-    def plain_session(self, point: str) -> bool:
-        """Return whether a point is a model of fewer layers, and no way of decoding."""
-        return point not in DYNAMIC
+    def decoder(self, point: str) -> Decoder:
+        """Return the way of decoding that a point names; a depth decodes as a model of its own."""
+        if point == "exit":
+            return Decoder(Exits(self.listed(), self.rule, self.kv == "propagate"))
+        if point == "speculative":
+            depth = self.draft_depth or self.listed()[0]
+            drafts = Drafts(depth, self.draft_tokens, self.draft_window == "adaptive")
+            return Decoder(driver=drafts)
+        return Decoder()
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -273,17 +233,6 @@ class Depths(Method):
             + (k + 1) * head.bytes_per_token,
             flops_per_token=(k + 1) * layers_flops + (2 * k + 1) * head.flops_per_token,
         )
-
-
-@contextmanager
-def _decoding(model: torch.nn.Module, way: str) -> Iterator[None]:
-    """Note on the model how it decodes inside the context; the note is no part of its state."""
-    before = vars(model).get("decoding", "")
-    vars(model)["decoding"] = way
-    try:
-        yield
-    finally:
-        vars(model)["decoding"] = before
 
 
 def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:

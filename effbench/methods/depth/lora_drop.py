@@ -42,11 +42,11 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.methods.base import Method
+from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
-    from effbench.api.session import Session
     from effbench.nn.depth.droppable import DroppableLayers
 
 MOST_PLACES = 8
@@ -211,22 +211,6 @@ class LoRADrop(Method):
         phases = (draws[:, 1] * (window + 1)).long() * int(self.random_phase)
         return shortest + extra, phases
 
-    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the logits that decoding after each row's prompt would give, [B, T, V].
-
-        The prompt is the unlabelled start of a row, at least its first token.
-        """
-        from effbench.nn.depth.droppable import masked_logits, prompt_lengths, schedule
-
-        stand_ins = _stand_ins(model)
-        if not stand_ins.active:
-            return super().logits(model, batch)
-        prompts = prompt_lengths(batch.labels)
-        refreshed = schedule(
-            prompts, torch.zeros_like(prompts), batch.input_ids.shape[1], stand_ins.window
-        )
-        return masked_logits(model, stand_ins, batch.input_ids, batch.attention_mask, refreshed)
-
     # -- use -----------------------------------------------------------------------------------
 
     def points(self) -> tuple[str, ...]:
@@ -264,31 +248,9 @@ class LoRADrop(Method):
         window, _, baseline = point[1:].partition("-")
         return int(window), baseline
 
-    def session(self, model: torch.nn.Module) -> Session:
-        """Return a session that drops layers, or an ordinary one where nothing is dropped.
-
-        It is one of our engine wherever that applies, the cache being filled aside.
-        """
-        from effbench.nn.decode.droppable_static import StaticTemporalSession, why_not_static
-
-        stand_ins = _stand_ins(model)
-        if not stand_ins.active:
-            return super().session(model)
-        if why_not_static(model, stand_ins):
-            return self.eager_session(model)
-        return StaticTemporalSession(model, stand_ins)
-
-    def eager_session(self, model: torch.nn.Module) -> Session:
-        """Return a session of whole modules and a growing cache."""
-        from effbench.nn.decode.droppable import TemporalSession
-        from effbench.nn.decode.session import CachedSession
-
-        stand_ins = _stand_ins(model)
-        return TemporalSession(model, stand_ins) if stand_ins.active else CachedSession(model)
-
-    def plain_session(self, point: str) -> bool:
-        """Return whether nothing is dropped at a point."""
-        return self._read(point)[0] == 0
+    def decoder(self, point: str) -> Decoder:
+        """Return the route of a point's window; the module's own schedule is what holds."""
+        return Decoder(Drops("lora_drop", self._read(point)[0]))
 
     def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return which tokens were predicted in each place of the cycle, [B, T - 1] bool each.

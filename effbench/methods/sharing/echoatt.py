@@ -27,7 +27,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -47,12 +47,10 @@ from effbench.api.sharing import (
     shared_shape,
 )
 from effbench.methods.base import Method
+from effbench.nn.decode.decoder import CopiedMaps, Decoder
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.session import Session
 
 CHOSEN = "shared"
 """Key of the chosen layers in `ctx.state`."""
@@ -245,14 +243,9 @@ class EchoAtt(Method):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def session(self, model: torch.nn.Module) -> Session:
-        """Return a session of our engine, or one whose steps hand attention maps on."""
-        from effbench.nn.decode.copied_maps import CopyingSession
-        from effbench.nn.llama.shared_attention import map_of
-        from effbench.nn.llama.walk import why_not
-
-        copies = map_of(model) and why_not(model)
-        return CopyingSession(model) if copies else super().session(model)
+    def decoder(self, point: str) -> Decoder:
+        """Return that maps are handed on where our engine does not apply."""
+        return Decoder(CopiedMaps())
 
     # -- accounting ----------------------------------------------------------------------------
 

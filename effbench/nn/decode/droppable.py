@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from effbench.api.session import Cycle
 from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.view import as_mask
 from effbench.nn.depth.droppable import DroppableLayers, causal_mask
-from effbench.util.errors import UserError
 
 
 class TemporalSession(CachedSession):
@@ -93,15 +93,7 @@ class TemporalSession(CachedSession):
             return None
         decoded = self.cache.get_seq_length(index) + 1 - self.mask.shape[1]
         seen = F.pad(self.mask, (0, decoded), value=True)[:, None, None]
-        kind = self.decoder.config._attn_implementation
-        if kind == "sdpa":
-            return seen
-        if kind == "eager":
-            return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        raise UserError(
-            f"Padded prompts cannot be decoded with {kind} attention and dropped layers.",
-            "Decode prompts of equal length together, or use sdpa attention.",
-        )
+        return as_mask(seen, self.decoder.config._attn_implementation, dtype)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the sequences `rows`, in this order, with their anchors."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from effbench.nn.decode.staged import StagedSession
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.staged import StagedDecoder, StagedSession
 from effbench.nn.depth.submodel import exit_states, readout
 
 Rule = Callable[[int, torch.Tensor], torch.Tensor]
@@ -42,12 +43,18 @@ class ExitSession(StagedSession):
         exits: Depths of the exits, ascending.
         rule: Who leaves at each but the last.
         propagate: Repair the cache by propagating instead of recomputing.
+        policy: What the cache keeps.
     """
 
     def __init__(
-        self, model: torch.nn.Module, exits: Sequence[int], rule: Rule, propagate: bool = False
+        self,
+        model: torch.nn.Module,
+        exits: Sequence[int],
+        rule: Rule,
+        propagate: bool = False,
+        policy: CachePolicy = EVERYTHING,
     ) -> None:
-        super().__init__(model, exits)
+        super().__init__(model, exits, policy)
         self.exits = list(exits)
         self.rule = rule
         self.propagating = propagate
@@ -127,6 +134,7 @@ def exit_logits(
     rule: Rule,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
+    policy: CachePolicy = EVERYTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what decoding with recomputation gives, in one pass: logits [B, T, V], depths [B, T].
 
@@ -136,7 +144,12 @@ def exit_logits(
         rule: Who leaves at each but the last.
         input_ids: [B, T], padded on the right.
         attention_mask: [B, T].
+        policy: What the cache keeps.
     """
+    if policy != EVERYTHING:
+        staged = StagedDecoder(model, exits, policy)
+        staged.read(input_ids)
+        return _first_exit(exits, rule, lambda number: staged.logits(number, staged.run(number)))
     states = exit_states(model, exits, input_ids, attention_mask)
 
     def at(number: int) -> torch.Tensor:

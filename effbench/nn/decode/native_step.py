@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from effbench.nn.decode import native
-from effbench.nn.llama.walk import MLP, Attention, Block, untouched
+from effbench.nn.llama.parts import MLP, Attention, Block
+from effbench.nn.llama.walk import untouched
 
 if TYPE_CHECKING:
     from effbench.nn.decode.step import Runs, StandIn, StepSession

@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.staged import StagedSession
 
 MOST_DRAFTS = 16
@@ -33,12 +34,18 @@ class SpeculativeSession(StagedSession):
         exits: Depth of the draft and depth of the full model.
         window: Drafted tokens of the first round, K.
         adaptive: Whether K follows what was kept.
+        policy: What the cache keeps; it has to take tokens back.
     """
 
     def __init__(
-        self, model: torch.nn.Module, exits: tuple[int, int], window: int = 4, adaptive: bool = True
+        self,
+        model: torch.nn.Module,
+        exits: tuple[int, int],
+        window: int = 4,
+        adaptive: bool = True,
+        policy: CachePolicy = EVERYTHING,
     ) -> None:
-        super().__init__(model, exits)
+        super().__init__(model, exits, policy, max(window, MOST_DRAFTS))
         self.window = window
         self.adaptive = adaptive
         self.length = 0

@@ -11,7 +11,8 @@ are two repairs:
   values are computed from it. Approximate, and nothing waits.
 
 Prompts run through the modules of transformers. What follows them is run by our engine's kernel
-where that applies (`effbench.nn.decode.verify`), else by the modules too.
+where that applies (`effbench.nn.decode.verify`), else by the modules too. Under a policy that does
+not keep everything, the modules attend to what it shows (`effbench.nn.decode.view`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,19 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from effbench.nn.decode.cache import BLOCK
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.verify import stretch_engine
+from effbench.nn.decode.view import Stretch, as_mask, looking
 from effbench.nn.depth.submodel import norm_and_head
-from effbench.nn.llama.layers import require_layers_alike
+from effbench.nn.llama.layers import (
+    decoder_layers,
+    require_layers_alike,
+    require_plain_layers,
+)
 from effbench.util.errors import UserError
 
 
@@ -47,18 +56,36 @@ class StagedDecoder:
     Args:
         model: A Llama-style causal language model.
         exits: Depths at which the stages end, ascending.
+        policy: What the cache keeps.
+        undo: Most tokens that `crop` will ever take back.
 
     Raises:
-        UserError: When the model is laid out differently or its layers differ in size.
+        UserError: When the model is laid out differently, its layers differ in size, or the policy
+            does not apply to it.
     """
 
-    def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
-        require_layers_alike(model)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        exits: Sequence[int],
+        policy: CachePolicy = EVERYTHING,
+        undo: int = 0,
+    ) -> None:
+        require = require_plain_layers if len(exits) == 1 else require_layers_alike
+        require(model)
         self.root: Any = model
         self.decoder: Any = self.root.model
         self.stages = [range(start, end) for start, end in pairwise((0, *exits))]
-        self.engine = stretch_engine(model)
-        self.cache = DynamicCache() if self.engine is None else self.engine.cache
+        self.policy = policy
+        self.engine = stretch_engine(model) if policy == EVERYTHING else None
+        self.cache: Cache = DynamicCache() if self.engine is None else self.engine.cache
+        if policy != EVERYTHING:
+            policy.require(model)
+            self.cache = Cache(layers=[policy.layer(undo) for _ in decoder_layers(model)])
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Cosine and sine of every place in the cache, where keys are turned at their places."""
+        self.done = [0] * len(self.stages)
+        """Positions that each stage has taken in."""
         self.waiting: list[torch.Tensor | None] = [None] * len(self.stages)
         """Hidden states [B, W, d] that each stage has still to take in."""
         self.positions = torch.empty(0, dtype=torch.long)
@@ -91,7 +118,9 @@ class StagedDecoder:
         """Run a stage on all that waits for it; return what comes out of it, [B, W, d]."""
         hidden, done = self._taken(stage)
         positions = self.positions[:, done : done + hidden.shape[1]]
-        if self.engine is not None and done and self.engine.takes(hidden):
+        if self.policy != EVERYTHING:
+            hidden = self._looking(stage, hidden, positions)
+        elif self.engine is not None and done and self.engine.takes(hidden):
             hidden = self.engine.stretch(hidden, positions, self.starts, self.stages[stage])
         else:
             hidden = self._through_modules(stage, hidden, positions, done)
@@ -116,6 +145,40 @@ class StagedDecoder:
                 use_cache=True,
             )
         return hidden
+
+    def _looking(self, stage: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return what a stage makes of hidden states [B, W, d] that see what the policy shows."""
+        rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
+        if self.policy.turns_at_places:
+            self._make_angles(hidden)
+            rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        layers: Any = [self.cache.layers[index] for index in self.stages[stage]]
+        if self.starts.any():
+            for layer in layers:
+                layer.pad(self.starts)
+        with looking(self.root) as kind:
+            stretch = Stretch(self.cache, kind, self.angles)
+            for index in self.stages[stage]:
+                hidden = self.decoder.layers[index](
+                    hidden,
+                    position_ids=positions,
+                    position_embeddings=rotary,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    stretch=stretch,
+                )
+        for layer in layers:
+            layer.view = None  # which may hold more than the entry keeps
+        return hidden
+
+    def _make_angles(self, like: torch.Tensor) -> None:
+        """Compute cosine and sine of every place that there is or soon will be, [places, D]."""
+        if self.angles is not None and len(self.angles[0]) >= self.policy.most_places(self.length):
+            return
+        most = self.policy.most_places(self.length + BLOCK)
+        places = torch.arange(most, device=like.device)[None]
+        cos, sin = self.decoder.rotary_emb(like, position_ids=places)
+        self.angles = cos[0], sin[0]
 
     def propagate(self, stage: int) -> None:
         """Give a stage keys and values of what waits for it as if its layers changed nothing."""
@@ -151,7 +214,9 @@ class StagedDecoder:
         if hidden is None:
             raise RuntimeError(f"nothing waits for stage {stage}")
         self.waiting[stage] = None
-        return hidden, self.cache.get_seq_length(self.stages[stage][0])
+        done = self.done[stage]
+        self.done[stage] += hidden.shape[1]
+        return hidden, done
 
     def _hand_on(self, stage: int, hidden: torch.Tensor) -> None:
         if stage < len(self.stages):
@@ -169,23 +234,18 @@ class StagedDecoder:
         own = places[done:, None]
         # A padded position sees itself, for a row of attention with nothing in it is NaN.
         seen = (real[:, None, None] & (places <= own)) | (places == own)
-        if kind == "sdpa":
-            return seen
-        if kind == "eager":
-            lowest = torch.finfo(hidden.dtype).min
-            return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, lowest)
-        raise UserError(
-            f"A model cannot be left early under {kind} attention.", "Use sdpa attention."
-        )
+        return as_mask(seen, kind, hidden.dtype)
 
     def crop(self, length: int) -> None:
         """Forget all tokens after the first `length` ones."""
-        for layer in self.cache.layers:
-            cached: Any = layer
-            cached.crop(-max(0, cached.get_seq_length() - length))
+        layers: Any = self.cache.layers
         for stage, hidden in enumerate(self.waiting):
+            ahead = max(0, self.done[stage] - length)
+            for index in self.stages[stage] if ahead else ():
+                layers[index].crop(-ahead)
+            self.done[stage] -= ahead
             if hidden is not None:
-                left = length - self.cache.get_seq_length(self.stages[stage][0])
+                left = length - self.done[stage]
                 self.waiting[stage] = hidden[:, :left] if left > 0 else None
         self.positions, self.real = self.positions[:, :length], self.real[:, :length]
 
@@ -197,7 +257,12 @@ class StagedDecoder:
         self.starts = self.starts[rows]
 
     def kv_bytes(self, length: int | None = None) -> int:
-        """Return the bytes of keys and values of the first `length` tokens, or of all."""
+        """Return the bytes of keys and values of the first `length` tokens, or of all.
+
+        Under a policy that does not keep everything, it is always all that is kept.
+        """
+        if self.policy != EVERYTHING:
+            return sum(layer.kv_bytes() for layer in self.cache.layers)  # type: ignore[union-attr]
         found = 0
         for layer in self.cache.layers:
             cached: Any = layer
@@ -218,10 +283,18 @@ class StagedSession:
     Args:
         model: A Llama-style causal language model.
         exits: Depths of the exits, ascending.
+        policy: What the cache keeps.
+        undo: Most tokens that are taken back.
     """
 
-    def __init__(self, model: torch.nn.Module, exits: Sequence[int]) -> None:
-        self.staged = StagedDecoder(model, exits)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        exits: Sequence[int],
+        policy: CachePolicy = EVERYTHING,
+        undo: int = 0,
+    ) -> None:
+        self.staged = StagedDecoder(model, exits, policy, undo)
         self.steps = 0
         """Tokens decoded of each sequence."""
         self.prompt = Work()
@@ -252,3 +325,46 @@ class StagedSession:
             "layer_passes": (work.passes - self.prompt.passes) / self.steps,
             "layer_positions": (work.positions - self.prompt.positions) / self.steps,
         }
+
+
+class WholeSession(StagedSession):
+    """Decodes with all layers and whatever the policy keeps; token by token, or stretch by stretch.
+
+    Args:
+        model: A Llama-style causal language model.
+        policy: What the cache keeps.
+    """
+
+    def __init__(self, model: torch.nn.Module, policy: CachePolicy) -> None:
+        super().__init__(model, [len(decoder_layers(model))], policy)
+
+    def after_prompt(self) -> torch.Tensor:
+        """Return the logits [B, V] after the last position."""
+        norm, head = norm_and_head(self.staged.root, self.staged.stages[0].stop)
+        logits: torch.Tensor = head(norm(self.staged.run(0))[:, -1:])
+        return logits[:, -1]
+
+    @torch.inference_mode()
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Read one token per sequence, [B, 1]; return logits [B, V]."""
+        self.staged.read(input_ids)
+        return self.after_prompt()
+
+    def kv_bytes(self) -> int:
+        """Return the bytes of all cached keys and values."""
+        return self.staged.kv_bytes()
+
+
+def whole_logits(
+    model: torch.nn.Module, policy: CachePolicy, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits that decoding under a policy gives, in one pass, [B, T, V].
+
+    Args:
+        model: A Llama-style causal language model.
+        policy: What the cache keeps.
+        input_ids: [B, T], padded on the right.
+    """
+    staged = StagedDecoder(model, [len(decoder_layers(model))], policy)
+    staged.read(input_ids)
+    return staged.logits(0, staged.run(0))

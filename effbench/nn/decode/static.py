@@ -39,8 +39,9 @@ from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.shared import SharedSession
 from effbench.nn.decode.step import Runs, StandIn
+from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
-from effbench.nn.llama.walk import Attention, blocks_of, plain, untouched, why_not
+from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
 
 
 def session_for(model: torch.nn.Module) -> Session:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from effbench.nn.decode.cache import StaticLayer, Store
 from effbench.nn.decode.pointwise import EAGER, Pointwise
-from effbench.nn.llama.walk import Block
+from effbench.nn.llama.parts import Block
 
 Runs = tuple[bool, ...]
 """Whether each block runs in a step."""

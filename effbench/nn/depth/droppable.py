@@ -227,6 +227,28 @@ def masked_logits(
     return logits
 
 
+def scheduled_logits(
+    model: torch.nn.Module,
+    droppable: DroppableLayers,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Return the logits that decoding after each row's prompt would give, [B, T, V].
+
+    Args:
+        model: A Llama-style causal language model.
+        droppable: Its stand-ins, their schedule and their policy.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+        labels: [B, T]; the prompt is the unlabelled start of a row, at least its first token.
+    """
+    prompts = prompt_lengths(labels)
+    phases = torch.zeros_like(prompts)
+    refreshed = schedule(prompts, phases, input_ids.shape[1], droppable.window)
+    return masked_logits(model, droppable, input_ids, attention_mask, refreshed)
+
+
 def _summed(
     change: torch.Tensor, start: torch.Tensor, anchor: torch.Tensor, refreshed: torch.Tensor
 ) -> torch.Tensor:

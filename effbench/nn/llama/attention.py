@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
+from effbench.nn.llama.parts import Attention, attention_of
 from effbench.util.errors import UserError
 
 
@@ -46,8 +47,27 @@ class SlicedAttention(LlamaAttention):
         self.layer_idx = place
         self.num_key_value_groups = self.q_proj.out_features // self.k_proj.out_features
 
+    def decode_part(self, norm: Any) -> Attention:
+        """Return its modules."""
+        return attention_of(self, norm)
 
-class NoAttention(nn.Module):
+    def why_not_stepped(self) -> str:
+        """Return nothing: it is Llama's attention in all but its sizes."""
+        return ""
+
+
+class Nothing(nn.Module):
+    """Stands for a part of a block that was pruned away altogether."""
+
+    def decode_part(self, norm: Any) -> None:
+        """Return nothing: a step passes it over."""
+
+    def why_not_stepped(self) -> str:
+        """Return nothing: there is nothing to step through."""
+        return ""
+
+
+class NoAttention(Nothing):
     """Stands for attention without heads: it adds nothing and caches nothing."""
 
     def forward(self, hidden_states: torch.Tensor, **context: Any) -> tuple[torch.Tensor, None]:
@@ -55,7 +75,7 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-class NoMLP(nn.Module):
+class NoMLP(Nothing):
     """Stands for an MLP without neurons."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import (
 from effbench.api.shape import Shape
 from effbench.api.sharing import TAKEN, LayerMap, Mode, shared_shape, written
 from effbench.nn.llama.attention import require_llama
+from effbench.nn.llama.parts import Attention, attention_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 States = tuple[torch.Tensor, ...]
@@ -92,11 +93,6 @@ class SharingAttention(LlamaAttention):
         """Whether it is a consumer that has no states of its own left."""
         return self.source != self.layer and not hasattr(self, TAKEN[self.mode][0])
 
-    @property
-    def undecided(self) -> bool:
-        """Whether it is on its way, or hands attention maps on."""
-        return self.copies or (self.share > 0 and not self.takes)
-
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
@@ -138,6 +134,16 @@ class SharingAttention(LlamaAttention):
                 **context,
             )
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def decode_part(self, norm: Any) -> Attention:
+        """Return its modules, and the block whose states it takes once it is converted."""
+        return attention_of(self, norm, self.source if self.takes else None)
+
+    def why_not_stepped(self) -> str:
+        """Return that it is on its way, or hands attention maps on."""
+        undecided = self.copies or (self.share > 0 and not self.takes)
+        reason = "some of its layers are half converted, or hand attention maps on"
+        return reason if undecided else ""
 
     def _projected(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

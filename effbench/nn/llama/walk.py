@@ -3,88 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from effbench.nn.llama.attention import NoAttention, NoMLP, SlicedAttention
-from effbench.nn.llama.shared_attention import SharingAttention, hands_down
+from effbench.nn.llama.parts import MLP, Attention, Block, attention_of, mlp_of, offers
+from effbench.nn.llama.shared_attention import hands_down
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 """Families of transformers whose blocks compute what Llama's do (biases aside)."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles depend on nothing but the position."""
-OURS = {"Attention": (SlicedAttention, NoAttention, SharingAttention), "MLP": (NoMLP,)}
-"""What slicing and sharing put in the place of modules of transformers, by kind."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Implementations of one and the same attention."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The modules of one block's attention, in the order they run.
-
-    Those whose states come from another block are None.
-    """
-
-    norm: Any
-    q: Any
-    k: Any
-    v: Any
-    o: Any
-    head_dim: int
-    scaling: float
-    """What scores are multiplied by."""
-    groups: int
-    """Query heads of each key/value head."""
-    source: int | None = None
-    """The block that the states come from which it does not make."""
-
-    def linears(self) -> tuple[torch.nn.Module, ...]:
-        """Return the linears that are there."""
-        return tuple(m for m in (self.q, self.k, self.v, self.o) if m is not None)
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return int(self.o.in_features) // self.head_dim
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads."""
-        return self.heads // self.groups
-
-
-@dataclass(frozen=True)
-class MLP:
-    """The modules of one block's gated MLP, in the order they run."""
-
-    norm: Any
-    gate: Any
-    up: Any
-    down: Any
-
-    def linears(self) -> tuple[torch.nn.Module, ...]:
-        """Return the three linears."""
-        return self.gate, self.up, self.down
-
-    @property
-    def inner(self) -> int:
-        """Neurons."""
-        return int(self.gate.out_features)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A decoder block. What was pruned away altogether is None."""
-
-    attention: Attention | None
-    mlp: MLP | None
-
-    def parts(self) -> list[Attention | MLP]:
-        """Return what is there, in the order it runs."""
-        return [part for part in (self.attention, self.mlp) if part is not None]
 
 
 def blocks_of(model: Any) -> list[Block]:
@@ -93,29 +24,15 @@ def blocks_of(model: Any) -> list[Block]:
 
 
 def _attention(layer: Any) -> Attention | None:
-    own = layer.self_attn
-    if isinstance(own, NoAttention):
-        return None
-    q, k, v, o = (getattr(own, f"{n}_proj", None) for n in "qkvo")
-    takes = isinstance(own, SharingAttention) and own.takes
-    return Attention(
-        layer.input_layernorm,
-        q,
-        k,
-        v,
-        o,
-        own.head_dim,
-        own.scaling,
-        own.num_key_value_groups,
-        own.source if takes else None,
-    )
+    own, norm = layer.self_attn, layer.input_layernorm
+    part: Attention | None = own.decode_part(norm) if offers(own) else attention_of(own, norm)
+    return part
 
 
 def _mlp(layer: Any) -> MLP | None:
-    own = layer.mlp
-    if isinstance(own, NoMLP):
-        return None
-    return MLP(layer.post_attention_layernorm, own.gate_proj, own.up_proj, own.down_proj)
+    own, norm = layer.mlp, layer.post_attention_layernorm
+    part: MLP | None = own.decode_part(norm) if offers(own) else mlp_of(own, norm)
+    return part
 
 
 def why_not(model: torch.nn.Module) -> str:
@@ -134,27 +51,27 @@ def why_not(model: torch.nn.Module) -> str:
         return reason
     inner: Any = model.model
     for module, kind in _containers(model):
-        if type(module).__name__ != family + kind and type(module) not in OURS.get(kind, ()):
+        if offers(module):
+            if reason := cast(Any, module).why_not_stepped():
+                return str(reason)
+        elif type(module).__name__ != family + kind:
             return f"a {type(module).__name__} stands where a {family + kind} should"
         known = module is inner.norm or (module is inner and hands_down(inner))
         if not untouched(module) and not known:
             return f"the forward pass of a {type(module).__name__} is changed or watched"
-    attending = [x.self_attn for x in inner.layers if type(x.self_attn) is not NoAttention]
+    attending = [part for layer in inner.layers if (part := _attention(layer)) is not None]
     if not attending:
         return "none of its layers attends"
-    if any(isinstance(m, SharingAttention) and m.undecided for m in attending):
-        return "some of its layers are half converted, or hand attention maps on"
     return "" if all(map(_whole_heads, attending)) else "it lacks some heads"
 
 
-def _whole_heads(attention: Any) -> bool:
+def _whole_heads(part: Attention) -> bool:
     """Whether keys and values have the same whole heads, and queries as many for each of them."""
-    if isinstance(attention, SharingAttention) and attention.takes:
+    if part.source is not None:
         return True  # its source has them
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    q, k, v = (getattr(m, "out_features", 0) for m in projections)
-    whole = k > 0 and k % attention.head_dim == 0
-    return whole and k == v and q == k * attention.num_key_value_groups
+    q, k, v = (getattr(m, "out_features", 0) for m in (part.q, part.k, part.v))
+    whole = k > 0 and k % part.head_dim == 0
+    return whole and k == v and q == k * part.groups
 
 
 def _config_reason(model: Any) -> str:

@@ -350,7 +350,7 @@ def _validate(trainer: Trainer) -> None:
             rows = [trainer.validation[i] for i in group]
             batch = collate(rows, run.tokenizer.pad_token_id).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                losses, over = method.validation(model, batch)
+                losses, over = method.validation(model, batch, trainer.validated)
             total += float(losses.double().sum())
             count += over
     model.train()

@@ -1,0 +1,110 @@
+"""How often a model scores the preferred answer above the others.
+
+The score is the method's own: the reward of a reward model, and of any other model the
+log-likelihood of the answer, which makes the untrained model a baseline on the same pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from effbench.api.batch import by_length, collate
+from effbench.api.schema import PositiveInt
+from effbench.evaluators.base import Evaluator, Result, check_splits
+from effbench.evaluators.subject import Subject
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.api.examples import Example
+    from effbench.api.footprint import Pass
+    from effbench.api.shape import Shape
+    from effbench.api.spec import Spec
+    from effbench.data.dataset import Data
+    from effbench.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Preference(Evaluator):
+    """Pair accuracy on a split of preference pairs, or of questions with choices."""
+
+    headline: ClassVar[str] = "pair_accuracy"
+
+    split: str | tuple[str, ...] = "test"
+    """Which split, or a list of several."""
+    batch_tokens: PositiveInt = 2048
+    """Largest batch, padding included, in tokens."""
+
+    def __post_init__(self) -> None:
+        check_splits("evaluator.preference", self.split)
+
+    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+        """Refuse rows without an answer that is worse than another."""
+        from effbench.data.kinds.base import find
+
+        if not find(spec.dataset.kind).choices:
+            raise UserError(
+                f"Evaluator preference compares answers; dataset {spec.dataset.name!r} is of kind "
+                f"{spec.dataset.kind!r}.",
+                "Leave it out, or use dataset.kind=preference or choices.",
+            )
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of all answers that it scores."""
+        from effbench.api.footprint import Pass
+
+        if data is None:
+            return [Pass("score", 1, self.batch_tokens, self.batch_tokens)]
+        found = []
+        for split in self.splits():
+            units = [e.compared() for e in data.examples(split)]
+            for group in _groups(units, self.batch_tokens):
+                members = [units[i] for i in group]
+                rows = sum(len(e.sequences) for e in members)
+                counted = sum(e.loss_tokens for e in members)
+                found.append(Pass("score", rows, max(e.longest for e in members), counted))
+        return found
+
+    def run(self, subject: Subject) -> Result:
+        """Return `pair_accuracy` (ties count half) and `score_margin`, each item kept."""
+        result = Result()
+        for split in self.splits():
+            examples = subject.data.examples(split)
+            scores = self._scores(subject, [e.compared() for e in examples], split)
+            ids = [e.id for e in examples]
+            for name, values in (
+                ("pair_accuracy", [_won(row) for row in scores]),
+                ("score_margin", [row[0] - sum(row[1:]) / len(row[1:]) for row in scores]),
+            ):
+                result.add_items(subject, "preference", name, values, ids, split=split)
+        return result
+
+    def _scores(self, subject: Subject, units: Sequence[Example], split: str) -> list[list[float]]:
+        """Return the score of each answer, the right one first."""
+        from effbench.nn.scoring.finite import require_finite
+
+        journal = subject.journal(split, [e.id for e in units])
+        for group in journal.pending(_groups(units, self.batch_tokens)):
+            batch = collate([units[i] for i in group], subject.pad_token_id).to(subject.device)
+
+            run = partial(subject.method.scores, subject.model, batch, subject.point)
+            with torch.inference_mode():
+                scores = run()
+                require_finite(subject.model, scores, run)
+            rows = scores.double().split(batch.sizes)
+            journal.add({i: row.tolist() for i, row in zip(group, rows, strict=True)})
+            subject.progress("preference", len(journal), len(units))
+        return list(journal.values())
+
+
+def _groups(units: Sequence[Example], batch_tokens: int) -> list[list[int]]:
+    return list(by_length([e.longest * len(e.sequences) for e in units], batch_tokens))
+
+
+def _won(scores: Sequence[float]) -> float:
+    """Return the share of the other answers that the first one is scored above; a tie is half."""
+    first, *others = scores
+    return sum(1.0 if first > o else 0.5 if first == o else 0.0 for o in others) / len(others)

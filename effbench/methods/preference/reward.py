@@ -1,0 +1,162 @@
+"""Reward model: a scalar head that scores preferred answers above the others.
+
+Ouyang et al., Training language models to follow instructions with human feedback, NeurIPS 2022,
+arXiv 2203.02155; the pairwise loss is that of Bradley and Terry, 1952.
+
+    r(x, y) = w . h_last(x, y)                      h_last [d]: last token, after the last norm
+    loss    = - mean over the others y' of log sigmoid(r(x, y) - r(x, y'))       y preferred to y'
+
+h comes from the model itself, whose base is frozen under LoRA or learns whole. The head has no
+bias, which would cancel in the loss. Of a question with several wrong answers the right one is
+preferred to each, and the question counts once. Our choices: w from N(0, 1 / (d + 1)) by the run's
+seed, in float32; `head_rate` times the learning rate for it; the language model's own head stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from effbench.api.batch import Batch
+from effbench.api.cost import Cost
+from effbench.api.examples import Example
+from effbench.api.footprint import Training
+from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.schema import PositiveFloat
+from effbench.api.shape import Shape
+from effbench.methods.adapters.lora import LoRA
+from effbench.methods.base import Method
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.api.spec import DatasetSpec
+
+HEAD = "reward_head"
+"""Name of the head in the model."""
+
+
+@dataclass(frozen=True)
+class Reward(LoRA):
+    """A Bradley-Terry reward model on preference pairs."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Training language models to follow instructions with human feedback",
+        "NeurIPS 2022",
+        "2203.02155",
+    )
+    learning_rate: ClassVar[float] = 2e-4
+
+    trains: Literal["lora", "full"] = "lora"
+    """Adapters on a frozen base, or every weight; the head learns in both."""
+    head_rate: PositiveFloat = 1.0
+    """Share of the learning rate for the head."""
+
+    @property
+    def weights(self) -> Weights:
+        """The base is held as float32 masters where it learns whole."""
+        return "float32" if self.trains == "full" else "compute"
+
+    def check(self, shape: Shape) -> None:
+        """Refuse adapters that do not fit, and ranks to cut where there are no adapters."""
+        if self.trains == "lora":
+            super().check(shape)
+        elif self.eval_ranks:
+            raise UserError(
+                "method.eval_ranks cuts adapters, and method.trains=full has none.",
+                "Leave it out, or set method.trains=lora.",
+            )
+
+    def check_dataset(self, dataset: DatasetSpec) -> None:
+        """Refuse rows without an answer that is worse than another."""
+        from effbench.data.kinds.base import find
+
+        if not find(dataset.kind).choices:
+            raise UserError(
+                f"{self.name} learns from answers that are preferred to others; dataset "
+                f"{dataset.name!r} is of kind {dataset.kind!r}.",
+                "Use preference pairs (dataset.kind=preference) or questions with choices.",
+            )
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Put the head in, and adapters where the base is frozen."""
+        full = self.trains == "full"
+        model = Method.prepare(self, model, ctx) if full else super().prepare(model, ctx)
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        width = embedding.shape[1]
+        draws = torch.Generator().manual_seed(ctx.seed)
+        head = torch.nn.Linear(width, 1, bias=False)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(1, width, generator=draws) / (width + 1) ** 0.5)
+        model.add_module(HEAD, head.to(embedding.device))
+        return model
+
+    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+        """Return the head, and all else that trains."""
+        head = list(model.get_submodule(HEAD).parameters())
+        rest = [p for p in model.parameters() if p.requires_grad and p is not head[0]]
+        return [(rest, 1.0), (head, self.head_rate)]
+
+    # -- training ------------------------------------------------------------------------------
+
+    def unit(self, example: Example) -> Example:
+        """Return a question with its right answer and then all others."""
+        return example.compared()
+
+    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+        """Return each sequence's reward, [B] float32, wherever the padding is."""
+        states = model.model(  # type: ignore[operator]
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(1).argmax(1)
+        head: Any = model.get_submodule(HEAD)
+        rows = torch.arange(len(last), device=last.device)
+        found: torch.Tensor = head(states[rows, last].to(head.weight.dtype))
+        return found.squeeze(1).float()
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the losses of a micro-batch's pairs over the examples of the window, a scalar."""
+        losses, _ = self.validation(model, batch)
+        if "weight" in batch.columns:
+            losses = losses * batch.columns["weight"]
+        return losses.sum() / batch.window_examples
+
+    def validation(
+        self, model: torch.nn.Module, batch: Batch, point: str = ""
+    ) -> tuple[torch.Tensor, int]:
+        """Return the loss of each example, [E], and how many there are."""
+        from effbench.nn.losses.preference import bradley_terry
+
+        losses = bradley_terry(self.scores(model, batch), batch.sizes)
+        return losses, len(losses)
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+        """Refuse: an adapter alone would lose the head."""
+        Method.export(self, model, point, folder)
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the head in float32 on top of the rest; decoding does not read it."""
+        if self.trains == "full":
+            cost = Method.cost(self, shape, dtype, point, base)
+        else:
+            cost = super().cost(shape, dtype, point, base)
+        head = shape.hidden_size
+        return replace(
+            cost,
+            params=cost.params + head,
+            trainable=cost.trainable + head,
+            resident_bytes=cost.resident_bytes + 4 * head,
+        )
+
+    def training(self, shape: Shape, dtype: str) -> Training:
+        """Count no logits: the head's work is one product for each sequence."""
+        full = self.trains == "full"
+        found = Method.training(self, shape, dtype) if full else super().training(shape, dtype)
+        return replace(found, heads=0, head_gradients=0, loss_bytes=0)

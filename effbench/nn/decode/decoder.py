@@ -1,0 +1,297 @@
+"""How a model decodes, in words: a cache, a route and a driver.
+
+- The **cache** says what each layer keeps of the tokens read: everything, or what a policy chooses.
+- The **route** says which blocks run: all of them, those up to an exit, all but the dropped ones.
+- The **driver** says how many tokens go in at once: one, or drafts that are then verified.
+
+They are values without torch, so that what does not go together is refused before a model is
+loaded. A new one is a subclass in a file of its own; nothing here knows them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.api.batch import Batch
+    from effbench.api.session import Session
+    from effbench.nn.decode.early_exit import Rule
+
+Engine = Literal["auto", "static", "eager"]
+"""`auto`: the fastest one that applies. `static`: our engine. `eager`: whole modules and a growing
+cache."""
+ANY_ENGINE = frozenset({"auto", "static", "eager", "generate"})
+"""What decodes a model's own forward pass; `generate` is the loop of transformers."""
+Logits = Callable[[Any, "Batch"], "torch.Tensor"]
+"""From a model and a batch to teacher-forced logits, [B, T, V]."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which blocks run for which tokens; on its own, all of them for every token."""
+
+    @property
+    def engines(self) -> frozenset[str]:
+        """What can decode it where everything is kept."""
+        return ANY_ENGINE
+
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return ""
+
+    def logits(self, cache: CachePolicy) -> Logits | None:
+        """Return what gives the logits that decoding gives, in one go.
+
+        None where a plain forward pass does.
+        """
+        if cache == EVERYTHING:
+            return None
+
+        def run(model: Any, batch: Batch) -> torch.Tensor:
+            from effbench.nn.decode.staged import whole_logits
+
+            return whole_logits(model, cache, batch.input_ids)
+
+        return run
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
+        """Return a fresh session that reads one token at a time.
+
+        Raises:
+            ValueError: When the engine does not apply.
+        """
+        from effbench.nn.decode.session import CachedSession
+        from effbench.nn.decode.staged import WholeSession
+        from effbench.nn.decode.static import StaticSession, session_for
+
+        if cache != EVERYTHING:
+            return WholeSession(model, cache)
+        if engine == "static":
+            return StaticSession(model)
+        return CachedSession(model) if engine == "eager" else session_for(model)
+
+
+@dataclass(frozen=True)
+class CopiedMaps(Route):
+    """All blocks; shared attention maps are handed on where our engine does not apply."""
+
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return (
+            "" if cache == EVERYTHING else "layers that take a map see all of their source's keys"
+        )
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
+        """Return a fresh session."""
+        from effbench.nn.decode.copied_maps import CopyingSession
+        from effbench.nn.llama.shared_attention import map_of
+        from effbench.nn.llama.walk import why_not
+
+        copies = engine == "auto" and map_of(model) and why_not(model)
+        return CopyingSession(model) if copies else super().session(model, cache, engine)
+
+
+@dataclass(frozen=True)
+class Drops(Route):
+    """Most tokens skip the droppable layers (`nn.depth.droppable`), as long as any are active."""
+
+    module: str
+    """The submodule with the stand-ins and their schedule."""
+    window: int
+    """Dropped tokens between two refreshes; 0 drops nothing."""
+
+    @property
+    def engines(self) -> frozenset[str]:
+        """What can decode it."""
+        return ANY_ENGINE - {"generate"} if self.window else ANY_ENGINE
+
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        return (
+            "" if cache == EVERYTHING else "dropped tokens leave gaps that a cache does not know of"
+        )
+
+    def logits(self, cache: CachePolicy) -> Logits:
+        """Return one parallel pass that gives what decoding after each row's prompt would give."""
+        return self._logits
+
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        from effbench.nn.depth.droppable import scheduled_logits
+
+        droppable = getattr(model, self.module)
+        if not droppable.active:
+            return forward_logits(model, batch)
+        return scheduled_logits(
+            model, droppable, batch.input_ids, batch.attention_mask, batch.labels
+        )
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
+        """Return a fresh session; where nothing is dropped, an ordinary one.
+
+        Raises:
+            ValueError: When the engine does not apply.
+        """
+        from effbench.nn.decode.droppable import TemporalSession
+        from effbench.nn.decode.droppable_static import StaticTemporalSession, why_not_static
+
+        droppable = getattr(model, self.module)
+        if not droppable.active:
+            return super().session(model, cache, engine)
+        if engine == "eager" or (engine == "auto" and why_not_static(model, droppable)):
+            return TemporalSession(model, droppable)
+        return StaticTemporalSession(model, droppable)
+
+
+@dataclass(frozen=True)
+class Exits(Route):
+    """Each token leaves at the first exit whose rule says so.
+
+    The deepest exit is always the model's last layer.
+    """
+
+    depths: tuple[int, ...]
+    """Depths of the exits, ascending; those that the model does not have do not count."""
+    rule: Callable[[int], Rule]
+    """From the number of exits to who leaves at each but the last."""
+    propagate: bool = False
+    """Whether the cache is repaired by propagating instead of recomputing."""
+
+    @property
+    def engines(self) -> frozenset[str]:
+        """What can decode it."""
+        return frozenset({"auto"})
+
+    def logits(self, cache: CachePolicy) -> Logits:
+        """Return what gives the logits of each position's exit."""
+
+        def run(model: Any, batch: Batch) -> torch.Tensor:
+            from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
+            from effbench.nn.depth.droppable import prompt_lengths
+
+            inputs = batch.input_ids, batch.attention_mask
+            if self.propagate:
+                prompts = prompt_lengths(batch.labels)
+                return stepwise_logits(lambda: self.session(model, cache), *inputs, prompts)
+            exits = exits_of(model, self.depths)
+            return exit_logits(model, exits, self.rule(len(exits)), *inputs, cache)[0]
+
+        return run
+
+    def why_not(self, cache: CachePolicy) -> str:
+        """Return what keeps it from a cache; empty when nothing does."""
+        if self.propagate and cache != EVERYTHING:
+            return "keys that are propagated come from no query, so that nothing says what it sees"
+        return ""
+
+    def session(self, model: Any, cache: CachePolicy, engine: Engine = "auto") -> Session:
+        """Return a fresh session."""
+        from effbench.nn.decode.early_exit import ExitSession
+
+        exits = exits_of(model, self.depths)
+        return ExitSession(model, exits, self.rule(len(exits)), self.propagate, cache)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who asks for tokens; on its own, each token goes in by itself."""
+
+    def why_not(self, route: Route, cache: CachePolicy) -> str:
+        """Return what keeps it from a route and a cache; empty when nothing does."""
+        return ""
+
+    def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
+        """Return a fresh session.
+
+        Raises:
+            ValueError: When the engine does not apply.
+        """
+        return route.session(model, cache, engine)
+
+
+@dataclass(frozen=True)
+class Drafts(Driver):
+    """The first layers draft some tokens and all layers verify them in one pass."""
+
+    depth: int
+    """Layers that draft."""
+    tokens: int = 4
+    """Drafted tokens of the first round."""
+    adaptive: bool = True
+    """Whether their number follows what was kept."""
+
+    def why_not(self, route: Route, cache: CachePolicy) -> str:
+        """Return what keeps it from a route and a cache; empty when nothing does."""
+        if route != Route():
+            return "drafts are verified by all blocks, for every token"
+        return "" if cache.takes_back else "a draft that is not kept cannot be taken back"
+
+    def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
+        """Return a fresh session."""
+        from effbench.nn.decode.speculative import SpeculativeSession
+        from effbench.nn.llama.layers import decoder_layers
+
+        pair = self.depth, len(decoder_layers(model))
+        return SpeculativeSession(model, pair, self.tokens, self.adaptive, cache)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A cache, a route and a driver.
+
+    Raises:
+        UserError: When they do not go together.
+    """
+
+    route: Route = field(default_factory=Route)
+    driver: Driver = field(default_factory=Driver)
+    cache: CachePolicy = EVERYTHING
+
+    def __post_init__(self) -> None:
+        reason = self.route.why_not(self.cache) or self.driver.why_not(self.route, self.cache)
+        if reason:
+            names = (type(part).__name__ for part in (self.cache, self.route, self.driver))
+            raise UserError(
+                f"{', '.join(names)} do not decode together: {reason}.",
+                "Choose another way of decoding.",
+            )
+
+    @property
+    def engines(self) -> frozenset[str]:
+        """What can decode it."""
+        plain = self.driver == Driver() and self.cache == EVERYTHING
+        return self.route.engines if plain else frozenset({"auto"})
+
+    @property
+    def logits(self) -> Logits | None:
+        """What gives the logits that decoding gives, in one go; None for a plain forward pass."""
+        return self.route.logits(self.cache)
+
+    def session(self, model: Any, engine: Engine = "auto") -> Session:
+        """Return a fresh session.
+
+        Raises:
+            ValueError: When the engine does not apply.
+        """
+        return self.driver.session(model, self.route, self.cache, engine)
+
+
+def exits_of(model: Any, depths: Sequence[int]) -> tuple[int, ...]:
+    """Return the depths at which a model can be left, ascending, its last layer among them."""
+    from effbench.nn.llama.layers import decoder_layers
+
+    full = len(decoder_layers(model))
+    return (*(depth for depth in depths if depth < full), full)
+
+
+def forward_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the logits of a model's own forward pass, [B, T, V]."""
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
+    return logits

@@ -1,0 +1,53 @@
+"""What a cache keeps, as a value without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from effbench.util.errors import UserError
+
+if TYPE_CHECKING:
+    from effbench.nn.decode.view import LayerCache
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """What each layer keeps of the tokens read; on its own, all keys and values.
+
+    Any other policy is a subclass with a `layer`.
+    """
+
+    turns_at_places: ClassVar[bool] = False
+    """Whether keys are kept as they were projected, and turned at their places in the cache."""
+    takes_back: ClassVar[bool] = True
+    """Whether the last tokens can be forgotten again."""
+
+    def layer(self, undo: int) -> LayerCache:
+        """Return a layer's empty entry.
+
+        Args:
+            undo: Most tokens that will have to be taken back at a time.
+        """
+        raise NotImplementedError
+
+    def most_places(self, length: int) -> int:
+        """Return how many places there are after so many tokens."""
+        return length
+
+    def require(self, model: Any) -> None:
+        """Refuse a model whose modules would not attend to what the policy shows.
+
+        Raises:
+            UserError: When the model turns queries and keys in a way of its own.
+        """
+        if self.turns_at_places and model.config.model_type not in TURNING:
+            raise UserError(
+                f"{type(model).__name__} may turn queries and keys in another way than Llama does.",
+                "Choose a model of the Llama family.",
+            )
+
+
+EVERYTHING = CachePolicy()
+TURNING = frozenset({"llama", "sliced_llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose queries and keys are turned as Llama's are, in every layer."""

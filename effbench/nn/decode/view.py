@@ -1,0 +1,267 @@
+"""What a stretch of queries sees of a layer's cache, whatever the cache keeps.
+
+Blocks run through their own modules: a module projects, hands keys and values to its entry of the
+cache, and gives what comes back to an attention function, as all of transformers' do. So a cache
+that forgets, moves or compresses needs nothing of the modules, and a new module nothing of the
+caches: between the two stands the `View` that the entry made.
+
+A cache may keep keys as they were projected, and have them turned at their places in the cache.
+Then the modules turn by an angle of zero, which changes no bit, and `attend` does the turning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from effbench.util.errors import UserError
+
+NAME = "effbench_view"
+"""Under which transformers knows `attend`."""
+GATHERED = 1 << 22
+"""Numbers of keys that are gathered at a time, for queries that each see other ones."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Columns of keys and values, in the order of time, and which of them each query sees.
+
+    The W queries belong to the last W columns. A key's place is its rank among what a query sees,
+    counted from 0; a query has the place of its own key, the last one.
+    """
+
+    keys: torch.Tensor
+    """[B, G, S, D]."""
+    values: torch.Tensor
+    """[B, G, S, D]."""
+    empty: torch.Tensor | None = None
+    """Columns on the left with nothing in them, [B]; None where there are none."""
+    chosen: torch.Tensor | None = None
+    """For each of the last U queries the columns that it sees, [B or 1, U, T], the last one its
+    own; columns that are empty are not seen. Earlier queries see all up to their own."""
+
+    def of_whole(self, width: int) -> View:
+        """Return the part that those of W queries see that see all columns up to their own."""
+        later = 0 if self.chosen is None else self.chosen.shape[1]
+        end = self.keys.shape[2] - later
+        return View(self.keys[:, :, :end], self.values[:, :, :end], self.empty)
+
+
+class LayerCache(DynamicLayer):
+    """A layer's entry of a cache that gives views.
+
+    A subclass has `append`, and what of `crop` and `reorder_cache` the base does not do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view: View | None = None
+        """What the last keys and values to come in see, as long as the pass lasts."""
+        self.empty: torch.Tensor | None = None
+        """Columns on the left of each sequence with nothing in them, [B]; None for none at all."""
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in keys and values [B, G, W, D] and return what their queries see."""
+        raise NotImplementedError
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in keys and values, as a module of transformers gives them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.view = self.append(key_states.contiguous(), value_states.contiguous())
+        return self.view.keys, self.view.values
+
+    def pad(self, starts: torch.Tensor) -> None:
+        """Note how many columns of the prompt are padding, on its left, [B]."""
+        if not self.is_initialized:
+            self.empty = starts
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the sequences `beam_idx`, in this order."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.empty = None if self.empty is None else self.empty[beam_idx]
+
+    def kv_bytes(self) -> int:
+        """Return the bytes of all that is kept."""
+        held = [t for t in (self.keys, self.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+@dataclass
+class Stretch:
+    """One pass of some tokens through some blocks."""
+
+    cache: Cache
+    kind: str
+    """The attention of the model."""
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosine and sine of every place, [places, D]; None where keys are kept turned."""
+
+    def view_of(self, keys: torch.Tensor) -> View:
+        """Return the view to which the keys that a module looks at belong."""
+        for layer in self.cache.layers:
+            view = getattr(layer, "view", None)
+            if view is not None and view.keys is keys:
+                return view
+        raise RuntimeError("these keys come from no entry of the cache")
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    stretch: Stretch,
+    **context: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return what each query sees, in the form of an attention function of transformers.
+
+    Args:
+        module: The attention layer.
+        query: [B, H, W, D].
+        key: The keys of a view, [B, G, S, D]; H is a multiple of G.
+        value: Its values.
+        attention_mask: Not used; the view says who sees what.
+        stretch: Of this pass.
+        context: What the model's own attention is given besides.
+
+    Returns:
+        [B, W, H, D], and no weights.
+    """
+    view, width = stretch.view_of(key), query.shape[2]
+    later = 0 if view.chosen is None else view.chosen.shape[1]
+    parts = []
+    if later < width:
+        parts.append(_whole(module, query[:, :, : width - later], view, stretch, context))
+    if view.chosen is not None and later:
+        parts.append(_chosen(module, query[:, :, width - later :], view, stretch, context))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
+
+
+def _whole(
+    module: Any, query: torch.Tensor, view: View, stretch: Stretch, context: dict[str, Any]
+) -> torch.Tensor:
+    """Return what queries [B, H, W, D] see that see all columns up to their own."""
+    width = query.shape[2]
+    part = view.of_whole(width)
+    keys, columns = part.keys, torch.arange(part.keys.shape[2], device=query.device)[None]
+    places = columns if part.empty is None else (columns - part.empty[:, None]).clamp(min=0)
+    if stretch.angles is not None:
+        query = turned(query, stretch.angles, places[:, -width:])
+        keys = turned(keys, stretch.angles, places)
+    mask = None
+    if part.empty is not None or (
+        width > 1 and (width < columns.shape[1] or stretch.kind != "sdpa")
+    ):
+        own = columns[0, -width:, None]
+        real = (
+            columns
+            if part.empty is None
+            else columns.masked_fill(columns < part.empty[:, None], -1)
+        )
+        # What is empty sees itself, for a row of attention with nothing in it is NaN.
+        seen = ((real[:, None] >= 0) & (columns[:, None] <= own)) | (columns[:, None] == own)
+        mask = as_mask(seen[:, None], stretch.kind, query.dtype)
+    return _plain(module, query, keys, part.values, mask, stretch, context)
+
+
+def _chosen(
+    module: Any, query: torch.Tensor, view: View, stretch: Stretch, context: dict[str, Any]
+) -> torch.Tensor:
+    """Return what queries [B, H, U, D] see that each see columns of their own.
+
+    Each is then a row with one query, as it is in a step.
+    """
+    assert view.chosen is not None
+    rows, heads, many, size = query.shape
+    kv_heads, room = view.keys.shape[1], view.chosen.shape[2]
+    step = max(1, GATHERED // (rows * kv_heads * room * size))
+    found = []
+    for start in range(0, many, step):
+        columns = view.chosen[:, start : start + step].expand(rows, -1, -1)
+        count = columns.shape[1]
+        empty = 0 if view.empty is None else view.empty[:, None, None]
+        seen = columns >= empty
+        index = columns.clamp(min=0).reshape(rows, 1, -1, 1).expand(-1, kv_heads, -1, size)
+        keys, values = (
+            t.gather(2, index).view(rows, kv_heads, count, room, size).transpose(1, 2).flatten(0, 1)
+            for t in (view.keys, view.values)
+        )
+        asked = query[:, :, start : start + step].transpose(1, 2).reshape(-1, heads, 1, size)
+        all_seen, seen = bool(seen.all()), seen.reshape(-1, room)
+        if stretch.angles is not None:
+            places = (seen.cumsum(1) - 1).clamp(min=0)
+            places = places[:1] if all_seen else places
+            asked = turned(asked, stretch.angles, places[:, -1:])
+            keys = turned(keys, stretch.angles, places)
+        mask = None if all_seen else as_mask(seen[:, None, None], stretch.kind, query.dtype)
+        mixed = _plain(module, asked, keys, values, mask, stretch, context)
+        found.append(mixed.view(rows, count, heads, -1))
+    return torch.cat(found, dim=1)
+
+
+def _plain(
+    module: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    stretch: Stretch,
+    context: dict[str, Any],
+) -> torch.Tensor:
+    """Return what the model's own attention gives, [B, W, H, D]."""
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(stretch.kind, eager_attention_forward)
+    mixed: torch.Tensor = own(module, query, keys, values, mask, **context)[0]
+    return mixed
+
+
+def turned(
+    x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor
+) -> torch.Tensor:
+    """Return [B, H, T, D] turned at places [B or 1, T], as Llama turns queries and keys."""
+    cos, sin = (table[places][:, None] for table in angles)
+    return x * cos + rotate_half(x) * sin
+
+
+def as_mask(seen: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return which key each query sees in the form that an attention takes.
+
+    Args:
+        seen: [B, 1, W, S] bool.
+        kind: Name of the attention.
+        dtype: Of what is attended to.
+
+    Raises:
+        UserError: When the attention takes no mask.
+    """
+    if kind == "sdpa":
+        return seen
+    if kind == "eager":
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    raise UserError(
+        f"What a token sees cannot be chosen under {kind} attention.", "Use sdpa attention."
+    )
+
+
+@contextmanager
+def looking(model: Any) -> Iterator[str]:
+    """Let a model's modules attend to views inside the context; yield its own attention's name."""
+    config = model.config
+    before: str = config._attn_implementation
+    AttentionInterface.register(NAME, attend)
+    config._attn_implementation = NAME
+    try:
+        yield before
+    finally:
+        config._attn_implementation = before
