@@ -40,6 +40,7 @@ class Scene:
 class Simulator(Evaluator):
     """Base of the evaluators that need no model."""
 
+    itemwise: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
     def simulate(self, scene: Scene) -> Result:
