@@ -23,7 +23,8 @@ from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.config.compose import compose
-from effbench.methods.base import Method, compress_whole
+from effbench.methods.compresses import compress_whole
+from effbench.methods.full import Full
 from effbench.methods.pruning.apt import APT
 from effbench.methods.pruning.structured import Structured
 from effbench.models import load as models
@@ -158,7 +159,7 @@ def salience_cost(results: str) -> None:
 
     def passes(plain: bool) -> None:
         for batch in batches:
-            one = Method().loss if plain else method.loss
+            one = Full().loss if plain else method.loss
             one(model, batch, ctx).backward()
         if not plain:
             pruning.watcher.finish_step()

@@ -15,6 +15,7 @@ from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.methods.base import Method
+from effbench.methods.trains import Trains, begin_training
 from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
 
 SHAPE = Shape(
@@ -93,7 +94,14 @@ def prepared(
     method: Method, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
-    return method.prepare(base_for(method, dtype), ctx), ctx
+    return begun(method, base_for(method, dtype), ctx), ctx
+
+
+def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    """Return the model as the method trains it, or as it reads it."""
+    if isinstance(method, Trains):
+        return begin_training(method, model, ctx)
+    return method.prepare(model, ctx)
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:
@@ -120,7 +128,7 @@ def train(
     optimizer = optimizer or adamw(model)
     losses = []
     for _ in range(steps):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         parts = window(0 if same_batch else ctx.step)
         losses.append(method.update(model, optimizer, parts, ctx).item())
         ctx.step += 1

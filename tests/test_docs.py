@@ -24,6 +24,8 @@ from effbench.config.compose import compose
 from effbench.config.files import groups
 from effbench.config.overrides import check_overrides
 from effbench.methods.base import Method
+from effbench.methods.compresses import Compresses
+from effbench.methods.trains import Trains
 from effbench.results.store import MARKER, Store
 
 ROOT = Path(__file__).parents[1]
@@ -247,54 +249,6 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
     assert pages == own_methods()
 
 
-def test_index_of_methods() -> None:
-    text = (ROOT / "docs" / "methods" / "README.md").read_text()
-    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.md\) \| (\w+) \|.*\| (?:\[(.*?)\].*)?\|$", text, re.M)
-    assert rows
-    assert {name for name, *_ in rows} <= own_methods()
-    for name, link, stage, paper in rows:
-        cls = registry.find("methods", name)
-        assert (link, stage, paper) == (name, cls.stage, cls.paper.identifier if cls.paper else "")
-
-
-@pytest.mark.golden
-def test_new_methods_get_their_rows(pytestconfig: pytest.Config) -> None:
-    page = ROOT / "docs" / "methods" / "README.md"
-    if pytestconfig.getoption("--write-golden"):
-        page.write_text(with_new_methods(page.read_text()))
-    new = with_new_methods(page.read_text().replace("| [full]", "| [another]"))
-    assert "| [full](full.md) | train | " in new, "a method that has no row gets one"
-
-
-def with_new_methods(text: str) -> str:
-    """Return the index of methods with a row in both tables for each that has none."""
-    first, rule, second = text.partition("## What can follow what")
-    for name in sorted(own_methods()):
-        cls = registry.find("methods", name)
-        if f"| [{name}](" not in first:
-            summary = registry.summary("methods", name).rstrip(".")
-            what = summary.partition(": ")[2] or summary
-            number = cls.paper.identifier if cls.paper else ""
-            place = "https://doi.org" if "/" in number else "https://arxiv.org/abs"
-            paper = f"[{number}]({place}/{number}) " if number else ""
-            row = f"| [{name}]({name}.md) | {cls.stage} | {what} | {paper}|\n"
-            first = first.replace("|\n\n`effbench", f"|\n{row}\n`effbench")
-            starts = ", ".join(sorted(cls.works_on))
-            second = second.replace("|\n\nSo ", f"|\n| {name} | {starts} | {cls.leaves} |\n\nSo ")
-    return first + rule + second
-
-
-def test_what_can_follow_what() -> None:
-    text = (ROOT / "docs" / "methods" / "README.md").read_text().split("## What can follow what")[1]
-    seen = set()
-    for names, starts, leaves in re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \| (\w+) \|$", text, re.M):
-        for name in names.split(", ") if names != "method" else ():
-            cls = registry.find("methods", name)
-            assert (set(starts.split(", ")), leaves) == (set(cls.works_on), cls.leaves), name
-            seen.add(name)
-    assert "full" in seen
-
-
 def own_methods() -> set[str]:
     return set(registry.names("methods")) - set(registry.plugins("methods"))
 
@@ -314,16 +268,28 @@ def test_files_named_in_the_architecture_exist() -> None:
         assert (ROOT / "effbench" / name).is_file(), name
 
 
-def test_protocol_lists_the_hooks_that_exist() -> None:
+@pytest.mark.parametrize(
+    ("title", "cls"), [("All", Method), ("that train", Trains), ("that compress", Compresses)]
+)
+def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> None:
     text = (ROOT / "docs" / "method-protocol.md").read_text()
-    rows = re.findall(r"^\| (`.*?`) \|", text, re.M)
-    hooks = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    public = {n: getattr(Method, n) for n in dir(Method) if not n.startswith("_")}
+    [section] = [part for part in text.split("\n## ") if title in part.partition("\n")[0]]
+    rows = re.findall(r"^\| (`.*?`) \|", section, re.M)
+    hooks = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    public = {n: v for n, v in _members(cls).items() if not n.startswith("_")}
     there = {n for n, v in public.items() if callable(v) or isinstance(v, property)}
-    assert sorted(hooks) == sorted(there)
-    named = re.search(r"Class variables: (.*?)\.\n", text, re.S)
-    assert named is not None
-    assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+    inherited = set(dir(Method)) if cls is not Method else set()
+    assert hooks == there - inherited
+    if cls is Method:
+        named = re.search(r"Class variables: (.*?)\.\n", section, re.S)
+        assert named is not None
+        assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+
+
+def _members(cls: type[Method]) -> dict[str, Any]:
+    """Return what a class has, and what it has from others that are no methods."""
+    own = [c for c in cls.__mro__ if c is cls or not issubclass(c, Method)]
+    return {n: v for c in reversed(own) for n, v in vars(c).items()}
 
 
 # -- what may import what ----------------------------------------------------------------------

@@ -46,9 +46,13 @@ PROMISED = (
     "evaluators.base",
 )
 PROMISED += (
+    "api.evolution",
     "evaluators.subject",
     "methods.base",
     "methods.adapters.lora",
+    "methods.compresses",
+    "methods.reads",
+    "methods.trains",
     "util.errors",
     "util.lazy",
 )

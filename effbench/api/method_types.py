@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from effbench.api.evolution import Evolution
 from effbench.util.lazy import torch
 
 Weights = Literal["compute", "float32", "nf4"]
@@ -27,7 +28,7 @@ class Paper:
 
 @dataclass
 class Context:
-    """What the hooks may use: device, clock, random numbers and the method's saved state."""
+    """What the hooks may use: device, clock, random numbers, other models."""
 
     seed: int
     device: torch.device
@@ -41,7 +42,11 @@ class Context:
     step: int = 0
     total_steps: int = 0
     state: dict[str, Any] = field(default_factory=dict)
-    """Method state that a checkpoint must keep (tensors and plain values)."""
+    """What was found out about the data before the structure went in; kept in checkpoints."""
+    evolution: Any = field(default_factory=Evolution)
+    """What changes the model while it trains: the method's own `Evolution`."""
+    aux: dict[str, torch.nn.Module] = field(default_factory=dict)
+    """The method's auxiliary models by name, frozen; they are no part of the model."""
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()
     """Back-propagates a loss (accelerate's, when a training loop runs)."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

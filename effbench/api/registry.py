@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Kind = Literal["methods", "evaluators"]
 
 
-@cache
 def names(kind: Kind) -> tuple[str, ...]:
     """Return all names of a kind, sorted, without importing any of them."""
     return tuple(sorted({*_own(kind), *plugins(kind)}))

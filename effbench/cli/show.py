@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from effbench.api import registry
+from effbench.api.plugins import make_method
 from effbench.api.schema import field_docs
 from effbench.api.shape import Shape
+from effbench.api.spec import Plugin
 from effbench.config import compose as config
 from effbench.config import files as conf_files
 from effbench.util.errors import UserError, did_you_mean
@@ -51,14 +53,15 @@ def _method_facts(cls: Any) -> list[str]:
     if cls.paper:
         lines.append(f"Paper      {cls.paper.title}. {cls.paper.venue}. {cls.paper.identifier}")
     lines.append(f"Command    effbench {cls.stage} method={cls.name}")
-    lines.append(f"Starts on  {', '.join(sorted(cls.works_on))} linear layers")
+    lines.append(f"Starts on  {', '.join(sorted(cls.accepts))} linear layers")
+    lines.append(f"Leaves     {cls.produces} ones")
     try:
-        method = cls().fitted(EXAMPLE)
+        method = make_method(Plugin(cls.name, cls.needs)).resolve(EXAMPLE)
         points = [p or "one" for p in method.points()]
         lines.append(f"Points     {', '.join(points)}")
         lines.append(f"Saving     {method.cost(EXAMPLE, 'bfloat16', method.points()[-1]).saving}")
-    except TypeError:
-        pass
+    except UserError:
+        pass  # a setting without a default, which `needs` does not name
     return [*lines, ""]
 
 

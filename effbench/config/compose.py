@@ -246,7 +246,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
             f"Use: effbench {method.stage} method={method.name}",
         )
     if stage.makes or (lineage.earlier and not changes):
-        method.check_after(lineage.earlier)
+        method.check_start(lineage.earlier)
     elif not spec.parent and changes and stage.loads:
         raise UserError(
             f"effbench eval evaluates a model as it is, or what a run made, not {method.name}.",
@@ -254,7 +254,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
         )
     shape = known_shape(spec.model)
     if shape:
-        method.check(shape)
+        method.resolve(shape)
 
 
 def _check_data(spec: Spec) -> None:

@@ -7,7 +7,7 @@
 | `from=`, one that makes nothing | the run's, with the chosen free settings | the same | the same |
 | the same, with a method that reads | chosen | the same | the same |
 
-Free are settings of evaluation (`at_evaluation`); a method reads when it makes nothing itself.
+Free are settings of evaluation (`eval_settings`); a method reads when it makes nothing itself.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _at_evaluation(settings: Mapping[str, Any], chosen: set[str], method: Plugin
 
 
 def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None:
-    free = registry.find("methods", parent.method.name).at_evaluation
+    free = registry.find("methods", parent.method.name).eval_settings
     chosen = chosen - {f"method.{key}" for key in free}
     fixed = ("model", "method") if _taken_over(stage, name, chosen) else ("model",)
     for key in fixed:

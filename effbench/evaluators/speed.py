@@ -23,7 +23,7 @@ from effbench.api.shape import DTYPE_BYTES
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost
+from effbench.methods.chain import chain_cost, chain_shapes
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -119,7 +119,9 @@ class Speed(Evaluator):
         """
         if not self.cells():
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
-        last = methods[-1].fitted(shape) if shape else methods[-1]
+        *before, last = methods
+        if shape:
+            last = last.resolve([shape, *chain_shapes(before, shape)][-1])
         asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
         own = [point for point in last.points() if asked - last.engines(point)]
         if own:
@@ -133,7 +135,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
-        packed = any(m.weights == "nf4" or m.leaves == "packed" for m in methods)
+        packed = any(m.weights == "nf4" or m.produces == "packed" for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
                 "evaluator.speed.engine=merged adds adapters to dense weights, but these are "

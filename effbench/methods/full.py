@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from effbench.api.method_types import Weights
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 
 
 @dataclass(frozen=True)
-class Full(Method):
+class Full(Trains):
     """Training of every weight."""
 
     learning_rate: ClassVar[float] = 5e-5

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar, Literal
 
 from effbench.api.cost import Cost, dense_cost
-from effbench.api.method_types import Context
 from effbench.api.shape import DTYPE_BYTES, Shape
-from effbench.methods.base import Method
-from effbench.util.lazy import torch
+from effbench.methods.reads import Reads
 
 
 @dataclass(frozen=True)
-class Unchanged(Method):
+class Unchanged(Reads):
     """Changes nothing and trains nothing."""
-
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "eval"
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
-
-    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Return the model with every parameter frozen."""
-        model.requires_grad_(False)
-        return model
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the model; there is nothing to read."""
-        return self.prepare(model, ctx)
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost of what is there, nothing trainable."""

@@ -21,6 +21,7 @@ from effbench.api.spec import Machine, Spec
 from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost
+from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
 from effbench.resources.usage import Taken
@@ -181,7 +182,7 @@ class Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
         shapes = [shape, *chain_shapes(methods, shape, folders)]
-        *first, own = methods = [m.fitted(s) for m, s in zip(methods, shapes, strict=False)]
+        *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
         start, point = shapes[-2], own.points()[-1]
         before = None
         if first:
@@ -277,7 +278,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
     if spec.stage == "compress":
         weights = course.before.resident_bytes if course.before else course.start.params * size
         longest = None
-        if own.calibrates:
+        if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
@@ -287,7 +288,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
         # A GPU multiplies NF4 weights in one kernel (bitsandbytes').
-        expands = cpu or any(m.leaves == "packed" for m in course.methods)
+        expands = cpu or any(m.produces == "packed" for m in course.methods)
         found["evaluate"] = max(
             (
                 left.inference(course.used, p, every, trained, together, kernels, expands)
@@ -303,7 +304,7 @@ def _total(memory: Components) -> float:
 
 
 def _packed(methods: Sequence[Method]) -> bool:
-    return any(m.leaves == "packed" or m.weights == "nf4" for m in methods)
+    return any(m.produces == "packed" or m.weights == "nf4" for m in methods)
 
 
 def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload) -> tuple[int, int]:

@@ -74,13 +74,12 @@ def open_model(run: Run) -> Opened:
             quantise_nf4(model, compute_dtype=run.dtype)
     _check_length(spec, loaded.shape)
     start = lineage.start(loaded.shape)
-    own.check(start)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else run.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
     run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
-    return Opened(model, own.fitted(start), loaded.shape, start, base_bytes)
+    return Opened(model, own.resolve(start), loaded.shape, start, base_bytes)
 
 
 def _import_all(run: Run, own: Method) -> int | None:
@@ -106,7 +105,7 @@ def _put_in(run: Run, model: torch.nn.Module, shape: Shape) -> torch.nn.Module:
     ):
         if place and method.weights == "nf4":
             quantise_nf4(model, compute_dtype=run.dtype)
-        model = method.fitted(shapes[place]).load(model, artefact, context(run))
+        model = method.resolve(shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import SHAPE as TINY
-from helpers import adamw, generator, tiny_model
+from helpers import adamw, begun, generator, tiny_model
 
 from effbench.api.batch import Batch
 from effbench.api.footprint import Pass, logit_bytes, step_flops
@@ -85,7 +85,7 @@ def kept_bytes(method: Method, dtype: str) -> int:
         generator(0),
         lambda name: tiny_model(dtype=compute, shape=SHAPE),
     )
-    model = method.prepare(model, ctx).train()
+    model = begun(method, model, ctx).train()
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, torch.Tensor] = {}
 

@@ -87,7 +87,7 @@ def test_quantiles_are_values_that_were_there() -> None:
 def test_every_method_can_be_simulated_at_every_point(name: str) -> None:
     shape = Shape(**{**vars(SHAPE), "num_layers": 4})
     cls = registry.find("methods", name)
-    method = cls(**cls.needs).fitted(shape)
+    method = cls(**cls.needs).resolve(shape)
     left = chain_shapes([method], shape)[-1]
     whole = inference_cost([method], shape, "float32", method.whole(left))
     for point in method.points():

@@ -134,15 +134,15 @@ def test_the_budget_is_kept_at_every_choice_and_met_at_the_end():
         train(METHOD, model, ctx, 1, optimizer)
         left = int((lambdas(model) != 0).sum())
         assert left >= schedule.target
-        assert METHOD.settled(model, ctx) == (step >= schedule.end)
+        assert ctx.evolution.final == (step >= schedule.end)
         if schedule.chooses(step) or step >= schedule.end:
             assert left == schedule.budget(step)
         ctx.step -= 1
-        assert METHOD.facts(model, ctx) == {"rank_budget": schedule.budget(step)}
+        assert ctx.evolution.metrics() == {"rank_budget": schedule.budget(step)}
         ctx.step += 1
     assert left == 2 * LAYERS
-    assert len({len(k) for k in ctx.state["kept"].values()}) > 1
-    assert ctx.state["averages"] == no_averages()
+    assert len({len(k) for k in ctx.evolution.kept.values()}) > 1
+    assert ctx.evolution.averages == no_averages()
 
 
 def test_a_pruned_rank_can_come_back_until_the_end():
@@ -292,8 +292,8 @@ def test_same_weights_and_ranks_as_peft():
 def test_what_was_pruned_is_dropped_and_nothing_else_changes():
     model, ctx = trained()
     before = logits(model)
-    kept = ctx.state["kept"]
-    model = METHOD.finish(model, ctx)
+    kept = ctx.evolution.kept
+    model = METHOD.finalize(model, ctx)
     assert not svd_layers(model)
     left = {n: len(layer.lora_A) for n, layer in low_rank_layers(model)}
     assert left == {n: len(ranks) for n, ranks in kept.items() if ranks}
@@ -303,8 +303,8 @@ def test_what_was_pruned_is_dropped_and_nothing_else_changes():
 
 def test_a_layer_without_ranks_is_its_base():
     model, ctx = prepared(METHOD)
-    ctx.state["kept"] = {n: [] if "v_proj" in n else [1] for n in svd_layers(model)}
-    model = METHOD.finish(model, ctx)
+    ctx.evolution.kept = {n: [] if "v_proj" in n else [1] for n in svd_layers(model)}
+    model = METHOD.finalize(model, ctx)
     kinds = {type(m) for n, m in model.named_modules() if n.endswith("v_proj")}
     assert kinds == {torch.nn.Linear}
     assert sum(isinstance(m, LowRankLinear) for m in model.modules()) == LAYERS - 2
@@ -312,7 +312,7 @@ def test_a_layer_without_ranks_is_its_base():
 
 def test_save_and_load_give_the_same_logits(tmp_path):
     model, ctx = trained()
-    model = METHOD.finish(model, ctx)
+    model = METHOD.finalize(model, ctx)
     METHOD.save(model, tmp_path)
     again = METHOD.load(base_for(METHOD), tmp_path, context(seed=9))
     assert logits(again).equal(logits(model))
@@ -321,8 +321,8 @@ def test_save_and_load_give_the_same_logits(tmp_path):
 
 def test_peft_loads_the_export_with_a_rank_for_each_layer(tmp_path):
     model, ctx = trained()
-    ctx.state["kept"]["model.layers.1.self_attn.k_proj"] = []
-    model = METHOD.finish(model, ctx)
+    ctx.evolution.kept["model.layers.1.self_attn.k_proj"] = []
+    model = METHOD.finalize(model, ctx)
     METHOD.export(model, "", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -342,7 +342,7 @@ def test_peft_loads_the_export_with_a_rank_for_each_layer(tmp_path):
 
 def test_cost_is_what_is_counted(tmp_path):
     model, ctx = trained()
-    model = METHOD.finish(model, ctx)
+    model = METHOD.finalize(model, ctx)
     METHOD.save(model, tmp_path)
     shape = METHOD.left(SHAPE, tmp_path)
     assert isinstance(shape, RankedShape)
@@ -360,7 +360,7 @@ def test_cost_is_what_is_counted(tmp_path):
 
 def test_blocks_that_differ_in_size_are_counted_as_they_are(tmp_path):
     model, ctx = trained()
-    METHOD.save(METHOD.finish(model, ctx), tmp_path)
+    METHOD.save(METHOD.finalize(model, ctx), tmp_path)
     whole, sliced = METHOD.left(SHAPE, tmp_path), planned_slice(SHAPE, 0.8)
     layers = (SHAPE.layer(0), sliced.layer(1))
     mixed = sliced_shape(SHAPE, SHAPE.hidden_size, layers)
@@ -384,7 +384,7 @@ def test_before_training_all_ranks_are_expected_to_be_alike():
     assert (training.params, training.trainable) == (held["params"], held["trainable"])
     ctx.total_steps = 100
     train(method, model, ctx, 1)
-    averages = [t for kind in ctx.state["averages"].values() for t in kind.values()]
+    averages = [t for kind in ctx.evolution.averages.values() for t in kind.values()]
     more = sum(t.numel() * t.element_size() for t in averages)
     assert training.resident_bytes == held["resident_bytes"] + more
 
@@ -475,4 +475,4 @@ def test_impossible_settings_are_refused_by_name(settings, named):
 
 def test_a_first_rank_above_what_a_layer_can_have_is_refused():
     with pytest.raises(UserError, match=r"method\.first_rank=33 .* k_proj"):
-        AdaLoRA(rank=22).check(SHAPE)
+        AdaLoRA(rank=22).resolve(SHAPE)

@@ -17,6 +17,7 @@ from helpers import (
     SHAPE,
     adamw,
     batch_of,
+    begun,
     context,
     generator,
     logits,
@@ -297,7 +298,7 @@ def test_what_adds_nothing_goes_first() -> None:
         model.model.layers[1].self_attn.o_proj.weight[:, 32:] = 0  # both heads of group 1
     ctx = context()
     ctx.total_steps = 2
-    model = method.prepare(model, ctx)
+    model = begun(method, model, ctx)
     backward(method, model, ctx)
     watcher, masks = salience_of(model), masks_of(model)
     assert watcher is not None
@@ -307,7 +308,7 @@ def test_what_adds_nothing_goes_first() -> None:
     assert views[0].neurons[11] == 0
     assert views[1].groups[1] == 0
     assert (watcher.activity == 0).sum() == 2
-    method._aim(Pruning(model, masks, watcher), 0.91, ctx)
+    ctx.evolution._aim(Pruning(model, masks, watcher), 0.91)
     wanted = list(watcher.layout.views(masks.wanted))
     assert not wanted[0].neurons[11]
     assert not wanted[1].groups[1]
@@ -334,7 +335,7 @@ def test_the_steps_of_a_run() -> None:
 def test_masks_through_a_run() -> None:
     method = APT(keep=0.6, end=0.3, prunings=3, mask_step=0.05, grow=1.0)
     model, ctx, optimizer = ready(method, steps=40)
-    whole = ctx.state["whole"]
+    whole = ctx.evolution.whole
     before, shares = None, []
     while (masks := masks_of(model)) is not None:
         now = masks.values.clone()
@@ -343,13 +344,13 @@ def test_masks_through_a_run() -> None:
         if before is not None:
             assert (now - before).abs().max() <= 0.05 + 1e-6
         before = now
-        shares.append(method.facts(model, ctx)["kept"])
+        shares.append(ctx.evolution.metrics()["kept"])
         train(method, model, ctx, 1, optimizer)
     assert ctx.step < 40
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
     assert ((before < 0.05 + 1e-6) | (before > 0.95 - 1e-6)).all()
-    layout_weights = method.facts(model, ctx)["kept"] * whole
+    layout_weights = ctx.evolution.metrics()["kept"] * whole
     assert layout_weights <= 0.6 * whole
     assert layout_weights > 0.6 * whole - 2 * 96 * 64
 
@@ -371,11 +372,11 @@ def test_masks_and_slice_agree_in_a_trained_model() -> None:
     masks, watcher = masks_of(model), salience_of(model)
     assert masks is not None
     assert watcher is not None
-    method._aim(Pruning(model, masks, watcher), 0.5, ctx)
-    ctx.state["searched"] = 0.5
+    ctx.evolution._aim(Pruning(model, masks, watcher), 0.5)
+    ctx.evolution.searched = 0.5
     masks.harden()
     masked = logits(model)
-    finished = method.finish(model, ctx).eval()
+    finished = method.finalize(model, ctx).eval()
     torch.testing.assert_close(logits(finished), masked, atol=1e-6, rtol=1e-5)
     assert not list(low_rank_layers(finished))
     assert not any(p.requires_grad for p in finished.parameters())
@@ -389,9 +390,9 @@ def test_a_run_too_short_for_its_masks_is_cut_all_the_same() -> None:
     assert pruning is not None
     assert not pruning.masks.hard
     wanted = pruning.masks.wanted.clone()
-    budget, layout = 0.6 * ctx.state["whole"], pruning.layout
-    finished = method.finish(model, ctx)
-    assert method.facts(finished, ctx)["kept"] <= 0.6
+    budget, layout = 0.6 * ctx.evolution.whole, pruning.layout
+    finished = method.finalize(model, ctx)
+    assert ctx.evolution.metrics()["kept"] <= 0.6
     assert weights_left(finished) == layout.weights(wanted) > budget - 3 * 96 * 64
     assert logits(finished).isfinite().all()
 
@@ -409,7 +410,7 @@ def test_slicing_early_is_slicing_late(optimizer: Any, monkeypatch: pytest.Monke
         trained = [p for p in model.parameters() if p.requires_grad]
         train(method, model, ctx, 8, optimizer(trained, lr=1e-2))
         assert (masks_of(model) is not None) == late
-        ends.append(logits(method.finish(model, ctx)))
+        ends.append(logits(method.finalize(model, ctx)))
     torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-5)
 
 
@@ -419,7 +420,7 @@ def test_random_blocks_are_a_baseline_of_the_same_size() -> None:
         method = APT(criterion=criterion, keep=0.6, **SOON)  # type: ignore[arg-type]
         model, ctx, optimizer = ready(method)
         train(method, model, ctx, 8, optimizer)
-        sizes.append((method.facts(model, ctx)["kept"], ctx.state["kept"]))
+        sizes.append((ctx.evolution.metrics()["kept"], ctx.evolution.kept))
     assert sizes[0][1] != sizes[1][1]
     assert abs(sizes[0][0] - sizes[1][0]) < 0.07
 
@@ -507,7 +508,7 @@ def test_ranks_through_a_run() -> None:
         assert not grown or step in steps
         if grown:
             order = sorted(
-                (n for n in now if before[n] < 6), key=lambda n: -ctx.state["importance"][n]
+                (n for n in now if before[n] < 6), key=lambda n: -ctx.evolution.importance[n]
             )
             assert set(grown) <= set(order[: -(-len(order) // 2)])
         reached = max([1.0, *(f for s, f in steps.items() if s <= step)])
@@ -629,16 +630,16 @@ def test_a_distilled_run() -> None:
     method = APT(distill=True, begin=0.25, end=0.75, prunings=2, mask_step=0.5, keep=0.6, rank=4)
     model, ctx, optimizer = ready(method, steps=8)
     train(method, model, ctx, 3, optimizer)
-    frozen = copy.deepcopy(ctx.state["teacher"])
+    frozen = copy.deepcopy(ctx.evolution.teacher)
     train(method, model, ctx, 5, optimizer)
     assert all(
-        a.equal(b) for n in frozen for a, b in zip(frozen[n], ctx.state["teacher"][n], strict=True)
+        a.equal(b) for n in frozen for a, b in zip(frozen[n], ctx.evolution.teacher[n], strict=True)
     )
     assert model.transfer.B.abs().sum() > 0
     assert masks_of(model) is not None
-    finished = method.finish(model, ctx)
+    finished = method.finalize(model, ctx)
     assert not hasattr(finished, "transfer")
-    assert method.facts(finished, ctx)["kept"] <= 0.6
+    assert ctx.evolution.metrics()["kept"] <= 0.6
 
 
 # -- a whole run -------------------------------------------------------------------------------
@@ -777,10 +778,10 @@ def test_refused_settings() -> None:
     with pytest.raises(UserError, match="max_rank"):
         APT(rank=8, max_rank=4)
     with pytest.raises(UserError, match="cannot be reached"):
-        APT(keep=0.2, blocks=("groups",)).check(SHAPE)
+        APT(keep=0.2, blocks=("groups",)).resolve(SHAPE)
     with pytest.raises(UserError, match="rank"):
-        APT(rank=64, max_rank=64).check(replace(SHAPE, hidden_size=32))
-    APT(keep=0.05).check(SHAPE)
+        APT(rank=64, max_rank=64).resolve(replace(SHAPE, hidden_size=32))
+    APT(keep=0.05).resolve(SHAPE)
 
 
 def test_another_family_is_refused() -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import Bench, forget_accelerator
 from goldens import PUBLIC, Golden
+from helpers import begun
 
 from effbench.api import registry
 from effbench.api.batch import Batch, make_batch
@@ -27,7 +28,8 @@ from effbench.api.plugins import make_method
 from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
-from effbench.methods.base import Method, Part, compress_whole
+from effbench.methods.base import Method
+from effbench.methods.compresses import Part, compress_whole
 from effbench.models import load as models
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.llama.weights import cast_parameters, read_tensors
@@ -167,7 +169,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> tuple[Any, Any,
 
     draws = torch.Generator().manual_seed(0)
     ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
-    return method.fitted(loaded.shape), loaded.model, loaded.shape, ctx
+    return method.resolve(loaded.shape), loaded.model, loaded.shape, ctx
 
 
 def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -175,7 +177,7 @@ def changed(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Mo
     if method.stage == "compress":
         compress_whole(method, model.requires_grad_(False), [probe()], ctx)
         return model
-    return method.finish(method.prepare(model, ctx), ctx)
+    return method.finalize(begun(method, model, ctx), ctx)
 
 
 def left(method: Method, model: torch.nn.Module, shape: Any, folder: Path) -> Any:
@@ -256,7 +258,7 @@ def test_untrained_it_is_the_base(name: str) -> None:
         pytest.skip("has no setting at which it changes nothing")
     method, model, _, ctx = fresh(name, **settings)
     expected = logits(Method(), model)
-    model = method.prepare(model, ctx)
+    model = begun(method, model, ctx)
     for point in method.points():
         with method.at(model, point):
             assert logits(method, model).equal(expected)
@@ -284,7 +286,7 @@ def test_its_cost_is_what_is_counted(name: str, dtype: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_trains_is_what_training_states(name: str) -> None:
     method, model, shape, ctx = fresh(name)
-    counted = parameters(method.prepare(model, ctx)).trainable
+    counted = parameters(begun(method, model, ctx)).trainable
     stated = method.training_cost(shape, "float32").trainable
     changes = type(method).training_cost is not Method.training_cost
     assert 0 < counted <= stated if changes else counted == stated
@@ -588,7 +590,7 @@ STOPPING = [
 def all_changed(name: str) -> list[str]:
     """Return overrides that give each setting of evaluation alone another value, all at once."""
     cls, words = registry.find("methods", name), []
-    for key in sorted(cls.at_evaluation):
+    for key in sorted(cls.eval_settings):
         literals = [v for v in _literals(get_type_hints(cls)[key]) if isinstance(v, str)]
         values = [*literals, *([v] for v in literals), True, False, 1, 2, 3, [1], [2], [3], [0]]
         tried = (f"method.{key}={json.dumps(value)}" for value in values)
@@ -612,7 +614,7 @@ def _literals(hint: Any) -> Iterator[Any]:
             yield from _literals(part)
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if registry.find("methods", n).at_evaluation])
+@pytest.mark.parametrize("name", [n for n in TRAINED if registry.find("methods", n).eval_settings])
 def test_settings_of_evaluation_do_not_change_what_is_trained(
     name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,7 +652,7 @@ def test_it_is_validated_where_it_learns(name: str) -> None:
     """What trains must be seen by the validation that decides which of it is kept."""
     method, base, shape, ctx = fresh(name)
     point = method.validated(shape)
-    model = method.prepare(base, ctx)
+    model = begun(method, base, ctx)
     with method.at(model, point):
         before = logits(method, model)
     with torch.no_grad():
@@ -670,8 +672,8 @@ def test_every_point_runs_in_every_evaluator(name: str, made: Callable[[str], Ma
     method = make_method(run.job.spec.method)
     shape = compose("eval", ["model=tiny"]).spec.model.shape
     assert shape is not None
+    method = method.resolve(shape)
     shape = method.left(shape, run.bench.folder(run.job).artefact)
-    method = method.fitted(shape)
     found = {(m.name, m.point): m for m in run.record.metrics if m.phase in ("", "decode")}
     for point in method.points():
         for evaluator in EVALUATORS:

@@ -12,6 +12,7 @@ from helpers import (
     adamw,
     base_for,
     batch_of,
+    begun,
     context,
     counted,
     logits,
@@ -82,7 +83,7 @@ def test_the_start_depends_on_seed_and_layer_alone() -> None:
     second, _ = prepared(DeepLoRA())
     other, _ = prepared(DeepLoRA(), seed=1)
     method = DeepLoRA()
-    one, two, three = (method.tensors(m) for m in (first, second, other))
+    one, two, three = (method.trained_tensors(m) for m in (first, second, other))
     assert all(one[n].equal(two[n]) for n in one)
     lefts = [n for n in one if n.endswith("left")]
     assert all(not one[n].equal(three[n]) for n in lefts)
@@ -228,16 +229,16 @@ def test_the_gradient_is_that_of_the_frozen_weight() -> None:
 def test_start_chooses_the_subspace_from_the_first_window() -> None:
     method = DeepLoRA(rank=4)
     model, ctx = prepared(method)
-    before = {n: t.clone() for n, t in method.tensors(model).items()}
-    method.start(model, window(0), ctx)
-    after = method.tensors(model)
+    before = {n: t.clone() for n, t in method.trained_tensors(model).items()}
+    ctx.evolution.begin(window(0))
+    after = method.trained_tensors(model)
     assert all(not before[n].equal(after[n]) for n in after if n.endswith(("left", "right")))
     square = [n for n in after if "q_proj.factors" in n or "o_proj.factors" in n]
     assert len(square) == 2 * 2 * 3 and all(before[n].equal(after[n]) for n in square)
     assert all(p.grad is None for p in model.parameters())
     random, other = DeepLoRA(rank=4, subspace="random"), prepared(DeepLoRA(rank=4))[0]
-    random.start(other, window(0), ctx)
-    assert all(before[n].equal(t) for n, t in random.tensors(other).items())
+    ctx.evolution.begin(window(0))
+    assert all(before[n].equal(t) for n, t in random.trained_tensors(other).items())
 
 
 # -- training ----------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_training_learns_and_leaves_the_base(form: str) -> None:
     method = DeepLoRA(form=form, rank=4)  # type: ignore[arg-type]
     model, ctx = prepared(method)
     base = storage_of_base(model)
-    method.start(model, window(0), ctx)
+    ctx.evolution.begin(window(0))
     losses = train(method, model, ctx, 40, adamw(model, lr=2e-2), same_batch=True)
     assert losses[-1] < losses[0] - 0.05
     assert storage_of_base(model) == base
@@ -269,12 +270,14 @@ def test_frames_stay_bit_for_bit_at_rate_zero_and_follow_their_own_rate() -> Non
         method = DeepLoRA(rank=4, frame_rate=rate)
         model, ctx = prepared(method)
         frames = {
-            n: t.clone() for n, t in method.tensors(model).items() if n.endswith(("left", "right"))
+            n: t.clone()
+            for n, t in method.trained_tensors(model).items()
+            if n.endswith(("left", "right"))
         }
-        groups = [{"params": p, "lr": 1e-2 * s} for p, s in method.groups(model)]
+        groups = [{"params": p, "lr": 1e-2 * s} for p, s in method.param_groups(model)]
         assert [g["lr"] for g in groups] == [1e-2, 5e-3][: len(groups)]
         train(method, model, ctx, 2, torch.optim.AdamW(groups, weight_decay=0.0))
-        same = [frames[n].equal(method.tensors(model)[n]) for n in frames]
+        same = [frames[n].equal(method.trained_tensors(model)[n]) for n in frames]
         assert all(same) if rate == 0 else not any(same)
 
 
@@ -282,7 +285,7 @@ def test_every_trained_parameter_is_in_a_group() -> None:
     for form in FORMS:
         method = DeepLoRA(form=form, rank=4)  # type: ignore[arg-type]
         model, _ = prepared(method)
-        grouped = [id(p) for members, _ in method.groups(model) for p in members]
+        grouped = [id(p) for members, _ in method.param_groups(model) for p in members]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -338,7 +341,7 @@ def test_peft_gives_the_exported_model_the_same_logits(tmp_path: Path) -> None:
 
     method = DeepLoRA(rank=4)
     model, ctx = prepared(method)
-    method.start(model, window(0), ctx)
+    ctx.evolution.begin(window(0))
     train(method, model, ctx, 30, adamw(model, lr=3e-2))
     assert not torch.allclose(logits(model), logits(tiny_model()), atol=1e-3)
     method.export(model, "", tmp_path)
@@ -351,7 +354,7 @@ def test_an_odd_rank_is_refused_for_the_compressed_form() -> None:
         DeepLoRA(rank=5)
     assert DeepLoRA(rank=5, form="narrow").rank == 5
     with pytest.raises(UserError, match=r"method\.rank=40"):
-        DeepLoRA(rank=40).check(replace(SHAPE, hidden_size=32))
+        DeepLoRA(rank=40).resolve(replace(SHAPE, hidden_size=32))
 
 
 def test_it_works_on_a_packed_base() -> None:
@@ -361,8 +364,8 @@ def test_it_works_on_a_packed_base() -> None:
     model = base_for(method)
     quantise_nf4(model, compute_dtype=torch.float32)
     ctx = context()
-    model = method.prepare(model, ctx)
-    method.start(model, window(0), ctx)
+    model = begun(method, model, ctx)
+    ctx.evolution.begin(window(0))
     losses = train(method, model, ctx, 20, adamw(model, lr=2e-2), same_batch=True)
     assert losses[-1] < losses[0]
     assert storage_hash(model)

@@ -52,7 +52,7 @@ def metric(record: Any, name: str, point: str = "") -> float:
 
 
 def test_it_reads_the_model_out_and_counts_what_is_left():
-    method = Depths().fitted(DEEP)
+    method = Depths().resolve(DEEP)
     assert method.points() == ("d2", "d3", "d4", "d5")
     model = tiny_model(shape=DEEP).eval().requires_grad_(False)
     for n in (2, 5):
@@ -69,8 +69,8 @@ def test_it_reads_the_model_out_and_counts_what_is_left():
 def test_an_artefact_with_logits_of_its_own_is_refused():
     with pytest.raises(UserError, match="lora_drop computes its logits"):
         named = type("Named", (LoRADrop,), {"name": "lora_drop"})
-        Depths().check_after([named()])
-    Depths().check_after([LoRA()])
+        Depths().check_start([named()])
+    Depths().check_start([LoRA()])
 
 
 def test_what_follows_one_depth_alone_starts_from_all_layers():
@@ -235,7 +235,7 @@ def with_depths(adapters: bool) -> tuple[Any, Any]:
         return Depths(eval_depths=(2, 3, 5)), model.eval().requires_grad_(False)
     method = SortedLoRA(rank=4, depths=(2, 3, 5))
     model = method.prepare(model, context()).eval()
-    for p in method.tensors(model).values():
+    for p in method.trained_tensors(model).values():
         p.add_(0.1 * torch.randn(p.shape, generator=generator(3)))
     return method, model.requires_grad_(False)
 

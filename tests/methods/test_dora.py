@@ -166,7 +166,7 @@ def test_cost_is_what_is_counted(point):
 
 def test_on_a_packed_base():
     method = DoRA(rank=4)
-    assert method.works_on == {"dense", "packed"}
+    assert method.accepts == {"dense", "packed"}
     base = tiny_model()
     for name, linear in list(base.named_modules()):
         if name.rpartition(".")[2] in LINEARS:

@@ -126,9 +126,9 @@ def test_impossible_settings_are_refused_by_name(settings, named):
 
 
 def test_a_rank_above_what_a_layer_can_have_is_refused():
-    DyLoRA(rank=32).check(SHAPE)
+    DyLoRA(rank=32).resolve(SHAPE)
     with pytest.raises(UserError, match=r"method\.rank=33 .* k_proj"):
-        DyLoRA(rank=33).check(SHAPE)
+        DyLoRA(rank=33).resolve(SHAPE)
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "inverse", "proportional"])
@@ -138,7 +138,7 @@ def test_ten_thousand_draws_follow_the_distribution(distribution, ranks):
     model, ctx = prepared(method, seed=4)
     drawn = []
     for _ in range(10_000):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         drawn.append(control_of(model).active)
     weight = {"uniform": lambda b: 1.0, "inverse": lambda b: 1 / b, "proportional": float}
     total = sum(weight[distribution](b) for b in method.rank_set())
@@ -151,7 +151,7 @@ def test_ten_thousand_draws_follow_the_distribution(distribution, ranks):
 def test_all_layers_of_a_step_have_the_same_rank():
     model, ctx = prepared(DyLoRA(rank=8))
     for _ in range(5):
-        DyLoRA(rank=8).on_step(model, ctx)
+        ctx.evolution.before_step()
         assert len({id(layer.control) for _, layer in low_rank_layers(model)}) == 1
     assert len(list(low_rank_layers(copy.deepcopy(model)))) == 14
     assert control_of(copy.deepcopy(model)) is not control_of(model)
@@ -273,10 +273,10 @@ def test_a_resumed_run_draws_the_same_ranks_and_ends_the_same():
     optimizer = adamw(first)
     losses = train(method, first, first_ctx, 3, optimizer)
     saved = copy.deepcopy(
-        (method.tensors(first), optimizer.state_dict(), first_ctx.generator.get_state())
+        (method.trained_tensors(first), optimizer.state_dict(), first_ctx.generator.get_state())
     )
     second, second_ctx = prepared(method)
-    for name, tensor in method.tensors(second).items():
+    for name, tensor in method.trained_tensors(second).items():
         tensor.copy_(saved[0][name])
     optimizer = adamw(second)
     optimizer.load_state_dict(saved[1])
@@ -309,7 +309,7 @@ def test_the_rank_is_as_before_after_a_point_even_after_an_error():
     method = DyLoRA(rank=8)
     model, ctx = prepared(method)
     assert control_of(model).active == 8
-    method.on_step(model, ctx)
+    ctx.evolution.before_step()
     before = control_of(model).active
     with pytest.raises(RuntimeError), method.at(model, "r1"):
         assert control_of(model).active == 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from helpers import SHAPE, adamw, batch_of, context, logits, tiny_model, train
+from helpers import SHAPE, adamw, batch_of, begun, context, logits, tiny_model, train
 
 from effbench.api.footprint import Pass, step_flops
 from effbench.api.method_types import Context
@@ -32,7 +32,7 @@ DEEP = replace(SHAPE, num_layers=4, tied=True)
 def started(method: EchoLLaMA, steps: int = 8) -> tuple[Any, Context, torch.optim.AdamW]:
     ctx = context()
     ctx.total_steps = steps
-    model = method.prepare(tiny_model(shape=DEEP), ctx)
+    model = begun(method, tiny_model(shape=DEEP), ctx)
     return model, ctx, adamw(model)
 
 
@@ -60,12 +60,12 @@ def test_maps_follow_the_settings() -> None:
 )
 def test_what_cannot_be_shared_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        EchoLLaMA(**settings).check(DEEP)
+        EchoLLaMA(**settings).resolve(DEEP)
 
 
 def test_a_model_that_shares_is_not_shared_again() -> None:
     with pytest.raises(UserError, match="cannot start"):
-        EchoLLaMA().check(EchoLLaMA().left(DEEP))
+        EchoLLaMA().resolve(EchoLLaMA().left(DEEP))
 
 
 # -- the schedule ------------------------------------------------------------------------------
@@ -88,18 +88,18 @@ def test_after_so_many_steps_so_many_layers_are_converted(mode: Any) -> None:
         done = [m.layer for m in sharing_layers(model) if m.takes]
         assert len(done) == min(3, (step + 1) // 4)
         assert done == [1, 2, 3][3 - len(done) :]
-        assert method.settled(model, ctx) == (len(done) == 3)
-    assert method.facts(model, ctx) == {"converted": 3}
+        assert ctx.evolution.final == (len(done) == 3)
+    assert ctx.evolution.metrics() == {"converted": 3}
 
 
 def test_conversion_changes_nothing_in_the_step_that_ends_it() -> None:
     method = EchoLLaMA(share=0.25, adapt=0.5)
     model, ctx, optimizer = started(method, 8)
     train(method, model, ctx, 3, optimizer)
-    method.on_step(model, ctx)
+    ctx.evolution.before_step()
     assert shares(model) == [0, 0, 0, 1]
     before = logits(model)
-    method.on_gradients(model, optimizer, ctx)
+    ctx.evolution.after_backward(optimizer)
     assert sharing_layers(model)[3].takes
     torch.testing.assert_close(logits(model), before)
 
@@ -111,11 +111,11 @@ def test_survivors_keep_their_moments_and_the_removed_are_forgotten() -> None:
     gone = [p for n, p in model.named_parameters() if "layers.3.self_attn.k_proj" in n]
     kept = model.model.layers[3].self_attn.q_proj.weight
     moment = optimizer.state[kept]["exp_avg"].clone()
-    method.on_step(model, ctx)
-    method.on_gradients(model, optimizer, ctx)
+    ctx.evolution.before_step()
+    ctx.evolution.after_backward(optimizer)
     assert optimizer.state[kept]["exp_avg"].equal(moment)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in trained] == [id(p) for p in method.groups(model)[0][0]]
+    assert [id(p) for p in trained] == [id(p) for p in method.param_groups(model)[0][0]]
     assert all(p not in optimizer.state for p in gone)
     assert len(optimizer.state) == len(trained)
 
@@ -124,7 +124,7 @@ def test_survivors_keep_their_moments_and_the_removed_are_forgotten() -> None:
 def test_abrupt_is_converted_before_the_first_step(method: EchoLLaMA) -> None:
     model, ctx, optimizer = started(method)
     assert map_of(model) == top_map(4, 2)
-    assert method.settled(model, ctx)
+    assert ctx.evolution.final
     losses = train(method, model, ctx, 4, optimizer, same_batch=True)
     assert losses[-1] < losses[0]
 
@@ -134,7 +134,7 @@ def test_what_is_not_converted_at_the_end_is_then() -> None:
     model, ctx, optimizer = started(method, 100)
     train(method, model, ctx, 2, optimizer)
     assert map_of(model) is None
-    assert map_of(method.finish(model, ctx)) == top_map(4, 2)
+    assert map_of(method.finalize(model, ctx)) == top_map(4, 2)
 
 
 # -- starts ------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_a_source_may_start_from_the_mean(mode: Any) -> None:
 def test_the_original_is_a_teacher_that_does_not_change() -> None:
     method = EchoLLaMA(kl=0.5, blend=False)
     model, ctx, optimizer = started(method)
-    original = vars(model)["original"]
+    original = ctx.aux["original"]
     before = logits(original)
     assert before.equal(logits(tiny_model(shape=DEEP)))
     assert method.holds() == ("",)
@@ -167,9 +167,7 @@ def test_the_original_is_a_teacher_that_does_not_change() -> None:
     torch.testing.assert_close(total, expected)
     train(method, model, ctx, 2, optimizer)
     assert logits(original).equal(before)
-    assert not any("original" in n for n in method.tensors(model))
-    method.release(model)
-    assert "original" not in vars(model)
+    assert not any("original" in n for n in method.trained_tensors(model))
 
 
 # -- adapters ----------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def test_adapters_are_where_sharing_changes_something(mode: Any, tmp_path: Path)
     train(method, model, ctx, 8, optimizer)
     model.eval()
     before = logits(model)
-    model = method.finish(model, ctx)
+    model = method.finalize(model, ctx)
     torch.testing.assert_close(logits(model), before)
     assert parameters(model).total == method.cost(method.left(DEEP), "float32").params
     assert model.model.layers[0].mlp.up_proj.weight.equal(base.model.layers[0].mlp.up_proj.weight)
@@ -217,8 +215,8 @@ def test_the_first_step_costs_what_is_stated(method: EchoLLaMA) -> None:
     base.set_attn_implementation("eager")
     ctx, batch = context(), batch_of(length=40)
     ctx.total_steps = 16
-    model = method.prepare(base, ctx).train()
-    method.on_step(model, ctx)
+    model = begun(method, base, ctx).train()
+    ctx.evolution.before_step()
     counted = flops(lambda: method.loss(model, batch, ctx).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
     stated = step_flops(DEEP, method.training(DEEP, "float32"), one, square=True)
@@ -229,7 +227,7 @@ def test_the_first_step_costs_what_is_stated(method: EchoLLaMA) -> None:
 def test_the_shape_is_known_before_there_is_an_artefact(tmp_path: Path) -> None:
     method = EchoLLaMA(map="pairs", mode="qk", blend=False)
     model, ctx, _ = started(method)
-    method.save(method.finish(model, ctx), tmp_path)
+    method.save(method.finalize(model, ctx), tmp_path)
     assert method.left(DEEP, tmp_path) == method.left(DEEP)
     assert isinstance(method.left(DEEP), SharedShape)
 
@@ -237,7 +235,7 @@ def test_the_shape_is_known_before_there_is_an_artefact(tmp_path: Path) -> None:
 def test_a_run_is_exported_and_read_by_effbench_alone(tmp_path: Path) -> None:
     method = EchoLLaMA(blend=False)
     model, ctx, _ = started(method)
-    model = method.finish(model, ctx).eval()
+    model = method.finalize(model, ctx).eval()
     method.export(model, "", tmp_path)
     spec = ModelSpec(name="folder", source="folder", path=str(tmp_path))
     again = load(spec, device="cpu", dtype=torch.float32, tokenizer=False)
@@ -280,14 +278,19 @@ def test_a_blend_that_was_interrupted_goes_on_bit_for_bit() -> None:
     model, ctx, optimizer = started(method, 8)
     train(method, model, ctx, 4, optimizer)  # layer 3 converted, layer 2 at a third
     saved = copy.deepcopy(
-        (method.tensors(model), optimizer.state_dict(), ctx.state, ctx.generator.get_state())
+        (
+            method.trained_tensors(model),
+            optimizer.state_dict(),
+            ctx.evolution.state_dict(),
+            ctx.generator.get_state(),
+        )
     )
     again, ctx, optimizer = started(method, 8)
-    tensors, state, ctx.state, draws = saved
-    again = method.rebuild(again, ctx)
-    assert method.tensors(again).keys() == tensors.keys()
-    optimizer.param_groups[0]["params"] = method.groups(again)[0][0]
-    for name, target in method.tensors(again).items():
+    tensors, state, evolved, draws = saved
+    ctx.evolution.load_state_dict(evolved)
+    assert method.trained_tensors(again).keys() == tensors.keys()
+    optimizer.param_groups[0]["params"] = method.param_groups(again)[0][0]
+    for name, target in method.trained_tensors(again).items():
         target.copy_(tensors[name])
     optimizer.load_state_dict(state)
     ctx.generator.set_state(draws)
@@ -302,7 +305,7 @@ def test_gradual_and_abrupt_end_in_the_same_structure() -> None:
     for method in (EchoLLaMA(), EchoLLaMA(blend=False)):
         model, ctx, optimizer = started(method)
         train(method, model, ctx, 8, optimizer)
-        found.append({n: p.shape for n, p in method.finish(model, ctx).named_parameters()})
+        found.append({n: p.shape for n, p in method.finalize(model, ctx).named_parameters()})
     assert found[0] == found[1]
     plain = dict(Full().prepare(tiny_model(shape=DEEP), context()).named_parameters())
     assert len(plain) - len(found[0]) == 4

@@ -14,6 +14,7 @@ from helpers import (
     SHAPE,
     adamw,
     batch_of,
+    begun,
     context,
     counted,
     example_of,
@@ -53,7 +54,7 @@ def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 def student(method: EchoAtt, seed: int = 0, steps: int = 10) -> tuple[Any, Context]:
     ctx = context()
     ctx.total_steps = steps
-    return method.prepare(base(seed), ctx), ctx
+    return begun(method, base(seed), ctx), ctx
 
 
 def shared(dtype: torch.dtype = torch.float64, layers: tuple[int, ...] = SHARED) -> Any:
@@ -265,14 +266,12 @@ def test_the_first_term_looks_at_the_last_layer_of_each_run() -> None:
 def test_the_teacher_is_neither_trained_nor_saved_nor_counted() -> None:
     method = EchoAtt(layers=SHARED)
     model, ctx = student(method)
-    teacher = vars(model)["teacher"]
-    assert not any("teacher" in n for n in method.tensors(model))
+    teacher = ctx.aux["teacher"]
+    assert not any("teacher" in n for n in method.trained_tensors(model))
     train(method, model, ctx, 3)
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert logits(teacher).equal(logits(base()))
     assert method.holds() == ("",)
-    method.release(model)
-    assert "teacher" not in vars(model)
 
 
 def test_micro_batches_add_up() -> None:
@@ -298,8 +297,8 @@ def test_the_second_stage_is_plain_training_without_a_teacher() -> None:
     stages = []
     for step in range(10):
         ctx.step = step
-        method.on_step(model, ctx)
-        stages.append("teacher" in vars(model))
+        ctx.evolution.before_step()
+        stages.append("teacher" in ctx.aux)
     assert stages == [True] * 6 + [False] * 4
     batch = batch_of()
     assert method.loss(model, batch, ctx).equal(Full().loss(model, batch, ctx))
@@ -307,8 +306,8 @@ def test_the_second_stage_is_plain_training_without_a_teacher() -> None:
 
 def test_without_distillation_there_is_no_teacher() -> None:
     method = EchoAtt(layers=SHARED, refine=1.0)
-    model, _ = student(method)
-    assert "teacher" not in vars(model)
+    _, ctx = student(method)
+    assert not ctx.aux
     assert method.holds() == ()
 
 
@@ -398,7 +397,7 @@ def test_the_most_similar_layers_of_the_training_rows_are_chosen() -> None:
     texts = [torch.tensor(e.ids[:9]) for e in examples[:3]]
     expected = sorted(ranking(mean_attention(base(), texts))[:2])
     assert ctx.state == {"shared": expected}
-    assert map_of(method.prepare(model, ctx)).consumers == tuple(expected)
+    assert map_of(begun(method, model, ctx)).consumers == tuple(expected)
     assert model.training
 
 
@@ -424,7 +423,7 @@ def test_random_layers_follow_the_seed() -> None:
 )
 def test_what_cannot_be_is_refused(method: EchoAtt, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        method.check(DEEP)
+        method.resolve(DEEP)
 
 
 def test_too_few_tokens_are_refused() -> None:

@@ -26,6 +26,7 @@ from effbench.methods.chain import chain_cost
 from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.sorted_lora import SortedLoRA
+from effbench.methods.full import Full
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.depth.exit_heads import own_head
 from effbench.nn.depth.submodel import exit_states
@@ -46,7 +47,7 @@ def base(tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def ready(tied: bool = False, **settings: Any) -> tuple[Any, Any, Any]:
-    method = ExitHeads(**{"depths": (2, 3, 5), **settings}).fitted(DEEP)
+    method = ExitHeads(**{"depths": (2, 3, 5), **settings}).resolve(DEEP)
     ctx = context()
     return method, method.prepare(base(tied), ctx), ctx
 
@@ -102,7 +103,7 @@ def test_the_loss_is_the_mean_over_its_exits(trunk: str) -> None:
     singles = []
     for n in depths:
         with method.at(model, f"d{n}"):
-            single = Method().loss(model, batch_of(), ctx)
+            single = Full().loss(model, batch_of(), ctx)
         (single / len(depths)).backward()
         singles.append(single.item())
     assert loss.item() == pytest.approx(sum(singles) / len(depths), rel=1e-6)
@@ -140,7 +141,7 @@ def test_exits_are_in_float32_while_they_learn_and_short_afterwards(tmp_path: An
     model = method.prepare(base(dtype=torch.bfloat16), ctx)
     assert method.training_cost(DEEP, "bfloat16").resident_bytes == storage_bytes(model)
     train(method, model, ctx, 2)
-    model = method.finish(model, ctx)
+    model = method.finalize(model, ctx)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert method.cost(DEEP, "bfloat16").resident_bytes == storage_bytes(model)
     method.save(model, tmp_path)
@@ -205,7 +206,7 @@ def test_transformers_loads_an_exported_exit(tmp_path: Any, tied: bool) -> None:
 )
 def test_impossible_settings_are_refused_by_name(settings: Any, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        build(ExitHeads, {"depths": [2, 3, 5], **settings}, "method").check(DEEP)
+        build(ExitHeads, {"depths": [2, 3, 5], **settings}, "method").resolve(DEEP)
 
 
 def test_a_depth_without_an_exit_is_no_point() -> None:
@@ -215,12 +216,12 @@ def test_a_depth_without_an_exit_is_no_point() -> None:
 
 
 def test_it_goes_on_from_adapters_with_a_frozen_trunk_alone() -> None:
-    ExitHeads().check_after([LoRA()])
+    ExitHeads().check_start([LoRA()])
     with pytest.raises(UserError, match=r"method\.trunk=trained needs dense"):
-        ExitHeads(trunk="trained").check_after([LoRA()])
+        ExitHeads(trunk="trained").check_start([LoRA()])
     for method in (LoRADrop(), SortedLoRA()):
         with pytest.raises(UserError, match="in a way of its own"):
-            ExitHeads().check_after([method])
+            ExitHeads().check_start([method])
     ctx = context()
     model = ExitHeads(depths=(2, 5)).prepare(LoRA(rank=4).prepare(base(), ctx), ctx)
     chain = [LoRA(rank=4), ExitHeads(depths=(2, 5))]

@@ -12,7 +12,7 @@ from helpers import SHAPE, batch_of, context, counted, logits, stated, tiny_mode
 from transformers import AutoModelForCausalLM
 
 from effbench.api.sharing import shared_shape, top_map
-from effbench.methods.base import compress_whole
+from effbench.methods.compresses import compress_whole
 from effbench.methods.sharing.gqa import GQA
 from effbench.nn.decode.static import StaticSession, session_for
 from effbench.util.errors import UserError
@@ -74,6 +74,6 @@ def test_an_artefact_gives_the_same_model(tmp_path: Path) -> None:
 
 def test_what_cannot_be_pooled_is_refused() -> None:
     with pytest.raises(UserError, match="does not divide"):
-        GQA(kv_heads=3).check(replace(SHAPE, num_kv_heads=4))
+        GQA(kv_heads=3).resolve(replace(SHAPE, num_kv_heads=4))
     with pytest.raises(UserError, match="cannot start"):
-        GQA().check(shared_shape(SHAPE, top_map(2, 1)))
+        GQA().resolve(shared_shape(SHAPE, top_map(2, 1)))

@@ -8,6 +8,7 @@ from helpers import (
     adamw,
     base_for,
     batch_of,
+    begun,
     context,
     counted,
     logits,
@@ -16,15 +17,15 @@ from helpers import (
     train,
 )
 
-from effbench.methods.base import Method
 from effbench.methods.distill.kd import Distillation
+from effbench.methods.full import Full
 from effbench.nn.losses.token import token_kl
 from effbench.util.errors import UserError
 
 
 def student_of(method, teacher_seed=7):
     ctx = context(load_model=lambda name: tiny_model(seed=teacher_seed))
-    return method.prepare(tiny_model(), ctx), ctx
+    return begun(method, tiny_model(), ctx), ctx
 
 
 def log_softmax(z):
@@ -50,8 +51,8 @@ def test_the_loss_agrees_with_float64_written_by_hand():
 def test_weight_zero_is_plain_training_bit_for_bit():
     method = Distillation(teacher="big", weight=0.0)
     model, ctx = student_of(method)
-    plain = Method().prepare(tiny_model(), context())
-    assert train(method, model, ctx, 3) == train(Method(), plain, context(), 3)
+    plain = Full().prepare(tiny_model(), context())
+    assert train(method, model, ctx, 3) == train(Full(), plain, context(), 3)
     assert all(p.equal(dict(plain.named_parameters())[n]) for n, p in model.named_parameters())
 
 
@@ -88,8 +89,8 @@ def test_the_teacher_is_neither_trained_nor_saved_nor_counted(tmp_path):
     model, ctx = student_of(method)
     names = {n for n, _ in tiny_model().named_parameters()}
     assert {n for n, _ in model.named_parameters()} == names
-    assert method.tensors(model).keys() == names
-    teacher = vars(model)["teacher"]
+    assert method.trained_tensors(model).keys() == names
+    teacher = ctx.aux["teacher"]
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     train(method, model, ctx, 2)
@@ -106,16 +107,16 @@ def test_the_teacher_is_neither_trained_nor_saved_nor_counted(tmp_path):
 def test_another_vocabulary_is_refused():
     ctx = context(load_model=lambda name: tiny_model(shape=replace(SHAPE, vocab_size=160)))
     with pytest.raises(UserError, match=r"method\.teacher=big has 160 .* 128"):
-        Distillation(teacher="big").prepare(tiny_model(), ctx)
+        begun(Distillation(teacher="big"), tiny_model(), ctx)
 
 
 def test_a_teacher_has_to_be_named():
     with pytest.raises(UserError, match="kd has no teacher"):
-        Distillation().check(SHAPE)
-    Distillation(teacher="big").check(SHAPE)
+        Distillation().resolve(SHAPE)
+    Distillation(teacher="big").resolve(SHAPE)
 
 
 def test_cost_is_what_is_counted():
     method = Distillation(teacher="big")
     assert method.weights == "float32"
-    assert stated(method) == counted(method.prepare(base_for(method), context()))
+    assert stated(method) == counted(begun(method, base_for(method), context()))

@@ -12,7 +12,7 @@ from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.shape import LayerSize, Shape, sliced_shape
-from effbench.methods.base import compress_whole
+from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.layer_drop import LayerDrop, influence, passed
 from effbench.nn.llama.layers import at_layers
 from effbench.util.errors import UserError
@@ -99,9 +99,9 @@ def test_random_layers_go_by_seed() -> None:
 )
 def test_impossible_settings_are_refused(method: LayerDrop, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        method.check(DEEP)
+        method.resolve(DEEP)
     with pytest.raises(UserError, match="differ in size"):
-        LayerDrop().check(sliced_shape(DEEP, 64, [LayerSize(4, 2, n) for n in range(100, 106)]))
+        LayerDrop().resolve(sliced_shape(DEEP, 64, [LayerSize(4, 2, n) for n in range(100, 106)]))
 
 
 def test_then_lora_then_exported(bench: Bench, tmp_path: Path) -> None:

@@ -194,9 +194,9 @@ def test_impossible_settings_are_refused_by_name(settings, named):
 
 
 def test_a_rank_above_what_a_layer_can_have_is_refused():
-    LoRA(rank=64, targets=("q_proj",)).check(SHAPE)
+    LoRA(rank=64, targets=("q_proj",)).resolve(SHAPE)
     with pytest.raises(UserError, match=r"method\.rank=33 .* k_proj"):
-        LoRA(rank=33).check(SHAPE)
+        LoRA(rank=33).resolve(SHAPE)
 
 
 @pytest.mark.parametrize("point", ["r0", "r9", "8", "rx", "r-1"])

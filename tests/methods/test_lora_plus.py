@@ -22,7 +22,7 @@ SMALL = [
 
 
 def optimizer(method, model, rate=1e-2):
-    groups = [{"params": p, "lr": rate * share} for p, share in method.groups(model)]
+    groups = [{"params": p, "lr": rate * share} for p, share in method.param_groups(model)]
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -33,7 +33,7 @@ def test_the_untrained_adapter_changes_nothing():
 
 def test_the_groups_hold_every_factor_once():
     model, _ = prepared(LoRAPlus(rank=4, ratio=8))
-    (first, one), (second, more) = LoRAPlus(rank=4, ratio=8).groups(model)
+    (first, one), (second, more) = LoRAPlus(rank=4, ratio=8).param_groups(model)
     assert (one, more) == (1.0, 8)
     pairs = [(a.weight, b.weight) for _, a, b in peft_adapters(model)]
     assert all(p is a for p, (a, _) in zip(first, pairs, strict=True))

@@ -197,7 +197,7 @@ def test_10_ten_thousand_draws_follow_the_distribution(distribution, weight):
     model, ctx = prepared(method, seed=7)
     drawn = []
     for _ in range(10_000):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         drawn.append(control_of(model).active)
     total = sum(weight(b) for b in range(1, 9))
     for b in range(1, 9):
@@ -210,7 +210,7 @@ def test_10_all_layers_of_a_step_have_the_drawn_rank():
     model, ctx = prepared(method)
     seen = []
     for _ in range(40):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         ranks = {layer.control.active for _, layer in low_rank_layers(model)}
         assert len(ranks) == 1
         seen += ranks

@@ -207,7 +207,7 @@ def test_the_language_model_stays_where_only_adapters_learn() -> None:
 def test_the_head_has_a_rate_of_its_own() -> None:
     method = Reward(rank=4, head_rate=10.0)
     model, _ = prepared(method)
-    (rest, one), (head, ten) = method.groups(model)
+    (rest, one), (head, ten) = method.param_groups(model)
     assert (one, ten, len(head)) == (1.0, 10.0, 1)
     assert len(rest) + 1 == len([p for p in model.parameters() if p.requires_grad])
 
@@ -225,7 +225,7 @@ def test_a_dataset_of_right_answers_alone_is_refused() -> None:
 
 def test_ranks_are_cut_where_there_are_adapters() -> None:
     with pytest.raises(UserError, match="eval_ranks cuts adapters"):
-        Reward(trains="full", eval_ranks=(2,)).check(SHAPE)
+        Reward(trains="full", eval_ranks=(2,)).resolve(SHAPE)
 
 
 @pytest.mark.parametrize("trains", ["lora", "full"])

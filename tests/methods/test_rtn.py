@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from effbench.api.method_types import Context
 from effbench.api.registry import find
 from effbench.api.shape import Shape
-from effbench.methods.base import compress_whole
+from effbench.methods.compresses import compress_whole
 from effbench.methods.none import Unchanged
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.quant import groupwise
@@ -209,7 +209,7 @@ def test_artefact_gives_the_same_logits(tmp_path: Path) -> None:
 def test_it_needs_dense_layers() -> None:
     method = find("methods", "rtn")()
     with pytest.raises(UserError, match="rtn cannot go on from what rtn left"):
-        method.check_after([method])
+        method.check_start([method])
     with pytest.raises(UserError, match="PackedLinear"):
         compress_whole(RTN(), compressed(RTN()), [], context())
 
@@ -227,8 +227,8 @@ def test_unchanged_is_the_identity(tmp_path: Path) -> None:
     method, model = Unchanged(), tiny()
     before = model(IDS).logits
     assert torch.equal(method.load(model, tmp_path, context())(IDS).logits, before)
-    assert not method.tensors(model)
+    assert not any(p.requires_grad for p in model.parameters())
     cost = method.cost(SHAPE, "float32")
     assert cost.resident_bytes == storage_bytes(model)
     assert cost.trainable == 0 and cost.saving == "none"
-    Unchanged().check_after([RTN()])
+    Unchanged().check_start([RTN()])

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SHAPE, adamw, batch_of, context, counted, stated, tiny_model, train, window
+from helpers import (
+    SHAPE,
+    adamw,
+    batch_of,
+    begun,
+    context,
+    counted,
+    stated,
+    tiny_model,
+    train,
+    window,
+)
 from transformers import AutoModelForCausalLM
 
 from effbench.methods.adapters.lora import LoRA
@@ -17,14 +28,14 @@ DEEP = replace(SHAPE, num_layers=5)
 
 
 def ready(**settings):
-    method = SortedFull(**{"depths": (2, 3, 5), **settings}).fitted(DEEP)
+    method = SortedFull(**{"depths": (2, 3, 5), **settings}).resolve(DEEP)
     ctx = context()
-    return method, method.prepare(tiny_model(shape=DEEP), ctx), ctx
+    return method, begun(method, tiny_model(shape=DEEP), ctx), ctx
 
 
 def test_the_default_set_is_the_papers_at_its_size():
     shape = replace(SHAPE, num_layers=40)
-    assert SortedFull().fitted(shape).depths == (12, 16, 20, 24, 28, 32, 36, 40)
+    assert SortedFull().resolve(shape).depths == (12, 16, 20, 24, 28, 32, 36, 40)
     assert SortedFull().objective == "soft" and SortedFull().weights == "float32"
 
 
@@ -32,7 +43,7 @@ def test_the_full_depth_alone_is_full_fine_tuning():
     runs = []
     for method in (SortedFull(depths=(5,), objective="sampled"), Full()):
         ctx = context()
-        model = method.prepare(tiny_model(shape=DEEP), ctx)
+        model = begun(method, tiny_model(shape=DEEP), ctx)
         runs.append((train(method, model, ctx, 4), dict(model.named_parameters())))
     (losses, ours), (expected, theirs) = runs
     assert losses == expected
@@ -48,7 +59,7 @@ def test_the_gradient_of_the_soft_loss_is_the_mean_in_head_and_embedding_too():
     singles = []
     for n in (2, 3, 5):
         with method.at(model, f"d{n}"):
-            single = Method().loss(model, batch_of(), ctx)
+            single = Full().loss(model, batch_of(), ctx)
         (single / 3).backward()
         singles.append(single.item())
     assert loss.item() == pytest.approx(sum(singles) / 3, abs=1e-6)
@@ -60,7 +71,7 @@ def test_a_sampled_step_leaves_deeper_layers_alone():
     method, model, ctx = ready(objective="sampled")
     optimizer = adamw(model, weight_decay=0.1)
     train(method, model, ctx, 3, optimizer)
-    ctx.state["depths"] = [2, 2]
+    ctx.evolution.left = [2, 2]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     method.update(model, optimizer, window(9), ctx)
     for name, p in model.named_parameters():
@@ -89,5 +100,5 @@ def test_transformers_loads_an_exported_depth(tmp_path):
 
 def test_it_starts_on_dense_layers_alone():
     with pytest.raises(UserError, match="cannot go on"):
-        SortedFull().check_after([LoRA()])
-    SortedFull().check_after([Full()])
+        SortedFull().check_start([LoRA()])
+    SortedFull().check_start([Full()])

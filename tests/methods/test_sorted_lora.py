@@ -13,6 +13,7 @@ from helpers import (
     SHAPE,
     adamw,
     batch_of,
+    begun,
     context,
     counted,
     flops,
@@ -29,8 +30,9 @@ from effbench.api.schema import build
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.depths import depth_set, paper_thresholds
+from effbench.methods.depth.reading import depth_set, paper_thresholds
 from effbench.methods.depth.sorted_lora import SortedLoRA
+from effbench.methods.full import Full
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import greedy
@@ -52,9 +54,9 @@ def deep(seed=0, dtype=torch.float32):
 
 def ready(dtype=torch.float32, seed=0, **settings):
     """Return the method, its model and a context."""
-    method = SortedLoRA(**{"rank": 4, "depths": (2, 3, 5), **settings}).fitted(DEEP)
+    method = SortedLoRA(**{"rank": 4, "depths": (2, 3, 5), **settings}).resolve(DEEP)
     ctx = context(seed, dtype)
-    return method, method.prepare(deep(dtype=dtype), ctx), ctx
+    return method, begun(method, deep(dtype=dtype), ctx), ctx
 
 
 def trained_model(**settings):
@@ -159,7 +161,7 @@ def test_drawing_the_full_depth_alone_is_lora(dtype, objective):
     runs = []
     for method in (SortedLoRA(rank=4, objective=objective, **settings), LoRA(4, 16.0, 0.1)):
         ctx = context(dtype=dtype)
-        model = method.prepare(deep(dtype=dtype), ctx)
+        model = begun(method, deep(dtype=dtype), ctx)
         torch.manual_seed(5)
         runs.append((train(method, model, ctx, 4), trainable(model)))
     (losses, ours), (expected, theirs) = runs
@@ -177,7 +179,7 @@ def test_one_depth_alone_is_lora_on_the_extracted_model(tmp_path):
     small.model.layers = small.model.layers[:2]
     small.config.num_hidden_layers = 2
     alone = LoRA(4, 32.0)
-    small = alone.prepare(small, small_ctx)
+    small = begun(alone, small, small_ctx)
     assert train(alone, small, small_ctx, 4) == losses
     ours, theirs = trainable(model), trainable(small)
     assert ours.keys() == theirs.keys() and all(p.equal(theirs[n]) for n, p in ours.items())
@@ -193,7 +195,7 @@ def test_layers_that_do_not_run_stay_bit_for_bit(layout):
     optimizer = adamw(model, weight_decay=0.1)
     train(method, model, ctx, 6, optimizer)  # every tensor has moments now
     run = method.kept(3, 5)
-    ctx.state["depths"] = [3, 3]
+    ctx.evolution.left = [3, 3]
     before = {n: p.detach().clone() for n, p in trainable(model).items()}
     moments = {p: s["exp_avg"].clone() for p, s in optimizer.state.items()}
     method.update(model, optimizer, window(9), ctx)
@@ -221,7 +223,7 @@ def test_the_soft_loss_is_the_mean_over_exits_and_so_is_its_gradient(layout, che
     singles = []
     for n in (2, 3, 5):
         with method.at(model, f"d{n}"):
-            single = Method().loss(model, batch, ctx)
+            single = Full().loss(model, batch, ctx)
             (single / 3).backward()
         singles.append(single.item())
     assert loss.item() == pytest.approx(sum(singles) / 3, abs=1e-6)
@@ -277,7 +279,7 @@ def test_the_layerskip_loss_is_the_weighted_sum_of_two_exits(step, monkeypatch):
     total = 0.0
     for n, weight in layerskip.exit_weights((2, 3, 5), 5, step).items():
         with method.at(model, f"d{n}"):
-            single = weight * Method().loss(model, batch_of(), ctx)
+            single = weight * Full().loss(model, batch_of(), ctx)
             single.backward()
         total += single.item()
     assert loss.item() == pytest.approx(total, rel=1e-6)
@@ -293,7 +295,7 @@ def test_a_layer_that_is_left_out_hands_its_input_on(monkeypatch):
     expected = 0.0
     for n, weight in layerskip.exit_weights((3, 5), 5, 0).items():
         with at_layers(model, [i for i in (0, 2, 3) if i < n]):
-            expected += weight * Method().loss(model, batch_of(), ctx).item()
+            expected += weight * Full().loss(model, batch_of(), ctx).item()
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     loss.backward()
     grads = {layer_of(n) for n, p in trainable(model).items() if p.grad is not None}
@@ -363,20 +365,21 @@ def test_a_resumed_run_draws_on_and_ends_the_same():
     losses = train(method, first, first_ctx, 2, optimizer)
     saved = copy.deepcopy(
         (
-            method.tensors(first),
+            method.trained_tensors(first),
             optimizer.state_dict(),
             first_ctx.generator.get_state(),
-            first_ctx.state,
+            first_ctx.evolution.state_dict(),
         )
     )
-    assert saved[3] == {"depths": saved[3]["depths"]} and len(saved[3]["depths"]) == 2
+    assert saved[3].keys() == {"left"} and len(saved[3]["left"]) == 2
     _, second, ctx = ready()
-    for name, tensor in method.tensors(second).items():
+    for name, tensor in method.trained_tensors(second).items():
         tensor.copy_(saved[0][name])
     optimizer = adamw(second)
     optimizer.load_state_dict(saved[1])
     ctx.generator.set_state(saved[2])
-    ctx.state, ctx.step = saved[3], 2
+    ctx.evolution.load_state_dict(saved[3])
+    ctx.step = 2
     assert losses + train(method, second, ctx, 3, optimizer) == whole
 
 
@@ -389,7 +392,7 @@ def test_reweighting_is_a_learning_rate_of_each_layer():
             {"params": [p], "lr": 1e-2 * (rate[layer_of(n)] if by_layer else 1)}
             for n, p in trainable(model).items()
         ]
-        ctx.state["depths"] = [5, 5]
+        ctx.evolution.left = [5, 5]
         method.update(model, torch.optim.AdamW(groups, weight_decay=0.1), window(), ctx)
         return trainable(model)
 
@@ -433,8 +436,9 @@ def test_it_goes_on_from_a_packed_base():
     method = SortedLoRA(rank=4, depths=(2, 5))
     base = deep()
     replace_linears(base, lambda _, linear: PackedLinear.quantise(linear, 4, 32))
-    model = method.prepare(base, context())
-    losses = train(method, model, context(), 8, same_batch=True)
+    ctx = context()
+    model = begun(method, base, ctx)
+    losses = train(method, model, ctx, 8, same_batch=True)
     assert losses[-1] < losses[1]
     base_cost = chain_cost([RTN(bits=4, group_size=32), method], DEEP, "float32", "d2")
     with method.at(model, "d2"):
@@ -461,7 +465,7 @@ def test_depths_follow_from_the_number_of_layers(layers, shallowest, depths):
     assert depth_set(layers, shallowest) == depths
     shape = replace(SHAPE, num_layers=layers)
     if shallowest == 0.6:
-        assert SortedLoRA().fitted(shape).points() == tuple(f"d{n}" for n in depths)
+        assert SortedLoRA().resolve(shape).points() == tuple(f"d{n}" for n in depths)
 
 
 def test_thresholds_are_the_papers_at_its_exits():
@@ -491,7 +495,7 @@ def test_thresholds_are_the_papers_at_its_exits():
 )
 def test_impossible_settings_are_refused_by_name(settings, named):
     with pytest.raises(UserError, match=named):
-        build(SortedLoRA, {"depths": [2, 3, 5], **settings}, "method").check(DEEP)
+        build(SortedLoRA, {"depths": [2, 3, 5], **settings}, "method").resolve(DEEP)
 
 
 def test_an_unknown_point_is_refused():

@@ -12,7 +12,7 @@ from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.batch import Batch
 from effbench.api.shape import SlicedShape
-from effbench.methods.base import compress_whole
+from effbench.methods.compresses import compress_whole
 from effbench.methods.pruning.structured import Structured, input_squares
 from effbench.nn.pruning.slice import kept_blocks, layout_of, shape_left, slice_model
 from effbench.util.errors import UserError
@@ -142,11 +142,11 @@ def test_then_lora(bench: Bench) -> None:
 
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(UserError, match="cannot be reached"):
-        Structured(keep=0.2, blocks=("groups",)).check(SHAPE)
+        Structured(keep=0.2, blocks=("groups",)).resolve(SHAPE)
     with pytest.raises(UserError, match="cannot be reached"):
-        Structured(keep=0.2, blocks=("neurons",)).check(SHAPE)
-    Structured(keep=0.05, blocks=("groups", "neurons")).check(SHAPE)
-    Structured(keep=0.05, blocks=("dims",)).check(SHAPE)
+        Structured(keep=0.2, blocks=("neurons",)).resolve(SHAPE)
+    Structured(keep=0.05, blocks=("groups", "neurons")).resolve(SHAPE)
+    Structured(keep=0.05, blocks=("dims",)).resolve(SHAPE)
 
 
 def test_a_tied_table_is_let_go_of_when_it_is_cut() -> None:

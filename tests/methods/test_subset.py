@@ -116,4 +116,4 @@ def test_an_impossible_fraction_is_refused(fraction):
 def test_it_trains_and_costs_as_lora_does():
     model, _ = prepared(Subset(rank=4))
     assert stated(Subset(rank=4)) == counted(model)
-    Subset(rank=4).check(SHAPE)
+    Subset(rank=4).resolve(SHAPE)

@@ -28,7 +28,8 @@ from effbench.api.sharing import (
 )
 from effbench.api.spec import ModelSpec
 from effbench.methods.adapters.lora import LoRA
-from effbench.methods.base import Method, compress_whole
+from effbench.methods.base import Method
+from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.full import Full
@@ -661,7 +662,7 @@ def test_rounding_goes_on_from_a_shared_model() -> None:
 def test_what_leaves_layers_or_heads_out_refuses_it(method: Any) -> None:
     model = shared(top_map(6, 3), torch.float32)
     with pytest.raises(UserError, match=r"share states|take states"):
-        method.check(shape_shared(model, DEEP))
+        method.resolve(shape_shared(model, DEEP))
         if method.stage == "compress":
             compress_whole(method, model, [batch_of()], context())
         method.prepare(model, context())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from helpers import SHAPE, batch_of, generator, tiny_model
+from helpers import SHAPE, batch_of, begun, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
 from effbench.api.footprint import Pass, step_flops
@@ -167,7 +167,7 @@ def test_training_goes_on_at_the_stated_flops(method: Method, name: str) -> None
     shape, batch = shape_left(model, DEEP), batch_of(length=40)
     draws = generator()
     ctx = Context(0, torch.device("cpu"), torch.float32, draws, lambda name: model)
-    model = method.prepare(model, ctx).train()
+    model = begun(method, model, ctx).train()
     counted = flops(lambda: method.loss(model, batch, ctx).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
     stated = step_flops(shape, method.training(shape, "float32"), one, square=True)
@@ -179,9 +179,9 @@ def test_training_goes_on_at_the_stated_flops(method: Method, name: str) -> None
 def test_layers_that_differ_have_no_depths(name: str, kind: type[Depths]) -> None:
     model = sliced(UNLIKE[name])
     shape = shape_left(model, DEEP)
-    method = kind().fitted(shape)
+    method = kind().resolve(shape)
     with pytest.raises(UserError, match="differ in size"):
-        method.check(shape)
+        method.resolve(shape)
     with pytest.raises(UserError, match="differ in size"), method.at(model, method.points()[-1]):
         pass
     with pytest.raises(UserError, match="differ in size"):
@@ -192,7 +192,7 @@ def test_layers_that_differ_have_no_depths(name: str, kind: type[Depths]) -> Non
 def test_layers_that_are_alike_have_depths(point: str) -> None:
     model, ids = sliced(ALIKE, torch.float32), tokens()
     shape, method = shape_left(model, DEEP), Depths(eval_depths=(2, 4))
-    method.check(shape)
+    method.resolve(shape)
     batch = batch_of(length=40)
     with method.at(model, point):
         expected = model(input_ids=ids).logits[:, 4:]

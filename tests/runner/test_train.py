@@ -264,7 +264,7 @@ def test_early_stopping_keeps_the_best_weights(
     validate = train._validate
 
     def watched(work: train.Trainer) -> None:
-        tensors = work.method.tensors(work.model)
+        tensors = work.method.trained_tensors(work.model)
         held[work.done.step] = {n: t.clone() for n, t in tensors.items()}
         validate(work)
 

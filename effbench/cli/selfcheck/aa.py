@@ -96,16 +96,17 @@ def _trained(model: Any, method: Any, rows: Any, spec: Any, pad: int, seed: int)
     import torch
 
     from effbench.api.method_types import Context
+    from effbench.methods.trains import begin_training
     from effbench.runner.stages.batching import rows_of_step, window
 
     torch.manual_seed(seed)
     device, draws = torch.device("cpu"), torch.Generator().manual_seed(seed)
     ctx = Context(seed, device, torch.float32, draws, lambda name: model, total_steps=STEPS)
-    model = method.prepare(model, ctx).train()
+    model = begin_training(method, model, ctx).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=spec.train.learning_rate, weight_decay=0.0)
     for ctx.step in range(STEPS):
-        method.on_step(model, ctx)
+        ctx.evolution.before_step()
         chosen = rows_of_step(len(rows), seed, ctx.step, ROWS)
         method.update(model, optimizer, window(rows, chosen, ROWS, pad, device), ctx)
     return model.eval()

@@ -23,8 +23,10 @@ from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
 from effbench.cli.selfcheck.base import Check
 from effbench.config.compose import compose
-from effbench.methods.base import Method, compress_whole
+from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
+from effbench.methods.compresses import Compresses, compress_whole
+from effbench.methods.trains import Trains, begin_training
 from effbench.results.records import Record
 
 SHAPE = Shape(
@@ -70,11 +72,11 @@ def _methods() -> list[str]:
 
 def _counts(name: str) -> Iterator[Check]:
     """Yield the checks of FLOPs, weights and cache of one method."""
-    method = make_method(Plugin(name, registry.find("methods", name).needs)).fitted(SHAPE)
+    method = make_method(Plugin(name, registry.find("methods", name).needs)).resolve(SHAPE)
     model, ctx = _model(method)
-    if method.stage == "train":
+    if isinstance(method, Trains):
         yield _step(name, method, model, ctx)
-        model = method.finish(model, ctx)
+        model = method.finalize(model, ctx)
     model.eval().requires_grad_(False)
     with TemporaryDirectory() as folder:
         if method.stage != "eval":
@@ -101,7 +103,7 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
 
 
-def _step(name: str, method: Method, model: Any, ctx: Context) -> Check:
+def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     """Return the check of a training step's FLOPs."""
     from effbench.resources.counting import flops
 
@@ -165,10 +167,12 @@ def _model(method: Method) -> tuple[Any, Context]:
     generator = torch.Generator().manual_seed(0)
     place = torch.device("cpu")
     ctx = Context(0, place, torch.float32, generator, lambda name: _random(), total_steps=DRAWS)
-    if method.stage == "compress":
+    if isinstance(method, Compresses):
         compress_whole(method, model, [_batch()], ctx)
         return model, ctx
-    return method.prepare(model, ctx).train(), ctx
+    if isinstance(method, Trains):
+        return begin_training(method, model, ctx).train(), ctx
+    return method.prepare(model, ctx), ctx
 
 
 def _random() -> Any:

@@ -22,15 +22,16 @@ its gradient and not its value to the loss, so that training losses can be compa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from annotated_types import Interval
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -42,7 +43,7 @@ from effbench.methods.adapters.lora import (
     check_targets,
     with_adapters,
 )
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -71,7 +72,7 @@ class RankedShape(Shape):
 
 
 @dataclass(frozen=True)
-class AdaLoRA(Method):
+class AdaLoRA(Trains):
     """Low-rank adaptation with a budget of ranks for all layers together."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -80,8 +81,8 @@ class AdaLoRA(Method):
         "2303.10512",
     )
     learning_rate: ClassVar[float] = 5e-3
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
-    leaves: ClassVar[str] = "adapted"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    produces: ClassVar[str] = "adapted"
 
     rank: PositiveInt = 16
     """Ranks per layer that are left in the end, on average."""
@@ -124,13 +125,13 @@ class AdaLoRA(Method):
         """R0."""
         return self.first_rank or -(-3 * self.rank // 2)
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a first rank that is more than full for a target."""
         check_rank_fits(shape, self.highest, self.targets, "first_rank")
+        return self
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""
-        from effbench.nn.adapters.rank_budget import no_averages
         from effbench.nn.adapters.svd import SVDLinear
         from effbench.nn.llama.replace import replace_linears
 
@@ -140,7 +141,6 @@ class AdaLoRA(Method):
 
         model.requires_grad_(False)
         replace_linears(model, adapt, self.targets)
-        ctx.state.update(averages=no_averages())
         return model
 
     # -- training ------------------------------------------------------------------------------
@@ -164,61 +164,30 @@ class AdaLoRA(Method):
         distance = share * orthogonality(svd_layers(model).values())
         return loss + (distance - distance.detach())
 
-    def update(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        window: Sequence[Batch],
-        ctx: Context,
-    ) -> torch.Tensor:
-        """Make one optimiser step, take its gradients into account, and prune where it is time."""
-        from effbench.nn.adapters.rank_budget import best, no_averages, observe, scores
-        from effbench.nn.adapters.svd import prune, svd_layers
-
-        loss = super().update(model, optimizer, window, ctx)
-        layers, step, state = svd_layers(model), ctx.step + 1, ctx.state
-        schedule = self.schedule(len(layers), ctx.total_steps)
-        if step < schedule.end:
-            observe(layers, state["averages"], self.beta1, self.beta2)
-        if schedule.chooses(step):
-            chosen = best(scores(layers, state["averages"]), schedule.budget(step))
-            prune(layers, _listed(layers, chosen))
-            if step == schedule.end:
-                state.update(kept=_listed(layers, chosen), averages=no_averages())
-        elif step > schedule.end:
-            prune(layers, state["kept"])
-        return loss
-
-    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
-        """Whether the ranks that stay are chosen for good."""
-        return "kept" in ctx.state
-
-    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
-        """Return the ranks that all layers together may have."""
-        from effbench.nn.adapters.svd import svd_layers
-
-        schedule = self.schedule(len(svd_layers(model)), ctx.total_steps)
-        return {"rank_budget": float(schedule.budget(ctx.step + 1))}
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what weighs the ranks and prunes them."""
+        return RankPruning(self, model, ctx)
 
     # -- what is left --------------------------------------------------------------------------
 
-    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with plain adapters of the ranks that stay."""
-        from effbench.nn.adapters.rank_budget import best, scores
-        from effbench.nn.adapters.svd import fold, svd_layers
+        from effbench.nn.adapters.svd import fold
 
-        layers = svd_layers(model)
-        kept = ctx.state.get("kept")
-        if kept is None:
-            chosen = best(scores(layers, ctx.state["averages"]), self.rank * len(layers))
-            kept = _listed(layers, chosen)
-        vars(model)["ranks"] = {name: len(listed) for name, listed in kept.items()}
-        return fold(model, kept)
+        pruning: RankPruning = ctx.evolution
+        return fold(model, pruning.kept or pruning.best(self.rank * len(pruning.layers)))
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the plain adapters and their ranks."""
+        from effbench.nn.adapters.lowrank import LowRankLinear
+        from effbench.nn.llama.replace import decoder_linears
+
         super().save(model, folder)
-        (folder / RANKS).write_text(json.dumps(vars(model)["ranks"], indent=1))
+        ranks = {
+            name: linear.control.max_rank if isinstance(linear, LowRankLinear) else 0
+            for name, linear in decoder_linears(model, self.targets)
+        }
+        (folder / RANKS).write_text(json.dumps(ranks, indent=1))
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the plain adapters of an artefact."""
@@ -227,11 +196,10 @@ class AdaLoRA(Method):
         from effbench.nn.llama.weights import load_tensors
 
         model.requires_grad_(False)
-        vars(model)["ranks"] = json.loads((folder / RANKS).read_text())
-        for name, rank in vars(model)["ranks"].items():
+        for name, rank in json.loads((folder / RANKS).read_text()).items():
             linear = model.get_submodule(name)
             replace_module(model, name, with_rank(linear, rank, self.alpha / self.highest))
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
@@ -292,6 +260,63 @@ class AdaLoRA(Method):
             layer=training.layer + max(scaled),
             gradient_constant=6 * rank**2 * sizes if self.orthogonality else 0,
         )
+
+
+class RankPruning(Evolution):
+    """Weighs the ranks after each step, and prunes those beyond the budget."""
+
+    def __init__(self, method: AdaLoRA, model: torch.nn.Module, ctx: Context) -> None:
+        from effbench.nn.adapters.rank_budget import no_averages
+        from effbench.nn.adapters.svd import svd_layers
+
+        self.method, self.ctx, self.layers = method, ctx, svd_layers(model)
+        self.averages: dict[str, Any] = no_averages()
+        self.kept: dict[str, list[int]] | None = None
+        """The ranks of each layer that stay, once they are chosen for good."""
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The budgets of the run."""
+        return self.method.schedule(len(self.layers), self.ctx.total_steps)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the step's gradients into account, and prune where it is time."""
+        from effbench.nn.adapters.rank_budget import no_averages, observe
+        from effbench.nn.adapters.svd import prune
+
+        method, step, schedule = self.method, self.ctx.step + 1, self.schedule
+        if step < schedule.end:
+            observe(self.layers, self.averages, method.beta1, method.beta2)
+        if schedule.chooses(step):
+            chosen = self.best(schedule.budget(step))
+            prune(self.layers, chosen)
+            if step == schedule.end:
+                self.kept, self.averages = chosen, no_averages()
+        elif self.kept is not None:
+            prune(self.layers, self.kept)
+
+    def best(self, count: int) -> dict[str, list[int]]:
+        """Return the ranks of each layer that are among the `count` that matter most."""
+        from effbench.nn.adapters.rank_budget import best, scores
+
+        return _listed(self.layers, best(scores(self.layers, self.averages), count))
+
+    @property
+    def final(self) -> bool:
+        """Whether the ranks that stay are chosen for good."""
+        return self.kept is not None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the ranks that all layers together may have."""
+        return {"rank_budget": float(self.schedule.budget(self.ctx.step + 1))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running averages, and the ranks that stay."""
+        return {"averages": self.averages, "kept": self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.averages, self.kept = state["averages"], state["kept"]
 
 
 def _listed(layers: dict[str, Any], chosen: torch.Tensor) -> dict[str, list[int]]:

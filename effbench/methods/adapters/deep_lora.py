@@ -26,18 +26,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import BOTTOM, Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
 from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -45,7 +46,7 @@ Depth = Annotated[int, Ge(2)]
 
 
 @dataclass(frozen=True)
-class DeepLoRA(Method):
+class DeepLoRA(Trains):
     """Adaptation by a deep linear update."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -54,8 +55,8 @@ class DeepLoRA(Method):
         "2406.04112",
     )
     learning_rate: ClassVar[float] = 1e-2
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
-    leaves: ClassVar[str] = "adapted"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
 
     form: Literal["narrow", "full", "compressed"] = "compressed"
@@ -82,10 +83,11 @@ class DeepLoRA(Method):
                 f"Set method.rank={self.rank + 1}, or method.form=narrow.",
             )
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a rank that is more than full for a target."""
         if self.form != "full":
             check_rank_fits(shape, self.rank, self.targets)
+        return self
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put a deep update beside each target."""
@@ -106,26 +108,13 @@ class DeepLoRA(Method):
                 layer.right.requires_grad_(self.frame_rate > 0)
         return model
 
-    def start(self, model: torch.nn.Module, window: Sequence[Batch], ctx: Context) -> None:
-        """Choose the frames of the compressed form from the gradient of the first micro-batch."""
-        from effbench.nn.adapters.deep import DeepLinear, Frames, weight_gradients
-
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what chooses the frames of the compressed form from the first gradient."""
         if self.form != "compressed" or self.subspace == "random":
-            return
-        found: dict[DeepLinear, Frames] = {}
+            return Evolution()
+        return _Frames(self, model, ctx)
 
-        def look(layer: DeepLinear, gradient: torch.Tensor) -> None:
-            found[layer] = layer.directions(gradient, ctx.generator)
-
-        with weight_gradients(model, look):
-            with ctx.autocast():
-                loss = self.loss(model, window[0], ctx)
-            loss.backward()
-        for layer, directions in found.items():
-            layer.set_subspace(directions)
-        model.zero_grad(set_to_none=True)
-
-    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+    def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
         """Train the frames at `frame_rate` times the learning rate."""
         from effbench.nn.adapters.deep import deep_layers
 
@@ -136,7 +125,7 @@ class DeepLoRA(Method):
             found.append((frames, self.frame_rate))
         return found
 
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return all factors and frames, frozen ones too."""
         from effbench.nn.adapters.deep import deep_layers
 
@@ -203,6 +192,29 @@ class DeepLoRA(Method):
             forward=base.forward + products,
             gradient=base.gradient + 2 * products - unneeded,
         )
+
+
+class _Frames(Evolution):
+    """Chooses the frames of every update from the gradient of the first micro-batch."""
+
+    def __init__(self, method: DeepLoRA, model: torch.nn.Module, ctx: Context) -> None:
+        self.method, self.model, self.ctx = method, model, ctx
+
+    def begin(self, window: Sequence[Batch]) -> None:
+        from effbench.nn.adapters.deep import DeepLinear, Frames, weight_gradients
+
+        found: dict[DeepLinear, Frames] = {}
+
+        def look(layer: DeepLinear, gradient: torch.Tensor) -> None:
+            found[layer] = layer.directions(gradient, self.ctx.generator)
+
+        with weight_gradients(self.model, look):
+            with self.ctx.autocast():
+                loss = self.method.loss(self.model, window[0], self.ctx)
+            loss.backward()
+        for layer, directions in found.items():
+            layer.set_subspace(directions)
+        self.model.zero_grad(set_to_none=True)
 
 
 def update_params(form: str, d_in: int, d_out: int, rank: int, depth: int) -> tuple[int, int]:

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
@@ -38,13 +39,13 @@ from effbench.methods.adapters.lora import (
     low_rank_cost,
     rank_of,
 )
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class DyLoRA(Method):
+class DyLoRA(Trains):
     """Low-rank adaptation that is trained for all ranks at once."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -54,9 +55,9 @@ class DyLoRA(Method):
         "2210.07558",
     )
     learning_rate: ClassVar[float] = 1e-3
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
-    leaves: ClassVar[str] = "adapted"
-    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    produces: ClassVar[str] = "adapted"
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
     in_one_pass: ClassVar[bool] = True
 
     rank: PositiveInt = 16
@@ -102,9 +103,10 @@ class DyLoRA(Method):
         weight = {"uniform": b**0, "inverse": 1 / b, "proportional": b}[self.distribution]
         return weight / weight.sum()
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
+        return self
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R around the targets; B is zero."""
@@ -122,12 +124,9 @@ class DyLoRA(Method):
         replace_linears(model, adapt, self.targets)
         return model
 
-    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Draw the step's rank; processes that share a seed draw the same one."""
-        from effbench.nn.adapters.lowrank import control_of
-
-        drawn = torch.multinomial(self.probabilities(), 1, generator=ctx.generator)
-        control_of(model).active = self.rank_set()[int(drawn)]
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what draws each step's rank."""
+        return _DrawnRank(self, model, ctx)
 
     def update(
         self,
@@ -175,6 +174,20 @@ class DyLoRA(Method):
     def training(self, shape: Shape, dtype: str) -> Training:
         """Count a step that draws the highest rank."""
         return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+
+
+class _DrawnRank(Evolution):
+    """Draws the rank of each step; processes that share a seed draw the same one."""
+
+    def __init__(self, method: DyLoRA, model: torch.nn.Module, ctx: Context) -> None:
+        self.method, self.model, self.ctx = method, model, ctx
+
+    def before_step(self) -> None:
+        from effbench.nn.adapters.lowrank import control_of
+
+        probabilities = self.method.probabilities()
+        drawn = torch.multinomial(probabilities, 1, generator=self.ctx.generator)
+        control_of(self.model).active = self.method.rank_set()[int(drawn)]
 
 
 def powers(rank: int) -> tuple[int, ...]:

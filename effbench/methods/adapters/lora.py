@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
@@ -27,7 +27,7 @@ from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
@@ -40,16 +40,16 @@ Dropout = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(Trains):
     """Low-rank adaptation through peft."""
 
     paper: ClassVar[Paper | None] = Paper(
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
     learning_rate: ClassVar[float] = 1e-3
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
-    leaves: ClassVar[str] = "adapted"
-    at_evaluation: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
+    produces: ClassVar[str] = "adapted"
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
 
     rank: PositiveInt = 16
@@ -74,9 +74,10 @@ class LoRA(Method):
         """What over R is the update's scale."""
         return self.alpha
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
+        return self
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""

@@ -33,13 +33,13 @@ class LoRAPlus(LoRA):
     ratio: PositiveFloat = 16.0
     """Learning rate of B over that of A, which is `train.learning_rate`; 1 is LoRA, bit for bit."""
 
-    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+    def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
         """Return A and B as groups of their own; one group where their rates are the same.
 
         The norm that gradients are clipped to is summed in the order of the groups.
         """
         if self.ratio == 1:
-            return super().groups(model)
+            return super().param_groups(model)
         layers = list(self.adapters(model))
         return [
             ([p for _, a, _ in layers for p in a.parameters()], 1.0),

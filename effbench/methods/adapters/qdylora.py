@@ -32,7 +32,7 @@ class QDyLoRA(DyLoRA):
         "2402.10462",
     )
     learning_rate: ClassVar[float] = 1e-3
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
 
     @property
     def weights(self) -> Weights:

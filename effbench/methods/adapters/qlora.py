@@ -25,7 +25,7 @@ class QLoRA(LoRA):
     paper: ClassVar[Paper | None] = Paper(
         "QLoRA: Efficient Finetuning of Quantized LLMs", "NeurIPS 2023", "2305.14314"
     )
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
 
     @property
     def weights(self) -> Weights:

@@ -24,7 +24,7 @@ from effbench.api.batch import collate
 from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper
 from effbench.methods.adapters.lora import LoRA
-from effbench.methods.distill.kd import check_vocabulary
+from effbench.methods.trains import require_same_tokens
 from effbench.util.lazy import torch
 
 
@@ -64,7 +64,7 @@ class Subset(LoRA):
             generator = torch.Generator().manual_seed(ctx.seed)
             return torch.randperm(len(examples), generator=generator).tolist()
         judge = ctx.load_model(self.reference) if self.reference else model
-        check_vocabulary("reference", self.reference, judge, model)
+        require_same_tokens("reference", self.reference, judge, model)
         losses = self.mean_losses(judge, examples, ctx)
         sign = 1 if self.by == "lowest_loss" else -1
         return sorted(

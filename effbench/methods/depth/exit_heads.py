@@ -30,14 +30,15 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.methods.base import Method
-from effbench.methods.depth.depths import DYNAMIC, READING, Depths, check_depths, depth_set
+from effbench.methods.depth.reading import DYNAMIC, READING, ReadsDepths, check_depths, depth_set
 from effbench.methods.full import Full
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class ExitHeads(Depths):
+class ExitHeads(Trains, ReadsDepths):
     """A norm and a head for each exit, on a frozen trunk or trained with it."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -45,12 +46,11 @@ class ExitHeads(Depths):
         "ICML 2019",
         "1810.07052",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
     learning_rate: ClassVar[float] = 2e-4
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
-    leaves: ClassVar[str] = "adapted"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
-    at_evaluation: ClassVar[frozenset[str]] = READING
+    eval_settings: ClassVar[frozenset[str]] = READING
     shallowest: ClassVar[float] = 0.6
 
     depths: tuple[PositiveInt, ...] = ()
@@ -66,12 +66,12 @@ class ExitHeads(Depths):
 
     # -- depths --------------------------------------------------------------------------------
 
-    def fitted(self, shape: Shape) -> Self:
-        """Return the method with the depths of a model of `shape`."""
-        return replace(self, depths=self.depths or depth_set(shape.num_layers, self.shallowest))
+    def with_depths(self, num_layers: int) -> Self:
+        """Return the method with the depths that are not given."""
+        return replace(self, depths=self.depths or depth_set(num_layers, self.shallowest))
 
     def listed(self) -> tuple[int, ...]:
-        """Return the depths to evaluate, once fitted: those of the exits unless some are given."""
+        """Return the depths to evaluate, once resolved: the exits' unless some are given."""
         return self.eval_depths or self.depths
 
     def headed(self, num_layers: int) -> tuple[int, ...]:
@@ -93,10 +93,13 @@ class ExitHeads(Depths):
             raise UserError(f"There is no exit at depth {depth}.", f"Known: {self.points()}.")
         return depth
 
-    def check(self, shape: Shape) -> None:
-        """Refuse depths that the model does not have, and exits that nobody trained."""
-        super().check(shape)
-        method = self.fitted(shape)
+    def resolve(self, shape: Shape) -> Self:
+        """Return the method with the depths of a model of `shape`.
+
+        Raises:
+            UserError: For depths that the model does not have, and exits that nobody trained.
+        """
+        method = super().resolve(shape)
         check_depths("depths", method.depths, shape.num_layers)
         if not method.headed(shape.num_layers):
             raise UserError(
@@ -110,12 +113,13 @@ class ExitHeads(Depths):
                     f"method.{key} names depth {n}, which has no head.",
                     f"Choose from {list(method.depths)}.",
                 )
+        return method
 
-    def check_after(self, earlier: Sequence[Method]) -> None:
+    def check_start(self, earlier: Sequence[Method]) -> None:
         """Refuse a trunk whose logits are not simply those of its layers, or that cannot learn."""
-        super().check_after(earlier)
+        super().check_start(earlier)
         self.check_plain(earlier)
-        kind = earlier[-1].leaves if earlier else "dense"
+        kind = earlier[-1].produces if earlier else "dense"
         if self.trunk == "trained" and kind != "dense":
             raise UserError(
                 f"method.trunk=trained needs dense linear layers, not {kind} ones.",
@@ -149,7 +153,7 @@ class ExitHeads(Depths):
             total = total + exit_nll(model, hidden, batch.labels, n)
         return total / (len(depths) * batch.window_tokens)
 
-    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with its exits in the compute dtype, unless all of it is in float32."""
         return model if self.trunk == "trained" else _cast(model, ctx.dtype)
 
@@ -159,7 +163,7 @@ class ExitHeads(Depths):
         """Return the deepest exit that learns: on a frozen trunk the last layer's never changes."""
         if self.trunk == "trained":
             return f"d{shape.num_layers}"
-        return f"d{self.fitted(shape).headed(shape.num_layers)[-1]}"
+        return f"d{self.with_depths(shape.num_layers).headed(shape.num_layers)[-1]}"
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
@@ -200,7 +204,7 @@ class ExitHeads(Depths):
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Count an exit's layers with its own head, or all layers with all heads."""
         size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        method, count = self.fitted(shape), shape.num_layers
+        method, count = self.with_depths(shape.num_layers), shape.num_layers
         cost = super().cost(shape, dtype, point, base)
         one = (shape.vocab_size + 1) * shape.hidden_size
         if not point or point in DYNAMIC:  # all exits are there
@@ -222,7 +226,7 @@ class ExitHeads(Depths):
 
     def training(self, shape: Shape, dtype: str) -> Training:
         """Count one pass over the layers up to the deepest exit, and each exit twice."""
-        heads = self.fitted(shape).headed(shape.num_layers)
+        heads = self.with_depths(shape.num_layers).headed(shape.num_layers)
         if self.trunk == "trained":
             kept, exits = Full().training(shape, dtype), len(heads) + 1
             layers = kept.layers + exits * kept.boundary

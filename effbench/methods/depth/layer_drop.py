@@ -19,14 +19,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeInt
 from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
-from effbench.methods.base import Method, Part
+from effbench.methods.base import Method
+from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.lazy import torch
@@ -36,7 +37,7 @@ KEPT = "layers.json"
 
 
 @dataclass(frozen=True)
-class LayerDrop(Method):
+class LayerDrop(Compresses):
     """Layers removed in one shot."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -44,8 +45,6 @@ class LayerDrop(Method):
         "Findings of ACL 2025",
         "2403.03853",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    identity: ClassVar[dict[str, Any] | None] = None
 
     layers: tuple[NonNegativeInt, ...] | None = None
     """The layers that go, counted from 0; null chooses them."""
@@ -54,7 +53,7 @@ class LayerDrop(Method):
     criterion: Literal["influence", "last", "even", "random"] = "influence"
     """Which: those with the lowest block influence, the deepest, evenly spaced or random ones."""
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse layers that are not there, and a model of which none would be left."""
         if isinstance(shape, SlicedShape):
             raise UserError(*LAYERS_DIFFER)
@@ -69,6 +68,7 @@ class LayerDrop(Method):
                 f"No layer of {shape.num_layers} would be left.",
                 "Lower method.remove, or list fewer in method.layers.",
             )
+        return self
 
     def count(self, num_layers: int) -> int:
         """Return how many layers go."""

@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
@@ -41,7 +41,7 @@ from effbench.api.footprint import Training, passed_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
@@ -57,7 +57,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class LoRADrop(Method):
+class LoRADrop(Trains):
     """Low-rank stand-ins for layers that most decoded tokens skip."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -66,9 +66,9 @@ class LoRADrop(Method):
         "2601.02569",
     )
     learning_rate: ClassVar[float] = 1e-3
-    leaves: ClassVar[str] = "adapted"
+    produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"window": 0}
-    at_evaluation: ClassVar[frozenset[str]] = frozenset({"windows", "baselines"})
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"windows", "baselines"})
     nested_points: ClassVar[bool] = True
 
     rank: PositiveInt = 16
@@ -114,7 +114,7 @@ class LoRADrop(Method):
         count = int(self.fraction * len(candidates) + 0.5)
         return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
         chosen = self.droppable(shape.num_layers)
         if 0 in chosen:
@@ -136,8 +136,6 @@ class LoRADrop(Method):
                 f"method.fraction={self.fraction} of {shape.num_layers} layers is no layer at all.",
                 "Raise method.fraction, or list the layers in method.layers.",
             )
-        if self.window < 0:
-            raise UserError(f"method.window={self.window} is negative.", "0 drops nothing.")
         if self.windows is None and self.window > MOST_POINTS:
             raise UserError(
                 f"method.window={self.window} would be {self.window + 1} operating points.",
@@ -149,6 +147,7 @@ class LoRADrop(Method):
             )
         if self.windows == ():
             raise UserError("method.windows is empty.", "Leave it out, or list a window.")
+        return self
 
     # -- structure -----------------------------------------------------------------------------
 

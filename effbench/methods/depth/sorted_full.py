@@ -25,25 +25,27 @@ all of D in random order before one repeats (`cycle`); exact repair of the key/v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import Training, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.methods.base import Method
-from effbench.methods.depth.depths import READING, Depths, check_depths, cut_cost, depth_set
+from effbench.methods.depth.reading import READING, ReadsDepths, check_depths, cut_cost, depth_set
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class SortedFull(Depths):
+class SortedFull(Trains, ReadsDepths):
     """Training of every weight for several depths at once."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -52,11 +54,9 @@ class SortedFull(Depths):
         "Findings of EACL 2024",
         "2309.08968",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "train"
     learning_rate: ClassVar[float] = 5e-5
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense"})
     identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
-    at_evaluation: ClassVar[frozenset[str]] = READING
+    eval_settings: ClassVar[frozenset[str]] = READING
 
     depths: tuple[PositiveInt, ...] = ()
     """Depths D that are trained, the number of layers among them; empty derives them from it. One
@@ -98,9 +98,9 @@ class SortedFull(Depths):
 
     # -- depths --------------------------------------------------------------------------------
 
-    def fitted(self, shape: Shape) -> Self:
-        """Return the method with the depths of a model of `shape`."""
-        return replace(self, depths=self.depths or depth_set(shape.num_layers, self.shallowest))
+    def with_depths(self, num_layers: int) -> Self:
+        """Return the method with the depths that are not given."""
+        return replace(self, depths=self.depths or depth_set(num_layers, self.shallowest))
 
     def kept(self, depth: int, num_layers: int) -> list[int]:
         """Return the layers of the sub-model `depth`, counted from 0."""
@@ -112,16 +112,19 @@ class SortedFull(Depths):
         return self.kept(max(self.depths), num_layers)
 
     def listed(self) -> tuple[int, ...]:
-        """Return the depths to evaluate, once fitted: the trained ones unless some are given."""
+        """Return the depths to evaluate, once resolved: the trained ones unless some are given."""
         return self.eval_depths or self.depths
 
     def full_depth(self, num_layers: int) -> int:
         """Return the deepest trained depth."""
         return max(self.depths)
 
-    def check(self, shape: Shape) -> None:
-        """Refuse depths that the model does not have, and exits that lead nowhere."""
-        super().check(shape)
+    def resolve(self, shape: Shape) -> Self:
+        """Return the method with the depths of a model of `shape`.
+
+        Raises:
+            UserError: For depths that the model does not have, and exits that lead nowhere.
+        """
         check_depths("depths", self.depths, shape.num_layers)
         if len(self.depths) > 1 and max(self.depths) < shape.num_layers:
             raise UserError(
@@ -129,6 +132,7 @@ class SortedFull(Depths):
                 "number of layers, so the full model would never be trained.",
                 f"Add {shape.num_layers}.",
             )
+        return super().resolve(shape)
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -163,11 +167,15 @@ class SortedFull(Depths):
         with at_layers(model, self.kept(depth, len(decoder_layers(model)))):
             return super().loss(model, batch, ctx)
 
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what remembers the depths that are still to be drawn."""
+        return _Cycle()
+
     def draw(self, ctx: Context) -> int:
         """Return the depth of the next micro-batch."""
         if self.sampling == "uniform":
             return self.depths[int(torch.randint(len(self.depths), (), generator=ctx.generator))]
-        left: list[int] = ctx.state.setdefault("depths", [])
+        left: list[int] = ctx.evolution.left
         if not left:
             order = torch.randperm(len(self.depths), generator=ctx.generator)
             left.extend(self.depths[i] for i in order.tolist())
@@ -236,7 +244,7 @@ class SortedFull(Depths):
 
     def validated(self, shape: Shape) -> str:
         """Return the deepest trained depth."""
-        return f"d{max(self.fitted(shape).depths)}"
+        return f"d{max(self.with_depths(shape.num_layers).depths)}"
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -250,7 +258,7 @@ class SortedFull(Depths):
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Count the layers of a depth; those that no trained depth has are frozen."""
-        method = self.fitted(shape)
+        method = self.with_depths(shape.num_layers)
         cost = super().cost(shape, dtype, point, base)
         trained = min(method.depth_of(point, shape.num_layers), max(method.depths))
         whole = self.whole_cost(shape, dtype, base)
@@ -262,7 +270,7 @@ class SortedFull(Depths):
 
     def training(self, shape: Shape, dtype: str) -> Training:
         """Count the mean work of a drawn depth, or that of all; what is kept is the most."""
-        method = self.fitted(shape)
+        method = self.with_depths(shape.num_layers)
         each = [method.one_depth(replace(shape, num_layers=n), dtype) for n in method.depths]
         if self.objective == "sampled":
             return _working(each[-1], each, len(each))
@@ -297,6 +305,19 @@ class SortedFull(Depths):
     def one_depth(self, shape: Shape, dtype: str) -> Training:
         """Return what a training step of a sub-model of `shape` keeps, and its work."""
         return trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
+
+
+class _Cycle(Evolution):
+    """Depths that are still to be drawn before all of them have been."""
+
+    def __init__(self) -> None:
+        self.left: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.left = state["left"]
 
 
 def _working(kept: Training, each: Sequence[Training], steps: int) -> Training:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from effbench.api.cost import Cost
 from effbench.api.footprint import Training, adapted_layers
@@ -40,8 +40,8 @@ class SortedLoRA(SortedFull):
         "2309.00255",
     )
     learning_rate: ClassVar[float] = 5e-4
-    works_on: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
-    leaves: ClassVar[str] = "adapted"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
+    produces: ClassVar[str] = "adapted"
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
     shallowest: ClassVar[float] = 0.6
 
@@ -72,10 +72,10 @@ class SortedLoRA(SortedFull):
         """Return the method that puts the adapters in."""
         return LoRA(self.rank, self.alpha, self.dropout, self.targets)
 
-    def check(self, shape: Shape) -> None:
-        """Refuse what cannot work as adapter or as depths."""
-        super().check(shape)
-        self.adapter().check(shape)
+    def resolve(self, shape: Shape) -> Self:
+        """Return the method with its depths; refuse what cannot work as adapter or as depths."""
+        self.adapter().resolve(shape)
+        return super().resolve(shape)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base, put adapters in, and make the final norm train."""

@@ -12,15 +12,14 @@ second term of the first one's size. Our choices: forward KL in float32, w = 0.5
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import Fraction, PositiveFloat
 from effbench.api.shape import Shape
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -30,7 +29,7 @@ student's two log-softmaxes, the teacher's, its exponential, their difference, t
 
 
 @dataclass(frozen=True)
-class Distillation(Method):
+class Distillation(Trains):
     """Training of every weight towards labels and a teacher."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -51,23 +50,15 @@ class Distillation(Method):
         """The base is held as float32 masters."""
         return "float32"
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse to run without a teacher."""
         if not self.teacher:
             raise UserError("kd has no teacher.", "Set method.teacher to the name of a model.")
+        return self
 
-    def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Make every weight train, and load the teacher beside the model.
-
-        Raises:
-            UserError: When the teacher's vocabulary is not the student's.
-        """
-        model = super().prepare(model, ctx)
-        teacher = ctx.load_model(self.teacher).requires_grad_(False).eval()
-        check_vocabulary("teacher", self.teacher, teacher, model)
-        # Straight in __dict__ it is no part of the model: neither trained, moved nor saved with it.
-        vars(model)["teacher"] = teacher
-        return model
+    def aux_models(self) -> dict[str, str]:
+        """Return the teacher."""
+        return {"teacher": self.teacher} if self.teacher else {}
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the mixed loss of one micro-batch, a scalar."""
@@ -77,42 +68,12 @@ class Distillation(Method):
 
         logits = self.logits(model, batch)
         with torch.no_grad():
-            target = self.logits(vars(model)["teacher"], batch)
+            target = self.logits(ctx.aux["teacher"], batch)
         hard = token_nll(logits, batch.labels).sum()
         soft = token_kl(target, logits, batch.labels, self.temperature).sum()
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 
-    def release(self, model: torch.nn.Module) -> None:
-        """Let go of the teacher."""
-        vars(model).pop("teacher", None)
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the trained student; the teacher is not needed any more."""
-        from effbench.nn.llama.weights import load_tensors
-
-        model = super().prepare(model, ctx)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
-        return model
-
     def training(self, shape: Shape, dtype: str) -> Training:
         """Count both distributions, their products and their gradients beside plain training."""
         return replace(super().training(shape, dtype), loss_bytes=DISTILLED_BYTES, every=True)
-
-    def holds(self) -> tuple[str, ...]:
-        """Return the teacher."""
-        return (self.teacher,) if self.teacher else ()
-
-
-def check_vocabulary(key: str, name: str, other: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Refuse another model that reads or writes other tokens than `model`.
-
-    Raises:
-        UserError: Naming `method.<key>`.
-    """
-    theirs, ours = (m.config.vocab_size for m in (other, model))  # type: ignore[union-attr]
-    if theirs != ours:
-        raise UserError(
-            f"method.{key}={name} has {theirs} vocabulary entries, the trained model {ours}.",
-            "Choose a model with the same tokenizer.",
-        )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
@@ -27,6 +27,7 @@ from effbench.api.schema import PositiveFloat
 from effbench.api.shape import Shape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -58,15 +59,16 @@ class Reward(LoRA):
         """The base is held as float32 masters where it learns whole."""
         return "float32" if self.trains == "full" else "compute"
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse adapters that do not fit, and ranks to cut where there are no adapters."""
         if self.trains == "lora":
-            super().check(shape)
-        elif self.eval_ranks:
+            return super().resolve(shape)
+        if self.eval_ranks:
             raise UserError(
                 "method.eval_ranks cuts adapters, and method.trains=full has none.",
                 "Leave it out, or set method.trains=lora.",
             )
+        return self
 
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse rows without an answer that is worse than another."""
@@ -84,7 +86,7 @@ class Reward(LoRA):
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Put the head in, and adapters where the base is frozen."""
         full = self.trains == "full"
-        model = Method.prepare(self, model, ctx) if full else super().prepare(model, ctx)
+        model = Trains.prepare(self, model, ctx) if full else super().prepare(model, ctx)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         width = embedding.shape[1]
         draws = torch.Generator().manual_seed(ctx.seed)
@@ -94,7 +96,7 @@ class Reward(LoRA):
         model.add_module(HEAD, head.to(embedding.device))
         return model
 
-    def groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
+    def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
         """Return the head, and all else that trains."""
         head = list(model.get_submodule(HEAD).parameters())
         rest = [p for p in model.parameters() if p.requires_grad and p is not head[0]]

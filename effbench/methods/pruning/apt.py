@@ -23,14 +23,16 @@ the end of training; the moments of Adam may be kept where a parameter changes i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Interval
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import (
@@ -42,8 +44,8 @@ from effbench.api.schema import (
 )
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
 from effbench.methods.adapters.lora import check_rank_fits, check_targets, low_rank_cost
-from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
+from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -52,9 +54,12 @@ if TYPE_CHECKING:
     from effbench.nn.pruning.pruner import Pruning
     from effbench.nn.pruning.schedule import PruningSchedule
 
+STATE = ("searched", "importance", "ranks", "kept", "teacher")
+"""What a checkpoint keeps of `PruneAndGrow`."""
+
 
 @dataclass(frozen=True)
-class APT(Method):
+class APT(Trains):
     """Pruning and growing adapters in one fine-tuning run."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -126,21 +131,21 @@ class APT(Method):
                 "Raise method.max_rank.",
             )
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
         check_budget(shape, self.keep, self.blocks)
+        return self
 
     # -- structure -----------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base; add adapters, masks, and what collects salience."""
-        from effbench.nn.adapters.growth import adapter_parameters
         from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
         from effbench.nn.llama.attention import require_llama
         from effbench.nn.llama.replace import replace_linears
         from effbench.nn.losses.self_distill import add_transfer
-        from effbench.nn.pruning.pruner import Pruning, weights_left
+        from effbench.nn.pruning.pruner import Pruning
 
         require_llama(model)
 
@@ -154,24 +159,6 @@ class APT(Method):
         Pruning.put_in(model, self.beta, self.salience)
         if self.distill:
             add_transfer(model, self.rank, self.scale, ctx.seed)
-        whole = weights_left(model)
-        ctx.state.update(first=adapter_parameters(model), whole=whole, searched=1.0)
-        ctx.state.update(importance={}, ranks={})
-        return model
-
-    def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Grow and slice a prepared model as the interrupted run had done."""
-        from effbench.nn.adapters.growth import set_rank
-        from effbench.nn.adapters.lowrank import low_rank_layers
-        from effbench.nn.pruning.pruner import Pruning
-        from effbench.nn.pruning.slice import Kept
-
-        pruning = Pruning.of(model)
-        if pruning and "kept" in ctx.state:
-            pruning.cut(Kept.from_plain(ctx.state["kept"]))
-        for name, layer in low_rank_layers(model):
-            if name in ctx.state["ranks"]:
-                set_rank(layer, ctx.state["ranks"][name])
         return model
 
     # -- training ------------------------------------------------------------------------------
@@ -205,7 +192,7 @@ class APT(Method):
         mu = self.schedule(ctx.total_steps).share(ctx.step)
         if not mu:
             return hard
-        teacher = SelfTeacher(model, pruning.masks, ctx.state["teacher"], ctx.generator)
+        teacher = SelfTeacher(model, pruning.masks, ctx.evolution.teacher, ctx.generator)
         real = batch.attention_mask.bool()
         soft, errors = teacher.losses(
             lambda: self.logits(model, batch), logits, layers, batch.labels, real
@@ -214,30 +201,9 @@ class APT(Method):
         learnt = self.distill_logits * soft + self.distill_layers * share * errors
         return mu * learnt + (1 - mu) * hard
 
-    def on_gradients(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
-    ) -> None:
-        """Prune, grow and slice where it is time; see the module's text for the order."""
-        from effbench.nn.adapters.growth import Swap
-        from effbench.nn.losses.self_distill import copy_adapters
-        from effbench.nn.pruning.pruner import Pruning
-
-        swap, schedule = Swap(optimizer, self.moments), self.schedule(ctx.total_steps)
-        pruning = Pruning.of(model)
-        if pruning:
-            pruning.watcher.finish_step()
-            if self.distill and ("teacher" not in ctx.state or not schedule.share(ctx.step)):
-                ctx.state["teacher"] = copy_adapters(model)
-            if ctx.step in schedule.pruning_steps:
-                self._aim(pruning, schedule.ratio(ctx.step, self.keep), ctx)
-            pruning.masks.move(self.mask_step)
-        if self.grow > 1:
-            self._grow(model, swap, ctx)
-        if pruning and pruning.masks.hard and schedule.over(ctx.step) and not self.distill:
-            ctx.state["kept"] = pruning.cut(replace=swap).plain()
-        if ctx.step < self.warm_steps:
-            for parameter in model.parameters():
-                parameter.grad = None
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what prunes, grows and slices; see the module's text for the order."""
+        return PruneAndGrow(self, model, ctx)
 
     def schedule(self, total: int) -> PruningSchedule:
         """Return when a run of `total` steps prunes and grows."""
@@ -247,74 +213,30 @@ class APT(Method):
             total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
         )
 
-    def _aim(self, pruning: Pruning, ratio: float, ctx: Context) -> None:
-        """Choose the blocks that stay, `ratio` of all weights."""
-        if self.criterion == "random":
-            draws = torch.Generator().manual_seed(ctx.seed)  # the same blocks at every pruning
-            salience = torch.rand(pruning.layout.size, generator=draws)
-        else:
-            salience = pruning.salience(self.kurtosis, self.normalise)
-        pruning.aim(salience, ratio * ctx.state["whole"], self.blocks, self.align)
-        ctx.state["searched"] = ratio
-
-    def _grow(self, model: torch.nn.Module, swap: Swap, ctx: Context) -> None:
-        from effbench.nn.adapters.growth import grow_important, note_importance
-
-        importance = ctx.state["importance"]
-        note_importance(model, importance, self.beta)
-        factor = self.schedule(ctx.total_steps).growth_steps(self.grow).get(ctx.step)
-        if factor is not None:
-            target = int(factor * ctx.state["first"])
-            ctx.state["ranks"] |= grow_important(
-                model, importance, target, self.max_rank, ctx.generator, swap
-            )
-
     # -- what is left --------------------------------------------------------------------------
 
-    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
-        """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
-        from effbench.nn.pruning.masks import masks_of
-
-        masks, schedule = masks_of(model), self.schedule(ctx.total_steps)
-        pruned = masks is None or (masks.hard and schedule.over(ctx.step))
-        growing = self.grow > 1 and ctx.step < max(schedule.growth_steps(self.grow))
-        return pruned and not growing
-
-    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
-        """Return the share of weights that masks or the slice leave, and the adapters' size."""
-        from effbench.nn.adapters.growth import adapter_parameters
-        from effbench.nn.pruning.pruner import weights_left
-
-        return {
-            "kept": weights_left(model) / ctx.state["whole"],
-            "adapter_params": float(adapter_parameters(model)),
-        }
-
-    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the sliced model with its adapters merged, dense and frozen."""
         from effbench.nn.adapters.growth import merge
         from effbench.nn.adapters.lowrank import low_rank_layers
-        from effbench.nn.pruning.pruner import Pruning
 
-        pruning = Pruning.of(model)
-        if pruning:
-            if ctx.state["searched"] != self.keep:
-                self._aim(pruning, self.keep, ctx)
-            ctx.state["kept"] = pruning.cut().plain()
+        kept = ctx.evolution.cut()
         if hasattr(model, "transfer"):
             del model.transfer
         ranks = {name: layer.control.max_rank for name, layer in low_rank_layers(model)}
-        vars(model)["pruned"] = {"ranks": ranks, "kept": ctx.state["kept"]}
+        vars(model)["pruned"] = {"ranks": ranks, "kept": kept}
         return merge(model).requires_grad_(False)
 
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint needs while it trains, and every weight once it is finished."""
+    def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return what trains, and the masks and salience while there are any."""
         from effbench.nn.pruning.pruner import Pruning
 
-        if "pruned" in vars(model):
-            return {n: p.detach() for n, p in model.named_parameters()}
         pruning = Pruning.of(model)
-        return super().tensors(model) | (pruning.tensors() if pruning else {})
+        return super().trained_tensors(model) | (pruning.tensors() if pruning else {})
+
+    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return every weight."""
+        return {n: p.detach() for n, p in model.named_parameters()}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights, the sizes they have, what was kept and the ranks it had."""
@@ -329,7 +251,7 @@ class APT(Method):
         from effbench.nn.pruning.checkpoint import fit_sizes
 
         vars(model)["pruned"] = fit_sizes(model, folder)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
@@ -373,3 +295,141 @@ class APT(Method):
         """Count a dense model of the shape that is left; nothing of the unpruned base stays."""
         cost = dense_cost(shape, DTYPE_BYTES[dtype])
         return replace(cost, saving="physical" if self.keep < 1 else "none")
+
+
+class PruneAndGrow(Evolution):
+    """Prunes blocks, grows adapters and slices the model where it is time.
+
+    Args:
+        method: Its settings.
+        model: Prepared: with adapters, masks, and what collects salience.
+        ctx: Of the run.
+    """
+
+    def __init__(self, method: APT, model: torch.nn.Module, ctx: Context) -> None:
+        from effbench.nn.adapters.growth import adapter_parameters
+        from effbench.nn.pruning.pruner import weights_left
+
+        self.method, self.model, self.ctx = method, model, ctx
+        self.first = adapter_parameters(model)
+        """Parameters of the adapters before they grow."""
+        self.whole = weights_left(model)
+        """Weights of the decoder's linears before any is pruned."""
+        self.searched = 1.0
+        """Share of the weights that the last choice of blocks aimed at."""
+        self.importance: dict[str, float] = {}
+        """Running importance of each adapter."""
+        self.ranks: dict[str, int] = {}
+        """Rank of each adapter that has grown."""
+        self.kept: dict[str, Any] | None = None
+        """What the slice kept, once the model is sliced."""
+        self.teacher: dict[str, list[torch.Tensor]] | None = None
+        """The adapters before pruning, where the model learns from itself."""
+
+    @property
+    def schedule(self) -> PruningSchedule:
+        """When to prune and when to grow."""
+        return self.method.schedule(self.ctx.total_steps)
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """Masks and salience, while the model is not sliced."""
+        from effbench.nn.pruning.pruner import Pruning
+
+        return Pruning.of(self.model)
+
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prune, grow and slice where it is time."""
+        from effbench.nn.adapters.growth import Swap
+        from effbench.nn.losses.self_distill import copy_adapters
+
+        method, step, pruning = self.method, self.ctx.step, self.pruning
+        swap = Swap(optimizer, method.moments)
+        if pruning:
+            pruning.watcher.finish_step()
+            if method.distill and (self.teacher is None or not self.schedule.share(step)):
+                self.teacher = copy_adapters(self.model)
+            if step in self.schedule.pruning_steps:
+                self._aim(pruning, self.schedule.ratio(step, method.keep))
+            pruning.masks.move(method.mask_step)
+        if method.grow > 1:
+            self._grow(swap)
+        if pruning and pruning.masks.hard and self.schedule.over(step) and not method.distill:
+            self.kept = pruning.cut(replace=swap).plain()
+        if step < method.warm_steps:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+    def _aim(self, pruning: Pruning, ratio: float) -> None:
+        """Choose the blocks that stay, `ratio` of all weights."""
+        method = self.method
+        if method.criterion == "random":
+            draws = torch.Generator().manual_seed(self.ctx.seed)  # the same blocks each time
+            salience = torch.rand(pruning.layout.size, generator=draws)
+        else:
+            salience = pruning.salience(method.kurtosis, method.normalise)
+        pruning.aim(salience, ratio * self.whole, method.blocks, method.align)
+        self.searched = ratio
+
+    def _grow(self, swap: Swap) -> None:
+        from effbench.nn.adapters.growth import grow_important, note_importance
+
+        note_importance(self.model, self.importance, self.method.beta)
+        factor = self.schedule.growth_steps(self.method.grow).get(self.ctx.step)
+        if factor is not None:
+            self.ranks |= grow_important(
+                self.model,
+                self.importance,
+                int(factor * self.first),
+                self.method.max_rank,
+                self.ctx.generator,
+                swap,
+            )
+
+    def cut(self) -> dict[str, Any]:
+        """Slice the model, unless it is sliced, to the budget; return what was kept."""
+        pruning = self.pruning
+        if pruning:
+            if self.searched != self.method.keep:
+                self._aim(pruning, self.method.keep)
+            self.kept = pruning.cut().plain()
+        assert self.kept is not None
+        return self.kept
+
+    @property
+    def final(self) -> bool:
+        """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
+        from effbench.nn.pruning.masks import masks_of
+
+        masks, step, grow = masks_of(self.model), self.ctx.step, self.method.grow
+        pruned = masks is None or (masks.hard and self.schedule.over(step))
+        growing = grow > 1 and step < max(self.schedule.growth_steps(grow))
+        return pruned and not growing
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of weights that masks or the slice leave, and the adapters' size."""
+        from effbench.nn.adapters.growth import adapter_parameters
+        from effbench.nn.pruning.pruner import weights_left
+
+        return {
+            "kept": weights_left(self.model) / self.whole,
+            "adapter_params": float(adapter_parameters(self.model)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found and done so far."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back, and grow and slice the prepared model as it tells."""
+        from effbench.nn.adapters.growth import set_rank
+        from effbench.nn.adapters.lowrank import low_rank_layers
+        from effbench.nn.pruning.slice import Kept
+
+        vars(self).update(state)
+        pruning = self.pruning
+        if pruning and self.kept is not None:
+            pruning.cut(Kept.from_plain(self.kept))
+        for name, layer in low_rank_layers(self.model):
+            if name in self.ranks:
+                set_rank(layer, self.ranks[name])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 from annotated_types import Interval
 
@@ -29,7 +29,7 @@ from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
-from effbench.methods.base import Method, Part
+from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Structured(Method):
+class Structured(Compresses):
     """One-shot pruning of groups, neurons and dimensions."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -46,8 +46,6 @@ class Structured(Method):
         "ICLR 2024",
         "2306.11695",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    identity: ClassVar[dict[str, Any] | None] = None
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Largest share of the decoder's linear weights that stays."""
@@ -60,9 +58,10 @@ class Structured(Method):
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time."""
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a budget that the prunable blocks cannot meet."""
         check_budget(shape, self.keep, self.blocks)
+        return self
 
     @property
     def calibrates(self) -> bool:
@@ -121,10 +120,6 @@ class Structured(Method):
         found = find(layout, scores, budget, prunable=self.blocks, align=self.align)
         return {"kept": found.kept}
 
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return every weight."""
-        return {n: p.detach() for n, p in model.named_parameters()}
-
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the sizes they have."""
         from effbench.nn.pruning.checkpoint import write_sizes
@@ -138,7 +133,7 @@ class Structured(Method):
         from effbench.nn.pruning.checkpoint import fit_sizes
 
         fit_sizes(model, folder)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:

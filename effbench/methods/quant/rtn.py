@@ -19,32 +19,26 @@ is not, as each product first expands its weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
-from effbench.api.method_types import Context, Paper
+from effbench.api.method_types import Paper
 from effbench.api.schema import Bits, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
-from effbench.methods.base import Method, Part
+from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant.groupwise import grouped_bytes
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class RTN(Method):
+class RTN(CompressesLinears):
     """Rounds every decoder weight to the nearest of 2^bits levels of its group."""
 
     paper: ClassVar[Paper | None] = Paper(
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    leaves: ClassVar[str] = "packed"
-    identity: ClassVar[dict[str, Any] | None] = None
+    produces: ClassVar[str] = "packed"
 
     bits: Bits = 4
     """Bits per weight, scales not counted."""
@@ -53,57 +47,17 @@ class RTN(Method):
     symmetric: bool = False
     """Levels around zero, without a zero point of each group."""
 
-    def compress(
-        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
-    ) -> Iterator[Part]:
-        """Round one linear after the other."""
-        from effbench.nn.quant.linears import dense_linears
-
-        for name, linear in dense_linears(model):
-            yield Part(name, partial(self._round, linear), partial(self._pack, model, name, linear))
-
-    def _round(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
-        """Return the codes, scales and zero points of a linear."""
+    def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return a linear rounded to the nearest codes."""
         from effbench.nn.quant.linears import PackedLinear
 
-        packed = PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
-        return dict(packed.named_buffers())
+        return PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
 
-    def _pack(
-        self,
-        model: torch.nn.Module,
-        name: str,
-        linear: torch.nn.Linear,
-        stored: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Put what a linear was rounded to in its place."""
-        from effbench.nn.llama.replace import replace_module
+    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return a packed linear without codes."""
         from effbench.nn.quant.linears import PackedLinear
 
-        settings = self.bits, self.group_size, self.symmetric
-        replace_module(model, name, PackedLinear.holding(linear, stored, *settings))
-
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return the codes, scales and zero points of every linear."""
-        from effbench.nn.llama.replace import decoder_linears
-
-        return {
-            f"{name}.{key}": tensor
-            for name, linear in decoder_linears(model)
-            for key, tensor in linear.named_buffers()
-        }
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the base `model` with the packed linears of `folder`."""
-        from effbench.nn.llama.replace import replace_module
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.quant.linears import PackedLinear, dense_linears
-
-        for name, linear in dense_linears(model):
-            part = PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)
-            replace_module(model, name, part)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
-        return model
+        return PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)
 
     def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
         """Return the cost with every decoder linear packed."""

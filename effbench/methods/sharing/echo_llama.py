@@ -20,14 +20,14 @@ Our choices, for the paper's are not known: the layer maps (`top` is YOCO's, arX
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
+from effbench.api.evolution import Evolution
 from effbench.api.footprint import Training, passed_layers, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
@@ -44,14 +44,17 @@ from effbench.api.sharing import (
     shared_shape,
     top_map,
 )
-from effbench.methods.base import Method
 from effbench.methods.distill.kd import DISTILLED_BYTES
+from effbench.methods.trains import START, Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
+if TYPE_CHECKING:
+    from effbench.nn.llama.shared_attention import SharingAttention
+
 
 @dataclass(frozen=True)
-class EchoLLaMA(Method):
+class EchoLLaMA(Trains):
     """Cross-layer sharing by conversion, or from scratch on a model with random weights."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -107,7 +110,7 @@ class EchoLLaMA(Method):
         make = top_map if self.map == "top" else pair_map
         return make(num_layers, round(self.share * num_layers), self.mode)
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse a model that shares or is sliced, and more consumers than a map can have."""
         require_unshared(shape, self.name)
         most = shape.num_layers - 1 if self.map == "top" else shape.num_layers // 2
@@ -118,6 +121,11 @@ class EchoLLaMA(Method):
                 f"Set method.share={most / shape.num_layers:.3g} or less.",
             )
         self.sharing(shape.num_layers)
+        return self
+
+    def aux_models(self) -> dict[str, str]:
+        """Return the original, a frozen copy of what it starts from."""
+        return {"original": START} if self.kl else {}
 
     def spans(self, num_layers: int, total_steps: int) -> dict[int, tuple[int, int]]:
         """Return the first step of each consumer's conversion and the one after its last."""
@@ -146,8 +154,6 @@ class EchoLLaMA(Method):
         """Make the model ready to share, or let it share at once; mark what trains."""
         from effbench.nn.llama.shared_attention import put_sharing, share
 
-        if self.kl:
-            self._keep_original(model, ctx)
         sharing = self.sharing(int(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
         if self.producer_init == "mean":
             average_sources(model, sharing)
@@ -155,16 +161,7 @@ class EchoLLaMA(Method):
         model.requires_grad_(self.trains == "full")
         if self.trains == "lora":
             self._adapt(model, ctx.seed)
-        ctx.state["converted"] = list(sharing.consumers) if self.abrupt else []
         return model
-
-    def _keep_original(self, model: torch.nn.Module, ctx: Context) -> None:
-        from effbench.nn.llama.weights import cast_parameters
-
-        original = copy.deepcopy(model).requires_grad_(False).eval()
-        cast_parameters(original, ctx.dtype)
-        # Straight in __dict__ it is no part of the model: neither trained, moved nor saved with it.
-        vars(model)["original"] = original
 
     def _adapt(self, model: Any, seed: int) -> None:
         from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
@@ -176,39 +173,12 @@ class EchoLLaMA(Method):
             init_a(part.lora_A, seed, path)
             replace_module(model, path, part)
 
-    def rebuild(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Convert the layers that the interrupted run had converted."""
-        from effbench.nn.llama.shared_attention import convert, sharing_layers
-
-        done = {m.layer for m in sharing_layers(model) if m.takes}
-        for layer in ctx.state["converted"]:
-            if layer not in done:
-                convert(model, layer)
-        return model
-
     # -- training ------------------------------------------------------------------------------
 
-    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Set a of the layers that are on their way."""
-        from effbench.nn.llama.shared_attention import sharing_layers
-
-        layers = {m.layer: m for m in sharing_layers(model)}
-        for layer, (first, end) in self.spans(len(layers), ctx.total_steps).items():
-            if not layers[layer].takes:
-                layers[layer].share = share_at(ctx.step, first, end)
-
-    def on_gradients(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ctx: Context
-    ) -> None:
-        """Remove the projections of layers whose conversion ends with this step."""
-        from effbench.nn.adapters.growth import drop
-        from effbench.nn.llama.shared_attention import convert, sharing_layers
-
-        layers = {m.layer: m for m in sharing_layers(model)}
-        for layer, (_, end) in self.spans(len(layers), ctx.total_steps).items():
-            if end <= ctx.step + 1 and not layers[layer].takes:
-                drop(optimizer, convert(model, layer))
-                ctx.state["converted"].append(layer)
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what converts the consumers, one after the other."""
+        spans = self.spans(int(model.config.num_hidden_layers), ctx.total_steps)  # type: ignore[union-attr,arg-type]
+        return LayerByLayer(model, ctx, spans)
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the cross-entropy of one micro-batch, with the distance to the original added."""
@@ -218,25 +188,12 @@ class EchoLLaMA(Method):
 
         logits = self.logits(model, batch)
         with torch.no_grad():
-            target = self.logits(vars(model)["original"], batch)
+            target = self.logits(ctx.aux["original"], batch)
         hard = token_nll(logits, batch.labels).sum()
         soft = token_kl(target, logits, batch.labels, 1.0).sum()
         return (hard + self.kl * soft) / batch.window_tokens
 
-    def settled(self, model: torch.nn.Module, ctx: Context) -> bool:
-        """Whether every consumer is converted."""
-        from effbench.nn.llama.shared_attention import sharing_layers
-
-        layers = sharing_layers(model)
-        return not layers or len(ctx.state["converted"]) == len(layers[0].sharing.consumers)
-
-    def facts(self, model: torch.nn.Module, ctx: Context) -> dict[str, float]:
-        """Return how many layers are converted, those on their way in part."""
-        from effbench.nn.llama.shared_attention import sharing_layers
-
-        return {"converted": sum(m.share for m in sharing_layers(model))}
-
-    def finish(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with every consumer converted and adapters merged."""
         from effbench.nn.adapters.growth import merge
         from effbench.nn.llama.shared_attention import convert, sharing_layers
@@ -246,20 +203,13 @@ class EchoLLaMA(Method):
                 convert(model, attention.layer)
         if self.trains == "lora":
             model = merge(model).requires_grad_(False)
-        vars(model)["whole"] = True
         return model
-
-    def release(self, model: torch.nn.Module) -> None:
-        """Let go of the original."""
-        vars(model).pop("original", None)
 
     # -- artefact ------------------------------------------------------------------------------
 
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return what trains, and every weight once the model is finished."""
-        if "whole" in vars(model):
-            return {n: p.detach() for n, p in model.named_parameters()}
-        return super().tensors(model)
+    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return every weight."""
+        return {n: p.detach() for n, p in model.named_parameters()}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the layer map."""
@@ -274,8 +224,7 @@ class EchoLLaMA(Method):
         from effbench.nn.sharing.checkpoint import follow_map
 
         model = follow_map(model, folder)
-        vars(model)["whole"] = True
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
@@ -355,9 +304,67 @@ class EchoLLaMA(Method):
             gradient=plain.gradient + 2 * products - unneeded,
         )
 
-    def holds(self) -> tuple[str, ...]:
-        """Return the copy of what it starts from, if there is one."""
-        return ("",) if self.kl else ()
+
+class LayerByLayer(Evolution):
+    """Converts each consumer within its span of steps: its share rises, then it is converted.
+
+    Args:
+        model: Ready to share.
+        ctx: Of the run.
+        spans: First step of each consumer's conversion and the one after its last; a consumer that
+            shares already is left alone.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, ctx: Context, spans: Mapping[int, tuple[int, int]]
+    ) -> None:
+        self.model, self.ctx, self.spans = model, ctx, spans
+
+    def _coming(self) -> Iterator[tuple[SharingAttention, int, int]]:
+        """Yield the layers that are still to be converted, with their spans."""
+        from effbench.nn.llama.shared_attention import sharing_layers
+
+        for attention in sharing_layers(self.model):
+            if attention.layer in self.spans and not attention.takes:
+                yield attention, *self.spans[attention.layer]
+
+    def before_step(self) -> None:
+        """Set a of the layers that are on their way."""
+        for attention, first, end in self._coming():
+            attention.share = share_at(self.ctx.step, first, end)
+
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remove the projections of layers whose conversion ends with this step."""
+        from effbench.nn.adapters.growth import drop
+        from effbench.nn.llama.shared_attention import convert
+
+        for attention, _, end in list(self._coming()):
+            if end <= self.ctx.step + 1:
+                drop(optimizer, convert(self.model, attention.layer))
+
+    @property
+    def final(self) -> bool:
+        """Whether every consumer is converted."""
+        return not any(True for _ in self._coming())
+
+    def metrics(self) -> dict[str, float]:
+        """Return how many layers are converted, those on their way in part."""
+        from effbench.nn.llama.shared_attention import sharing_layers
+
+        return {"converted": sum(m.share for m in sharing_layers(self.model))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the layers that are converted."""
+        coming = {attention.layer for attention, *_ in self._coming()}
+        return {"converted": sorted(self.spans.keys() - coming)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Convert the layers that were."""
+        from effbench.nn.llama.shared_attention import convert
+
+        for attention, *_ in list(self._coming()):
+            if attention.layer in state["converted"]:
+                convert(self.model, attention.layer)
 
 
 def share_at(step: int, first: int, end: int) -> float:

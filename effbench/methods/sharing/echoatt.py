@@ -22,17 +22,17 @@ where none are given (`effbench.nn.sharing.ranking`).
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
+from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
@@ -46,7 +46,7 @@ from effbench.api.sharing import (
     shared_in,
     shared_shape,
 )
-from effbench.methods.base import Method
+from effbench.methods.trains import START, Trains
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
 from effbench.util.errors import UserError
@@ -57,7 +57,7 @@ CHOSEN = "shared"
 
 
 @dataclass(frozen=True)
-class EchoAtt(Method):
+class EchoAtt(Trains):
     """Attention maps copied between layers, and distillation from the unchanged model."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -66,6 +66,8 @@ class EchoAtt(Method):
         "2409.14595",
     )
     learning_rate: ClassVar[float] = 1e-4
+    version: ClassVar[int] = 2
+    """2: the teacher keeps its buffers, rotary frequencies among them, in float32."""
     identity: ClassVar[dict[str, Any] | None] = {"layers": []}
     needs: ClassVar[dict[str, Any]] = {"layers": [2]}
 
@@ -109,7 +111,7 @@ class EchoAtt(Method):
         """Return how many layers are shared."""
         return count_of(self.ratio, num_layers) if self.layers is None else len(self.layers)
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse layers that cannot be shared, more than there are, and a loss without terms."""
         require_unshared(shape, self.name)
         allowed = len(self.candidates(shape.num_layers))
@@ -126,6 +128,11 @@ class EchoAtt(Method):
                 "All three weights of the distillation are 0.",
                 "Raise one of them, or distil nothing: method.refine=1",
             )
+        return self
+
+    def aux_models(self) -> dict[str, str]:
+        """Return the teacher, a frozen copy of what it starts from."""
+        return {"teacher": START} if self.distils else {}
 
     @property
     def distils(self) -> bool:
@@ -169,17 +176,13 @@ class EchoAtt(Method):
     # -- structure -----------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Keep a frozen copy as the teacher, and let the chosen layers share."""
+        """Let the chosen layers share; every weight that is left trains."""
         from effbench.nn.llama.shared_attention import share
 
         config: Any = model.config
         length = config.num_hidden_layers
-        teacher = frozen_copy(model, ctx.dtype) if self.distils else None
         model = share(model, listed_map(length, self.chosen(length, ctx), "qk"))
         model.requires_grad_(True)
-        if teacher is not None:
-            # Straight in __dict__ it is no part of the model: neither trained, moved nor saved.
-            vars(model)["teacher"] = teacher
         return model
 
     # -- training ------------------------------------------------------------------------------
@@ -188,10 +191,9 @@ class EchoAtt(Method):
         """Whether a step belongs to the second stage."""
         return ctx.step >= ctx.total_steps - round(self.refine * ctx.total_steps)
 
-    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Let go of the teacher once the second stage begins."""
-        if self.refining(ctx):
-            self.release(model)
+    def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
+        """Return what lets go of the teacher once the second stage begins."""
+        return _Stages(self, ctx)
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch in the stage that its step belongs to."""
@@ -203,7 +205,7 @@ class EchoAtt(Method):
         sharing = map_of(model)
         terms = three_terms(
             model,
-            vars(model)["teacher"],
+            ctx.aux["teacher"],
             {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
             batch.labels,
             block_ends(sharing.consumers if sharing else ()),
@@ -212,10 +214,6 @@ class EchoAtt(Method):
         mixed = self.block_weight * terms.blocks
         mixed = mixed + self.soft_weight * terms.soft + self.hard_weight * terms.hard
         return mixed / batch.window_tokens
-
-    def release(self, model: torch.nn.Module) -> None:
-        """Let go of the teacher."""
-        vars(model).pop("teacher", None)
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -232,7 +230,7 @@ class EchoAtt(Method):
         from effbench.nn.sharing.checkpoint import follow_map
 
         model = follow_map(model, folder).requires_grad_(True)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
@@ -248,10 +246,6 @@ class EchoAtt(Method):
         return Decoder(CopiedMaps())
 
     # -- accounting ----------------------------------------------------------------------------
-
-    def holds(self) -> tuple[str, ...]:
-        """Return the teacher, a copy of what it starts from."""
-        return ("",) if self.distils else ()
 
     def left(self, shape: Shape, folder: Path | None = None) -> Shape:
         """Return the shape of the artefact; without one, that of as many shared layers."""
@@ -287,6 +281,12 @@ class EchoAtt(Method):
         )
 
 
-def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Return a copy of a model in `dtype` that does not train, in eval mode."""
-    return copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
+class _Stages(Evolution):
+    """Lets go of the teacher where the second stage begins."""
+
+    def __init__(self, method: EchoAtt, ctx: Context) -> None:
+        self.method, self.ctx = method, ctx
+
+    def before_step(self) -> None:
+        if self.method.refining(self.ctx):
+            self.ctx.aux.clear()

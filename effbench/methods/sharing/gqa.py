@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost, dense_cost
@@ -25,7 +25,7 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.api.sharing import require_unshared
-from effbench.methods.base import Method, Part, compress_whole
+from effbench.methods.compresses import Compresses, Part, compress_whole
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -33,7 +33,7 @@ POOLED = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
-class GQA(Method):
+class GQA(Compresses):
     """Grouped-query or multi-query attention out of a model with more key/value heads."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -41,13 +41,11 @@ class GQA(Method):
         "EMNLP 2023",
         "2305.13245",
     )
-    stage: ClassVar[Literal["train", "compress", "eval"]] = "compress"
-    identity: ClassVar[dict[str, Any] | None] = None
 
     kv_heads: PositiveInt = 1
     """Key/value heads of each layer; 1 is multi-query attention."""
 
-    def check(self, shape: Shape) -> None:
+    def resolve(self, shape: Shape) -> Self:
         """Refuse numbers of heads that do not divide the model's, and models that share."""
         require_unshared(shape, self.name)
         if shape.num_kv_heads % self.kv_heads:
@@ -57,6 +55,7 @@ class GQA(Method):
                 f"{shape.num_kv_heads} key/value heads.",
                 f"Choose one of: {', '.join(map(str, fits)) or 'none, it has one head only'}.",
             )
+        return self
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
@@ -96,7 +95,7 @@ class GQA(Method):
         for layer in model.model.layers:
             layer.self_attn.num_key_value_groups = model.config.num_attention_heads // self.kv_heads
 
-    def tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the pooled projections."""
         named = model.named_parameters()
         return {n: p.detach() for n, p in named if n.split(".")[-2] in POOLED}
@@ -106,7 +105,7 @@ class GQA(Method):
         from effbench.nn.llama.weights import load_tensors
 
         compress_whole(self, model, [], ctx)
-        load_tensors(self.tensors(model), folder / "weights.safetensors")
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:

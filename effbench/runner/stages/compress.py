@@ -13,7 +13,7 @@ from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
-from effbench.methods.base import Method
+from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -55,18 +55,20 @@ def perform(run: Run) -> None:
     """
     data = open_data(run)
     opened = open_model(run)
+    method = opened.method
+    assert isinstance(method, Compresses)
     model = opened.model.requires_grad_(False).eval()
-    made = load_made(run, opened.method, model)
+    made = load_made(run, method, model)
     if made is None:
         run.events.cut()
         rows = _calibration(run, data.examples("train"))
         passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
         run.know(calibrate=tuple(passes), lengths=0)
         with run.phase("compress"):
-            _parts(run, opened.method, model, rows)
+            _parts(run, method, model, rows)
         count_model(run, model)
         count_trained(run, model)
-        save_artefact(run, opened.method, model)
+        save_artefact(run, method, model)
         note_made(run)
     evaluate(run, replace(opened, model=made or model), data)
     hold_against_plan(run, opened.base, opened.base_bytes)
@@ -77,7 +79,9 @@ def _calibration(run: Run, examples: Sequence[Example]) -> list[Batch]:
     return [collate([e], pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
 
 
-def _parts(run: Run, method: Method, model: torch.nn.Module, calibration: Sequence[Batch]) -> None:
+def _parts(
+    run: Run, method: Compresses, model: torch.nn.Module, calibration: Sequence[Batch]
+) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(run.folder.path / "parts")
     parts = method.compress(model, calibration, context(run))

@@ -20,9 +20,7 @@ def perform(run: Run) -> None:
     run.events.cut()
     base = _shape(run)
     start, left = run.lineage.start(base), run.lineage.left(base)
-    own = run.lineage.methods[-1]
-    own.check(start)
-    method, dtype = own.fitted(start), run.spec.hardware.dtype
+    method, dtype = run.lineage.methods[-1].resolve(start), run.spec.hardware.dtype
     whole = run.lineage.cost(base, dtype, method.whole(left))
     for point in method.points():
         cost = run.lineage.cost(base, dtype, point)

@@ -16,7 +16,7 @@ from effbench.api.examples import Example
 from effbench.api.method_types import Context
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains, begin_training
 from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
@@ -56,7 +56,7 @@ class Trainer:
     """Everything one training run holds."""
 
     run: Run
-    method: Method
+    method: Trains
     model: torch.nn.Module
     examples: Sequence[Example]
     validation: Sequence[Example]
@@ -96,7 +96,8 @@ def perform(run: Run) -> None:
 
 def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
     """Train and save; the optimiser, gradients and other models are gone when this returns."""
-    trainer, method = build_trainer(run, opened, data), opened.method
+    trainer = build_trainer(run, opened, data)
+    method = trainer.method
     with run.phase("train"):
         _loop(trainer)
         trainer.layer_forwards.close()
@@ -104,12 +105,12 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
             _restore(trainer, trainer.best)
         count_trained(run, trainer.model)
         _count_state(trainer)
-        model = method.finish(trainer.model, trainer.ctx)
+        model = method.finalize(trainer.model, trainer.ctx)
     count_model(run, model)
     save_artefact(run, method, model)
     note_made(run)
     trainer.optimizer.zero_grad(set_to_none=True)
-    method.release(model)
+    trainer.ctx.aux.clear()
     return model
 
 
@@ -129,6 +130,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         UserError: When there is nothing to train, or nothing to train on.
     """
     spec, method, model = run.spec, opened.method, opened.model
+    assert isinstance(method, Trains)
     if spec.train.patience and not spec.train.validate_every:
         raise UserError(
             f"train.patience={spec.train.patience} waits for validations, but there are none.",
@@ -147,11 +149,11 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     chosen = method.dataset(data.examples("train"), model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
-    model = method.prepare(model, ctx)
+    model = begin_training(method, model, ctx)
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-    groups = method.groups(model)
+    groups = method.param_groups(model)
     if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
     optimizer = _optimizer(spec.train, groups)
@@ -183,14 +185,14 @@ def _work(run: Run, examples: Sequence[Example]) -> dict[str, Any]:
     return {"train": tuple(found), "micro_batches": most, "lengths": 0}
 
 
-def _validation(run: Run, method: Method, data: Data) -> list[Example]:
+def _validation(run: Run, method: Trains, data: Data) -> list[Example]:
     """Return the rows that training is validated on, as training has its own."""
     if not run.spec.train.validate_every:
         return []
     return [method.unit(e) for e in data.examples("validation")]
 
 
-def _mixed_precision(run: Run, method: Method) -> str:
+def _mixed_precision(run: Run, method: Trains) -> str:
     if run.dtype == torch.float16:
         return "fp16"
     masters = method.weights == "float32"
@@ -257,7 +259,7 @@ def _loop(trainer: Trainer) -> None:
     _resume(trainer)
     first = done.step
     if first == 0:
-        trainer.method.start(trainer.model, window_of(trainer, 0), trainer.ctx)
+        trainer.ctx.evolution.begin(window_of(trainer, 0))
     begun = time.perf_counter()
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
@@ -284,7 +286,7 @@ def one_step(trainer: Trainer) -> float:
     batches = window_of(trainer, done.step)
     before = trainer.layer_forwards.count
     ctx.step = done.step
-    method.on_step(trainer.model, ctx)
+    ctx.evolution.before_step()
     loss = float(method.update(trainer.model, trainer.optimizer, batches, ctx))
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
@@ -302,7 +304,7 @@ def one_step(trainer: Trainer) -> float:
         tokens=tokens,
         layer_forwards=layer_forwards,
         learning_rate=rate,
-        **method.facts(trainer.model, ctx),
+        **ctx.evolution.metrics(),
     )
     return loss
 
@@ -357,12 +359,12 @@ def _validate(trainer: Trainer) -> None:
     loss = total / count
     run.events.append("validation", step=done.step, loss=loss)
     run.progress.say(f"step {done.step}: validation loss {loss:.4f}")
-    if not method.settled(model, trainer.ctx):
+    if not trainer.ctx.evolution.final:
         return
     if loss < done.best_loss:
         done.best_loss, done.waited = loss, 0
         if trainer.settings.patience:
-            tensors = method.tensors(trainer.model)
+            tensors = method.trained_tensors(trainer.model)
             trainer.best = {n: t.detach().clone() for n, t in tensors.items()}
     else:
         done.waited += 1
@@ -375,7 +377,7 @@ def _validate(trainer: Trainer) -> None:
 
 
 def _restore(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, target in trainer.method.tensors(trainer.model).items():
+    for name, target in trainer.method.trained_tensors(trainer.model).items():
         target.copy_(tensors[name])
 
 
@@ -384,7 +386,7 @@ def _restore(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _checkpoint(trainer: Trainer) -> None:
     state = {
-        "tensors": trainer.method.tensors(trainer.model),
+        "tensors": trainer.method.trained_tensors(trainer.model),
         "best": trainer.best,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.schedule.state_dict(),
@@ -392,6 +394,7 @@ def _checkpoint(trainer: Trainer) -> None:
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "draws": trainer.ctx.generator.get_state(),
         "method": trainer.ctx.state,
+        "evolution": trainer.ctx.evolution.state_dict(),
         "done": vars(trainer.done),
         "events": trainer.run.events.position(),
     }
@@ -419,8 +422,8 @@ def _resume(trainer: Trainer) -> None:
             "Start anew with --fresh.",
         ) from None
     trainer.ctx.state = state["method"]
-    trainer.model = method.rebuild(trainer.model, trainer.ctx)
-    groups = method.groups(trainer.model)
+    trainer.ctx.evolution.load_state_dict(state["evolution"])
+    groups = method.param_groups(trainer.model)
     for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
         group["params"] = members  # some may be new
     with torch.no_grad():

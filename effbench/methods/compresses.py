@@ -1,0 +1,124 @@
+"""Methods that compress a model part by part, without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context
+from effbench.api.spec import Stage
+from effbench.methods.base import Method
+from effbench.util.lazy import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a compression. What is computed for it is kept, so that nothing is computed twice.
+
+    All that takes time belongs into `make`, a pass over calibration rows too (a part for each).
+    """
+
+    name: str
+    make: Callable[[], dict[str, torch.Tensor]]
+    """Computes the part's tensors and changes nothing."""
+    put: Callable[[Mapping[str, torch.Tensor]], None]
+    """Puts the tensors in their place, whether computed just now or before an interruption."""
+
+
+@dataclass(frozen=True)
+class Compresses(Method):
+    """A method whose artefact comes from one pass over the model's parts."""
+
+    stage: ClassVar[Stage] = "compress"
+    identity: ClassVar[dict[str, object] | None] = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether compression runs the model on training rows."""
+        return False
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[Part]:
+        """Yield the parts of the work, each from the model as the parts before have left it.
+
+        Who iterates makes each part, or takes what an interrupted run kept of it, and puts it in
+        place before asking for the next one. The model is compressed when the iterator is done.
+        """
+        raise NotImplementedError(f"{self.name} does not compress")
+
+
+@dataclass(frozen=True)
+class CompressesLinears(Compresses):
+    """A method that replaces every dense linear of the decoder blocks by another module."""
+
+    def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return what takes the place of a linear; its buffers are the artefact."""
+        raise NotImplementedError
+
+    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return the same module with nothing in its buffers yet."""
+        raise NotImplementedError
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[Part]:
+        """Yield one linear after the other."""
+        from effbench.nn.quant.linears import dense_linears
+
+        for name, linear in dense_linears(model):
+            yield Part(name, partial(self._make, linear), partial(self._put, model, name, linear))
+
+    def _make(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
+        return dict(self.compressed(linear).named_buffers())
+
+    def _put(
+        self,
+        model: torch.nn.Module,
+        name: str,
+        linear: torch.nn.Linear,
+        stored: Mapping[str, torch.Tensor],
+    ) -> None:
+        from effbench.nn.llama.replace import replace_module
+
+        replace_module(model, name, with_buffers(self.empty(linear), stored))
+
+    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the buffers of every linear."""
+        from effbench.nn.llama.replace import decoder_linears
+
+        return {
+            f"{name}.{key}": tensor
+            for name, linear in decoder_linears(model)
+            for key, tensor in linear.named_buffers()
+        }
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the compressed linears of `folder`."""
+        from effbench.nn.llama.replace import replace_module
+        from effbench.nn.llama.weights import load_tensors
+        from effbench.nn.quant.linears import dense_linears
+
+        for name, linear in dense_linears(model):
+            replace_module(model, name, self.empty(linear))
+        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        return model
+
+
+def with_buffers(module: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a module with its buffers in place of its own ones, none of them copied."""
+    for name in dict(module.named_buffers()):
+        setattr(module, name, stored[name])
+    return module
+
+
+def compress_whole(
+    method: Compresses, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+) -> None:
+    """Compress a model in place from the first part to the last, and keep none of them."""
+    for part in method.compress(model, calibration, ctx):
+        part.put(part.make())

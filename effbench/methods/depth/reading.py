@@ -1,0 +1,288 @@
+"""Sub-models of the first layers, and ways of decoding through them: what such methods share.
+
+A depth n is the first n layers under the model's own final norm and head. Decoding can mix depths:
+
+- `exit`: each token leaves at the first exit whose most likely token is more probable than that
+  exit's threshold (Kavehzadeh et al., Sorted LLaMA, arXiv 2309.08968, whose thresholds are the
+  default);
+- `speculative`: the shallowest exit drafts and all layers verify, which loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from effbench.api.cost import Cost, dense_cost
+from effbench.api.schema import NonNegativeFloat, PositiveInt
+from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.methods.base import Method
+from effbench.nn.decode.decoder import Decoder, Drafts, Exits
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.nn.decode.early_exit import Rule
+
+DYNAMIC = ("exit", "speculative")
+READING = frozenset(
+    {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
+)
+"""Settings of how depths are read out, on which nothing that is trained depends."""
+PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
+"""Those of Sorted LLaMA, at depths 12 to 36 of 40."""
+
+
+@dataclass(frozen=True)
+class ReadsDepths(Method):
+    """A method whose model can be read out at several depths."""
+
+    shallowest: ClassVar[float] = 0.3
+    """Share of the layers that the shallowest depth has at least, unless depths are given."""
+
+    eval_depths: tuple[PositiveInt, ...] = ()
+    """Depths to evaluate; empty for the default ones."""
+    decoding: tuple[Literal["exit", "speculative"], ...] = ()
+    """Ways of decoding that are operating points too."""
+    thresholds: tuple[NonNegativeFloat, ...] = ()
+    """Least probability to leave at each exit but the last; empty for the paper's. 0 always
+    leaves, 1 and more never does."""
+    kv: Literal["recompute", "propagate"] = "recompute"
+    """How skipped layers get the keys and values of a token that left early: exactly, when a later
+    token needs them, or approximately, at once."""
+    draft_depth: PositiveInt | None = None
+    """Depth that drafts; null for the shallowest."""
+    draft_tokens: PositiveInt = 4
+    """Drafted tokens of the first round."""
+    draft_window: Literal["adaptive", "constant"] = "adaptive"
+    """Whether their number follows what was kept."""
+
+    # -- depths --------------------------------------------------------------------------------
+
+    def resolve(self, shape: Shape) -> Self:
+        """Return the method with the depths of a model of `shape`.
+
+        Raises:
+            UserError: For depths that the model does not have, and exits that lead nowhere.
+        """
+        if isinstance(shape, SlicedShape):
+            raise UserError(*LAYERS_DIFFER)
+        method = self.with_depths(shape.num_layers)
+        check_depths("eval_depths", method.eval_depths, shape.num_layers)
+        if method.decoding:
+            method._check_exits(method.exits(shape.num_layers))
+        return method
+
+    def with_depths(self, num_layers: int) -> Self:
+        """Return the method with the depths that are not given."""
+        return replace(self, eval_depths=self.eval_depths or depth_set(num_layers, self.shallowest))
+
+    def kept(self, depth: int, num_layers: int) -> list[int]:
+        """Return the layers of the sub-model `depth`, counted from 0."""
+        return list(range(depth))
+
+    def listed(self) -> tuple[int, ...]:
+        """Return the depths to evaluate, once resolved."""
+        return self.eval_depths
+
+    def full_depth(self, num_layers: int) -> int:
+        """Return the depth of the deepest exit, which is the full model when tokens leave early."""
+        return num_layers
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        """Return the depths at which decoding can leave, ascending."""
+        full = self.full_depth(num_layers)
+        return (*(n for n in self.listed() if n < full), full)
+
+    def check_plain(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that computes its logits in a way of its own."""
+        last = earlier[-1] if earlier else Method()
+        own = any(last.decoder(point) != Decoder() for point in last.points())
+        if own or isinstance(last, ReadsDepths):
+            raise UserError(
+                f"{last.name} computes its logits in a way of its own, which {self.name} would "
+                "leave out.",
+                "Evaluate it without method=, through its own operating points.",
+            )
+
+    def _check_exits(self, exits: Sequence[int]) -> None:
+        if len(exits) < 2:
+            raise UserError(
+                f"method.decoding={list(self.decoding)} needs an exit below the last one.",
+                "List a shallower depth in method.eval_depths.",
+            )
+        if self.thresholds and len(self.thresholds) != len(exits) - 1:
+            raise UserError(
+                f"method.thresholds has {len(self.thresholds)} values for the exits "
+                f"{list(exits[:-1])}.",
+                f"Give {len(exits) - 1}.",
+            )
+        if self.draft_depth is not None and self.draft_depth >= exits[-1]:
+            raise UserError(
+                f"method.draft_depth={self.draft_depth} is not below {exits[-1]}, the depth that "
+                "verifies.",
+                f"Set it to {exits[0]}, for example.",
+            )
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def points(self) -> tuple[str, ...]:
+        """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
+        return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
+
+    def whole(self, shape: Shape) -> str:
+        """Return the point of all layers: they are in memory at every depth."""
+        return f"d{shape.num_layers}"
+
+    def depth_of(self, point: str, num_layers: int) -> int:
+        """Return the depth whose layers a point needs; any depth can be named.
+
+        Raises:
+            UserError: When there is no such point.
+        """
+        if not point:
+            return num_layers
+        return self.full_depth(num_layers) if point in DYNAMIC else depth_in(point, num_layers)
+
+    @contextmanager
+    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+        """Be the sub-model of a depth inside the context, or that of the deepest exit."""
+        from effbench.nn.llama.layers import at_layers, decoder_layers, require_layers_alike
+
+        require_layers_alike(model)
+        count = len(decoder_layers(model))
+        kept = self.kept(self.depth_of(point, count), count)
+        with at_layers(model, kept):
+            yield
+
+    def rule(self, exits: int) -> Rule:
+        """Return who leaves at each of so many exits."""
+        from effbench.nn.decode.early_exit import confident
+
+        return confident(self.thresholds or paper_thresholds(exits - 1))
+
+    def decoder(self, point: str) -> Decoder:
+        """Return the way of decoding that a point names; a depth decodes as a model of its own."""
+        if point == "exit":
+            return Decoder(Exits(self.listed(), self.rule, self.kv == "propagate"))
+        if point == "speculative":
+            depth = self.draft_depth or self.listed()[0]
+            drafts = Drafts(depth, self.draft_tokens, self.draft_window == "adaptive")
+            return Decoder(driver=drafts)
+        return Decoder()
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
+        """Count the layers of a depth alone.
+
+        `exit` and `speculative` depend on the text; stated is the most that they can need per
+        token: nobody leaves early, or no draft is kept.
+        """
+        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
+        whole = self.whole_cost(shape, dtype, base)
+        method = self.with_depths(shape.num_layers)
+        depth = method.depth_of(point, shape.num_layers)
+        cost = cut_cost(whole, shape, size, depth)
+        if point in DYNAMIC:
+            return method._dynamic_cost(cost, shape, size, point)
+        return replace(cost, saving="physical") if depth < shape.num_layers else cost
+
+    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
+        """Return the cost at full depth."""
+        return replace(base or dense_cost(shape, DTYPE_BYTES[dtype]), trainable=0)
+
+    def _dynamic_cost(self, cost: Cost, shape: Shape, size: int, point: str) -> Cost:
+        """Return the most that a token can need, from the cost at the deepest exit."""
+        exits = self.exits(shape.num_layers)
+        head = dense_cost(replace(shape, num_layers=0), size)
+        if point == "exit":
+            more = len(exits) - 1
+            return replace(
+                cost,
+                bytes_per_token=cost.bytes_per_token + more * head.bytes_per_token,
+                flops_per_token=cost.flops_per_token + more * head.flops_per_token,
+            )
+        draft, k = self.draft_depth or exits[0], self.draft_tokens
+        layers_bytes = cost.bytes_per_token - head.bytes_per_token
+        layers_flops = cost.flops_per_token - head.flops_per_token
+        return replace(
+            cost,
+            bytes_per_token=layers_bytes * (1 + k * draft / exits[-1])
+            + (k + 1) * head.bytes_per_token,
+            flops_per_token=(k + 1) * layers_flops + (2 * k + 1) * head.flops_per_token,
+        )
+
+
+def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:
+    """Return every ceil(L / 10)-th depth down from L layers, none below a share of them.
+
+    40 layers and 0.3 give the paper's 12, 16, ... 40.
+    """
+    step = math.ceil(num_layers / 10)
+    least = math.ceil(shallowest * num_layers - 1e-9)
+    return tuple(range(num_layers, max(1, least) - 1, -step))[::-1]
+
+
+def check_depths(key: str, depths: Sequence[int], num_layers: int) -> None:
+    """Refuse depths that do not rise, or that a model does not have.
+
+    Raises:
+        UserError: Naming `method.<key>`.
+    """
+    if list(depths) != sorted(set(depths)):
+        raise UserError(
+            f"method.{key}={list(depths)} does not rise.",
+            "Give different depths, the shallowest first.",
+        )
+    if depths and depths[-1] > num_layers:
+        raise UserError(
+            f"method.{key} lists depth {depths[-1]}, but the model has {num_layers} layers.",
+            f"Choose depths from 1 to {num_layers}.",
+        )
+
+
+def depth_in(point: str, num_layers: int) -> int:
+    """Return the depth n that an operating point `d<n>` names.
+
+    Raises:
+        UserError: When it is not `d1` … `d<num_layers>`.
+    """
+    number = point.removeprefix("d")
+    if point.startswith("d") and number.isdecimal() and 1 <= int(number) <= num_layers:
+        return int(number)
+    raise UserError(f"There is no operating point {point!r}.", f"Known: d1 to d{num_layers}.")
+
+
+def paper_thresholds(count: int) -> tuple[float, ...]:
+    """Return thresholds for `count` exits: the paper's seven, spread evenly."""
+    return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
+
+
+def cut_cost(whole: Cost, shape: Shape, size: int, depth: int) -> Cost:
+    """Return the cost of `depth` of the layers from that of all, since they are all alike.
+
+    Args:
+        whole: Cost at full depth.
+        shape: The full model's shape.
+        size: Bytes of a weight outside the layers.
+        depth: Number of layers.
+    """
+    rest = dense_cost(replace(shape, num_layers=0), size)
+    outside = rest.params if whole.trainable == whole.params else 0
+
+    def share(total: float, fixed: float) -> float:
+        return fixed + (total - fixed) * depth / shape.num_layers
+
+    return replace(
+        whole,
+        params=round(share(whole.params, rest.params)),
+        trainable=round(share(whole.trainable, outside)),
+        resident_bytes=round(share(whole.resident_bytes, rest.resident_bytes)),
+        bytes_per_token=share(whole.bytes_per_token, rest.bytes_per_token),
+        flops_per_token=share(whole.flops_per_token, rest.flops_per_token),
+        kv_bytes_per_token=share(whole.kv_bytes_per_token, 0),
+    )
