@@ -16,13 +16,10 @@ import pytest
 from goldens import Golden
 
 from effbench.api.schema import plain
-from effbench.api.spec import Job, Stage
 from effbench.config.compose import compose
-from effbench.results.records import Record, read
-from effbench.results.store import RunFolder, Store
+from effbench.testing.bench import Bench, forget_accelerator
 
-TINY = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=24"]
-"""A random model on generated questions: no download, a run in a second or two."""
+collect_ignore = ["plugin_example"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,34 +30,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden(pytestconfig: pytest.Config) -> Callable[[str], Golden]:
     """Open a file of `tests/golden`."""
     return lambda name: Golden(name, pytestconfig.getoption("--write-golden"))
-
-
-class Bench:
-    """Runs jobs inside the test's process, in a results folder of the test's own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.store = Store(root)
-
-    def job(self, stage: Stage, *overrides: str) -> Job:
-        own = {o.partition("=")[0] for o in overrides}
-        inherited = ("model", "dataset") if "from" in own else ()
-        tiny = [t for t in TINY if t.partition("=")[0] not in own and not t.startswith(inherited)]
-        return compose(stage, [*tiny, f"run.results={self.root}", *overrides])
-
-    def folder(self, job: Job) -> RunFolder:
-        return self.store.run(job.spec.key)
-
-    def run(self, stage: Stage, *overrides: str) -> Record:
-        """Run to the end; raises what the run's process would print."""
-        from effbench.runner.worker import run_here
-
-        job = self.job(stage, *overrides)
-        run_here(job)
-        return read(self.store.records / f"{job.spec.key}.json")
-
-    def spec_file(self, key: str) -> dict:
-        return json.loads((self.store.run(key).path / "spec.json").read_text())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -74,14 +43,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     forget_accelerator()
     yield Bench(tmp_path / "results")
     forget_accelerator()
-
-
-def forget_accelerator() -> None:
-    """accelerate keeps its precision for the life of a process; a run has a process of its own."""
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

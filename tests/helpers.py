@@ -15,8 +15,8 @@ from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.methods.base import Method
-from effbench.methods.trains import Trains, begin_training
 from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.testing.models import begun
 
 SHAPE = Shape(
     hidden_size=64,
@@ -95,13 +95,6 @@ def prepared(
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
     return begun(method, base_for(method, dtype), ctx), ctx
-
-
-def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-    """Return the model as the method trains it, or as it reads it."""
-    if isinstance(method, Trains):
-        return begin_training(method, model, ctx)
-    return method.prepare(model, ctx)
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> torch.optim.AdamW:

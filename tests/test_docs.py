@@ -324,21 +324,32 @@ def test_the_example_is_what_the_page_shows() -> None:
 
 def effbench(folder: Path, *words: str) -> str:
     """Run the command line in a process that finds what lies in `folder` first."""
+    return python(folder, "-c", "from effbench.cli.main import main; main()", *words)
+
+
+def python(folder: Path, *words: str) -> str:
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-c", "from effbench.cli.main import main; main()", *words],
+        [sys.executable, *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_a_method_from_another_package(tmp_path: Path) -> None:
+ALONE = "not evaluator and not process and not then"
+"""What of the contract concerns one method, and not its kind."""
+
+
+@pytest.mark.parametrize("chosen", [ALONE, pytest.param("", marks=pytest.mark.slow)])
+def test_a_method_from_another_package(chosen: str, tmp_path: Path) -> None:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    shutil.copy(EXAMPLE / "effbench_neftune.py", tmp_path)
+    for name in ("effbench_neftune.py", "test_contract.py"):
+        shutil.copy(EXAMPLE / name, tmp_path)
     info = tmp_path / f"effbench_neftune-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
@@ -352,10 +363,11 @@ def test_a_method_from_another_package(tmp_path: Path) -> None:
 
     assert re.search("neftune +NEFTune: LoRA whose", effbench(tmp_path, "list", "methods"))
     assert "method.noise = 5.0" in effbench(tmp_path, "show", "method", "neftune")
-    words = ["method=neftune", "model=tiny", "dataset=arithmetic", "train.max_steps=2"]
-    out = effbench(tmp_path, "train", *words)
-    assert "train neftune tiny arithmetic seed 0" in out
-    assert [p.suffix for p in (tmp_path / "results" / "records").iterdir()] == [".json"]
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    out = python(
+        tmp_path, "-m", "pytest", "-q", "-m", "not slow", "-k", chosen, "-p", "no:cacheprovider"
+    )
+    assert "passed" in out
 
 
 def test_a_method_inside(tmp_path: Path) -> None:

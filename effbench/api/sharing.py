@@ -167,6 +167,19 @@ def require_unshared(shape: Shape, name: str) -> None:
         )
 
 
+def require_own_states(shape: Shape, name: str) -> None:
+    """Refuse to leave out parts of layers where others take their states from them.
+
+    Raises:
+        UserError: Naming the method.
+    """
+    if isinstance(shape, SharedShape):
+        raise UserError(
+            "Some layers of this model take states from others, which may not be left out.",
+            f"Use {name} first, and share afterwards.",
+        )
+
+
 def written(sharing: LayerMap) -> dict[str, Any]:
     """Return a map as plain values: the entries of a saved config and of an artefact's file."""
     return {"sharing_mode": sharing.mode, "layer_sources": list(sharing.sources)}

@@ -254,7 +254,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
         )
     shape = known_shape(spec.model)
     if shape:
-        method.resolve(shape)
+        method.resolve(lineage.start(shape))
 
 
 def _check_data(spec: Spec) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Bench
+from conftest import Bench
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job
@@ -24,6 +24,7 @@ from effbench.results.events import EventLog, read_events
 from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.signals import stop_signal
+from effbench.testing.bench import TINY
 from effbench.util.errors import RunFailedError, UserError
 
 LONG = [

@@ -41,6 +41,7 @@ from effbench.api.footprint import Training, passed_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.sharing import require_own_states
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.util.errors import UserError, did_you_mean
@@ -116,6 +117,7 @@ class LoRADrop(Trains):
 
     def resolve(self, shape: Shape) -> Self:
         """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
+        require_own_states(shape, self.name)
         chosen = self.droppable(shape.num_layers)
         if 0 in chosen:
             raise UserError(

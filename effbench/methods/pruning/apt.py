@@ -43,6 +43,7 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.sharing import require_own_states
 from effbench.methods.adapters.lora import check_rank_fits, check_targets, low_rank_cost
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
@@ -134,6 +135,7 @@ class APT(Trains):
     def resolve(self, shape: Shape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
+        require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self
 

@@ -29,6 +29,7 @@ from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.sharing import require_own_states
 from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -60,6 +61,7 @@ class Structured(Compresses):
 
     def resolve(self, shape: Shape) -> Self:
         """Refuse a budget that the prunable blocks cannot meet."""
+        require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self
 

@@ -266,7 +266,7 @@ class StaticSession:
         """Make room for half as many positions again, in each of the layers that lacks some."""
         full = [layer for layer in layers if layer.length + more > layer.capacity]
         for layer in full:
-            layer.reserve(layer.buffers[0], layer.capacity + max(BLOCK, more, layer.capacity // 2))
+            layer.reserve(layer.buffers[1], layer.capacity + max(BLOCK, more, layer.capacity // 2))
         if full:
             self._tables()
             self._graph = None

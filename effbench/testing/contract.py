@@ -1,0 +1,600 @@
+"""What every method promises, as tests: a package runs them on its own methods.
+
+    class TestNeftune(MethodContract):
+        methods = ("neftune",)
+
+What a method shares with others of its kind (evaluators, a process of its own, what may come before
+it) is tried with the first method of each kind among `methods`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from dataclasses import replace as with_changes
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from effbench.api import registry
+from effbench.api.batch import make_batch
+from effbench.api.plugins import make_method
+from effbench.config.compose import compose, settings_of
+from effbench.config.files import options
+from effbench.methods.base import Method
+from effbench.methods.compresses import Part
+from effbench.methods.trains import Trains
+from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.llama.weights import cast_parameters, read_tensors
+from effbench.nn.quant.linears import storage_bytes
+from effbench.resources.counting import flops, parameters
+from effbench.results.events import read_events
+from effbench.results.records import Record, read
+from effbench.runner.artefact import save_artefact
+from effbench.runner.stages import compress, train
+from effbench.testing.bench import (
+    Bench,
+    HardKill,
+    act_after,
+    ask_to_stop,
+    contents,
+    forget_accelerator,
+    kill,
+    without_evaluation,
+)
+from effbench.testing.kinds import (
+    compresses,
+    cycles,
+    evaluation_kind,
+    first_of_each,
+    makes,
+    method_class,
+    pair_kind,
+    pairs,
+    stage_of,
+    trains,
+)
+from effbench.testing.models import (
+    begun,
+    changed,
+    digests,
+    fresh,
+    logits,
+    move,
+    shape_left,
+    state_hash,
+    strengthened,
+    tiny_shape,
+)
+from effbench.testing.runs import (
+    CHEAP,
+    STOPPING,
+    Made,
+    all_changed,
+    every_evaluator,
+    fitted,
+    overrides,
+)
+from effbench.util.errors import StoppedError, UserError
+
+CYCLE = 12
+"""Decoded tokens: a multiple of any short cycle, where a method takes tokens by turns."""
+LONG = 140
+"""Decoded tokens, more than a cache has room for at first."""
+
+
+def applies(to: Callable[[str], bool]) -> Callable[[Any], Any]:
+    """Mark a test that holds for some methods alone."""
+
+    def marked(test: Any) -> Any:
+        test.applies = to
+        return test
+
+    return marked
+
+
+def for_each_kind(test: Any) -> Any:
+    """Mark a test that the first method of each kind stands for."""
+    test.for_each_kind = True
+    return test
+
+
+class MethodContract:
+    """The tests; a subclass names its `methods`."""
+
+    methods: ClassVar[Sequence[str]] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Give each test the methods that it holds for."""
+        to = getattr(metafunc.function, "applies", lambda name: True)
+        names = [name for name in self.methods if to(name)]
+        if getattr(metafunc.function, "for_each_kind", False):
+            names = first_of_each(names, evaluation_kind)
+        if "name" in metafunc.fixturenames:
+            metafunc.parametrize("name", names)
+        if "pair" in metafunc.fixturenames:
+            chosen = first_of_each(pairs(self.methods), pair_kind)
+            rest = [
+                pytest.param(p, marks=pytest.mark.slow)
+                for p in pairs(self.methods)
+                if p not in chosen
+            ]
+            metafunc.parametrize("pair", [*chosen, *rest], ids="-then-".join)
+
+    @pytest.fixture(autouse=True, scope="class")
+    def interruptible(self) -> None:
+        """Let an interrupt interrupt, and each product be computed in one order."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)
+
+    @pytest.fixture
+    def bench(self, tmp_path: Path) -> Iterator[Bench]:
+        """A results folder of the test's own."""
+        yield Bench(tmp_path / "results")
+        forget_accelerator()
+
+    @pytest.fixture(scope="class")
+    def made(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Made]]:
+        """Run a method once for all tests, uninterrupted."""
+        bench = Bench(tmp_path_factory.mktemp("made") / "results")
+
+        @cache
+        def run(name: str) -> Made:
+            found: dict[str, str] = {}
+
+            def save(work: Any, method: Method, model: torch.nn.Module) -> None:
+                found.update(digests(method, model))
+                save_artefact(work, method, model)
+
+            words = [*overrides(name), CHEAP]
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (train, compress):
+                    patch.setattr(module, "save_artefact", save)
+                record = bench.run(stage_of(name), *words)
+            return Made(bench, bench.job(stage_of(name), *words), record, found)
+
+        yield run
+        forget_accelerator()
+
+    @pytest.fixture(scope="class")
+    def evaluated(self, made: Callable[[str], Made]) -> Callable[[str], Record]:
+        """Evaluate what a method made with every evaluator, once for all tests."""
+
+        @cache
+        def run(name: str) -> Record:
+            words = made(name).reading(*every_evaluator())
+            if not makes(name):
+                words = [*made(name).reading(*every_evaluator())[1:], *overrides(name)]
+            return made(name).bench.run("eval", *words)
+
+        return run
+
+    # -- the config --------------------------------------------------------------------------------
+
+    def test_its_config_holds_its_defaults(self, name: str) -> None:
+        """A file of its own says the same as the fields; a plug-in needs none."""
+        cls = method_class(name)
+        needs = [f"method.{key}={json.dumps(value)}" for key, value in cls.needs.items()]
+        job = compose(
+            stage_of(name), [f"method={name}", "model=tiny", "dataset=arithmetic", *needs]
+        )
+        assert job.spec.method.settings == {**settings_of(cls), **cls.needs}
+        assert options("method")[name] is not None or name in registry.plugins("methods")
+        assert registry.summary("methods", name)
+
+    def test_an_unknown_key_is_refused_with_the_nearest(self, name: str) -> None:
+        """A misspelt setting is no setting."""
+        names = [f.name for f in fields(method_class(name))]
+        key = names[0] if names else "nothing"
+        with pytest.raises(UserError, match=f"method.{key}x") as error:
+            compose(stage_of(name), [f"method={name}", "model=tiny", f"method.{key}x=1"])
+        assert not names or f"{key}'" in error.value.hint
+
+    # -- the identity ------------------------------------------------------------------------------
+
+    def test_untrained_it_is_the_base(self, name: str) -> None:
+        """At the settings of `identity` the logits are the base's own, bit for bit."""
+        settings = method_class(name).identity
+        if settings is None:
+            pytest.skip("has no setting at which it changes nothing")
+        method, model, _, ctx = fresh(name, **settings)
+        expected = logits(Method(), model)
+        model = begun(method, model, ctx)
+        for point in method.points():
+            with method.at(model, point):
+                assert logits(method, model, point).equal(expected)
+
+    # -- the cost ----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_its_cost_is_what_is_counted(
+        self, name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Parameters, bytes, bytes of cache and FLOPs, on the model itself.
+
+        torch counts matrix products; on a CPU neither the attention over the context nor the
+        expansion of packed weights is one of them, and the cost states neither. Nor can it look
+        into the C++ step, which makes the same products as the walk through the blocks.
+        """
+        monkeypatch.setattr(NativeStep, "of", lambda session: None)
+        method, model, shape, _ = changed(name, dtype)
+        shape = shape_left(method, model, shape, tmp_path)
+        for point in method.points():
+            cost = method.cost(shape, dtype, point)
+            with method.at(model, point):
+                assert cost.resident_bytes == storage_bytes(model)
+                counted = parameters(model)
+                if trains(name):
+                    assert cost.trainable == counted.trainable
+                assert cost.params == counted.total
+        model.requires_grad_(False).eval()
+        if method.weights == "float32":  # as the training stage does before it evaluates
+            cast_parameters(model, getattr(torch, dtype))
+        ends = {method.points()[0], method.points()[-1]} if dtype == "float32" else set()
+        for point in method.points():
+            cost = method.cost(shape, dtype, point)
+            with method.at(model, point):
+                grown, counted_flops = decoded(method, model, point, point in ends)
+            assert grown == cost.kv_bytes_per_token
+            assert not counted_flops or cost.flops_per_token == pytest.approx(counted_flops, 0.01)
+
+    @applies(makes)
+    def test_its_cost_was_known_before(self, name: str, made: Callable[[str], Made]) -> None:
+        """The shape that is predicted costs what the one that is saved does.
+
+        Where only the run itself finds out what stays, the cache is at most what was predicted,
+        and everything else close to it.
+        """
+        method = make_method(made(name).job.spec.method).resolve(tiny_shape())
+        predicted = method.left(tiny_shape())
+        saved = method.left(tiny_shape(), made(name).bench.folder(made(name).job).artefact)
+        for point in method.points():
+            before, after = (method.cost(s, "float32", point) for s in (predicted, saved))
+            if type(method).left is Method.left:
+                assert before == after
+            assert before.params == pytest.approx(after.params, 0.05)
+            assert before.resident_bytes == pytest.approx(after.resident_bytes, 0.05)
+            assert before.flops_per_token == pytest.approx(after.flops_per_token, 0.05)
+            assert before.kv_bytes_per_token >= after.kv_bytes_per_token
+
+    @applies(trains)
+    def test_what_trains_is_what_training_states(self, name: str) -> None:
+        """`training_cost` counts what trains, or a bound of it where that changes."""
+        method, model, shape, ctx = fresh(name)
+        counted = parameters(begun(method, model, ctx)).trainable
+        stated = method.training_cost(shape, "float32").trainable
+        changes = type(method).training_cost is not Method.training_cost
+        assert 0 < counted <= stated if changes else counted == stated
+
+    # -- the artefact ------------------------------------------------------------------------------
+
+    @applies(makes)
+    def test_a_loaded_artefact_gives_the_same_logits(
+        self, name: str, made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At every operating point, bit for bit."""
+        found: dict[str, str] = {}
+
+        def look(work: Any, opened: Any, data: Any) -> None:
+            found.update(digests(opened.method, opened.model))
+            raise HardKill
+
+        monkeypatch.setattr("effbench.runner.stages.eval.evaluate", look)
+        monkeypatch.setattr("effbench.runner.stages.eval.count_model", lambda *_: None)
+        with pytest.raises(HardKill):
+            made(name).bench.go(compose("eval", made(name).reading(CHEAP)))
+        assert made(name).logits == found
+
+    # -- interruptions -----------------------------------------------------------------------------
+
+    @applies(makes)
+    def test_interrupted_it_ends_the_same(
+        self,
+        name: str,
+        made: Callable[[str], Made],
+        bench: Bench,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Killed before the first checkpoint and after the second, stopped in between and after."""
+        run = made(name)
+        job = bench.job(stage_of(name), *overrides(name), CHEAP)
+        without_evaluation(monkeypatch)
+        interrupted = 0
+        for number, act in ((1, kill), (1, ask_to_stop), (2, kill), (1, ask_to_stop), (0, kill)):
+            with monkeypatch.context() as patch:
+                act_after(patch, number, act)
+                try:
+                    bench.go(job)
+                    break
+                except (HardKill, StoppedError):
+                    interrupted += 1
+            if trains(name):
+                assert bench.folder(job).checkpoint.is_file() == (interrupted > 1)
+        assert bench.folder(job).finished
+        assert interrupted == 4
+        assert bench.losses(job) == run.losses
+        assert bench.artefact(job) == run.artefact
+
+    @applies(compresses)
+    def test_no_part_is_made_twice(
+        self, name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed again and again it computes as much, all in all, as one that is not."""
+        no_part_is_made_twice(name, bench, monkeypatch)
+
+    # -- nothing is left behind --------------------------------------------------------------------
+
+    def test_points_and_sessions_leave_no_trace(self, name: str) -> None:
+        """Also where something goes wrong inside; and a session decodes what one pass gives."""
+        method, model = strengthened(name)
+        before, expected = state_hash(model), digests(method, model)
+        whole = logits(method, model)
+        ids = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(1))
+        for point in method.points():
+            with pytest.raises(HardKill), method.at(model, point):
+                check_decoding(method, model, point, ids)
+                raise HardKill
+            assert logits(method, model).equal(whole)
+        assert state_hash(model) == before
+        assert digests(method, model) == expected
+
+    @for_each_kind
+    def test_it_decodes_on_and_on(self, name: str) -> None:
+        """Nobody has to say beforehand how many tokens there will be."""
+        method, model = strengthened(name)
+        ids = torch.randint(512, (1, LONG), generator=torch.Generator().manual_seed(2))
+        batch = make_batch([(ids[0].tolist(), [-100] * 4 + ids[0, 4:].tolist())], 0)
+        point = method.points()[-1]
+        with method.at(model, point), torch.no_grad():
+            session = method.session(model, point)
+            session.prefill(ids[:, :4])
+            steps = [session.step(ids[:, t : t + 1]) for t in range(4, LONG)]
+            one_pass = method.logits(model, batch, point)[0]
+        torch.testing.assert_close(torch.cat(steps[-4:]), one_pass[-4:], atol=5e-5, rtol=1e-3)
+
+    # -- seeds -------------------------------------------------------------------------------------
+
+    @applies(makes)
+    def test_another_seed_is_another_run(
+        self,
+        name: str,
+        made: Callable[[str], Made],
+        bench: Bench,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The same seed has the same key, another one another key, losses and weights."""
+        run = made(name)
+        without_evaluation(monkeypatch)
+        words = [*overrides(name), CHEAP]
+        jobs = [bench.job(stage_of(name), *words, f"seed={seed}") for seed in (0, 1)]
+        assert jobs[0].spec.key == run.record.key
+        assert jobs[1].spec.key != run.record.key
+        if compresses(name):
+            return
+        bench.go(jobs[1])
+        weights = "weights.safetensors"
+        assert bench.losses(jobs[1]) != run.losses
+        other = read_tensors(bench.folder(jobs[1]).artefact / weights)
+        one = read_tensors(run.bench.folder(run.job).artefact / weights)
+        assert any(not other[n].equal(one[n]) for n in one)
+
+    # -- settings of evaluation --------------------------------------------------------------------
+
+    @applies(lambda name: trains(name) and bool(method_class(name).eval_settings))
+    def test_settings_of_evaluation_do_not_change_what_is_trained(
+        self, name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Losses, validations and weights, also where a validation ends the training."""
+        without_evaluation(monkeypatch)
+        found = []
+        for more in ([], all_changed(name)):
+            job = bench.job("train", *overrides(name), *STOPPING, *more)
+            bench.go(job)
+            log = bench.folder(job).path / "events.jsonl"
+            validations = [e["loss"] for e in read_events(log, "validation")]
+            weights = bench.artefact(job)
+            del weights["method.json"]  # quotes the settings
+            found.append((bench.losses(job), validations, weights))
+        assert found[0] == found[1]
+
+    @applies(trains)
+    def test_settings_of_evaluation_do_not_change_what_training_needs(self, name: str) -> None:
+        """Nor what is predicted, nor where it is validated."""
+        needs = []
+        for more in ([], all_changed(name)):
+            words = ["model=tiny", "dataset=arithmetic", *more]
+            method = make_method(compose("train", [*overrides(name), *words]).spec.method)
+            shape = tiny_shape()
+            whole = method.cost(shape, "float32", method.whole(shape))
+            needs.append((whole, method.training_cost(shape, "float32"), method.validated(shape)))
+        assert needs[0] == needs[1]
+
+    @applies(trains)
+    def test_it_is_validated_where_it_learns(self, name: str) -> None:
+        """What trains must be seen by the validation that decides which of it is kept."""
+        method, base, shape, ctx = fresh(name)
+        assert isinstance(method, Trains)
+        point = method.validated(shape)
+        model = begun(method, base, ctx)
+        with method.at(model, point):
+            before = logits(method, model, point)
+        move(model)
+        with method.at(model, point):
+            assert not logits(method, model, point).equal(before)
+
+    # -- operating points --------------------------------------------------------------------------
+
+    def test_every_point_is_evaluated(self, name: str, made: Callable[[str], Made]) -> None:
+        """And counted as its cost says."""
+        run = made(name)
+        method, shape = fitted(run)
+        found = {(m.name, m.point): m.value for m in run.record.metrics}
+        for point in method.points():
+            assert found["perplexity", point] >= 0
+            stated = method.cost(shape, "float32", point)
+            assert found["weight_bytes", point] == stated.resident_bytes
+            assert found["params", point] == stated.params
+
+    @for_each_kind
+    def test_every_point_runs_in_every_evaluator(
+        self, name: str, made: Callable[[str], Made], evaluated: Callable[[str], Record]
+    ) -> None:
+        """And no metric comes twice."""
+        record = evaluated(name)
+        found = {(m.name, m.point): m for m in record.metrics if m.phase in ("", "decode")}
+        for point in fitted(made(name))[0].points():
+            for evaluator in registry.names("evaluators"):
+                headline = registry.find("evaluators", evaluator).headline
+                assert found[headline, point].value >= 0
+        names = {(m.name, m.point, m.split, m.phase, m.task) for m in record.metrics}
+        assert len(names) == len(record.metrics)
+
+    def test_a_fresh_process_gives_the_same_numbers(
+        self, made: Callable[[str], Made], evaluated: Callable[[str], Record]
+    ) -> None:
+        """One process loads what the first method of each kind made, and evaluates it."""
+        names = first_of_each([n for n in self.methods if makes(n)], evaluation_kind)
+        if not names:
+            pytest.skip("none of them makes anything")
+        itemwise = every_evaluator(lambda cls: cls.itemwise)
+        commands = [made(name).reading(*itemwise, "run.exact_memory=false") for name in names]
+        done = subprocess.run(
+            [sys.executable, "-c", EVALUATE],
+            input=json.dumps(commands),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        for name, words in zip(names, commands, strict=True):
+            records = made(name).bench.store.records
+            again = read(records / f"{compose('eval', words).spec.key}.json")
+            values = {(m.name, m.point, m.split): m.value for m in again.metrics if m.split}
+            before = [*evaluated(name).metrics, *made(name).record.metrics]
+            expected = {(m.name, m.point, m.split): m.value for m in before if m.split}
+            assert len(values) > 4
+            assert values == {place: expected[place] for place in values}
+
+    # -- one after the other -----------------------------------------------------------------------
+
+    def test_it_goes_on_from_another_or_is_refused(
+        self, pair: tuple[str, str], made: Callable[[str], Made]
+    ) -> None:
+        """No pair of methods is found impossible only once weights are loaded."""
+        first, then = pair
+        run = made(first)
+        words = [w for w in overrides(then) if not w.startswith("train.max_steps")]
+        start = [f"from={run.record.key}", *words, "train.max_steps=1", CHEAP]
+        try:
+            job = run.bench.job(stage_of(then), *start)
+        except UserError as error:
+            assert error.hint
+            return
+        run.bench.go(job)
+        record = read(run.bench.store.records / f"{job.spec.key}.json")
+        again = run.bench.run("eval", *Made(run.bench, job, record, {}).reading(CHEAP))
+        found, expected = (
+            {m.point: m.value for m in r.metrics if m.name == "loss"} for r in (again, record)
+        )
+        assert found == expected
+        assert expected and all(math.isfinite(value) for value in expected.values())
+
+
+EVALUATE = """
+import json, sys
+from effbench.config.compose import compose
+from effbench.runner.worker import run_here
+for words in json.load(sys.stdin):
+    run_here(compose("eval", words))
+"""
+
+
+def decoded(
+    method: Method, model: torch.nn.Module, point: str, counts: bool
+) -> tuple[float, float]:
+    """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token."""
+    session = method.session(model, point)
+    session.prefill(torch.arange(8)[None])
+    before, spent = session.kv_bytes(), 0.0
+    steps = CYCLE if cycles(method) else 2
+
+    def decode() -> None:
+        for token in range(steps):
+            session.step(torch.tensor([[token]]))
+
+    if counts:
+        spent = flops(decode)
+    else:
+        decode()
+    return (session.kv_bytes() - before) / steps, spent / steps
+
+
+@torch.no_grad()
+def check_decoding(method: Method, model: torch.nn.Module, point: str, ids: torch.Tensor) -> None:
+    """Decode two rows, swapped on the way, and hold each step against teacher-forced logits."""
+    session = method.session(model, point)
+    steps = [session.prefill(ids[:, :5])]
+    steps += [session.step(ids[:, t : t + 1]) for t in range(5, 9)]
+    session.reorder(torch.tensor([1, 0]))
+    swapped = ids.flip(0)
+    steps += [session.step(swapped[:, t : t + 1]).flip(0) for t in range(9, 12)]
+    rows = [(row.tolist(), [-100] * 5 + row[5:].tolist()) for row in ids]
+    one_pass = method.logits(model, make_batch(rows, 0), point)[:, 4:]
+    torch.testing.assert_close(torch.stack(steps, 1), one_pass, atol=2e-5, rtol=1e-4)
+
+
+def no_part_is_made_twice(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> None:
+    """Kill a compression before every third of its parts, and count what is computed.
+
+    Raises:
+        AssertionError: When it is more than in a compression that nobody kills.
+    """
+    without_evaluation(monkeypatch)
+    cls, words = method_class(name), overrides(name, **settings)
+    compress_, made, passes = cls.compress, list[str](), list[int]()
+    kills, every = 0, 0
+
+    def watched(*arguments: Any) -> Iterator[Part]:
+        for part in compress_(*arguments):
+
+            def make(part: Part = part) -> dict[str, torch.Tensor]:
+                if every and len(made) == every * (kills + 1):
+                    raise HardKill
+                made.append(part.name)
+                return part.make()
+
+            yield with_changes(part, make=make)
+
+    monkeypatch.setattr(cls, "compress", watched)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        whole = bench.job("compress", *words)
+        bench.go(whole)
+        expected, once = list(made), len(passes)
+        assert len(set(expected)) == len(expected) > 3, "parts are few enough to be made at once"
+        made.clear()
+        every = max(1, len(expected) // 4)
+        job = bench.job("compress", *words, "seed=1")
+        while True:
+            try:
+                bench.go(job)
+                break
+            except HardKill:
+                kills += 1
+    finally:
+        hook.remove()
+    assert kills >= 3
+    assert made == expected
+    assert len(passes) == 2 * once
+    assert bench.artefact(job) == contents(bench.folder(whole).artefact)

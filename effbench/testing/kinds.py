@@ -1,0 +1,99 @@
+"""Which methods are of one kind, so that the first of them can stand for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import product
+from typing import Any
+
+from effbench.api import registry
+from effbench.api.stages import base as stages
+from effbench.methods.base import Method
+from effbench.nn.decode.decoder import Route
+from effbench.testing.models import given, tiny_shape
+
+OWN_HOOKS = ("forward", "parts", "whole")
+"""Hooks beside `decoder` that decide which way an evaluator goes."""
+
+
+def method_class(name: str) -> Any:
+    """Return the class of a method."""
+    return registry.find("methods", name)
+
+
+def stage_of(name: str) -> Any:
+    """Return the stage that makes a method's artefact."""
+    return method_class(name).stage
+
+
+def makes(name: str) -> bool:
+    """Whether a method leaves an artefact."""
+    return stages.find(stage_of(name)).makes
+
+
+def trains(name: str) -> bool:
+    """Whether a method trains."""
+    return stages.find(stage_of(name)).trains
+
+
+def compresses(name: str) -> bool:
+    """Whether a method compresses."""
+    return bool(stage_of(name) == "compress")
+
+
+@cache
+def left_kind(name: str) -> tuple[Any, ...]:
+    """Return how a method leaves the linear layers, the base and the shape."""
+    method, shape = given(name), tiny_shape()
+    left = type(method.resolve(shape).left(shape)).__name__
+    return method.produces, method.weights == "nf4", left, type(method).left is not Method.left
+
+
+@cache
+def evaluation_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides which way evaluators go with what a method makes."""
+    cls, method = method_class(name), given(name).resolve(tiny_shape())
+    own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
+    return (*left_kind(name), *own, *_ways(method), cls.in_one_pass, cls.nested_points)
+
+
+def _ways(method: Method) -> list[Any]:
+    """Return how the points of a method decode, each way once, and whether they are several."""
+    decoders = [method.decoder(point) for point in method.points()]
+    ways = {
+        (type(d.cache).__name__, type(d.route).__name__, type(d.driver).__name__) for d in decoders
+    }
+    return [*sorted(ways), len(decoders) > 1]
+
+
+def cycles(method: Method) -> bool:
+    """Whether tokens may go through different blocks, in turns."""
+    return any(type(method.decoder(point).route) is not Route for point in method.points())
+
+
+@cache
+def follower_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides what a method can go on from."""
+    cls = method_class(name)
+    own = cls.check_start is not Method.check_start
+    return cls.stage, given(name).weights == "nf4", cls.accepts, cls.produces, own
+
+
+def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]:
+    """Return the first name of each kind."""
+    found: dict[Any, Any] = {}
+    for name in names:
+        found.setdefault(kind(name), name)
+    return list(found.values())
+
+
+def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return all ordered pairs of methods that leave something, with one of `methods` in each."""
+    makers = [n for n in registry.names("methods") if makes(n)]
+    return [(a, b) for a, b in product(makers, makers) if a in methods or b in methods]
+
+
+def pair_kind(pair: tuple[str, str]) -> Any:
+    """Return all that decides whether the second method can go on from the first, and how."""
+    return left_kind(pair[0]), follower_kind(pair[1])
