@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from effbench.api.cost import Cost, dense_cost
+from effbench.api.cost import Cost, cost_of
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
 from effbench.config.compose import compose
@@ -67,7 +67,9 @@ def load() -> Subject:
     dtype = getattr(torch, spec.hardware.dtype)
     loaded = models.load(spec.model, device=spec.hardware.device, dtype=dtype, tokenizer=False)
     loaded.model.requires_grad_(False)
-    return Subject(loaded.model, loaded.shape, dense_cost(loaded.shape, dtype.itemsize))
+    return Subject(
+        loaded.model, loaded.shape, cost_of(loaded.shape, str(dtype).removeprefix("torch."))
+    )
 
 
 def sliced(method: Structured) -> Subject:
@@ -78,7 +80,9 @@ def sliced(method: Structured) -> Subject:
     ctx = Context(0, weight.device, weight.dtype, draws, lambda name: whole.model)
     compress_whole(method, whole.model, [], ctx)
     shape = shape_left(whole.model, whole.shape)
-    return Subject(whole.model.eval(), shape, dense_cost(shape, weight.dtype.itemsize))
+    return Subject(
+        whole.model.eval(), shape, cost_of(shape, str(weight.dtype).removeprefix("torch."))
+    )
 
 
 # -- speed -----------------------------------------------------------------------------------------

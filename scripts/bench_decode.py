@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.config.compose import compose
 from effbench.evaluators.requests import Times, timed_generate, timed_session
 from effbench.models import load as models
@@ -52,7 +52,7 @@ def bench(words: list[str], dtype: str, device: str, new: int, pairs: int) -> bo
     spec = compose("eval", words).spec.model
     loaded = models.load(spec, device=device, dtype=getattr(torch, dtype))
     model: Any = loaded.model.requires_grad_(False)
-    cost = dense_cost(loaded.shape, getattr(torch, dtype).itemsize)
+    cost = cost_of(loaded.shape, dtype)
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids.to(device)
     done: dict[str, list[Times]] = {"engine": [], "generate": []}
 

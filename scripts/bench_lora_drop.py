@@ -19,6 +19,7 @@ from effbench.api.method_types import Context
 from effbench.api.session import Cyclic, Session
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.config.compose import compose
+from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
@@ -74,7 +75,7 @@ def ceiling(method: LoRADrop, shape: Shape, dtype: str, window: int) -> float:
     dropped = method.droppable(shape.num_layers)
     linears = sum(i * o for layer, _, i, o in shape.linears() if layer in dropped)
     weights = linears + 2 * shape.hidden_size * len(dropped)
-    whole = method.cost(shape, dtype, "k0").bytes_per_token
+    whole = chain_cost([method], shape, dtype, "k0").bytes_per_token
     return speed_ceiling(weights * DTYPE_BYTES[dtype] / whole, window)
 
 

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from effbench.api.batch import Batch
-from effbench.api.cost import dense_cost
-from effbench.api.footprint import Pass, step_flops, trained_layers
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.session import Session
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import ModelShape, Shape
 from effbench.api.sharing import shared_shape, top_map
+from effbench.api.weights import COMPUTE
 from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.models import load as models
@@ -49,14 +50,14 @@ def main() -> int:
     draws = torch.Generator().manual_seed(0)
     prompt = torch.randint(shape.vocab_size, (1, PROMPT), generator=draws)
     prompt = prompt.to(spec.hardware.device)
-    before = dense_cost(shape, DTYPE_BYTES[dtype])
+    before = cost_of(shape, dtype)
     print(f"{spec.model.name} in {dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}")
     exact = True
     for part in SHARES:
         sharing = top_map(shape.num_layers, round(part * shape.num_layers))
         small = share(copy.deepcopy(dense), sharing).eval()
         less = shared_shape(shape, sharing)
-        cost = dense_cost(less, DTYPE_BYTES[dtype])
+        cost = cost_of(less, dtype)
         session = read(SharedSession(small), prompt)
         held = cost.kv_bytes_per_token * PROMPT
         exact &= parameters(small).total == cost.params and session.kv_bytes() == held
@@ -128,7 +129,7 @@ def training(tokens: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
 def trained_flops(shape: Shape) -> float:
     """Return the FLOPs of a forward and backward pass over the tokens that training reads."""
     one = Pass("train", 1, TRAINED, TRAINED - 1)
-    return step_flops(shape, trained_layers(shape, 2, masters=False), one)
+    return step_flops(training_of(ModelShape.of(shape).trained(COMPUTE), "bfloat16"), one)
 
 
 def steps(session: Session, token: torch.Tensor) -> Callable[[], None]:

@@ -11,15 +11,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.session import Session
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import ModelShape, Shape
 from effbench.config.compose import compose
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import CachedSession, greedy
@@ -91,9 +90,8 @@ def ratio(a: Decode, b: Decode) -> str:
 
 def ceiling(shape: Shape, depth: int, dtype: str) -> float:
     """Return the bytes that all layers read for a token over those that `depth` layers read."""
-    size = DTYPE_BYTES[dtype]
-    cut = dense_cost(replace(shape, num_layers=depth), size).bytes_per_token
-    return dense_cost(shape, size).bytes_per_token / cut
+    cut = ModelShape.of(shape).only(range(depth))
+    return cost_of(shape, dtype).bytes_per_token / cost_of(cut, dtype).bytes_per_token
 
 
 def depths(points: Points, shape: Shape, dtype: str) -> None:

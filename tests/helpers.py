@@ -14,8 +14,10 @@ from effbench.api.batch import Batch
 from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import Shape
+from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
-from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.methods.chain import chain_cost
+from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 from effbench.testing.models import begun
 
 SHAPE = Shape(
@@ -85,8 +87,8 @@ def context(
 def base_for(method: Method, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Return the tiny model held as `method` wants it."""
     model = tiny_model(dtype=dtype)
-    if method.weights == "nf4":
-        quantise_nf4(model, compute_dtype=dtype)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), dtype)
     return model
 
 
@@ -150,7 +152,7 @@ def counted(model: torch.nn.Module) -> dict[str, int]:
 
 def stated(method: Method, point: str = "", shape: Shape = SHAPE) -> dict[str, int]:
     """Return the same figures from `Method.cost`."""
-    cost = method.cost(shape, "float32", point)
+    cost = chain_cost([method], shape, "float32", point)
     return {
         "params": cost.params,
         "trainable": cost.trainable,

@@ -18,8 +18,9 @@ from typer.main import get_command
 
 from effbench.api import registry
 from effbench.api.keys import later_fields
-from effbench.api.shape import SLICED, Shape
+from effbench.api.shape import Shape
 from effbench.api.sharing import SHARED
+from effbench.api.slices import SLICED
 from effbench.api.spec import (
     DatasetSpec,
     HardwareSpec,

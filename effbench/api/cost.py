@@ -1,11 +1,16 @@
-"""What a model under a method needs."""
+"""What a model needs, counted from its shape."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
-from effbench.api.shape import Shape
+from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Share
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
+
+Saving = Literal["none", "physical", "simulated"]
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,120 @@ class Cost:
     """Forward FLOPs of one token at context 0, matrix products only."""
     kv_bytes_per_token: float
     """Bytes that one more token adds to the key/value cache, on average."""
-    saving: Literal["none", "physical", "simulated"] = "none"
+    saving: Saving = "none"
     """Whether smaller figures here are real on the device or only modelled."""
 
 
-def dense_cost(shape: Shape, weight_bytes: int) -> Cost:
-    """Return the cost of an unchanged model whose weights take `weight_bytes` bytes each."""
-    head = shape.vocab_size * shape.hidden_size
-    return Cost(
-        params=shape.params,
-        trainable=0,
-        resident_bytes=shape.params * weight_bytes,
-        bytes_per_token=(shape.linear_params + head + shape.norm_params) * weight_bytes,
-        flops_per_token=shape.flops_per_token(),
-        kv_bytes_per_token=shape.kv_bytes_per_token(weight_bytes),
+class Piece(NamedTuple):
+    """A part's share of a cost."""
+
+    params: int = 0
+    trainable: int = 0
+    resident: int = 0
+    read: Share = 0
+    flops: Share = 0
+
+
+def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
+    """Return the cost of a model.
+
+    Args:
+        shape: The model.
+        dtype: Compute dtype, a key of `DTYPE_BYTES`.
+        base: What nothing was done to, for the kind of saving; None states none.
+    """
+    model, element = ModelShape.of(shape), DTYPE_BYTES[dtype]
+    pieces = list(_pieces(model, element))
+    cost = Cost(
+        params=sum(p.params for p in pieces),
+        trainable=sum(p.trainable for p in pieces),
+        resident_bytes=sum(p.resident for p in pieces) + model.held_bytes,
+        bytes_per_token=_plain(sum(p.read for p in pieces)),
+        flops_per_token=_plain(sum(p.flops for p in pieces)),
+        kv_bytes_per_token=model.kv_bytes_per_token(element),
     )
+    return replace(cost, saving=_saving(model, cost, cost_of(base, dtype))) if base else cost
+
+
+def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:
+    """Return whether anything is smaller than in the base, or its weights packed."""
+    if model.simulated:
+        return "simulated"
+    smaller = (
+        cost.resident_bytes < base.resident_bytes
+        or cost.bytes_per_token < base.bytes_per_token
+        or cost.flops_per_token < base.flops_per_token
+        or cost.kv_bytes_per_token < base.kv_bytes_per_token
+    )
+    return "physical" if smaller or model.formats else "none"
+
+
+def cache_bytes(shape: AnyShape, dtype: str, tokens: int, sequences: int = 1) -> float:
+    """Return the bytes of the caches of so many sequences of so many tokens each."""
+    caches = (x.mixer.cache for x in shape.layers if x.mixer)
+    return sequences * sum(c.bytes(tokens, DTYPE_BYTES[dtype]) for c in caches)
+
+
+def _pieces(model: ModelShape, element: int) -> Iterator[Piece]:
+    """Yield what every part of a model adds: embedding rows are not read, exits neither."""
+    yield _linear(model.embed, element, 0, 0)
+    for other in model.more:
+        yield _linear(other, element, 0, 0)
+    yield Piece(model.grown, model.grown, 4 * model.grown)
+    for layer in model.layers:
+        yield from _layer(layer, element)
+    yield from _readout(model.readout, element)
+    for further in model.exits:
+        yield from _readout(further, element)
+
+
+def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
+    for part, norm in zip((layer.mixer, layer.mlp), layer.norms, strict=True):
+        runs: Share = 1 if part is None else part.runs
+        reads = runs if part is None or part.reads is None else part.reads
+        yield _norm(norm, element, reads)
+        for linear in part.linears if part else ():
+            yield _linear(linear, element, runs, reads)
+            if linear.adapter:
+                yield _adapter(linear.adapter, element, runs, reads)
+    if layer.bypass:
+        yield _adapter(layer.bypass, element, 1, 1)
+
+
+def _readout(readout: Readout, element: int) -> Iterator[Piece]:
+    reads = readout.runs if readout.reads is None else readout.reads
+    yield _norm(readout.norm, element, reads)
+    head = _linear(readout.head, element, readout.runs, reads)
+    yield head._replace(params=0, trainable=0, resident=0) if readout.tied else head
+
+
+def _norm(norm: Norm, element: int, reads: Share) -> Piece:
+    held = norm.format.bytes(1, norm.size, element)
+    return Piece(norm.size, norm.size * norm.trains, held, reads * held)
+
+
+def _linear(linear: Linear, element: int, runs: Share, reads: Share) -> Piece:
+    held = linear.format.bytes(linear.d_in, linear.d_out, element)
+    return Piece(
+        linear.params,
+        linear.params * linear.trains,
+        linear.copies * held,
+        reads * linear.active * held,
+        2 * runs * linear.active * linear.d_in * linear.d_out,
+    )
+
+
+def _adapter(adapter: Adapter, element: int, runs: Share, reads: Share) -> Piece:
+    each = adapter.format.bytes(1, 1, element)
+    products = sum(f.products for f in adapter.factors)
+    return Piece(
+        adapter.params,
+        adapter.trainable,
+        adapter.params * each,
+        reads * adapter.active * (products + adapter.scales + adapter.gains) * each,
+        2 * runs * adapter.active * products,
+    )
+
+
+def _plain(number: Share) -> float:
+    return float(number) if isinstance(number, Fraction) else number

@@ -5,31 +5,37 @@ that saved-tensor hooks see, and the tests hold them to it. With d the width, m 
 the MLP, q and k the widths of queries and keys, h the heads and e the bytes of a compute element,
 one decoder layer keeps per token:
 
-    norms       the residual stream that enters each of the two, in float32
+    norms       the residual stream that enters each of the two, in float32; twice if they train
     attention   queries, keys, values and its output, e (2q + 2k), and 4h of log-sum-exp
     MLP         gate, its activation and up, 3 e m
     linears     their inputs, where their weights or an adapter beside them train
+    adapters    what lies between their factors, in float32
+
+from the lowest layer in which something trains on; below it no gradient passes and nothing is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from effbench.api.shape import Shape
+from effbench.api.parts import Adapter, LayerShape, Linear, Share
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
+from effbench.api.weights import FLOAT32, MASTERS
 
 Kind = Literal["train", "score", "prefill", "decode"]
 
-BOTTOM = ("q_proj", "k_proj", "v_proj")
-"""The linears of the first layer that read the embedding."""
+READERS = ("q_proj", "k_proj", "v_proj")
+"""The linears of a layer that read what enters it."""
+SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Linears that read what another one reads."""
 POINTS_AT_ONCE = 8
 """Most operating points that go through a model side by side. More would save little: the work
 that they share is an eighth by then."""
 SCORE_BYTES = 8
 """Float32 bytes per logit at the peak of a loss without gradients: logits, their log-softmax."""
-LOSS_BYTES = 12
-"""The same with gradients, when the backward pass begins: log-softmax and two gradients."""
 
 
 @dataclass(frozen=True)
@@ -60,169 +66,305 @@ class Training:
     """Bytes per token of the largest layer: what recomputing one at a time needs."""
     boundary: float
     """Bytes per token of the residual stream between two layers."""
-    fixed: int = 0
-    """Bytes whatever the batch is: the casts of master weights."""
-    loss_bytes: int = LOSS_BYTES
+    fixed: int
+    """Bytes whatever the batch is: the casts of master weights, and the loss's own."""
+    loss_bytes: int
     """Bytes per counted logit when the backward pass begins."""
-    quadratic: float = 0
+    quadratic: float
     """Bytes per token and position of its row: masks that are not plainly causal."""
-    forward: float = 0
+    forward: float
     """FLOPs per token of the forward pass, matrix products without attention and head."""
-    gradient: float = 0
+    gradient: float
     """The same of the backward pass."""
-    forward_constant: float = 0
+    forward_constant: float
     """FLOPs of a forward pass whatever its tokens are: products of weights with weights."""
-    gradient_constant: float = 0
+    gradient_constant: float
     """The same of what recomputation does not repeat: the backward pass, terms of the loss."""
-    run: float = 0
+    run: float
     """Layers that run, a mean over the steps."""
-    passed: float = 0
-    """Layers whose attention a gradient passes."""
-    heads: int = 1
+    attention: float
+    """FLOPs of the forward pass per token and position that it attends to."""
+    attention_gradient: float
+    """The same of the backward pass, in the layers that a gradient passes."""
+    head: int
+    """FLOPs of the head per position."""
+    heads: int
     """Products of the head in the forward pass, those that the backward pass repeats included."""
-    head_gradients: int = 1
-    """Products of the head in the backward pass: 2 where its weight trains, else 1."""
-    every: bool = False
+    head_gradients: int
+    """Products of the head in the backward pass: 2 for each whose weight trains, else 1."""
+    every: bool
     """Whether the head runs on all positions, not only on those that count."""
+    forwards: int = 0
+    """Forward passes of a step without a backward pass; 0 has one."""
+    noise: int = 0
+    """Parameters of the largest tensor that trains: what a perturbation of it takes."""
 
 
-def trained_layers(shape: Shape, element: int, masters: bool) -> Training:
-    """Return what training every weight keeps.
-
-    Args:
-        shape: The model's shape.
-        element: Bytes of a compute element.
-        masters: Whether the weights are float32 masters under autocast to fewer bytes.
-    """
-    d, blocks = _sizes(shape, element)
-    if masters and element < 4:
-        # Residual stream and norms in float32; each linear casts its input and its weight anew.
-        layers = [16 * d + element * (5 * d + 4 * m) + attention for m, attention in blocks]
-        fixed = element * (shape.linear_params + shape.vocab_size * shape.hidden_size)
-        boundary = 4 * d
-    else:
-        layers = [16 * d + 2 * element * d + element * 4 * m + attention for m, attention in blocks]
-        fixed, boundary = 0, element * d
-    return Training(
-        sum(layers) + 8 * d,  # the last norm
-        max(layers),
-        boundary,
-        fixed,
-        forward=2 * shape.linear_params,
-        gradient=4 * shape.linear_params,
-        run=shape.num_layers,
-        passed=shape.num_layers,
-        head_gradients=2,
-    )
-
-
-def adapted_layers(
-    shape: Shape, element: int, rank: int, targets: Sequence[str], through: bool = False
-) -> Training:
-    """Return what float32 adapters of `rank` on the linears `targets` of a frozen base keep.
+def training_of(shape: AnyShape, dtype: str) -> Training:
+    """Return what a training step keeps from its forward pass, and its work.
 
     Args:
-        shape: The model's shape.
-        element: Bytes of a compute element.
-        rank: Of each adapter.
-        targets: Names of the adapted linears.
-        through: Whether gradients reach the embedding, though nothing trains there.
+        shape: The model as it trains.
+        dtype: Compute dtype, a key of `DTYPE_BYTES`.
     """
-    d, blocks = _sizes(shape, element)
-    layers = []
-    for index, (m, attention) in enumerate(blocks):
-        sizes = shape.linear_sizes(index)
-        inputs = {name: d_in for name, (d_in, _) in sizes.items() if name in targets}
-        hidden = 4 * rank * len(inputs)
-        if element == 4:  # nothing is cast, so that linears with one input share it
-            shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-            inputs = {shared.get(name, name): size for name, size in inputs.items()}
-            inputs.pop("o_proj", None)  # the attention's output, which is kept anyway
-        layers.append(8 * d + 3 * element * m + attention + 4 * sum(inputs.values()) + hidden)
-    products = 2 * rank * sum(i + o for _, name, i, o in shape.linears() if name in targets)
-    unneeded = 0 if through else _first_gradients(shape, rank, targets)
+    model, element = ModelShape.of(shape), DTYPE_BYTES[dtype]
+    count, loss = Counted(model, element), model.objective
+    kept = [count.kept(i) for i in range(model.num_layers)]
+    stored = [math.ceil(x.runs) * bytes_ for x, bytes_ in zip(model.layers, kept, strict=True)]
+    boundary = count.boundary
+    read_out = model.readout.runs * (8 * model.hidden_size if model.readout.norm.trains else 0)
+    backward = not model.forwards
     return Training(
-        sum(layers),
-        max(layers),
-        element * d,
-        forward=2 * shape.linear_params + products,
-        gradient=2 * shape.linear_params + 2 * products - unneeded,
-        run=shape.num_layers,
-        passed=shape.num_layers,
+        layers=float(sum(stored) + count.bypassed + read_out + loss.exits * boundary) * backward,
+        layer=float(max(kept, default=0)) * backward,
+        boundary=float(boundary) if count.lowest < model.num_layers and backward else 0,
+        fixed=count.casts + loss.fixed,
+        loss_bytes=element if loss.logit_bytes is None else loss.logit_bytes,
+        quadratic=float(count.masks) * backward,
+        forward=float(sum(count.forward(i) for i in range(model.num_layers))),
+        gradient=float(sum(count.gradient(i) for i in range(model.num_layers))) * backward,
+        forward_constant=float(count.norms_of_gains),
+        gradient_constant=loss.gradient_constant * backward,
+        run=float(sum(x.runs for x in model.layers)),
+        attention=float(sum(count.attention(i) for i in range(model.num_layers))),
+        attention_gradient=float(
+            2 * sum(count.attention(i) for i in range(count.lowest, model.num_layers))
+        )
+        * backward,
+        head=2 * model.vocab_size * model.hidden_size,
+        heads=(2 * loss.exits or 1 + loss.again) * loss.reads_out,
+        head_gradients=count.head_gradients * loss.reads_out * backward,
+        every=loss.every or any(x.bypass and x.bypass.active for x in model.layers),
+        forwards=model.forwards,
+        noise=largest_trained(model) if model.forwards else 0,
     )
 
 
-def _first_gradients(shape: Shape, rank: int, targets: Sequence[str]) -> int:
-    """Return the FLOPs of gradients with respect to what the first linears read: none has a use."""
-    first = shape.linear_sizes()
-    readers = [n for n in BOTTOM if n in first]
-    base = sum(2 * first[n][0] * first[n][1] for n in readers)
-    return base + sum(2 * rank * first[n][0] for n in readers if n in targets)
+def largest_trained(model: ModelShape) -> int:
+    """Return the parameters of the largest single tensor that trains."""
+    linears = [x for layer in model.layers for x in layer.linears]
+    own = [x.d_in * x.d_out for x in (*linears, model.embed, model.readout.head) if x.trains]
+    adapters = [x.adapter for x in linears if x.adapter and x.adapter.trains]
+    return max([*own, *(f.params for a in adapters for f in a.factors)], default=0)
 
 
-def passed_layers(shape: Shape, element: int, layers: int) -> Training:
-    """Return what frozen layers without adapters keep where a gradient has to pass `layers`."""
-    d, blocks = _sizes(shape, element)
-    kept = [8 * d + 3 * element * m + attention for m, attention in blocks]
-    passed = shape.num_layers - layers
-    return Training(
-        sum(kept[passed:]),
-        max(kept),
-        element * d,
-        forward=2 * shape.linear_params,
-        gradient=sum(2 * i * o for layer, _, i, o in shape.linears() if layer >= passed),
-        run=shape.num_layers,
-        passed=layers,
-    )
+class Counted:
+    """Counts the layers of one model that trains; see the module's text.
+
+    Args:
+        model: As it trains.
+        element: Bytes of a compute element.
+    """
+
+    def __init__(self, model: ModelShape, element: int) -> None:
+        self.model = model
+        self.element = element
+        linears = [x for layer in model.layers for x in layer.linears]
+        masters = any(x.format == MASTERS and x.trains for x in linears)
+        self.cast = masters and element < MASTERS.element
+        """Whether each linear casts its input and its weight anew, the stream being float32."""
+        self.reaches = model.through or model.embed.trains
+        """Whether gradients go down to the embedding."""
+        self.lowest = 0
+        """The first layer that a gradient passes."""
+        self.bottom: int | None = None
+        """It, where nothing has a use for the gradient of what it reads."""
+        if not self.reaches:
+            self._look_for_lowest()
+
+    def _look_for_lowest(self) -> None:
+        for index, layer in enumerate(self.model.layers):
+            if layer.trains:
+                self.lowest = self.bottom = index
+                return
+            if _stands_in(layer):
+                self.lowest = index + 1
+                return
+        self.lowest = self.model.num_layers
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def kept(self, index: int) -> float:
+        """Return the bytes per token that a layer keeps; none below the lowest that trains."""
+        layer, e = self.model.layers[index], self.element
+        if index < self.lowest:
+            return 0
+        norms = sum(4 * n.size * (1 + n.trains) for n in layer.norms)
+        inner = 3 * e * layer.mlp.width if layer.mlp else 0
+        own = self._inputs(layer, [x.name for x in layer.linears if x.trains], e)
+        adapted = [x for x in layer.linears if x.adapter and x.adapter.trains]
+        beside = self._inputs(layer, [x.name for x in adapted], FLOAT32.element)
+        between = sum(_between(x) for x in adapted)
+        masked = self._masked(layer) if _stands_in(layer) else 0
+        return norms + inner + self._attended(layer) + own + beside + between + masked
+
+    def _attended(self, layer: LayerShape) -> int:
+        """Return the bytes of queries, keys, values, output and log-sum-exp."""
+        if layer.mixer is None:
+            return 0
+        output = layer.mixer.head_dim * layer.mixer.heads
+        # What a layer takes from another one is kept there.
+        states = sum(x.d_out for x in layer.mixer.linears if x.name in READERS)
+        return self.element * (output + states) + 4 * layer.mixer.heads
+
+    def _inputs(self, layer: LayerShape, names: Sequence[str], size: int) -> float:
+        """Return the bytes of what some linears read, cast to `size` bytes.
+
+        Where nothing is cast, linears with one input share it, and that of o_proj is the
+        attention's output, which is kept anyway.
+        """
+        read = {x.name: x.d_in * float(x.active) for x in layer.linears if x.name in names}
+        if size == self.element:
+            read.pop("o_proj", None)
+            if not self.cast:
+                read = {SHARED_INPUT.get(name, name): width for name, width in read.items()}
+        return size * sum(read.values())
+
+    def _masked(self, layer: LayerShape) -> int:
+        """Return the bytes of attention under a mask: the output, and keys and values repeated."""
+        if layer.mixer is None:
+            return 0
+        repeated = layer.mixer.heads - layer.mixer.kv_heads
+        width = self.model.hidden_size + 2 * repeated * layer.mixer.head_dim
+        return self.element * width
+
+    @property
+    def masks(self) -> int:
+        """Bytes of masks per token and position of its row."""
+        passed = self.model.layers[self.lowest :]
+        return self.element * sum(_stands_in(layer) for layer in passed)
+
+    @property
+    def bypassed(self) -> int:
+        """Bytes per token that bypasses keep: what their factors read, in float32."""
+        stand_ins = (x.bypass for x in self.model.layers if x.bypass and _stands_in(x))
+        return sum(4 * f.d_in for a in stand_ins for f in a.factors)
+
+    @property
+    def boundary(self) -> int:
+        """Bytes per token of the residual stream."""
+        return self.model.hidden_size * (4 if self.cast else self.element)
+
+    @property
+    def casts(self) -> int:
+        """Bytes of the compute copies of masters."""
+        if not self.cast:
+            return 0
+        run = sum(x.params for layer in self.model.layers if layer.runs for x in layer.linears)
+        return self.element * (run + self.model.vocab_size * self.model.hidden_size)
+
+    # -- work ----------------------------------------------------------------------------------
+
+    @property
+    def head_gradients(self) -> int:
+        """Products of the head in the backward pass, two of each where its weight trains."""
+        heads = [x.head for x in self.model.exits] or [self.model.readout.head]
+        return max(1, self.model.objective.exits) * (1 + any(x.trains for x in heads))
+
+    def attention(self, index: int) -> float:
+        """Return the FLOPs of a layer per token and position that it attends to."""
+        mixer = self.model.layers[index].mixer
+        return 4 * float(mixer.runs) * mixer.heads * mixer.head_dim if mixer else 0.0
+
+    def forward(self, index: int) -> float:
+        """Return the FLOPs of a layer's products."""
+        layer = self.model.layers[index]
+        adapters = [(x.runs, x.linear.adapter) for x in _each(layer) if x.linear.adapter]
+        if layer.bypass and layer.bypass.active:
+            adapters.append((1, layer.bypass))
+        own = sum(x.runs * x.products for x in _each(layer))
+        beside = sum(runs * a.active * f.products for runs, a in adapters for f in a.factors)
+        return 2 * float(own + beside)
+
+    def gradient(self, index: int) -> float:
+        """Return the FLOPs of a layer's gradients, of inputs that need one and of weights."""
+        layer = self.model.layers[index]
+        found: Share = self._bypass_gradient(index)
+        for x in _each(layer) if index >= self.lowest else ():
+            unneeded = index == self.bottom and x.linear.name in READERS
+            found += x.runs * x.products * (x.linear.trains + (not unneeded))
+            if x.linear.adapter and x.linear.adapter.trains:
+                found += x.runs * _adapter_gradient(x.linear.adapter, unneeded)
+        return 2 * float(found)
+
+    def _bypass_gradient(self, index: int) -> Share:
+        layer = self.model.layers[index]
+        if not layer.bypass or not _stands_in(layer):
+            return 0
+        return _adapter_gradient(layer.bypass, unneeded=index < self.lowest)
+
+    @property
+    def norms_of_gains(self) -> float:
+        """FLOPs of multiplying out adapters whose outputs are scaled by the norms of the whole."""
+        linears = (x for layer in self.model.layers for x in layer.linears if x.adapter)
+        return sum(
+            2 * x.d_in * x.d_out * x.adapter.factors[0].d_out
+            for x in linears
+            if x.adapter and x.adapter.gains
+        )
+
+
+class Running(NamedTuple):
+    """A linear and how often it is computed per token."""
+
+    linear: Linear
+    runs: Share
+
+    @property
+    def products(self) -> Share:
+        """Weights that a token is multiplied with."""
+        return self.linear.active * self.linear.d_in * self.linear.d_out
+
+
+def _each(layer: LayerShape) -> Iterator[Running]:
+    for part in (layer.mixer, layer.mlp):
+        for linear in part.linears if part else ():
+            yield Running(linear, part.runs if part else 0)
+
+
+def _stands_in(layer: LayerShape) -> bool:
+    """Whether a bypass of the layer is in use and trains."""
+    return layer.bypass is not None and bool(layer.bypass.active) and layer.bypass.trains
+
+
+def _between(linear: Linear) -> float:
+    """Return the float32 bytes per token that an adapter keeps besides what it reads."""
+    adapter = linear.adapter
+    assert adapter is not None
+    inner = sum(f.d_in for f in adapter.factors[1:] if f.products) + adapter.scales
+    return 4 * float(adapter.active) * (inner + adapter.gains)
+
+
+def _adapter_gradient(adapter: Adapter, unneeded: bool) -> Share:
+    """Return the products of an adapter's backward pass, perhaps without its input's gradient."""
+    products = sum(f.products * (1 + f.trains) for f in adapter.factors)
+    return adapter.active * (products - unneeded * adapter.factors[0].products)
 
 
 def step_flops(
-    shape: Shape, training: Training, one: Pass, recompute: bool = False, square: bool = False
+    training: Training, one: Pass, recompute: bool = False, square: bool = False
 ) -> float:
     """Return the FLOPs of a training step on one micro-batch; a multiply-add counts as two.
 
     Args:
-        shape: The model's shape.
-        training: What the method's steps do.
+        training: What the steps do.
         one: The micro-batch.
         recompute: Whether activations are computed a second time.
         square: Whether attention counts as if every position saw all of its row, as torch's
             counter has it; else half of that.
     """
-    attention = 4 * shape.head_dim * (one.tokens if square else one.tokens / 2)
-    heads = _heads(shape, training.run)
-    passed = heads - _heads(shape, training.run - training.passed)
-    layers = training.forward + attention * heads
-    backward = training.gradient + 2 * attention * passed
-    head = 2 * shape.vocab_size * shape.hidden_size * (one.size if training.every else one.counted)
-    times = 2 if recompute else 1
+    context = one.tokens if square else one.tokens / 2
+    layers = training.forward + training.attention * context
+    backward = training.gradient + training.attention_gradient * context
+    head = training.head * (one.size if training.every else one.counted)
+    times = training.forwards or (2 if recompute else 1)
     passes = layers * times + backward
+    heads = training.heads * max(1, training.forwards) + training.head_gradients
     constant = training.forward_constant * times + training.gradient_constant
-    return one.size * passes + head * (training.heads + training.head_gradients) + constant
+    return one.size * passes + head * heads + constant
 
 
-def _heads(shape: Shape, layers: float) -> float:
-    """Return the query heads of the first `layers` layers; of a broken one its part."""
-    whole = int(layers)
-    found: float = sum(shape.layer(index).num_heads for index in range(whole))
-    if layers > whole:
-        found += (layers - whole) * shape.layer(whole).num_heads
-    return found
-
-
-def _sizes(shape: Shape, element: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return d, and of each layer m and the bytes that attention keeps per token."""
-    found = []
-    for index in range(shape.num_layers):
-        size, linears = shape.layer(index), shape.linear_sizes(index)
-        output = shape.head_dim * size.num_heads
-        # What a layer takes from another one is kept there.
-        states = sum(linears[name][1] for name in BOTTOM if name in linears)
-        found.append((size.intermediate_size, element * (output + states) + 4 * size.num_heads))
-    return shape.hidden_size, found
-
-
-def transient(shape: Shape, element: int, adapted: bool) -> int:
+def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     """Return the bytes per token that a layer needs while it runs and nothing is kept.
 
     The widest moment is in the MLP: residual stream, normed input, three inner tensors, and in

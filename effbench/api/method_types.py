@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from effbench.api.evolution import Evolution
 from effbench.util.lazy import torch
 
-Weights = Literal["compute", "float32", "nf4"]
+Weights = str
+"""`compute`, `float32`, or the name of a packed weight format; see `effbench.api.weights`."""
 
 CALIBRATION_ROWS = 64
 """Training rows that a compression method may look at."""

@@ -1,22 +1,39 @@
-"""The shape of a decoder-only transformer, and what can be counted from it without weights."""
+"""The shape of a decoder-only model, composed of its parts, from which everything is counted.
+
+A `ModelShape` is layers (`api.parts`) between an embedding and a readout. `Shape` is its form
+in configs: the sizes of a Llama whose layers are alike. What a model costs is counted in
+`api.cost`, what a step of training keeps in `api.footprint`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import TYPE_CHECKING, Literal, cast
 
-from effbench.api.schema import NonNegativeInt, PositiveInt
+from effbench.api.parts import (
+    MLP,
+    PLAIN,
+    Adapter,
+    Cache,
+    LayerShape,
+    LayerSize,
+    Linear,
+    Mixer,
+    Norm,
+    Objective,
+    Readout,
+    low_rank,
+)
+from effbench.api.schema import PositiveInt
+from effbench.api.weights import COMPUTE, MASTERS, WeightFormat
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linear layers of a Llama-style decoder block, in the order they run."""
-
-SLICED = "sliced_llama"
-"""`model_type` in the config of a saved model whose layers differ in size."""
 
 LAYERS_DIFFER = (
     "The layers of this model differ in size or share states, so a number of layers is no depth.",
@@ -24,22 +41,119 @@ LAYERS_DIFFER = (
 )
 """Message and hint of what works with equal layers alone."""
 
+Phase = Literal["train", "use"]
+"""While a method trains, at the most, or as it is used afterwards."""
+
+
+class AnyShape:
+    """What is known alike of a flat shape and of a composed one."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def hidden_size(self) -> int: ...  # noqa: D102
+        @property
+        def intermediate_size(self) -> int: ...  # noqa: D102
+        @property
+        def num_layers(self) -> int: ...  # noqa: D102
+        @property
+        def num_heads(self) -> int: ...  # noqa: D102
+        @property
+        def num_kv_heads(self) -> int: ...  # noqa: D102
+        @property
+        def head_dim(self) -> int: ...  # noqa: D102
+        @property
+        def vocab_size(self) -> int: ...  # noqa: D102
+        @property
+        def max_positions(self) -> int: ...  # noqa: D102
+        @property
+        def tied(self) -> bool: ...  # noqa: D102
+        @property
+        def rope_theta(self) -> float: ...  # noqa: D102
+        @property
+        def rms_eps(self) -> float: ...  # noqa: D102
+        @property
+        def layers(self) -> tuple[LayerShape, ...]: ...  # noqa: D102
+
+    def layer(self, index: int) -> LayerSize:
+        """Return the sizes of one decoder block."""
+        return self.layers[index].size
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same sizes, none of which is 0, and each makes its states."""
+        alike = len({x.size for x in self.layers}) <= 1
+        return alike and all(x.mixer and x.mlp for x in self.layers) and not self.shares
+
+    @property
+    def shares(self) -> bool:
+        """Whether some layer takes states from another."""
+        return any(x.mixer and x.mixer.source is not None for x in self.layers)
+
+    @property
+    def tail(self) -> int:
+        """Layers at the top that add nothing to a cache: a prompt's last position is enough."""
+        count = 0
+        for layer in reversed(self.layers):
+            if layer.mixer is None or layer.mixer.source is None or layer.mixer.cache.per_token:
+                break
+            count += 1
+        return count
+
+    def linear_sizes(self, layer: int = 0) -> dict[str, tuple[int, int]]:
+        """Return `(d_in, d_out)` of each linear of one block."""
+        return {x.name: (x.d_in, x.d_out) for x in self.layers[layer].linears}
+
+    def linears(self) -> Iterator[tuple[int, str, int, int]]:
+        """Yield `(layer, name, d_in, d_out)` of every decoder linear."""
+        for index, layer in enumerate(self.layers):
+            for x in layer.linears:
+                yield index, x.name, x.d_in, x.d_out
+
+    @property
+    def linear_params(self) -> int:
+        """Weights in all decoder linears."""
+        return sum(x.params for layer in self.layers for x in layer.linears)
+
+    @property
+    def embedding_params(self) -> int:
+        """Weights in the embedding and, when it is not tied, the head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    @property
+    def norm_params(self) -> int:
+        """Weights in the two norms of every block and the final one."""
+        return (2 * len(self.layers) + 1) * self.hidden_size
+
+    @property
+    def params(self) -> int:
+        """All weights without adapters and further exits, tied ones counted once."""
+        return self.linear_params + self.embedding_params + self.norm_params
+
+    @property
+    def attention_width(self) -> int:
+        """Query heads of all layers times their width."""
+        return sum(x.mixer.heads * x.mixer.head_dim for x in self.layers if x.mixer)
+
+    def kv_bytes_per_token(self, element_bytes: int) -> float:
+        """Return the bytes that one token adds to a full key/value cache."""
+        caches = (x.mixer.cache for x in self.layers if x.mixer)
+        found = sum(c.per_token * (c.element or element_bytes) for c in caches)
+        return float(found) if isinstance(found, Fraction) else found
+
+    def flops_per_token(self, context: int = 0) -> int:
+        """Return forward FLOPs of one token that attends to `context` positions.
+
+        Matrix products only (multiply-adds times two), the head included; every layer runs.
+        """
+        linears = sum(x.d_in * x.d_out * x.active for layer in self.layers for x in layer.linears)
+        products = 2 * (int(linears) + self.vocab_size * self.hidden_size)
+        return products + 4 * self.attention_width * context
+
 
 @dataclass(frozen=True)
-class LayerSize:
-    """Sizes of one decoder block; a block may have no head or no MLP neuron at all."""
-
-    num_heads: NonNegativeInt
-    """Query heads."""
-    num_kv_heads: NonNegativeInt
-    """Key/value heads."""
-    intermediate_size: NonNegativeInt
-    """Neurons of the gated MLP."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama-style model; every count below is exact for it."""
+class Shape(AnyShape):
+    """Sizes of a Llama-style model whose layers are alike: the flat form of configs."""
 
     hidden_size: PositiveInt
     """Width d of the residual stream."""
@@ -64,138 +178,227 @@ class Shape:
     rms_eps: float = 1e-5
     """Epsilon of the RMS norms."""
 
-    def layer(self, index: int) -> LayerSize:
-        """Return the sizes of one decoder block."""
-        return LayerSize(self.num_heads, self.num_kv_heads, self.intermediate_size)
-
-    def cached_heads(self, layer: int) -> tuple[int, int]:
-        """Return how many heads of keys and of values one block puts in the cache."""
-        heads = self.layer(layer).num_kv_heads
-        return heads, heads
-
     @property
-    def tail(self) -> int:
-        """Layers at the top that read a prompt's last position alone."""
-        return 0
-
-    def linear_sizes(self, layer: int = 0) -> dict[str, tuple[int, int]]:
-        """Return `(d_in, d_out)` of each linear of one block."""
-        size, d = self.layer(layer), self.hidden_size
-        q, kv = size.num_heads * self.head_dim, size.num_kv_heads * self.head_dim
-        inner = size.intermediate_size
-        sizes = {
-            "q_proj": (d, q),
-            "k_proj": (d, kv),
-            "v_proj": (d, kv),
-            "o_proj": (q, d),
-            "gate_proj": (d, inner),
-            "up_proj": (d, inner),
-            "down_proj": (inner, d),
-        }
-        return {name: (i, o) for name, (i, o) in sizes.items() if i * o}
-
-    def linears(self) -> Iterator[tuple[int, str, int, int]]:
-        """Yield `(layer, name, d_in, d_out)` of every decoder linear."""
-        for layer in range(self.num_layers):
-            for name, (d_in, d_out) in self.linear_sizes(layer).items():
-                yield layer, name, d_in, d_out
-
-    @property
-    def linear_params(self) -> int:
-        """Weights in all decoder linears."""
-        return sum(i * o for _, _, i, o in self.linears())
-
-    @property
-    def embedding_params(self) -> int:
-        """Weights in the embedding and, when it is not tied, the head."""
-        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-
-    @property
-    def norm_params(self) -> int:
-        """Weights in the two norms of every block and the final one."""
-        return (2 * self.num_layers + 1) * self.hidden_size
-
-    @property
-    def params(self) -> int:
-        """All weights, tied ones counted once."""
-        return self.linear_params + self.embedding_params + self.norm_params
-
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Return the bytes that one token adds to a full key/value cache."""
-        heads = sum(sum(self.cached_heads(i)) for i in range(self.num_layers))
-        return heads * self.head_dim * element_bytes
-
-    def flops_per_token(self, context: int = 0) -> int:
-        """Return forward FLOPs of one token that attends to `context` positions.
-
-        Matrix products only (multiply-adds times two), the head included.
-        """
-        products = 2 * (self.linear_params + self.vocab_size * self.hidden_size)
-        heads = sum(self.layer(i).num_heads for i in range(self.num_layers))
-        return products + 4 * heads * self.head_dim * context
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The blocks, composed."""
+        return _composed(self).layers
 
 
 @dataclass(frozen=True)
-class SlicedShape(Shape):
-    """Sizes of a model whose blocks differ, as pruning leaves them.
+class ModelShape(AnyShape):
+    """A model composed of its parts; every count is exact for it."""
 
-    `num_heads`, `num_kv_heads` and `intermediate_size` are the largest of any block.
-    """
+    layers: tuple[LayerShape, ...]
+    embed: Linear
+    """The embedding, [vocab, d]."""
+    readout: Readout
+    """Norm and head after the last layer."""
+    exits: tuple[Readout, ...] = ()
+    """Norms and heads of earlier exits, which are in memory."""
+    more: tuple[Linear, ...] = ()
+    """Linears of other heads, which are in memory and which decoding does not read."""
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-5
+    head_dim: int = 0
+    objective: Objective = PLAIN
+    """Of training."""
+    through: bool = False
+    """Whether gradients reach the embedding, though nothing may train there."""
+    forwards: int = 0
+    """Forward passes of a step that estimates its gradient without a backward pass; 0 has one."""
+    held_bytes: int = 0
+    """Bytes of what else training holds beside the weights."""
+    grown: int = 0
+    """Float32 parameters by which adapters may grow while it trains."""
+    simulated: bool = False
+    """Whether fewer bytes are only computed with, and not held."""
 
-    layers: tuple[LayerSize, ...] = ()
-    """Sizes of each block."""
+    @classmethod
+    def of(cls, shape: AnyShape) -> ModelShape:
+        """Return a shape composed; one that is composed already as it is."""
+        return shape if isinstance(shape, ModelShape) else _composed(cast("Shape", shape))
 
-    def layer(self, index: int) -> LayerSize:
-        """Return the sizes of one decoder block."""
-        return self.layers[index]
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        return self.embed.d_out
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.embed.d_in
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head shares the embedding's storage."""
+        return self.readout.tied
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the largest block."""
+        return max(1, *(x.size.num_heads for x in self.layers), 1)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of the largest block."""
+        return max(1, *(x.size.num_kv_heads for x in self.layers), 1)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons of the widest MLP."""
+        return max(1, *(x.size.intermediate_size for x in self.layers), 1)
+
+    @property
+    def formats(self) -> frozenset[WeightFormat]:
+        """The packed formats that some of its linears are in."""
+        linears = (x for layer in self.layers for x in layer.linears)
+        return frozenset(x.format for x in linears if x.format.packed)
+
+    # -- changes -------------------------------------------------------------------------------
+
+    def map(self, change: Callable[[int, LayerShape], LayerShape]) -> ModelShape:
+        """Return the model with every layer changed."""
+        return replace(self, layers=tuple(change(i, x) for i, x in enumerate(self.layers)))
+
+    def map_linears(
+        self, change: Callable[[int, Linear], Linear], names: Collection[str] | None = None
+    ) -> ModelShape:
+        """Return the model with the linears of some names changed, in every layer; None is all."""
+        return self.map(
+            lambda i, layer: layer.map(
+                lambda x: change(i, x) if names is None or x.name in names else x
+            )
+        )
+
+    def only(self, layers: Sequence[int]) -> ModelShape:
+        """Return the model with some of its layers alone, by number."""
+        return replace(self, layers=tuple(self.layers[i] for i in layers))
+
+    def packed(self, weights: WeightFormat) -> ModelShape:
+        """Return the model with its decoder linears in another format, frozen."""
+        return self.map_linears(lambda _, x: replace(x, format=weights, trains=False), LINEARS)
+
+    def adapted(
+        self, make: Callable[[int, Linear], Adapter | None], names: Collection[str] = LINEARS
+    ) -> ModelShape:
+        """Return the frozen model with an adapter on each linear of some names."""
+        return self.frozen().map_linears(lambda i, x: replace(x, adapter=make(i, x)), names)
+
+    def low_rank(
+        self, rank: int, names: Collection[str] = LINEARS, used: int | None = None
+    ) -> ModelShape:
+        """Return the frozen model with adapters B A of a rank; see `low_rank`."""
+        return self.adapted(lambda _, x: low_rank(x.d_in, x.d_out, rank, used), names)
+
+    def trained(self, weights: WeightFormat = MASTERS) -> ModelShape:
+        """Return the model with every weight training, held in a format."""
+        return self._weights(lambda _: weights, trains=True)
+
+    def frozen(self) -> ModelShape:
+        """Return the model with nothing that trains."""
+        bare = self._weights(lambda held: held, trains=False)
+        return bare.map(lambda _, layer: layer.still())
+
+    def merged(self) -> ModelShape:
+        """Return the model with its adapters added to dense weights."""
+        return self.map_linears(lambda _, x: replace(x, adapter=None, format=COMPUTE))
+
+    def used(self) -> ModelShape:
+        """Return the model as it is used: masters are cast to the compute dtype."""
+        return self._weights(lambda held: held.used())
+
+    def _weights(
+        self, change: Callable[[WeightFormat], WeightFormat], trains: bool | None = None
+    ) -> ModelShape:
+        """Return the model with the format of all weights changed, and whether they train."""
+
+        def norm(x: Norm) -> Norm:
+            return replace(
+                x, format=change(x.format), trains=x.trains if trains is None else trains
+            )
+
+        def linear(x: Linear) -> Linear:
+            return replace(
+                x, format=change(x.format), trains=x.trains if trains is None else trains
+            )
+
+        def readout(x: Readout) -> Readout:
+            return replace(x, norm=norm(x.norm), head=linear(x.head))
+
+        found = self.map(
+            lambda _, x: replace(x.map(linear), norms=(norm(x.norms[0]), norm(x.norms[1])))
+        )
+        return replace(
+            found,
+            embed=linear(self.embed),
+            readout=readout(self.readout),
+            exits=tuple(readout(x) for x in self.exits),
+            more=tuple(linear(x) for x in self.more),
+        )
 
 
-def sliced_shape(shape: Shape, hidden_size: int, layers: Sequence[LayerSize]) -> Shape:
-    """Return `shape` with another width and other blocks; a plain shape where they are all alike.
+# -- plain models ------------------------------------------------------------------------------
+
+
+def llama_layer(hidden_size: int, head_dim: int, size: LayerSize) -> LayerShape:
+    """Return a block of Llama; what it has no head or no neuron for is not there."""
+    d, m = hidden_size, size.intermediate_size
+    q, kv = size.num_heads * head_dim, size.num_kv_heads * head_dim
+    mixer = mlp = None
+    if q:
+        sizes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        heads = size.num_kv_heads
+        mixer = Mixer(
+            tuple(Linear(n, i, o) for n, (i, o) in sizes.items()),
+            size.num_heads,
+            heads,
+            head_dim,
+            Cache(heads, heads, head_dim),
+        )
+    if m:
+        sizes = {"gate_proj": (d, m), "up_proj": (d, m), "down_proj": (m, d)}
+        mlp = MLP(tuple(Linear(n, i, o) for n, (i, o) in sizes.items()), m)
+    return LayerShape(mixer, mlp, (Norm(d), Norm(d)))
+
+
+@cache
+def _composed(shape: Shape) -> ModelShape:
+    d, vocabulary = shape.hidden_size, shape.vocab_size
+    size = LayerSize(shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+    return ModelShape(
+        layers=(llama_layer(d, shape.head_dim, size),) * shape.num_layers,
+        embed=Linear("embed_tokens", vocabulary, d),
+        readout=Readout(Norm(d), Linear("lm_head", d, vocabulary), shape.tied),
+        max_positions=shape.max_positions,
+        rope_theta=shape.rope_theta,
+        rms_eps=shape.rms_eps,
+        head_dim=shape.head_dim,
+    )
+
+
+def experts(hidden_size: int, width: int, count: int, active: int, shared: int = 0) -> MLP:
+    """Return an MLP of experts with a router, as mixtures of experts have it.
 
     Args:
-        shape: Gives everything else.
-        hidden_size: Width of the residual stream.
-        layers: Sizes of each block.
+        hidden_size: Width d of the residual stream.
+        width: Inner neurons of one expert.
+        count: Experts.
+        active: Experts that a token goes through.
+        shared: Neurons of an expert that every token goes through besides; 0 is none.
     """
-    values: dict[str, Any] = {f.name: getattr(shape, f.name) for f in fields(Shape)}
-    values |= {
-        "hidden_size": hidden_size,
-        "num_layers": len(layers),
-        "num_heads": max(1, *(x.num_heads for x in layers)),
-        "num_kv_heads": max(1, *(x.num_kv_heads for x in layers)),
-        "intermediate_size": max(1, *(x.intermediate_size for x in layers)),
-    }
-    plain = Shape(**values)
-    if all(x == plain.layer(0) for x in layers):
-        return plain
-    return SlicedShape(**values, layers=tuple(layers))
-
-
-SIZES = "sizes.json"
-"""File of an artefact that states the sizes of a sliced model."""
-
-
-def slice_in(shape: Shape, folder: Path | None) -> Shape | None:
-    """Return `shape` with the sizes that an artefact states, None where there is no artefact."""
-    if folder is None or not (folder / SIZES).is_file():
-        return None
-    sizes = json.loads((folder / SIZES).read_text())
-    return sliced_shape(shape, sizes["hidden_size"], [LayerSize(*s) for s in sizes["layers"]])
-
-
-def planned_slice(shape: Shape, keep: float) -> Shape:
-    """Return a shape with at most the share `keep` of the linear weights, all dimensions kept.
-
-    Each layer loses the same share: neurons first, then key/value groups with their query heads.
-    """
-    layers = []
-    for index in range(shape.num_layers):
-        size = shape.layer(index)
-        queries = size.num_heads // max(1, size.num_kv_heads)
-        group = (2 * queries + 2) * shape.head_dim
-        width = keep * (group * size.num_kv_heads + 3 * size.intermediate_size)
-        groups = min(size.num_kv_heads, int(width / group))
-        neurons = int((width - group * groups) / 3)
-        layers.append(LayerSize(groups * queries, groups, neurons))
-    return sliced_shape(shape, shape.hidden_size, layers)
+    d = hidden_size
+    sizes = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
+    linears = [Linear("router", d, count)]
+    linears += [Linear(n, i, o, copies=count, active=active) for n, (i, o) in sizes.items()]
+    if shared:
+        sizes = {"gate_proj": (d, shared), "up_proj": (d, shared), "down_proj": (shared, d)}
+        linears += [Linear(f"shared_{n}", i, o) for n, (i, o) in sizes.items()]
+    return MLP(tuple(linears), active * width + shared)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from effbench.api.shape import Shape, SlicedShape
+from effbench.api.parts import LayerShape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.util.errors import UserError
 
 Mode = Literal["kv", "qk"]
@@ -119,61 +120,43 @@ def listed_map(
 # -- shapes ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SharedShape(SlicedShape):
-    """Sizes of a model some of whose layers take states from others; see the module's text."""
+def shared_shape(shape: AnyShape, sharing: LayerMap) -> ModelShape:
+    """Return a model in which layers share: without what they take, and its part of the cache."""
+    model = ModelShape.of(shape)
 
-    sharing: LayerMap = LayerMap("kv", ())
-    """Which from which."""
+    def take(index: int, layer: LayerShape) -> LayerShape:
+        if sharing.sources[index] == index or layer.mixer is None:
+            return layer
+        mixer, taken = layer.mixer, TAKEN[sharing.mode]
+        keys, values = sharing.cached(index)
+        cache = replace(mixer.cache, keys=mixer.kv_heads * keys, values=mixer.kv_heads * values)
+        own = tuple(x for x in mixer.linears if x.name not in taken)
+        source = sharing.sources[index]
+        return replace(layer, mixer=replace(mixer, linears=own, cache=cache, source=source))
 
-    def linear_sizes(self, layer: int = 0) -> dict[str, tuple[int, int]]:
-        """Return `(d_in, d_out)` of each linear that one block has."""
-        sizes = super().linear_sizes(layer)
-        if self.sharing.sources[layer] == layer:
-            return sizes
-        return {n: size for n, size in sizes.items() if n not in TAKEN[self.sharing.mode]}
-
-    def cached_heads(self, layer: int) -> tuple[int, int]:
-        """Return how many heads of keys and of values one block puts in the cache."""
-        keys, values = super().cached_heads(layer)
-        own = self.sharing.cached(layer)
-        return keys * own[0], values * own[1]
-
-    @property
-    def tail(self) -> int:
-        """Layers at the top that read a prompt's last position alone."""
-        return self.sharing.tail
+    return model.map(take)
 
 
-def shared_shape(shape: Shape, sharing: LayerMap) -> Shape:
-    """Return `shape` with layers that share; `shape` itself where none does."""
-    if not sharing.consumers:
-        return shape
-    values: dict[str, Any] = {f.name: getattr(shape, f.name) for f in fields(Shape)}
-    layers = tuple(shape.layer(i) for i in range(shape.num_layers))
-    return SharedShape(**values, layers=layers, sharing=sharing)
-
-
-def require_unshared(shape: Shape, name: str) -> None:
+def require_unshared(shape: AnyShape, name: str) -> None:
     """Refuse to share in a model whose layers share or differ in size already.
 
     Raises:
         UserError: Naming the method.
     """
-    if isinstance(shape, SlicedShape):
+    if not shape.uniform:
         raise UserError(
             f"{name} cannot start from a model whose layers differ in size or share states.",
             "Use it first, and prune or share otherwise in another run.",
         )
 
 
-def require_own_states(shape: Shape, name: str) -> None:
+def require_own_states(shape: AnyShape, name: str) -> None:
     """Refuse to leave out parts of layers where others take their states from them.
 
     Raises:
         UserError: Naming the method.
     """
-    if isinstance(shape, SharedShape):
+    if shape.shares:
         raise UserError(
             "Some layers of this model take states from others, which may not be left out.",
             f"Use {name} first, and share afterwards.",
@@ -195,7 +178,7 @@ def read(values: Mapping[str, Any]) -> LayerMap | None:
     return LayerMap(values["sharing_mode"], tuple(sources)) if sources else None
 
 
-def shared_in(shape: Shape, folder: Path | None) -> Shape | None:
+def shared_in(shape: ModelShape, folder: Path | None) -> ModelShape | None:
     """Return `shape` with the map that an artefact states, None where there is no artefact."""
     if folder is None or not (folder / FILE).is_file():
         return None

@@ -22,7 +22,7 @@ from effbench.api import registry
 from effbench.api.cost import Cost
 from effbench.api.plugins import make_method
 from effbench.api.schema import build, plain
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
@@ -62,19 +62,20 @@ class Lineage:
         """The artefacts of the earlier methods."""
         return self.folders[: len(self.earlier)]
 
-    def start(self, base: Shape) -> Shape:
+    def start(self, base: AnyShape) -> ModelShape:
         """Return the shape of what the run's own method starts from.
 
         Args:
             base: Of the base model.
         """
-        return [base, *chain_shapes(self.methods[:-1], base, self.artefacts)][-1]
+        shapes = chain_shapes(self.methods[:-1], base, self.artefacts)
+        return [ModelShape.of(base), *shapes][-1]
 
-    def left(self, base: Shape) -> Shape:
+    def left(self, base: AnyShape) -> ModelShape:
         """Return the shape of what the run leaves: as planned, until its artefact is there."""
         return chain_shapes(self.methods, base, self.folders)[-1]
 
-    def cost(self, base: Shape, dtype: str, point: str) -> Cost:
+    def cost(self, base: AnyShape, dtype: str, point: str) -> Cost:
         """Return what the model that the run evaluates needs at an operating point."""
         return inference_cost(self.methods, base, dtype, point, self.folders)
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +138,27 @@ def hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
 
 
 def _arithmetic() -> Iterator[Row]:
-    draw = random.Random(0)
+    return (row | {"options": [*row["options"]]} for row in _questions())
+
+
+@cache
+def _questions() -> tuple[Row, ...]:
+    """Return two thousand sums and differences with four answers each, always the same."""
+    draw, rows = random.Random(0), list[Row]()
     for _ in range(2000):
         a, b, plus = draw.randint(1, 99), draw.randint(1, 99), draw.random() < 0.5
         right = a + b if plus else a - b
         offsets = draw.sample([-10, -2, -1, 1, 2, 10], 3)
         options = [str(right), *(str(right + o) for o in offsets)]
         draw.shuffle(options)
-        yield {
-            "prompt": f"Question: What is {a} {'plus' if plus else 'minus'} {b}?\nAnswer:",
-            "options": options,
-            "label": options.index(str(right)),
-        }
+        rows.append(
+            {
+                "prompt": f"Question: What is {a} {'plus' if plus else 'minus'} {b}?\nAnswer:",
+                "options": options,
+                "label": options.index(str(right)),
+            }
+        )
+    return tuple(rows)
 
 
 GENERATORS = {"arithmetic": _arithmetic}

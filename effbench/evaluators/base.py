@@ -16,7 +16,7 @@ from effbench.results.records import Metric, Outcomes
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.dataset import Data
 
@@ -130,7 +130,7 @@ class Evaluator:
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse what cannot be evaluated, before any weight is loaded.
 
         Args:

@@ -21,7 +21,7 @@ from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from effbench.api.examples import Tokens
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
     from effbench.nn.scoring.prefix_tree import Score
@@ -67,7 +67,7 @@ class Choices(Evaluator):
 
         return replace(self, fingerprint=fingerprint(self.files))
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse a dataset without choices, and tasks that cannot be had."""
         from effbench.data.kinds.base import find as find_kind
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from effbench.api.examples import Example
     from effbench.api.footprint import Pass
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
     from effbench.nn.scoring.prefix_tree import Request
@@ -82,7 +82,7 @@ class Fidelity(Evaluator):
         found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
         return f"Task {', '.join(found)} of evaluator fidelity" if found else ""
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse a reference of another vocabulary, and windows that cannot be."""
         from effbench.evaluators.windows import check_sizes
 

@@ -23,7 +23,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.footprint import Pass
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.dataset import Data
     from effbench.evaluators.questions import Questions
@@ -90,7 +90,7 @@ class Generation(Evaluator):
         found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
         return f"Task {', '.join(found)} of evaluator generation" if found else ""
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse tasks that cannot be had or generate nothing, and a pattern that is none."""
         from effbench.data.kinds.base import find
 

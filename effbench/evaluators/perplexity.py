@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from effbench.api.batch import Batch
     from effbench.api.examples import Example
     from effbench.api.footprint import Pass
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.methods.base import Method
@@ -48,7 +48,7 @@ class Perplexity(Evaluator):
     def __post_init__(self) -> None:
         check_splits("evaluator.perplexity", self.split)
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse windows that the model has no positions for, or that leave no context."""
         from effbench.evaluators.windows import check_sizes
 

@@ -21,7 +21,7 @@ from effbench.util.lazy import torch
 if TYPE_CHECKING:
     from effbench.api.examples import Example
     from effbench.api.footprint import Pass
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.methods.base import Method
@@ -41,7 +41,7 @@ class Preference(Evaluator):
     def __post_init__(self) -> None:
         check_splits("evaluator.preference", self.split)
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse rows without an answer that is worse than another."""
         from effbench.data.kinds.base import find
 

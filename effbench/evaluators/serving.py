@@ -30,7 +30,7 @@ from effbench.resources.roofline import decode_bytes, decode_flops, prefill_flop
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.methods.base import Method
 
@@ -174,7 +174,7 @@ class Serving(Simulator):
     memory_gib: NonNegativeFloat = 0.0
     """Memory for weights and caches; 0 sets no limit. A config takes that of the hardware."""
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse a simulation without ceilings, and contexts that the model has no positions for.
 
         Raises:

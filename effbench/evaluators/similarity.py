@@ -24,7 +24,7 @@ from effbench.util.lazy import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.methods.base import Method
@@ -51,7 +51,7 @@ class Similarity(Evaluator):
         """Return no split: nothing is scored, so rows that were trained on are no leak."""
         return ()
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse a split that is not there, and texts longer than the model's positions."""
         from effbench.data.dataset import split_names
 

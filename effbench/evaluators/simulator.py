@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from effbench.api.cost import Cost
 from effbench.api.footprint import Pass
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.evaluators.base import Evaluator, Result
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Scene:
     """What a simulation knows of a model at one operating point."""
 
-    shape: Shape
+    shape: AnyShape
     cost: Cost
     """At the point."""
     whole: Cost

@@ -16,10 +16,11 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt, canonical
 from effbench.api.shape import DTYPE_BYTES
+from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
@@ -30,7 +31,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.session import Session
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.evaluators.requests import Times
@@ -110,7 +111,7 @@ class Speed(Evaluator):
         lists = [axis if isinstance(axis, list) else [axis] for axis in axes]
         return [Cell(*point) for point in product(*lists)]
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse an empty grid, cells that the model or the memory has no room for, and engines
         that would not be the method.
 
@@ -135,7 +136,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
-        packed = any(m.weights == "nf4" or m.produces == "packed" for m in methods)
+        packed = any(is_packed(m.weights) or is_packed(m.produces) for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
                 "evaluator.speed.engine=merged adds adapters to dense weights, but these are "
@@ -174,18 +175,15 @@ class Speed(Evaluator):
         shape, whole = subject.shape, subject.whole
         layers = getattr(subject.model.config, "num_hidden_layers", None)
         if shape and layers not in (None, shape.num_layers):
-            subject = replace(subject, shape=replace(shape, num_layers=layers))
+            subject = replace(subject, shape=shape.only(range(layers)))
         if self.engine != "merged":
             yield subject, {}
             return
         with merged(subject.model) as linears:
             if linears and shape and subject.shape and subject.cost and whole:
-                size = DTYPE_BYTES[subject.dtype]
-                plain = replace(
-                    dense_cost(subject.shape, size),
-                    kv_bytes_per_token=subject.cost.kv_bytes_per_token,
-                )
-                subject = replace(subject, cost=plain, whole=dense_cost(shape, size))
+                cost, whole = (cost_of(x.merged(), subject.dtype) for x in (subject.shape, shape))
+                plain = replace(cost, kv_bytes_per_token=subject.cost.kv_bytes_per_token)
+                subject = replace(subject, cost=plain, whole=whole)
             yield subject, {"merged_linears": linears}
 
     def _run(self, subject: Subject, counted: dict[str, float]) -> Result:
@@ -273,7 +271,7 @@ class Speed(Evaluator):
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def _check_positions(cell: Cell, shape: Shape) -> None:
+def _check_positions(cell: Cell, shape: AnyShape) -> None:
     longest = cell.prompt + cell.new
     if longest > shape.max_positions:
         raise UserError(
@@ -283,7 +281,7 @@ def _check_positions(cell: Cell, shape: Shape) -> None:
         )
 
 
-def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: Shape) -> None:
+def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyShape) -> None:
     """Refuse a batch whose weights, cache and logits alone are more than the memory."""
     from effbench.util.hardware import gpus, memory_bytes
 

@@ -18,7 +18,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.session import Session
-    from effbench.api.shape import Shape
+    from effbench.api.shape import ModelShape
     from effbench.data.dataset import Data
     from effbench.nn.decode.decoder import Engine
     from effbench.nn.scoring.prefix_tree import Plan, Request, Score
@@ -53,7 +53,7 @@ class Subject:
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what is done, how many and of how many."""
     tokenizer: Any = None
-    shape: Shape | None = None
+    shape: ModelShape | None = None
     """Sizes of the base model."""
     dtype: str = "float32"
     """Compute dtype, a key of `shape.DTYPE_BYTES`."""

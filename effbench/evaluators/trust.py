@@ -23,7 +23,7 @@ from effbench.methods.base import Method
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.evaluators.trustworthiness.answers import Asked
 
@@ -52,7 +52,7 @@ class Trust(Evaluator):
     new_tokens: PositiveInt = 32
     """Length of a generated answer."""
 
-    def check(self, spec: Spec, methods: Sequence[Method], shape: Shape | None) -> None:
+    def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse an unknown dimension or reference, and seeds that are none or the same."""
         from effbench.config.files import options
         from effbench.evaluators.trustworthiness.base import find

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from effbench.api.batch import by_length
 from effbench.api.examples import IGNORED, Example
 from effbench.api.footprint import Pass
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.data.dataset import Data
 from effbench.util.errors import UserError
 
@@ -109,7 +109,7 @@ def sizes(window: int | None, stride: int | None, max_length: int) -> tuple[int,
 
 
 def check_sizes(
-    where: str, window: int | None, stride: int | None, max_length: int, shape: Shape | None
+    where: str, window: int | None, stride: int | None, max_length: int, shape: AnyShape | None
 ) -> None:
     """Refuse a window that the model has no positions for, and a stride that leaves no context.
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
-from effbench.api.footprint import Training, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
+from effbench.api.weights import kinds
 from effbench.methods.decodes import Decodes
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -43,7 +42,7 @@ class Method(Decodes):
     version: ClassVar[int] = 1
     """Raised when the same settings would give another result; from then on in the key."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
-    """Kinds of linear layers it can start from: `dense`, `nf4`, `packed`, `adapted`."""
+    """Kinds of linear layers it can start from: `dense`, `adapted`, `packed`, one packed format."""
     produces: ClassVar[str] = "dense"
     """The kind of linear layers that its artefact has."""
     identity: ClassVar[dict[str, Any] | None] = {}
@@ -67,7 +66,7 @@ class Method(Decodes):
         """How the base is held: in the compute dtype, as float32 masters, or as NF4."""
         return "compute"
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with the defaults filled in that depend on the model's shape.
 
         Args:
@@ -89,7 +88,7 @@ class Method(Decodes):
             UserError: Before any weight is loaded.
         """
         kind = earlier[-1].produces if earlier else "dense"
-        if kind not in self.accepts:
+        if not kinds(kind) & self.accepts:
             raise UserError(
                 f"{self.name} cannot go on from what {earlier[-1].name} left: "
                 f"it needs {' or '.join(sorted(self.accepts))} linear layers, not {kind} ones.",
@@ -131,7 +130,7 @@ class Method(Decodes):
         """Return the names of the artefact's operating points; one unnamed point by default."""
         return ("",)
 
-    def whole(self, shape: Shape) -> str:
+    def whole(self, shape: AnyShape) -> str:
         """Return the operating point with all that is in memory, listed or not.
 
         The others may need less; it is what they are compared with, and what a run after this one
@@ -176,44 +175,21 @@ class Method(Decodes):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape of what the method leaves of a model of `shape`.
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Return what the method makes of a model; what it costs is counted from that.
+
+        Default: the model as it is.
 
         Args:
-            shape: The shape of what it starts from.
-            folder: Its artefact. Without one, or before there is one, the shape is the planned one,
-                where only the artefact can tell.
+            base: What it starts from, frozen; its linears are packed already where `weights` is a
+                packed format.
+            point: One of `points()`, or `whole`; it plays no part while it trains.
+            phase: `train` is the model as it trains, at the most; where its structure changes,
+                activations and FLOPs are those of the first step. `use` is what comes out of it.
+            folder: Its artefact. Where only that can tell, and it is None or not there yet, the
+                shape is the planned one.
         """
-        return shape
-
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Return what a model of `shape` needs while it trains, at the most."""
-        return self.cost(shape, dtype, self.whole(shape), base)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Return what a model of `shape` under this method needs at `point`.
-
-        Args:
-            shape: The model's shape, as the method leaves it (`left`).
-            dtype: Compute dtype, a key of `DTYPE_BYTES`.
-            point: One of `points()`.
-            base: Cost of what the method starts from; None for the unchanged model.
-        """
-        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        cost = base or dense_cost(shape, size)
-        kv_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[dtype])
-        return replace(cost, trainable=shape.params, kv_bytes_per_token=kv_bytes)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Return what a training step keeps from its forward pass and its work, from shapes.
-
-        A method whose structure changes while it trains counts its first step.
-
-        Args:
-            shape: The shape of the model that it starts from.
-            dtype: Compute dtype, a key of `DTYPE_BYTES`.
-        """
-        return trained_layers(shape, DTYPE_BYTES[dtype], self.weights == "float32")
+        return base
 
     def holds(self) -> tuple[str, ...]:
         """Return the config names of the other models that are in memory while it trains.

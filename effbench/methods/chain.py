@@ -3,76 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from effbench.api.cost import Cost
+from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
+from effbench.api.weights import held, is_packed
 from effbench.methods.base import Method
 
 
-def chain_cost(
-    methods: Sequence[Method],
-    shape: Shape,
-    dtype: str,
+def shape_of(
+    method: Method,
+    base: AnyShape,
     point: str = "",
-    folders: Sequence[Path] = (),
-) -> Cost:
-    """Return the cost of what a chain of methods made; `point` is one of the last method's.
+    phase: Phase = "use",
+    folder: Path | None = None,
+) -> ModelShape:
+    """Return what a method makes of a model, which is held as the method asks for it.
 
-    The last method's weights are as it trains them, those of the earlier ones as they are used.
+    Args:
+        method: Its defaults need not be filled in.
+        base: What it starts from.
+        point: One of its operating points.
+        phase: While it trains or as it is used.
+        folder: Its artefact, if there is one.
+    """
+    start = ModelShape.of(base)
+    if is_packed(method.weights):
+        start = start.packed(held(method.weights))
+    return method.shape(start, point, phase, folder)
+
+
+def chain_shapes(
+    methods: Sequence[Method], shape: AnyShape, folders: Sequence[Path] = ()
+) -> list[ModelShape]:
+    """Return what each method of a chain leaves to the next one, frozen, with all that it has.
 
     Args:
         methods: First to last.
         shape: The base model's shape.
-        dtype: Compute dtype.
-        point: Operating point.
         folders: Artefacts of the methods, as far as there are any.
     """
-    shapes = chain_shapes(methods, shape, folders)
-    cost = None
-    for method, here in zip(methods[:-1], shapes, strict=False):
-        cost = _in_use(method, method.cost(here, dtype, method.whole(here), cost), dtype)
-    return methods[-1].cost(shapes[-1], dtype, point, cost)
-
-
-def chain_shapes(
-    methods: Sequence[Method], shape: Shape, folders: Sequence[Path] = ()
-) -> list[Shape]:
-    """Return the shape that each method of a chain leaves; see `chain_cost`."""
-    found = []
+    found, base = [], ModelShape.of(shape)
     for place, method in enumerate(methods):
-        shape = method.left(shape, folders[place] if place < len(folders) else None)
-        found.append(shape)
+        folder = folders[place] if place < len(folders) else None
+        left = shape_of(method, base, "", "use", folder)
+        base = shape_of(method, base, method.whole(left), "use", folder).used().frozen()
+        found.append(base)
     return found
 
 
-def inference_cost(
+def last_shape(
     methods: Sequence[Method],
-    shape: Shape,
+    shape: AnyShape,
+    point: str = "",
+    folders: Sequence[Path] = (),
+) -> ModelShape:
+    """Return what a chain of methods made at `point`, one of the last method's.
+
+    The last method's weights are as it trains them, those of the earlier ones as they are used.
+    """
+    *first, own = methods
+    base = [ModelShape.of(shape), *chain_shapes(first, shape, folders)][-1]
+    folder = folders[len(first)] if len(first) < len(folders) else None
+    return shape_of(own, base, point, "use", folder)
+
+
+def chain_cost(
+    methods: Sequence[Method],
+    shape: AnyShape,
     dtype: str,
     point: str = "",
     folders: Sequence[Path] = (),
 ) -> Cost:
-    """Return the cost of what a chain of methods made, as it is evaluated; see `chain_cost`.
+    """Return the cost of what a chain of methods made; see `last_shape`."""
+    left = last_shape(methods, shape, point, folders)
+    return cost_of(left, dtype, shape)
+
+
+def inference_cost(
+    methods: Sequence[Method],
+    shape: AnyShape,
+    dtype: str,
+    point: str = "",
+    folders: Sequence[Path] = (),
+) -> Cost:
+    """Return the cost of what a chain of methods made, as it is evaluated; see `last_shape`.
 
     Float32 masters are cast to the compute dtype for that.
     """
-    return _in_use(methods[-1], chain_cost(methods, shape, dtype, point, folders), dtype)
-
-
-def _in_use(method: Method, cost: Cost, dtype: str) -> Cost:
-    if method.weights != "float32":
-        return cost
-    share = DTYPE_BYTES[dtype] / DTYPE_BYTES["float32"]
-    return replace(
-        cost,
-        resident_bytes=int(cost.resident_bytes * share),
-        bytes_per_token=cost.bytes_per_token * share,
-    )
+    left = last_shape(methods, shape, point, folders)
+    return cost_of(left.used(), dtype, shape)
 
 
 def chain(spec: Spec, earlier: Sequence[Method]) -> list[Method]:

@@ -17,7 +17,7 @@ class Reads(Method):
     """A method of evaluation alone, whatever made the model."""
 
     stage: ClassVar[Stage] = "eval"
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed", "adapted"})
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the model; there is nothing to read."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.method_types import Context
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
+from effbench.api.weights import held
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -119,7 +121,7 @@ class Trains(Method):
         ctx.evolution.after_step(optimizer)
         return total
 
-    def validated(self, shape: Shape) -> str:
+    def validated(self, shape: AnyShape) -> str:
         """Return the operating point at which training is validated, listed or not.
 
         It follows from what trains alone: which points are evaluated afterwards (`eval_settings`)
@@ -142,6 +144,10 @@ class Trains(Method):
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the trained model as it is used from now on: the artefact, not yet saved."""
         return model
+
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Return the model with every weight training, held as `weights` says."""
+        return base.trained(held(self.weights))
 
     def holds(self) -> tuple[str, ...]:
         """Return the config names of the auxiliary models; `START` is a copy of the model."""

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effbench.api.method_types import Weights
+from effbench.api.parts import LayerSize
 from effbench.api.schema import build, digest
-from effbench.api.shape import SLICED, LayerSize, Shape, sliced_shape
+from effbench.api.shape import AnyShape, Shape
 from effbench.api.sharing import SHARED, shared_shape
 from effbench.api.sharing import read as read_map
+from effbench.api.slices import SLICED, sliced_shape
 from effbench.api.spec import ModelSpec
+from effbench.api.weights import find, is_packed
 from effbench.data import assets
 from effbench.models.gguf_convert import already_converted, converted
 from effbench.models.gguf_header import config_in, read_header
@@ -48,7 +50,7 @@ class Loaded:
 
     model: torch.nn.Module
     tokenizer: Any
-    shape: Shape
+    shape: AnyShape
     seconds: float
     """Time it took to load."""
 
@@ -71,7 +73,7 @@ def load(
     *,
     device: str,
     dtype: torch.dtype,
-    weights: Weights = "compute",
+    weights: str = "compute",
     tokenizer: bool = True,
 ) -> Loaded:
     """Return the model that `spec` names, in evaluation mode.
@@ -80,8 +82,8 @@ def load(
         spec: Which model.
         device: `cpu` or `cuda`.
         dtype: Compute dtype.
-        weights: `compute` holds the weights in `dtype`, `float32` as float32 masters, `nf4` the
-            decoder linears as 4-bit NormalFloat.
+        weights: `compute` holds the weights in `dtype`, `float32` as float32 masters, and the name
+            of a packed format (`effbench.api.weights`) the decoder linears in that.
         tokenizer: Whether to load the tokenizer too.
 
     Raises:
@@ -105,10 +107,10 @@ def load(
             own_weights(model)
         shape = shape_in(model.config.to_dict(), spec.name)
         _check_stated(spec, shape)
-    if weights == "nf4":
-        from effbench.nn.quant.linears import quantise_nf4
+    if is_packed(weights):
+        from effbench.nn.quant.linears import pack_linears
 
-        quantise_nf4(model, compute_dtype=dtype)
+        pack_linears(model, find(weights)(), dtype)
     return Loaded(
         model=model,
         tokenizer=load_tokenizer(spec) if tokenizer else None,
@@ -167,7 +169,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def shape_of(spec: ModelSpec) -> Shape:
+def shape_of(spec: ModelSpec) -> AnyShape:
     """Return the model's shape without loading weights and without the network.
 
     Raises:
@@ -194,7 +196,7 @@ def shape_of(spec: ModelSpec) -> Shape:
     return shape_in(config, str(path))
 
 
-def shape_in(config: Mapping[str, Any], where: str) -> Shape:
+def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
     """Return the shape that a transformers config states.
 
     Raises:
@@ -402,7 +404,7 @@ def _own_kind(folder: Path) -> str:
     return str(config.get("model_type", ""))
 
 
-def _check_stated(spec: ModelSpec, shape: Shape) -> None:
+def _check_stated(spec: ModelSpec, shape: AnyShape) -> None:
     """Refuse a stated shape that is not the shape of the files."""
     if spec.shape is None or spec.shape == shape:
         return
@@ -446,7 +448,7 @@ def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
     )
 
 
-def known_shape(model: ModelSpec) -> Shape | None:
+def known_shape(model: ModelSpec) -> AnyShape | None:
     """Return the model's shape where it can be known without loading the model."""
     if model.shape:
         return model.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
-def random_model(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def random_model(shape: AnyShape, seed: int, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Return a Llama of `shape`, made on `device` in `dtype` without a second copy of anything.
 
     Each weight is drawn in float32 and then rounded, so that the same seed gives the same model in
@@ -53,7 +53,7 @@ def random_model(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> to
     return model.eval()
 
 
-def byte_tokenizer(shape: Shape) -> Any:
+def byte_tokenizer(shape: AnyShape) -> Any:
     """Return a tokenizer with one token per byte and four special ones.
 
     Raises:

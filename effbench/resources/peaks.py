@@ -10,8 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from effbench.api.cost import Cost
-from effbench.api.footprint import Pass, Training, logit_bytes, transient
-from effbench.api.shape import Shape
+from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, transient
+from effbench.api.shape import AnyShape
 from effbench.api.spec import TrainSpec
 
 GRADIENT_BYTES = 4
@@ -42,7 +42,7 @@ Components = dict[str, float]
 class Peaks:
     """Predicts the peaks of one model on one device."""
 
-    shape: Shape
+    shape: AnyShape
     element: int
     """Bytes of a compute element."""
     cpu: bool = True
@@ -84,6 +84,8 @@ class Peaks:
         kept = saved.layers * one.size
         if settings.gradient_checkpointing:
             kept = (saved.boundary * self.shape.num_layers + saved.layer) * one.size
+        if saved.forwards:
+            return self._perturbed(cost, saved, one, others, kernels)
         gradients = cost.trainable * GRADIENT_BYTES
         backward: Components = {
             "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
@@ -99,6 +101,26 @@ class Peaks:
             "optimiser": state if settings.max_steps > 1 else 0,
             **highest,
             **self._around(_code(kernels), HOLES * sum(highest.values()), trained=True),
+        }
+
+    def _perturbed(
+        self, cost: Cost, saved: Training, one: Pass, others: int, kernels: int
+    ) -> Components:
+        """Return the peak of a step without a backward pass: a forward pass, or one perturbation.
+
+        Nothing is kept, there are no gradients, and nothing of an optimiser is there.
+        """
+        passing: Components = {
+            "activations": transient(self.shape, self.element, False) * one.size,
+            "logits": one.counted * self.shape.vocab_size * SCORE_BYTES,
+        }
+        moving: Components = {"noise": saved.noise * GRADIENT_BYTES}
+        highest = max((passing, moving), key=lambda m: sum(m.values()))
+        return {
+            "weights": cost.resident_bytes,
+            "other models": others,
+            **highest,
+            **self._around(_code(kernels), trained=True),
         }
 
     def compress(self, weights: int, read: Pass | None = None, kernels: int = 0) -> Components:

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from effbench.api.cost import Cost
-from effbench.api.footprint import POINTS_AT_ONCE, Pass, step_flops
+from effbench.api.cost import Cost, cost_of
+from effbench.api.footprint import POINTS_AT_ONCE, Pass, step_flops, training_of
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.spec import Machine, Spec
+from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost
+from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost, shape_of
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
@@ -155,15 +156,17 @@ class Course:
 
     methods: tuple[Method, ...]
     """All that the model goes through, first to last, fitted."""
-    base: Shape
-    """Of the base model."""
-    start: Shape
-    """Of what its method starts from."""
-    left: Shape
-    """Of what it leaves, as far as it is known."""
+    base: ModelShape
+    """The base model."""
+    start: ModelShape
+    """What its method starts from."""
+    working: ModelShape
+    """The model while it trains, at the most."""
+    left: ModelShape
+    """What it leaves, as far as it is known, with all that is in memory."""
     before: Cost | None
     """Of what earlier runs made, as it is used; None for the base model."""
-    working: Cost
+    training: Cost
     """While it trains, at the most."""
     cost: Cost
     """Of what it leaves, in the dtype that it trains in."""
@@ -177,26 +180,24 @@ class Course:
 
     @classmethod
     def of(
-        cls, spec: Spec, shape: Shape, earlier: Sequence[Method], folders: Sequence[Path] = ()
+        cls, spec: Spec, shape: AnyShape, earlier: Sequence[Method], folders: Sequence[Path] = ()
     ) -> Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
-        shapes = [shape, *chain_shapes(methods, shape, folders)]
+        shapes = [ModelShape.of(shape), *chain_shapes(methods, shape, folders)]
         *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
-        start, point = shapes[-2], own.points()[-1]
-        before = None
-        if first:
-            whole = first[-1].whole(shapes[-2])
-            before = inference_cost(first, shape, dtype, whole, folders)
-        cost = chain_cost(methods, shape, dtype, point, folders)
-        used = inference_cost(methods, shape, dtype, own.whole(shapes[-1]), folders)
+        start, left = shapes[-2], shapes[-1]
+        working = shape_of(own, start, phase="train") if spec.stage == "train" else left
+        cost = chain_cost(methods, shape, dtype, own.points()[-1], folders)
+        used = inference_cost(methods, shape, dtype, own.whole(left), folders)
         return cls(
             methods=tuple(methods),
-            base=shape,
+            base=shapes[0],
             start=start,
-            left=shapes[-1],
-            before=before,
-            working=own.training_cost(start, dtype, before) if spec.stage == "train" else cost,
+            working=working,
+            left=left,
+            before=cost_of(start, dtype) if first else None,
+            training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
             used=replace(used, kv_bytes_per_token=cost.kv_bytes_per_token),
         )
@@ -204,7 +205,7 @@ class Course:
 
 def predict(
     spec: Spec,
-    shape: Shape,
+    shape: AnyShape,
     machine: Machine,
     earlier: Sequence[Method] = (),
     workload: Workload | None = None,
@@ -227,7 +228,7 @@ def predict(
     train = spec.stage == "train"
     total = spec.train.max_steps * spec.train.accumulation * spec.train.batch_size
     tokens = total * spec.dataset.max_length if train else 0
-    flops = tokens * _flops_per_trained_token(spec, course.own, course.start) if train else 0.0
+    flops = tokens * _flops_per_trained_token(spec, course) if train else 0.0
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
     return Prediction(
@@ -238,7 +239,7 @@ def predict(
         seconds,
         available,
         _notes(spec, course.methods, course.cost),
-        course.working.trainable,
+        course.training.trainable,
     )
 
 
@@ -264,14 +265,14 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         Peaks(s, size, cpu, exact) for s in (course.base, course.start, course.left)
     )
     loaded = _loaded(spec, course.base, course.methods, work)
-    found = {"load": base.load(*loaded, _packed(course.methods))}
+    found = {"load": base.load(*loaded, bool(course.left.formats))}
     trained, kernels = spec.stage == "train", 0
     if trained:
-        saved, others = own.training(course.start, dtype), _others(own, course.start, size)
+        saved, others = training_of(course.working, dtype), _others(own, course.start, size)
         several = work.micro_batches > 1
         kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
         steps = (
-            start.step(spec.train, course.working, saved, p, others, several, kernels)
+            start.step(spec.train, course.training, saved, p, others, several, kernels)
             for p in work.train
         )
         found["train"] = max(steps, key=_total)
@@ -287,8 +288,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
-        # A GPU multiplies NF4 weights in one kernel (bitsandbytes').
-        expands = cpu or any(m.produces == "packed" for m in course.methods)
+        expands = cpu or not all(x.fused for x in course.left.formats)
         found["evaluate"] = max(
             (
                 left.inference(course.used, p, every, trained, together, kernels, expands)
@@ -303,14 +303,13 @@ def _total(memory: Components) -> float:
     return sum(memory.values())
 
 
-def _packed(methods: Sequence[Method]) -> bool:
-    return any(m.produces == "packed" or m.weights == "nf4" for m in methods)
-
-
-def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload) -> tuple[int, int]:
+def _loaded(
+    spec: Spec, shape: AnyShape, methods: Sequence[Method], work: Workload
+) -> tuple[int, int]:
     """Return the bytes of the weights as they are first held, and of what they are made from."""
     masters = spec.stage == "train" and methods[-1].weights == "float32"
-    size = 4 if masters and methods[0].weights != "nf4" else DTYPE_BYTES[spec.hardware.dtype]
+    packed = is_packed(methods[0].weights)
+    size = 4 if masters and not packed else DTYPE_BYTES[spec.hardware.dtype]
     made_from = work.stored_bytes
     if spec.model.source == "random":
         made_from = 4 * shape.vocab_size * shape.hidden_size  # drawn matrix by matrix, in float32
@@ -319,12 +318,12 @@ def _loaded(spec: Spec, shape: Shape, methods: Sequence[Method], work: Workload)
     return shape.params * size, made_from
 
 
-def _others(method: Method, start: Shape, element: int) -> int:
+def _others(method: Method, start: AnyShape, element: int) -> int:
     """Return the bytes of the other models that training holds."""
     return sum(s.params * element for s in _other_shapes(method, start))
 
 
-def _other_shapes(method: Method, start: Shape) -> list[Shape]:
+def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
     """Return the shapes of the other models that training holds, as far as they are known."""
     shapes = (
         known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start
@@ -333,13 +332,13 @@ def _other_shapes(method: Method, start: Shape) -> list[Shape]:
     return [s for s in shapes if s]
 
 
-def _flops_per_trained_token(spec: Spec, method: Method, shape: Shape) -> float:
+def _flops_per_trained_token(spec: Spec, course: Course) -> float:
     """Return the FLOPs of a training step per token, with rows of full length."""
     rows, length = spec.train.batch_size, spec.dataset.max_length
-    work = method.training(shape, spec.hardware.dtype)
+    work = training_of(course.working, spec.hardware.dtype)
     batch = Pass("train", rows, length, rows * length)
-    own = step_flops(shape, work, batch, spec.train.gradient_checkpointing)
-    others = (s.flops_per_token(length // 2) for s in _other_shapes(method, shape))
+    own = step_flops(work, batch, spec.train.gradient_checkpointing)
+    others = (s.flops_per_token(length // 2) for s in _other_shapes(course.own, course.start))
     return own / batch.size + sum(others)
 
 
@@ -347,7 +346,7 @@ def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
     notes = []
     if cost.saving == "simulated":
         notes.append("The saving is simulated: it is computed, but not held, in fewer bytes.")
-    if spec.hardware.device == "cpu" and any(m.weights == "nf4" for m in methods):
+    if spec.hardware.device == "cpu" and any(is_packed(m.weights) for m in methods):
         notes.append("On a CPU, 4-bit weights save memory, not time.")
     return notes
 

@@ -26,7 +26,7 @@ from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.api.cost import Cost
-    from effbench.api.shape import Shape
+    from effbench.api.shape import AnyShape
 
 SIDES = (512, 1024, 2048, 4096, 8192)
 """Widths of the square products, and of the matrices in matrix-vector products."""
@@ -168,7 +168,7 @@ def _read(clock: Clock, matrices: torch.Tensor, repeats: int) -> float:
 # -- what has to be done -----------------------------------------------------------------------
 
 
-def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
+def prefill_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int) -> float:
     """Return the FLOPs of reading prompts: causal attention, the head at the last position only.
 
     Layers that need that position alone count with it alone.
@@ -180,13 +180,13 @@ def prefill_flops(cost: Cost, shape: Shape, batch: int, prompt: int) -> float:
     share = upper / max(1, shape.linear_params)
     layers = (cost.flops_per_token - head) * (prompt * (1 - share) + share)
     pairs = prompt * (prompt + 1) // 2
-    heads = sum(shape.layer(i).num_heads for i in range(shape.num_layers))
-    skipped = sum(shape.layer(i).num_heads for i in range(first, shape.num_layers)) / max(1, heads)
+    heads = sum(x.size.num_heads for x in shape.layers)
+    skipped = sum(x.size.num_heads for x in shape.layers[first:]) / max(1, heads)
     attention = _attention_flops(shape) * (pairs * (1 - skipped) + prompt * skipped)
     return batch * (layers + head + attention)
 
 
-def decode_flops(cost: Cost, shape: Shape, batch: int, prompt: int, tokens: int) -> float:
+def decode_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int, tokens: int) -> float:
     """Return the FLOPs of `tokens` steps after prompts of `prompt` positions."""
     attention = _attention_flops(shape) * _contexts(prompt, tokens)
     return batch * (tokens * cost.flops_per_token + attention)
@@ -201,7 +201,7 @@ def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
     return tokens * cost.bytes_per_token + cached
 
 
-def _attention_flops(shape: Shape) -> int:
+def _attention_flops(shape: AnyShape) -> int:
     """Return the FLOPs of attending from one position to one other, over all layers."""
     return shape.flops_per_token(1) - shape.flops_per_token(0)
 

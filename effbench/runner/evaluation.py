@@ -13,7 +13,7 @@ from effbench.api.cost import Cost
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.plugins import make_evaluator
 from effbench.api.schema import plain
-from effbench.api.shape import Shape
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Plugin
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Result
@@ -32,7 +32,7 @@ class Evaluated:
 
     opened: Opened
     data: Data
-    shape: Shape
+    shape: ModelShape
     """Sizes of what the run leaves."""
     costs: Mapping[str, Cost]
     """By operating point."""

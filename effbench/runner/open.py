@@ -12,17 +12,18 @@ from pathlib import Path
 
 import torch
 
-from effbench.api.method_types import Context, Weights
+from effbench.api.method_types import Context
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
+from effbench.api.weights import find, is_packed
 from effbench.config.compose import compose
 from effbench.data.dataset import Data
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes
 from effbench.models import load as models
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
 from effbench.runner.run import Run, open_run
@@ -41,9 +42,9 @@ class Opened:
     """At first what the run starts from: the base model and what earlier runs made of it."""
     method: Method
     """The run's own, resolved for the model."""
-    base: Shape
+    base: AnyShape
     """Sizes of the base model."""
-    start: Shape
+    start: ModelShape
     """Sizes of what the method starts from."""
     base_bytes: int
     """Memory of the process before the model was loaded."""
@@ -70,8 +71,9 @@ def open_model(run: Run) -> Opened:
             tokenizer=False,
         )
         model = _put_in(run, loaded.model, loaded.shape)
-        if lineage.earlier and stages.find(spec.stage).trains and own.weights == "nf4":
-            quantise_nf4(model, compute_dtype=run.dtype)
+        trains = stages.find(spec.stage).trains
+        if lineage.earlier and trains and is_packed(own.weights):
+            pack_linears(model, find(own.weights)(), run.dtype)
     _check_length(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
@@ -96,21 +98,21 @@ def _import_all(run: Run, own: Method) -> int | None:
     return stored
 
 
-def _put_in(run: Run, model: torch.nn.Module, shape: Shape) -> torch.nn.Module:
+def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Module:
     """Return the base model turned into what the earlier methods made of it, frozen."""
     lineage = run.lineage
     shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts)]
     for place, (method, artefact) in enumerate(
         zip(lineage.earlier, lineage.artefacts, strict=True)
     ):
-        if place and method.weights == "nf4":
-            quantise_nf4(model, compute_dtype=run.dtype)
+        if place and is_packed(method.weights):
+            pack_linears(model, find(method.weights)(), run.dtype)
         model = method.resolve(shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
 
 
-def _check_length(spec: Spec, shape: Shape) -> None:
+def _check_length(spec: Spec, shape: AnyShape) -> None:
     if spec.dataset.max_length > shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} is more than the "
@@ -164,11 +166,11 @@ def evaluated(job: Job, store: Store, scratch: Path) -> Opened:
     return opened
 
 
-def _base_weights(spec: Spec, own: Method, earlier: Sequence[Method]) -> Weights:
+def _base_weights(spec: Spec, own: Method, earlier: Sequence[Method]) -> str:
     """Return how to hold the base: as its first method wants it, float32 only to train it all."""
     first = earlier[0] if earlier else own
-    if first.weights == "nf4":
-        return "nf4"
+    if is_packed(first.weights):
+        return first.weights
     masters = stages.find(spec.stage).trains and own.weights == "float32"
     return "float32" if masters else "compute"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from effbench.api.schema import plain
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.api.spec import Job, Spec
 from effbench.api.stages import base as stages
 from effbench.config.lineage import Lineage
@@ -158,12 +158,12 @@ def count_trained(run: Run, model: torch.nn.Module) -> None:
     run.count("trainable_bytes", sum(p.numel() * p.element_size() for p in trained), "bytes")
 
 
-def hold_against_plan(run: Run, base: Shape, base_bytes: int) -> None:
+def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
     """Keep what the run was predicted to take, for the batches that it had, and how far off it was.
 
     Args:
         run: Before its record is written.
-        base: Shape of the base model.
+        base: AnyShape of the base model.
         base_bytes: Memory of the process before the model was loaded.
     """
     runtime, lineage = run.job.runtime, run.lineage

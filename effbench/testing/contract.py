@@ -27,10 +27,12 @@ import torch
 
 from effbench.api import registry
 from effbench.api.batch import make_batch
+from effbench.api.cost import cost_of
 from effbench.api.plugins import make_method
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
 from effbench.nn.decode.native_step import NativeStep
@@ -70,7 +72,7 @@ from effbench.testing.models import (
     fresh,
     logits,
     move,
-    shape_left,
+    saved,
     state_hash,
     strengthened,
     tiny_shape,
@@ -227,9 +229,9 @@ class MethodContract:
         """
         monkeypatch.setattr(NativeStep, "of", lambda session: None)
         method, model, shape, _ = changed(name, dtype)
-        shape = shape_left(method, model, shape, tmp_path)
+        folders = saved(method, model, tmp_path)
         for point in method.points():
-            cost = method.cost(shape, dtype, point)
+            cost = chain_cost([method], shape, dtype, point, folders)
             with method.at(model, point):
                 assert cost.resident_bytes == storage_bytes(model)
                 counted = parameters(model)
@@ -241,7 +243,7 @@ class MethodContract:
             cast_parameters(model, getattr(torch, dtype))
         ends = {method.points()[0], method.points()[-1]} if dtype == "float32" else set()
         for point in method.points():
-            cost = method.cost(shape, dtype, point)
+            cost = chain_cost([method], shape, dtype, point, folders)
             with method.at(model, point):
                 grown, counted_flops = decoded(method, model, point, point in ends)
             assert grown == cost.kv_bytes_per_token
@@ -255,12 +257,12 @@ class MethodContract:
         and everything else close to it.
         """
         method = make_method(made(name).job.spec.method).resolve(tiny_shape())
-        predicted = method.left(tiny_shape())
-        saved = method.left(tiny_shape(), made(name).bench.folder(made(name).job).artefact)
+        artefact = made(name).bench.folder(made(name).job).artefact
         for point in method.points():
-            before, after = (method.cost(s, "float32", point) for s in (predicted, saved))
-            if type(method).left is Method.left:
-                assert before == after
+            before, after = (
+                chain_cost([method], tiny_shape(), "float32", point, folders)
+                for folders in ([], [artefact])
+            )
             assert before.params == pytest.approx(after.params, 0.05)
             assert before.resident_bytes == pytest.approx(after.resident_bytes, 0.05)
             assert before.flops_per_token == pytest.approx(after.flops_per_token, 0.05)
@@ -268,12 +270,11 @@ class MethodContract:
 
     @applies(trains)
     def test_what_trains_is_what_training_states(self, name: str) -> None:
-        """`training_cost` counts what trains, or a bound of it where that changes."""
+        """Its shape while it trains has what trains, and by how much that may grow."""
         method, model, shape, ctx = fresh(name)
         counted = parameters(begun(method, model, ctx)).trainable
-        stated = method.training_cost(shape, "float32").trainable
-        changes = type(method).training_cost is not Method.training_cost
-        assert 0 < counted <= stated if changes else counted == stated
+        working = shape_of(method, shape, phase="train")
+        assert 0 < counted == cost_of(working, "float32").trainable - working.grown
 
     # -- the artefact ------------------------------------------------------------------------------
 
@@ -414,8 +415,9 @@ class MethodContract:
             words = ["model=tiny", "dataset=arithmetic", *more]
             method = make_method(compose("train", [*overrides(name), *words]).spec.method)
             shape = tiny_shape()
-            whole = method.cost(shape, "float32", method.whole(shape))
-            needs.append((whole, method.training_cost(shape, "float32"), method.validated(shape)))
+            whole = chain_cost([method], shape, "float32", method.whole(shape))
+            working = shape_of(method, shape, phase="train")
+            needs.append((whole, working, method.validated(shape)))
         assert needs[0] == needs[1]
 
     @applies(trains)
@@ -436,11 +438,11 @@ class MethodContract:
     def test_every_point_is_evaluated(self, name: str, made: Callable[[str], Made]) -> None:
         """And counted as its cost says."""
         run = made(name)
-        method, shape = fitted(run)
+        method, folders = fitted(run)
         found = {(m.name, m.point): m.value for m in run.record.metrics}
         for point in method.points():
             assert found["perplexity", point] >= 0
-            stated = method.cost(shape, "float32", point)
+            stated = chain_cost([method], tiny_shape(), "float32", point, folders)
             assert found["weight_bytes", point] == stated.resident_bytes
             assert found["params", point] == stated.params
 
@@ -511,8 +513,8 @@ class MethodContract:
 
 EVALUATE = """
 import json, sys
-from effbench.config.compose import compose
-from effbench.runner.worker import run_here
+from effbench.config.compose import (compose)
+from effbench.runner.worker import (run_here)
 for words in json.load(sys.stdin):
     run_here(compose("eval", words))
 """

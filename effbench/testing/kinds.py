@@ -9,7 +9,9 @@ from typing import Any
 
 from effbench.api import registry
 from effbench.api.stages import base as stages
+from effbench.api.weights import is_packed
 from effbench.methods.base import Method
+from effbench.methods.chain import shape_of
 from effbench.nn.decode.decoder import Route
 from effbench.testing.models import given, tiny_shape
 
@@ -45,9 +47,10 @@ def compresses(name: str) -> bool:
 @cache
 def left_kind(name: str) -> tuple[Any, ...]:
     """Return how a method leaves the linear layers, the base and the shape."""
-    method, shape = given(name), tiny_shape()
-    left = type(method.resolve(shape).left(shape)).__name__
-    return method.produces, method.weights == "nf4", left, type(method).left is not Method.left
+    method, base = given(name).resolve(tiny_shape()), tiny_shape()
+    left = shape_of(method, base)
+    kept = list(left.linears()) == list(base.linears())
+    return method.produces, is_packed(method.weights), left.uniform, kept
 
 
 @cache
@@ -77,7 +80,7 @@ def follower_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides what a method can go on from."""
     cls = method_class(name)
     own = cls.check_start is not Method.check_start
-    return cls.stage, given(name).weights == "nf4", cls.accepts, cls.produces, own
+    return cls.stage, is_packed(given(name).weights), cls.accepts, cls.produces, own
 
 
 def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from effbench.api import registry
 from effbench.api.batch import Batch, make_batch
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
 from effbench.config.compose import compose, settings_of
 from effbench.methods.base import Method
@@ -27,7 +27,7 @@ class Fresh(NamedTuple):
 
     method: Method
     model: Any
-    shape: Shape
+    shape: AnyShape
     ctx: Context
 
 
@@ -99,12 +99,12 @@ def move(model: torch.nn.Module) -> None:
             p.add_(0.02 * torch.randn(p.shape, generator=draws))
 
 
-def shape_left(method: Method, model: torch.nn.Module, shape: Shape, folder: Path) -> Shape:
-    """Return the shape that a changed model has, as its artefact says."""
+def saved(method: Method, model: torch.nn.Module, folder: Path) -> list[Path]:
+    """Save what a method made of a model and return where; what makes nothing has nowhere."""
     if not isinstance(method, Trains | Compresses):
-        return shape
+        return []
     method.save(model, folder)
-    return method.left(shape, folder)
+    return [folder]
 
 
 def probe() -> Batch:

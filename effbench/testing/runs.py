@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from effbench.api import registry
 from effbench.api.plugins import make_method
-from effbench.api.shape import Shape
 from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.methods.base import Method
@@ -122,7 +122,7 @@ def _literals(hint: Any) -> Iterator[Any]:
             yield from _literals(part)
 
 
-def fitted(run: Made) -> tuple[Method, Shape]:
-    """Return the method of a run, resolved, and the shape that it left."""
+def fitted(run: Made) -> tuple[Method, list[Path]]:
+    """Return the method of a run, resolved, and the artefact that it left."""
     method = make_method(run.job.spec.method).resolve(tiny_shape())
-    return method, method.left(tiny_shape(), run.bench.folder(run.job).artefact)
+    return method, [run.bench.folder(run.job).artefact]

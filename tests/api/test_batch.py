@@ -10,7 +10,7 @@ from helpers import context, example_of, tiny_model
 
 from effbench.api.batch import collate
 from effbench.api.examples import Example, Tokens
-from effbench.methods.base import Method
+from effbench.methods.trains import Trains
 from effbench.runner.stages.batching import micro_batches, passes_of, rows_of_step, window
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_what_is_foreseen_is_what_a_window_has() -> None:
 
 def test_a_weight_counts_a_row_so_often() -> None:
     once, twice = example_of(1, weight=1.0), example_of(2, weight=2.0)
-    model, method, ctx = tiny_model().eval(), Method(), context()
+    model, method, ctx = tiny_model().eval(), Trains(), context()
 
     def loss(rows: list[Example], most: int) -> float:
         batches = window(rows, range(len(rows)), most, 0, CPU)

@@ -10,8 +10,9 @@ from helpers import SHAPE as TINY
 from helpers import adamw, begun, generator, tiny_model
 
 from effbench.api.batch import Batch
-from effbench.api.footprint import Pass, logit_bytes, step_flops
+from effbench.api.footprint import Pass, logit_bytes, step_flops, training_of
 from effbench.api.method_types import Context
+from effbench.api.weights import find, is_packed
 from effbench.methods.adapters.adalora import AdaLoRA
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.dora import DoRA
@@ -19,6 +20,7 @@ from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.adapters.qlora import QLoRA
 from effbench.methods.base import Method
+from effbench.methods.chain import shape_of
 from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.sorted_full import SortedFull
@@ -28,7 +30,7 @@ from effbench.methods.full import Full
 from effbench.methods.pruning.apt import APT
 from effbench.methods.sharing.echo_llama import EchoLLaMA
 from effbench.methods.sharing.echoatt import EchoAtt
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.linears import pack_linears
 from effbench.resources.peaks import OPTIMIZER_BYTES
 
 SHAPE = replace(TINY, vocab_size=500)
@@ -75,8 +77,8 @@ def kept_bytes(method: Method, dtype: str) -> int:
     compute = getattr(torch, dtype)
     masters = method.weights == "float32"
     model = tiny_model(dtype=torch.float32 if masters else compute, shape=SHAPE)
-    if method.weights == "nf4":
-        quantise_nf4(model, compute_dtype=compute)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), compute)
     cast = torch.autocast("cpu", compute, enabled=masters and dtype != "float32")
     ctx = Context(
         0,
@@ -105,17 +107,23 @@ def kept_bytes(method: Method, dtype: str) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_activations_are_what_autograd_keeps(method: Method, dtype: str) -> None:
-    training = method.training(SHAPE, dtype)
+    training = training_of(shape_of(method, SHAPE, phase="train"), dtype)
     counted = training.layers * ROWS * LENGTH + training.fixed
     assert counted == pytest.approx(kept_bytes(method, dtype), rel=0.06)
 
 
 def test_stand_ins_keep_what_is_above_the_first_one() -> None:
     method = LoRADrop(rank=4, layers=(1,))
-    training = method.training(SHAPE, "float32")
+    training = training_of(shape_of(method, SHAPE, phase="train"), "float32")
     kept = kept_bytes(method, "float32")
     counted = training.layers * ROWS * LENGTH + training.quadratic * ROWS * LENGTH**2
-    assert counted < 0.6 * LoRA(rank=4).training(SHAPE, "float32").layers * ROWS * LENGTH
+    assert (
+        counted
+        < 0.6
+        * training_of(shape_of(LoRA(rank=4), SHAPE, phase="train"), "float32").layers
+        * ROWS
+        * LENGTH
+    )
     assert counted == pytest.approx(kept, rel=0.5)
 
 
@@ -128,28 +136,31 @@ def test_logits_of_a_pass_without_gradients() -> None:
 
 
 def test_half_of_the_square_is_seen_by_causal_attention() -> None:
-    training, one = Full().training(SHAPE, "float32"), Pass("train", 1, 32, 31)
-    half, whole = (step_flops(SHAPE, training, one, square=s) for s in (False, True))
+    training, one = (
+        training_of(shape_of(Full(), SHAPE, phase="train"), "float32"),
+        Pass("train", 1, 32, 31),
+    )
+    half, whole = (step_flops(training, one, square=s) for s in (False, True))
     attention = 4 * SHAPE.num_heads * SHAPE.head_dim * 32 * 32 * SHAPE.num_layers
     assert whole - half == pytest.approx(3 * attention / 2)
-    again = step_flops(SHAPE, training, one, recompute=True, square=True)
+    again = step_flops(training, one, recompute=True, square=True)
     assert again - whole == pytest.approx(2 * SHAPE.linear_params * 32 + attention)
 
 
 def test_products_of_weights_do_not_depend_on_the_tokens() -> None:
-    training = DoRA(rank=4).training(SHAPE, "float32")
+    training = training_of(shape_of(DoRA(rank=4), SHAPE, phase="train"), "float32")
     assert training.forward_constant == 2 * 4 * SHAPE.linear_params
     short, long = (Pass("train", 1, t, t - 1) for t in (8, 16))
-    plain = LoRA(rank=4).training(SHAPE, "float32")
+    plain = training_of(shape_of(LoRA(rank=4), SHAPE, phase="train"), "float32")
     for one in (short, long):
-        more = step_flops(SHAPE, training, one) - step_flops(SHAPE, plain, one)
+        more = step_flops(training, one) - step_flops(plain, one)
         assert more == training.forward_constant
-        again = step_flops(SHAPE, training, one, recompute=True)
-        assert again - step_flops(SHAPE, plain, one, recompute=True) == 2 * more
-    distance = AdaLoRA(rank=4).training(SHAPE, "float32")
-    none = AdaLoRA(rank=4, orthogonality=0).training(SHAPE, "float32")
+        again = step_flops(training, one, recompute=True)
+        assert again - step_flops(plain, one, recompute=True) == 2 * more
+    distance = training_of(shape_of(AdaLoRA(rank=4), SHAPE, phase="train"), "float32")
+    none = training_of(shape_of(AdaLoRA(rank=4, orthogonality=0), SHAPE, phase="train"), "float32")
     for recompute in (False, True):
-        flops = [step_flops(SHAPE, t, short, recompute) for t in (distance, none)]
+        flops = [step_flops(t, short, recompute) for t in (distance, none)]
         sizes = sum(i + o for _, _, i, o in SHAPE.linears())
         assert flops[0] - flops[1] == 6 * 6**2 * sizes
 

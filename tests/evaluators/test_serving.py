@@ -9,7 +9,7 @@ from conftest import Bench
 from helpers import SHAPE
 
 from effbench.api import registry
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.shape import Shape
 from effbench.evaluators.serving import Roofline, Serving, arrivals, play
 from effbench.evaluators.simulator import Scene, quantile
@@ -17,7 +17,7 @@ from effbench.methods.chain import chain_shapes, inference_cost
 from effbench.util.errors import UserError
 
 CEILINGS = ["evaluator.serving.tflops=1", "evaluator.serving.bandwidth_gbs=10"]
-SCENE = Scene(SHAPE, dense_cost(SHAPE, 4), dense_cost(SHAPE, 4))
+SCENE = Scene(SHAPE, cost_of(SHAPE, "float32"), cost_of(SHAPE, "float32"))
 
 
 @dataclass(frozen=True)

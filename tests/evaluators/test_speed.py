@@ -10,13 +10,16 @@ import pytest
 import torch
 from conftest import Bench
 
+from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Machine
 from effbench.data.dataset import Data
 from effbench.evaluators import speed
 from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
+from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
@@ -44,8 +47,8 @@ def subject(bench: Bench) -> Subject:
     model = opened.model.requires_grad_(False)
     data = Data(job.spec.dataset, work.tokenizer)
     device, method = torch.device("cpu"), Unchanged()
-    cost = method.cost(opened.base, "float32")
-    return Subject(model, method, "", data, device, 0, 0, shape=opened.base, cost=cost)
+    cost, shape = cost_of(opened.base, "float32"), ModelShape.of(opened.base)
+    return Subject(model, method, "", data, device, 0, 0, shape=shape, cost=cost)
 
 
 @pytest.fixture
@@ -245,7 +248,7 @@ def dropping(subject: Subject, point: str) -> Subject:
     method = LoRADrop(layers=(1, 2), window=2)
     model = method.prepare(subject.model, context).requires_grad_(False)
     assert subject.shape is not None
-    cost, whole = (method.cost(subject.shape, "float32", p) for p in (point, "k0"))
+    cost, whole = (chain_cost([method], subject.shape, "float32", p) for p in (point, "k0"))
     return replace(
         subject, model=model, method=method, point=point, dtype="float32", cost=cost, whole=whole
     )

@@ -20,15 +20,19 @@ from helpers import (
 )
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
-from effbench.api.footprint import Pass, step_flops
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.schema import build
-from effbench.api.shape import LINEARS, planned_slice, sliced_shape
-from effbench.methods.adapters.adalora import AdaLoRA, RankedShape
+from effbench.api.shape import LINEARS
+from effbench.api.slices import planned_slice, sliced_shape
+from effbench.methods.adapters.adalora import AdaLoRA
 from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
 from effbench.nn.adapters.rank_budget import BudgetSchedule, best, no_averages, observe, scores
 from effbench.nn.adapters.svd import SVDLinear, orthogonality, svd_layers
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.formats.nf4 import NF4Format
+from effbench.nn.quant.linears import pack_linears
 from effbench.resources.counting import flops
 from effbench.results.events import read_events
 from effbench.runner.stages import train as stage
@@ -84,7 +88,7 @@ def test_the_base_is_frozen():
 
 def test_on_a_base_in_4_bits():
     base = tiny_model()
-    quantise_nf4(base, compute_dtype=torch.float32)
+    pack_linears(base, NF4Format(), torch.float32)
     expected = logits(base)
     ctx = context()
     ctx.total_steps = STEPS
@@ -344,30 +348,32 @@ def test_cost_is_what_is_counted(tmp_path):
     model, ctx = trained()
     model = METHOD.finalize(model, ctx)
     METHOD.save(model, tmp_path)
-    shape = METHOD.left(SHAPE, tmp_path)
-    assert isinstance(shape, RankedShape)
+    shape = shape_of(METHOD, SHAPE, folder=tmp_path)
     assert shape.params == SHAPE.params
     found = counted(model)
     for cost, equal in (
-        (METHOD.cost(shape, "float32"), True),
-        (METHOD.cost(SHAPE, "float32"), False),
+        (cost_of(shape, "float32"), True),
+        (chain_cost([METHOD], SHAPE, "float32"), False),
     ):
         stated = {k: getattr(cost, k) for k in found}
         assert (stated == found) == equal
-    assert METHOD.left(SHAPE) == SHAPE
-    assert METHOD.left(SHAPE, tmp_path / "nowhere") == SHAPE
+    assert shape_of(METHOD, SHAPE) == shape_of(METHOD, SHAPE, folder=tmp_path / "nowhere")
 
 
 def test_blocks_that_differ_in_size_are_counted_as_they_are(tmp_path):
     model, ctx = trained()
     METHOD.save(METHOD.finalize(model, ctx), tmp_path)
-    whole, sliced = METHOD.left(SHAPE, tmp_path), planned_slice(SHAPE, 0.8)
+    whole, sliced = shape_of(METHOD, SHAPE, folder=tmp_path), planned_slice(SHAPE, 0.8)
     layers = (SHAPE.layer(0), sliced.layer(1))
     mixed = sliced_shape(SHAPE, SHAPE.hidden_size, layers)
-    shape = METHOD.left(mixed, tmp_path)
+    shape = shape_of(METHOD, mixed, folder=tmp_path)
     assert list(shape.linears()) == list(mixed.linears())
-    more, less = (METHOD.cost(after, "float32").trainable for after in (whole, shape))
-    ranks = {(layer, name): rank for layer, name, rank in whole.ranks}
+    more, less = (cost_of(after, "float32").trainable for after in (whole, shape))
+    ranks = {
+        (i, x.name): x.adapter.factors[0].d_out
+        for i, layer in enumerate(whole.layers)
+        for x in layer.linears
+    }
     lost = zip(SHAPE.linears(), mixed.linears(), strict=True)
     assert more - less == sum(
         ranks[layer, name] * (i + o - i2 - o2) for (layer, name, i, o), (_, _, i2, o2) in lost
@@ -376,9 +382,9 @@ def test_blocks_that_differ_in_size_are_counted_as_they_are(tmp_path):
 
 def test_before_training_all_ranks_are_expected_to_be_alike():
     method = AdaLoRA(rank=4)
-    planned, plain = (m.cost(SHAPE, "bfloat16") for m in (method, LoRA(rank=4)))
+    planned, plain = (chain_cost([m], SHAPE, "bfloat16") for m in (method, LoRA(rank=4)))
     assert planned == plain
-    training = method.training_cost(SHAPE, "float32")
+    training = cost_of(shape_of(method, SHAPE, phase="train"), "float32")
     model, ctx = prepared(method)
     held = counted(model)
     assert (training.params, training.trainable) == (held["params"], held["trainable"])
@@ -397,7 +403,9 @@ def test_the_products_of_a_step_are_counted(gamma):
     batch = batch_of()
     counted_flops = flops(lambda: method.loss(model, batch, ctx).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
-    stated = step_flops(SHAPE, method.training(SHAPE, "float32"), one, square=True)
+    stated = step_flops(
+        training_of(shape_of(method, SHAPE, phase="train"), "float32"), one, square=True
+    )
     assert stated == pytest.approx(counted_flops, rel=0.002)
 
 

@@ -36,6 +36,7 @@ from effbench.api.spec import Machine, ModelSpec
 from effbench.config.compose import compose
 from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.base import Method
+from effbench.methods.chain import shape_of
 from effbench.methods.pruning.apt import APT
 from effbench.models.load import load
 from effbench.nn.adapters.growth import (
@@ -718,7 +719,7 @@ def test_the_record_tells_what_is_left(bench: Bench, tmp_path: Path) -> None:
     method = APT(keep=0.6)
     tiny = compose("eval", ["model=tiny"]).spec.model.shape
     assert tiny is not None
-    left = method.left(tiny, folder)
+    left = shape_of(method, tiny, folder=folder)
     assert left.linear_params <= 0.6 * tiny.linear_params
     assert found["params"] == found["params_total"] == left.params
     assert found["weight_bytes"] == found["resident_bytes"] == 4 * left.params

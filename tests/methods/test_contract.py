@@ -13,12 +13,7 @@ from goldens import PUBLIC, Golden
 from effbench.api import registry
 from effbench.results.records import Record
 from effbench.results.store import RunFolder
-from effbench.testing.contract import (
-    MethodContract,
-    applies,
-    for_each_kind,
-    no_part_is_made_twice,
-)
+from effbench.testing.contract import MethodContract, applies, for_each_kind, no_part_is_made_twice
 from effbench.testing.kinds import makes
 from effbench.testing.runs import Made
 

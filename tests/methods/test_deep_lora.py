@@ -25,7 +25,7 @@ from helpers import (
 )
 from torch import nn
 
-from effbench.methods.adapters.deep_lora import DeepLoRA, update_params
+from effbench.methods.adapters.deep_lora import DeepLoRA, deep_update
 from effbench.nn.adapters.deep import (
     DeepLinear,
     deep_layers,
@@ -33,6 +33,8 @@ from effbench.nn.adapters.deep import (
     top_directions,
     weight_gradients,
 )
+from effbench.nn.quant.formats.nf4 import NF4Format
+from effbench.nn.quant.linears import pack_linears
 from effbench.util.errors import UserError
 
 FORMS = ["narrow", "full", "compressed"]
@@ -302,10 +304,15 @@ def test_cost_is_what_is_counted(form: str, depth: int, rate: float) -> None:
 
 
 def test_counts_are_the_formulas_of_the_paper() -> None:
-    assert update_params("narrow", 30, 50, 8, 3) == (8 * 80 + 64, 0)
-    assert update_params("full", 30, 50, 8, 3) == (30 * 80 + 900, 0)
-    assert update_params("compressed", 30, 50, 8, 3) == (8 * 80 + 3 * 64, 8 * 80)
-    assert update_params("narrow", 30, 50, 8, 2) == (8 * 80, 0)
+    def params(form: str, rank: int, depth: int, rate: float = 0.1) -> tuple[int, int]:
+        update = deep_update(form, 30, 50, rank, depth, False, rate)
+        return update.params, update.trainable
+
+    assert params("narrow", 8, 3) == (8 * 80 + 64,) * 2
+    assert params("full", 8, 3) == (30 * 80 + 900,) * 2
+    assert params("compressed", 8, 3) == (8 * 80 + 3 * 64,) * 2
+    assert params("compressed", 8, 3, 0.0) == (8 * 80 + 3 * 64, 3 * 64)
+    assert params("narrow", 8, 2) == (8 * 80,) * 2
 
 
 def test_two_factors_are_a_plain_product() -> None:
@@ -358,11 +365,10 @@ def test_an_odd_rank_is_refused_for_the_compressed_form() -> None:
 
 
 def test_it_works_on_a_packed_base() -> None:
-    from effbench.nn.quant.linears import quantise_nf4
 
     method = DeepLoRA(rank=4)
     model = base_for(method)
-    quantise_nf4(model, compute_dtype=torch.float32)
+    pack_linears(model, NF4Format(), torch.float32)
     ctx = context()
     model = begun(method, model, ctx)
     ctx.evolution.begin(window(0))

@@ -58,7 +58,7 @@ def test_it_reads_the_model_out_and_counts_what_is_left():
     for n in (2, 5):
         with method.at(model, f"d{n}"):
             logits = method.logits(model, batch_of())
-            cost = method.cost(DEEP, "float32", f"d{n}")
+            cost = chain_cost([method], DEEP, "float32", f"d{n}")
             assert (cost.params, cost.trainable) == (counted(model)["params"], 0)
             assert cost.resident_bytes == storage_bytes(model)
         model.config.num_hidden_layers = n
@@ -82,9 +82,9 @@ def test_what_follows_one_depth_alone_starts_from_all_layers():
 
 def test_depths_count_what_the_run_before_left():
     chain = [LoRA(rank=4), Depths(eval_depths=(2, 5))]
-    whole = LoRA(rank=4).cost(DEEP, "float32")
+    whole = chain_cost([LoRA(rank=4)], DEEP, "float32")
     assert chain_cost(chain, DEEP, "float32", "d5").resident_bytes == whole.resident_bytes
-    cut = LoRA(rank=4).cost(replace(DEEP, num_layers=2), "float32")
+    cut = chain_cost([LoRA(rank=4)], replace(DEEP, num_layers=2), "float32")
     assert chain_cost(chain, DEEP, "float32", "d2").resident_bytes == cut.resident_bytes
 
 

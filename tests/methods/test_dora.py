@@ -22,6 +22,7 @@ from effbench.api.shape import LINEARS
 from effbench.methods.adapters.dora import DoRA
 from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.dora import DoRALinear, dora_layers
 from effbench.nn.quant.linears import PackedLinear
 
@@ -118,7 +119,7 @@ def test_at_a_point_the_norms_are_computed_once_and_not_kept():
     outside = logits(model)
     with method.at(model, ""):
         assert logits(model).equal(outside)
-        more = method.cost(SHAPE, "float32").flops_per_token - SHAPE.flops_per_token()
+        more = chain_cost([method], SHAPE, "float32").flops_per_token - SHAPE.flops_per_token()
         assert flops(model.eval()) - flops(tiny_model()) == more
     model.train()
     assert all(layer.gain is None for _, layer in dora_layers(model))

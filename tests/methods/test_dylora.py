@@ -23,6 +23,7 @@ from helpers import (
 from effbench.api.schema import build
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.lora import LoRA
+from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
 from effbench.nn.llama.replace import replace_linears
 from effbench.nn.quant.linears import PackedLinear
@@ -326,7 +327,9 @@ def test_cost_is_what_is_counted(point):
     before = flops(tiny_model())
     with method.at(model, point):
         assert stated(method, point) == counted(model)
-        more = method.cost(SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
+        more = (
+            chain_cost([method], SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
+        )
         assert flops(model) - before == more
 
 

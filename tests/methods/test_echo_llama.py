@@ -15,10 +15,12 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, adamw, batch_of, begun, context, logits, tiny_model, train
 
-from effbench.api.footprint import Pass, step_flops
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
-from effbench.api.sharing import TAKEN, LayerMap, SharedShape, shared_shape, top_map
+from effbench.api.sharing import TAKEN, LayerMap, shared_shape, top_map
 from effbench.api.spec import ModelSpec
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.full import Full
 from effbench.methods.sharing.echo_llama import EchoLLaMA, share_at
 from effbench.models.load import load
@@ -47,7 +49,7 @@ def test_maps_follow_the_settings() -> None:
     assert EchoLLaMA().sharing(30).sources == (*range(15), *[14] * 15)
     assert EchoLLaMA(share=0.25, map="pairs").sharing(8).consumers == (5, 7)
     assert EchoLLaMA(layers=(1, 3), mode="qk").sharing(4) == LayerMap("qk", (0, 0, 2, 2))
-    assert EchoLLaMA().left(DEEP) == shared_shape(DEEP, top_map(4, 2))
+    assert shape_of(EchoLLaMA(), DEEP) == shared_shape(DEEP, top_map(4, 2))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_what_cannot_be_shared_is_refused(settings: dict[str, Any], message: str
 
 def test_a_model_that_shares_is_not_shared_again() -> None:
     with pytest.raises(UserError, match="cannot start"):
-        EchoLLaMA().resolve(EchoLLaMA().left(DEEP))
+        EchoLLaMA().resolve(shape_of(EchoLLaMA(), DEEP))
 
 
 # -- the schedule ------------------------------------------------------------------------------
@@ -184,13 +186,16 @@ def test_adapters_are_where_sharing_changes_something(mode: Any, tmp_path: Path)
         *(f"model.layers.1.self_attn.{n}" for n in TAKEN[mode]),
         *(f"model.layers.{i}.self_attn.{n}" for i in (2, 3) for n in own),
     }
-    assert parameters(model).trainable == method.training_cost(DEEP, "float32").trainable
+    assert (
+        parameters(model).trainable
+        == cost_of(shape_of(method, DEEP, phase="train"), "float32").trainable
+    )
     train(method, model, ctx, 8, optimizer)
     model.eval()
     before = logits(model)
     model = method.finalize(model, ctx)
     torch.testing.assert_close(logits(model), before)
-    assert parameters(model).total == method.cost(method.left(DEEP), "float32").params
+    assert parameters(model).total == chain_cost([method], DEEP, "float32").params
     assert model.model.layers[0].mlp.up_proj.weight.equal(base.model.layers[0].mlp.up_proj.weight)
     method.save(model, tmp_path)
     again = method.load(tiny_model(seed=0, shape=DEEP), tmp_path, context())
@@ -219,17 +224,21 @@ def test_the_first_step_costs_what_is_stated(method: EchoLLaMA) -> None:
     ctx.evolution.before_step()
     counted = flops(lambda: method.loss(model, batch, ctx).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
-    stated = step_flops(DEEP, method.training(DEEP, "float32"), one, square=True)
+    stated = step_flops(
+        training_of(shape_of(method, DEEP, phase="train"), "float32"), one, square=True
+    )
     assert stated == pytest.approx(counted, rel=0.02)
-    assert parameters(model).total == method.training_cost(DEEP, "float32").params
+    assert (
+        parameters(model).total == cost_of(shape_of(method, DEEP, phase="train"), "float32").params
+    )
 
 
 def test_the_shape_is_known_before_there_is_an_artefact(tmp_path: Path) -> None:
     method = EchoLLaMA(map="pairs", mode="qk", blend=False)
     model, ctx, _ = started(method)
     method.save(method.finalize(model, ctx), tmp_path)
-    assert method.left(DEEP, tmp_path) == method.left(DEEP)
-    assert isinstance(method.left(DEEP), SharedShape)
+    assert shape_of(method, DEEP, folder=tmp_path) == shape_of(method, DEEP)
+    assert not shape_of(method, DEEP).uniform
 
 
 def test_a_run_is_exported_and_read_by_effbench_alone(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from helpers import (
 )
 
 from effbench.api.batch import Batch
-from effbench.api.footprint import Pass, step_flops
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
 from effbench.config.compose import compose
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.full import Full
 from effbench.methods.sharing.echoatt import EchoAtt
 from effbench.nn.decode.copied_maps import CopyingSession
@@ -131,7 +132,7 @@ def test_shared_layers_have_neither_queries_nor_keys(tmp_path: Path) -> None:
     again = method.load(base(seed=3), tmp_path, context(load_model=no_model))
     assert logits(again).equal(logits(model))
     assert map_of(again) == map_of(model)
-    assert method.left(DEEP, tmp_path) == method.left(DEEP)
+    assert shape_of(method, DEEP, folder=tmp_path) == shape_of(method, DEEP)
 
 
 def no_model(name: str) -> torch.nn.Module:
@@ -143,7 +144,7 @@ def test_the_parameters_are_the_papers() -> None:
     assert shape is not None
     listed = (2, 5, 4, 3, 7, 6, 18, 9, 8, 11, 12, 1, 17, 10, 14, 13, 16)
     for count, millions in ((5, 23.6), (9, 42.5), (17, 80.2)):
-        left = EchoAtt(layers=listed[:count]).left(shape)
+        left = shape_of(EchoAtt(layers=listed[:count]), shape)
         assert (shape.params - left.params) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -168,7 +169,7 @@ def test_shared_layers_cache_values_alone(session: Any) -> None:
     found.step(ids[:, 9:10])
     whole = DEEP.kv_bytes_per_token(8) * 2 * 10
     assert found.kv_bytes() == whole * (12 - len(SHARED)) // 12
-    shape = method.left(DEEP)
+    shape = shape_of(method, DEEP)
     assert shape.kv_bytes_per_token(8) == DEEP.kv_bytes_per_token(8) * (12 - len(SHARED)) // 12
 
 
@@ -437,9 +438,9 @@ def test_too_few_tokens_are_refused() -> None:
 def test_cost_is_what_is_counted() -> None:
     method = EchoAtt(layers=SHARED)
     model, _ = student(method)
-    assert stated(method, shape=method.left(DEEP)) == counted(model)
-    assert method.cost(method.left(DEEP), "float32").saving == "physical"
-    assert EchoAtt(layers=()).cost(DEEP, "float32").saving == "none"
+    assert stated(method, shape=shape_of(method, DEEP)) == counted(model)
+    assert chain_cost([method], DEEP, "float32").saving == "physical"
+    assert chain_cost([EchoAtt(layers=())], DEEP, "float32").saving == "none"
 
 
 def test_a_training_step_has_the_stated_flops() -> None:
@@ -447,7 +448,11 @@ def test_a_training_step_has_the_stated_flops() -> None:
     model, ctx = student(method)
     batch = replace(batch_of(), attention_mask=torch.ones(2, 12, dtype=torch.int64))
     batch = replace(batch, labels=batch.input_ids, window_tokens=22)
-    own = step_flops(DEEP, method.training(DEEP, "float32"), Pass("train", 2, 12, 22), square=True)
+    own = step_flops(
+        training_of(shape_of(method, DEEP, phase="train"), "float32"),
+        Pass("train", 2, 12, 22),
+        square=True,
+    )
     # torch counts no attention on a CPU: 12 positions of 24 tokens, three times in training.
     own -= 3 * (DEEP.flops_per_token(12) - DEEP.flops_per_token()) * 24
     head = 2 * DEEP.vocab_size * DEEP.hidden_size

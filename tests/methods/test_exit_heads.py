@@ -19,10 +19,11 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
+from effbench.api.cost import cost_of
 from effbench.api.schema import build
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.sorted_lora import SortedLoRA
@@ -133,17 +134,19 @@ def test_cost_is_what_is_counted(trunk: str, tied: bool) -> None:
         with method.at(model, point):
             assert stated(method, point, shape) == counted(model), point
             if point.startswith("d"):
-                assert method.cost(shape, "float32", point).flops_per_token == flops(model)
+                assert chain_cost([method], shape, "float32", point).flops_per_token == flops(model)
 
 
 def test_exits_are_in_float32_while_they_learn_and_short_afterwards(tmp_path: Any) -> None:
     method, ctx = ExitHeads(depths=(2, 5)), context(dtype=torch.bfloat16)
     model = method.prepare(base(dtype=torch.bfloat16), ctx)
-    assert method.training_cost(DEEP, "bfloat16").resident_bytes == storage_bytes(model)
+    assert cost_of(
+        shape_of(method, DEEP, phase="train"), "bfloat16"
+    ).resident_bytes == storage_bytes(model)
     train(method, model, ctx, 2)
     model = method.finalize(model, ctx)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert method.cost(DEEP, "bfloat16").resident_bytes == storage_bytes(model)
+    assert chain_cost([method], DEEP, "bfloat16").resident_bytes == storage_bytes(model)
     method.save(model, tmp_path)
     again = method.load(base(dtype=torch.bfloat16), tmp_path, context(dtype=torch.bfloat16))
     for point in method.points():

@@ -1,5 +1,6 @@
 from helpers import SHAPE, adamw, counted, prepared, stated, tiny_model, train
 
+from effbench.methods.chain import chain_cost
 from effbench.methods.full import Full
 
 
@@ -16,7 +17,9 @@ def test_everything_trains_from_float32_masters():
 def test_cost_is_what_is_counted():
     model, _ = prepared(Full())
     assert stated(Full()) == counted(model)
-    bytes_held = [Full().cost(SHAPE, dtype).resident_bytes for dtype in ("bfloat16", "float32")]
+    bytes_held = [
+        chain_cost([Full()], SHAPE, dtype).resident_bytes for dtype in ("bfloat16", "float32")
+    ]
     assert bytes_held == [4 * SHAPE.params] * 2
 
 

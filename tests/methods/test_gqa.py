@@ -12,6 +12,7 @@ from helpers import SHAPE, batch_of, context, counted, logits, stated, tiny_mode
 from transformers import AutoModelForCausalLM
 
 from effbench.api.sharing import shared_shape, top_map
+from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
 from effbench.methods.sharing.gqa import GQA
 from effbench.nn.decode.static import StaticSession, session_for
@@ -48,7 +49,7 @@ def test_as_many_heads_as_before_are_the_model_itself() -> None:
 
 
 def test_it_costs_what_is_counted_and_decodes_in_our_engine() -> None:
-    model, left = pooled(), GQA().left(SHAPE)
+    model, left = pooled(), shape_of(GQA(), SHAPE)
     assert stated(GQA(), shape=left) == counted(model)
     session = session_for(model)
     assert isinstance(session, StaticSession)

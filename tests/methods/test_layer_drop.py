@@ -11,7 +11,11 @@ import torch
 from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
-from effbench.api.shape import LayerSize, Shape, sliced_shape
+from effbench.api.cost import cost_of
+from effbench.api.parts import LayerSize
+from effbench.api.shape import Shape
+from effbench.api.slices import sliced_shape
+from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.layer_drop import LayerDrop, influence, passed
 from effbench.nn.llama.layers import at_layers
@@ -65,10 +69,11 @@ def test_what_is_left_is_the_model_of_these_layers(
     assert json.loads((tmp_path / "layers.json").read_text()) == {"kept": expected}
     again = method.load(tiny_model(shape=DEEP).eval(), tmp_path, context())
     assert logits(again).equal(wanted)
-    left = method.left(DEEP, tmp_path)
-    assert left.num_layers == len(expected) == method.left(DEEP).num_layers
-    assert method.cost(left, "float32").params == sum(p.numel() for p in model.parameters())
-    assert method.cost(left, "float32").saving == ("physical" if len(expected) < 6 else "none")
+    left = shape_of(method, DEEP, folder=tmp_path)
+    assert left.num_layers == len(expected) == shape_of(method, DEEP).num_layers
+    cost = cost_of(left, "float32", DEEP)
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    assert cost.saving == ("physical" if len(expected) < 6 else "none")
 
 
 def test_the_least_influence_goes_first() -> None:

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from effbench.api.schema import build
 from effbench.api.shape import LINEARS
 from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import init_a, svd_truncate, truncate
 from effbench.util.errors import UserError
 
@@ -106,7 +107,9 @@ def test_cost_is_what_is_counted(point):
     before = flops(tiny_model())
     with method.at(model, point):
         assert stated(method, point) == counted(model)
-        more = method.cost(SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
+        more = (
+            chain_cost([method], SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
+        )
         assert flops(model) - before == more
     rank = 2 if point else 8
     assert stated(method, point)["trainable"] == 2 * rank * (64 + 64 + 128 + 64)
@@ -202,7 +205,7 @@ def test_a_rank_above_what_a_layer_can_have_is_refused():
 @pytest.mark.parametrize("point", ["r0", "r9", "8", "rx", "r-1"])
 def test_an_unknown_point_is_refused(point):
     with pytest.raises(UserError, match="no operating point"):
-        LoRA(rank=8).cost(SHAPE, "float32", point)
+        chain_cost([LoRA(rank=8)], SHAPE, "float32", point)
 
 
 def _all(model):

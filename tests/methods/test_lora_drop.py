@@ -21,6 +21,7 @@ from effbench.api.schema import build
 from effbench.api.shape import Shape
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
 from effbench.methods.trains import begin_training
 from effbench.nn.decode.droppable import TemporalSession
@@ -355,7 +356,7 @@ def test_baselines_are_points_without_maps(window: int) -> None:
         )
     assert len({float(x.sum()) for x in seen.values()}) == 4
     stand_in = 2 * 4 * SHAPE.hidden_size * 3 * window / (window + 1)
-    costs = {p: method.cost(SHAPE, "float32", p) for p in (k, f"{k}-reuse")}
+    costs = {p: chain_cost([method], SHAPE, "float32", p) for p in (k, f"{k}-reuse")}
     read = costs[k].bytes_per_token - costs[f"{k}-reuse"].bytes_per_token
     assert read == pytest.approx(4 * stand_in)
     assert method.whole(SHAPE) == "k0" and "generate" in method.engines("k0")
@@ -529,7 +530,9 @@ def test_only_the_stand_ins_train_and_start_by_seed_and_layer() -> None:
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"lora_drop.layers.{i}.{m}" for i in (2, 3, 5) for m in "AB"}
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == 2 * 4 * SHAPE.hidden_size * 3 == method.cost(SHAPE, "float32").trainable
+    assert (
+        count == 2 * 4 * SHAPE.hidden_size * 3 == chain_cost([method], SHAPE, "float32").trainable
+    )
     torch.rand(7)
     other: Any = LoRADrop(rank=4, layers=(3,)).prepare(tiny(), context())
     start = model.lora_drop.layers["3"]
@@ -698,7 +701,7 @@ def test_cost_is_what_is_counted(kv: Any, monkeypatch: pytest.MonkeyPatch) -> No
     model = prepared(method)
     for point in method.points():
         window = int(point[1:])
-        cost = method.cost(SHAPE, "float32", point)
+        cost = chain_cost([method], SHAPE, "float32", point)
         parameters = list(model.parameters())
         assert cost.params == sum(p.numel() for p in parameters)
         assert cost.trainable == sum(p.numel() for p in parameters if p.requires_grad)
@@ -737,17 +740,19 @@ def test_speed_ceiling() -> None:
     assert speed_ceiling(1.0, 3) == 4.0
     smol = Shape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
     one = 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 2 * 576
-    share = one / (LoRADrop(window=0).cost(smol, "float32").bytes_per_token / 4)
+    share = one / (chain_cost([LoRADrop(window=0)], smol, "float32").bytes_per_token / 4)
     assert speed_ceiling(15 * share, 3) == pytest.approx(1.42, abs=0.01)
     assert speed_ceiling(22 * share, 3) == pytest.approx(1.77, abs=0.01)
     llama = Shape(4096, 11008, 32, 32, 32, 128, 32000)
     one = 4096 * (4 * 4096 + 3 * 11008) + 2 * 4096
-    share = one / (LoRADrop(window=0).cost(llama, "float32").bytes_per_token / 4)
+    share = one / (chain_cost([LoRADrop(window=0)], llama, "float32").bytes_per_token / 4)
     found = [speed_ceiling(n * share, k) for n, k in ((16, 3), (24, 3), (24, 5))]
     assert [round(x, 2) for x in found] == [1.58, 2.23, 2.58]
     assert round(speed_ceiling(0.75, 3), 2) == 2.29
     method = LoRADrop(window=3)
     count = len(method.droppable(30))
-    full, dropped = (method.cost(smol, "bfloat16", p).bytes_per_token for p in ("k0", "k3"))
+    full, dropped = (
+        chain_cost([method], smol, "bfloat16", p).bytes_per_token for p in ("k0", "k3")
+    )
     assert 1 < full / dropped < speed_ceiling(count * share, 3)
-    assert LoRADrop(layers=(9,)).cost(smol, "float32").trainable == 18_432
+    assert chain_cost([LoRADrop(layers=(9,))], smol, "float32").trainable == 18_432

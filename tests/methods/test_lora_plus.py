@@ -3,9 +3,11 @@ import torch
 from helpers import SHAPE, counted, logits, prepared, stated, tiny_model, train
 from peft.optimizers import create_loraplus_optimizer
 
+from effbench.api.footprint import training_of
 from effbench.api.schema import build
 from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.adapters.lora_plus import LoRAPlus
+from effbench.methods.chain import shape_of
 from effbench.util.errors import UserError
 
 SMALL = [
@@ -78,7 +80,9 @@ def test_at_ratio_1_a_run_is_that_of_lora(bench):
 def test_cost_is_that_of_lora():
     method = LoRAPlus(rank=4)
     assert stated(method) == counted(prepared(method)[0]) == stated(LoRA(rank=4))
-    assert method.training(SHAPE, "float32") == LoRA(rank=4).training(SHAPE, "float32")
+    assert training_of(shape_of(method, SHAPE, phase="train"), "float32") == training_of(
+        shape_of(LoRA(rank=4), SHAPE, phase="train"), "float32"
+    )
 
 
 def test_a_ratio_of_nothing_is_refused():

@@ -24,8 +24,10 @@ from effbench.api.shape import Shape
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.qdylora import QDyLoRA
 from effbench.methods.adapters.qlora import QLoRA
+from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import control_of, low_rank_layers
-from effbench.nn.quant.linears import NF4Linear, quantise_nf4, storage_bytes
+from effbench.nn.quant.formats.nf4 import NF4Format
+from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
 from effbench.nn.quant.nf4 import nf4_bytes
 
 SMOLLM2 = Shape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
@@ -155,12 +157,12 @@ def test_7_the_base_never_changes():
 def test_8_nf4_bytes_per_weight():
     layer = torch.nn.Linear(256, 128, bias=False)
     model = torch.nn.ModuleDict({"q_proj": layer})
-    quantise_nf4(model, compute_dtype=torch.float32, targets=("q_proj",))
+    pack_linears(model, NF4Format(), torch.float32, ("q_proj",))
     assert isinstance(model["q_proj"], NF4Linear)
     exact = 256 * 128 * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4  # and the mean of the scales, once
     assert storage_bytes(model) == nf4_bytes(256, 128) == exact
-    cost = QDyLoRA(rank=1).cost(SMOLLM2, "bfloat16")
-    dense = DyLoRA(rank=1).cost(SMOLLM2, "bfloat16")
+    cost = chain_cost([QDyLoRA(rank=1)], SMOLLM2, "bfloat16")
+    dense = chain_cost([DyLoRA(rank=1)], SMOLLM2, "bfloat16")
     assert cost.params == dense.params
     saved = dense.resident_bytes - cost.resident_bytes
     assert 106_168_320 * 2 - saved == 30 * sum(
@@ -172,8 +174,8 @@ def test_8_nf4_bytes_per_weight():
     ("shape", "per_rank"), [(SMOLLM2, 305_280), (LLAMA_7B, 2_498_560)], ids=["smollm2", "7b"]
 )
 def test_9_adapter_parameters(shape, per_rank):
-    assert QDyLoRA(rank=64).cost(shape, "bfloat16").trainable == per_rank * 64
-    assert QDyLoRA(rank=64).cost(shape, "bfloat16", "r1").trainable == per_rank * 64
+    assert chain_cost([QDyLoRA(rank=64)], shape, "bfloat16").trainable == per_rank * 64
+    assert chain_cost([QDyLoRA(rank=64)], shape, "bfloat16", "r1").trainable == per_rank * 64
 
 
 def test_9_cost_is_what_is_counted():
@@ -182,7 +184,7 @@ def test_9_cost_is_what_is_counted():
     for point in method.points():
         with method.at(model, point):
             assert stated(method, point) == counted(model)
-    low, high = (method.cost(SHAPE, "float32", p) for p in ("r1", "r6"))
+    low, high = (chain_cost([method], SHAPE, "float32", p) for p in ("r1", "r6"))
     per_rank = low.trainable // 6
     assert high.flops_per_token - low.flops_per_token == 2 * 5 * per_rank
     assert high.bytes_per_token - low.bytes_per_token == 4 * 5 * per_rank
@@ -233,10 +235,11 @@ def test_planning_needs_no_torch():
         "import sys\n"
         "from effbench.api.registry import find\n"
         "from effbench.api.shape import Shape\n"
+        "from effbench.methods.chain import chain_cost\n"
         "shape = Shape(64, 128, 2, 4, 2, 16, 128)\n"
         "for name in 'full lora qlora dylora qdylora kd subset'.split():\n"
         "    method = find('methods', name)()\n"
-        "    method.points(), method.cost(shape, 'bfloat16')\n"
+        "    method.points(), chain_cost([method], shape, 'bfloat16')\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

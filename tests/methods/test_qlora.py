@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.adapters.qlora import QLoRA
+from effbench.methods.chain import chain_cost
 from effbench.nn.quant.linears import NF4Linear
 
 
@@ -67,7 +68,7 @@ def test_cost_is_what_is_counted():
     method = QLoRA(rank=4, targets=("v_proj", "up_proj"))
     model, _ = prepared(method)
     assert stated(method) == counted(model)
-    assert method.cost(SHAPE, "float32").saving == "physical"
+    assert chain_cost([method], SHAPE, "float32").saving == "physical"
 
 
 def test_peft_loads_the_export_on_the_quantised_base(tmp_path):

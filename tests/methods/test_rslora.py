@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from effbench.api.shape import LINEARS
 from effbench.methods.adapters.lora import LoRA, peft_adapters
 from effbench.methods.adapters.rslora import RankStabilisedLoRA as RsLoRA
+from effbench.methods.chain import chain_cost
 
 
 def test_the_untrained_adapter_changes_nothing():
@@ -55,4 +56,4 @@ def test_peft_loads_the_export(tmp_path, point):
 def test_cost_is_that_of_lora():
     method = RsLoRA(rank=4)
     assert stated(method) == counted(prepared(method)[0]) == stated(LoRA(rank=4))
-    assert method.cost(SHAPE, "bfloat16") == LoRA(rank=4).cost(SHAPE, "bfloat16")
+    assert chain_cost([method], SHAPE, "bfloat16") == chain_cost([LoRA(rank=4)], SHAPE, "bfloat16")

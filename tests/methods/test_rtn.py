@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from effbench.api.method_types import Context
 from effbench.api.registry import find
 from effbench.api.shape import Shape
+from effbench.methods.chain import chain_cost
 from effbench.methods.compresses import compress_whole
 from effbench.methods.none import Unchanged
 from effbench.methods.quant.rtn import RTN
@@ -165,7 +166,7 @@ def test_groups_are_independent_and_zeros_exact(symmetric: bool) -> None:
 def test_cost_is_what_is_stored(bits: int, group: int, symmetric: bool, dtype: str) -> None:
     method = RTN(bits=bits, group_size=group, symmetric=symmetric)
     model = compressed(method, getattr(torch, dtype))
-    cost = method.cost(SHAPE, dtype)
+    cost = chain_cost([method], SHAPE, dtype)
     assert cost.resident_bytes == storage_bytes(model)
     assert cost.bytes_per_token == storage_bytes(model)  # tied: the head is read, and all is
     assert cost.saving == "physical" and cost.trainable == 0
@@ -217,8 +218,9 @@ def test_it_needs_dense_layers() -> None:
 def test_cost_needs_no_torch() -> None:
     program = (
         "import sys; from effbench.methods.quant.rtn import RTN;"
-        "from effbench.api.shape import Shape;"
-        "RTN().cost(Shape(64, 128, 2, 4, 2, 16, 97), 'bfloat16'); assert 'torch' not in sys.modules"
+        "from effbench.api.shape import Shape; from effbench.methods.chain import chain_cost;"
+        "chain_cost([RTN()], Shape(64, 128, 2, 4, 2, 16, 97), 'bfloat16');"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -228,7 +230,7 @@ def test_unchanged_is_the_identity(tmp_path: Path) -> None:
     before = model(IDS).logits
     assert torch.equal(method.load(model, tmp_path, context())(IDS).logits, before)
     assert not any(p.requires_grad for p in model.parameters())
-    cost = method.cost(SHAPE, "float32")
+    cost = chain_cost([method], SHAPE, "float32")
     assert cost.resident_bytes == storage_bytes(model)
     assert cost.trainable == 0 and cost.saving == "none"
     Unchanged().check_start([RTN()])

@@ -25,11 +25,13 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
+from effbench.api.footprint import training_of
 from effbench.api.schema import build
+from effbench.api.shape import ModelShape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.depth.reading import depth_set, paper_thresholds
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
@@ -310,7 +312,7 @@ def test_layers_are_left_out_as_often_as_stated():
         method.loss(model, batch_of(rows=1), ctx)
     passes = counted.count / batch_of(rows=1).input_ids.numel() / 100
     counted.close()
-    stated = method.training(DEEP, "float32").run
+    stated = training_of(shape_of(method, DEEP, phase="train"), "float32").run
     assert stated == pytest.approx(sum(1 - p for p in layerskip.drop_rates(5)))
     assert abs(passes - stated) < 4 * (sum(layerskip.drop_rates(5)) / 100) ** 0.5
 
@@ -521,7 +523,7 @@ def test_a_depth_caches_its_own_layers_alone(layout):
         assert used == 2 * n * SHAPE.num_kv_heads * SHAPE.head_dim * 4 * 13 * 2
         full = full or used
         assert used == full * n / 5
-        assert method.cost(DEEP, "float32", f"d{n}").kv_bytes_per_token == used / 13 / 2
+        assert chain_cost([method], DEEP, "float32", f"d{n}").kv_bytes_per_token == used / 13 / 2
 
 
 @pytest.mark.parametrize("layout", ["prefix", "skip_middle"])
@@ -534,7 +536,7 @@ def test_parameters_rise_with_depth_and_nest(layout):
             sizes.append(sum(p.numel() for p in model.parameters()))
             names.append(set(dict(model.named_parameters())))
             held.append({id(p) for p in model.parameters()})
-        stated_.append(method.cost(DEEP, "float32", f"d{n}").params)
+        stated_.append(chain_cost([method], DEEP, "float32", f"d{n}").params)
         assert len(kept) == n
     assert sizes == sorted(set(sizes)) == stated_
     assert all(a < b for found in (names, held) for a, b in pairwise(found))
@@ -546,8 +548,8 @@ def test_cost_is_what_is_counted(point, norm):
     method, model, _ = ready(train_norm=norm, targets=("k_proj", "gate_proj"))
     with method.at(model.eval(), point):
         assert stated(method, point, DEEP) == counted(model)
-        assert method.cost(DEEP, "float32", point).flops_per_token == flops(model)
-        assert method.cost(DEEP, "float32", point).saving == (
+        assert chain_cost([method], DEEP, "float32", point).flops_per_token == flops(model)
+        assert chain_cost([method], DEEP, "float32", point).saving == (
             "physical" if point == "d2" else "none"
         )
 
@@ -576,13 +578,13 @@ def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
                 token = session.step(token).argmin(-1, keepdim=True)
 
         found = work(decode) / 6
-    cost = method.cost(DEEP, "float32", point)
+    cost = chain_cost([method], DEEP, "float32", point)
     assert cost.flops_per_token == pytest.approx(found, rel=0.01)
     passes = session.counts()["layer_passes"]
     assert passes == {"exit": 5, "speculative": 2 * 4 + 3}[point]
     # Weights once a pass, and the head at each exit or draft and at verification.
-    head = dense_cost(replace(DEEP, num_layers=0), 4).bytes_per_token
-    layer = (method.cost(DEEP, "float32", "d5").bytes_per_token - head) / 5
+    head = cost_of(ModelShape.of(DEEP).only(()), "float32").bytes_per_token
+    layer = (chain_cost([method], DEEP, "float32", "d5").bytes_per_token - head) / 5
     heads = {"exit": 3, "speculative": 4}[point]
     assert cost.bytes_per_token == pytest.approx(passes * layer + heads * head)
 

@@ -32,7 +32,8 @@ from effbench.nn.decode.static import StaticSession, session_for
 from effbench.nn.llama.layers import at_layers
 from effbench.nn.llama.replace import replace_linears
 from effbench.nn.llama.walk import why_not
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.formats.nf4 import NF4Format
+from effbench.nn.quant.linears import pack_linears
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -222,7 +223,7 @@ def test_a_step_may_leave_blocks_out(rows: int, way: str) -> None:
 def test_changed_linears_are_called_as_modules(kind: str) -> None:
     model, ids = random_model(FAMILIES["llama"]), some_ids(2, 20)
     if kind == "nf4":
-        quantise_nf4(model, compute_dtype=torch.float32)
+        pack_linears(model, NF4Format(), torch.float32)
     else:
         control = RankControl(4)
         targets = ["down_proj"] if kind == "one adapter" else ["q_proj", "gate_proj", "o_proj"]

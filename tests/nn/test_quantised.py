@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.nn.llama.replace import decoder_linears, replace_linears
 from effbench.nn.quant import nf4
+from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import (
     Backend,
     NF4Linear,
     PackedLinear,
     QuantisedLinear,
     dense_linears,
-    quantise_nf4,
+    pack_linears,
     storage_bytes,
 )
 from effbench.util.errors import UserError
@@ -247,10 +248,10 @@ def test_first_use_under_inference_mode_does_not_spoil_training(kind: str) -> No
 # -- models --------------------------------------------------------------------------------------
 
 
-def test_quantise_nf4_takes_the_decoder_linears_and_nothing_else() -> None:
+def test_packing_takes_the_decoder_linears_and_nothing_else() -> None:
     model = tiny()
     kept = {n: p.clone() for n, p in model.named_parameters() if "proj" not in n}
-    names = quantise_nf4(model, compute_dtype=torch.float32)
+    names = pack_linears(model, NF4Format(), torch.float32)
     assert len(names) == 14
     assert all(isinstance(m, NF4Linear) for _, m in decoder_linears(model))
     assert dict(model.named_parameters()).keys() == kept.keys()
@@ -262,16 +263,16 @@ def test_backends_agree_to_the_bit() -> None:
     logits = []
     for backend in BACKENDS:
         model = tiny()
-        quantise_nf4(model, compute_dtype=torch.float32, backend=backend)
+        pack_linears(model, NF4Format(backend), torch.float32)
         logits.append(model(ids).logits)
     assert torch.equal(*logits)
 
 
 def test_only_dense_linears_are_quantised() -> None:
     model = tiny()
-    quantise_nf4(model, compute_dtype=torch.float32)
+    pack_linears(model, NF4Format(), torch.float32)
     with pytest.raises(UserError, match="NF4Linear"):
-        quantise_nf4(model, compute_dtype=torch.float32)
+        pack_linears(model, NF4Format(), torch.float32)
 
 
 def test_storage_is_counted_once_and_exactly() -> None:
@@ -281,7 +282,7 @@ def test_storage_is_counted_once_and_exactly() -> None:
     sizes = [(m.in_features, m.out_features) for _, m in dense_linears(model)]
     weights = sum(d_in * d_out for d_in, d_out in sizes)
     packed = sum(nf4.nf4_bytes(*size) for size in sizes)
-    quantise_nf4(model, compute_dtype=torch.float32)
+    pack_linears(model, NF4Format(), torch.float32)
     assert storage_bytes(model) == 4 * (params - weights) + packed
     with torch.device("meta"):
         assert storage_bytes(tiny()) == 4 * params
@@ -289,7 +290,7 @@ def test_storage_is_counted_once_and_exactly() -> None:
 
 def test_storage_of_bitsandbytes_own_layers_is_the_same() -> None:
     model, theirs = tiny(), tiny()
-    quantise_nf4(model, compute_dtype=torch.float32)
+    pack_linears(model, NF4Format(), torch.float32)
 
     def make(name: str, base: Any) -> torch.nn.Module:
         new = bnb.nn.Linear4bit(base.in_features, base.out_features, False, quant_type="nf4")

@@ -14,12 +14,12 @@ import torch
 from helpers import SHAPE, batch_of, context, generator, logits, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
-from effbench.api.cost import dense_cost
-from effbench.api.footprint import Pass, step_flops, trained_layers
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, step_flops, training_of
+from effbench.api.shape import ModelShape
 from effbench.api.sharing import (
     TAKEN,
     LayerMap,
-    SharedShape,
     listed_map,
     pair_map,
     require_unshared,
@@ -29,6 +29,7 @@ from effbench.api.sharing import (
 from effbench.api.spec import ModelSpec
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
+from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
@@ -142,7 +143,7 @@ def test_parameters_are_removed(sharing: LayerMap) -> None:
     whole, model = dense(), shared(sharing)
     shape = shape_shared(model, DEEP)
     assert shape == shared_shape(DEEP, sharing)
-    assert isinstance(shape, SharedShape)
+    assert not shape.uniform
     count = sum(p.numel() for p in model.parameters())
     d, q, kv = 64, 64, 32
     per_layer = 2 * d * kv if sharing.mode == "kv" else d * q + d * kv
@@ -180,7 +181,7 @@ def test_nothing_shared_is_the_model_itself(dtype: torch.dtype) -> None:
     whole, model = dense(dtype), shared(top_map(6, 0), dtype)
     assert logits(model).equal(logits(whole))
     assert map_of(model) is None
-    assert shape_shared(model, DEEP) == DEEP
+    assert shape_shared(model, DEEP) == ModelShape.of(DEEP)
     assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
 
 
@@ -586,7 +587,7 @@ def test_prefill_flops_are_what_torch_counts(sharing: LayerMap) -> None:
     shape = shape_shared(model, DEEP)
     with torch.no_grad():
         counted = flops(lambda: last_logits(model, ids, None, None, DynamicCache()))
-    stated = prefill_flops(dense_cost(shape, 4), shape, 2, 32)
+    stated = prefill_flops(cost_of(shape, "float32"), shape, 2, 32)
     # torch counts whole squares of scores, of which a query sees half
     squares = 4 * DEEP.num_heads * DEEP.head_dim * (6 - shape.tail) * (32 * 32 - 32 * 33 // 2) * 2
     assert stated + squares == pytest.approx(counted, rel=1e-6)
@@ -613,10 +614,14 @@ def test_training_costs_what_is_stated(sharing: LayerMap, method: Method) -> Non
     model = shared(sharing, torch.float32, "eager")
     shape, batch = shape_shared(model, DEEP), batch_of(length=40)
     model = method.prepare(model.requires_grad_(False), context()).train()
-    assert method.cost(shape, "float32").params == sum(p.numel() for p in model.parameters())
+    assert chain_cost([method], shape, "float32").params == sum(
+        p.numel() for p in model.parameters()
+    )
     counted = flops(lambda: method.loss(model, batch, context()).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
-    stated = step_flops(shape, method.training(shape, "float32"), one, square=True)
+    stated = step_flops(
+        training_of(shape_of(method, shape, phase="train"), "float32"), one, square=True
+    )
     assert stated == pytest.approx(counted, rel=0.01)
 
 
@@ -641,7 +646,7 @@ def test_what_is_kept_for_the_backward_pass(sharing: LayerMap, dtype: torch.dtyp
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), cast:
         Full().loss(model, batch, None)  # type: ignore[arg-type]
     kept = sum(t.untyped_storage().nbytes() for t in seen.values())
-    training = trained_layers(shape_shared(model, wide), dtype.itemsize, masters=True)
+    training = training_of(shape_shared(model, wide).trained(), str(dtype).removeprefix("torch."))
     assert training.layers * 256 + training.fixed == pytest.approx(kept, rel=0.06)
 
 
@@ -653,7 +658,7 @@ def test_rounding_goes_on_from_a_shared_model() -> None:
     compress_whole(RTN(bits=8), model, [], context())
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 36
     assert len(list(shape.linears())) == 36
-    assert storage_bytes(model) == RTN(bits=8).cost(shape, "float32").resident_bytes
+    assert storage_bytes(model) == chain_cost([RTN(bits=8)], shape, "float32").resident_bytes
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from conftest import Bench
 from helpers import SHAPE, batch_of, begun, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
-from effbench.api.footprint import Pass, step_flops
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
+from effbench.api.parts import LayerSize
 from effbench.api.plugins import make_method
-from effbench.api.shape import LayerSize, Shape
+from effbench.api.shape import Shape
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
-from effbench.methods.chain import inference_cost
+from effbench.methods.chain import inference_cost, shape_of
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.depth.sorted_lora import SortedLoRA
@@ -170,7 +171,9 @@ def test_training_goes_on_at_the_stated_flops(method: Method, name: str) -> None
     model = begun(method, model, ctx).train()
     counted = flops(lambda: method.loss(model, batch, ctx).backward())
     one = Pass("train", *batch.input_ids.shape, batch.loss_tokens)
-    stated = step_flops(shape, method.training(shape, "float32"), one, square=True)
+    stated = step_flops(
+        training_of(shape_of(method, shape, phase="train"), "float32"), one, square=True
+    )
     assert stated == pytest.approx(counted, rel=0.01)
 
 

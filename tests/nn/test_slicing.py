@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from effbench.api.cost import dense_cost
-from effbench.api.shape import LayerSize, Shape, SlicedShape, planned_slice, sliced_shape
+from effbench.api.cost import cost_of
+from effbench.api.parts import LayerSize
+from effbench.api.shape import ModelShape, Shape
+from effbench.api.slices import planned_slice, sliced_shape
 from effbench.api.spec import ModelSpec
 from effbench.models.load import load, shape_in
 from effbench.nn.decode.session import CachedSession, greedy
@@ -221,10 +223,10 @@ def test_counts_are_exact(tied: bool) -> None:
     norms, tables = (2 * shape.num_layers + 1) * dims, shape.vocab_size * dims * (1 if tied else 2)
     assert left.linear_params == count_by_hand(layout, kept)
     assert parameters(model).total == left.params == left.linear_params + norms + tables
-    cost = dense_cost(left, 4)
+    cost = cost_of(left, "float32")
     assert storage_bytes(model) == cost.resident_bytes
     assert flops(model) == cost.flops_per_token
-    assert isinstance(left, SlicedShape)
+    assert not left.uniform
 
 
 def test_empty_layers_keep_the_cache_in_step() -> None:
@@ -332,8 +334,8 @@ FRESH = """
 import sys, torch
 from itertools import pairwise
 from pathlib import Path
-from effbench.models.load import load
-from effbench.api.spec import ModelSpec
+from effbench.models.load import (load)
+from effbench.api.spec import (ModelSpec)
 spec = ModelSpec(name="folder", source="folder", path=sys.argv[1])
 loaded = load(spec, device="cpu", dtype=torch.float32, tokenizer=False)
 with torch.no_grad():
@@ -374,8 +376,8 @@ def test_alike_layers_load_in_transformers(tmp_path: Path) -> None:
         dtype=torch.float32,
         tokenizer=False,
     )
-    assert loaded.shape == shape_left(model, TIED) == sliced_shape(TIED, 40, sizes)
-    assert type(loaded.shape) is Shape
+    assert ModelShape.of(loaded.shape) == shape_left(model, TIED) == sliced_shape(TIED, 40, sizes)
+    assert loaded.shape.uniform
 
 
 def test_a_width_that_transformers_refuses_is_ours_to_load(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_a_planned_slice_fits_the_budget(keep: float) -> None:
     planned = planned_slice(SHAPE, keep)
     assert planned.linear_params <= keep * SHAPE.linear_params
     assert planned.linear_params > keep * SHAPE.linear_params - 2 * SHAPE.hidden_size * 96
-    assert (planned == SHAPE) == (keep == 1)
+    assert (planned == ModelShape.of(SHAPE)) == (keep == 1)
 
 
 # -- other methods go on from it ---------------------------------------------------------------

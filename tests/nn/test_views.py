@@ -91,6 +91,10 @@ def test_what_keeps_everything_changes_no_bit(
     assert decoded(ours, ids, 7).equal(decoded(theirs, ids, 7))
     assert ours.kv_bytes() == theirs.kv_bytes()
     assert whole_logits(model, policy, ids).equal(model(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    expected = model(ids, attention_mask=mask).logits
+    assert whole_logits(model, policy, ids, mask).equal(expected)
     assert model.config._attn_implementation == attention
 
 

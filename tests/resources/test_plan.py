@@ -4,7 +4,8 @@ import pytest
 from helpers import SHAPE
 
 from effbench.api.footprint import Pass
-from effbench.api.shape import LayerSize, sliced_shape
+from effbench.api.parts import LayerSize
+from effbench.api.slices import sliced_shape
 from effbench.api.spec import Job, Machine
 from effbench.cli.plan_text import render
 from effbench.config.compose import compose

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SHAPE, tiny_model
 
-from effbench.api.cost import dense_cost
+from effbench.api.cost import cost_of
 from effbench.nn.decode.session import CachedSession
 from effbench.resources import roofline, timing
 from effbench.resources.counting import flops
@@ -23,7 +23,7 @@ from effbench.resources.roofline import (
 )
 from effbench.util.errors import UserError
 
-COST = dense_cost(SHAPE, 4)
+COST = cost_of(SHAPE, "float32")
 
 
 def test_flops_are_those_of_torchs_counter() -> None:

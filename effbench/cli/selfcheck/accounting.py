@@ -16,15 +16,16 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
-from effbench.api.footprint import Pass, step_flops
+from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
+from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import inference_cost
+from effbench.methods.chain import chain_shapes, inference_cost, shape_of
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.results.records import Record
@@ -88,7 +89,7 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
     """Yield the checks of what a method made, whose artefact lies in `folder`."""
     from effbench.nn.quant.linears import storage_bytes
 
-    shape, where = method.left(SHAPE, folder), name
+    (shape,), where = chain_shapes([method], SHAPE, [folder]), name
     for point in method.points():
         where = f"{name} {point}".strip()
         with method.at(model, point):
@@ -108,9 +109,9 @@ def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     from effbench.resources.counting import flops
 
     batch = _batch()
-    training = method.training(SHAPE, "float32")
+    training = training_of(shape_of(method, SHAPE, phase="train"), "float32")
     one = Pass("train", ROWS, TOKENS, batch.loss_tokens)
-    expected = step_flops(SHAPE, training, one, square=True)
+    expected = step_flops(training, one, square=True)
     others = SHAPE.flops_per_token(TOKENS) * one.size * len(method.holds())
     work = [flops(lambda: method.loss(model, batch, ctx).backward()) for _ in range(DRAWS)]
     counted = sum(work) / DRAWS
@@ -127,7 +128,7 @@ def _forward(method: Method, model: Any, point: str) -> int:
         return flops(lambda: method.logits(model, _batch(), point))
 
 
-def _parallel(method: Method, shape: Shape, model: Any, cost: Cost, point: str) -> float:
+def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: str) -> float:
     """Return the FLOPs per token of a teacher-forced pass; torch counts attention as full squares.
 
     It is what decoding costs, except where decoding skips what one parallel pass has to compute.
@@ -137,7 +138,8 @@ def _parallel(method: Method, shape: Shape, model: Any, cost: Cost, point: str) 
     attention = (shape.flops_per_token(TOKENS) - dense) * layers / shape.num_layers
     if cost.flops_per_token < dense and not method.forward(point).shares_prefixes:
         head = 2 * shape.vocab_size * shape.hidden_size
-        return method.training(shape, "float32").forward + head + attention
+        working = training_of(shape_of(method, SHAPE, phase="train"), "float32")
+        return working.forward + head + attention
     return cost.flops_per_token + attention
 
 
@@ -159,11 +161,11 @@ def _model(method: Method) -> tuple[Any, Context]:
     """Return the random model as the method trains, compresses or finds it, and its context."""
     import torch
 
-    from effbench.nn.quant.linears import quantise_nf4
+    from effbench.nn.quant.linears import pack_linears
 
     model = _random()
-    if method.weights == "nf4":
-        quantise_nf4(model, compute_dtype=torch.float32)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), torch.float32)
     generator = torch.Generator().manual_seed(0)
     place = torch.device("cpu")
     ctx = Context(0, place, torch.float32, generator, lambda name: _random(), total_steps=DRAWS)

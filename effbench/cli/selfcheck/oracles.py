@@ -21,7 +21,9 @@ import torch
 from effbench.api import registry
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
+from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec, Plugin
+from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check
 from effbench.config.compose import compose, settings_of
 from effbench.data.dataset import Data
@@ -35,7 +37,7 @@ from effbench.methods.base import Method
 from effbench.methods.none import Unchanged
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
-from effbench.nn.quant.linears import quantise_nf4
+from effbench.nn.quant.linears import pack_linears
 from effbench.resources.energy import Meter
 from effbench.resources.timing import interleaved
 
@@ -99,8 +101,8 @@ def untrained(name: str, dataset: DatasetSpec) -> tuple[Subject, Subject]:
 
     def base() -> torch.nn.Module:
         model = tiny_model()
-        if method.weights == "nf4":
-            quantise_nf4(model, compute_dtype=torch.float32)
+        if is_packed(method.weights):
+            pack_linears(model, find(method.weights)(), torch.float32)
         return model
 
     ctx = Context(
@@ -270,9 +272,8 @@ def subject_of(model: torch.nn.Module, dataset: DatasetSpec) -> Subject:
     spec = compose("eval", ["model=tiny"]).spec.model
     tokenizer = models.load_tokenizer(spec)
     data = Data(dataset, tokenizer)
-    return Subject(
-        model, Unchanged(), "", data, CPU, 0, 0, tokenizer=tokenizer, shape=models.shape_of(spec)
-    )
+    shape = ModelShape.of(models.shape_of(spec))
+    return Subject(model, Unchanged(), "", data, CPU, 0, 0, tokenizer=tokenizer, shape=shape)
 
 
 def values(result: Result) -> dict[str, float]:

@@ -23,26 +23,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from annotated_types import Interval
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
+from effbench.api.parts import Objective, low_rank
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, LayerSize, Shape
-from effbench.methods.adapters.lora import (
-    Dropout,
-    base_name,
-    check_rank_fits,
-    check_targets,
-    with_adapters,
-)
+from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.methods.adapters.lora import Dropout, base_name, check_rank_fits, check_targets
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -58,20 +52,6 @@ AVERAGE_BYTES = 8
 
 
 @dataclass(frozen=True)
-class RankedShape(Shape):
-    """Sizes of a model whose adapters have ranks of their own."""
-
-    layers: tuple[LayerSize, ...] = ()
-    """Sizes of each block."""
-    ranks: tuple[tuple[int, str, int], ...] = ()
-    """Block, linear and rank of each adapter."""
-
-    def layer(self, index: int) -> LayerSize:
-        """Return the sizes of one decoder block."""
-        return self.layers[index]
-
-
-@dataclass(frozen=True)
 class AdaLoRA(Trains):
     """Low-rank adaptation with a budget of ranks for all layers together."""
 
@@ -81,7 +61,7 @@ class AdaLoRA(Trains):
         "2303.10512",
     )
     learning_rate: ClassVar[float] = 5e-3
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
 
     rank: PositiveInt = 16
@@ -125,7 +105,7 @@ class AdaLoRA(Trains):
         """R0."""
         return self.first_rank or -(-3 * self.rank // 2)
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a first rank that is more than full for a target."""
         check_rank_fits(shape, self.highest, self.targets, "first_rank")
         return self
@@ -212,53 +192,29 @@ class AdaLoRA(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return `shape` with the ranks that an artefact states; without one they are alike."""
-        if folder is None or not (folder / RANKS).is_file():
-            return shape
-        values: dict[str, Any] = {f.name: getattr(shape, f.name) for f in fields(Shape)}
-        blocks = tuple(shape.layer(index) for index in range(shape.num_layers))
-        ranks = []
-        for name, rank in json.loads((folder / RANKS).read_text()).items():
-            parts = name.split(".")
-            ranks.append((int(parts[parts.index("layers") + 1]), parts[-1], rank))
-        return RankedShape(**values, layers=blocks, ranks=tuple(ranks))
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put adapters beside the targets: of R0 while it trains, then of the ranks that stay.
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the base as it is held and plain adapters of the ranks that stay, in float32."""
-        found = {}
-        if isinstance(shape, RankedShape):
-            found = {(layer, name): rank for layer, name, rank in shape.ranks}
-        params = sum(
-            found.get((layer, name), self.rank) * (d_in + d_out)
-            for layer, name, d_in, d_out in shape.linears()
-            if name in self.targets
-        )
-        return with_adapters(base or dense_cost(shape, DTYPE_BYTES[dtype]), params)
-
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Count adapters of rank R0, and the running averages among the resident bytes."""
-        sizes = [i + o for _, name, i, o in shape.linears() if name in self.targets]
-        base = base or dense_cost(shape, DTYPE_BYTES[dtype])
-        cost = with_adapters(base, self.highest * (sum(sizes) + len(sizes)))
-        held = cost.resident_bytes + AVERAGE_BYTES * cost.trainable
-        return replace(cost, resident_bytes=held)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count a frozen base, adapters of rank R0, and the products of P and of Q with itself."""
+        Training holds two float32 running averages of each trained weight, and its loss has the
+        products of P and of Q with itself.
+        """
+        if phase == "use":
+            found = _ranks_in(folder)
+            return base.adapted(
+                lambda i, x: low_rank(x.d_in, x.d_out, found.get((i, x.name), self.rank)),
+                self.targets,
+            )
         rank = self.highest
-        training = adapted_layers(shape, DTYPE_BYTES[dtype], rank, self.targets)
-        scaled = [0] * shape.num_layers  # what lies between Q and P is kept twice
-        sizes = 0
-        for layer, name, d_in, d_out in shape.linears():
-            if name in self.targets:
-                scaled[layer] += 4 * rank
-                sizes += d_in + d_out
+        adapted = base.adapted(
+            lambda _, x: replace(low_rank(x.d_in, x.d_out, rank), scales=rank), self.targets
+        )
+        trained = cost_of(adapted, "float32").trainable
+        sizes = sum(i + o for _, name, i, o in base.linears() if name in self.targets)
+        distance = 6 * rank**2 * sizes if self.orthogonality else 0
         return replace(
-            training,
-            layers=training.layers + sum(scaled),
-            layer=training.layer + max(scaled),
-            gradient_constant=6 * rank**2 * sizes if self.orthogonality else 0,
+            adapted,
+            held_bytes=AVERAGE_BYTES * trained,
+            objective=Objective(gradient_constant=distance),
         )
 
 
@@ -323,3 +279,14 @@ def _listed(layers: dict[str, Any], chosen: torch.Tensor) -> dict[str, list[int]
     """Return the ranks of each layer that are chosen, [layers, R0] bool."""
     rows = chosen.cpu()
     return {n: row.nonzero().flatten().tolist() for n, row in zip(layers, rows, strict=True)}
+
+
+def _ranks_in(folder: Path | None) -> dict[tuple[int, str], int]:
+    """Return the ranks that an artefact states, by block and linear; none without one."""
+    if folder is None or not (folder / RANKS).is_file():
+        return {}
+    found = {}
+    for name, rank in json.loads((folder / RANKS).read_text()).items():
+        parts = name.split(".")
+        found[int(parts[parts.index("layers") + 1]), parts[-1]] = rank
+    return found

@@ -24,19 +24,18 @@ the other methods here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import BOTTOM, Training, adapted_layers
 from effbench.api.method_types import Context, Paper
+from effbench.api.parts import Adapter, Factor, Linear
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
@@ -55,7 +54,7 @@ class DeepLoRA(Trains):
         "2406.04112",
     )
     learning_rate: ClassVar[float] = 1e-2
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
 
@@ -83,7 +82,7 @@ class DeepLoRA(Trains):
                 f"Set method.rank={self.rank + 1}, or method.form=narrow.",
             )
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a rank that is more than full for a target."""
         if self.form != "full":
             check_rank_fits(shape, self.rank, self.targets)
@@ -152,46 +151,18 @@ class DeepLoRA(Trains):
             folder, dict(zip(layers, pairs, strict=True)), rank, self.targets, base_name(model)
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the base as it is held and the updates in float32."""
-        cost = base or dense_cost(shape, DTYPE_BYTES[dtype])
-        added = frames = 0
-        for _, name, d_in, d_out in shape.linears():
-            if name in self.targets:
-                own, frame = update_params(self.form, d_in, d_out, self.rank, self.depth)
-                added, frames = added + own, frames + frame
-        return replace(
-            cost,
-            params=cost.params + added,
-            trainable=added if self.frame_rate else added - frames,
-            resident_bytes=cost.resident_bytes + 4 * added,
-            bytes_per_token=cost.bytes_per_token + 4 * added,
-            flops_per_token=cost.flops_per_token + 2 * added,
-        )
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put an update of several factors beside each target; the inner ones are multiplied out
+        once while it trains.
+        """
+        once = phase == "train"
 
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count a frozen base, the updates' inputs and what lies between their factors."""
-        base = adapted_layers(shape, DTYPE_BYTES[dtype], 0, self.targets)
-        held, products, unneeded = [0] * shape.num_layers, 0, 0
-        for layer, name, d_in, d_out in shape.linears():
-            if name not in self.targets:
-                continue
-            inner = self.rank if self.form != "full" else min(d_in, d_out)
-            between = 2 if self.form == "compressed" else self.depth - 1
-            held[layer] += 4 * inner * between
-            params, frames = update_params(self.form, d_in, d_out, self.rank, self.depth)
-            products += 2 * (frames + inner**2 if self.form == "compressed" else params)
-            if layer == 0 and name in BOTTOM:  # nothing below needs their inputs' gradient
-                unneeded += 2 * inner * d_in
-            if not self.frame_rate:
-                unneeded += 2 * frames
-        return replace(
-            base,
-            layers=base.layers + sum(held),
-            layer=base.layer + max(held),
-            forward=base.forward + products,
-            gradient=base.gradient + 2 * products - unneeded,
-        )
+        def update(_: int, linear: Linear) -> Adapter:
+            return deep_update(
+                self.form, linear.d_in, linear.d_out, self.rank, self.depth, once, self.frame_rate
+            )
+
+        return base.adapted(update, self.targets)
 
 
 class _Frames(Evolution):
@@ -217,10 +188,24 @@ class _Frames(Evolution):
         self.model.zero_grad(set_to_none=True)
 
 
-def update_params(form: str, d_in: int, d_out: int, rank: int, depth: int) -> tuple[int, int]:
-    """Return the parameters of one update, and how many of them are in its frames."""
+def deep_update(
+    form: str, d_in: int, d_out: int, rank: int, depth: int, once: bool, frame_rate: float
+) -> Adapter:
+    """Return the update of one linear.
+
+    Args:
+        form: One of the three.
+        d_in: Width of what the linear reads.
+        d_out: Width of what it gives.
+        rank: Inner width r.
+        depth: Factors.
+        once: Whether the inner factors of the compressed form are one for a token.
+        frame_rate: Of the frames; at 0 they do not train.
+    """
     if form == "compressed":
-        frames = rank * (d_in + d_out)
-        return depth * rank**2 + frames, frames
-    inner = rank if form == "narrow" else min(d_in, d_out)
-    return inner * (d_in + d_out) + (depth - 2) * inner**2, 0
+        trains = frame_rate > 0
+        inner = [Factor(rank, rank, used=0 if once and i else None) for i in range(depth)]
+        return Adapter((Factor(d_in, rank, trains), *inner, Factor(rank, d_out, trains)))
+    width = rank if form == "narrow" else min(d_in, d_out)
+    inner = [Factor(width, width)] * (depth - 2)
+    return Adapter((Factor(d_in, width), *inner, Factor(width, d_out)))

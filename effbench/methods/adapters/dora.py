@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.api.cost import Cost
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper
-from effbench.api.shape import Shape
+from effbench.api.parts import Linear
+from effbench.api.shape import ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
 from effbench.util.lazy import torch
 
@@ -74,28 +74,12 @@ class DoRA(LoRA):
         with super().at(model, point), fixed_gains(model):
             yield
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count what LoRA has and the magnitudes in float32; norms are fixed while it is used."""
-        cost = super().cost(shape, dtype, point, base)
-        more = sum(o for _, name, _, o in shape.linears() if name in self.targets)
-        return replace(
-            cost,
-            params=cost.params + more,
-            trainable=cost.trainable + more,
-            resident_bytes=cost.resident_bytes + 4 * more,
-            bytes_per_token=cost.bytes_per_token + 4 * more,
-        )
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Scale the outputs of what LoRA adapts, by magnitudes over norms fixed for use."""
+        adapted = super().shape(base, point, phase, folder)
 
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count what LoRA keeps, the products V x in float32, and the norms of each micro-batch."""
-        training, kept, products = super().training(shape, dtype), [0] * shape.num_layers, 0
-        for layer, name, d_in, d_out in shape.linears():
-            if name in self.targets:
-                kept[layer] += 4 * d_out
-                products += 2 * self.rank * d_in * d_out
-        return replace(
-            training,
-            layers=training.layers + sum(kept),
-            layer=training.layer + max(kept),
-            forward_constant=products,
-        )
+        def scaled(_: int, linear: Linear) -> Linear:
+            adapter = linear.adapter
+            return replace(linear, adapter=adapter and replace(adapter, gains=linear.d_out))
+
+        return adapted.map_linears(scaled, self.targets)

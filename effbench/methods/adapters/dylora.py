@@ -24,19 +24,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
     base_name,
     check_rank_fits,
     check_ranks,
     check_targets,
-    low_rank_cost,
     rank_of,
 )
 from effbench.methods.trains import Trains
@@ -55,7 +52,7 @@ class DyLoRA(Trains):
         "2210.07558",
     )
     learning_rate: ClassVar[float] = 1e-3
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
     in_one_pass: ClassVar[bool] = True
@@ -103,7 +100,7 @@ class DyLoRA(Trains):
         weight = {"uniform": b**0, "inverse": 1 / b, "proportional": b}[self.distribution]
         return weight / weight.sum()
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
         return self
@@ -165,15 +162,10 @@ class DyLoRA(Trains):
             base_name(model),
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count all R ranks as held in memory and those of `point` as read and multiplied."""
-        nf4 = self.weights == "nf4"
-        used = rank_of(point, self.rank)
-        return low_rank_cost(shape, dtype, nf4, self.targets, self.rank, used, base)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count a step that draws the highest rank."""
-        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put adapters of all R ranks beside the targets; those of `point` are used."""
+        used = self.rank if phase == "train" else rank_of(point, self.rank)
+        return base.low_rank(self.rank, self.targets, used)
 
 
 class _DrawnRank(Evolution):

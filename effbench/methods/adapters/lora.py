@@ -16,17 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
-from effbench.api.cost import Cost, dense_cost
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
@@ -74,7 +72,7 @@ class LoRA(Trains):
         """What over R is the update's scale."""
         return self.alpha
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a rank that is more than full for a target."""
         check_rank_fits(shape, self.rank, self.targets)
         return self
@@ -147,14 +145,10 @@ class LoRA(Trains):
             magnitudes=self.magnitudes(model),
         )
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the base as it is held and the adapter as it is at `point`, in float32."""
-        rank = rank_of(point, self.rank)
-        return low_rank_cost(shape, dtype, self.weights == "nf4", self.targets, rank, rank, base)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count a frozen base, and the inputs of the adapters in float32."""
-        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put float32 adapters beside the targets, cut to the rank of `point` for use."""
+        rank = self.rank if phase == "train" else rank_of(point, self.rank)
+        return base.low_rank(rank, self.targets)
 
 
 def peft_adapters(model: torch.nn.Module) -> Adapters:
@@ -217,7 +211,7 @@ def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:
         )
 
 
-def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
+def check_rank_fits(shape: AnyShape, rank: int, targets: Sequence[str], key: str = "rank") -> None:
     """Refuse a rank above what a target's weight itself can have.
 
     Raises:
@@ -230,54 +224,3 @@ def check_rank_fits(shape: Shape, rank: int, targets: Sequence[str], key: str = 
                 f"Set method.{key} to {min(d_in, d_out)} or less, "
                 f"or leave {name} out of method.targets.",
             )
-
-
-def with_adapters(base: Cost, params: int) -> Cost:
-    """Return a cost with float32 `params` that train and are multiplied once per token."""
-    return replace(
-        base,
-        params=base.params + params,
-        trainable=params,
-        resident_bytes=base.resident_bytes + 4 * params,
-        bytes_per_token=base.bytes_per_token + 4 * params,
-        flops_per_token=base.flops_per_token + 2 * params,
-    )
-
-
-def low_rank_cost(
-    shape: Shape,
-    dtype: str,
-    nf4: bool,
-    targets: Sequence[str],
-    held: int,
-    used: int,
-    base: Cost | None = None,
-) -> Cost:
-    """Count a frozen base with float32 adapters.
-
-    Args:
-        shape: The base model's shape.
-        dtype: Compute dtype, that of all base weights which are not NF4.
-        nf4: Whether the decoder linears are NF4; they count by their logical size.
-        targets: Adapted linears.
-        held: Ranks in memory.
-        used: Ranks that a forward pass multiplies with.
-        base: Cost of what the adapters are put on; None for the unchanged model.
-    """
-    size = DTYPE_BYTES[dtype]
-    base = base or dense_cost(shape, size)
-    per_rank = sum(i + o for _, name, i, o in shape.linears() if name in targets)
-    saved = 0
-    if nf4:
-        from effbench.nn.quant.nf4 import nf4_bytes
-
-        saved = sum(i * o * size - nf4_bytes(i, o) for _, _, i, o in shape.linears())
-    return replace(
-        base,
-        params=base.params + held * per_rank,
-        trainable=held * per_rank,
-        resident_bytes=base.resident_bytes - saved + 4 * held * per_rank,
-        bytes_per_token=base.bytes_per_token - saved + 4 * used * per_rank,
-        flops_per_token=base.flops_per_token + 2 * used * per_rank,
-        saving="physical" if nf4 else base.saving,
-    )

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Linear, Norm, Objective, Readout
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.weights import COMPUTE, FLOAT32, MASTERS
 from effbench.methods.base import Method
 from effbench.methods.depth.reading import DYNAMIC, READING, ReadsDepths, check_depths, depth_set
-from effbench.methods.full import Full
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -47,7 +46,7 @@ class ExitHeads(Trains, ReadsDepths):
         "1810.07052",
     )
     learning_rate: ClassVar[float] = 2e-4
-    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "nf4", "packed", "adapted"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed", "adapted"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
     eval_settings: ClassVar[frozenset[str]] = READING
@@ -78,7 +77,7 @@ class ExitHeads(Trains, ReadsDepths):
         """Return the depths that have a norm and a head of their own."""
         return tuple(n for n in self.depths if n < num_layers)
 
-    def whole(self, shape: Shape) -> str:
+    def whole(self, shape: AnyShape) -> str:
         """Return the unnamed point: all layers, with the exits beside them in memory."""
         return ""
 
@@ -93,7 +92,7 @@ class ExitHeads(Trains, ReadsDepths):
             raise UserError(f"There is no exit at depth {depth}.", f"Known: {self.points()}.")
         return depth
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with the depths of a model of `shape`.
 
         Raises:
@@ -159,7 +158,7 @@ class ExitHeads(Trains, ReadsDepths):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def validated(self, shape: Shape) -> str:
+    def validated(self, shape: AnyShape) -> str:
         """Return the deepest exit that learns: on a frozen trunk the last layer's never changes."""
         if self.trunk == "trained":
             return f"d{shape.num_layers}"
@@ -195,63 +194,28 @@ class ExitHeads(Trains, ReadsDepths):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
-        """Return the cost at full depth, without the exits."""
-        if self.trunk == "trained":
-            return Full().cost(shape, dtype, "", base)
-        return super().whole_cost(shape, dtype, base)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Keep an exit's layers under its own norm and head, or all layers beside all exits.
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count an exit's layers with its own head, or all layers with all heads."""
-        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        method, count = self.with_depths(shape.num_layers), shape.num_layers
-        cost = super().cost(shape, dtype, point, base)
-        one = (shape.vocab_size + 1) * shape.hidden_size
-        if not point or point in DYNAMIC:  # all exits are there
-            heads = len(method.headed(count))
-            return _with_more(cost, heads * one, heads * one, size)
-        if method.depth_of(point, count) == count:
-            return cost
-        # An exit's head stands in the place of the model's, which stays if it is the embedding.
-        more = shape.vocab_size * shape.hidden_size if shape.tied else 0
-        return _with_more(cost, more, more if cost.trainable else one, size)
-
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Return what the model needs while it trains: its exits are in float32 then."""
-        cost = self.cost(shape, dtype, "", base)
-        if self.trunk == "trained":
-            return cost
-        more = cost.trainable * (4 - DTYPE_BYTES[dtype])
-        return replace(cost, resident_bytes=cost.resident_bytes + more)
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count one pass over the layers up to the deepest exit, and each exit twice."""
-        heads = self.with_depths(shape.num_layers).headed(shape.num_layers)
-        if self.trunk == "trained":
-            kept, exits = Full().training(shape, dtype), len(heads) + 1
-            layers = kept.layers + exits * kept.boundary
-            return replace(kept, layers=layers, heads=2 * exits, head_gradients=2 * exits)
-        boundary = DTYPE_BYTES[dtype] * shape.hidden_size
-        run = heads[-1]
-        return Training(
-            layers=len(heads) * boundary,
-            layer=0,
-            boundary=0,
-            forward=2 * replace(shape, num_layers=run).linear_params,
-            run=run,
-            heads=2 * len(heads),
-            head_gradients=2 * len(heads),
-        )
-
-
-def _with_more(cost: Cost, params: int, trainable: int, size: int) -> Cost:
-    """Return a cost with more parameters of `size` bytes, so many of which train."""
-    return replace(
-        cost,
-        params=cost.params + params,
-        trainable=cost.trainable + trainable,
-        resident_bytes=cost.resident_bytes + params * size,
-    )
+        On a frozen trunk a step runs the layers up to the deepest exit, whose norms and heads are
+        in float32.
+        """
+        method, count = self.with_depths(base.num_layers), base.num_layers
+        trained, training = self.trunk == "trained", phase == "train"
+        held = MASTERS if trained else FLOAT32 if training else COMPUTE
+        head = Linear("lm_head", base.hidden_size, base.vocab_size, held, trains=True)
+        own = Readout(Norm(base.hidden_size, held, trains=True), head)
+        heads = method.headed(count)
+        model = base.trained() if trained else base
+        beside = replace(model, exits=(replace(own, runs=0),) * len(heads))
+        if training:
+            if not trained:
+                beside = beside.map(lambda i, x: x.running(int(i < heads[-1])))
+            return replace(beside, objective=Objective(exits=len(heads) + trained))
+        if not point or point in DYNAMIC:
+            return method.read_out(beside, point)
+        cut = method.read_out(model, point)
+        return cut if cut.num_layers == count else replace(cut, readout=own)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import NonNegativeInt
-from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
@@ -53,9 +52,9 @@ class LayerDrop(Compresses):
     criterion: Literal["influence", "last", "even", "random"] = "influence"
     """Which: those with the lowest block influence, the deepest, evenly spaced or random ones."""
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that are not there, and a model of which none would be left."""
-        if isinstance(shape, SlicedShape):
+        if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
         listed = self.layers or ()
         if any(layer >= shape.num_layers for layer in listed) or len(set(listed)) < len(listed):
@@ -148,16 +147,12 @@ class LayerDrop(Compresses):
 
         write_folder(model, folder)
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape with fewer layers."""
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Leave layers out; which ones, only an artefact tells, and all are alike."""
+        count = base.num_layers
         if folder is not None and (folder / KEPT).is_file():
-            return replace(shape, num_layers=len(_kept_in(folder)))
-        return replace(shape, num_layers=shape.num_layers - self.count(shape.num_layers))
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a dense model of the shape that is left."""
-        cost = dense_cost(shape, DTYPE_BYTES[dtype])
-        return replace(cost, saving="none" if self.remove == 0 or self.layers == () else "physical")
+            return base.only(_kept_in(folder))
+        return base.only(range(count - self.count(count)))
 
 
 def _kept_in(folder: Path) -> list[int]:

@@ -33,14 +33,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
-from effbench.api.footprint import Training, passed_layers
 from effbench.api.method_types import Context, Paper
+from effbench.api.parts import LayerShape, low_rank, portion
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
@@ -115,7 +115,7 @@ class LoRADrop(Trains):
         count = int(self.fraction * len(candidates) + 0.5)
         return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
         require_own_states(shape, self.name)
         chosen = self.droppable(shape.num_layers)
@@ -220,7 +220,7 @@ class LoRADrop(Trains):
         others = (f"k{k}-{name}" for name in self.baselines for k in windows if k)
         return (*others, *(f"k{k}" for k in windows))
 
-    def whole(self, shape: Shape) -> str:
+    def whole(self, shape: AnyShape) -> str:
         """Return `k0`: what reads all layers, and has the stand-ins in memory too."""
         return "k0"
 
@@ -271,64 +271,29 @@ class LoRADrop(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Return the cost of a decoded token, averaged over a cycle."""
-        size, (window, baseline) = DTYPE_BYTES[dtype], self._read(point)
-        chosen = self.droppable(shape.num_layers)
-        count = len(chosen)
-        skips = count * window / (window + 1)  # layers that a token drops, on average
-        stand_in = 2 * self.rank * shape.hidden_size
-        read = 0 if baseline else stand_in
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Put a stand-in beside each droppable layer, which runs on 1 / (k + 1) of the tokens.
 
-        norms = 2 * shape.hidden_size
-        if self.kv == "fill":  # attention and the norm before it run all the same
-            norms = shape.hidden_size
-        saved_sizes = [
-            i * o
-            for layer, name, i, o in shape.linears()
-            if layer in chosen and (self.kv == "skip" or name in MLP)
-        ]
-        saved = sum(saved_sizes) / max(1, count)
-        base = super().cost(shape, dtype, "", base)
-        cached = [shape.layer(layer).num_kv_heads for layer in range(shape.num_layers)]
-        share = 0.0
-        if self.kv == "skip" and sum(cached) > 0:
-            share = sum(cached[i] for i in chosen) / sum(cached) * window / (window + 1)
-        return replace(
-            base,
-            params=base.params + count * stand_in,
-            trainable=count * stand_in,
-            resident_bytes=base.resident_bytes + count * stand_in * DTYPE_BYTES["float32"],
-            bytes_per_token=base.bytes_per_token
-            - skips * ((saved + norms) * size - read * DTYPE_BYTES["float32"]),
-            flops_per_token=base.flops_per_token - 2 * skips * (saved - read),
-            kv_bytes_per_token=base.kv_bytes_per_token * (1 - share),
-            saving="physical" if skips else base.saving,
-        )
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count the layers above the first stand-in, which a gradient passes, and the stand-ins.
-
-        Where a token is dropped, a droppable layer sees other keys than the rest: its attention
-        keeps a mask, and keys and values repeated for all heads.
+        While it trains, layers and stand-ins both see every token.
         """
-        size, droppable = DTYPE_BYTES[dtype], self.droppable(shape.num_layers)
-        if not droppable or not self.window:
-            return passed_layers(shape, size, 0)
-        per_map = 2 * self.rank * shape.hidden_size  # FLOPs of one of a stand-in's two products
-        plain = passed_layers(shape, size, shape.num_layers - 1 - droppable[0])
-        d, repeated = shape.hidden_size, shape.num_heads - shape.num_kv_heads
-        above = len(droppable) - 1
-        stand_ins = len(droppable) * 4 * (d + self.rank)
-        masked = above * size * (d + 2 * repeated * shape.head_dim)
-        return replace(
-            plain,
-            layers=plain.layers + stand_ins + masked,
-            quadratic=float(above * size),
-            forward=plain.forward + 2 * len(droppable) * per_map,
-            gradient=plain.gradient + (4 * len(droppable) - 1) * per_map,
-            every=True,
-        )
+        chosen, size = self.droppable(base.num_layers), base.hidden_size
+        stand_in = low_rank(size, size, self.rank)
+        if phase == "train":
+            stand_in = replace(stand_in, active=int(self.window > 0))
+            return base.map(lambda i, x: replace(x, bypass=stand_in) if i in chosen else x)
+        window, baseline = self._read(point)
+        runs = portion(1, window + 1)
+        stand_in = replace(stand_in, active=0 if baseline else 1 - runs)
+
+        def drop(index: int, layer: LayerShape) -> LayerShape:
+            if index not in chosen:
+                return layer
+            mixer, mlp = layer.mixer, layer.mlp and replace(layer.mlp, runs=runs)
+            if mixer and self.kv == "skip":
+                mixer = replace(mixer, runs=runs, cache=mixer.cache.shared_out(runs))
+            return replace(layer, mixer=mixer, mlp=mlp, bypass=stand_in)
+
+        return base.map(drop)
 
 
 def speed_ceiling(share: float, window: int) -> float:

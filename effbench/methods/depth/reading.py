@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.schema import NonNegativeFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LAYERS_DIFFER, Shape, SlicedShape
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.util.errors import UserError
@@ -62,13 +62,13 @@ class ReadsDepths(Method):
 
     # -- depths --------------------------------------------------------------------------------
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with the depths of a model of `shape`.
 
         Raises:
             UserError: For depths that the model does not have, and exits that lead nowhere.
         """
-        if isinstance(shape, SlicedShape):
+        if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
         method = self.with_depths(shape.num_layers)
         check_depths("eval_depths", method.eval_depths, shape.num_layers)
@@ -133,7 +133,7 @@ class ReadsDepths(Method):
         """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
         return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
 
-    def whole(self, shape: Shape) -> str:
+    def whole(self, shape: AnyShape) -> str:
         """Return the point of all layers: they are in memory at every depth."""
         return f"d{shape.num_layers}"
 
@@ -176,45 +176,26 @@ class ReadsDepths(Method):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the layers of a depth alone.
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Keep the layers of a depth, or read out as the point's way of decoding does."""
+        return self.with_depths(base.num_layers).read_out(base, point)
+
+    def read_out(self, whole: ModelShape, point: str) -> ModelShape:
+        """Return the sub-model of a point.
 
         `exit` and `speculative` depend on the text; stated is the most that they can need per
         token: nobody leaves early, or no draft is kept.
         """
-        size = DTYPE_BYTES["float32" if self.weights == "float32" else dtype]
-        whole = self.whole_cost(shape, dtype, base)
-        method = self.with_depths(shape.num_layers)
-        depth = method.depth_of(point, shape.num_layers)
-        cost = cut_cost(whole, shape, size, depth)
-        if point in DYNAMIC:
-            return method._dynamic_cost(cost, shape, size, point)
-        return replace(cost, saving="physical") if depth < shape.num_layers else cost
-
-    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
-        """Return the cost at full depth."""
-        return replace(base or dense_cost(shape, DTYPE_BYTES[dtype]), trainable=0)
-
-    def _dynamic_cost(self, cost: Cost, shape: Shape, size: int, point: str) -> Cost:
-        """Return the most that a token can need, from the cost at the deepest exit."""
-        exits = self.exits(shape.num_layers)
-        head = dense_cost(replace(shape, num_layers=0), size)
+        count = whole.num_layers
+        cut = whole.only(self.kept(self.depth_of(point, count), count))
+        if point not in DYNAMIC:
+            return cut
+        exits = self.exits(count)
         if point == "exit":
-            more = len(exits) - 1
-            return replace(
-                cost,
-                bytes_per_token=cost.bytes_per_token + more * head.bytes_per_token,
-                flops_per_token=cost.flops_per_token + more * head.flops_per_token,
-            )
+            return replace(cut, readout=replace(cut.readout, runs=len(exits)))
         draft, k = self.draft_depth or exits[0], self.draft_tokens
-        layers_bytes = cost.bytes_per_token - head.bytes_per_token
-        layers_flops = cost.flops_per_token - head.flops_per_token
-        return replace(
-            cost,
-            bytes_per_token=layers_bytes * (1 + k * draft / exits[-1])
-            + (k + 1) * head.bytes_per_token,
-            flops_per_token=(k + 1) * layers_flops + (2 * k + 1) * head.flops_per_token,
-        )
+        drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
+        return replace(drafting, readout=replace(cut.readout, runs=2 * k + 1, reads=k + 1))
 
 
 def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:
@@ -260,29 +241,3 @@ def depth_in(point: str, num_layers: int) -> int:
 def paper_thresholds(count: int) -> tuple[float, ...]:
     """Return thresholds for `count` exits: the paper's seven, spread evenly."""
     return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
-
-
-def cut_cost(whole: Cost, shape: Shape, size: int, depth: int) -> Cost:
-    """Return the cost of `depth` of the layers from that of all, since they are all alike.
-
-    Args:
-        whole: Cost at full depth.
-        shape: The full model's shape.
-        size: Bytes of a weight outside the layers.
-        depth: Number of layers.
-    """
-    rest = dense_cost(replace(shape, num_layers=0), size)
-    outside = rest.params if whole.trainable == whole.params else 0
-
-    def share(total: float, fixed: float) -> float:
-        return fixed + (total - fixed) * depth / shape.num_layers
-
-    return replace(
-        whole,
-        params=round(share(whole.params, rest.params)),
-        trainable=round(share(whole.trainable, outside)),
-        resident_bytes=round(share(whole.resident_bytes, rest.resident_bytes)),
-        bytes_per_token=share(whole.bytes_per_token, rest.bytes_per_token),
-        flops_per_token=share(whole.flops_per_token, rest.flops_per_token),
-        kv_bytes_per_token=share(whole.kv_bytes_per_token, 0),
-    )

@@ -25,20 +25,19 @@ all of D in random order before one repeats (`cycle`); exact repair of the key/v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import Training, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Objective, portion
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
-from effbench.methods.base import Method
-from effbench.methods.depth.reading import READING, ReadsDepths, check_depths, cut_cost, depth_set
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.methods.depth.reading import READING, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -119,7 +118,7 @@ class SortedFull(Trains, ReadsDepths):
         """Return the deepest trained depth."""
         return max(self.depths)
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with the depths of a model of `shape`.
 
         Raises:
@@ -242,7 +241,7 @@ class SortedFull(Trains, ReadsDepths):
             if parameter.requires_grad
         ]
 
-    def validated(self, shape: Shape) -> str:
+    def validated(self, shape: AnyShape) -> str:
         """Return the deepest trained depth."""
         return f"d{max(self.with_depths(shape.num_layers).depths)}"
 
@@ -256,55 +255,33 @@ class SortedFull(Trains, ReadsDepths):
         count = len(decoder_layers(model))
         write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the layers of a depth; those that no trained depth has are frozen."""
-        method = self.with_depths(shape.num_layers)
-        cost = super().cost(shape, dtype, point, base)
-        trained = min(method.depth_of(point, shape.num_layers), max(method.depths))
-        whole = self.whole_cost(shape, dtype, base)
-        return replace(cost, trainable=cut_cost(whole, shape, 0, trained).trainable)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Train the layers of all depths, and keep those of one for use."""
+        method, whole = self.with_depths(base.num_layers), self.trained_shape(base)
+        kept = method.trained_layers(base.num_layers)
+        whole = whole.map(lambda i, x: x if i in kept else x.still())
+        return method.stepping(whole) if phase == "train" else method.read_out(whole, point)
 
-    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
-        """Return the cost at full depth."""
-        return Method.cost(self, shape, dtype, "", base)
+    def trained_shape(self, base: ModelShape) -> ModelShape:
+        """Return a model that trains in all its layers."""
+        return base.trained()
 
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count the mean work of a drawn depth, or that of all; what is kept is the most."""
-        method = self.with_depths(shape.num_layers)
-        each = [method.one_depth(replace(shape, num_layers=n), dtype) for n in method.depths]
-        if self.objective == "sampled":
-            return _working(each[-1], each, len(each))
-        if self.objective == "layerskip":
-            return self._layerskip_training(each[-1], shape.num_layers)
-        passes = each[-1:] if self.layout == "prefix" else each
-        most = replace(
-            each[-1],
-            layers=sum(t.layers for t in passes) + len(each) * each[-1].boundary,
-            heads=2 * len(each),  # each exit's logits are computed again in the backward pass
-            head_gradients=len(each) * each[-1].head_gradients,
-        )
-        return _working(most, passes, 1)
-
-    def _layerskip_training(self, whole: Training, num_layers: int) -> Training:
-        """Count the layers that run on average, and the exits of a step."""
+    def stepping(self, whole: ModelShape) -> ModelShape:
+        """Return how often a step runs each layer, a mean over what it may draw, and its exits."""
         from effbench.nn.depth.layerskip import drop_rates
 
-        exits = min(2, len(self.depths))
-        run = sum(1 - p for p in drop_rates(num_layers)[: round(whole.run)]) / whole.run
-        return replace(
-            whole,
-            layers=whole.layers + exits * whole.boundary,
-            forward=whole.forward * run,
-            gradient=whole.gradient * run,
-            run=whole.run * run,
-            passed=whole.passed * run,
-            heads=2 * exits,
-            head_gradients=exits * whole.head_gradients,
-        )
-
-    def one_depth(self, shape: Shape, dtype: str) -> Training:
-        """Return what a training step of a sub-model of `shape` keeps, and its work."""
-        return trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
+        count, depths = whole.num_layers, len(self.depths)
+        having = Counter(i for n in self.depths for i in self.kept(n, count))
+        if self.objective == "sampled":
+            return whole.map(lambda i, x: x.running(portion(having[i], depths)))
+        if self.objective == "layerskip":
+            runs = [1 - p if having[i] else 0 for i, p in enumerate(drop_rates(count))]
+            whole = whole.map(lambda i, x: x.running(runs[i]))
+            return replace(whole, objective=Objective(exits=min(2, depths)))
+        apart = self.layout != "prefix"  # sub-models that share no exit run one after the other
+        whole = whole.map(lambda i, x: x.running(having[i] if apart else min(1, having[i])))
+        readout = replace(whole.readout, runs=depths if apart else 1)
+        return replace(whole, readout=readout, objective=Objective(exits=depths))
 
 
 class _Cycle(Evolution):
@@ -318,14 +295,3 @@ class _Cycle(Evolution):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.left = state["left"]
-
-
-def _working(kept: Training, each: Sequence[Training], steps: int) -> Training:
-    """Return what `kept` keeps with the work of several passes in so many steps."""
-    return replace(
-        kept,
-        forward=sum(t.forward for t in each) / steps,
-        gradient=sum(t.gradient for t in each) / steps,
-        run=sum(t.run for t in each) / steps,
-        passed=sum(t.passed for t in each) / steps,
-    )

@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from effbench.api.cost import Cost
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, LINEARS, Shape
+from effbench.api.shape import LINEARS, AnyShape, ModelShape
+from effbench.api.weights import FLOAT32
 from effbench.methods.adapters.lora import Dropout, LoRA, base_name, peft_adapters
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.util.lazy import torch
@@ -72,7 +71,7 @@ class SortedLoRA(SortedFull):
         """Return the method that puts the adapters in."""
         return LoRA(self.rank, self.alpha, self.dropout, self.targets)
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Return the method with its depths; refuse what cannot work as adapter or as depths."""
         self.adapter().resolve(shape)
         return super().resolve(shape)
@@ -111,24 +110,10 @@ class SortedLoRA(SortedFull):
                 {"model.norm": model.model.norm.weight} if self.train_norm else {},  # type: ignore
             )
 
-    def whole_cost(self, shape: Shape, dtype: str, base: Cost | None) -> Cost:
-        """Return the cost of base and adapters at full depth, without the norm's masters."""
-        return self.adapter().cost(shape, dtype, "", base)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the layers of a depth, their adapters, and the norm in float32."""
-        cost = super().cost(shape, dtype, point, base)
+    def trained_shape(self, base: ModelShape) -> ModelShape:
+        """Return the base with adapters, and with the norm in float32 if it trains."""
+        adapted = base.low_rank(self.rank, self.targets)
         if not self.train_norm:
-            return cost
-        more = shape.hidden_size * (4 - DTYPE_BYTES[dtype])
-        return replace(
-            cost,
-            trainable=cost.trainable + shape.hidden_size,
-            resident_bytes=cost.resident_bytes + more,
-            bytes_per_token=cost.bytes_per_token + more,
-        )
-
-    def one_depth(self, shape: Shape, dtype: str) -> Training:
-        """Return what a training step of a sub-model of `shape` keeps, and its work."""
-        found = adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets)
-        return replace(found, layers=found.layers + 8 * shape.hidden_size * self.train_norm)
+            return adapted
+        norm = replace(adapted.readout.norm, format=FLOAT32, trains=True)
+        return replace(adapted, readout=replace(adapted.readout, norm=norm))

@@ -12,13 +12,14 @@ second term of the first one's size. Our choices: forward KL in float32, w = 0.5
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Objective
 from effbench.api.schema import Fraction, PositiveFloat
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -50,7 +51,7 @@ class Distillation(Trains):
         """The base is held as float32 masters."""
         return "float32"
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse to run without a teacher."""
         if not self.teacher:
             raise UserError("kd has no teacher.", "Set method.teacher to the name of a model.")
@@ -74,6 +75,7 @@ class Distillation(Trains):
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count both distributions, their products and their gradients beside plain training."""
-        return replace(super().training(shape, dtype), loss_bytes=DISTILLED_BYTES, every=True)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Train every weight, with both distributions, their products and their gradients."""
+        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
+        return replace(super().shape(base, point, phase, folder), objective=objective)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
 from effbench.api.examples import Example
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Linear, Objective
 from effbench.api.schema import PositiveFloat
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.weights import FLOAT32, MASTERS
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.trains import Trains
@@ -59,7 +59,7 @@ class Reward(LoRA):
         """The base is held as float32 masters where it learns whole."""
         return "float32" if self.trains == "full" else "compute"
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse adapters that do not fit, and ranks to cut where there are no adapters."""
         if self.trains == "lora":
             return super().resolve(shape)
@@ -143,22 +143,10 @@ class Reward(LoRA):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count the head in float32 on top of the rest; decoding does not read it."""
-        if self.trains == "full":
-            cost = Method.cost(self, shape, dtype, point, base)
-        else:
-            cost = super().cost(shape, dtype, point, base)
-        head = shape.hidden_size
-        return replace(
-            cost,
-            params=cost.params + head,
-            trainable=cost.trainable + head,
-            resident_bytes=cost.resident_bytes + 4 * head,
-        )
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count no logits: the head's work is one product for each sequence."""
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Add the head in float32, which decoding does not read; a step makes no logits."""
         full = self.trains == "full"
-        found = Method.training(self, shape, dtype) if full else super().training(shape, dtype)
-        return replace(found, heads=0, head_gradients=0, loss_bytes=0)
+        model = base.trained() if full else super().shape(base, point, phase, folder)
+        head = Linear(HEAD, base.hidden_size, 1, MASTERS if full else FLOAT32, trains=True)
+        objective = Objective(logit_bytes=0, reads_out=False)
+        return replace(model, more=(head,), objective=objective)

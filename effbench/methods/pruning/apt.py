@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from annotated_types import Ge, Interval
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
+from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import Training, adapted_layers
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import (
     Fraction,
@@ -42,9 +41,10 @@ from effbench.api.schema import (
     PositiveFloat,
     PositiveInt,
 )
-from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
-from effbench.methods.adapters.lora import check_rank_fits, check_targets, low_rank_cost
+from effbench.api.slices import planned_slice, slice_in
+from effbench.methods.adapters.lora import check_rank_fits, check_targets
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
@@ -132,7 +132,7 @@ class APT(Trains):
                 "Raise method.max_rank.",
             )
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, self.targets)
         require_own_states(shape, self.name)
@@ -264,39 +264,23 @@ class APT(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape of the artefact; without one, layers that lost neurons and then groups.
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Adapt the whole base while it trains, then cut it to the artefact's sizes.
 
         Which blocks go is known only after training. The planned shape has the share `keep` of the
         linear weights and all dimensions, so embeddings and norms take at most what it says.
+        Salience needs gradients down to the embedding. Adapters take memory as grown as they may
+        be; activations and FLOPs are those of the first ranks, the teacher of `distill` left out.
         """
-        return slice_in(shape, folder) or planned_slice(shape, self.keep)
-
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Count the whole base with adapters that have grown as far as they may."""
-        first = low_rank_cost(shape, dtype, False, self.targets, self.rank, self.rank, base)
-        most = low_rank_cost(shape, dtype, False, self.targets, self.max_rank, self.rank, base)
-        trained = min(int(first.trainable * self.grow), most.trainable)
-        more = trained - first.trainable
-        return replace(
-            first,
-            params=first.params + more,
-            trainable=trained,
-            resident_bytes=first.resident_bytes + 4 * more,
+        if phase == "use":
+            return slice_in(base, folder) or planned_slice(base, self.keep)
+        adapted = base.low_rank(self.rank, self.targets)
+        first, most = (
+            cost_of(base.low_rank(rank, self.targets), "float32").trainable
+            for rank in (self.rank, self.max_rank)
         )
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count the first step: nothing pruned, first ranks, gradients down to the embedding.
-
-        Salience needs those. Ranks grow later and the model shrinks; neither is counted, nor is
-        the teacher of `distill`.
-        """
-        return adapted_layers(shape, DTYPE_BYTES[dtype], self.rank, self.targets, through=True)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a dense model of the shape that is left; nothing of the unpruned base stays."""
-        cost = dense_cost(shape, DTYPE_BYTES[dtype])
-        return replace(cost, saving="physical" if self.keep < 1 else "none")
+        grown = min(int(first * self.grow), most) - first
+        return replace(adapted, through=True, grown=grown)
 
 
 class PruneAndGrow(Evolution):

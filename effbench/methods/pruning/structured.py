@@ -17,7 +17,7 @@ from it with `effbench train from=RUN`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 from annotated_types import Interval
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape, planned_slice, slice_in
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
+from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.compresses import Compresses, Part
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -59,7 +59,7 @@ class Structured(Compresses):
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time."""
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a budget that the prunable blocks cannot meet."""
         require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
@@ -144,17 +144,12 @@ class Structured(Compresses):
 
         write_folder(model, folder)
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape of the artefact; without one, that of layers with fewer neurons."""
-        return slice_in(shape, folder) or planned_slice(shape, self.keep)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a dense model of the shape that is left."""
-        cost = dense_cost(shape, DTYPE_BYTES[dtype])
-        return replace(cost, saving="physical" if self.keep < 1 else "none")
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Cut the model to the artefact's sizes; without one, layers have fewer neurons."""
+        return slice_in(base, folder) or planned_slice(base, self.keep)
 
 
-def check_budget(shape: Shape, keep: float, blocks: Sequence[str]) -> None:
+def check_budget(shape: AnyShape, keep: float, blocks: Sequence[str]) -> None:
     """Refuse a share of weights to keep that is below what may not go.
 
     Raises:

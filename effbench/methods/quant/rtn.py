@@ -19,15 +19,15 @@ is not, as each product first expands its weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Paper
 from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import ModelShape, Phase
 from effbench.methods.compresses import CompressesLinears
-from effbench.nn.quant.groupwise import grouped_bytes
+from effbench.nn.quant.formats.grouped import Grouped
 from effbench.util.lazy import torch
 
 
@@ -38,7 +38,7 @@ class RTN(CompressesLinears):
     paper: ClassVar[Paper | None] = Paper(
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
-    produces: ClassVar[str] = "packed"
+    produces: ClassVar[str] = "grouped"
 
     bits: Bits = 4
     """Bits per weight, scales not counted."""
@@ -47,31 +47,19 @@ class RTN(CompressesLinears):
     symmetric: bool = False
     """Levels around zero, without a zero point of each group."""
 
+    @property
+    def format(self) -> Grouped:
+        """What weights become."""
+        return Grouped(self.bits, self.group_size, self.symmetric)
+
     def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a linear rounded to the nearest codes."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.quantise(linear, self.bits, self.group_size, self.symmetric)
+        return self.format.quantise(linear)
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a packed linear without codes."""
-        from effbench.nn.quant.linears import PackedLinear
+        return self.format.empty(linear)
 
-        return PackedLinear.empty(linear, self.bits, self.group_size, self.symmetric)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Return the cost with every decoder linear packed."""
-        size = DTYPE_BYTES[dtype]
-        packed = sum(
-            grouped_bytes(d_in, d_out, self.bits, self.group_size, self.symmetric)
-            for _, _, d_in, d_out in shape.linears()
-        )
-        dense = base or dense_cost(shape, size)
-        saved = shape.linear_params * size - packed
-        return replace(
-            dense,
-            trainable=0,
-            resident_bytes=dense.resident_bytes - saved,
-            bytes_per_token=dense.bytes_per_token - saved,
-            saving="physical",
-        )
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Pack every decoder linear."""
+        return base.packed(self.format)

@@ -26,17 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.evolution import Evolution
-from effbench.api.footprint import Training, passed_layers, trained_layers
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Objective, low_rank
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
     TAKEN,
     LayerMap,
     Mode,
-    SharedShape,
     listed_map,
     pair_map,
     require_unshared,
@@ -110,7 +108,7 @@ class EchoLLaMA(Trains):
         make = top_map if self.map == "top" else pair_map
         return make(num_layers, round(self.share * num_layers), self.mode)
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse a model that shares or is sliced, and more consumers than a map can have."""
         require_unshared(shape, self.name)
         most = shape.num_layers - 1 if self.map == "top" else shape.num_layers // 2
@@ -235,74 +233,21 @@ class EchoLLaMA(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape of a model that shares; it is known before there is an artefact."""
-        found = shared_in(shape, folder)
-        return found or shared_shape(shape, self.sharing(shape.num_layers))
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a dense model of the shape that is left; nothing of what is removed stays."""
-        cost = super().cost(shape, dtype, point)
-        trainable = cost.trainable if self.trains == "full" else 0
-        if isinstance(shape, SharedShape):
-            cost = replace(cost, saving="physical")
-        return replace(cost, trainable=trainable)
-
-    def training_cost(self, shape: Shape, dtype: str, base: Cost | None = None) -> Cost:
-        """Count the model of the first step, before anything is removed unless all is at once."""
-        if self.abrupt:
-            shape = shared_shape(shape, self.sharing(shape.num_layers))
-        cost = super().cost(shape, dtype)
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Share states; while it trains, only if all layers are converted before the first step."""
+        shares = shared_in(base, folder) or shared_shape(base, self.sharing(base.num_layers))
+        if phase == "use":
+            return shares.trained() if self.trains == "full" else shares
+        first = shares if self.abrupt else base
         if self.trains == "full":
-            return cost
-        added = sum(self.rank * (i + o) for _, i, o in self._adapter_sizes(shape))
-        cost = dense_cost(shape, DTYPE_BYTES[dtype])
-        return replace(
-            cost,
-            params=cost.params + added,
-            trainable=added,
-            resident_bytes=cost.resident_bytes + 4 * added,
-        )
-
-    def _adapter_sizes(self, shape: Shape) -> Iterator[tuple[int, int, int]]:
-        for layer, name in self.adapted(shape.num_layers):
-            yield layer, *shape.linear_sizes(layer)[name]
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count the first step; later ones do less. The original's pass is not among it."""
-        if self.abrupt:
-            shape = shared_shape(shape, self.sharing(shape.num_layers))
-        full = self.trains == "full"
-        found = (
-            trained_layers(shape, DTYPE_BYTES[dtype], masters=True)
-            if full
-            else self._adapted_layers(shape, DTYPE_BYTES[dtype])
-        )
-        return replace(found, loss_bytes=DISTILLED_BYTES, every=True) if self.kl else found
-
-    def _adapted_layers(self, shape: Shape, element: int) -> Training:
-        """Count frozen layers down to the lowest source, which a gradient passes, and adapters."""
-        sizes = list(self._adapter_sizes(shape))
-        if not sizes:
-            return passed_layers(shape, element, 0)
-        lowest = sizes[0][0]
-        plain = passed_layers(shape, element, shape.num_layers - lowest)
-        products = sum(2 * self.rank * (i + o) for _, i, o in sizes)
-        # Nothing below the lowest source needs a gradient, so none reaches what it reads.
-        readers = [n for n in ("q_proj", "k_proj", "v_proj") if n in shape.linear_sizes(lowest)]
-        unneeded = sum(2 * i * o for i, o in (shape.linear_sizes(lowest)[n] for n in readers))
-        unneeded += sum(2 * self.rank * i for layer, i, _ in sizes if layer == lowest)
-        if element < 4:  # each adapter has a cast of its own
-            inputs = sum(i for _, i, _ in sizes)
-        else:  # what the attention's linears read; its output is kept anyway
-            inputs = shape.hidden_size * len({layer for layer, _, _ in sizes})
-        kept = 4 * inputs + 4 * self.rank * len(sizes)
-        return replace(
-            plain,
-            layers=plain.layers + kept,
-            forward=plain.forward + products,
-            gradient=plain.gradient + 2 * products - unneeded,
-        )
+            model = first.trained()
+        else:
+            chosen = set(self.adapted(base.num_layers))
+            model = first.adapted(
+                lambda i, x: low_rank(x.d_in, x.d_out, self.rank) if (i, x.name) in chosen else None
+            )
+        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
+        return replace(model, objective=objective) if self.kl else model
 
 
 class LayerByLayer(Evolution):

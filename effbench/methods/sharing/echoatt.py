@@ -31,21 +31,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from annotated_types import Ge
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost
 from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
-from effbench.api.footprint import Training
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.parts import Objective
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
-from effbench.api.sharing import (
-    LayerMap,
-    SharedShape,
-    listed_map,
-    require_unshared,
-    shared_in,
-    shared_shape,
-)
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
 from effbench.methods.trains import START, Trains
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
@@ -111,7 +103,7 @@ class EchoAtt(Trains):
         """Return how many layers are shared."""
         return count_of(self.ratio, num_layers) if self.layers is None else len(self.layers)
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that cannot be shared, more than there are, and a loss without terms."""
         require_unshared(shape, self.name)
         allowed = len(self.candidates(shape.num_layers))
@@ -247,38 +239,26 @@ class EchoAtt(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape of the artefact; without one, that of as many shared layers."""
-        return shared_in(shape, folder) or shared_shape(shape, self._planned(shape.num_layers))
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Share the maps of the chosen layers, any as many before they are, and train the rest.
+
+        Logits are made a chunk at a time, and made again. The first stage is the larger one.
+        """
+        from effbench.nn.losses.distill import CHUNK, CHUNK_BYTES
+
+        shares = shared_in(base, folder) or shared_shape(base, self._planned(base.num_layers))
+        model = shares.trained()
+        if phase == "use" or not self.distils:
+            return model
+        chunk = CHUNK * CHUNK_BYTES * base.vocab_size
+        # The teacher's logits are whole.
+        return replace(model, objective=Objective(logit_bytes=None, fixed=chunk, again=True))
 
     def _planned(self, num_layers: int) -> LayerMap:
         """Return the map of the listed layers, or of any that are as many."""
         count = self.count(num_layers)
         chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
         return listed_map(num_layers, chosen, "qk")
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a model whose layers share; `base` is the cost of what it started from."""
-        if not isinstance(shape, SharedShape):
-            shape = self.left(shape)
-        cost = super().cost(shape, dtype, point)
-        return replace(cost, saving="physical" if self.count(shape.num_layers) else "none")
-
-    def training(self, shape: Shape, dtype: str) -> Training:
-        """Count the student's layers; its logits are made a chunk at a time, and made again.
-
-        The first stage is the larger one, if there is one. The teacher is among what it `holds`.
-        """
-        from effbench.nn.losses.distill import CHUNK, CHUNK_BYTES
-
-        training = super().training(self.left(shape), dtype)
-        if not self.distils:
-            return training
-        chunk = CHUNK * CHUNK_BYTES * shape.vocab_size
-        # The teacher's logits are whole.
-        return replace(
-            training, loss_bytes=DTYPE_BYTES[dtype], fixed=training.fixed + chunk, heads=2
-        )
 
 
 class _Stages(Evolution):

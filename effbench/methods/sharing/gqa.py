@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
-from effbench.api.cost import Cost, dense_cost
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_unshared
+from effbench.api.slices import sliced_shape
 from effbench.methods.compresses import Compresses, Part, compress_whole
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -45,7 +45,7 @@ class GQA(Compresses):
     kv_heads: PositiveInt = 1
     """Key/value heads of each layer; 1 is multi-query attention."""
 
-    def resolve(self, shape: Shape) -> Self:
+    def resolve(self, shape: AnyShape) -> Self:
         """Refuse numbers of heads that do not divide the model's, and models that share."""
         require_unshared(shape, self.name)
         if shape.num_kv_heads % self.kv_heads:
@@ -114,10 +114,7 @@ class GQA(Compresses):
 
         write_folder(model, folder)
 
-    def left(self, shape: Shape, folder: Path | None = None) -> Shape:
-        """Return the shape with fewer key/value heads."""
-        return replace(shape, num_kv_heads=self.kv_heads)
-
-    def cost(self, shape: Shape, dtype: str, point: str = "", base: Cost | None = None) -> Cost:
-        """Count a dense model of the shape that is left."""
-        return replace(dense_cost(shape, DTYPE_BYTES[dtype]), saving="physical")
+    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+        """Give every layer fewer key/value heads."""
+        sizes = [replace(x.size, num_kv_heads=self.kv_heads) for x in base.layers]
+        return sliced_shape(base, base.hidden_size, sizes)

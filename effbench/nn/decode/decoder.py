@@ -56,7 +56,7 @@ class Route:
         def run(model: Any, batch: Batch) -> torch.Tensor:
             from effbench.nn.decode.staged import whole_logits
 
-            return whole_logits(model, cache, batch.input_ids)
+            return whole_logits(model, cache, batch.input_ids, batch.attention_mask)
 
         return run
 

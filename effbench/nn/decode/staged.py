@@ -31,6 +31,7 @@ from effbench.nn.decode.cache import BLOCK
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.verify import stretch_engine
 from effbench.nn.decode.view import Stretch, as_mask, looking
+from effbench.nn.depth.droppable import causal_mask
 from effbench.nn.depth.submodel import norm_and_head
 from effbench.nn.llama.layers import (
     decoder_layers,
@@ -114,12 +115,16 @@ class StagedDecoder:
             self.starts = (~self.real).sum(1)
         self._hand_on(0, self.decoder.embed_tokens(input_ids))
 
-    def run(self, stage: int) -> torch.Tensor:
-        """Run a stage on all that waits for it; return what comes out of it, [B, W, d]."""
+    def run(self, stage: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Run a stage on all that waits for it; return what comes out of it, [B, W, d].
+
+        A mask of whole sequences, in the form of the model's attention, says that some of them end
+        early.
+        """
         hidden, done = self._taken(stage)
         positions = self.positions[:, done : done + hidden.shape[1]]
         if self.policy != EVERYTHING:
-            hidden = self._looking(stage, hidden, positions)
+            hidden = self._looking(stage, hidden, positions, mask)
         elif self.engine is not None and done and self.engine.takes(hidden):
             hidden = self.engine.stretch(hidden, positions, self.starts, self.stages[stage])
         else:
@@ -146,7 +151,13 @@ class StagedDecoder:
             )
         return hidden
 
-    def _looking(self, stage: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _looking(
+        self,
+        stage: int,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Return what a stage makes of hidden states [B, W, d] that see what the policy shows."""
         rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
         if self.policy.turns_at_places:
@@ -161,6 +172,7 @@ class StagedDecoder:
             for index in self.stages[stage]:
                 hidden = self.decoder.layers[index](
                     hidden,
+                    attention_mask=mask,
                     position_ids=positions,
                     position_embeddings=rotary,
                     past_key_values=self.cache,
@@ -356,7 +368,10 @@ class WholeSession(StagedSession):
 
 
 def whole_logits(
-    model: torch.nn.Module, policy: CachePolicy, input_ids: torch.Tensor
+    model: torch.nn.Module,
+    policy: CachePolicy,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the logits that decoding under a policy gives, in one pass, [B, T, V].
 
@@ -364,7 +379,12 @@ def whole_logits(
         model: A Llama-style causal language model.
         policy: What the cache keeps.
         input_ids: [B, T], padded on the right.
+        attention_mask: [B, T], 1 for real tokens; None for all.
     """
     staged = StagedDecoder(model, [len(decoder_layers(model))], policy)
     staged.read(input_ids)
-    return staged.logits(0, staged.run(0))
+    mask = None
+    if attention_mask is not None and not attention_mask.all():
+        hidden = staged.decoder.embed_tokens(input_ids)
+        mask = causal_mask(staged.root.config, hidden, attention_mask, staged.positions)
+    return staged.logits(0, staged.run(0, mask))

@@ -48,8 +48,8 @@ class View:
     """For each of the last U queries the columns that it sees, [B or 1, U, T], the last one its
     own; columns that are empty are not seen. Earlier queries see all up to their own."""
 
-    def of_whole(self, width: int) -> View:
-        """Return the part that those of W queries see that see all columns up to their own."""
+    def of_whole(self) -> View:
+        """Return the part of the queries that see all columns up to their own."""
         later = 0 if self.chosen is None else self.chosen.shape[1]
         end = self.keys.shape[2] - later
         return View(self.keys[:, :, :end], self.values[:, :, :end], self.empty)
@@ -132,7 +132,8 @@ def attend(
         query: [B, H, W, D].
         key: The keys of a view, [B, G, S, D]; H is a multiple of G.
         value: Its values.
-        attention_mask: Not used; the view says who sees what.
+        attention_mask: Of whole sequences without a past, where some end early; None otherwise, for
+            the view says who sees what.
         stretch: Of this pass.
         context: What the model's own attention is given besides.
 
@@ -143,33 +144,36 @@ def attend(
     later = 0 if view.chosen is None else view.chosen.shape[1]
     parts = []
     if later < width:
-        parts.append(_whole(module, query[:, :, : width - later], view, stretch, context))
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[..., : width - later, : width - later]
+        first = query[:, :, : width - later]
+        parts.append(_whole(module, first, view, stretch, mask, context))
     if view.chosen is not None and later:
         parts.append(_chosen(module, query[:, :, width - later :], view, stretch, context))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
 
 
 def _whole(
-    module: Any, query: torch.Tensor, view: View, stretch: Stretch, context: dict[str, Any]
+    module: Any,
+    query: torch.Tensor,
+    view: View,
+    stretch: Stretch,
+    mask: torch.Tensor | None,
+    context: dict[str, Any],
 ) -> torch.Tensor:
     """Return what queries [B, H, W, D] see that see all columns up to their own."""
     width = query.shape[2]
-    part = view.of_whole(width)
+    part = view.of_whole()
     keys, columns = part.keys, torch.arange(part.keys.shape[2], device=query.device)[None]
     places = columns if part.empty is None else (columns - part.empty[:, None]).clamp(min=0)
     if stretch.angles is not None:
         query = turned(query, stretch.angles, places[:, -width:])
         keys = turned(keys, stretch.angles, places)
-    mask = None
-    if part.empty is not None or (
-        width > 1 and (width < columns.shape[1] or stretch.kind != "sdpa")
-    ):
+    causal = width > 1 and (width < columns.shape[1] or stretch.kind != "sdpa")
+    if mask is None and (part.empty is not None or causal):
         own = columns[0, -width:, None]
-        real = (
-            columns
-            if part.empty is None
-            else columns.masked_fill(columns < part.empty[:, None], -1)
-        )
+        real = columns if part.empty is None else columns.where(columns >= part.empty[:, None], -1)
         # What is empty sees itself, for a row of attention with nothing in it is NaN.
         seen = ((real[:, None] >= 0) & (columns[:, None] <= own)) | (columns[:, None] == own)
         mask = as_mask(seen[:, None], stretch.kind, query.dtype)

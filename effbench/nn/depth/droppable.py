@@ -1,4 +1,4 @@
-"""Decoder layers that run on some tokens only, and a low-rank stand-in for the others.
+"""AnyShape layers that run on some tokens only, and a low-rank stand-in for the others.
 
 A token either refreshes a droppable layer (the layer runs as ever and its output is kept as the
 anchor) or drops it (the layer's output is the anchor plus a low-rank map of its input). Two forms

@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.sharing import TAKEN, LayerMap, Mode, shared_shape, written
 from effbench.nn.llama.attention import require_llama
 from effbench.nn.llama.parts import Attention, attention_of
@@ -324,10 +324,10 @@ def map_of(model: nn.Module) -> LayerMap | None:
     return layers[0].sharing.only(taking) if taking else None
 
 
-def shape_shared(model: nn.Module, shape: Shape) -> Shape:
+def shape_shared(model: nn.Module, shape: AnyShape) -> ModelShape:
     """Return `shape` with the sharing that a model has now."""
     sharing = map_of(model)
-    return shared_shape(shape, sharing) if sharing else shape
+    return shared_shape(shape, sharing) if sharing else ModelShape.of(shape)
 
 
 def _settled(model: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effbench.api.shape import LayerSize
+from effbench.api.parts import LayerSize
 
 Kind = str
 """`groups`, `neurons` or `dims`."""

@@ -16,7 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from effbench.api.shape import SIZES, SLICED, LayerSize
+from effbench.api.parts import LayerSize
+from effbench.api.slices import SIZES, SLICED
 from effbench.nn.llama.weights import read_tensors
 from effbench.nn.pruning.slice import layer_sizes, resize
 from effbench.util.errors import UserError

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from effbench.api.shape import LayerSize, Shape, sliced_shape
+from effbench.api.parts import LayerSize
+from effbench.api.shape import AnyShape, ModelShape
+from effbench.api.slices import sliced_shape
 from effbench.nn.adapters.lowrank import LowRankLinear
 from effbench.nn.llama.attention import NoAttention, NoMLP, SlicedAttention, require_llama
 from effbench.nn.llama.swap import Replace
@@ -102,7 +104,7 @@ def layout_of(model: Any) -> Layout:
     return Layout(layer_sizes(model), model.config.head_dim, model.config.hidden_size)
 
 
-def shape_left(model: Any, shape: Shape) -> Shape:
+def shape_left(model: Any, shape: AnyShape) -> ModelShape:
     """Return `shape` with the width and the blocks that a model has now."""
     return sliced_shape(shape, model.config.hidden_size, layer_sizes(model))
 

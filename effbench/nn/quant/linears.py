@@ -7,7 +7,7 @@ way in train and eval mode, after any number of changes between the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from effbench.api.shape import LINEARS
+from effbench.api.weights import Packed
 from effbench.nn.llama.replace import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4
 from effbench.util.errors import UserError
@@ -217,19 +218,6 @@ class PackedLinear(QuantisedLinear):
         stored = groupwise.empty(*sizes, bits, group_size, symmetric, linear.weight.device)
         return cls(linear, bits, group_size, symmetric)._set(stored._asdict().items())
 
-    @classmethod
-    def holding(
-        cls,
-        linear: torch.nn.Linear,
-        stored: Mapping[str, torch.Tensor],
-        bits: int,
-        group_size: int,
-        symmetric: bool = False,
-    ) -> Self:
-        """Return a layer in the place of `linear` with buffers that are there already, by name."""
-        fields = groupwise.Groups._fields
-        return cls(linear, bits, group_size, symmetric)._set((n, stored.get(n)) for n in fields)
-
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""
         stored = groupwise.Groups(self.codes, self.scales, self.zeros)
@@ -259,20 +247,25 @@ def dense_linears(
         yield name, linear
 
 
-def quantise_nf4(
+def pack_linears(
     model: torch.nn.Module,
-    *,
+    weights: Packed,
     compute_dtype: torch.dtype,
-    backend: Backend = "auto",
     targets: Iterable[str] = LINEARS,
 ) -> list[str]:
-    """Replace the decoder's linears by NF4 ones, in place, and return their names.
+    """Replace the decoder's linears by packed ones, in place, and return their names.
 
     Embeddings, norms and head stay as they are.
+
+    Args:
+        model: What is changed.
+        weights: The packed format.
+        compute_dtype: What weights are expanded to.
+        targets: Linears by the last part of their names.
     """
     names = []
     for name, linear in dense_linears(model, targets):
-        replace_module(model, name, NF4Linear.quantise(linear, compute_dtype, backend))
+        replace_module(model, name, weights.quantise(linear, compute_dtype))
         names.append(name)
     return names
 

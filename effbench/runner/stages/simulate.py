@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from effbench.api.plugins import make_evaluator
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.evaluators.simulator import Scene, Simulator
 from effbench.models.load import known_shape
 from effbench.runner.evaluation import count_cost
@@ -32,7 +32,7 @@ def perform(run: Run) -> None:
     run.note("Simulated from shapes and stated ceilings: no model was loaded or run.")
 
 
-def _shape(run: Run) -> Shape:
+def _shape(run: Run) -> AnyShape:
     found = known_shape(run.spec.model)
     if found is None:
         raise UserError(

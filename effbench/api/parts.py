@@ -1,0 +1,295 @@
+"""The parts that a model's shape is composed of, down to the single matrix.
+
+A layer is a mixer (attention or what stands in its place), an MLP (dense or of experts) and perhaps
+a bypass for tokens that skip it. These are linears, each with a weight format, an adapter and
+whether it trains. Counts are per copy and token: experts are linears with `copies`, `active` of
+which a token goes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from effbench.api.schema import NonNegativeInt
+from effbench.api.weights import COMPUTE, FLOAT32, WeightFormat
+
+Share = int | float | Fraction
+"""How often something happens per token; a fraction where sums have to be exact."""
+
+
+def portion(part: int, whole: int) -> Share:
+    """Return a share that adds up exactly."""
+    return Fraction(part, whole)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One matrix of an adapter."""
+
+    d_in: int
+    d_out: int
+    trains: bool = True
+    used: int | None = None
+    """Weights that a token is multiplied with; None for all."""
+
+    @property
+    def params(self) -> int:
+        """Weights in memory."""
+        return self.d_in * self.d_out
+
+    @property
+    def products(self) -> int:
+        """Weights that a token is multiplied with."""
+        return self.params if self.used is None else self.used
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Matrices in a row beside a linear or a layer: W x + s F_n ... F_1 x."""
+
+    factors: tuple[Factor, ...]
+    format: WeightFormat = FLOAT32
+    scales: int = 0
+    """Trained numbers that scale what lies between the factors."""
+    gains: int = 0
+    """Trained numbers that scale the outputs, divided by the norms of the rows of the whole."""
+    trains: bool = True
+    """Whether any of it does."""
+    copies: int = 1
+    """How many there are (one for each expert)."""
+    active: Share = 1
+    """How many of them a token goes through."""
+
+    @property
+    def params(self) -> int:
+        """Parameters of all copies."""
+        return self.copies * (sum(f.params for f in self.factors) + self.scales + self.gains)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        if not self.trains:
+            return 0
+        matrices = sum(f.params for f in self.factors if f.trains)
+        return self.copies * (matrices + self.scales + self.gains)
+
+
+def low_rank(d_in: int, d_out: int, rank: int, used: int | None = None) -> Adapter:
+    """Return the adapter B A of `rank` ranks, `used` of which a token is multiplied with."""
+    used = rank if used is None else used
+    return Adapter((Factor(d_in, rank, used=used * d_in), Factor(rank, d_out, used=used * d_out)))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, its weight [d_out, d_in]."""
+
+    name: str
+    d_in: int
+    d_out: int
+    format: WeightFormat = COMPUTE
+    trains: bool = False
+    adapter: Adapter | None = None
+    copies: int = 1
+    """How many there are (one for each expert)."""
+    active: Share = 1
+    """How many of them a token goes through."""
+
+    @property
+    def params(self) -> int:
+        """Weights of all copies, without the adapter."""
+        return self.copies * self.d_in * self.d_out
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm."""
+
+    size: int
+    format: WeightFormat = COMPUTE
+    trains: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a mixer keeps of the tokens that it has seen, in elements."""
+
+    keys: Share = 0
+    """Heads of keys that one more token adds."""
+    values: Share = 0
+    """Heads of values that it adds."""
+    width: int = 0
+    """Elements of a head."""
+    constant: int = 0
+    """Elements per sequence however long it is: a state."""
+    window: int | None = None
+    """Most tokens that are kept; None keeps all."""
+    element: float = 0
+    """Bytes of an element; 0 takes the compute dtype's."""
+
+    @property
+    def per_token(self) -> Share:
+        """Elements that one more token adds, as long as the window is not full."""
+        return (self.keys + self.values) * self.width
+
+    def shared_out(self, share: Share) -> Cache:
+        """Return the cache that a share of the tokens enters."""
+        return replace(self, keys=self.keys * share, values=self.values * share)
+
+    def bytes(self, tokens: int, element: int) -> float:
+        """Return the bytes of one sequence of so many tokens."""
+        kept = tokens if self.window is None else min(tokens, self.window)
+        return float((self.per_token * kept + self.constant) * (self.element or element))
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What lets tokens see each other: attention, or a recurrence in its place."""
+
+    linears: tuple[Linear, ...]
+    heads: int
+    """Query heads that attend to all positions; 0 for what keeps a state."""
+    kv_heads: int
+    head_dim: int
+    cache: Cache
+    source: int | None = None
+    """An earlier layer that states are taken from."""
+    runs: Share = 1
+    """How often it is computed per token."""
+    reads: Share | None = None
+    """How often its weights are read per token; None is `runs`."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A gated MLP; of experts where its linears have copies and a router chooses among them."""
+
+    linears: tuple[Linear, ...]
+    width: int
+    """Inner neurons that a token goes through."""
+    runs: Share = 1
+    """How often it is computed per token."""
+    reads: Share | None = None
+    """How often its weights are read per token; None is `runs`."""
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Sizes of one decoder block; a block may have no head or no MLP neuron at all."""
+
+    num_heads: NonNegativeInt
+    """Query heads."""
+    num_kv_heads: NonNegativeInt
+    """Key/value heads."""
+    intermediate_size: NonNegativeInt
+    """Neurons of the gated MLP."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder block."""
+
+    mixer: Mixer | None
+    mlp: MLP | None
+    norms: tuple[Norm, Norm]
+    """Before the mixer and before the MLP; they are there even where those are not."""
+    bypass: Adapter | None = None
+    """What stands in for the layer where a token skips it."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linears in the order they run."""
+        parts = (p for p in (self.mixer, self.mlp) if p is not None)
+        return tuple(linear for part in parts for linear in part.linears)
+
+    @property
+    def size(self) -> LayerSize:
+        """Heads, key/value heads and neurons."""
+        heads = (self.mixer.heads, self.mixer.kv_heads) if self.mixer else (0, 0)
+        return LayerSize(*heads, self.mlp.width if self.mlp else 0)
+
+    @property
+    def runs(self) -> Share:
+        """How often the layer is computed per token: the MLP decides, which is most of it."""
+        part = self.mlp or self.mixer
+        return part.runs if part else 1
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything but the bypass trains."""
+        own = any(x.trains or (x.adapter and x.adapter.trainable) for x in self.linears)
+        return own or any(n.trains for n in self.norms)
+
+    def linear(self, name: str) -> Linear | None:
+        """Return a linear by its name."""
+        return next((x for x in self.linears if x.name == name), None)
+
+    def map(self, change: Callable[[Linear], Linear]) -> LayerShape:
+        """Return the layer with every linear changed."""
+        mixer, mlp = self.mixer, self.mlp
+        if mixer:
+            mixer = replace(mixer, linears=tuple(change(x) for x in mixer.linears))
+        if mlp:
+            mlp = replace(mlp, linears=tuple(change(x) for x in mlp.linears))
+        return replace(self, mixer=mixer, mlp=mlp)
+
+    def still(self) -> LayerShape:
+        """Return the layer with nothing in it that trains."""
+
+        def frozen(linear: Linear) -> Linear:
+            return replace(linear, trains=False, adapter=_still(linear.adapter))
+
+        norms = (replace(self.norms[0], trains=False), replace(self.norms[1], trains=False))
+        return replace(self.map(frozen), norms=norms, bypass=_still(self.bypass))
+
+    def running(self, runs: Share, reads: Share | None = None) -> LayerShape:
+        """Return the layer computed `runs` times per token, its weights read `reads` times."""
+        mixer = self.mixer and replace(self.mixer, runs=runs, reads=reads)
+        return replace(
+            self, mixer=mixer, mlp=self.mlp and replace(self.mlp, runs=runs, reads=reads)
+        )
+
+
+def _still(adapter: Adapter | None) -> Adapter | None:
+    return adapter and replace(adapter, trains=False)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A norm and a head that give logits."""
+
+    norm: Norm
+    head: Linear
+    tied: bool = False
+    """Whether the head shares the embedding's storage."""
+    runs: Share = 1
+    """How often it is computed per token."""
+    reads: Share | None = None
+    """How often its weights are read per token; None is `runs`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a loss makes of the logits, where it is not plain cross-entropy."""
+
+    logit_bytes: int | None = 12
+    """Bytes per counted logit when the backward pass begins: log-softmax and two gradients in
+    float32; None is one element of the compute dtype."""
+    every: bool = False
+    """Whether the head runs on all positions, not only on those that count."""
+    fixed: int = 0
+    """Bytes whatever the batch is."""
+    again: bool = False
+    """Whether logits are made anew in the backward pass."""
+    reads_out: bool = True
+    """Whether the head runs at all."""
+    exits: int = 0
+    """Exits that a step reads out, each made anew in the backward pass; 0 reads the end alone."""
+    gradient_constant: float = 0
+    """FLOPs of terms on the weights, which do not depend on tokens."""
+
+
+PLAIN = Objective()
+"""Cross-entropy of one pass."""

@@ -1,0 +1,110 @@
+"""StreamingLLM: the first tokens and the last ones stay in the cache, and nothing else.
+
+Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024, arXiv 2309.17453.
+
+    S_t = {0, ..., n - 1} u {t - w + 1, ..., t}        what token t sees: n sinks, a window of w
+    o_t = softmax(R(q_t, p_t) R(K_S, p_S)^T / sqrt(d)) V_S       p: places, 0 ... n + w - 1
+
+R is the rotary turn. Keys are kept as they were projected, [B, H_kv, n + w, d], and turned at
+their places in the cache, so that no distance is larger than those that the model was trained on,
+however long the text. A model looks at its first tokens whatever they say, which is why they stay;
+`sinks=0` is the window without them, which the paper shows to fail.
+
+From the paper: 4 sinks, and 1,020 tokens beside them. Ours: a prompt is read as if it came token
+by token, so that each of its tokens sees its own sinks and window (the authors' code lets a prompt
+see all of itself), and the window counts the token that looks. Nothing is trained. While all
+tokens fit, the model computes what it always does, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from effbench.api.method_types import Paper
+from effbench.api.schema import NonNegativeInt, PositiveInt
+from effbench.api.shape import AnyShape
+from effbench.methods.base import Method
+from effbench.methods.none import Unchanged
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.policy import CachePolicy
+from effbench.util.errors import UserError
+
+if TYPE_CHECKING:
+    from effbench.nn.decode.view import LayerCache
+
+PAPER_WINDOW = 1020
+
+
+@dataclass(frozen=True)
+class SinkWindow(CachePolicy):
+    """Keeps the first and the last tokens of each sequence."""
+
+    turns_at_places: ClassVar[bool] = True
+
+    sinks: int
+    """First tokens, n."""
+    window: int
+    """Last tokens, w."""
+
+    def layer(self, undo: int) -> LayerCache:
+        """Return a layer's empty entry."""
+        from effbench.nn.decode.sinks import SinkLayer
+
+        return SinkLayer(self.sinks, self.window, undo)
+
+    def most_places(self, length: int) -> int:
+        """Return how many places there are after so many tokens."""
+        return min(length, self.sinks + self.window)
+
+
+@dataclass(frozen=True)
+class Streaming(Unchanged):
+    """Changes nothing but what the cache keeps."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Efficient Streaming Language Models with Attention Sinks", "ICLR 2024", "2309.17453"
+    )
+
+    sinks: NonNegativeInt = 4
+    """First tokens of each sequence that stay in the cache, n."""
+    window: PositiveInt | None = None
+    """Last tokens that are in the cache beside them, w, the token that looks among them; null is
+    the paper's 1,020, or as many as the model has positions for."""
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method with its window.
+
+        Raises:
+            UserError: For more places than the model has positions, and layers that share states.
+        """
+        most = max(1, shape.max_positions - self.sinks)
+        method = replace(self, window=self.window or min(PAPER_WINDOW, most))
+        if self.sinks + (method.window or 0) > shape.max_positions:
+            raise UserError(
+                f"method.sinks={self.sinks} and method.window={method.window} are more than the "
+                f"{shape.max_positions} positions of the model.",
+                f"Set method.window={most} or less.",
+            )
+        if shape.shares:
+            raise UserError(
+                "Some layers of this model take states from others, whose cache is not theirs.",
+                "Choose a model whose layers do not share.",
+            )
+        return method
+
+    def check_start(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that decodes in a way of its own."""
+        super().check_start(earlier)
+        for point in earlier[-1].points() if earlier else ():
+            if earlier[-1].decoder(point) != Decoder():
+                raise UserError(
+                    f"{earlier[-1].name} decodes in a way of its own{point and f' at {point}'}, "
+                    "which streaming would leave out.",
+                    "Evaluate it without method=, through its own operating points.",
+                )
+
+    def decoder(self, point: str) -> Decoder:
+        """Return ordinary decoding with sinks and a window in the cache."""
+        return Decoder(cache=SinkWindow(self.sinks, self.window or PAPER_WINDOW))

@@ -1,0 +1,1 @@
+"""Packed weight formats, one a file; `effbench.api.weights` finds them by name."""

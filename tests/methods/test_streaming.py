@@ -1,0 +1,313 @@
+"""Sinks and a window: what the cache keeps, what each token sees of it, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench
+from helpers import SHAPE, context, generator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from effbench.api.batch import make_batch
+from effbench.api.sharing import listed_map, shared_shape
+from effbench.methods.adapters.lora import LoRA
+from effbench.methods.cache.streaming import SinkWindow, Streaming
+from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.nn.decode.decoder import CopiedMaps, Decoder, Drafts, Drops, Exits
+from effbench.nn.decode.early_exit import confident
+from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.staged import StagedDecoder, WholeSession, whole_logits
+from effbench.results.store import RunFolder
+from effbench.runner.open import open_data, open_model
+from effbench.runner.run import open_run
+from effbench.util.errors import UserError
+
+DEEP = replace(SHAPE, num_layers=4)
+CASES = [(4, 8), (0, 7), (1, 1), (3, 2)]
+"""Sinks and window."""
+
+
+def model_of(
+    kv_heads: int = 2, layers: int = 3, attention: str = "sdpa", dtype: Any = torch.float32
+) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=128,
+        initializer_range=0.2,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def some_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 128, (rows, length), generator=generator(seed))
+
+
+def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
+    steps = [session.prefill(ids[:, :prompt], mask)]
+    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
+    return torch.stack(steps, dim=1)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+
+
+# -- what it computes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_while_all_tokens_fit_no_bit_changes(kv_heads: int, attention: str) -> None:
+    model, ids, policy = model_of(kv_heads, 3, attention), some_ids(2, 30), SinkWindow(4, 26)
+    ours, theirs = WholeSession(model, policy), CachedSession(model)
+    assert decoded(ours, ids, 9).equal(decoded(theirs, ids, 9))
+    assert ours.kv_bytes() == theirs.kv_bytes()
+    assert whole_logits(model, policy, ids).equal(model(ids).logits)
+    assert not ours.step(ids[:, :1]).equal(theirs.step(ids[:, :1]))  # the first that does not fit
+
+
+def reference(model: Any, ids: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """Return the logits [T, V] of one sequence, token by token and head by head, from the formulas.
+
+    Complex numbers turn pairs of features; nothing is shared with what is tested.
+    """
+    config, inner = model.config, model.model
+    size, heads = config.head_dim, config.num_attention_heads
+    group = heads // config.num_key_value_heads
+    # A model's angles are computed in float32.
+    rates = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
+
+    def turn(x: torch.Tensor, place: int) -> torch.Tensor:
+        angles, pairs = rates * place, torch.complex(x[: size // 2], x[size // 2 :])
+        pairs = pairs * torch.complex(angles.cos().double(), angles.sin().double())
+        return torch.cat([pairs.real, pairs.imag])
+
+    hidden = inner.embed_tokens(ids)
+    for layer in inner.layers:
+        own, normed = layer.self_attn, layer.input_layernorm(hidden)
+        q, k, v = (m(normed).view(len(ids), -1, size) for m in (own.q_proj, own.k_proj, own.v_proj))
+        mixed = torch.zeros(len(ids), heads, size, dtype=torch.float64)
+        for t in range(len(ids)):
+            seen = sorted({s for s in range(t + 1) if s < sinks or s > t - window})
+            for h in range(heads):
+                asked = turn(q[t, h], len(seen) - 1)
+                keys = torch.stack([turn(k[s, h // group], p) for p, s in enumerate(seen)])
+                weights = (keys @ asked / size**0.5).softmax(0)
+                mixed[t, h] = weights @ v[seen, h // group]
+        hidden = hidden + own.o_proj(mixed.flatten(1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    logits: torch.Tensor = model.lm_head(inner.norm(hidden))
+    return logits
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("sinks", "window"), CASES)
+def test_beyond_it_computes_the_formulas(sinks: int, window: int, kv_heads: int) -> None:
+    model, ids = model_of(kv_heads, 2, dtype=torch.float64), some_ids(2, 18)
+    expected = torch.stack([reference(model, row, sinks, window) for row in ids])
+    policy = SinkWindow(sinks, window)
+    exact = {"atol": 1e-9, "rtol": 1e-9}
+    torch.testing.assert_close(whole_logits(model, policy, ids), expected, **exact)
+    for prompt in (1, 6, 17):
+        found = decoded(WholeSession(model, policy), ids, prompt)
+        torch.testing.assert_close(found, expected[:, prompt - 1 :], **exact)
+    assert (expected - model(ids).logits).abs().max() > 0.1
+
+
+def test_without_sinks_one_layer_is_dense_recomputation_of_the_window() -> None:
+    model, ids, window = model_of(layers=1), some_ids(1, 20), 6
+    found = whole_logits(model, SinkWindow(0, window), ids)[0]
+    for t in range(20):
+        dense = model(ids[:, max(0, t - window + 1) : t + 1]).logits[0, -1]
+        close(found[t], dense)
+
+
+def test_without_sinks_it_is_dense_attention_under_a_sliding_mask() -> None:
+    model, ids, window = model_of(dtype=torch.float64), some_ids(2, 20), 6
+    places = torch.arange(20)
+    band = (places <= places[:, None]) & (places > places[:, None] - window)
+    dense = model(ids, attention_mask=band.expand(2, 1, 20, 20)).logits
+    found = whole_logits(model, SinkWindow(0, window), ids)
+    close(found, dense)
+    assert (whole_logits(model, SinkWindow(1, window - 1), ids) - dense).abs().max() > 0.1
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def held(session: WholeSession) -> int:
+    """Return the bytes of all storages that the cache holds."""
+    layers: Any = session.staged.cache.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values)]
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("sinks", "window"), CASES)
+@pytest.mark.parametrize("prompt", [3, 20])
+def test_its_bytes_are_constant_once_it_is_full(sinks: int, window: int, prompt: int) -> None:
+    model, ids = model_of(), some_ids(2, 40)
+    session, per_token = WholeSession(model, SinkWindow(sinks, window)), 2 * 3 * 2 * 16 * 4
+    session.prefill(ids[:, :prompt])
+    for t in range(prompt, 40):
+        session.step(ids[:, t : t + 1])
+        expected = 2 * min(t + 1, sinks + window) * per_token
+        assert session.kv_bytes() == held(session) == expected
+    assert all(layer.view is None for layer in session.staged.cache.layers)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("sinks", "window"), CASES)
+@pytest.mark.parametrize("prompt", [9, 30])
+def test_padded_rows_decode_as_alone_and_are_reordered(
+    sinks: int, window: int, prompt: int
+) -> None:
+    model, ids, policy = model_of(), some_ids(3, 44), SinkWindow(sinks, window)
+    pads = [4, 0, prompt - 1]
+    mask = torch.tensor([[0] * p + [1] * (prompt - p) for p in pads])
+    session = WholeSession(model, policy)
+    found = decoded(session, ids[:, :36], prompt, mask)
+    alone = [WholeSession(model, policy) for _ in pads]
+    for row, start in enumerate(pads):
+        expected = decoded(alone[row], ids[row : row + 1, start:36], prompt - start)
+        close(found[row], expected[0])
+    rows = torch.tensor([2, 0, 2])
+    session.reorder(rows)
+    for t in range(36, 44):
+        expected = torch.cat([s.step(ids[r : r + 1, t : t + 1]) for r, s in enumerate(alone)])
+        close(session.step(ids[rows, t : t + 1]), expected[rows])
+
+
+@pytest.mark.parametrize(("sinks", "window"), CASES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_taken_back_was_never_read(sinks: int, window: int, padded: bool) -> None:
+    model, ids, policy = model_of(), some_ids(2, 30), SinkWindow(sinks, window)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, :3] = 1 - int(padded)
+    whole = decoded(WholeSession(model, policy), ids, 5, mask)
+    staged = StagedDecoder(model, [3], policy, undo=4)
+    staged.read(ids[:, :5], mask)
+    staged.run(0)
+    for t in range(5, 30):
+        staged.read(some_ids(2, 1 + t % 4, seed=t))
+        staged.run(0)
+        staged.crop(t)
+        staged.read(ids[:, t : t + 1])
+        close(staged.logits(0, staged.run(0))[:, -1], whole[:, t - 4])
+    with pytest.raises(ValueError, match="only the last 4 tokens"):
+        staged.crop(20)
+
+
+# -- with other ways of decoding -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamingDepths(Depths):
+    """What a plug-in would write to have exits and a window at once."""
+
+    def decoder(self, point: str) -> Decoder:
+        return replace(super().decoder(point), cache=SinkWindow(2, 5))
+
+
+def test_exits_and_drafts_work_with_it() -> None:
+    model, ids, policy = model_of(layers=4), some_ids(2, 6), SinkWindow(2, 5)
+    full = greedy(WholeSession(model, policy), ids, 30)
+    assert not full.equal(greedy(CachedSession(model), ids, 30))
+    assert greedy(Decoder(driver=Drafts(2), cache=policy).session(model), ids, 30).equal(full)
+    never = Exits((2,), lambda exits: confident([2.0] * (exits - 1)))
+    assert greedy(Decoder(never, cache=policy).session(model), ids, 30).equal(full)
+
+
+@pytest.mark.parametrize("point", ["exit", "speculative", "d2", "d4"])
+def test_two_ideas_in_one_method_see_in_one_pass_what_decoding_sees(point: str) -> None:
+    method = StreamingDepths(
+        eval_depths=(2, 4), decoding=("exit", "speculative"), thresholds=(0.12,)
+    )
+    model, ids = model_of(layers=4), some_ids(1, 24)
+    batch = make_batch([(ids[0].tolist(), [-100] * 5 + ids[0, 5:].tolist())], 0)
+    with method.at(model, point), torch.no_grad():
+        session: Any = method.session(model, point)
+        steps = decoded(session, ids, 5)[0]
+        close(method.logits(model, batch, point)[0, 4:], steps)
+        assert not method.forward(point).shares_prefixes and method.engines(point) == {"auto"}
+        if point == "exit":
+            assert 2 < session.counts()["exit_depth"] < 4
+        plain = Depths.decoder(method, point).session(model)
+        assert (decoded(plain, ids, 5)[0] - steps).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("route", "why"),
+    [
+        (Drops("lora_drop", 3), "leave gaps"),
+        (CopiedMaps(), "all of their source's keys"),
+        (Exits((2,), lambda exits: confident([0.5]), propagate=True), "propagated"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_without_a_model(route: Any, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        Decoder(route, cache=SinkWindow(4, 8))
+
+
+# -- as a method -----------------------------------------------------------------------------------
+
+
+def test_its_window_fits_the_model_unless_it_is_given() -> None:
+    short = replace(DEEP, max_positions=100)
+    assert Streaming().resolve(DEEP).window == 1020
+    assert Streaming().resolve(short).window == 96
+    assert Streaming(window=50).resolve(short).window == 50
+    with pytest.raises(UserError, match=r"method\.window=97 .* 100 positions"):
+        Streaming(window=97).resolve(short)
+
+
+def test_artefacts_and_shapes_that_it_would_misread_are_refused_before_loading() -> None:
+    shared = shared_shape(DEEP, listed_map(4, [2], "kv"))
+    with pytest.raises(UserError, match="take states from others"):
+        Streaming().resolve(shared)
+    Streaming().check_start([LoRA()])
+    with pytest.raises(UserError, match="decodes in a way of its own at k0"):
+        Streaming().check_start([LoRADrop()])
+
+
+def test_adapters_are_called_as_modules() -> None:
+    ctx, ids = context(), some_ids(1, 30)
+    model: Any = LoRA(rank=4).prepare(model_of(), ctx).eval()
+    plain = whole_logits(model, SinkWindow(2, 6), ids)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    moved = whole_logits(model, SinkWindow(2, 6), ids)
+    assert (moved - plain).abs().max() > 0.1
+    close(decoded(WholeSession(model, SinkWindow(2, 6)), ids, 4), moved[:, 3:])
+
+
+def test_perplexity_is_the_loss_of_decoding_token_by_token(bench: Bench, tmp_path: Path) -> None:
+    words = ["method=streaming", "method.sinks=2", "method.window=10", "dataset.limit.test=4"]
+    words += ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
+    record = bench.run("eval", *words, "evaluator=[perplexity]")
+    found = {m.name: m.value for m in record.metrics}
+    job = bench.job("eval", *words, "evaluator=[perplexity]")
+    run = open_run(job, RunFolder(tmp_path), bench.store)
+    opened = open_model(run)
+    model, method = opened.model.eval(), opened.method
+    total, count = 0.0, 0
+    for example in open_data(run).documents("test"):
+        ids, labels = torch.tensor([example.ids]), torch.tensor(example.labels())
+        logits = decoded(method.session(model), ids, 1)[0]
+        nll = -logits[:-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        counted = labels[1:] != -100
+        total, count = total + float(nll[counted].sum()), count + int(counted.sum())
+    assert count == found["loss_tokens"]
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    plain = bench.run("eval", "method=none", *words[3:], "evaluator=[perplexity]")
+    assert {m.name: m.value for m in plain.metrics}["loss"] != found["loss"]
