@@ -71,7 +71,7 @@ class DatasetSpec:
     subset: str = ""
     """Hub configuration, or folder inside an asset."""
     files: dict[str, str] = field(default_factory=dict)
-    """Local files by split name (jsonl, json, csv, parquet, txt)."""
+    """Local files by split name (jsonl, json, csv, tsv, parquet, txt; gzipped or not)."""
     text: str = "{text}"
     """Template of a row's text (kind `text`)."""
     prompt: str = "{prompt}"
@@ -106,6 +106,8 @@ class DatasetSpec:
     columns: dict[str, str] = field(default_factory=dict)
     """Dotted names of fields with a number that goes into batches, by column; `weight` is that of
     the row in the loss. A kind can read further columns of its own."""
+    documents: Literal["paragraph", "line", "file"] = "paragraph"
+    """What the documents of a txt file are: what stands between empty lines, each line, or all."""
     missing: Literal["refuse", "empty", "skip"] = "refuse"
     """What a field without a value does: it is refused, is an empty text, or its row is left out.
     An empty answer is refused too, or its row is left out."""

@@ -121,6 +121,7 @@ def _stage(
         return
     if dry_run:
         _plan(job)
+        _first_row(job)
         return
     before = None if fresh else record_of(job)
     if before:
@@ -165,6 +166,13 @@ def plan(
     from effbench.config.compose import compose
 
     _plan(compose(None, list(overrides or []), list(config_dir or [])))
+
+
+def _first_row(job: Any) -> None:
+    from effbench.data.dataset import first_row
+
+    if shown := first_row(job.spec.dataset):
+        typer.echo(f"First row  {shown}")
 
 
 def _plan(job: Any) -> None:

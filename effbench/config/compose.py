@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from effbench.models.load import known_shape
 from effbench.results.store import Store
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
+
+ESCAPED = {f"dataset.{name}" for name in ("text", "prompt", "answer", "choices")}
+ESCAPED |= {"evaluator.generation.until"}
+"""Settings whose text is read as YAML reads text in double quotes."""
 
 
 def compose(
@@ -148,7 +153,7 @@ def settings_of(cls: type) -> dict[str, Any]:
 
 def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
     """Return the job that a composed config describes; see `compose`."""
-    config = dict(config)
+    config = _unescaped(config, chosen)
     config.pop("hydra", None)
     unknown = config.keys() - TOP_LEVEL - set(groups())
     if unknown:
@@ -189,6 +194,31 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime)
+
+
+def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
+    r"""Return a config in whose texts that were typed \n is a line end, as it is in a YAML file.
+
+    Hydra takes a backslash in a word as it is; two of them stand for one.
+    """
+    config = copy.deepcopy(config)
+    for place in ESCAPED & chosen:
+        *path, last = place.split(".")
+        part = config
+        for name in path:
+            part = part.get(name) or {}
+        if last in part:
+            part[last] = _with_line_ends(part[last])
+    return config
+
+
+def _with_line_ends(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_line_ends(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    ends = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda m: ends[m[1]], value)
 
 
 @dataclass(frozen=True)

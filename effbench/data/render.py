@@ -31,6 +31,11 @@ class Text:
     columns: Mapping[str, float] = field(default_factory=dict)
     """Further values of the row by name."""
 
+    def shown(self, room: int = 100) -> str:
+        """Return it on one line, where line ends can be told from other text."""
+        answer = repr(self.answer[:room])
+        return f"{self.prompt[-room:]!r} -> {answer}" if self.prompt else answer
+
 
 class MissingError(UserError):
     """A row lacks a value, or has an empty one, where its kind needs text."""

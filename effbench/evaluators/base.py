@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from effbench.data.dataset import Data
 
 
+LARGEST_EXPONENT = 709.0
+"""Of which e to it is still a finite double."""
+
+
 @dataclass
 class Result:
     """Metrics of one evaluator at one operating point, and the outcome of every item."""
@@ -213,6 +217,11 @@ def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:
         Pass("score", len(group), lengths[group[0]], sum(counted[i] for i in group))
         for group in by_length(lengths, batch_tokens)
     ]
+
+
+def exponential(value: float | None) -> float:
+    """Return e to a number, infinity where that is more than a float can be."""
+    return math.exp(_number(value)) if _number(value) < LARGEST_EXPONENT else math.inf
 
 
 def _number(value: float | None) -> float:

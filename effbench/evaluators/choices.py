@@ -7,13 +7,12 @@ lm-eval's own (Gao et al., doi 10.5281/zenodo.10256836).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import NonNegativeInt, PositiveInt, digest
-from effbench.evaluators.base import Evaluator, Result, check_splits
+from effbench.evaluators.base import Evaluator, Result, check_splits, exponential
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.results.records import Metric, Outcomes
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
     from effbench.nn.scoring.prefix_tree import Score
-
-LARGEST_EXPONENT = 709.0
-"""Of a finite double."""
 
 KINDS = ("multiple_choice", "loglikelihood")
 """lm-eval's output types that need no generated text."""
@@ -223,8 +219,7 @@ def _add(
         )
         if perplexity:
             assert head.low is not None and head.high is not None
-            low = math.exp(-head.high)
-            high = math.exp(-head.low) if -head.low < LARGEST_EXPONENT else math.inf
+            low, high = exponential(-head.high), exponential(-head.low)
             made = task.aggregate(metric, found)
             result.metrics.append(
                 replace(head, name=metric, value=made, low=low, high=high, unit="")

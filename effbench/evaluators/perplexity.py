@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import PositiveInt
-from effbench.evaluators.base import Evaluator, Result, check_splits
+from effbench.evaluators.base import Evaluator, Result, check_splits, exponential
 from effbench.evaluators.subject import Subject
 from effbench.results.records import Metric
 from effbench.util.lazy import torch
@@ -140,7 +140,5 @@ def _of_each(nll: torch.Tensor, batch: Batch, kinds: Mapping[str, torch.Tensor])
 
 
 def _perplexity(loss: Metric) -> Metric:
-    assert loss.low is not None
-    assert loss.high is not None
-    value, low, high = map(math.exp, (loss.value, loss.low, loss.high))
+    value, low, high = map(exponential, (loss.value, loss.low, loss.high))
     return Metric("perplexity", value, "", loss.point, loss.split, loss.n, low, high)

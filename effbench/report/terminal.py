@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effbench.api.account import lines
 from effbench.report.table import (
     RUN_COLUMNS,
     Cell,
@@ -67,6 +68,8 @@ def print_record(record: Record) -> None:
     if tasks.rows:
         print_table(tasks)
     print_table(_others(record))
+    for line in lines(record.data):
+        print(f"Data, {line}")
     for note in record.notes:
         print(f"Note: {note}")
     print(f"Key {record.key}: {record.label}, {record.seconds:.0f} s")

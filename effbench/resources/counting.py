@@ -43,7 +43,7 @@ def parameters(model: torch.nn.Module) -> Parameters:
 
 
 class LayerForwards:
-    """Counts the positions that go through each decoder block of a model in training mode.
+    """Counts the positions that go through each decoder block of a model.
 
     Padding and recomputation are among them: it is the work that was done.
 
@@ -56,9 +56,8 @@ class LayerForwards:
         """Summed over blocks."""
         self._hooks = [layer.register_forward_pre_hook(self._add) for layer in layers]
 
-    def _add(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if layer.training:
-            self.count += inputs[0].shape[:-1].numel()
+    def _add(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.count += inputs[0].shape[:-1].numel()
 
     def close(self) -> None:
         """Stop counting."""

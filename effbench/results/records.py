@@ -92,6 +92,9 @@ class Record:
     """What was predicted before the run."""
     notes: list[str] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    """What was read of each source of the dataset, and what its splits are as tokens: the fields of
+    `api.account`."""
 
     @property
     def ended(self) -> float:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from effbench.api.account import lines
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_evaluator, make_method
+from effbench.api.schema import plain
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
@@ -207,4 +209,24 @@ def open_data(run: Run) -> Data:
                     f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
                     "Train on others, leave it out, or say dataset.allow_overlap=true.",
                 )
+    _account(run, data)
     return data
+
+
+def _account(run: Run, data: Data) -> None:
+    """Count what became of the rows of every split that the run uses, and say it once."""
+    stage, evaluators = stages.find(run.spec.stage), map(make_evaluator, run.spec.evaluators)
+    used = {split: True for evaluator in evaluators for split in evaluator.splits()}
+    if stage.trains and run.spec.train.validate_every:
+        used["validation"] = False
+    if stage.makes:
+        used["train"] = False
+    splits = {split: data.account(split, whole) for split, whole in sorted(used.items())}
+    run.data = {
+        "sources": {name: plain(reading) for name, reading in data.readings.items()},
+        "splits": {name: plain(account) for name, account in splits.items()},
+    }
+    for line in lines(run.data):
+        run.progress.say(line)
+    for split in list(splits)[:1]:
+        run.progress.say(f"{split} begins with {data.rows(split)[0].shown()}")

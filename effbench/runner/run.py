@@ -48,6 +48,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     started: float = field(default_factory=time.time)
+    data: dict[str, Any] = field(default_factory=dict)
+    """What became of the dataset's rows, as `Record.data`; each process finds it anew."""
     workload: Workload | None = None
     """The batches of this run, as far as they are known; None for the largest possible ones."""
 
@@ -206,6 +208,7 @@ def finish(run: Run) -> Record:
         plan=found.plan,
         notes=found.notes,
         outcomes=[o for name in found.evaluated for o in outcomes_in(run.folder, name)],
+        data=run.data,
     )
     run.folder.write_json("environment.json", record.environment)
     write(record, run.store.records)

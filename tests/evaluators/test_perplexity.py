@@ -17,11 +17,13 @@ from effbench.api.examples import IGNORED, Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.schema import digest
 from effbench.data.dataset import splits
-from effbench.evaluators.perplexity import Perplexity
+from effbench.evaluators.base import exponential
+from effbench.evaluators.perplexity import Perplexity, _perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.results.journal import Journal
+from effbench.results.records import Metric
 from effbench.util.errors import UserError
 
 QUESTIONS = ["dataset=arithmetic", "+dataset.limit.test=12"]
@@ -101,6 +103,14 @@ def test_a_window_that_scores_nothing_is_left_out() -> None:
     assert all(len(ids) == len(labels) for ids, labels in pairs)
 
 
+def test_a_loss_whose_exponential_overflows_is_kept() -> None:
+    assert exponential(4564.2) == math.inf
+    assert exponential(-4564.2) == 0.0
+    assert exponential(2.0) == math.exp(2.0)
+    found = _perplexity(Metric("loss", 708.0, "nats/token", low=1.0, high=710.0))
+    assert (found.value, found.low, found.high) == (math.exp(708.0), math.exp(1.0), math.inf)
+
+
 # -- documents ---------------------------------------------------------------------------------
 
 
@@ -172,7 +182,7 @@ def test_its_passes_are_its_batches(documents: Subject, bench: Bench) -> None:
     nll = documents.method.token_nll
 
     class Watched(type(documents.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             batches.append((*batch.input_ids.shape, batch.loss_tokens))
             return nll(model, batch)
 
@@ -194,7 +204,7 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_batch(
     class Stops(type(documents.method)):  # type: ignore[misc]
         limit = 3
 
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt
@@ -285,7 +295,7 @@ def test_differences_of_outcomes_are_those_of_the_ratio(questions: Subject) -> N
     nll = questions.method.token_nll
 
     class Worse(type(questions.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             return nll(model, batch) + 0.5 * (batch.labels[:, 1:] != -100)
 
     worse = Perplexity().run(dataclasses.replace(questions, method=Worse())).outcomes[0].values

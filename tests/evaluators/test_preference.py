@@ -23,7 +23,7 @@ class Judge(Unchanged):
 
     rule: Any = None
 
-    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
         rows = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)
         return torch.tensor([type(self).rule(ids[: sum(mask)]) for ids, mask in rows])
 
@@ -87,7 +87,7 @@ def test_what_is_foreseen_is_what_runs(bench: Bench, subject: Subject) -> None:
     seen = []
 
     class Watched(Unchanged):
-        def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
             seen.append((*batch.input_ids.shape, batch.loss_tokens))
             return super().scores(model, batch)
 

@@ -37,7 +37,10 @@ class PlainText(Kind):
         for start in range(0, len(stream) - size + 1, size):
             ids = stream[start : start + size]
             covered = tokenizer.decode(ids[1:], skip_special_tokens=True)
-            examples.append(Example(digest(ids), (Tokens(ids, 0, len(covered.encode())),)))
+            rest = len(stream) - start - size
+            cut = (0, rest if rest < size else 0)
+            tokens = Tokens(ids, 0, len(covered.encode()), cut)
+            examples.append(Example(digest(ids), (tokens,)))
         return examples
 
     def documents(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:

@@ -1,0 +1,1 @@
+"""Training from forward passes alone."""
