@@ -315,5 +315,10 @@ def _check_data(spec: Spec) -> None:
 
 def _check_evaluators(spec: Spec, lineage: Lineage) -> None:
     shape = known_shape(spec.model)
-    for each in spec.evaluators:
-        make_evaluator(each).check(spec, lineage.methods, shape)
+    for evaluator in map(make_evaluator, spec.evaluators):
+        if evaluator.needs_model and not stages.find(spec.stage).loads:
+            raise UserError(
+                f"{evaluator.name} asks a model, and effbench {spec.stage} loads none.",
+                "Leave it out, or use effbench eval.",
+            )
+        evaluator.check(spec, lineage.methods, shape)

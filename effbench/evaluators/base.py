@@ -129,6 +129,8 @@ class Evaluator:
     """Raised when the same settings would give other numbers; from then on in the key."""
     itemwise: ClassVar[bool] = True
     """Whether it works item by item through `Subject.journal`, so that it resumes at an item."""
+    needs_model: ClassVar[bool] = True
+    """Whether it asks a loaded model; a `Simulator` does not."""
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
 

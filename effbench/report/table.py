@@ -24,6 +24,7 @@ HEADLINES = (
     "exact_match_strict_match",
     "agreement",
     "decode_tokens_per_second",
+    "simulated_requests_per_second",
     "train_loss_last",
     "weight_bytes",
 )
@@ -97,11 +98,12 @@ class Table:
     def text(self) -> str:
         """Return the table as aligned columns, without rich, for commands that start at once."""
         grid = [self.columns, *(tuple(show(cell) for cell in row) for row in self.rows)]
-        widths = [max(len(row[i]) for row in grid) for i in self._indices()]
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        numeric = self._numeric()
         cells = [
             [
                 cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, self._numeric(), strict=True)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
             ]
             for row in grid
         ]
@@ -142,23 +144,21 @@ class Table:
         ]
 
 
-def runs_table(records: Iterable[Record]) -> Table:
-    """Return one row per run: what it was and the number it is about."""
-    rows: list[tuple[Cell, ...]] = [
-        (
-            record.key[:8],
-            record.started[:16].replace("T", " "),
-            record.stage,
-            record.name_of("method"),
-            record.name_of("model"),
-            record.name_of("dataset"),
-            str(record.spec.get("seed", ABSENT)),
-            headline(record),
-        )
-        for record in records
-    ]
-    columns = ("key", "started (UTC)", "stage", "method", "model", "dataset", "seed", "result")
-    return Table("", columns, rows)
+RUN_COLUMNS = ("key", "started (UTC)", "stage", "method", "model", "dataset", "seed", "result")
+
+
+def run_row(record: Record) -> tuple[str, ...]:
+    """Return what a run was and the number it is about, by `RUN_COLUMNS`."""
+    return (
+        record.key[:8],
+        record.started[:16].replace("T", " "),
+        record.stage,
+        record.name_of("method"),
+        record.name_of("model"),
+        record.name_of("dataset"),
+        str(record.spec.get("seed", ABSENT)),
+        headline(record),
+    )
 
 
 def headline(record: Record) -> str:

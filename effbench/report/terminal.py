@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effbench.api.account import lines
-from effbench.report.table import Cell, Table, as_value, comparison, runs_table, tasks_table
-from effbench.results.records import Record, read_all
+from effbench.report.table import (
+    RUN_COLUMNS,
+    Cell,
+    Table,
+    as_value,
+    comparison,
+    run_row,
+    tasks_table,
+)
+from effbench.results.records import Record
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,15 +105,17 @@ def print_runs(results: Path) -> None:
     Raises:
         UserError: When there is nothing to list.
     """
+    from effbench.report import table
+    from effbench.results.index import summaries
     from effbench.results.store import Store
 
     store = Store(results)
-    records = read_all(store.records, outcomes=False)
+    rows = summaries(store, run_row, [Path(table.__file__)])
     unfinished = [k for k in store.run_keys() if not store.run(k).finished]
-    if not records and not unfinished:
+    if not rows and not unfinished:
         raise UserError(f"There are no runs in {results}.", "Start with: effbench train")
-    if records:
-        print(runs_table(records).text())
+    if rows:
+        print(Table("", RUN_COLUMNS, [*rows]).text())
     for key in unfinished:
         print(f"unfinished: {key} (the same command goes on from where it stopped)")
 

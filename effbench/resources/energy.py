@@ -43,11 +43,6 @@ class Energy:
     """Which counters, or the model and its figures."""
 
 
-def energy_name(obtained: Obtained) -> str:
-    """Return the name of an energy's metric: measured and modelled ones never share a column."""
-    return "energy_j" if obtained == "measured" else "energy_modelled_j"
-
-
 def total(parts: Sequence[Energy]) -> Energy:
     """Return the energy of disjoint windows together; a modelled one makes all of it modelled."""
     modelled = [p for p in parts if p.obtained == "modelled"]

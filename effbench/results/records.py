@@ -21,7 +21,7 @@ from effbench.util.files import write_atomic
 SCHEMA = 3
 """Raised when the form of a record changes; `migrations.RECORDS` then gets an entry."""
 
-Obtained = Literal["measured", "counted", "modelled"]
+Obtained = Literal["measured", "counted", "modelled", "simulated"]
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ class Metric:
     high: float | None = None
     """Upper end of the 95 % interval."""
     obtained: Obtained = "measured"
-    """`measured` on the device, `counted` exactly, or `modelled` from shapes and ceilings."""
+    """`measured` on the device, `counted` exactly, `modelled` from shapes and ceilings, or
+    `simulated`: played over time on such a model."""
     phase: str = ""
     """Part of the run (load, train, evaluate)."""
     task: str = ""
@@ -156,7 +157,7 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    records = [read(path, outcomes) for path in _files(folder)]
+    records = [read(path, outcomes) for path in files(folder)]
     return sorted(records, key=lambda r: (r.started, r.key))
 
 
@@ -170,7 +171,7 @@ def find(folder: Path, ref: str) -> Record:
     Raises:
         UserError: When none or several fit, with the keys that come near.
     """
-    paths = {path.stem: path for path in _files(folder)}
+    paths = {path.stem: path for path in files(folder)}
     if not paths:
         raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
     if ref == "latest":
@@ -198,8 +199,10 @@ def as_now(records: Sequence[Record]) -> list[Record]:
     return [replace(record, spec=completed(Spec, migrated_spec(record.spec))) for record in records]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+def files(folder: Path) -> list[Path]:
+    """Return the files of the records in a folder, sorted by key."""
+    found = (path for path in folder.glob("*.json") if not path.name.startswith("."))
+    return sorted(found, key=lambda path: path.name)
 
 
 # -- reading and writing one line --------------------------------------------------------------

@@ -125,12 +125,12 @@ class RunFolder:
         with ExitStack() as held:
             with mendable(lock):
                 lock.parent.mkdir(parents=True, exist_ok=True)
-                _keep_out_of_git(lock.parent)
+                keep_out_of_git(lock.parent)
                 held.enter_context(locked(lock, on_wait))
             yield
 
 
-def _keep_out_of_git(runs: Path) -> None:
+def keep_out_of_git(runs: Path) -> None:
     """Have git pass over the folder of all runs, which are large and can be made again."""
     ignore = runs / ".gitignore"
     if not ignore.exists():
@@ -144,6 +144,8 @@ class Store:
         self.root = root
         self.runs = root / "runs"
         self.records = root / "records"
+        self.index = self.runs / ".records.json"
+        """What lists say of the records; can be deleted at any time."""
 
     def run(self, key: str) -> RunFolder:
         """Return the folder of a key, whether it exists or not."""

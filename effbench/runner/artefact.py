@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import torch
 
 from effbench.api.schema import plain
 from effbench.methods.base import Method
-from effbench.resources.usage import Taken
-from effbench.results.records import Metric
 from effbench.runner.open import context
 from effbench.runner.run import Run
 from effbench.util.files import replace_folder, scratch_folder
@@ -27,21 +24,14 @@ def save_artefact(run: Run, method: Method, model: torch.nn.Module) -> None:
 
 
 def note_made(run: Run) -> None:
-    """Remember that the artefact is whole, with what was found out while making it."""
-    facts = {
-        "metrics": [vars(m) for m in run.metrics],
-        "notes": run.notes,
-        "took": {name: asdict(t) for name, t in run.took.items()},
-    }
-    run.folder.write_json("made.json", facts)
+    """Remember that the artefact is whole."""
+    run.events.append("made")
 
 
 def load_made(run: Run, method: Method, model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the base `model` turned into what an interrupted run had made; None if nothing yet."""
-    facts = run.folder.read_json("made.json")
-    if facts is None:
+    place = run.events.after("made")
+    if place is None:
         return None
-    run.metrics = [Metric(**m) for m in facts["metrics"]]
-    run.notes = facts["notes"]
-    run.took |= {name: Taken(**t) for name, t in facts["took"].items()}
+    run.events.cut(place)
     return method.load(model, run.folder.artefact, context(run))

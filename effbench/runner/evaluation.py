@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from effbench.api.cost import Cost
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.plugins import make_evaluator
@@ -72,9 +70,9 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
                     if result is None:
                         result = _run_one(run, subject, plugin, point)
                         run.folder.write_json(f"evaluations/{path.name}", asdict(result))
-                    run.metrics += result.metrics
-                    run.outcomes += result.outcomes
-                _count_cost(run, model, subject.costs[point], point)
+                    run.add(result.metrics)
+                    run.events.append("evaluated", name=path.stem)
+                count_cost(run, subject.costs[point], point, storage_bytes(model))
 
 
 def _read_result(path: Path) -> Result | None:
@@ -122,8 +120,6 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: str) -> Resu
         job=plain(run.job),
     )
     result: Result = make_evaluator(plugin).run(subject)
-    for metric in result.metrics:
-        run.events.append("metric", **asdict(metric))
     headline = ", ".join(f"{m.name} {m.value:.4g}" for m in result.metrics[:2])
     run.progress.say(f"{plugin.name} {point}: {headline}".replace(" :", ":"))
     return result
@@ -133,9 +129,18 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _count_cost(run: Run, model: torch.nn.Module, cost: Cost, point: str) -> None:
+def count_cost(run: Run, cost: Cost, point: str, held: int | None = None) -> None:
+    """Count what a model needs at an operating point, from shapes.
+
+    Args:
+        run: Where it goes.
+        cost: What the model needs.
+        point: The operating point.
+        held: Bytes of the weights in memory, where there is a model.
+    """
     run.count("params", cost.params, "parameters", point)
-    run.count("weight_bytes", storage_bytes(model), "bytes", point)
+    if held is not None:
+        run.count("weight_bytes", held, "bytes", point)
     run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
     run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
     run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -15,16 +15,18 @@ import torch
 from effbench.api.schema import plain
 from effbench.api.shape import AnyShape
 from effbench.api.spec import Job, Spec
+from effbench.api.stages import base as stages
 from effbench.config.lineage import Lineage
 from effbench.models import load as models
 from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import parameters
-from effbench.resources.energy import Energy, Meter, energy_name
+from effbench.resources.energy import Energy, Meter
 from effbench.resources.environment import fingerprint
 from effbench.resources.memory import PeakMemory, exact_blocks, memory_in_use, release
 from effbench.resources.predict import Workload, at_most, predict
 from effbench.resources.usage import Taken, gib
 from effbench.results.events import EventLog
+from effbench.results.fold import Folded, fold
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
@@ -46,17 +48,10 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     started: float = field(default_factory=time.time)
-    metrics: list[Metric] = field(default_factory=list)
-    outcomes: list[Outcomes] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    plan: dict[str, Any] = field(default_factory=dict)
-    """What was predicted, held against what was measured."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What became of the dataset's rows, as `Record.data`."""
+    """What became of the dataset's rows, as `Record.data`; each process finds it anew."""
     workload: Workload | None = None
     """The batches of this run, as far as they are known; None for the largest possible ones."""
-    took: dict[str, Taken] = field(default_factory=dict)
-    """What each phase took."""
 
     @property
     def spec(self) -> Spec:
@@ -82,22 +77,16 @@ class Run:
                 yield
         except BaseException:
             with suppress(Exception):  # what went wrong is what is to be told, whatever this finds
-                self._keep(name, self._taken(name, meter.energy, memory.peak.peak_bytes))
+                took = self._taken(name, meter.energy, memory.peak.peak_bytes)
+                self.events.append("interrupted", name=name, **asdict(took))
             raise
-        took = self.took[name] = self._taken(name, meter.energy, memory.peak.peak_bytes)
-        self._keep(name, None)
-        energy = energy_name(took.energy)
-        self.metrics += [
-            Metric("peak_bytes", took.peak_bytes, "bytes", phase=name),
-            Metric("phase_seconds", took.seconds, "s", phase=name),
-            Metric(energy, took.joules, "J", phase=name, obtained=took.energy),
-        ]
+        took = self._taken(name, meter.energy, memory.peak.peak_bytes)
         self.events.append("phase", name=name, **asdict(took), source=meter.energy.source)
 
     def _taken(self, name: str, energy: Energy, peak_bytes: int) -> Taken:
         """Return what a phase took, sessions before this one included."""
-        kept = (self.folder.read_json("phases.json") or {}).get(name)
-        before = Taken(**kept) if kept else Taken(0, 0.0, 0.0, energy.obtained)
+        kept = self.so_far().interrupted.get(name)
+        before = taken(kept) if kept else Taken(0, 0.0, 0.0, energy.obtained)
         measured = before.energy == energy.obtained == "measured"
         return Taken(
             max(peak_bytes, before.peak_bytes),
@@ -106,16 +95,22 @@ class Run:
             "measured" if measured else "modelled",
         )
 
-    def _keep(self, name: str, took: Taken | None) -> None:
-        """Remember what an interrupted phase took, or forget it."""
-        kept = self.folder.read_json("phases.json") or {}
-        if took is not None or name in kept:
-            kept[name] = asdict(took) if took else None
-            self.folder.write_json("phases.json", kept)
+    def so_far(self) -> Folded:
+        """Return what the events amount to by now."""
+        return fold(self.events.so_far(), self.spec.seed)
+
+    def add(self, metrics: Iterable[Metric]) -> None:
+        """Add metrics to the record."""
+        for metric in metrics:
+            self.events.append("metric", **asdict(metric))
 
     def count(self, name: str, value: float, unit: str, point: str = "") -> None:
-        """Add an exact count to the metrics."""
-        self.metrics.append(Metric(name, value, unit, point=point, obtained="counted"))
+        """Add an exact count to the record."""
+        self.add([Metric(name, value, unit, point=point, obtained="counted")])
+
+    def note(self, text: str) -> None:
+        """Add a sentence to the record."""
+        self.events.append("note", text=text)
 
     def know(self, **parts: Any) -> None:
         """Put what was found out about the run's batches in the place of what is possible."""
@@ -133,9 +128,8 @@ def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
         UserError: When its device is not there.
     """
     spec = job.spec
-    models.check_device(spec.hardware.device)
-    if not folder.started:
-        (folder.path / "events.jsonl").unlink(missing_ok=True)
+    if stages.find(spec.stage).loads:
+        models.check_device(spec.hardware.device)
     if spec.hardware.threads:
         torch.set_num_threads(spec.hardware.threads)
     torch.manual_seed(spec.seed)
@@ -184,17 +178,22 @@ def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
         runtime.exact_memory and exact_blocks(),
         lineage.artefacts,
     )
-    run.plan = prediction.summary(run.took, base_bytes)
-    run.metrics.append(Metric("base_bytes", base_bytes, "bytes", phase="start"))
-    for name, phase in run.plan["phases"].items():
-        if "error" in phase:
-            error = Metric("plan_error", phase["error"], "", phase=name, obtained="modelled")
-            run.metrics.append(error)
+    took = {name: taken(facts) for name, facts in run.so_far().phases.items()}
+    plan = prediction.summary(took, base_bytes)
+    run.add([Metric("base_bytes", base_bytes, "bytes", phase="start")])
+    errors = {name: p["error"] for name, p in plan["phases"].items() if "error" in p}
+    run.add(Metric("plan_error", e, "", phase=n, obtained="modelled") for n, e in errors.items())
+    run.events.append("plan", **plan)
+
+
+def taken(facts: Mapping[str, Any]) -> Taken:
+    """Return what the event of a phase says that it took."""
+    return Taken(**{part.name: facts[part.name] for part in fields(Taken)})
 
 
 def finish(run: Run) -> Record:
-    """Write the record and mark the run as finished."""
-    seconds = time.time() - run.started
+    """Write the record, which is what the events amount to, and mark the run as finished."""
+    seconds, found = time.time() - run.started, run.so_far()
     record = Record(
         schema=SCHEMA,
         key=run.spec.key,
@@ -205,10 +204,10 @@ def finish(run: Run) -> Record:
         parent=run.spec.parent,
         started=datetime.fromtimestamp(run.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,
-        metrics=run.metrics,
-        plan=run.plan,
-        notes=run.notes,
-        outcomes=run.outcomes,
+        metrics=found.metrics,
+        plan=found.plan,
+        notes=found.notes,
+        outcomes=[o for name in found.evaluated for o in outcomes_in(run.folder, name)],
         data=run.data,
     )
     run.folder.write_json("environment.json", record.environment)
@@ -218,6 +217,6 @@ def finish(run: Run) -> Record:
     return record
 
 
-def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean."""
-    return sum(values) / len(values)
+def outcomes_in(folder: RunFolder, name: str) -> list[Outcomes]:
+    """Return the outcomes of items in the file of an evaluator's result."""
+    return [Outcomes(**o) for o in folder.read_json(f"evaluations/{name}.json")["outcomes"]]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from effbench.api.spec import Stage
 from effbench.config.compose import hydra_compose, job_from, to_plain
-from effbench.config.overrides import Words, check_overrides, existing
+from effbench.config.overrides import check_overrides, existing
 from effbench.results.store import Store
 from effbench.runner.local import execute
+from effbench.runner.worker import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import mendable
 from effbench.util.package_data import conf_dir
@@ -47,40 +49,57 @@ def sweep(
     Raises:
         UserError: When the grid itself cannot be composed.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
     extra = [existing(p) for p in extra]
     checked = check_overrides(overrides, extra)
     words = checked.with_defaults(stage)
     words = [_latest_now(w, _results(words)) for w in words]
-    _try_one(stage, replace(checked, words=words), extra)
-    if extra:
-        words.append(f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]")
+    points = _points(words)
+    _try_one(stage, points or [], checked.chosen, extra)
     folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
-    words.append(f"hydra.sweep.dir={folder}")
 
-    def task(config: Any) -> None:
-        context = HydraConfig.get()
-        mine = [str(o).lstrip("+") for o in context.overrides.task]
+    def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> None:
         key, error = "", ""
         try:
-            job = job_from(stage, to_plain(config), checked.chosen)
+            job = job_from(stage, config(), checked.chosen)
             key = job.spec.key
             execute(job, fresh)
         except UserError as problem:
             error = str(problem)
         except RunFailedError as problem:
-            if problem.status == 130:
+            if problem.status == INTERRUPTED:
                 raise KeyboardInterrupt from None
             error = str(problem)
-        place = Path(context.runtime.output_dir)
         place.mkdir(parents=True, exist_ok=True)
-        (place / OUTCOME).write_text(json.dumps({"overrides": mine, "key": key, "error": error}))
+        found = Outcome([word.lstrip("+") for word in point], key, error)
+        (place / OUTCOME).write_text(json.dumps(vars(found)))
 
-    with _arguments(["effbench", "-m", *words]):
+    elsewhere = {c for c in checked.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
+    if points is None or elsewhere:
+        _hand_to_hydra(words, extra, folder, run)
+    else:  # here, one after another: no need to have Hydra compose each of them from its files
+        for number, point in enumerate(points):
+            run(partial(hydra_compose, point, extra), point, folder / str(number))
+    files = sorted(folder.glob(f"*/{OUTCOME}"), key=lambda p: int(p.parent.name))
+    return [Outcome(**json.loads(p.read_text())) for p in files]
+
+
+def _hand_to_hydra(
+    words: Sequence[str], extra: Sequence[Path], folder: Path, run: Callable[..., None]
+) -> None:
+    """Have Hydra's sweeper and launcher call `run` for every run of the grid."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    search = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
+
+    def task(config: Any) -> None:
+        context = HydraConfig.get()
+        point = [str(word) for word in context.overrides.task]
+        run(partial(to_plain, config), point, Path(context.runtime.output_dir))
+
+    with _arguments(["effbench", "-m", *words, *search, f"hydra.sweep.dir={folder}"]):
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
                 task
@@ -91,29 +110,34 @@ def sweep(
                     "The grid cannot be composed; the reason stands above.",
                     "Try one of its runs alone, with --dry-run.",
                 ) from None
-    files = sorted(folder.glob(f"*/{OUTCOME}"), key=lambda p: int(p.parent.name))
-    return [Outcome(**json.loads(p.read_text())) for p in files]
 
 
-def _try_one(stage: Stage, checked: Words, extra: Sequence[Path]) -> None:
-    """Compose runs of the grid until one is possible.
-
-    Raises:
-        UserError: What is wrong with the first one, when none is.
-    """
+def _points(words: Sequence[str]) -> list[list[str]] | None:
+    """Return the words of each run of a grid; None when a sweeper of Hydra draws them itself."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_overrides(checked.words)
-        points = BasicSweeper.split_arguments(parsed, None)[0]
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        (points,) = BasicSweeper.split_arguments(parsed, None)
+        return [list(point) for point in points]
     except HydraException:
-        return  # another sweeper draws the points itself
+        return None
+
+
+def _try_one(
+    stage: Stage, points: Sequence[Sequence[str]], chosen: set[str], extra: Sequence[Path]
+) -> None:
+    """Compose runs of the grid until one is possible.
+
+    Raises:
+        UserError: What is wrong with the first one, when none is.
+    """
     problem: UserError | None = None
     for point in points:
         try:
-            job_from(stage, hydra_compose(point, extra), checked.chosen)
+            job_from(stage, hydra_compose(point, extra), chosen)
             return
         except UserError as error:
             problem = problem or error

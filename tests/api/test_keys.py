@@ -98,7 +98,7 @@ def examples() -> list[Spec]:
     return [
         composed("method=rtn"),
         composed("method=qdylora", "seed=3", "train.learning_rate=1e-3", "dataset.limit.test=9"),
-        composed("model=smollm2-135m", f"evaluator=[{evaluators}]", stage="eval"),
+        composed("model=smollm2-135m", f"evaluator=[{evaluators}]", "hardware=h200", stage="eval"),
     ]
 
 
@@ -132,7 +132,7 @@ def test_a_field_more_in_the_spec_changes_no_key(
 def test_a_field_more_in_a_plugin_changes_no_key(kind: Any, name: str, grow: Grow) -> None:
     group, stage = ("method", None) if kind == "methods" else ("evaluator", "eval")
     needs = registry.find(kind, name).needs if kind == "methods" else {}
-    words = [f"{group}={name}", *(f"method.{k}={v}" for k, v in needs.items())]
+    words = [f"{group}={name}", "hardware=h200", *(f"method.{k}={v}" for k, v in needs.items())]
     before = composed(*words, stage=stage).key
     mine = {k: v for k, v in ON_FILE.items() if f'"name": "{name}"' in json.dumps(v)}
     grow((kind, name))

@@ -19,12 +19,13 @@ from effbench.report.comparison.seeds import grouped
 from effbench.report.labels import differences, labels
 from effbench.report.plots.curves import _axis, _running_mean, comparison_plot, loss_plot
 from effbench.report.table import (
+    RUN_COLUMNS,
     Table,
     Value,
     comparison,
     headline,
     readable,
-    runs_table,
+    run_row,
     tasks_table,
 )
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
@@ -131,7 +132,7 @@ def test_one_table_three_forms() -> None:
 
 
 def test_the_list_of_runs() -> None:
-    text = text_of(runs_table([LORA, FAMILY]).rich(), width=200)
+    text = text_of(Table("", RUN_COLUMNS, [run_row(LORA), run_row(FAMILY)]).rich(), width=200)
     assert "2025-03-01 12:30" in text and "00000000" in text
     assert headline(LORA) == f"loss {LORA.metrics[0].value:.3f} nats/token"
     low, high = FAMILY.metrics[2].value, FAMILY.metrics[0].value

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from effbench.resources import energy
-from effbench.resources.energy import Energy, Meter, energy_name, total
+from effbench.resources.energy import Energy, Meter, total
+from effbench.results.fold import energy_name
 
 
 def zone(root: Path, name: str, kind: str, joules: float, largest: float = 1000.0) -> Path:

@@ -20,8 +20,8 @@ from conftest import Bench
 from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.resources.memory import PeakMemory
-from effbench.results.events import read_events
-from effbench.results.store import RunFolder, Store
+from effbench.results.events import EventLog, read_events
+from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.signals import stop_signal
 from effbench.testing.bench import TINY
@@ -187,16 +187,14 @@ def test_the_first_error_is_told_though_nothing_was_measured(
 def test_the_first_error_is_told_though_the_disk_is_full(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: RunFolder, name: str, value: object) -> None:
-        if name == "phases.json":
-            raise UserError("no space for the second file")
-        write(self, name, value)
+    def full(self: EventLog, kind: str, **facts: Any) -> None:
+        assert kind == "interrupted"
+        raise UserError("no space for an event")
 
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("what went wrong first")
 
-    write = RunFolder.write_json
-    monkeypatch.setattr(RunFolder, "write_json", full)
+    monkeypatch.setattr(EventLog, "append", full)
     monkeypatch.setattr("effbench.models.load.load", fail)
     with pytest.raises(UserError, match="what went wrong first"):
         bench.run("eval", "hardware.device=cpu")

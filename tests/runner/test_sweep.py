@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from effbench.runner import sweep
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
 STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
@@ -98,3 +103,35 @@ def test_keys_that_look_like_numbers_are_swept_as_text(cli) -> None:
     status, _, said = cli("eval", "-m", "from=0e09,8065", "run.progress=false")
     assert status == 2
     assert "There is no run '0e09'" in said
+
+
+def test_a_grid_here_is_composed_without_hydra_and_there_with_it(
+    cli, inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "-m", "seed=0,1", *RUN, *STEPS]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_hand_to_hydra", None)
+        assert cli(*words)[0] == 0
+    assert [o["overrides"][0] for o in outcomes()] == ["seed=0", "seed=1"]
+    assert cli(*words, "launcher=local")[0] == 0
+    assert len(outcomes()) == 4
+    first, second, *there = outcomes()
+    assert [o["key"] for o in there] == [first["key"], second["key"]]
+
+
+def test_the_runs_of_a_grid_go_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs effbench[joblib]")
+    words = ["seed=0,1", *RUN, *STEPS, "launcher=joblib", "hydra.launcher.n_jobs=2"]
+    code = "from effbench.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "-m", *words, "hardware.threads=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    keys = {line.split()[0] for line in done.stdout.splitlines() if line.endswith("done")}
+    assert keys == {p.stem for p in (tmp_path / "results" / "records").iterdir()}
+    assert len(keys) == 2

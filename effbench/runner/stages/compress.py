@@ -60,6 +60,7 @@ def perform(run: Run) -> None:
     model = opened.model.requires_grad_(False).eval()
     made = load_made(run, method, model)
     if made is None:
+        run.events.cut()
         rows = _calibration(run, data.examples("train"))
         passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
         run.know(calibrate=tuple(passes), lengths=0)

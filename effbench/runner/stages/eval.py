@@ -9,6 +9,7 @@ from effbench.runner.run import Run, count_model, count_trained, hold_against_pl
 
 def perform(run: Run) -> None:
     """Load and evaluate; nothing is changed and nothing is saved but the results."""
+    run.events.cut()
     data = open_data(run)
     opened = open_model(run)
     opened.model.requires_grad_(False)

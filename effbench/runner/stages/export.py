@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from effbench.api.spec import Job, Runtime
 from effbench.api.stages import base as stages
-from effbench.results.store import Store
+from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.files import replace_folder, scratch_folder
 
@@ -30,14 +31,15 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     from effbench.runner.open import context, open_model
     from effbench.runner.run import open_run
 
-    run = open_run(Job(spec, Runtime(results=str(results))), store.run(key), store)
-    opened = open_model(run)
+    with TemporaryDirectory() as scratch:  # the run is finished, and nothing is added to it
+        run = open_run(Job(spec, Runtime(results=str(results))), RunFolder(Path(scratch)), store)
+        opened = open_model(run)
+        run.events.close()
     points = opened.method.points()
     point = point or points[-1]
     if point not in points:
         raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
     model = opened.method.load(opened.model, store.run(key).artefact, context(run))
-    run.events.close()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
         opened.method.export(model, point, new)

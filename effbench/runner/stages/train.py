@@ -20,16 +20,13 @@ from effbench.methods.trains import Trains, begin_training
 from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
-from effbench.results.events import read_events
-from effbench.results.records import Metric
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import Opened, context, open_data, open_model
 from effbench.runner.progress import duration
-from effbench.runner.run import Run, count_model, count_trained, hold_against_plan, mean
+from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.runner.stages.batching import passes_of, rows_of_step, window
-from effbench.stats import median_interval
 from effbench.util.errors import StoppedError, UserError
 from effbench.util.files import open_atomic
 
@@ -37,8 +34,6 @@ FORESEEN_STEPS = 500
 """Steps whose batches are looked at to predict the peak."""
 VALIDATION_TOKENS = 2048
 """Tokens of a batch of validation rows, padding included."""
-WARMUP_STEPS = 3
-"""Steps left out of the steady-state speed, where there are more."""
 
 
 @dataclass
@@ -113,7 +108,6 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
         model = method.finalize(trainer.model, trainer.ctx)
     count_model(run, model)
     save_artefact(run, method, model)
-    _summarise(run, trainer.done)
     note_made(run)
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.ctx.aux.clear()
@@ -376,7 +370,7 @@ def _validate(trainer: Trainer) -> None:
         done.waited += 1
         if trainer.settings.patience and done.waited >= trainer.settings.patience:
             done.stopped = True
-            run.notes.append(
+            run.note(
                 f"stopped early at step {done.step}: no better validation loss in "
                 f"{done.waited} validations"
             )
@@ -402,7 +396,6 @@ def _checkpoint(trainer: Trainer) -> None:
         "method": trainer.ctx.state,
         "evolution": trainer.ctx.evolution.state_dict(),
         "done": vars(trainer.done),
-        "notes": trainer.run.notes,
         "events": trainer.run.events.position(),
     }
     with open_atomic(trainer.run.folder.checkpoint) as file:
@@ -418,6 +411,7 @@ def _resume(trainer: Trainer) -> None:
     run, method = trainer.run, trainer.method
     path = run.folder.checkpoint
     if not path.is_file():
+        run.events.cut()
         return
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
@@ -442,36 +436,5 @@ def _resume(trainer: Trainer) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
     trainer.ctx.generator.set_state(state["draws"].cpu())
     trainer.done.__dict__.update(state["done"])
-    run.notes[:] = state["notes"]
     run.events.cut(state["events"])
     run.progress.say(f"going on from step {trainer.done.step}")
-
-
-def _summarise(run: Run, done: Progressed) -> None:
-    """Turn the step events into metrics."""
-    steps = list(read_events(run.folder.path / "events.jsonl", "step"))
-    losses = [s["loss"] for s in steps]
-    tail = max(1, len(losses) // 10)
-    steady = steps[WARMUP_STEPS:] or steps
-    seconds = [s["seconds"] for s in steady]
-    rates = [s["tokens"] / s["seconds"] for s in steady]
-    step, low, high = median_interval(seconds, seed=run.spec.seed)
-    speed, slow, fast = median_interval(rates, seed=run.spec.seed)
-    counted: dict[str, Any] = {"phase": "train", "obtained": "counted"}
-    run.metrics += [
-        Metric("train_loss_first", mean(losses[:tail]), "nats/token", n=tail, phase="train"),
-        Metric("train_loss_last", mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
-        Metric("train_steps", done.step, "steps", **counted),
-        Metric("train_tokens", done.tokens, "tokens", **counted),
-        Metric("train_layer_forwards", done.layer_forwards, "positions x layers", **counted),
-        Metric("step_seconds", step, "s", n=len(seconds), low=low, high=high, phase="train"),
-        Metric(
-            "train_tokens_per_second",
-            speed,
-            "tokens/s",
-            n=len(rates),
-            low=slow,
-            high=fast,
-            phase="train",
-        ),
-    ]

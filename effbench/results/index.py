@@ -1,0 +1,74 @@
+"""What lists say of each record, kept beside the run folders, so that a file is parsed once.
+
+An entry holds while name, size, time and inode of its file and the code that made it are the same;
+it can be deleted at any time, and two processes that write it at once leave one of the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from effbench.results import migrations, records
+from effbench.results.records import Record, files, read
+from effbench.results.store import Store, keep_out_of_git
+from effbench.util.errors import UserError
+from effbench.util.files import write_atomic
+
+SETTLED_SECONDS = 2.0
+"""Age from which a file that has changed once more has another time, on any file system."""
+
+
+def summaries(
+    store: Store, summarise: Callable[[Record], Sequence[str]], made_by: Sequence[Path]
+) -> list[tuple[str, ...]]:
+    """Return what `summarise` makes of each record, oldest first; none is skipped.
+
+    Args:
+        store: Where the records are.
+        summarise: Makes texts of a record, read without its outcomes.
+        made_by: Files of code that the texts depend on, besides those that read records.
+
+    Raises:
+        UserError: That names the first file that cannot be read.
+    """
+    code = _digest(*(Path(m.__file__ or "").read_bytes() for m in (records, migrations)))
+    code = _digest(code.encode(), *(path.read_bytes() for path in made_by))
+    known = _kept(store.index, code)
+    found, settled, now = dict[str, list[Any]](), dict[str, list[Any]](), time.time()
+    for path in files(store.records):
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = known.get(path.name)
+        if entry is None or entry[0] != mark:
+            record = read(path, outcomes=False)
+            entry = [mark, [record.started, record.key], list(summarise(record))]
+        found[path.name] = entry
+        if now - stat.st_mtime > SETTLED_SECONDS:
+            settled[path.name] = entry
+    if settled != known:
+        with suppress(UserError):  # an index that cannot be written is none
+            keep_out_of_git(store.runs)
+            write_atomic(store.index, json.dumps({"code": code, "entries": settled}))
+    return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
+
+
+def _kept(place: Path, code: str) -> dict[str, list[Any]]:
+    """Return the entries in a cache file that the same code made; none when it is damaged."""
+    try:
+        kept = json.loads(place.read_bytes())
+        return kept["entries"] if kept["code"] == code else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part + b"\0")
+    return found.hexdigest()[:16]
