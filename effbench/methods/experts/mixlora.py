@@ -81,10 +81,8 @@ class MixLoRA(Trains):
         """Freeze the base, make mixtures of its MLPs, and adapt its attention."""
         from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
         from effbench.nn.adapters.mixture import MixtureMLP
-        from effbench.nn.llama.attention import require_llama
         from effbench.nn.llama.replace import replace_linears, replace_module
 
-        require_llama(model)
         model.requires_grad_(False)
         control, scale = RankControl(self.rank), self.alpha / self.rank
 
@@ -95,9 +93,14 @@ class MixLoRA(Trains):
 
         replace_linears(model, adapt, ATTENTION)
         sizes = self.experts, self.top_k, self.rank, scale, self.dropout, ctx.seed
-        for name, module in list(model.named_modules()):
-            if name.endswith(".mlp"):
-                replace_module(model, name, MixtureMLP(module, *sizes, name))
+        gated = [n for n, m in model.named_modules() if all(hasattr(m, part) for part in MLP)]
+        if not gated:
+            raise UserError(
+                f"{type(model).__name__} has no gated MLP to make experts of.",
+                "Choose a model of the Llama family.",
+            )
+        for name in gated:
+            replace_module(model, name, MixtureMLP(model.get_submodule(name), *sizes, name))
         return model
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:

@@ -1,9 +1,9 @@
 """An MLP of experts that are low-rank updates of one frozen MLP, and the router before them.
 
     E_e(x) = (Wd + s Bd_e Ad_e) (act((Wg + s Bg_e Ag_e) x) * ((Wu + s Bu_e Au_e) x))
-    E_e(x) = (Wd + s Bd_e Ad_e) (act((Wg + s Bg_e Ag_e) x) * ((Wu + s Bu_e Au_e) x))
-    y = sum over the k chosen e of w_e E_e(x)
-Source: Li et al., MixLoRA, arXiv 2404.15159. What the experts share is computed once for each token:
+    y = sum over the k chosen e of w_e E_e(x)    w = softmax(Wr x), the k largest over their sum
+
+Source: Li et al., MixLoRA, arXiv 2404.15159. What experts share is computed once for each token:
 Wg x and Wu x, and Wd of the weighted sum of hidden states, for Wd is linear.
 """
 
