@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -48,6 +49,10 @@ def test_every_named_config_composes(word: str, folder: Path) -> None:
     long = [] if word.startswith("dataset=") else ["dataset=arithmetic"]
     if word.startswith("dataset="):
         long = ["dataset.max_length=64"]
+    if word.startswith("evaluator="):
+        name = word.removeprefix("evaluator=")
+        trial = registry.find("evaluators", name).trial
+        own += [f"evaluator.{name}.{k}={json.dumps(v)}" for k, v in trial.items()]
     job = compose(None, [word, *own, *long, *(n.format(folder=folder) for n in needs)])
     assert len(job.spec.key) == 16
 
@@ -70,7 +75,8 @@ def test_the_file_of_a_method_is_its_dataclass_filled_in(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("evaluator"))
 def test_the_file_of_an_evaluator_is_its_dataclass_filled_in(name: str) -> None:
-    values = yaml.safe_load((conf_dir() / "evaluator" / f"{name}.yaml").read_text())
+    text = (conf_dir() / "evaluator" / f"{name}.yaml").read_text()
+    values = yaml.safe_load(re.sub(r"\$\{oc\.select:[\w.]+,(.*?)\}", r"\1", text))  # or the default
     assert values == settings_of(registry.find("evaluators", name))
 
 
