@@ -65,12 +65,6 @@ class RunFolder:
         """File of the last checkpoint."""
         return self.path / "checkpoint.pt"
 
-    @property
-    def started(self) -> bool:
-        """Whether an interrupted run left something to go on from."""
-        left = (self.checkpoint, self.path / "parts", self.artefact)
-        return any(place.exists() for place in left)
-
     def create(self, spec: Spec) -> None:
         """Make the folder with its spec."""
         with mendable(self.path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from effbench.api.parts import LayerShape
+from effbench.api.shape import ModelShape, Phase
 from effbench.cli.selfcheck import accounting
 from effbench.cli.selfcheck.base import Check
 from effbench.methods.adapters.lora import LoRA
@@ -43,18 +46,21 @@ def test_a_step_over_several_depths(method: Method, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LoRA.cost
+    right = LoRA.shape
 
-    def wrong(self: LoRA, *args: object, **more: object) -> object:
-        cost = right(self, *args, **more)  # type: ignore[arg-type]
-        return replace(
-            cost,
-            flops_per_token=cost.flops_per_token * 1.02,
-            kv_bytes_per_token=cost.kv_bytes_per_token + 1,
-            resident_bytes=cost.resident_bytes + 1,
-        )
+    def wrong(self: LoRA, base: ModelShape, point: str, phase: Phase, folder: Any) -> ModelShape:
+        shape = right(replace(self, rank=self.rank + 8), base, point, phase, folder)
+        if phase == "train":
+            return right(self, base, point, phase, folder)
 
-    monkeypatch.setattr(LoRA, "cost", wrong)
+        def more(_: int, layer: LayerShape) -> LayerShape:
+            assert layer.mixer is not None
+            cache = replace(layer.mixer.cache, keys=layer.mixer.cache.keys + 1)
+            return replace(layer, mixer=replace(layer.mixer, cache=cache))
+
+        return shape.map(more)
+
+    monkeypatch.setattr(LoRA, "shape", wrong)
     failed = {c.name.split(",")[0] for c in accounting._counts("lora") if not c.passed}
     assert failed == {"forward FLOPs", "bytes of cache", "bytes of weights"}
 

@@ -106,6 +106,8 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
 
 def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     """Return the check of a training step's FLOPs."""
+    import torch
+
     from effbench.resources.counting import flops
 
     batch = _batch()
@@ -113,7 +115,15 @@ def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     one = Pass("train", ROWS, TOKENS, batch.loss_tokens)
     expected = step_flops(training, one, square=True)
     others = SHAPE.flops_per_token(TOKENS) * one.size * len(method.holds())
-    work = [flops(lambda: method.loss(model, batch, ctx).backward()) for _ in range(DRAWS)]
+
+    def step() -> None:
+        if not training.forwards:
+            method.loss(model, batch, ctx).backward()
+        with torch.no_grad():
+            for _ in range(training.forwards):
+                method.loss(model, batch, ctx)
+
+    work = [flops(step) for _ in range(DRAWS)]
     counted = sum(work) / DRAWS
     return _near(f"training FLOPs, {name}", expected + others, counted, FLOPS_BOUND)
 
@@ -193,7 +203,8 @@ def _batch() -> Batch:
 
     rows = [[(7 * i + 3 * j) % SHAPE.vocab_size for j in range(TOKENS)] for i in range(ROWS)]
     batch = make_batch([(ids, ids) for ids in rows], 0)
-    batch.window_tokens = batch.loss_tokens
+    batch.window_tokens, batch.window_examples = batch.loss_tokens, 1
+    batch.sizes = [ROWS]  # one example for a loss that compares, which others do not look at
     return batch
 
 

@@ -70,6 +70,8 @@ class Nothing(nn.Module):
 class NoAttention(Nothing):
     """Stands for attention without heads: it adds nothing and caches nothing."""
 
+    decode_part = Nothing.decode_part  # of this forward too
+
     def forward(self, hidden_states: torch.Tensor, **context: Any) -> tuple[torch.Tensor, None]:
         """Return zeros like [B, T, d], and no attention weights."""
         return torch.zeros_like(hidden_states), None
@@ -77,6 +79,8 @@ class NoAttention(Nothing):
 
 class NoMLP(Nothing):
     """Stands for an MLP without neurons."""
+
+    decode_part = Nothing.decode_part
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return zeros like [B, T, d]."""
