@@ -236,7 +236,7 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
     class Stops(type(subject.method)):  # type: ignore[misc]
         limit = 10**6
 
-        def logits(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def logits(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt

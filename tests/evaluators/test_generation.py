@@ -213,7 +213,7 @@ def saying(subject: Subject, says: Sequence[str]) -> Subject:
             return super().prefill(input_ids)
 
     class Says(type(subject.method)):  # type: ignore[misc]
-        def session(self, model: torch.nn.Module) -> Any:
+        def session(self, model: torch.nn.Module, *_: Any) -> Any:
             return Session()
 
     return dataclasses.replace(subject, method=Says())
@@ -249,7 +249,7 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
     class Stops(type(subject.method)):  # type: ignore[misc]
         limit = 2
 
-        def session(self, model: torch.nn.Module) -> Any:
+        def session(self, model: torch.nn.Module, *_: Any) -> Any:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt

@@ -21,8 +21,8 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from effbench.api.shape import LINEARS
 from effbench.methods.adapters.dora import DoRA
 from effbench.methods.adapters.lora import LoRA, peft_adapters
-from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
+from effbench.methods.full import Full
 from effbench.nn.adapters.dora import DoRALinear, dora_layers
 from effbench.nn.quant.linears import PackedLinear
 
@@ -75,7 +75,7 @@ def test_same_losses_and_weights_as_peft(dtype):
         vector = theirs.get_submodule(name).lora_magnitude_vector["default"].float()
         vector.weight.data.copy_(ours[name].lora_magnitude)
     losses = train(method, model, ctx, 5)
-    expected = train(Method(), theirs, context(dtype=dtype), 5)
+    expected = train(Full(), theirs, context(dtype=dtype), 5)
     assert losses == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 2e-3)
     if dtype == torch.float32:
         for name, _, b in peft_adapters(theirs):
