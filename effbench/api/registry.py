@@ -7,7 +7,6 @@ others use.
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from functools import cache
 from importlib import import_module
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.package_data import conf_dir
+from effbench.util.package_data import conf_dir, only_class
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -89,17 +88,9 @@ def _named(cls: Any, name: str) -> Any:
 
 def _class_in(kind: Kind, name: str) -> type:
     path = _own(kind)[name].relative_to(Path(__file__).parents[1]).with_suffix("")
-    module = import_module(".".join(("effbench", *path.parts)))
     base = import_module(f"effbench.{kind}.base")
     root = base.Method if kind == "methods" else base.Evaluator
-    found = [
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, root) and c.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise UserError(f"{module.__file__} must define exactly one {root.__name__}.")
-    return found[0]
+    return only_class(".".join(("effbench", *path.parts)), root)
 
 
 def summary(kind: Kind, name: str) -> str:

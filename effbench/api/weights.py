@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from inspect import isabstract, isclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.package_data import only_class
 
 if TYPE_CHECKING:
     from effbench.util.lazy import torch
@@ -119,15 +118,9 @@ def find(name: str) -> type[Packed]:
     """
     if name not in names():
         raise UserError(f"There is no weight format {name!r}.", did_you_mean(name, names()))
-    module = import_module(f"{ROOM}.{name}")
-    (cls,) = (c for c in vars(module).values() if _is_format(c) and c.__module__ == module.__name__)
-    cls.name = name
-    found: type[Packed] = cls
+    found: type[Packed] = only_class(f"{ROOM}.{name}", Packed)
+    found.name = name
     return found
-
-
-def _is_format(value: Any) -> bool:
-    return isclass(value) and issubclass(value, Packed) and not isabstract(value)
 
 
 def held(name: str) -> WeightFormat:

@@ -165,7 +165,7 @@ def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
 
     Args:
         run: Before its record is written.
-        base: AnyShape of the base model.
+        base: Shape of the base model.
         base_bytes: Memory of the process before the model was loaded.
     """
     runtime, lineage = run.job.runtime, run.lineage

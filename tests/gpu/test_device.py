@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Bench, forget_accelerator
 
+from effbench.api import weights
 from effbench.nn.quant import groupwise, nf4
 from effbench.nn.quant.linears import NF4Linear
 from effbench.resources.energy import Meter
@@ -37,6 +39,15 @@ def test_nf4_products_agree_with_plain_ones(dtype: torch.dtype, rows: int, devic
     torch.testing.assert_close(fast(x), plain(x), rtol=2e-2, atol=2e-2)
     grads = [torch.autograd.grad(layer(x).sum(), x)[0] for layer in (fast, plain)]
     torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", weights.names())
+def test_products_of_a_format_are_within_its_tolerance(name: str, device: str) -> None:
+    packed = weights.find(name)()
+    made: Any = packed.quantise(linear(256, 512, device), torch.float32)
+    x = torch.randn(7, 256, device=device)
+    right = torch.nn.functional.linear(x, made.dense_weight(torch.float32), made.bias)
+    assert (made(x) - right).abs().max() <= packed.tolerance * right.abs().max()
 
 
 def test_codes_are_those_of_the_cpu(device: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +11,7 @@ from effbench.api.examples import Example
 from effbench.api.spec import DatasetSpec
 from effbench.data.render import Place, Text
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.package_data import only_class
 
 
 class Kind:
@@ -62,11 +61,6 @@ def find(name: str) -> Kind:
     """
     if name not in names():
         raise UserError(f"dataset.kind={name} is not a kind.", did_you_mean(name, names()))
-    module = import_module(f"effbench.data.kinds.{name}")
-    [kind] = [
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Kind) and c.__module__ == module.__name__
-    ]
+    kind: type[Kind] = only_class(f"effbench.data.kinds.{name}", Kind)
     kind.name = name
     return kind()

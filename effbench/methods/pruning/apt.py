@@ -45,6 +45,7 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.adapters.lora import check_rank_fits, check_targets
+from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
@@ -238,7 +239,7 @@ class APT(Trains):
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return every weight."""
-        return {n: p.detach() for n, p in model.named_parameters()}
+        return Method.artefact_tensors(self, model)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights, the sizes they have, what was kept and the ranks it had."""

@@ -42,6 +42,7 @@ from effbench.api.sharing import (
     shared_shape,
     top_map,
 )
+from effbench.methods.base import Method
 from effbench.methods.distill.kd import DISTILLED_BYTES
 from effbench.methods.trains import START, Trains
 from effbench.util.errors import UserError
@@ -207,7 +208,7 @@ class EchoLLaMA(Trains):
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return every weight."""
-        return {n: p.detach() for n, p in model.named_parameters()}
+        return Method.artefact_tensors(self, model)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the layer map."""
