@@ -47,7 +47,8 @@ def test_products_of_a_format_are_within_its_tolerance(name: str, device: str) -
     made: Any = packed.quantise(linear(256, 512, device), torch.float32)
     x = torch.randn(7, 256, device=device)
     right = torch.nn.functional.linear(x, made.dense_weight(torch.float32), made.bias)
-    assert (made(x) - right).abs().max() <= packed.tolerance * right.abs().max()
+    bound = max(packed.tolerance, 1e-6)  # rounding, where weights are expanded
+    assert (made(x) - right).abs().max() <= bound * right.abs().max()
 
 
 def test_codes_are_those_of_the_cpu(device: str) -> None:
