@@ -44,6 +44,13 @@ def test_one_slot_is_the_queue_m_d_1(load: float) -> None:
     assert played.busy == pytest.approx(count * service)
 
 
+def test_what_arrives_is_served_at_its_rate() -> None:
+    serving = Serving(rate=2.0, requests=4000, tflops=1e3, bandwidth_gbs=1e6)
+    found = {m.name: m.value for m in serving.simulate(SCENE).metrics}
+    assert found["simulated_requests_per_second"] == pytest.approx(2.0, rel=0.05)
+    assert found["simulated_tokens_per_second"] == pytest.approx(2.0 * 33, rel=0.05)
+
+
 def test_all_at_once_are_served_in_full_batches() -> None:
     played = play([0.0] * 12, 8, 5, 4, FIXED)
     assert played.seconds == 3 * (1.0 + 5 * 0.25)

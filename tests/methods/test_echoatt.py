@@ -275,6 +275,14 @@ def test_the_teacher_is_neither_trained_nor_saved_nor_counted() -> None:
     assert method.holds() == ("",)
 
 
+def test_the_teacher_is_cast_but_for_its_rotary_frequencies() -> None:
+    ctx = context(dtype=torch.bfloat16)
+    begun(EchoAtt(layers=SHARED), base(), ctx)
+    teacher = ctx.aux["teacher"]
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert teacher.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_micro_batches_add_up() -> None:
     method = EchoAtt(layers=SHARED)
     model, ctx = student(method)
