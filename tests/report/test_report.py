@@ -188,6 +188,12 @@ def test_other_items_get_no_paired_test() -> None:
     assert row.value.value > found.metrics[0].rows[0].value.value
 
 
+def test_one_run_at_one_point_has_nothing_beside_it() -> None:
+    with pytest.raises(UserError, match="one run at one operating point") as error:
+        compare([LORA])
+    assert f"effbench runs show {LORA.key[:8]}" in error.value.hint
+
+
 def test_counted_and_modelled_numbers_are_not_compared() -> None:
     found = compare([LORA, run("other", {"": 0.1}, number=3, obtained="modelled")])
     assert "weight_bytes" not in [m.kind.metric for m in found.metrics]

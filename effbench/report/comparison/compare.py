@@ -60,8 +60,8 @@ def compare(
         same_points: Whether each row is held against the first run at the same point instead.
 
     Raises:
-        UserError: For a margin of a metric that is not compared, and when no other run has a point
-            of the first one at which to compare.
+        UserError: For one run at one point alone, for a margin of a metric that is not compared,
+            and when no other run has a point of the first one at which to compare.
     """
     known = as_now([*known, *records])
     given = names or {}
@@ -86,6 +86,11 @@ def compare(
             for point, metrics in found.get(kind, {}).items()
         ]
         tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points))
+    if not tables and len(records) == 1:
+        raise UserError(
+            f"{records[0].key} is one run at one operating point, which has nothing beside it.",
+            f"Name another run too, or print this one: effbench runs show {records[0].key[:8]}",
+        )
     _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
     equal = budgets(groups, known)
