@@ -1,3 +1,5 @@
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -120,3 +122,22 @@ def test_cost_is_what_is_counted():
     method = Distillation(teacher="big")
     assert method.weights == "float32"
     assert stated(method) == counted(begun(method, base_for(method), context()))
+
+
+def test_the_teacher_is_gone_before_the_student_is_evaluated(bench, monkeypatch):
+    loss, seen, alive = Distillation.loss, [], []
+
+    def watched(self, model, batch, ctx):
+        seen.append(weakref.ref(ctx.aux["teacher"]))
+        return loss(self, model, batch, ctx)
+
+    monkeypatch.setattr(Distillation, "loss", watched)
+    monkeypatch.setattr(
+        "effbench.runner.stages.train.evaluate", lambda *_: alive.append(seen[-1]() is not None)
+    )
+    gc.disable()  # by itself, not when somebody looks for circles
+    try:
+        bench.run("train", "method=kd", "method.teacher=tiny", "train.max_steps=1", "evaluator=[]")
+    finally:
+        gc.enable()
+    assert alive == [False]
