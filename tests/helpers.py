@@ -30,6 +30,17 @@ SHAPE = Shape(
     vocab_size=128,
 )
 
+BYTES_SHAPE = Shape(
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=272,
+)
+"""Of a model that reads bytes."""
+
 
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float32, shape: Shape = SHAPE

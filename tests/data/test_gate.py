@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import Bench
+from helpers import BYTES_SHAPE
 
 from effbench.api.account import lines
 from effbench.api.plugins import make_evaluator
-from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec
 from effbench.data.dataset import Data, render
 from effbench.data.readers import read_rows
@@ -24,15 +24,6 @@ from effbench.models.random import byte_tokenizer
 from effbench.results.records import read
 from effbench.util.errors import UserError
 
-SHAPE = Shape(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=272,
-)
 PAIRS = DatasetSpec("mine", "file", "pairs")
 CHOICES = replace(PAIRS, kind="choices", choices=["{choice}"], choices_field="options")
 
@@ -44,14 +35,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return byte_tokenizer(SHAPE)
+    return byte_tokenizer(BYTES_SHAPE)
 
 
 def opening(**around: str) -> Any:
     """Return a byte tokenizer that puts special tokens around every text."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = byte_tokenizer(SHAPE)
+    tokenizer = byte_tokenizer(BYTES_SHAPE)
     names = [f"<{n}>" for n in around.values()]
     before, after = (f"<{around[k]}>" if k in around else "" for k in ("before", "after"))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

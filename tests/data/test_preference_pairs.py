@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import BYTES_SHAPE
 
-from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec
 from effbench.data.dataset import render
 from effbench.data.kinds import base
@@ -18,15 +18,6 @@ from effbench.models.random import byte_tokenizer
 from effbench.util.errors import UserError
 
 SPEC = DatasetSpec("mine", "file", "preference", max_length=200)
-SHAPE = Shape(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=272,
-)
 ASKED = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Red or blue?\n\nAssistant:"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
@@ -70,7 +61,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return byte_tokenizer(SHAPE)
+    return byte_tokenizer(BYTES_SHAPE)
 
 
 def rendered(row: dict[str, Any], **changes: Any) -> Text:

@@ -140,14 +140,15 @@ class StagedDecoder:
         """Return what a stage makes of hidden states [B, W, d] as forward passes make it."""
         rotary = self.decoder.rotary_emb(hidden, position_ids=positions)
         mask = self._mask(done, hidden)
+        return self._through_layers(
+            stage, hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary
+        )
+
+    def _through_layers(self, stage: int, hidden: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Return what the layers of a stage make of hidden states [B, W, d], the cache at hand."""
         for index in self.stages[stage]:
             hidden = self.decoder.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                position_embeddings=rotary,
-                past_key_values=self.cache,
-                use_cache=True,
+                hidden, past_key_values=self.cache, use_cache=True, **inputs
             )
         return hidden
 
@@ -168,17 +169,14 @@ class StagedDecoder:
             for layer in layers:
                 layer.pad(self.starts)
         with looking(self.root) as kind:
-            stretch = Stretch(self.cache, kind, self.angles)
-            for index in self.stages[stage]:
-                hidden = self.decoder.layers[index](
-                    hidden,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    position_embeddings=rotary,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    stretch=stretch,
-                )
+            hidden = self._through_layers(
+                stage,
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=rotary,
+                stretch=Stretch(self.cache, kind, self.angles),
+            )
         for layer in layers:
             layer.view = None  # which may hold more than the entry keeps
         return hidden
