@@ -11,6 +11,7 @@ from helpers import SHAPE
 from effbench.api import registry
 from effbench.api.cost import cost_of
 from effbench.api.shape import Shape
+from effbench.evaluators.base import Result
 from effbench.evaluators.serving import Roofline, Serving, arrivals, play
 from effbench.evaluators.simulator import Scene, quantile
 from effbench.methods.chain import chain_shapes, inference_cost
@@ -120,6 +121,26 @@ def test_a_simulation_loads_nothing_and_says_what_it_is(
     assert not bench.folder(
         bench.job("simulate", *words, "evaluator.serving.requests=5")
     ).artefact.exists()
+
+
+def test_a_simulation_that_was_interrupted_says_each_number_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["method=dylora", *CEILINGS, "evaluator.serving.requests=5"]
+    simulate, points = Serving.simulate, []
+
+    def watched(self: Serving, scene: Scene) -> Result:
+        points.append(scene.point)
+        if len(points) == 3:
+            raise KeyboardInterrupt
+        return simulate(self, scene)
+
+    monkeypatch.setattr(Serving, "simulate", watched)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("simulate", *words)
+    found = [(m.name, m.point) for m in bench.run("simulate", *words).metrics]
+    assert len(set(found)) == len(found) > 0
+    assert points == [*points[:3], "r1", "r2", "r4", "r8", "r16"]
 
 
 def test_ceilings_are_those_of_the_hardware_and_in_the_key(bench: Bench) -> None:
