@@ -97,3 +97,27 @@ def test_a_run_stopped_at_any_event_has_each_metric_once(
     assert {m.name: m.value for m in record.metrics if m.name in same} == {
         m.name: m.value for m in whole.metrics if m.name in same
     }
+
+
+def test_a_phase_counts_with_what_it_took_before_it_was_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*LORA, "evaluator=[]", "hardware.device=cpu", "hardware.dtype=float32"]
+    append = EventLog.append
+
+    def append_and_stop(self: EventLog, kind: str, **facts: Any) -> None:
+        if kind == "interrupted":
+            facts |= {"seconds": 1e6, "joules": 1e7, "peak_bytes": 10**15}
+        append(self, kind, **facts)
+        if kind == "step":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EventLog, "append", append_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("train", *words)
+    monkeypatch.undo()
+    record = bench.run("train", *words)
+    took = {m.name: m.value for m in record.metrics if m.phase == "train"}
+    assert took["peak_bytes"] == 10**15
+    assert 1e6 < took["phase_seconds"] < 1e6 + 600
+    assert took.get("energy_j", took.get("energy_modelled_j")) > 1e7
