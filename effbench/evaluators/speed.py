@@ -24,7 +24,7 @@ from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost, chain_shapes
+from effbench.methods.chain import chain_cost, chain_shapes, resolved
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -122,7 +122,7 @@ class Speed(Evaluator):
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         *before, last = methods
         if shape:
-            last = last.resolve([shape, *chain_shapes(before, shape)][-1])
+            last = resolved(last, [shape, *chain_shapes(before, shape)][-1])
         asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
         own = [point for point in last.points() if asked - last.engines(point)]
         if own:

@@ -21,7 +21,14 @@ from effbench.api.spec import Machine, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost, shape_of
+from effbench.methods.chain import (
+    chain,
+    chain_cost,
+    chain_shapes,
+    inference_cost,
+    resolved,
+    shape_of,
+)
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
@@ -185,7 +192,7 @@ class Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
         shapes = [ModelShape.of(shape), *chain_shapes(methods, shape, folders)]
-        *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
+        *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
         cost = chain_cost(methods, shape, dtype, own.points()[-1], folders)

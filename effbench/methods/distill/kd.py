@@ -19,7 +19,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective
 from effbench.api.schema import Fraction, PositiveFloat
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -36,6 +36,7 @@ class Distillation(Trains):
     paper: ClassVar[Paper | None] = Paper(
         "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-5
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 
