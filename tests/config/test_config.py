@@ -312,6 +312,18 @@ def test_a_model_that_changed_since_is_refused(bench, parent, folder: Path) -> N
         bench.job("eval", f"from={first}")
 
 
+def test_a_model_that_was_moved_is_gone_on_from(bench, parent, folder: Path) -> None:
+    first = parent("train", "model=folder", f"model.path={folder}", "dataset=arithmetic")
+    before = bench.job("eval", f"from={first}").spec.key
+    moved = folder.rename(folder.with_name("moved"))
+    with pytest.raises(UserError, match="There is no folder"):
+        bench.job("eval", f"from={first}")
+    assert bench.job("eval", f"from={first}", f"model.path={moved}").spec.key == before
+    (moved / "more.txt").write_text("x")
+    with pytest.raises(UserError, match="have changed since run"):
+        bench.job("eval", f"from={first}", f"model.path={moved}")
+
+
 def test_job_fields_are_found_by_type() -> None:
     names = {f.name for f in dataclasses.fields(Spec)}
     assert not names & {"results", "tracker", "progress", "machine"}
