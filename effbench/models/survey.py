@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from effbench.api.parts import MLP, Cache, LayerShape, Linear, Mixer, Norm, Readout
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.models.written import encoded
-from effbench.nn.llama.layers import as_linears, decoder_layers, slides
+from effbench.nn.llama.stack import as_linears, decoder_layers, slides
 from effbench.nn.llama.walk import is_llama
 from effbench.util.errors import UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from effbench.methods.chain import resolved, shape_of
 from effbench.models.survey import empty_model, require_causal, survey
 from effbench.models.written import decoded, encoded
 from effbench.nn.decode.session import CachedSession
-from effbench.nn.llama.layers import as_linears
+from effbench.nn.llama.stack import as_linears
 from effbench.nn.quant.linears import pack_linears, storage_bytes
 from effbench.resources.counting import flops, parameters
 from effbench.util.errors import UserError

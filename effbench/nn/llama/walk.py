@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 
-from effbench.nn.llama.layers import slides
 from effbench.nn.llama.parts import MLP, Attention, Block, attention_of, mlp_of, offers
 from effbench.nn.llama.shared_attention import hands_down
+from effbench.nn.llama.stack import slides
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 """Families of transformers whose blocks compute what Llama's do (biases aside)."""

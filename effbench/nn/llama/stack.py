@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from effbench.api.shape import LAYERS_DIFFER
 from effbench.util.errors import UserError
@@ -84,8 +85,6 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 def as_linears(model: torch.nn.Module) -> None:
     """Put plain linears in the place of GPT-2's, whose weights are held as [d_in, d_out]."""
-    from transformers.pytorch_utils import Conv1D
-
     for parent in model.modules():
         for name, module in parent.named_children():
             if isinstance(module, Conv1D):

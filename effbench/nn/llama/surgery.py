@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from effbench.api.shape import LINEARS
-from effbench.nn.llama.layers import decoder_layers
+from effbench.nn.llama.stack import decoder_layers
 from effbench.util.errors import UserError, did_you_mean
 
 
