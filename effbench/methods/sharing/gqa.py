@@ -57,6 +57,10 @@ class GQA(Compresses):
             )
         return self
 
+    def num_parts(self, model: Any, calibration: Sequence[Batch]) -> int:
+        """Return the number of projections that are pooled."""
+        return len(POOLED) * len(model.model.layers)
+
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
