@@ -72,9 +72,7 @@ class CompressesLinears(Compresses):
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return the number of dense linears."""
-        from effbench.nn.quant.linears import dense_linears
-
-        return len(list(dense_linears(model)))
+        return len(list(linears.dense_linears(model)))
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

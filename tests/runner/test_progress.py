@@ -44,9 +44,7 @@ def test_time_that_is_left(
     assert capsys.readouterr().err == "item 3/4\n", "another bar has a pace of its own"
 
 
-def test_what_is_over_says_nothing_of_time(
-    clock: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_over_says_nothing_of_time(clock: None, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(True)
     progress.bar("part", 0, 2)
     progress.bar("part", 2, 2, "layers")
