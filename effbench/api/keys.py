@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
@@ -117,6 +118,11 @@ FOUNDING: dict[str, str] = {
 not listed, and a field that is not named, leave their defaults out."""
 
 
+WHOLE = 32
+"""Digits of a fingerprint of whole files. With one, what is in the files is in the key and where
+they lie is not; fingerprints of earlier runs are shorter, and the places of their files hashed."""
+
+
 def hashed(spec: Any) -> dict[str, Any]:
     """Return what the key of a `Spec` is the hash of.
 
@@ -128,9 +134,19 @@ def hashed(spec: Any) -> dict[str, Any]:
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
                 del part[name]
+        if len(part.get("fingerprint", "")) == WHOLE:
+            part |= {"path": ""} if "path" in part else {"files": _endings(part["files"])}
     if not trains(spec.stage):
         del values["train"]
     return values
+
+
+def _endings(place: Any) -> Any:
+    """Return a mapping of files with their endings alone, which say how they are read."""
+    if isinstance(place, dict):
+        return {name: _endings(inner) for name, inner in place.items()}
+    path = PurePath(place)
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def completed(cls: type, spec: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_shapes, inference_cost
+from effbench.models.load import fingerprint, unchanged
 from effbench.results.store import Store
 from effbench.util.errors import UserError
 
@@ -109,12 +110,8 @@ def inherit(
         method = _at_evaluation(settings, chosen, parent.method)
     else:
         method = plugin("methods", name, settings, "method")
-    if model_spec(plain(parent.model)) != parent.model:
-        raise UserError(
-            f"The files of {parent.model.path} have changed since run {start}.",
-            "Put them back, or run that one again first.",
-        )
-    return method, parent.model, _dataset_after(config["dataset"], chosen, parent.dataset)
+    model = _model_after(config["model"], chosen, parent.model, start)
+    return method, model, _dataset_after(config["dataset"], chosen, parent.dataset)
 
 
 def _taken_over(stage: str, name: str, chosen: set[str]) -> bool:
@@ -135,6 +132,8 @@ def _at_evaluation(settings: Mapping[str, Any], chosen: set[str], method: Plugin
 def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None:
     free = registry.find("methods", parent.method.name).eval_settings
     chosen = chosen - {f"method.{key}" for key in free}
+    if parent.model.path:
+        chosen = chosen - {"model.path"}
     fixed = ("model", "method") if _taken_over(stage, name, chosen) else ("model",)
     for key in fixed:
         if any(c == key or c.startswith(f"{key}.") for c in chosen):
@@ -142,6 +141,24 @@ def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None
                 f"from= already fixes the {key} ({getattr(parent, key).name}).",
                 f"Leave {key} out, or leave from= out.",
             )
+
+
+def _model_after(
+    values: Mapping[str, Any], chosen: set[str], earlier: ModelSpec, start: str
+) -> ModelSpec:
+    """Return the model of an earlier run, perhaps with its files in another place.
+
+    Raises:
+        UserError: When they are no longer what they were.
+    """
+    if "model.path" in chosen:
+        earlier = dataclasses.replace(earlier, path=str(values["path"]))
+    if not unchanged(earlier):
+        raise UserError(
+            f"The files of {earlier.path} have changed since run {start}.",
+            "Put them back, or run that one again first.",
+        )
+    return model_spec(plain(earlier))
 
 
 def _dataset_after(
@@ -185,8 +202,6 @@ def plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str)
 
 def model_spec(values: Mapping[str, Any]) -> ModelSpec:
     """Return the spec of a model, with the fingerprint of its local files."""
-    from effbench.models.load import fingerprint
-
     spec = build(ModelSpec, dict(values), "model")
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
 

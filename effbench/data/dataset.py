@@ -14,12 +14,15 @@ from typing import Any
 
 from effbench.api.account import Account, Reading
 from effbench.api.examples import Example
+from effbench.api.keys import WHOLE
+from effbench.api.schema import digest
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
 from effbench.data.render import MissingError, Place, Text
 from effbench.data.tokenise import tokenise
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.hashes import hashes_of
 
 
 def fingerprint(spec: DatasetSpec) -> str:
@@ -32,14 +35,12 @@ def fingerprint(spec: DatasetSpec) -> str:
         return ""
     if not spec.files:
         raise UserError(f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH")
-    total = hashlib.sha256()
-    for split, name in sorted(spec.files.items()):
-        path = Path(name).expanduser()
+    paths = {split: Path(name).expanduser() for split, name in sorted(spec.files.items())}
+    for split, path in paths.items():
         if not path.is_file():
-            raise UserError(f"dataset.files.{split}={name} is not a file.", "Correct the path.")
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]
+            raise UserError(f"dataset.files.{split}={path} is not a file.", "Correct the path.")
+    hashes = hashes_of(list(paths.values()))
+    return digest(dict(zip(paths, hashes, strict=True)), WHOLE)
 
 
 class Data:
@@ -249,6 +250,15 @@ def render(
             yield text
 
 
+def _refuse_changed(spec: DatasetSpec) -> None:
+    """Refuse files that are no longer those that the spec has the fingerprint of."""
+    if fingerprint(spec) != spec.fingerprint and len(spec.fingerprint) == WHOLE:
+        raise UserError(
+            f"The files of dataset {spec.name!r} have changed since the command was given.",
+            "Give it again when nothing writes there any more.",
+        )
+
+
 def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
     if spec.source == "generator":
         if spec.id not in GENERATORS:
@@ -257,7 +267,7 @@ def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
             )
         return {"all": GENERATORS[spec.id]()}
     if spec.source == "file":
-        fingerprint(spec)
+        _refuse_changed(spec)
         return {s: read_rows(Path(f).expanduser(), spec.documents) for s, f in spec.files.items()}
     if not spec.splits:
         raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")
