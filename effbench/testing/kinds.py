@@ -15,7 +15,7 @@ from effbench.methods.chain import resolved, shape_of
 from effbench.nn.decode.decoder import Route
 from effbench.testing.models import given, tiny_shape
 
-OWN_HOOKS = ("forward", "parts", "whole")
+OWN_HOOKS = ("forward", "parts")
 """Hooks beside `decoder` that decide which way an evaluator goes."""
 
 
@@ -58,7 +58,8 @@ def evaluation_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides which way evaluators go with what a method makes."""
     cls, method = method_class(name), resolved(given(name), tiny_shape())
     own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
-    return (*left_kind(name), *own, *_ways(method), cls.in_one_pass, cls.nested_points)
+    skips = any(point.skips_layers for point in method.points())
+    return (*left_kind(name), *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
 
 
 def _ways(method: Method) -> list[Any]:

@@ -57,8 +57,6 @@ MOST_POINTS = 64
 """Longest window of which all shorter ones are evaluated without being listed."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 
-Baseline = Literal["reuse", "identity"]
-
 
 @dataclass(frozen=True)
 class Window(Point):
@@ -68,7 +66,7 @@ class Window(Point):
 
     window: int
     """Dropped tokens between two refreshes."""
-    baseline: Baseline | None = None
+    baseline: Literal["reuse", "identity"] | None = None
     """What is in the place of the stand-ins, if they do not work."""
 
     @property
@@ -105,7 +103,7 @@ class LoRADrop(Trains):
     windows: tuple[NonNegativeInt, ...] | None = None
     """Windows that are evaluated, rising; null is every one from 0 to `window`. One longer than any
     text never refreshes."""
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[Literal["reuse", "identity"], ...] = ()
     """What is evaluated beside the stand-ins, at the same windows: dropped tokens that take the
     anchor alone, or that pass droppable layers unchanged."""
     anchor: Literal["refresh", "previous", "input"] = "refresh"

@@ -28,7 +28,6 @@ from effbench.util.lazy import torch
 if TYPE_CHECKING:
     from effbench.nn.decode.early_exit import Rule
 
-Decoding = Literal["exit", "speculative"]
 READING = frozenset(
     {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
 )
@@ -58,7 +57,7 @@ class Mixed(Point):
 
     skips_layers: ClassVar[bool] = True
 
-    decoding: Decoding
+    decoding: Literal["exit", "speculative"]
 
     @property
     def name(self) -> str:
@@ -75,7 +74,7 @@ class ReadsDepths(Method):
 
     eval_depths: tuple[PositiveInt, ...] = ()
     """Depths to evaluate; empty for the default ones."""
-    decoding: tuple[Decoding, ...] = ()
+    decoding: tuple[Literal["exit", "speculative"], ...] = ()
     """Ways of decoding that are operating points too."""
     thresholds: tuple[NonNegativeFloat, ...] = ()
     """Least probability to leave at each exit but the last; empty for the paper's. 0 always
