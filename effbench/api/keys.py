@@ -6,14 +6,15 @@ has changed, the earlier one, which the field then keeps as `metadata={"absent":
 field changes no key, and a changed default does not change what an old key stands for.
 
 What changes results without changing a setting is the class variable `version` of the part: of a
-class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1.
+class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1. A method or
+an evaluator of another package is known by its code too, in `Spec.sources`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import PurePath
@@ -21,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
 from effbench.api.schema import plain
+from effbench.api.sources import source_of
 from effbench.api.stages.base import trains
 from effbench.util.errors import NewerVersionError
 
@@ -184,6 +186,20 @@ def versions_of(spec: Any) -> dict[str, int]:
     for plugin in spec.evaluators:
         parts[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
     return {name: part.version for name, part in parts.items() if part.version > 1}
+
+
+def sources_of(spec: Any, methods: Iterable[Any]) -> dict[str, str]:
+    """Return hashes of the code of other packages that a run uses; see `sources`.
+
+    Args:
+        spec: The run.
+        methods: All that its model goes through.
+    """
+    used = {f"method.{method.name}": type(method) for method in methods}
+    for plugin in spec.evaluators:
+        used[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
+    found = {name: source_of(cls) for name, cls in used.items()}
+    return {name: source for name, source in found.items() if source}
 
 
 def earlier_keys(spec: Any) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from effbench.methods.chain import chain, chain_shapes, inference_cost
 from effbench.models.load import fingerprint, unchanged
 from effbench.results.store import Store
 from effbench.util.errors import UserError
+from effbench.util.package_data import conf_dir
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,11 @@ def _dataset_after(
     if chosen & {"dataset", "experiment"}:
         return dataset_spec(values)
     keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
-    return dataset_spec(_overlaid(plain(earlier), values, keys))
+    spec = build(DatasetSpec, _overlaid(plain(earlier), values, keys), "dataset")
+    if earlier.known_by == "text":
+        known_as = other_templates(spec, dataclasses.replace(earlier, **earlier.known_as))
+        spec = dataclasses.replace(spec, known_as=known_as)
+    return dataset_spec(plain(spec))
 
 
 def _overlaid(
@@ -207,10 +213,37 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
 
 
 def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
-    """Return the spec of a dataset, with the fingerprint of its local files."""
+    """Return the spec of a dataset, with what rows are known by and the hash of its files."""
     from effbench.data.dataset import fingerprint
-    from effbench.data.kinds.base import find
 
     spec = build(DatasetSpec, dict(values), "dataset")
-    find(spec.kind)
+    if not {"known_by", "known_as"} & values.keys():
+        own = shipped(spec.source, spec.id, spec.subset)
+        spec = (
+            dataclasses.replace(spec, known_as=other_templates(spec, own))
+            if own
+            else dataclasses.replace(spec, known_by="source")
+        )
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+
+
+@cache
+def shipped(source: str, id_: str, subset: str) -> DatasetSpec | None:
+    """Return the dataset that comes with effbench and has these rows; None for one's own files."""
+    import yaml
+
+    for path in sorted((conf_dir() / "dataset").glob("*.yaml")):
+        spec = build(DatasetSpec, yaml.safe_load(path.read_text()), f"dataset {path.stem}")
+        if source != "file" and (spec.source, spec.id, spec.subset) == (source, id_, subset):
+            return spec
+    return None
+
+
+def other_templates(spec: DatasetSpec, own: DatasetSpec) -> dict[str, Any]:
+    """Return the settings by which `own` makes other texts of a row than `spec`."""
+    from effbench.data.kinds.base import find
+
+    find(spec.kind)
+    names = {"kind", *find(own.kind).templates}
+    found = {n: plain(getattr(own, n)) for n in names if getattr(own, n) != getattr(spec, n)}
+    return dict(sorted(found.items()))

@@ -1,13 +1,17 @@
 """Rows from a hub, a file, a package or a generator, as token sequences in disjoint splits.
 
-Every row is known by the hash of its rendered content. The hash decides its split and its place,
-so that splits are disjoint, the same on every machine, and comparable between runs.
+Every row is known by a hash of its content: of the values that its templates name, or of its text
+in the templates that come with the dataset (`DatasetSpec.known_by`). The hash decides its split and
+its place, so that splits are disjoint, the same on every machine and whatever the words of a prompt
+are, and comparable between runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from effbench.api.schema import digest
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
-from effbench.data.render import MissingError, Place, Text
+from effbench.data.render import MissingError, Place, Text, content_hash, traces
 from effbench.data.tokenise import tokenise
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.hashes import hashes_of
@@ -190,10 +194,11 @@ def _is_cut(spec: DatasetSpec) -> bool:
 
 
 def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
-    """Deal rows into splits by their hash: a row's split never depends on the other rows."""
+    """Deal rows into splits by a hash: a row's split never depends on the other rows."""
     result: dict[str, list[Text]] = {name: [] for name in shares}
     for text in texts:
-        place = int(hashlib.sha256(text.id.encode()).hexdigest()[:13], 16) / 16**13
+        name = text.group or text.id
+        place = int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
         for name, share in sorted(shares.items()):
             if place < share:
                 result[name].append(text)
@@ -238,7 +243,7 @@ def render(
         where = f"row {number} of split {split!r} of dataset {spec.name!r}"
         reading.read += 1
         try:
-            text = kind.render(Place(row, where, spec.missing), spec)
+            text = kind.render(place := Place(row, where, spec.missing), spec)
         except MissingError:
             if spec.missing != "skip":
                 raise
@@ -247,7 +252,23 @@ def render(
         if text is None:
             reading.empty += 1
         else:
-            yield text
+            yield _known(text, place, spec)
+
+
+def _known(text: Text, place: Place, spec: DatasetSpec) -> Text:
+    """Return a row's text with what the row is known by."""
+    asked, answered = find(spec.kind).source(place, spec)
+    text = replace(text, rendered=text.id, asked=traces(asked), answered=traces(answered))
+    if spec.known_by == "source":
+        group = content_hash(*(asked or answered).values())
+        id_ = content_hash(*asked.values(), "", *answered.values())
+        return replace(text, id=id_, group=group)
+    if spec.known_as:
+        own = replace(spec, **spec.known_as, known_as={})
+        with suppress(UserError):  # a row that only the templates in use can be filled from
+            known = find(own.kind).render(place, own)
+            return replace(text, id=known.id) if known else text
+    return text
 
 
 def _refuse_changed(spec: DatasetSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,10 +32,12 @@ def tokenise(
     whole = whole and kind.packs
     key = digest(
         {
-            "texts": [[t.id, t.right, *([t.columns] if t.columns else ())] for t in texts],
-            "form": [spec.kind, spec.max_length, spec.chat],
+            "texts": [
+                [t.id, t.rendered, t.right, *([t.columns] if t.columns else ())] for t in texts
+            ],
+            "form": [spec.kind, spec.max_length, spec.chat, spec.version],
             "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
-            "version": 3,
+            "version": 4,
             **({"documents": [prefix_token(tokenizer)]} if whole else {}),
         },
         32,
@@ -42,12 +45,14 @@ def tokenise(
     from effbench.data.assets import cache_dir
 
     path = cache_dir() / "tokens" / f"{key}.json"
-    if path.is_file():
-        with suppress(ValueError, KeyError, TypeError):  # a damaged file is made again
-            return [_example(e) for e in json.loads(path.read_text())]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file is made again
+        check, _, body = path.read_text().partition("\n")
+        if check == hashlib.sha256(body.encode()).hexdigest():
+            return [_example(e) for e in json.loads(body)]
     examples = (kind.documents if whole else kind.examples)(texts, spec, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps([plain(e) for e in examples]))
+    body = json.dumps([plain(e) for e in examples])
+    write_atomic(path, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
     return examples
 
 

@@ -3,7 +3,7 @@
 ```
 results/runs/<key>/
     spec.json  environment.json  events.jsonl  log.txt
-    data.json            content hashes of the rows that were trained on
+    data.json            hashes of the rows that were trained on, and of their values
     checkpoint.pt        the last checkpoint of an unfinished run
     parts/               finished parts of an unfinished compression
     evaluations/         finished evaluations of an unfinished run
