@@ -54,7 +54,7 @@ TRAIN = ["train", "model=tiny"]
         ([*TRAIN, "train.betas=[0.9,inf]"], ["train.betas=inf", "finite"]),
         (
             ["eval", "model=tiny", "evaluator=memory", "evaluator.memory.new_tokens=9999"],
-            ["evaluator.memory: a context of 10511 tokens", "512 positions", "new_tokens"],
+            ["evaluator.memory: a context of 10479 tokens", "512 positions", "new_tokens"],
         ),
         (
             ["compress", "model=tiny", "method=layer_drop", "method.layers=[]"],
