@@ -9,6 +9,7 @@ from typing import TypeVar
 from effbench.api import registry
 from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
+from effbench.api.points import UNNAMED, Point, require_distinct
 from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
@@ -29,7 +30,8 @@ def resolved(method: M, shape: AnyShape) -> M:
         shape: Of the model that it starts from.
 
     Raises:
-        UserError: When it cannot, with the reason. No weight is needed to tell.
+        UserError: When it cannot, with the reason, or when two of its operating points are the
+            same. No weight is needed to tell.
     """
     model = ModelShape.of(shape)
     if reason := _why_not(method, model):
@@ -37,7 +39,9 @@ def resolved(method: M, shape: AnyShape) -> M:
             f"{method.name} does not work on this model ({model.family}): {reason}.",
             "Methods for every causal model: " + ", ".join(_for_any()) + ".",
         )
-    return method.resolve(shape)
+    method = method.resolve(shape)
+    require_distinct(method.points(), method.name)
+    return method
 
 
 def _why_not(method: Method, model: ModelShape) -> str:
@@ -61,7 +65,7 @@ def _for_any() -> list[str]:
 def shape_of(
     method: Method,
     base: AnyShape,
-    point: str = "",
+    point: Point = UNNAMED,
     phase: Phase = "use",
     folder: Path | None = None,
 ) -> ModelShape:
@@ -93,8 +97,8 @@ def chain_shapes(
     found, base = [], ModelShape.of(shape)
     for place, method in enumerate(methods):
         folder = folders[place] if place < len(folders) else None
-        left = shape_of(method, base, "", "use", folder)
-        base = shape_of(method, base, method.whole(left), "use", folder).used().frozen()
+        left = shape_of(method, base, UNNAMED, "use", folder)
+        base = shape_of(method, base, method.full_point(left), "use", folder).used().frozen()
         found.append(base)
     return found
 
@@ -102,7 +106,7 @@ def chain_shapes(
 def last_shape(
     methods: Sequence[Method],
     shape: AnyShape,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> ModelShape:
     """Return what a chain of methods made at `point`, one of the last method's.
@@ -119,7 +123,7 @@ def chain_cost(
     methods: Sequence[Method],
     shape: AnyShape,
     dtype: str,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> Cost:
     """Return the cost of what a chain of methods made; see `last_shape`."""
@@ -131,7 +135,7 @@ def inference_cost(
     methods: Sequence[Method],
     shape: AnyShape,
     dtype: str,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> Cost:
     """Return the cost of what a chain of methods made, as it is evaluated; see `last_shape`.

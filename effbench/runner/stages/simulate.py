@@ -22,7 +22,7 @@ def perform(run: Run) -> None:
     base = _shape(run)
     start, left = run.lineage.start(base), run.lineage.left(base)
     method, dtype = resolved(run.lineage.methods[-1], start), run.spec.hardware.dtype
-    whole = run.lineage.cost(base, dtype, method.whole(left))
+    whole = run.lineage.cost(base, dtype, method.full_point(left))
     for point in method.points():
         cost = run.lineage.cost(base, dtype, point)
         scene = Scene(left, cost, whole, point, run.spec.seed)
