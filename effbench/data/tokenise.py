@@ -13,7 +13,8 @@ from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.render import Text
 from effbench.data.tokens import prefix_token, tokenizer_hash
-from effbench.util.files import write_atomic
+from effbench.util.files import sweep_stale, write_atomic
+from effbench.util.seals import sealed, unsealed
 
 
 def tokenise(
@@ -42,12 +43,11 @@ def tokenise(
     from effbench.data.assets import cache_dir
 
     path = cache_dir() / "tokens" / f"{key}.json"
-    if path.is_file():
-        with suppress(ValueError, KeyError, TypeError):  # a damaged file is made again
-            return [_example(e) for e in json.loads(path.read_text())]
+    with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged file is made again
+        return [_example(e) for e in json.loads(unsealed(path.read_text()))]
     examples = (kind.documents if whole else kind.examples)(texts, spec, tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps([plain(e) for e in examples]))
+    sweep_stale(path.parent)
+    write_atomic(path, sealed(json.dumps([plain(e) for e in examples])))
     return examples
 
 

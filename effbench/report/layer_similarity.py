@@ -14,6 +14,7 @@ from effbench.api.sharing import listed_map
 from effbench.nn.sharing.ranking import Cut, count_of, gap_cut, ranking
 from effbench.report.plots.canvas import footnote, save
 from effbench.report.table import Table, Value
+from effbench.results.store import RunFolder
 from effbench.util.errors import UserError
 
 NEXT = {
@@ -40,7 +41,8 @@ class Layers:
         Raises:
             UserError: When it is not there.
         """
-        path = run / "evaluations" / f"similarity{'@' if point else ''}{point}.layers.jsonl"
+        name = f"evaluations/similarity{'@' if point else ''}{point}.layers.jsonl"
+        path = RunFolder(run).check(name)
         if not path.is_file():
             raise UserError(f"{path} is not there.", "Give the command again with --fresh.")
         return cls([json.loads(line) for line in path.read_text().splitlines()])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from effbench.data.tokens import chat_prompt
 from effbench.evaluators.trustworthiness.base import Item, find
 from effbench.evaluators.trustworthiness.replies import Reply
 from effbench.util.errors import UserError
@@ -88,14 +89,8 @@ def divergence(log_p: Sequence[float], log_q: Sequence[float]) -> float:
 def _rendered(item: Item, tokenizer: Any, chat: bool) -> str:
     if not chat:
         return f"{item.system}\n\n{item.prompt}" if item.system else item.prompt
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("The model has no chat template.", "Set evaluator.trust.chat=false.")
     roles = {"system": item.system, "user": item.prompt}
-    messages = [{"role": role, "content": text} for role, text in roles.items() if text]
-    rendered: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    return rendered
+    return chat_prompt([(role, text) for role, text in roles.items() if text], tokenizer)
 
 
 def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:

@@ -39,7 +39,9 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     point = point or points[-1]
     if point not in points:
         raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
-    model = opened.method.load(opened.model, store.run(key).artefact, context(run))
+    model = opened.method.load(
+        opened.model, store.run(key).check_artefact(whole=True), context(run)
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
         opened.method.export(model, point, new)
