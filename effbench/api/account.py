@@ -45,6 +45,8 @@ class Account:
     """Rows of which an answer lost its end, or 1 for the end of packed text."""
     cut_tokens: int = 0
     """Tokens lost, with one answer for each row."""
+    asked_before: int = 0
+    """Rows whose prompt was trained on, with another answer."""
 
     def line(self) -> str:
         """Return it in words."""
@@ -52,6 +54,8 @@ class Account:
         cuts = {"a prompt loses its start": self.prompts_cut, "an answer its end": self.answers_cut}
         lost = ", ".join(f"in {count:,} {what}" for what, count in cuts.items() if count)
         told = f"; {lost} ({self.cut_tokens:,} tokens)" if lost else ""
+        if self.asked_before:
+            told += f"; {self.asked_before:,} prompts were trained on with another answer"
         return f"{self.rows:,} rows, {self.tokens:,} tokens, {scored}{told}"
 
 

@@ -6,20 +6,23 @@ has changed, the earlier one, which the field then keeps as `metadata={"absent":
 field changes no key, and a changed default does not change what an old key stands for.
 
 What changes results without changing a setting is the class variable `version` of the part: of a
-class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1.
+class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1. A method or
+an evaluator of another package is known by its code too, in `Spec.sources`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
+from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
 from effbench.api.schema import plain
+from effbench.api.sources import source_of
 from effbench.api.stages.base import trains
 from effbench.util.errors import NewerVersionError
 
@@ -117,6 +120,11 @@ FOUNDING: dict[str, str] = {
 not listed, and a field that is not named, leave their defaults out."""
 
 
+WHOLE = 32
+"""Digits of a fingerprint of whole files. With one, what is in the files is in the key and where
+they lie is not; fingerprints of earlier runs are shorter, and the places of their files hashed."""
+
+
 def hashed(spec: Any) -> dict[str, Any]:
     """Return what the key of a `Spec` is the hash of.
 
@@ -128,9 +136,19 @@ def hashed(spec: Any) -> dict[str, Any]:
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
                 del part[name]
+        if len(part.get("fingerprint", "")) == WHOLE:
+            part |= {"path": ""} if "path" in part else {"files": _endings(part["files"])}
     if not trains(spec.stage):
         del values["train"]
     return values
+
+
+def _endings(place: Any) -> Any:
+    """Return a mapping of files with their endings alone, which say how they are read."""
+    if isinstance(place, dict):
+        return {name: _endings(inner) for name, inner in place.items()}
+    path = PurePath(place)
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def completed(cls: type, spec: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +186,20 @@ def versions_of(spec: Any) -> dict[str, int]:
     for plugin in spec.evaluators:
         parts[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
     return {name: part.version for name, part in parts.items() if part.version > 1}
+
+
+def sources_of(spec: Any, methods: Iterable[Any]) -> dict[str, str]:
+    """Return hashes of the code of other packages that a run uses; see `sources`.
+
+    Args:
+        spec: The run.
+        methods: All that its model goes through.
+    """
+    used = {f"method.{method.name}": type(method) for method in methods}
+    for plugin in spec.evaluators:
+        used[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
+    found = {name: source_of(cls) for name, cls in used.items()}
+    return {name: source for name, source in found.items() if source}
 
 
 def earlier_keys(spec: Any) -> list[str]:

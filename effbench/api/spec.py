@@ -111,6 +111,13 @@ class DatasetSpec:
     missing: Literal["refuse", "empty", "skip"] = "refuse"
     """What a field without a value does: it is refused, is an empty text, or its row is left out.
     An empty answer is refused too, or its row is left out."""
+    known_by: Literal["text", "source"] = "text"
+    """What decides a row's split and place: its rendered text, or the values of the fields that its
+    templates name, whatever words stand around them; then rows that ask the same stay in one split.
+    Filled in when the config is composed: `text` for the datasets that come with effbench."""
+    known_as: dict[str, Any] = field(default_factory=dict)
+    """Templates whose text a row is known by, where those in use are others; filled in when the
+    config is composed, so that another prompt for a dataset deals the same splits."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,9 @@ class Spec:
     versions: dict[str, int] = field(default_factory=dict)
     """Versions above 1 of the parts that are used: `train`, `method.NAME`, ...; filled in when the
     config is composed. A run from before there were any has none."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Hashes of the code of methods and evaluators of other packages, by the names of `versions`;
+    filled in when the config is composed."""
 
     @property
     def key(self) -> str:

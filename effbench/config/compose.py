@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.api import registry
-from effbench.api.keys import versions_of
+from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import NonNegativeInt, build, plain
 from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
@@ -189,8 +189,9 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
         seed=build(_Seed, {"seed": config["seed"]}, "").seed,
         parent=start,
     )
-    spec = dataclasses.replace(spec, versions=versions_of(spec))
     lineage = Lineage.of(spec, store)
+    sources = sources_of(spec, lineage.methods)
+    spec = dataclasses.replace(spec, versions=versions_of(spec), sources=sources)
     _check_methods(spec, lineage)
     _check_data(spec)
     _check_evaluators(spec, lineage)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_shapes, inference_cost
+from effbench.models.load import fingerprint, unchanged
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
+from effbench.util.package_data import conf_dir
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,8 @@ def inherit(
         method = _at_evaluation(settings, chosen, parent.method)
     else:
         method = plugin("methods", name, settings, "method")
-    if model_spec(plain(parent.model)) != parent.model:
-        raise UserError(
-            f"The files of {parent.model.path} have changed since run {start}.",
-            "Put them back, or run that one again first.",
-        )
-    return method, parent.model, _dataset_after(config["dataset"], chosen, parent.dataset)
+    model = _model_after(config["model"], chosen, parent.model, start)
+    return method, model, _dataset_after(config["dataset"], chosen, parent.dataset)
 
 
 def _taken_over(stage: str, name: str, chosen: set[str]) -> bool:
@@ -141,6 +140,8 @@ def _at_evaluation(settings: Mapping[str, Any], chosen: set[str], method: Plugin
 def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None:
     free = registry.find("methods", parent.method.name).eval_settings
     chosen = chosen - {f"method.{key}" for key in free}
+    if parent.model.path:
+        chosen = chosen - {"model.path"}
     fixed = ("model", "method") if _taken_over(stage, name, chosen) else ("model",)
     for key in fixed:
         if any(c == key or c.startswith(f"{key}.") for c in chosen):
@@ -150,6 +151,24 @@ def _refuse_fixed(stage: str, name: str, chosen: set[str], parent: Spec) -> None
             )
 
 
+def _model_after(
+    values: Mapping[str, Any], chosen: set[str], earlier: ModelSpec, start: str
+) -> ModelSpec:
+    """Return the model of an earlier run, perhaps with its files in another place.
+
+    Raises:
+        UserError: When they are no longer what they were.
+    """
+    if "model.path" in chosen:
+        earlier = dataclasses.replace(earlier, path=str(values["path"]))
+    if not unchanged(earlier):
+        raise UserError(
+            f"The files of {earlier.path} have changed since run {start}.",
+            "Put them back, or run that one again first.",
+        )
+    return model_spec(plain(earlier))
+
+
 def _dataset_after(
     values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec
 ) -> DatasetSpec:
@@ -157,7 +176,11 @@ def _dataset_after(
     if chosen & {"dataset", "experiment"}:
         return dataset_spec(values)
     keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
-    return dataset_spec(_overlaid(plain(earlier), values, keys))
+    spec = build(DatasetSpec, _overlaid(plain(earlier), values, keys), "dataset")
+    if earlier.known_by == "text":
+        known_as = other_templates(spec, dataclasses.replace(earlier, **earlier.known_as))
+        spec = dataclasses.replace(spec, known_as=known_as)
+    return dataset_spec(plain(spec))
 
 
 def _overlaid(
@@ -191,17 +214,42 @@ def plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str)
 
 def model_spec(values: Mapping[str, Any]) -> ModelSpec:
     """Return the spec of a model, with the fingerprint of its local files."""
-    from effbench.models.load import fingerprint
-
     spec = build(ModelSpec, dict(values), "model")
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
 
 
 def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
-    """Return the spec of a dataset, with the fingerprint of its local files."""
+    """Return the spec of a dataset, with what rows are known by and the hash of its files."""
     from effbench.data.dataset import fingerprint
-    from effbench.data.kinds.base import find
 
     spec = build(DatasetSpec, dict(values), "dataset")
-    find(spec.kind)
+    if not {"known_by", "known_as"} & values.keys():
+        own = shipped(spec.source, spec.id, spec.subset)
+        spec = (
+            dataclasses.replace(spec, known_as=other_templates(spec, own))
+            if own
+            else dataclasses.replace(spec, known_by="source")
+        )
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+
+
+@cache
+def shipped(source: str, id_: str, subset: str) -> DatasetSpec | None:
+    """Return the dataset that comes with effbench and has these rows; None for one's own files."""
+    import yaml
+
+    for path in sorted((conf_dir() / "dataset").glob("*.yaml")):
+        spec = build(DatasetSpec, yaml.safe_load(path.read_text()), f"dataset {path.stem}")
+        if source != "file" and (spec.source, spec.id, spec.subset) == (source, id_, subset):
+            return spec
+    return None
+
+
+def other_templates(spec: DatasetSpec, own: DatasetSpec) -> dict[str, Any]:
+    """Return the settings by which `own` makes other texts of a row than `spec`."""
+    from effbench.data.kinds.base import find
+
+    find(spec.kind)
+    names = {"kind", *find(own.kind).templates}
+    found = {n: plain(getattr(own, n)) for n in names if getattr(own, n) != getattr(spec, n)}
+    return dict(sorted(found.items()))

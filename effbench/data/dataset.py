@@ -1,25 +1,32 @@
 """Rows from a hub, a file, a package or a generator, as token sequences in disjoint splits.
 
-Every row is known by the hash of its rendered content. The hash decides its split and its place,
-so that splits are disjoint, the same on every machine, and comparable between runs.
+Every row is known by a hash of its content: of the values that its templates name, or of its text
+in the templates that come with the dataset (`DatasetSpec.known_by`). The hash decides its split and
+its place, so that splits are disjoint, the same on every machine and whatever the words of a prompt
+are, and comparable between runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from effbench.api.account import Account, Reading
 from effbench.api.examples import Example
+from effbench.api.keys import WHOLE
+from effbench.api.schema import digest
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
-from effbench.data.render import MissingError, Place, Text
+from effbench.data.render import MissingError, Place, Text, content_hash, traces
 from effbench.data.tokenise import tokenise
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.hashes import hashes_of
 
 
 def fingerprint(spec: DatasetSpec) -> str:
@@ -32,14 +39,12 @@ def fingerprint(spec: DatasetSpec) -> str:
         return ""
     if not spec.files:
         raise UserError(f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH")
-    total = hashlib.sha256()
-    for split, name in sorted(spec.files.items()):
-        path = Path(name).expanduser()
+    paths = {split: Path(name).expanduser() for split, name in sorted(spec.files.items())}
+    for split, path in paths.items():
         if not path.is_file():
-            raise UserError(f"dataset.files.{split}={name} is not a file.", "Correct the path.")
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]
+            raise UserError(f"dataset.files.{split}={path} is not a file.", "Correct the path.")
+    hashes = hashes_of(list(paths.values()))
+    return digest(dict(zip(paths, hashes, strict=True)), WHOLE)
 
 
 class Data:
@@ -189,10 +194,11 @@ def _is_cut(spec: DatasetSpec) -> bool:
 
 
 def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
-    """Deal rows into splits by their hash: a row's split never depends on the other rows."""
+    """Deal rows into splits by a hash: a row's split never depends on the other rows."""
     result: dict[str, list[Text]] = {name: [] for name in shares}
     for text in texts:
-        place = int(hashlib.sha256(text.id.encode()).hexdigest()[:13], 16) / 16**13
+        name = text.group or text.id
+        place = int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
         for name, share in sorted(shares.items()):
             if place < share:
                 result[name].append(text)
@@ -237,7 +243,7 @@ def render(
         where = f"row {number} of split {split!r} of dataset {spec.name!r}"
         reading.read += 1
         try:
-            text = kind.render(Place(row, where, spec.missing), spec)
+            text = kind.render(place := Place(row, where, spec.missing), spec)
         except MissingError:
             if spec.missing != "skip":
                 raise
@@ -246,7 +252,32 @@ def render(
         if text is None:
             reading.empty += 1
         else:
-            yield text
+            yield _known(text, place, spec)
+
+
+def _known(text: Text, place: Place, spec: DatasetSpec) -> Text:
+    """Return a row's text with what the row is known by."""
+    asked, answered = find(spec.kind).source(place, spec)
+    text = replace(text, rendered=text.id, asked=traces(asked), answered=traces(answered))
+    if spec.known_by == "source":
+        group = content_hash(*(asked or answered).values())
+        id_ = content_hash(*asked.values(), "", *answered.values())
+        return replace(text, id=id_, group=group)
+    if spec.known_as:
+        own = replace(spec, **spec.known_as, known_as={})
+        with suppress(UserError):  # a row that only the templates in use can be filled from
+            known = find(own.kind).render(place, own)
+            return replace(text, id=known.id) if known else text
+    return text
+
+
+def _refuse_changed(spec: DatasetSpec) -> None:
+    """Refuse files that are no longer those that the spec has the fingerprint of."""
+    if fingerprint(spec) != spec.fingerprint and len(spec.fingerprint) == WHOLE:
+        raise UserError(
+            f"The files of dataset {spec.name!r} have changed since the command was given.",
+            "Give it again when nothing writes there any more.",
+        )
 
 
 def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
@@ -257,7 +288,7 @@ def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
             )
         return {"all": GENERATORS[spec.id]()}
     if spec.source == "file":
-        fingerprint(spec)
+        _refuse_changed(spec)
         return {s: read_rows(Path(f).expanduser(), spec.documents) for s, f in spec.files.items()}
     if not spec.splits:
         raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")

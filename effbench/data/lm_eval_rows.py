@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.data.readers import Row, read_rows
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.hashes import hash_of, hashes_of
 
 if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec
@@ -457,9 +458,9 @@ def overlaps(entry: Entry, dataset: DatasetSpec, files: Files) -> bool:
     ours = "all" if dataset.cut else "train"
     given = files.get(entry.name, {})
     if dataset.source == "file":
-        paths = {Path(f).expanduser().resolve() for f in given.values()}
         trained = dataset.files.get(ours)
-        return trained is not None and Path(trained).expanduser().resolve() in paths
+        places = [Path(f).expanduser() for f in ((trained, *given.values()) if trained else ())]
+        return bool(places) and hash_of(places[0]) in hashes_of(places[1:])
     theirs = dataset.splits.get(ours, "")
     if dataset.source == "hub":
         subset = dataset.subset.lower().replace("-", "_")

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effbench.api.keys import WHOLE
 from effbench.api.schema import digest
 from effbench.data.lm_eval_rows import ASSET as ASSET
 from effbench.data.lm_eval_rows import GROUPS as GROUPS
@@ -26,6 +27,7 @@ from effbench.data.lm_eval_rows import members as members
 from effbench.data.lm_eval_rows import overlaps as shared_rows
 from effbench.data.tokens import Encoder
 from effbench.util.errors import UserError
+from effbench.util.hashes import hash_of
 
 if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec
@@ -68,8 +70,6 @@ def fingerprint(files: Files) -> str:
     Raises:
         UserError: When one is missing.
     """
-    from effbench.util.cache import sha256_of
-
     hashes = {}
     for task, by_split in sorted(files.items()):
         for split, name in sorted(by_split.items()):
@@ -79,8 +79,8 @@ def fingerprint(files: Files) -> str:
                     f"{name}, given as split {split!r} of {task}, is not a file.",
                     "Correct the path.",
                 )
-            hashes[f"{task}.{split}"] = sha256_of(path)
-    return digest(hashes) if hashes else ""
+            hashes[f"{task}.{split}"] = hash_of(path)
+    return digest(hashes, WHOLE) if hashes else ""
 
 
 @dataclass

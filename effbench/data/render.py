@@ -22,6 +22,7 @@ class Text:
     """One rendered row, before tokens."""
 
     id: str
+    """What it is known by; decides its place among the rows, and where it makes pairs."""
     prompt: str
     answer: str
     choices: tuple[str, ...] = ()
@@ -30,6 +31,14 @@ class Text:
     """The prompt as a conversation, where the row has one."""
     columns: Mapping[str, float] = field(default_factory=dict)
     """Further values of the row by name."""
+    rendered: str = field(default="", compare=False)
+    """Hash of its texts; empty where that is what it is known by."""
+    group: str = field(default="", compare=False)
+    """Rows with the same are never dealt into different splits; empty for none but itself."""
+    asked: tuple[str, ...] = field(default=(), compare=False)
+    """Hashes of the values of the row that the prompt, or a text, is made of; see `traces`."""
+    answered: tuple[str, ...] = field(default=(), compare=False)
+    """The same of the answers."""
 
     def shown(self, room: int = 100) -> str:
         """Return it on one line, where line ends can be told from other text."""
@@ -73,6 +82,14 @@ class Place:
         text = self.fill_with(template, **more)
         self.require(text, template)
         return text
+
+    def values(self, *templates: str) -> dict[str, str]:
+        """Return the values that templates are filled with, by the fields they stand in."""
+        found = {}
+        for template in templates:
+            for name in _fields_in(template):
+                found[name] = clean(str(_Strict(self, template).get_field(name, (), self.row)[0]))
+        return dict(sorted(found.items()))
 
     def require(self, text: str, what: str) -> None:
         """Refuse an answer of nothing but white space.
@@ -166,6 +183,14 @@ class _Strict(Formatter):
         )
 
 
+def _fields_in(template: str) -> list[str]:
+    """Return the names of fields in a template, those in forms of other fields included."""
+    found = []
+    for _, name, form, _ in Formatter().parse(template):
+        found += ([name] if name else []) + (_fields_in(form) if form else [])
+    return found
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -187,6 +212,20 @@ def clean(text: str) -> str:
 def content_hash(*parts: str) -> str:
     """Return the identity of a row with these texts, 16 hexadecimal digits."""
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+
+
+SHORT = 16
+"""Characters of a value that can be the same by chance."""
+
+
+def traces(values: Mapping[str, str]) -> tuple[str, ...]:
+    """Return hashes by which the values of a row are found again in other rows.
+
+    White space does not count, nor does the field that a value stands in, unless it is short.
+    """
+    words = {name: " ".join(value.split()) for name, value in values.items()}
+    kept = (w if len(w) >= SHORT else f"{name}\x1f{w}" for name, w in words.items() if w)
+    return tuple(sorted({content_hash(word)[:12] for word in kept}))
 
 
 def columns_of(place: Place, spec: DatasetSpec, own: tuple[str, ...]) -> dict[str, float]:

@@ -32,10 +32,12 @@ def tokenise(
     whole = whole and kind.packs
     key = digest(
         {
-            "texts": [[t.id, t.right, *([t.columns] if t.columns else ())] for t in texts],
-            "form": [spec.kind, spec.max_length, spec.chat],
+            "texts": [
+                [t.id, t.rendered, t.right, *([t.columns] if t.columns else ())] for t in texts
+            ],
+            "form": [spec.kind, spec.max_length, spec.chat, spec.version],
             "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
-            "version": 3,
+            "version": 4,
             **({"documents": [prefix_token(tokenizer)]} if whole else {}),
         },
         32,

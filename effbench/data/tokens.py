@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
 from typing import Any
 
 from effbench.api.examples import Tokens
@@ -11,6 +14,11 @@ from effbench.data.render import Turn
 from effbench.util.errors import UserError
 
 WITHOUT_CHAT = "Set dataset.chat=false, or chat=false of the evaluator."
+TEMPLATE_DATE = datetime(2024, 7, 26, 12)
+"""The date that chat templates are told: that of Llama 3's own, where it cannot ask for one."""
+TEMPLATE_CODES = [f"%{sign}{code}" for code in "dmyYIHMSjFTDR" for sign in ("-", "")]
+TEMPLATE_WORDS = {"%a": "Fri", "%A": "Friday", "%b": "Jul", "%h": "Jul", "%B": "July", "%p": "PM"}
+"""What the language of the machine would decide."""
 
 
 class Encoder:
@@ -168,7 +176,7 @@ def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
     messages = [{"role": who, "content": what} for who, what in turns]
     try:
         rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)
         )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -176,6 +184,20 @@ def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
             f"The model's chat template cannot be used: {reason}.", WITHOUT_CHAT
         ) from error
     return rendered
+
+
+def _dated(tokenizer: Any) -> dict[str, str]:
+    """Return a chat template that asks for today's date with the answer to that.
+
+    It would put another date into every prompt each day, in the language of the machine.
+    """
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return {}
+    answers = (f"|replace({code!r}, {TEMPLATE_DATE.strftime(code)!r})" for code in TEMPLATE_CODES)
+    words = (f"|replace({code!r}, {word!r})" for code, word in TEMPLATE_WORDS.items())
+    filled = "form" + "".join((*words, *answers))
+    macro = "{% macro strftime_now(form) %}{{ " + filled + " }}{% endmacro %}{{ '' }}"
+    return {"chat_template": macro + tokenizer.get_chat_template()}
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -195,8 +217,23 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a hash of everything in a tokenizer that can change its output."""
+    """Return a hash of everything that can change the output of a tokenizer.
+
+    That is its own state, its settings but for where it lies, and the libraries that run it.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    body = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    template = str(getattr(tokenizer, "chat_template", ""))
-    return hashlib.sha256((body + template).encode()).hexdigest()[:16]
+    body = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    settings = getattr(tokenizer, "init_kwargs", {}).items()
+    parts = {
+        "body": body,
+        "class": type(tokenizer).__qualname__,
+        "template": str(getattr(tokenizer, "chat_template", "")),
+        "special": str(getattr(tokenizer, "special_tokens_map", "")),
+        "settings": sorted(f"{k}={v!r}" for k, v in settings if not _is_place(k)),
+        "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_place(setting: str) -> bool:
+    return setting == "name_or_path" or setting.endswith("_file")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effbench.api.keys import WHOLE
 from effbench.api.parts import LayerSize
 from effbench.api.schema import build, digest
 from effbench.api.shape import AnyShape, Shape
@@ -27,8 +29,8 @@ from effbench.api.weights import find, is_packed
 from effbench.data import assets
 from effbench.models.gguf_convert import already_converted, converted
 from effbench.models.gguf_header import config_in, read_header
-from effbench.util.cache import sha256_of
 from effbench.util.errors import UserError
+from effbench.util.hashes import hash_of, hashes_of
 from effbench.util.lazy import torch
 from effbench.util.package_data import conf_dir
 
@@ -40,8 +42,14 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """From the sizes that every Llama-style config states to their names there."""
+UNREAD = re.compile(
+    r"\..*|.*\.(md|pdf|png|jpe?g|gif|svg)|(licen[cs]e|notice|use_policy)(\..*)?"
+    r"|(optimizer|scheduler|scaler|rng_state.*|training_args)\.(pt|pth|bin)|trainer_state\.json",
+    re.IGNORECASE,
+)
+"""Files in a model's folder that loading never reads."""
 END_BYTES = 1 << 20
-"""Bytes at either end of a file that enter its fingerprint."""
+"""Bytes at either end of a file that entered its fingerprint in earlier versions."""
 
 
 @dataclass
@@ -241,18 +249,53 @@ def _decimal(value: float) -> float:
 def fingerprint(spec: ModelSpec) -> str:
     """Return a hash of the content of a local folder or GGUF file, "" for other sources.
 
-    Name, size, first and last MiB of every file enter it, so that it takes no time.
+    All of every file that loading may read enters it; see `model_files`.
 
     Raises:
-        UserError: When there is no such folder or file.
+        UserError: When there is no such folder or file, or it cannot be read.
     """
     if spec.source == "gguf":
-        return digest([_ends(_gguf_file(spec))])
+        return digest([hash_of(_gguf_file(spec))], WHOLE)
     if spec.source != "folder":
         return ""
     folder = _folder(spec)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [p.relative_to(folder) for p in files]
+    files = model_files(folder)
+    names = [p.relative_to(folder).as_posix() for p in files]
+    return digest(list(zip(names, hashes_of(files), strict=True)), WHOLE)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model's folder that loading may read, sorted.
+
+    Left out are hidden files, descriptions, the state of a training, and folders, but for chat
+    templates and what an index of weights names.
+    """
+    found = {p for p in folder.iterdir() if p.is_file() and not UNREAD.fullmatch(p.name)}
+    found |= {p for p in folder.glob("additional_chat_templates/*.jinja") if p.is_file()}
+    for index in folder.glob("*.index.json"):
+        with suppress(ValueError, AttributeError):  # loading says what is wrong with it
+            names = json.loads(index.read_text())["weight_map"].values()
+            found |= {p for name in names if (p := folder / name).is_file()}
+    return sorted(found)
+
+
+def unchanged(spec: ModelSpec) -> bool:
+    """Whether local files are those of which a spec has the fingerprint.
+
+    Raises:
+        UserError: When they are gone.
+    """
+    if len(spec.fingerprint) == WHOLE or spec.source not in ("folder", "gguf"):
+        return fingerprint(spec) == spec.fingerprint
+    return _fingerprint_of_ends(spec) == spec.fingerprint
+
+
+def _fingerprint_of_ends(spec: ModelSpec) -> str:
+    """Return the fingerprint that runs before whole files were hashed have of a model."""
+    if spec.source == "gguf":
+        return digest([_ends(_gguf_file(spec))])
+    folder = _folder(spec)
+    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
     kept = [n for n in names if not any(part.startswith(".") for part in n.parts)]
     return digest([[n.as_posix(), *_ends(folder / n)] for n in kept])
 
@@ -336,12 +379,19 @@ def offline_models() -> list[str]:
 def _at_hand(spec: ModelSpec) -> ModelSpec:
     """Return the same model as a folder or a hub id, which are what transformers reads."""
     if spec.source == "package":
-        return dataclasses.replace(spec, source="folder", path=str(_package_folder(spec)))
+        return dataclasses.replace(
+            spec, source="folder", path=str(_package_folder(spec)), fingerprint=""
+        )
+    if spec.fingerprint and not unchanged(spec):
+        raise UserError(
+            f"The files of {spec.path} have changed since the command was given.",
+            "Give it again when nothing writes there any more.",
+        )
     if spec.source == "gguf":
         gguf = _gguf_file(spec)
-        sha256 = sha256_of(gguf)
+        sha256 = hash_of(gguf)
         folder = converted(gguf, sha256, f"gguf-{sha256[:16]}")
-        return dataclasses.replace(spec, source="folder", path=str(folder))
+        return dataclasses.replace(spec, source="folder", path=str(folder), fingerprint="")
     if spec.source == "folder":
         return dataclasses.replace(spec, path=str(_folder(spec)))
     return dataclasses.replace(spec, path="")

@@ -3,8 +3,8 @@
 ```
 results/runs/<key>/
     spec.json  environment.json  events.jsonl  log.txt
-    manifest.jsonl       hashes of the files below and above: `results/manifest.py`
-    data.json            content hashes of the rows that were trained on
+    manifest.jsonl       hashes of the other files: `results/manifest.py`
+    data.json            hashes of the rows that were trained on, and of their values
     checkpoint.pt        the last checkpoint of an unfinished run
     parts/               finished parts of an unfinished compression
     evaluations/         finished evaluations of an unfinished run
@@ -160,7 +160,8 @@ class RunFolder:
             UserError: When it is damaged or gone.
         """
         path = self.path / name
-        if self.finished or self.manifest.has(name):
+        self._check_marker()
+        if path.exists() or self.manifest.has(name):
             self.check(name)
         if not path.exists():
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
 from effbench.config.compose import compose
 from effbench.data.dataset import Data
+from effbench.data.overlap import Trained, kept
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes
 from effbench.models import load as models
@@ -184,20 +185,21 @@ def open_data(run: Run) -> Data:
     """
     spec = run.spec
     data = Data(spec.dataset, run.tokenizer)
-    seen: set[str] = set()
+    seen = Trained()
     trained = [spec.dataset] if stages.find(spec.stage).trains else []
     for key, earlier in run.store.ancestors(spec).items():
-        rows = run.store.run(key).read_json("data.json") or []
-        seen |= set(rows)
-        trained += [earlier.dataset] if rows else []
+        rows = run.store.run(key).read_json("data.json")
+        if rows:
+            seen.add(rows)
+            trained.append(earlier.dataset)
+    asked_before: dict[str, int] = {}
     for evaluator in map(make_evaluator, spec.evaluators):
         for split in evaluator.splits():
-            if not data.ids(split):
-                data.examples(split)  # says what is missing before anything is trained
-            shared = seen & set(data.ids(split))
-            if shared and not spec.dataset.allow_overlap:
+            shared = seen.shared(data.rows(split))
+            asked_before[split] = shared.prompts
+            if shared.rows and not spec.dataset.allow_overlap:
                 raise UserError(
-                    f"{len(shared)} items of split {split!r} were training data of the run that "
+                    f"{shared.rows} items of split {split!r} were training data of the run that "
                     "this one goes on from.",
                     "Evaluate on another split, or say dataset.allow_overlap=true.",
                 )
@@ -208,19 +210,33 @@ def open_data(run: Run) -> Data:
                     f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
                     "Train on others, leave it out, or say dataset.allow_overlap=true.",
                 )
-    _account(run, data)
+    if stages.find(spec.stage).trains:
+        own = Trained()
+        own.add(kept(data.rows("train")))
+        for split in asked_before:
+            asked_before[split] += own.shared(data.rows(split)).prompts
+    _account(run, data, asked_before)
     return data
 
 
-def _account(run: Run, data: Data) -> None:
-    """Count what became of the rows of every split that the run uses, and say it once."""
+def _account(run: Run, data: Data, asked_before: Mapping[str, int]) -> None:
+    """Count what became of the rows of every split that the run uses, and say it once.
+
+    Args:
+        run: The run.
+        data: What it uses.
+        asked_before: By split, rows whose prompt was trained on with another answer.
+    """
     stage, evaluators = stages.find(run.spec.stage), map(make_evaluator, run.spec.evaluators)
     used = {split: True for evaluator in evaluators for split in evaluator.splits()}
     if stage.trains and run.spec.train.validate_every:
         used["validation"] = False
     if stage.makes:
         used["train"] = False
-    splits = {split: data.account(split, whole) for split, whole in sorted(used.items())}
+    splits = {
+        split: replace(data.account(split, whole), asked_before=asked_before.get(split, 0))
+        for split, whole in sorted(used.items())
+    }
     run.data = {
         "sources": {name: plain(reading) for name, reading in data.readings.items()},
         "splits": {name: plain(account) for name, account in splits.items()},

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from effbench.api.keys import sources_of
 from effbench.api.schema import plain
 from effbench.api.shape import AnyShape
 from effbench.api.spec import Job, Spec
@@ -30,6 +31,7 @@ from effbench.results.fold import Folded, fold
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
+from effbench.util.errors import UserError
 
 
 @dataclass
@@ -125,9 +127,15 @@ def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
     """Set the process up for a run: seeds, threads, logs.
 
     Raises:
-        UserError: When its device is not there.
+        UserError: When its device is not there, or the code of another package was edited.
     """
     spec = job.spec
+    lineage = Lineage.of(spec, store, folder.artefact)
+    if spec.sources and sources_of(spec, lineage.methods) != spec.sources:
+        raise UserError(
+            f"The code of {' or '.join(spec.sources)} was edited after the command was given.",
+            "Give it again.",
+        )
     if stages.find(spec.stage).loads:
         models.check_device(spec.hardware.device)
     if spec.hardware.threads:
@@ -139,7 +147,7 @@ def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
         job=job,
         store=store,
         folder=folder,
-        lineage=Lineage.of(spec, store, folder.artefact),
+        lineage=lineage,
         events=EventLog(folder.path / "events.jsonl", job),
         progress=Progress(job.runtime.progress),
         device=torch.device(spec.hardware.device),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -310,6 +311,21 @@ def test_a_model_that_changed_since_is_refused(bench, parent, folder: Path) -> N
     (folder / "more.txt").write_text("x")
     with pytest.raises(UserError, match="have changed since run"):
         bench.job("eval", f"from={first}")
+
+
+def test_a_model_that_was_moved_is_gone_on_from(
+    bench, parent, folder: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(folder, tmp_path / "here", ignore=shutil.ignore_patterns("here"))
+    first = parent("train", "model=folder", f"model.path={place}", "dataset=arithmetic")
+    before = bench.job("eval", f"from={first}").spec.key
+    moved = place.rename(tmp_path / "there")
+    with pytest.raises(UserError, match="There is no folder"):
+        bench.job("eval", f"from={first}")
+    assert bench.job("eval", f"from={first}", f"model.path={moved}").spec.key == before
+    (moved / "more.txt").write_text("x")
+    with pytest.raises(UserError, match="have changed since run"):
+        bench.job("eval", f"from={first}", f"model.path={moved}")
 
 
 def test_job_fields_are_found_by_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,15 @@ from effbench.api.spec import ModelSpec
 from effbench.models import gguf_convert
 from effbench.models import load as models
 from effbench.models.gguf_header import config_in, read_header
-from effbench.models.load import Loaded, fingerprint, load, load_tokenizer, shape_of
+from effbench.models.load import (
+    Loaded,
+    _fingerprint_of_ends,
+    fingerprint,
+    load,
+    load_tokenizer,
+    shape_of,
+    unchanged,
+)
 from effbench.util import hf
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
@@ -242,17 +251,74 @@ def test_older_configs_state_theta_at_the_top(saved: Path) -> None:
     assert (shape.rope_theta, shape.head_dim) == (123.0, 16)
 
 
-def test_fingerprint_follows_the_content(saved: Path, tmp_path: Path) -> None:
+def test_the_same_folder_elsewhere_has_the_same_fingerprint(saved: Path, tmp_path: Path) -> None:
     first = fingerprint(folder_spec(saved))
-    moved = saved.rename(tmp_path / "elsewhere")
-    (moved / ".hidden").write_text("does not count")
+    moved = Path(shutil.copytree(saved, tmp_path / "elsewhere"))
     assert fingerprint(folder_spec(moved)) == first
-    weights = moved / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert fingerprint(folder_spec(moved)) != first
     assert fingerprint(small()) == ""
+
+
+UNREAD = [".hidden", "README.md", "LICENSE", "optimizer.pt", "trainer_state.json", "a/model.bin"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_loading_does_not_read_is_not_in_the_fingerprint(saved: Path, name: str) -> None:
+    first = fingerprint(folder_spec(saved))
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_text("does not count")
+    assert fingerprint(folder_spec(saved)) == first
+
+
+READ = ["generation_config.json", "chat_template.jinja", "additional_chat_templates/a.jinja"]
+READ += ["vocab.txt", "adapter_config.json", "tokenizer.model", "model-00002.safetensors"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_file_that_loading_may_read_is_in_the_fingerprint(saved: Path, name: str) -> None:
+    found = [fingerprint(folder_spec(saved))]
+    for content in ("{}", "{ }"):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text(content)
+        found.append(fingerprint(folder_spec(saved)))
+    assert len(set(found)) == 3
+
+
+def test_weights_that_an_index_names_are_in_the_fingerprint(saved: Path) -> None:
+    (saved / "inner").mkdir()
+    (saved / "inner" / "part.safetensors").write_text("1")
+    index = {"weight_map": {"a": "inner/part.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    first = fingerprint(folder_spec(saved))
+    (saved / "inner" / "part.safetensors").write_text("2")
+    assert fingerprint(folder_spec(saved)) != first
+
+
+@pytest.mark.parametrize("place", [0, 3 << 20, (6 << 20) - 1])
+def test_every_byte_of_weights_is_in_the_fingerprint(saved: Path, place: int) -> None:
+    """Also those in the middle of a large file, which once were not."""
+    content = bytearray(6 << 20)
+    (saved / "model.safetensors").write_bytes(content)
+    first = fingerprint(folder_spec(saved))
+    content[place] = 1
+    (saved / "model.safetensors").write_bytes(content)
+    assert fingerprint(folder_spec(saved)) != first
+
+
+def test_files_that_changed_after_the_command_are_not_loaded(saved: Path) -> None:
+    spec = replace(folder_spec(saved), fingerprint=fingerprint(folder_spec(saved)))
+    assert load_tokenizer(spec)
+    (saved / "generation_config.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="have changed since the command was given"):
+        load_tokenizer(spec)
+
+
+def test_fingerprints_of_before_whole_files_were_hashed_still_hold(saved: Path) -> None:
+    old = replace(folder_spec(saved), fingerprint=_fingerprint_of_ends(folder_spec(saved)))
+    assert len(old.fingerprint) == 16
+    assert unchanged(old)
+    assert load_tokenizer(old)
+    (saved / "config.json").write_text("{}")
+    assert not unchanged(old)
 
 
 # -- GGUF ----------------------------------------------------------------------------------------

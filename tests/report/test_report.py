@@ -480,6 +480,42 @@ def test_the_words_say_what_was_and_was_not_equal() -> None:
     assert "Not the same items: no paired test: dora." in other[0]
 
 
+def with_part(record: Record, part: str, **values: object) -> Record:
+    """Return a record with other values in a part of its spec."""
+    held = record.spec.get(part) or {}
+    return replace(record, spec={**record.spec, part: {**held, **values}})
+
+
+@pytest.mark.parametrize(
+    "part, one, other, equal",
+    [
+        ("model", {"fingerprint": "a" * 32}, {"fingerprint": "b" * 32}, False),
+        ("model", {"fingerprint": "a" * 32}, {"fingerprint": "a" * 32, "path": "b"}, True),
+        ("model", {"fingerprint": "a" * 32}, {"fingerprint": "a" * 32, "name": "b"}, True),
+        (
+            "model",
+            {"source": "hub", "revision": "main"},
+            {"source": "hub", "revision": "v2"},
+            False,
+        ),
+        ("model", {"source": "random"}, {"source": "random", "weights_seed": 1}, False),
+        ("dataset", {"fingerprint": "a" * 32}, {"fingerprint": "b" * 32}, False),
+        ("dataset", {"files": {"all": "a"}}, {"files": {"all": "b"}}, True),
+        ("dataset", {"prompt": "{a}"}, {"prompt": "{b}"}, False),
+        ("dataset", {"limit": {"test": 4}}, {"limit": {"test": 9}}, True),
+        ("dataset", {"limit": {"train": 4}}, {"limit": {"train": 9}}, False),
+    ],
+)
+def test_what_is_compared_is_the_content_and_not_its_name(
+    part: str, one: dict[str, object], other: dict[str, object], equal: bool
+) -> None:
+    name = "base model" if part == "model" else part
+    rows = [with_part(LORA, part, **one), with_part(FULL, part, **other)]
+    [budget] = [b for b in compare(rows).budgets if b.name == name]
+    assert budget.equal is equal
+    assert len(set(budget.values)) == (1 if equal else 2), "a difference can be seen"
+
+
 def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None:
     tried = [run("lora", {}, number=60 + r, settings={"rank": r}) for r in (2, 4, 8)]
     tried += [run("lora", {}, number=70, settings={"rank": 8}, seed=1)]

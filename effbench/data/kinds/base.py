@@ -25,6 +25,8 @@ class Kind:
     """Whether its examples have wrong answers beside the right one."""
     packs: ClassVar[bool] = False
     """Whether rows are packed to train on, so that `documents` differs from `examples`."""
+    templates: ClassVar[tuple[str, ...]] = ()
+    """Settings of `DatasetSpec` that decide what the text of a row is."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Names in `DatasetSpec.columns` that it reads itself, as other things than numbers."""
 
@@ -33,6 +35,13 @@ class Kind:
 
         Raises:
             UserError: For a field that the row lacks, or that holds what cannot be.
+        """
+        raise NotImplementedError
+
+    def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the values of a row by field: those that it asks with, and those of its answers.
+
+        They say which row it is, whatever the words around them are.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.pairs import Pairs
-from effbench.data.render import Place, Text, columns_of, content_hash
+from effbench.data.render import Place, Text, clean, columns_of, content_hash
 from effbench.util.errors import UserError
 
 
@@ -14,6 +14,7 @@ class Choices(Pairs):
     """Prompt and answers, by `dataset.prompt`, `dataset.choices` and `dataset.label`."""
 
     choices: ClassVar[bool] = True
+    templates: ClassVar[tuple[str, ...]] = ("prompt", "choices", "choices_field")
 
     def render(self, place: Place, spec: DatasetSpec) -> Text | None:
         """Return a row's prompt, its answers and which is right."""
@@ -23,6 +24,14 @@ class Choices(Pairs):
         columns = columns_of(place, spec, self.columns)
         id_ = content_hash(prompt, *answers)
         return Text(id_, prompt, answers[right], tuple(answers), right, columns=columns)
+
+    def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
+        """Return what the templates of prompt and answers are filled with."""
+        if spec.choices_field:
+            answers = [clean(str(choice)) for choice in _listed(place, spec.choices_field)]
+        else:
+            answers = ["\x1f".join(place.values(one).values()) for one in spec.choices]
+        return place.values(spec.prompt), {f"{n}": answer for n, answer in enumerate(answers)}
 
 
 def _answers(place: Place, spec: DatasetSpec) -> list[str]:

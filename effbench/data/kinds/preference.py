@@ -35,6 +35,7 @@ class Preference(Kind):
     """Prompt, chosen and rejected answer; to a method of one answer it is pairs of the chosen."""
 
     choices: ClassVar[bool] = True
+    templates: ClassVar[tuple[str, ...]] = ("prompt", "chat")
     columns: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
 
     def render(self, place: Place, spec: DatasetSpec) -> Text | None:
@@ -60,6 +61,11 @@ class Preference(Kind):
             turns=_turns(prompt) if spec.chat else (),
             columns=columns_of(place, spec, self.columns),
         )
+
+    def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
+        """Return prompt, chosen and rejected answer, which no template has to spell."""
+        prompt, chosen, rejected = _parts(place, spec)
+        return {"prompt": prompt}, {"chosen": chosen, "rejected": rejected}
 
     def examples(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
         """Return both answers after one and the same prompt, each with the end-of-text token."""

@@ -18,11 +18,16 @@ class PlainText(Kind):
 
     asks: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    templates: ClassVar[tuple[str, ...]] = ("text",)
 
     def render(self, place: Place, spec: DatasetSpec) -> Text | None:
         """Return a row's text, None where it is empty."""
         body = place.fill(spec.text)
         return Text(content_hash("", body), "", body) if body.strip() else None
+
+    def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
+        """Return what the template of a text is filled with."""
+        return place.values(spec.text), {}
 
     def examples(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
         """Join documents with the end-of-text token between them and cut into full blocks."""

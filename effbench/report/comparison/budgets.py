@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from effbench.api.schema import digest
 from effbench.api.stages.base import trains
 from effbench.report.comparison.seeds import Group, settings
 from effbench.report.table import show
@@ -46,17 +48,56 @@ def budgets(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[Budge
         known: All finished runs of the folder, among which the tuning trials are counted.
     """
     rows: dict[str, Callable[[Record], float | str | None]] = {
-        "base model": lambda r: r.name_of("model") or None,
-        "dataset": lambda r: r.name_of("dataset") or None,
         "training tokens": lambda r: _metric(r, "train_tokens"),
         "layer forwards": lambda r: _metric(r, "train_layer_forwards"),
         "optimiser steps": _steps,
         "trainable parameters": lambda r: _metric(r, "trainable_params"),
     }
-    found = [Budget(name, [_common(value, g) for g in groups]) for name, value in rows.items()]
+    dataset = partial(_dataset, all(trains(group.records[0].stage) for group in groups))
+    found = [_content("base model", groups, _model), _content("dataset", groups, dataset)]
+    found += [Budget(name, [_common(value, g) for g in groups]) for name, value in rows.items()]
     tried = [float(tuning_trials(g.records[0], known)) for g in groups]
     seeds = [float(len(g.records)) for g in groups]
     return [*found, Budget("tuning trials", [*tried]), Budget("seeds", [*seeds])]
+
+
+Content = tuple[str, str]
+"""A name for people, and a hash of what it stands for."""
+
+
+def _content(name: str, groups: Sequence[Group], of: Callable[[Record], Content]) -> Budget:
+    """Return a budget that is equal where the content is, whatever its name is."""
+    found = [of(group.records[0]) for group in groups]
+    hashes, shown = {hash_ for _, hash_ in found}, dict(found)
+    if len(hashes) == 1:
+        return Budget(name, [found[0][0] or None] * len(found))
+    alike = len(shown) < len(hashes)
+    return Budget(name, [f"{n} ({hash_[:8]})" if alike else n or None for n, hash_ in found])
+
+
+def _model(record: Record) -> Content:
+    """Return the base model: where its weights come from, or what is in its files."""
+    spec = record.spec.get("model") or {}
+    parts = {k: spec.get(k) for k in ("source", "fingerprint")}
+    if not spec.get("fingerprint"):
+        parts |= {k: spec.get(k) for k in ("id", "revision")}
+    if spec.get("source") == "random":
+        parts |= {k: spec.get(k) for k in ("shape", "weights_seed")}
+    return record.name_of("model"), digest(parts)
+
+
+def _dataset(limited: bool, record: Record) -> Content:
+    """Return the dataset: its rows and how they become text.
+
+    Args:
+        limited: Whether it matters how many of them are trained on.
+        record: A run.
+    """
+    spec = record.spec.get("dataset") or {}
+    places = ("name", "files", "limit", "allow_overlap")
+    parts = {name: value for name, value in spec.items() if name not in places}
+    limit = (spec.get("limit") or {}).get("train") if limited else None
+    return record.name_of("dataset"), digest([parts, limit])
 
 
 def tuning_trials(record: Record, known: Sequence[Record]) -> int:

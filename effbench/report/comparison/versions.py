@@ -23,21 +23,23 @@ def different_versions(groups: Sequence[Group], known: Sequence[Record] = ()) ->
         labels: dict[str, list[str]] = {}
         for group, row in zip(groups, rows, strict=True):
             for number in sorted(row.get(part, ())):
-                labels.setdefault(f"{number}", []).append(group.label)
+                labels.setdefault(number, []).append(group.label)
         if len(labels) > 1:
             told = "; ".join(f"{n} ({', '.join(labels[n])})" for n in sorted(labels))
             lines.append(f"Rows come from different versions of {part}: {told}.")
     return lines
 
 
-def _of_group(group: Group, known: Mapping[str, Record]) -> dict[str, set[int]]:
+def _of_group(group: Group, known: Mapping[str, Record]) -> dict[str, set[str]]:
     """Return the versions of the parts that made the runs of a group."""
-    found: dict[str, set[int]] = {}
+    found: dict[str, set[str]] = {}
     for record in group.records:
         for run in _lineage(record, known):
-            versions = run.spec.get("versions") or {}
+            versions, sources = run.spec.get("versions") or {}, run.spec.get("sources") or {}
             for part in _parts(run):
-                found.setdefault(part, set()).add(versions.get(part, 1))
+                version = f"{versions.get(part, 1)}"
+                source = f" with source {sources[part][:8]}" if part in sources else ""
+                found.setdefault(part, set()).add(version + source)
     return found
 
 

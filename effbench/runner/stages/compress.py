@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from safetensors.torch import save_file
 
 from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.methods.compresses import Compresses
-from effbench.nn.llama.weights import read_tensors
+from effbench.nn.llama.weights import read_tensors, save_tensors
 from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -40,7 +39,7 @@ class Parts:
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a finished part."""
         with self.run.writing(self._place(name)) as path:
-            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, path)
+            save_tensors(tensors, path)
 
     def _place(self, name: str) -> str:
         return f"parts/{name}.safetensors"

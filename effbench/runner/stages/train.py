@@ -16,8 +16,9 @@ from effbench.api.examples import Example
 from effbench.api.method_types import Context
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
+from effbench.data.overlap import kept
 from effbench.methods.trains import Trains, begin_training
-from effbench.nn.llama.layers import decoder_layers
+from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
 from effbench.runner.artefact import load_made, note_made, save_artefact
@@ -144,7 +145,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     ctx.autocast = accelerator.autocast
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
-    run.folder.write_json("data.json", data.ids("train"))
+    run.folder.write_json("data.json", kept(data.rows("train")))
     chosen = method.dataset(data.examples("train"), model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
