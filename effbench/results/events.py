@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.results.manifest import damaged
-from effbench.util.errors import UserError
+from effbench.results.tracker import Wandb
 from effbench.util.files import mendable, write_atomic
 from effbench.util.seals import SUM, Chain, mend_log, read_log
 
@@ -35,7 +34,7 @@ class EventLog:
             mend_log(path)
         self._open()
         self._begun = self.position()
-        self._tracker = _wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
+        self._tracker = Wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
 
     def _open(self) -> None:
         self._chain = Chain(self._path)
@@ -52,7 +51,7 @@ class EventLog:
             self._file.write(self._chain.seal(json.dumps(line)) + "\n")
             self._file.flush()
         if self._tracker is not None:
-            self._tracker.log(_flat(kind, facts))
+            self._tracker.log(kind, facts)
 
     def position(self) -> int:
         """Return the length of the log in bytes, for `cut`; all of it is on the disk then."""
@@ -141,26 +140,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise damaged(path, str(error)) from None
-
-
-def _flat(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
-    if kind == "metric":
-        return {"/".join(p for p in (facts["name"], facts["point"]) if p): facts["value"]}
-    return {f"{kind}/{k}": v for k, v in facts.items() if isinstance(v, int | float)}
-
-
-def _wandb(job: Job, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb is not installed.", "pip install 'effbench[wandb]'") from None
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
-        project="effbench",
-        id=job.spec.key,
-        name=job.spec.label,
-        config=plain(job.spec),
-        dir=folder,
-        resume="allow",
-    )

@@ -34,6 +34,7 @@ from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import Objective, low_rank
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import Dropout, base_name, check_rank_fits, check_targets
@@ -170,7 +171,7 @@ class AdaLoRA(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a plain peft adapter with ranks by layer, all at one scale."""
         factors = {n: (x.lora_A, x.lora_B) for n, x in lowrank.low_rank_layers(model)}
         alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())
@@ -178,7 +179,9 @@ class AdaLoRA(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put adapters beside the targets: of R0 while it trains, then of the ranks that stay.
 
         Training holds two float32 running averages of each trained weight, and its loss has the

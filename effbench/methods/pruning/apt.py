@@ -34,6 +34,7 @@ from effbench.api.batch import Batch
 from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import (
     Fraction,
     NonNegativeFloat,
@@ -238,13 +239,15 @@ class APT(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
         checkpoint.write_folder(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Adapt the whole base while it trains, then cut it to the artefact's sizes.
 
         Which blocks go is known only after training. The planned shape has the share `keep` of the

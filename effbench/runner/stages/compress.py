@@ -82,6 +82,7 @@ def _parts(
 ) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(run.folder)
+    total = method.num_parts(model, calibration)
     parts = method.compress(model, calibration, context(run))
     known = {event["name"] for event in run.events.so_far() if event["event"] == "part"}
     with stop_signal() as stop:
@@ -93,6 +94,6 @@ def _parts(
             if part.name not in known:
                 run.events.append("part", name=part.name)
             part.put(tensors)
-            run.progress.count("part", done, part.name)
+            run.progress.bar("part", done, total, part.name)
             if stop.requested:
                 raise StoppedError(f"part {part.name}")
