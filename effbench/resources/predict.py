@@ -21,7 +21,7 @@ from effbench.api.spec import Machine, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost, shape_of
+from effbench.methods.chain import chain, chain_shapes, inference_cost, shape_of
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
@@ -169,9 +169,9 @@ class Course:
     training: Cost
     """While it trains, at the most."""
     cost: Cost
-    """Of what it leaves, in the dtype that it trains in."""
+    """Of what it leaves, as it is evaluated."""
     used: Cost
-    """The same as it is evaluated, with all that is in memory beside it."""
+    """The same with all that is in memory beside it."""
 
     @property
     def own(self) -> Method:
@@ -188,7 +188,7 @@ class Course:
         *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
-        cost = chain_cost(methods, shape, dtype, own.points()[-1], folders)
+        cost = inference_cost(methods, shape, dtype, own.points()[-1], folders)
         used = inference_cost(methods, shape, dtype, own.whole(left), folders)
         return cls(
             methods=tuple(methods),
