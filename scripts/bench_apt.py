@@ -30,7 +30,7 @@ from effbench.methods.pruning.structured import Structured
 from effbench.models import load as models
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.pruning.pruner import Pruning
-from effbench.nn.pruning.slice import shape_left
+from effbench.nn.pruning.slicing import shape_left
 from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import parameters
 from effbench.resources.roofline import Ceilings, decode_bytes, prefill_flops, probe

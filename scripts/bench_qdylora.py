@@ -15,7 +15,7 @@ import torch
 
 from effbench.api.batch import make_batch
 from effbench.config.compose import compose
-from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.llama.surgery import decoder_linears
 from effbench.nn.quant.linears import storage_bytes
 from effbench.nn.quant.nf4 import nf4_bytes
 from effbench.nn.scoring.multi_point import nll_at

@@ -22,7 +22,7 @@ from effbench.evaluators.trust import Trust
 from effbench.evaluators.trustworthiness.base import names
 from effbench.methods.none import Unchanged
 from effbench.models import load as models
-from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.llama.surgery import decoder_linears
 from effbench.nn.quant.linears import PackedLinear
 from effbench.report.table import Cell, Table, as_value
 from effbench.report.terminal import print_table

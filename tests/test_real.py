@@ -12,7 +12,7 @@ import torch
 
 from effbench.config.compose import compose
 from effbench.models import load as models
-from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.llama.surgery import decoder_linears
 from effbench.nn.quant.linears import storage_bytes
 from effbench.results.events import read_events
 from effbench.results.records import Record, read

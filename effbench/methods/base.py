@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.api.spec import Stage
+from effbench.api.spec import DatasetSpec, Stage
 from effbench.api.weights import kinds
 from effbench.methods.decodes import Decodes
+from effbench.nn.llama import weights
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.spec import DatasetSpec
 
 
 @dataclass(frozen=True)
@@ -153,17 +151,12 @@ class Method(Decodes):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the artefact into an existing, empty folder."""
-        from safetensors.torch import save_file
-
-        tensors = {n: t.contiguous().cpu() for n, t in self.artefact_tensors(model).items()}
-        save_file(tensors, folder / "weights.safetensors")
+        weights.save_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` turned into the artefact of `folder`."""
-        from effbench.nn.llama.weights import load_tensors
-
         model = self.prepare(model, ctx)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:

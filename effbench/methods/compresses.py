@@ -12,6 +12,8 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context
 from effbench.api.spec import Stage
 from effbench.methods.base import Method
+from effbench.nn.llama import surgery, weights
+from effbench.nn.quant import linears
 from effbench.util.lazy import torch
 
 
@@ -68,9 +70,7 @@ class CompressesLinears(Compresses):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Yield one linear after the other."""
-        from effbench.nn.quant.linears import dense_linears
-
-        for name, linear in dense_linears(model):
+        for name, linear in linears.dense_linears(model):
             yield Part(name, partial(self._make, linear), partial(self._put, model, name, linear))
 
     def _make(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
@@ -83,29 +83,21 @@ class CompressesLinears(Compresses):
         linear: torch.nn.Linear,
         stored: Mapping[str, torch.Tensor],
     ) -> None:
-        from effbench.nn.llama.replace import replace_module
-
-        replace_module(model, name, with_buffers(self.empty(linear), stored))
+        surgery.replace_module(model, name, with_buffers(self.empty(linear), stored))
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the buffers of every linear."""
-        from effbench.nn.llama.replace import decoder_linears
-
         return {
             f"{name}.{key}": tensor
-            for name, linear in decoder_linears(model)
+            for name, linear in surgery.decoder_linears(model)
             for key, tensor in linear.named_buffers()
         }
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the compressed linears of `folder`."""
-        from effbench.nn.llama.replace import replace_module
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.quant.linears import dense_linears
-
-        for name, linear in dense_linears(model):
-            replace_module(model, name, self.empty(linear))
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        for name, linear in linears.dense_linears(model):
+            surgery.replace_module(model, name, self.empty(linear))
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
 

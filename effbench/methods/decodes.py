@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from effbench.api.batch import Batch
+from effbench.api.session import Session
 from effbench.nn.decode.decoder import Decoder, Engine, Logits, forward_logits
+from effbench.nn.losses import token
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.session import Session
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,9 @@ class Forward:
 
         Float32, zero where the label is -100.
         """
-        from effbench.nn.losses.token import answer_nll, token_nll
-
         if self.own is None:
-            return answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
-        return token_nll(self.own(model, batch), batch.labels)
+            return token.answer_nll(model, batch.input_ids, batch.attention_mask, batch.labels)
+        return token.token_nll(self.own(model, batch), batch.labels)
 
 
 class Decodes:

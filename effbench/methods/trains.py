@@ -16,6 +16,7 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
 from effbench.api.weights import held
 from effbench.methods.base import Method
+from effbench.nn.llama import weights
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -177,10 +178,8 @@ def begin_training(method: Trains, model: torch.nn.Module, ctx: Context) -> torc
 
 def _auxiliary(key: str, name: str, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
     if name == START:
-        from effbench.nn.llama.weights import cast_parameters
-
         copied = copy.deepcopy(model)
-        cast_parameters(copied, ctx.dtype)
+        weights.cast_parameters(copied, ctx.dtype)
         return copied.requires_grad_(False).eval()
     loaded = ctx.load_model(name).requires_grad_(False).eval()
     require_same_tokens(key, name, loaded, model)

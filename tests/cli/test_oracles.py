@@ -16,7 +16,8 @@ from effbench.cli.selfcheck.base import Check
 from effbench.config.compose import compose
 from effbench.evaluators.base import Result
 from effbench.evaluators.subject import Subject
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.decode import generate
 from effbench.nn.losses import divergence, token
 from effbench.nn.scoring.prefix_tree import Score

@@ -113,6 +113,17 @@ def test_plans_and_pages_load_no_model_library(folder, line, said) -> None:
     assert not packages & HEAVY
 
 
+def test_method_files_load_no_model_library(folder) -> None:
+    code = (
+        "import sys; from effbench.api.registry import find, names\n"
+        "for name in names('methods'): find('methods', name)\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, check=True)
+    assert not set(done.stdout.split()) & (HEAVY | {"numpy"})
+
+
 def test_comparing_loads_no_model_library(folder) -> None:
     out, packages = loaded(folder, "compare", "aaaa", "bbbb")
     assert "aaaa" in out

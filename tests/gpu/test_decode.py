@@ -12,7 +12,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from effbench.api.session import Session
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.static import StaticSession
-from effbench.nn.llama.layers import at_layers
+from effbench.nn.llama.stack import at_layers
 
 pytestmark = pytest.mark.gpu
 

@@ -26,9 +26,10 @@ from effbench.api.schema import build
 from effbench.api.shape import LINEARS
 from effbench.api.slices import planned_slice, sliced_shape
 from effbench.methods.adapters.adalora import AdaLoRA
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.chain import chain_cost, shape_of
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.adapters.rank_budget import BudgetSchedule, best, no_averages, observe, scores
 from effbench.nn.adapters.svd import SVDLinear, orthogonality, svd_layers
 from effbench.nn.quant.formats.nf4 import NF4Format

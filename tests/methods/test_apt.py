@@ -34,7 +34,7 @@ from effbench.api.method_types import Context
 from effbench.api.shape import LINEARS
 from effbench.api.spec import Machine, ModelSpec
 from effbench.config.compose import compose
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import shape_of
 from effbench.methods.pruning.apt import APT
@@ -48,6 +48,7 @@ from effbench.nn.adapters.growth import (
     rank_sums,
 )
 from effbench.nn.adapters.lowrank import low_rank_layers
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.depth.droppable import LowRankMap
 from effbench.nn.losses.self_distill import (
     as_teacher,

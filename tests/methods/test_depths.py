@@ -14,7 +14,7 @@ from effbench.config.compose import compose
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.dora import DoRA
 from effbench.methods.adapters.dylora import DyLoRA
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.depths import Depths
@@ -22,9 +22,10 @@ from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.models import load as models
 from effbench.nn.adapters.merge import merged
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.decode.native import kernels as native_kernels
 from effbench.nn.decode.static import StaticSession
-from effbench.nn.llama.replace import decoder_linears, replace_linears
+from effbench.nn.llama.surgery import decoder_linears, replace_linears
 from effbench.nn.quant.linears import PackedLinear, storage_bytes
 from effbench.nn.scoring.prefix_tree import Plan, Request, padded_scores, tree_scores
 from effbench.report.comparison.compare import compare

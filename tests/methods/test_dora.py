@@ -20,10 +20,11 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from effbench.api.shape import LINEARS
 from effbench.methods.adapters.dora import DoRA
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.chain import chain_cost
 from effbench.methods.full import Full
 from effbench.nn.adapters.dora import DoRALinear, dora_layers
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.quant.linears import PackedLinear
 
 

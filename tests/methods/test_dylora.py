@@ -25,7 +25,7 @@ from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
-from effbench.nn.llama.replace import replace_linears
+from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.quant.linears import PackedLinear
 from effbench.util.errors import UserError
 

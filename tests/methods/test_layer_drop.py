@@ -18,7 +18,7 @@ from effbench.api.slices import sliced_shape
 from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.layer_drop import LayerDrop, influence, passed
-from effbench.nn.llama.layers import at_layers
+from effbench.nn.llama.stack import at_layers
 from effbench.util.errors import UserError
 
 DEEP = Shape(**{**vars(SHAPE), "num_layers": 6})

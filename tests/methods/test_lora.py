@@ -18,9 +18,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from effbench.api.schema import build
 from effbench.api.shape import LINEARS
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import init_a, svd_truncate, truncate
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.util.errors import UserError
 
 

@@ -24,10 +24,10 @@ from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
 from effbench.methods.trains import begin_training
-from effbench.nn.decode.droppable import TemporalSession
-from effbench.nn.decode.droppable_static import StaticTemporalSession
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.temporal import TemporalSession
+from effbench.nn.decode.temporal_static import StaticTemporalSession
 from effbench.nn.depth.droppable import prompt_lengths, schedule
 from effbench.util.errors import UserError
 

@@ -11,10 +11,10 @@ from test_lora_drop import SETS, SHAPE, decoded, in_float64, prepared, tiny, tok
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
-from effbench.nn.decode.droppable import TemporalSession
-from effbench.nn.decode.droppable_static import StaticTemporalSession
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import greedy
+from effbench.nn.decode.temporal import TemporalSession
+from effbench.nn.decode.temporal_static import StaticTemporalSession
 
 POLICIES = ["refresh", "previous", "input", "reuse", "identity"]
 

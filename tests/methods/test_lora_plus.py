@@ -5,9 +5,10 @@ from peft.optimizers import create_loraplus_optimizer
 
 from effbench.api.footprint import training_of
 from effbench.api.schema import build
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.adapters.lora_plus import LoRAPlus
 from effbench.methods.chain import shape_of
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.util.errors import UserError
 
 SMALL = [

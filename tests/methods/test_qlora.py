@@ -15,9 +15,10 @@ from helpers import (
 )
 from peft import PeftModel
 
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.adapters.qlora import QLoRA
 from effbench.methods.chain import chain_cost
+from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.quant.linears import NF4Linear
 
 

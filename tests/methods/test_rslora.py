@@ -6,9 +6,10 @@ from helpers import SHAPE, base_for, counted, logits, prepared, stated, tiny_mod
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from effbench.api.shape import LINEARS
-from effbench.methods.adapters.lora import LoRA, peft_adapters
+from effbench.methods.adapters.lora import LoRA
 from effbench.methods.adapters.rslora import RankStabilisedLoRA as RsLoRA
 from effbench.methods.chain import chain_cost
+from effbench.nn.adapters.peft_lora import peft_adapters
 
 
 def test_the_untrained_adapter_changes_nothing():

@@ -40,8 +40,8 @@ from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import greedy
 from effbench.nn.depth import layerskip
 from effbench.nn.depth.submodel import exit_states, readout
-from effbench.nn.llama.layers import at_layers
-from effbench.nn.llama.replace import replace_linears
+from effbench.nn.llama.stack import at_layers
+from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.quant.linears import PackedLinear
 from effbench.resources.counting import LayerForwards
 from effbench.util.errors import UserError

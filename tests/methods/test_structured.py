@@ -13,7 +13,7 @@ from helpers import SHAPE, batch_of, context, logits, tiny_model
 from effbench.api.batch import Batch
 from effbench.methods.compresses import compress_whole
 from effbench.methods.pruning.structured import Structured, input_squares
-from effbench.nn.pruning.slice import kept_blocks, layout_of, shape_left, slice_model
+from effbench.nn.pruning.slicing import kept_blocks, layout_of, shape_left, slice_model
 from effbench.util.errors import UserError
 
 

@@ -29,8 +29,8 @@ from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.static import StaticSession, session_for
-from effbench.nn.llama.layers import at_layers
-from effbench.nn.llama.replace import replace_linears
+from effbench.nn.llama.stack import at_layers
+from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import pack_linears

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import SHAPE, tiny_model
 
-from effbench.nn.pruning.slice import Kept, KeptLayer, slice_model
+from effbench.nn.pruning.slicing import Kept, KeptLayer, slice_model
 from effbench.nn.sharing.ranking import block_ends, count_of, gap_cut, ranking, scores
 from effbench.nn.sharing.similarity import cosines, layer_similarity
 from effbench.report.layer_similarity import Layers, conclusions, heat_map, layers_table

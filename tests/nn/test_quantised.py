@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effbench.nn.llama.replace import decoder_linears, replace_linears
+from effbench.nn.llama.surgery import decoder_linears, replace_linears
 from effbench.nn.quant import nf4
 from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import (

@@ -43,7 +43,6 @@ from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.shared import SharedSession
 from effbench.nn.decode.static import StaticSession, session_for
-from effbench.nn.llama.replace import decoder_linears
 from effbench.nn.llama.shared_attention import (
     ValueLayer,
     attention_map,
@@ -56,6 +55,7 @@ from effbench.nn.llama.shared_attention import (
     share,
     sharing_layers,
 )
+from effbench.nn.llama.surgery import decoder_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.scoring.prefix_tree import has_trees
 from effbench.nn.sharing.checkpoint import follow_map, read_shared, write_map, write_shared

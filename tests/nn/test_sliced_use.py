@@ -35,7 +35,7 @@ from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.staged import StagedDecoder
 from effbench.nn.decode.static import StaticSession, session_for
 from effbench.nn.llama.walk import why_not
-from effbench.nn.pruning.slice import layer_sizes, resize, shape_left
+from effbench.nn.pruning.slicing import layer_sizes, resize, shape_left
 from effbench.nn.quant.linears import storage_bytes
 from effbench.nn.scoring.prefix_tree import has_trees
 from effbench.resources.counting import flops

@@ -27,10 +27,11 @@ from effbench.api.spec import ModelSpec
 from effbench.models.load import load, shape_in
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.llama.attention import NoAttention, NoMLP
-from effbench.nn.pruning.blocks import KINDS, Layout, kept_ratio, search, search_uniform, step_masks
+from effbench.nn.pruning.blocks import KINDS, Layout, search, search_uniform, step_masks
 from effbench.nn.pruning.checkpoint import read_folder, write_folder
 from effbench.nn.pruning.masks import Masks
-from effbench.nn.pruning.slice import (
+from effbench.nn.pruning.schedule import kept_ratio
+from effbench.nn.pruning.slicing import (
     Kept,
     KeptLayer,
     kept_blocks,

@@ -25,7 +25,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Interval
 
@@ -38,11 +38,10 @@ from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, Posit
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import Dropout, base_name, check_rank_fits, check_targets
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import lowrank, peft_lora, rank_budget, svd
+from effbench.nn.llama import surgery, weights
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.adapters.rank_budget import BudgetSchedule
 
 Beta = Annotated[float, Interval(gt=0, lt=1)]
 RANKS = "ranks.json"
@@ -112,36 +111,32 @@ class AdaLoRA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""
-        from effbench.nn.adapters.svd import SVDLinear
-        from effbench.nn.llama.replace import replace_linears
 
-        def adapt(name: str, linear: torch.nn.Module) -> SVDLinear:
+        def adapt(name: str, linear: torch.nn.Module) -> svd.SVDLinear:
             scale = self.alpha / self.highest
-            return SVDLinear(linear, self.highest, scale, self.dropout, ctx.seed, name)
+            return svd.SVDLinear(linear, self.highest, scale, self.dropout, ctx.seed, name)
 
         model.requires_grad_(False)
-        replace_linears(model, adapt, self.targets)
+        surgery.replace_linears(model, adapt, self.targets)
         return model
 
     # -- training ------------------------------------------------------------------------------
 
-    def schedule(self, layers: int, total: int) -> BudgetSchedule:
+    def schedule(self, layers: int, total: int) -> rank_budget.BudgetSchedule:
         """Return the budgets of a run of `total` steps."""
-        from effbench.nn.adapters.rank_budget import BudgetSchedule
-
         end = max(1, round(self.end * total))
         begin = min(round(self.begin * total), end - 1)
-        return BudgetSchedule(self.highest * layers, self.rank * layers, begin, end, self.interval)
+        return rank_budget.BudgetSchedule(
+            self.highest * layers, self.rank * layers, begin, end, self.interval
+        )
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, with the gradient of its share of the distance."""
-        from effbench.nn.adapters.svd import orthogonality, svd_layers
-
         loss = super().loss(model, batch, ctx)
         if not self.orthogonality:
             return loss
         share = self.orthogonality * batch.loss_tokens / batch.window_tokens
-        distance = share * orthogonality(svd_layers(model).values())
+        distance = share * svd.orthogonality(svd.svd_layers(model).values())
         return loss + (distance - distance.detach())
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
@@ -152,43 +147,34 @@ class AdaLoRA(Trains):
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with plain adapters of the ranks that stay."""
-        from effbench.nn.adapters.svd import fold
-
         pruning: RankPruning = ctx.evolution
-        return fold(model, pruning.kept or pruning.best(self.rank * len(pruning.layers)))
+        return svd.fold(model, pruning.kept or pruning.best(self.rank * len(pruning.layers)))
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the plain adapters and their ranks."""
-        from effbench.nn.adapters.lowrank import LowRankLinear
-        from effbench.nn.llama.replace import decoder_linears
-
         super().save(model, folder)
         ranks = {
-            name: linear.control.max_rank if isinstance(linear, LowRankLinear) else 0
-            for name, linear in decoder_linears(model, self.targets)
+            name: linear.control.max_rank if isinstance(linear, lowrank.LowRankLinear) else 0
+            for name, linear in surgery.decoder_linears(model, self.targets)
         }
         (folder / RANKS).write_text(json.dumps(ranks, indent=1))
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the plain adapters of an artefact."""
-        from effbench.nn.adapters.svd import with_rank
-        from effbench.nn.llama.replace import replace_module
-        from effbench.nn.llama.weights import load_tensors
-
         model.requires_grad_(False)
         for name, rank in json.loads((folder / RANKS).read_text()).items():
             linear = model.get_submodule(name)
-            replace_module(model, name, with_rank(linear, rank, self.alpha / self.highest))
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+            surgery.replace_module(
+                model, name, svd.with_rank(linear, rank, self.alpha / self.highest)
+            )
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a plain peft adapter with ranks by layer, all at one scale."""
-        from effbench.nn.adapters.lowrank import low_rank_layers, write_peft_adapter
-
-        factors = {n: (x.lora_A, x.lora_B) for n, x in low_rank_layers(model)}
+        factors = {n: (x.lora_A, x.lora_B) for n, x in lowrank.low_rank_layers(model)}
         alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())
-        write_peft_adapter(folder, factors, alpha, factors, base_name(model))
+        peft_lora.write_peft_adapter(folder, factors, alpha, factors, base_name(model))
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -222,40 +208,34 @@ class RankPruning(Evolution):
     """Weighs the ranks after each step, and prunes those beyond the budget."""
 
     def __init__(self, method: AdaLoRA, model: torch.nn.Module, ctx: Context) -> None:
-        from effbench.nn.adapters.rank_budget import no_averages
-        from effbench.nn.adapters.svd import svd_layers
-
-        self.method, self.ctx, self.layers = method, ctx, svd_layers(model)
-        self.averages: dict[str, Any] = no_averages()
+        self.method, self.ctx, self.layers = method, ctx, svd.svd_layers(model)
+        self.averages: dict[str, Any] = rank_budget.no_averages()
         self.kept: dict[str, list[int]] | None = None
         """The ranks of each layer that stay, once they are chosen for good."""
 
     @property
-    def schedule(self) -> BudgetSchedule:
+    def schedule(self) -> rank_budget.BudgetSchedule:
         """The budgets of the run."""
         return self.method.schedule(len(self.layers), self.ctx.total_steps)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the step's gradients into account, and prune where it is time."""
-        from effbench.nn.adapters.rank_budget import no_averages, observe
-        from effbench.nn.adapters.svd import prune
-
         method, step, schedule = self.method, self.ctx.step + 1, self.schedule
         if step < schedule.end:
-            observe(self.layers, self.averages, method.beta1, method.beta2)
+            rank_budget.observe(self.layers, self.averages, method.beta1, method.beta2)
         if schedule.chooses(step):
             chosen = self.best(schedule.budget(step))
-            prune(self.layers, chosen)
+            svd.prune(self.layers, chosen)
             if step == schedule.end:
-                self.kept, self.averages = chosen, no_averages()
+                self.kept, self.averages = chosen, rank_budget.no_averages()
         elif self.kept is not None:
-            prune(self.layers, self.kept)
+            svd.prune(self.layers, self.kept)
 
     def best(self, count: int) -> dict[str, list[int]]:
         """Return the ranks of each layer that are among the `count` that matter most."""
-        from effbench.nn.adapters.rank_budget import best, scores
-
-        return _listed(self.layers, best(scores(self.layers, self.averages), count))
+        return _listed(
+            self.layers, rank_budget.best(rank_budget.scores(self.layers, self.averages), count)
+        )
 
     @property
     def final(self) -> bool:

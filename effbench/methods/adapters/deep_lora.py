@@ -38,6 +38,8 @@ from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import deep, peft_lora
+from effbench.nn.llama import surgery
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -90,17 +92,15 @@ class DeepLoRA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put a deep update beside each target."""
-        from effbench.nn.adapters.deep import DeepLinear, deep_layers
-        from effbench.nn.llama.replace import replace_linears
 
-        def adapt(name: str, linear: torch.nn.Module) -> DeepLinear:
-            return DeepLinear(
+        def adapt(name: str, linear: torch.nn.Module) -> deep.DeepLinear:
+            return deep.DeepLinear(
                 linear, self.form, self.rank, self.depth, self.init_scale, ctx.seed, name
             )
 
         model.requires_grad_(False)
-        replace_linears(model, adapt, self.targets)
-        for _, layer in deep_layers(model):
+        surgery.replace_linears(model, adapt, self.targets)
+        for _, layer in deep.deep_layers(model):
             layer.factors.requires_grad_(True)
             if self.form == "compressed":
                 layer.left.requires_grad_(self.frame_rate > 0)
@@ -115,9 +115,7 @@ class DeepLoRA(Trains):
 
     def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
         """Train the frames at `frame_rate` times the learning rate."""
-        from effbench.nn.adapters.deep import deep_layers
-
-        layers = [layer for _, layer in deep_layers(model)]
+        layers = [layer for _, layer in deep.deep_layers(model)]
         found = [([p for layer in layers for p in layer.factors], 1.0)]
         if self.form == "compressed" and self.frame_rate:
             frames = [p for layer in layers for p in (layer.left, layer.right)]
@@ -126,10 +124,8 @@ class DeepLoRA(Trains):
 
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return all factors and frames, frozen ones too."""
-        from effbench.nn.adapters.deep import deep_layers
-
         found = {}
-        for name, layer in deep_layers(model):
+        for name, layer in deep.deep_layers(model):
             for part, tensor in layer.named_parameters():
                 if not part.startswith("base."):
                     found[f"{name}.{part}"] = tensor.detach()
@@ -139,15 +135,12 @@ class DeepLoRA(Trains):
         """Write the update as a plain peft adapter: of rank r, or, for the full form, of its
         singular values above a thousandth of the largest.
         """
-        from effbench.nn.adapters.deep import deep_layers, low_rank_pair
-        from effbench.nn.adapters.lowrank import write_peft_adapter
-
-        layers = dict(deep_layers(model))
+        layers = dict(deep.deep_layers(model))
         most = min(min(x.in_features, x.out_features) for x in layers.values())
         most, tolerance = (most, 1e-3) if self.form == "full" else (self.rank, 0.0)
-        pairs = low_rank_pair([x.delta() for x in layers.values()], most, tolerance)
+        pairs = deep.low_rank_pair([x.delta() for x in layers.values()], most, tolerance)
         rank = pairs[0][0].shape[0]
-        write_peft_adapter(
+        peft_lora.write_peft_adapter(
             folder, dict(zip(layers, pairs, strict=True)), rank, self.targets, base_name(model)
         )
 
@@ -172,14 +165,12 @@ class _Frames(Evolution):
         self.method, self.model, self.ctx = method, model, ctx
 
     def begin(self, window: Sequence[Batch]) -> None:
-        from effbench.nn.adapters.deep import DeepLinear, Frames, weight_gradients
+        found: dict[deep.DeepLinear, deep.Frames] = {}
 
-        found: dict[DeepLinear, Frames] = {}
-
-        def look(layer: DeepLinear, gradient: torch.Tensor) -> None:
+        def look(layer: deep.DeepLinear, gradient: torch.Tensor) -> None:
             found[layer] = layer.directions(gradient, self.ctx.generator)
 
-        with weight_gradients(self.model, look):
+        with deep.weight_gradients(self.model, look):
             with self.ctx.autocast():
                 loss = self.method.loss(self.model, window[0], self.ctx)
             loss.backward()

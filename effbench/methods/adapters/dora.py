@@ -20,16 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import Linear
 from effbench.api.shape import ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
+from effbench.nn.adapters import dora, peft_lora
+from effbench.nn.llama import surgery
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.methods.adapters.lora import Adapters
 
 
 @dataclass(frozen=True)
@@ -43,35 +42,27 @@ class DoRA(LoRA):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put weight-decomposed layers around the targets."""
-        from effbench.nn.adapters.dora import DoRALinear
-        from effbench.nn.llama.replace import replace_linears
 
-        def adapt(name: str, linear: Any) -> DoRALinear:
+        def adapt(name: str, linear: Any) -> dora.DoRALinear:
             scale = self.numerator / self.rank
-            return DoRALinear(linear, self.rank, scale, self.dropout, ctx.seed, name)
+            return dora.DoRALinear(linear, self.rank, scale, self.dropout, ctx.seed, name)
 
         model.requires_grad_(False)
-        replace_linears(model, adapt, self.targets)
+        surgery.replace_linears(model, adapt, self.targets)
         return model
 
-    def adapters(self, model: torch.nn.Module) -> Adapters:
+    def adapters(self, model: torch.nn.Module) -> peft_lora.Adapters:
         """Yield `(qualified name, A, B)` of every adapted layer."""
-        from effbench.nn.adapters.dora import dora_layers
-
-        return ((name, layer.lora_A, layer.lora_B) for name, layer in dora_layers(model))
+        return ((name, layer.lora_A, layer.lora_B) for name, layer in dora.dora_layers(model))
 
     def magnitudes(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return m of every adapted layer, [d_out]."""
-        from effbench.nn.adapters.dora import dora_layers
-
-        return {name: layer.lora_magnitude for name, layer in dora_layers(model)}
+        return {name: layer.lora_magnitude for name, layer in dora.dora_layers(model)}
 
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Put the cut adapter in, with m as it is, and fix the norms of V's rows."""
-        from effbench.nn.adapters.dora import fixed_gains
-
-        with super().at(model, point), fixed_gains(model):
+        with super().at(model, point), dora.fixed_gains(model):
             yield
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:

@@ -37,6 +37,8 @@ from effbench.methods.adapters.lora import (
     rank_of,
 )
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import lowrank, peft_lora
+from effbench.nn.llama import surgery
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -107,18 +109,15 @@ class DyLoRA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R around the targets; B is zero."""
-        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.llama.replace import replace_linears
+        control = lowrank.RankControl(self.rank, self.mode)
 
-        control = RankControl(self.rank, self.mode)
-
-        def adapt(name: str, linear: torch.nn.Module) -> LowRankLinear:
-            layer = LowRankLinear(linear, control, self.alpha, self.dropout)
-            init_a(layer.lora_A, ctx.seed, name)
+        def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
+            layer = lowrank.LowRankLinear(linear, control, self.alpha, self.dropout)
+            lowrank.init_a(layer.lora_A, ctx.seed, name)
             return layer
 
         model.requires_grad_(False)
-        replace_linears(model, adapt, self.targets)
+        surgery.replace_linears(model, adapt, self.targets)
         return model
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
@@ -133,9 +132,7 @@ class DyLoRA(Trains):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, and undo it on inactive ranks when they are protected."""
-        from effbench.nn.adapters.lowrank import inactive_held
-
-        with inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
+        with lowrank.inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
             return super().update(model, optimizer, window, ctx)
 
     def points(self) -> tuple[str, ...]:
@@ -145,18 +142,17 @@ class DyLoRA(Trains):
 
     def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
         """Use the rank that `point` names; any rank up to R can be named."""
-        from effbench.nn.adapters.lowrank import control_of
-
-        return control_of(model).using(rank_of(point, self.rank))
+        return lowrank.control_of(model).using(rank_of(point, self.rank))
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
-        from effbench.nn.adapters.lowrank import low_rank_layers, truncate, write_peft_adapter
-
         rank = rank_of(point, self.rank)
-        write_peft_adapter(
+        peft_lora.write_peft_adapter(
             folder,
-            {n: truncate(x.lora_A, x.lora_B, rank) for n, x in low_rank_layers(model)},
+            {
+                n: lowrank.truncate(x.lora_A, x.lora_B, rank)
+                for n, x in lowrank.low_rank_layers(model)
+            },
             self.alpha,
             self.targets,
             base_name(model),
@@ -175,11 +171,9 @@ class _DrawnRank(Evolution):
         self.method, self.model, self.ctx = method, model, ctx
 
     def before_step(self) -> None:
-        from effbench.nn.adapters.lowrank import control_of
-
         probabilities = self.method.probabilities()
         drawn = torch.multinomial(probabilities, 1, generator=self.ctx.generator)
-        control_of(self.model).active = self.method.rank_set()[int(drawn)]
+        lowrank.control_of(self.model).active = self.method.rank_set()[int(drawn)]
 
 
 def powers(rank: int) -> tuple[int, ...]:

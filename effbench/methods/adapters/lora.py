@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
@@ -26,13 +26,9 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import lowrank, peft_lora
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.adapters.lowrank import Factors
-
-    Adapters = Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]
 
 Dropout = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -79,28 +75,13 @@ class LoRA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        from effbench.nn.adapters.lowrank import init_a
-
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.numerator,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=list(self.targets),
+        return peft_lora.inject(
+            model, self.targets, self.rank, self.numerator, self.dropout, ctx.seed
         )
-        # peft draws a start of its own; the numbers that training draws must not depend on that.
-        with torch.random.fork_rng(devices=[]):
-            model = inject_adapter_in_model(config, model)
-        for name, a, b in peft_adapters(model):
-            a.float()
-            b.float()
-            init_a(a.weight, ctx.seed, name)
-        return model
 
-    def adapters(self, model: torch.nn.Module) -> Adapters:
+    def adapters(self, model: torch.nn.Module) -> peft_lora.Adapters:
         """Yield `(qualified name, A, B)` of every adapted layer."""
-        return peft_adapters(model)
+        return peft_lora.peft_adapters(model)
 
     def magnitudes(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return what an exported adapter holds beside its factors, by layer: nothing."""
@@ -124,19 +105,15 @@ class LoRA(Trains):
             for a, b, all_a, all_b in whole:
                 a.weight, b.weight = all_a, all_b
 
-    def cut(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> Factors:
+    def cut(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> lowrank.Factors:
         """Return A [R, d_in] and B [d_out, R] cut to `rank`; their scale is still alpha / R."""
-        from effbench.nn.adapters.lowrank import svd_truncate, truncate
-
         svd = self.truncation == "svd" and rank < self.rank
-        return (svd_truncate if svd else truncate)(a, b, rank)
+        return (lowrank.svd_truncate if svd else lowrank.truncate)(a, b, rank)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
-        from effbench.nn.adapters.lowrank import write_peft_adapter
-
         rank = rank_of(point, self.rank)
-        write_peft_adapter(
+        peft_lora.write_peft_adapter(
             folder,
             {n: self.cut(a.weight, b.weight, rank) for n, a, b in self.adapters(model)},
             self.numerator * rank / self.rank,
@@ -149,18 +126,6 @@ class LoRA(Trains):
         """Put float32 adapters beside the targets, cut to the rank of `point` for use."""
         rank = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(rank, self.targets)
-
-
-def peft_adapters(model: torch.nn.Module) -> Adapters:
-    """Yield `(qualified name, A, B)` of every layer that peft put an adapter on."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = module.lora_A["default"], module.lora_B["default"]
-            assert isinstance(a, torch.nn.Linear)
-            assert isinstance(b, torch.nn.Linear)
-            yield name, a, b
 
 
 def base_name(model: torch.nn.Module) -> str:

@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from effbench.api.method_types import Paper
 from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.api.shape import AnyShape
 from effbench.methods.base import Method
 from effbench.methods.none import Unchanged
+from effbench.nn.decode import sinks, view
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import CachePolicy
 from effbench.util.errors import UserError
-
-if TYPE_CHECKING:
-    from effbench.nn.decode.view import LayerCache
 
 PAPER_WINDOW = 1020
 
@@ -48,11 +46,9 @@ class SinkWindow(CachePolicy):
     window: int
     """Last tokens, w."""
 
-    def layer(self, undo: int) -> LayerCache:
+    def layer(self, undo: int) -> view.LayerCache:
         """Return a layer's empty entry."""
-        from effbench.nn.decode.sinks import SinkLayer
-
-        return SinkLayer(self.sinks, self.window, undo)
+        return sinks.SinkLayer(self.sinks, self.window, undo)
 
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""

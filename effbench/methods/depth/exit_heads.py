@@ -32,6 +32,8 @@ from effbench.api.weights import COMPUTE, FLOAT32, MASTERS
 from effbench.methods.base import Method
 from effbench.methods.depth.reading import DYNAMIC, READING, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
+from effbench.nn.depth import exit_heads, submodel
+from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -129,27 +131,21 @@ class ExitHeads(Trains, ReadsDepths):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Add the exits, in float32, and freeze the rest unless it is to learn too."""
-        from effbench.nn.depth.exit_heads import attach_heads
-        from effbench.nn.llama.layers import decoder_layers, require_layers_alike
-
-        require_layers_alike(model)
+        stack.require_layers_alike(model)
         model.requires_grad_(self.trunk == "trained")
-        attach_heads(model, self.headed(len(decoder_layers(model))))
+        exit_heads.attach_heads(model, self.headed(len(stack.decoder_layers(model))))
         return model
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the mean loss of the exits, a scalar; of the last one too if the trunk learns."""
-        from effbench.nn.depth.submodel import exit_nll, exit_states
-        from effbench.nn.llama.layers import decoder_layers
-
-        count = len(decoder_layers(model))
+        count = len(stack.decoder_layers(model))
         trained = self.trunk == "trained"
         depths = (*self.headed(count), *([count] if trained else []))
         with torch.set_grad_enabled(trained):
-            states = exit_states(model, depths, batch.input_ids, batch.attention_mask)
+            states = submodel.exit_states(model, depths, batch.input_ids, batch.attention_mask)
         total = torch.zeros((), device=batch.labels.device)
         for n, hidden in states.items():
-            total = total + exit_nll(model, hidden, batch.labels, n)
+            total = total + submodel.exit_nll(model, hidden, batch.labels, n)
         return total / (len(depths) * batch.window_tokens)
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -167,15 +163,12 @@ class ExitHeads(Trains, ReadsDepths):
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of an exit inside the context, or decode in the way of the point."""
-        from effbench.nn.depth.exit_heads import with_own_head
-        from effbench.nn.llama.layers import decoder_layers
-
-        depth = self.depth_of(point, len(decoder_layers(model)))
+        depth = self.depth_of(point, len(stack.decoder_layers(model)))
         with super().at(model, point):
             if not point or point in DYNAMIC:
                 yield
                 return
-            with with_own_head(model, depth):
+            with exit_heads.with_own_head(model, depth):
                 yield
 
     # -- artefact ------------------------------------------------------------------------------
@@ -186,11 +179,8 @@ class ExitHeads(Trains, ReadsDepths):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the sub-model of an exit as a model of its own that transformers loads."""
-        from effbench.nn.depth.submodel import write_submodel
-        from effbench.nn.llama.layers import decoder_layers
-
         with self.at(model, point):
-            write_submodel(model, range(len(decoder_layers(model))), folder)
+            submodel.write_submodel(model, range(len(stack.decoder_layers(model))), folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -220,7 +210,5 @@ class ExitHeads(Trains, ReadsDepths):
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Return the model with its exits in `dtype`."""
-    from effbench.nn.depth.exit_heads import NAME
-
-    model.get_submodule(NAME).to(dtype)
+    model.get_submodule(exit_heads.NAME).to(dtype)
     return model

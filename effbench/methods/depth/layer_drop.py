@@ -27,6 +27,9 @@ from effbench.api.schema import NonNegativeInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses, Part
+from effbench.nn.depth import submodel
+from effbench.nn.llama import stack
+from effbench.nn.pruning import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.lazy import torch
@@ -79,9 +82,7 @@ class LayerDrop(Compresses):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Read row by row how much each layer changes, where that is asked for, then cut."""
-        from effbench.nn.llama.layers import require_layers_alike
-
-        require_layers_alike(model)
+        stack.require_layers_alike(model)
         root: Any = model
         sums = torch.zeros(root.config.num_hidden_layers, dtype=torch.float64)
         tokens = torch.zeros((), dtype=torch.int64)
@@ -107,11 +108,9 @@ class LayerDrop(Compresses):
 
     def _keep(self, model: torch.nn.Module, verdict: Mapping[str, torch.Tensor]) -> None:
         """Leave the chosen layers alone in the model."""
-        from effbench.nn.depth.submodel import keep_layers
-
         config: Any = model.config
         config.kept_layers = verdict["kept"].nonzero()[:, 0].tolist()
-        keep_layers(model, config.kept_layers)
+        submodel.keep_layers(model, config.kept_layers)
 
     def gone(self, influence: torch.Tensor, seed: int) -> set[int]:
         """Return the layers that go, given each one's influence, [L]."""
@@ -134,18 +133,14 @@ class LayerDrop(Compresses):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` without the layers that went."""
-        from effbench.nn.depth.submodel import keep_layers
-
         config: Any = model.config
         config.kept_layers = _kept_in(folder)
-        keep_layers(model, config.kept_layers)
+        submodel.keep_layers(model, config.kept_layers)
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` and transformers load."""
-        from effbench.nn.pruning.checkpoint import write_folder
-
-        write_folder(model, folder)
+        checkpoint.write_folder(model, folder)
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Leave layers out; which ones, only an artefact tells, and all are alike."""

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
@@ -44,11 +44,10 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
+from effbench.nn.depth import droppable
+from effbench.nn.losses import token
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.depth.droppable import DroppableLayers
 
 MOST_PLACES = 8
 """Longest place in a cycle that has a loss of its own."""
@@ -155,11 +154,9 @@ class LoRADrop(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and add one float32 stand-in per droppable layer."""
-        from effbench.nn.depth.droppable import DroppableLayers, attach
-
         model.requires_grad_(False)
         config: Any = model.config
-        stand_ins = DroppableLayers(
+        stand_ins = droppable.DroppableLayers(
             config.hidden_size,
             self.droppable(config.num_hidden_layers),
             self.rank,
@@ -169,22 +166,19 @@ class LoRADrop(Trains):
             start=self.anchor,
             seed=ctx.seed,
         )
-        attach(model, "lora_drop", stand_ins.to(ctx.device))
+        droppable.attach(model, "lora_drop", stand_ins.to(ctx.device))
         return model
 
     # -- training and evaluation ---------------------------------------------------------------
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the cross-entropy under a schedule drawn for each sequence."""
-        from effbench.nn.depth.droppable import masked_logits, schedule
-        from effbench.nn.losses.token import token_nll
-
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
             return super().loss(model, batch, ctx)
         prompts, phases = self.draw(batch, stand_ins.window, ctx.generator)
-        refreshed = schedule(prompts, phases, batch.input_ids.shape[1], stand_ins.window)
-        logits = masked_logits(
+        refreshed = droppable.schedule(prompts, phases, batch.input_ids.shape[1], stand_ins.window)
+        logits = droppable.masked_logits(
             model,
             stand_ins,
             batch.input_ids,
@@ -192,7 +186,7 @@ class LoRADrop(Trains):
             refreshed,
             see_dropped=not self.kv_accurate,
         )
-        return token_nll(logits, batch.labels).sum() / batch.window_tokens
+        return token.token_nll(logits, batch.labels).sum() / batch.window_tokens
 
     def draw(
         self, batch: Batch, window: int, generator: torch.Generator
@@ -202,11 +196,9 @@ class LoRADrop(Trains):
         Two numbers are drawn per sequence, in order, so that the split of a window into
         micro-batches does not matter.
         """
-        from effbench.nn.depth.droppable import prompt_lengths
-
         draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
         draws = draws.to(batch.labels.device)
-        shortest = prompt_lengths(batch.labels)
+        shortest = droppable.prompt_lengths(batch.labels)
         rest = (batch.attention_mask.sum(1) - shortest).clamp(min=0)
         extra = (draws[:, 0] * ((self.prefix * rest).floor() + 1)).long()
         phases = (draws[:, 1] * (window + 1)).long() * int(self.random_phase)
@@ -259,12 +251,10 @@ class LoRADrop(Trains):
         `j0` follows a refresh or the prompt, and is predicted by a token that read every layer;
         `j1` is predicted by the first dropped one, and so on. Long windows stop at `j8`.
         """
-        from effbench.nn.depth.droppable import prompt_lengths
-
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
             return {}
-        prompts, width = prompt_lengths(batch.labels), batch.labels.shape[1]
+        prompts, width = droppable.prompt_lengths(batch.labels), batch.labels.shape[1]
         decoded = torch.arange(width - 1, device=prompts.device) - prompts[:, None] + 1
         place = decoded.clamp(min=0) % (stand_ins.window + 1)
         return {f"j{j}": place == j for j in range(min(stand_ins.window, MOST_PLACES) + 1)}
@@ -309,5 +299,5 @@ def speed_ceiling(share: float, window: int) -> float:
     return 1 / (1 - share + share / (window + 1))
 
 
-def _stand_ins(model: torch.nn.Module) -> DroppableLayers:
-    return cast("DroppableLayers", model.lora_drop)
+def _stand_ins(model: torch.nn.Module) -> droppable.DroppableLayers:
+    return cast("droppable.DroppableLayers", model.lora_drop)

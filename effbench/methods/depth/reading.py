@@ -15,17 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
+from effbench.nn.decode import early_exit
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
+from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.decode.early_exit import Rule
 
 DYNAMIC = ("exit", "speculative")
 READING = frozenset(
@@ -150,19 +149,15 @@ class ReadsDepths(Method):
     @contextmanager
     def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
         """Be the sub-model of a depth inside the context, or that of the deepest exit."""
-        from effbench.nn.llama.layers import at_layers, decoder_layers, require_layers_alike
-
-        require_layers_alike(model)
-        count = len(decoder_layers(model))
+        stack.require_layers_alike(model)
+        count = len(stack.decoder_layers(model))
         kept = self.kept(self.depth_of(point, count), count)
-        with at_layers(model, kept):
+        with stack.at_layers(model, kept):
             yield
 
-    def rule(self, exits: int) -> Rule:
+    def rule(self, exits: int) -> early_exit.Rule:
         """Return who leaves at each of so many exits."""
-        from effbench.nn.decode.early_exit import confident
-
-        return confident(self.thresholds or paper_thresholds(exits - 1))
+        return early_exit.confident(self.thresholds or paper_thresholds(exits - 1))
 
     def decoder(self, point: str) -> Decoder:
         """Return the way of decoding that a point names; a depth decodes as a model of its own."""

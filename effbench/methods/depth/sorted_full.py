@@ -39,6 +39,8 @@ from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.depth.reading import READING, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
+from effbench.nn.depth import layerskip, submodel
+from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -137,18 +139,14 @@ class SortedFull(Trains, ReadsDepths):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make every weight train but those of layers that no depth has."""
-        from effbench.nn.llama.layers import require_layers_alike
-
-        require_layers_alike(model)
+        stack.require_layers_alike(model)
         model.requires_grad_(True)
         self.freeze_rest(model)
         return model
 
     def freeze_rest(self, model: torch.nn.Module) -> None:
         """Freeze the layers that no trained depth has."""
-        from effbench.nn.llama.layers import decoder_layers
-
-        layers = decoder_layers(model)
+        layers = stack.decoder_layers(model)
         for index in set(range(len(layers))) - set(self.trained_layers(len(layers))):
             layers[index].requires_grad_(False)
 
@@ -156,14 +154,12 @@ class SortedFull(Trains, ReadsDepths):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of a drawn depth, or the mean of those of all, a scalar."""
-        from effbench.nn.llama.layers import at_layers, decoder_layers
-
         if self.objective == "soft":
             return self._mean_loss(model, batch)
         if self.objective == "layerskip":
             return self._layerskip_loss(model, batch, ctx)
         depth = self.draw(ctx)
-        with at_layers(model, self.kept(depth, len(decoder_layers(model)))):
+        with stack.at_layers(model, self.kept(depth, len(stack.decoder_layers(model)))):
             return super().loss(model, batch, ctx)
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
@@ -181,35 +177,27 @@ class SortedFull(Trains, ReadsDepths):
         return left.pop()
 
     def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        from effbench.nn.depth.submodel import exit_nll
-
         total = torch.zeros((), device=batch.labels.device)
         for n, hidden in self._exit_states(model, batch):
-            total = total + exit_nll(model, hidden, batch.labels, n)
+            total = total + submodel.exit_nll(model, hidden, batch.labels, n)
         return total / (len(self.depths) * batch.window_tokens)
 
     def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
-        from effbench.nn.depth.layerskip import exit_weights, summed_nll
-        from effbench.nn.llama.layers import decoder_layers
-
-        weights = exit_weights(self.depths, len(decoder_layers(model)), ctx.step)
+        weights = layerskip.exit_weights(self.depths, len(stack.decoder_layers(model)), ctx.step)
         inputs = batch.input_ids, batch.attention_mask, batch.labels
-        return summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
+        return layerskip.summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
 
     def _exit_states(
         self, model: torch.nn.Module, batch: Batch
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield depths and what the head reads there; sub-models that share no exit run apart."""
-        from effbench.nn.depth.submodel import exit_states
-        from effbench.nn.llama.layers import at_layers, decoder_layers
-
         inputs = batch.input_ids, batch.attention_mask
         if self.layout == "prefix":
-            yield from exit_states(model, self.depths, *inputs).items()
+            yield from submodel.exit_states(model, self.depths, *inputs).items()
             return
         for n in self.depths:
-            with at_layers(model, self.kept(n, len(decoder_layers(model)))):
-                yield n, exit_states(model, (n,), *inputs)[n]
+            with stack.at_layers(model, self.kept(n, len(stack.decoder_layers(model)))):
+                yield n, submodel.exit_states(model, (n,), *inputs)[n]
 
     def update(
         self,
@@ -219,17 +207,13 @@ class SortedFull(Trains, ReadsDepths):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, with a learning rate for each layer when they are reweighted."""
-        from effbench.nn.depth.submodel import scaled_updates
-
         factors = self._factors(model) if self.reweight else []
-        with scaled_updates(factors):
+        with submodel.scaled_updates(factors):
             return super().update(model, optimizer, window, ctx)
 
     def _factors(self, model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, float]]:
         """Return 1 / P(layer runs) for every trained parameter of a layer."""
-        from effbench.nn.llama.layers import decoder_layers
-
-        layers = decoder_layers(model)
+        layers = stack.decoder_layers(model)
         runs = [0] * len(layers)
         for n in self.depths:
             for index in self.kept(n, len(layers)):
@@ -249,11 +233,8 @@ class SortedFull(Trains, ReadsDepths):
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write the sub-model of a depth as a model of its own that transformers loads."""
-        from effbench.nn.depth.submodel import write_submodel
-        from effbench.nn.llama.layers import decoder_layers
-
-        count = len(decoder_layers(model))
-        write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
+        count = len(stack.decoder_layers(model))
+        submodel.write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Train the layers of all depths, and keep those of one for use."""
@@ -268,14 +249,12 @@ class SortedFull(Trains, ReadsDepths):
 
     def stepping(self, whole: ModelShape) -> ModelShape:
         """Return how often a step runs each layer, a mean over what it may draw, and its exits."""
-        from effbench.nn.depth.layerskip import drop_rates
-
         count, depths = whole.num_layers, len(self.depths)
         having = Counter(i for n in self.depths for i in self.kept(n, count))
         if self.objective == "sampled":
             return whole.map(lambda i, x: x.running(portion(having[i], depths)))
         if self.objective == "layerskip":
-            runs = [1 - p if having[i] else 0 for i, p in enumerate(drop_rates(count))]
+            runs = [1 - p if having[i] else 0 for i, p in enumerate(layerskip.drop_rates(count))]
             whole = whole.map(lambda i, x: x.running(runs[i]))
             return replace(whole, objective=Objective(exits=min(2, depths)))
         apart = self.layout != "prefix"  # sub-models that share no exit run one after the other

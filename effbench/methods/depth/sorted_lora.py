@@ -24,8 +24,11 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape
 from effbench.api.weights import FLOAT32
-from effbench.methods.adapters.lora import Dropout, LoRA, base_name, peft_adapters
+from effbench.methods.adapters.lora import Dropout, LoRA, base_name
 from effbench.methods.depth.sorted_full import SortedFull
+from effbench.nn.adapters import peft_lora
+from effbench.nn.depth import submodel
+from effbench.nn.llama import stack
 from effbench.util.lazy import torch
 
 
@@ -78,15 +81,12 @@ class SortedLoRA(SortedFull):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base, put adapters in, and make the final norm train."""
-        from effbench.nn.depth.submodel import train_norm
-        from effbench.nn.llama.layers import require_layers_alike
-
-        require_layers_alike(model)
+        stack.require_layers_alike(model)
         model.requires_grad_(False)
         model = self.adapter().prepare(model, ctx)
         self.freeze_rest(model)
         if self.train_norm:
-            train_norm(model)
+            submodel.train_norm(model)
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
@@ -94,16 +94,13 @@ class SortedLoRA(SortedFull):
 
         The adapter goes on the base loaded with `num_hidden_layers` set to the depth.
         """
-        from effbench.nn.adapters.lowrank import write_peft_adapter
-        from effbench.nn.llama.layers import at_layers, decoder_layers
-
         super().export(model, point, folder)
-        count = len(decoder_layers(model))
+        count = len(stack.decoder_layers(model))
         (folder / "adapter").mkdir()
-        with at_layers(model, self.kept(self.depth_of(point, count), count)):
-            write_peft_adapter(
+        with stack.at_layers(model, self.kept(self.depth_of(point, count), count)):
+            peft_lora.write_peft_adapter(
                 folder / "adapter",
-                {name: (a.weight, b.weight) for name, a, b in peft_adapters(model)},
+                {name: (a.weight, b.weight) for name, a, b in peft_lora.peft_adapters(model)},
                 self.alpha,
                 self.targets,
                 base_name(model),

@@ -21,6 +21,7 @@ from effbench.api.parts import Objective
 from effbench.api.schema import Fraction, PositiveFloat
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
+from effbench.nn.losses import token
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -65,13 +66,11 @@ class Distillation(Trains):
         """Return the mixed loss of one micro-batch, a scalar."""
         if not self.weight:
             return super().loss(model, batch, ctx)
-        from effbench.nn.losses.token import token_kl, token_nll
-
         logits = self.logits(model, batch)
         with torch.no_grad():
             target = self.logits(ctx.aux["teacher"], batch)
-        hard = token_nll(logits, batch.labels).sum()
-        soft = token_kl(target, logits, batch.labels, self.temperature).sum()
+        hard = token.token_nll(logits, batch.labels).sum()
+        soft = token.token_kl(target, logits, batch.labels, self.temperature).sum()
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 

@@ -31,6 +31,8 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import FLOAT32
 from effbench.methods.adapters.lora import Dropout, check_rank_fits
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import lowrank, mixture
+from effbench.nn.llama import surgery
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -79,19 +81,15 @@ class MixLoRA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base, make mixtures of its MLPs, and adapt its attention."""
-        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.adapters.mixture import MixtureMLP
-        from effbench.nn.llama.replace import replace_linears, replace_module
-
         model.requires_grad_(False)
-        control, scale = RankControl(self.rank), self.alpha / self.rank
+        control, scale = lowrank.RankControl(self.rank), self.alpha / self.rank
 
-        def adapt(name: str, linear: torch.nn.Module) -> LowRankLinear:
-            layer = LowRankLinear(linear, control, self.alpha, self.dropout)
-            init_a(layer.lora_A, ctx.seed, name)
+        def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
+            layer = lowrank.LowRankLinear(linear, control, self.alpha, self.dropout)
+            lowrank.init_a(layer.lora_A, ctx.seed, name)
             return layer
 
-        replace_linears(model, adapt, ATTENTION)
+        surgery.replace_linears(model, adapt, ATTENTION)
         sizes = self.experts, self.top_k, self.rank, scale, self.dropout, ctx.seed
         gated = [n for n, m in model.named_modules() if all(hasattr(m, part) for part in MLP)]
         if not gated:
@@ -100,7 +98,9 @@ class MixLoRA(Trains):
                 "Choose a model of the Llama family.",
             )
         for name in gated:
-            replace_module(model, name, MixtureMLP(model.get_submodule(name), *sizes, name))
+            surgery.replace_module(
+                model, name, mixture.MixtureMLP(model.get_submodule(name), *sizes, name)
+            )
         return model
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
@@ -109,12 +109,10 @@ class MixLoRA(Trains):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, with the gradient of its share of the balance."""
-        from effbench.nn.adapters.mixture import balance, mixtures, router_logits
-
-        with router_logits(model) as logits:
+        with mixture.router_logits(model) as logits:
             loss = super().loss(model, batch, ctx)
-        mask = batch.attention_mask.flatten().repeat(len(mixtures(model)))
-        term = balance(torch.cat(logits), mask, self.top_k)
+        mask = batch.attention_mask.flatten().repeat(len(mixture.mixtures(model)))
+        term = mixture.balance(torch.cat(logits), mask, self.top_k)
         ctx.evolution.seen.append(float(term.detach()))
         share = self.balance * batch.loss_tokens / batch.window_tokens
         return loss + share * (term - term.detach()) if share else loss

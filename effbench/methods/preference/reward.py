@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.examples import Example
@@ -24,15 +24,15 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Linear, Objective
 from effbench.api.schema import PositiveFloat
 from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.spec import DatasetSpec
 from effbench.api.weights import FLOAT32, MASTERS
+from effbench.data.kinds import base as kinds
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.trains import Trains
+from effbench.nn.losses import preference
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.spec import DatasetSpec
 
 HEAD = "reward_head"
 """Name of the head in the model."""
@@ -72,9 +72,7 @@ class Reward(LoRA):
 
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse rows without an answer that is worse than another."""
-        from effbench.data.kinds.base import find
-
-        if not find(dataset.kind).choices:
+        if not kinds.find(dataset.kind).choices:
             raise UserError(
                 f"{self.name} learns from answers that are preferred to others; dataset "
                 f"{dataset.name!r} is of kind {dataset.kind!r}.",
@@ -130,9 +128,7 @@ class Reward(LoRA):
         self, model: torch.nn.Module, batch: Batch, point: str = ""
     ) -> tuple[torch.Tensor, int]:
         """Return the loss of each example, [E], and how many there are."""
-        from effbench.nn.losses.preference import bradley_terry
-
-        losses = bradley_terry(self.scores(model, batch), batch.sizes)
+        losses = preference.bradley_terry(self.scores(model, batch), batch.sizes)
         return losses, len(losses)
 
     # -- artefact ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ the residual stream. Each step: forward, backward, salience (`nn.pruning.salienc
 step, the blocks that stay are those of most salience per weight within the budget gamma_t
 (`nn.pruning.blocks`); masks move by `mask_step`; on a growth step, the more important half of the
 adapters gets higher ranks (`nn.adapters.growth`); then the optimiser. Once all masks are 0 or 1 the
-model is sliced (`nn.pruning.slice`), and training goes on at the smaller size. The artefact is a
+model is sliced (`nn.pruning.slicing`), and training goes on at the smaller size. The artefact is a
 dense model, adapters merged.
 
     gamma_t = keep + (1 - keep) (1 - t)^3      t from 0 to 1 within the pruning window
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Interval
 
@@ -48,13 +48,13 @@ from effbench.methods.adapters.lora import check_rank_fits, check_targets
 from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import growth, lowrank
+from effbench.nn.llama import attention, surgery, weights
+from effbench.nn.losses import self_distill, token
+from effbench.nn.pruning import checkpoint, masks, pruner, slicing
+from effbench.nn.pruning.schedule import PruningSchedule
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.adapters.growth import Swap
-    from effbench.nn.pruning.pruner import Pruning
-    from effbench.nn.pruning.schedule import PruningSchedule
 
 STATE = ("searched", "importance", "ranks", "kept", "teacher")
 """What a checkpoint keeps of `PruneAndGrow`."""
@@ -144,33 +144,27 @@ class APT(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base; add adapters, masks, and what collects salience."""
-        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.llama.attention import require_llama
-        from effbench.nn.llama.replace import replace_linears
-        from effbench.nn.losses.self_distill import add_transfer
-        from effbench.nn.pruning.pruner import Pruning
+        attention.require_llama(model)
 
-        require_llama(model)
-
-        def adapt(name: str, linear: torch.nn.Module) -> LowRankLinear:
-            layer = LowRankLinear(linear, RankControl(self.rank), self.scale * self.rank)
-            init_a(layer.lora_A, ctx.seed, name)
+        def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
+            layer = lowrank.LowRankLinear(
+                linear, lowrank.RankControl(self.rank), self.scale * self.rank
+            )
+            lowrank.init_a(layer.lora_A, ctx.seed, name)
             return layer
 
         model.requires_grad_(False)
-        replace_linears(model, adapt, self.targets)
-        Pruning.put_in(model, self.beta, self.salience)
+        surgery.replace_linears(model, adapt, self.targets)
+        pruner.Pruning.put_in(model, self.beta, self.salience)
         if self.distill:
-            add_transfer(model, self.rank, self.scale, ctx.seed)
+            self_distill.add_transfer(model, self.rank, self.scale, ctx.seed)
         return model
 
     # -- training ------------------------------------------------------------------------------
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, watched while there is salience to collect."""
-        from effbench.nn.pruning.pruner import Pruning
-
-        pruning = Pruning.of(model)
+        pruning = pruner.Pruning.of(model)
         if pruning is None:
             return super().loss(model, batch, ctx)
         if not self.distill:
@@ -183,19 +177,18 @@ class APT(Trains):
         return loss
 
     def _distilled(
-        self, model: torch.nn.Module, pruning: Pruning, batch: Batch, ctx: Context
+        self, model: torch.nn.Module, pruning: pruner.Pruning, batch: Batch, ctx: Context
     ) -> torch.Tensor:
         """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
-        from effbench.nn.losses.self_distill import SelfTeacher, captured
-        from effbench.nn.losses.token import token_nll
-
-        with pruning.watcher.watching(batch.attention_mask), captured(model) as layers:
+        with pruning.watcher.watching(batch.attention_mask), self_distill.captured(model) as layers:
             logits = self.logits(model, batch)
-        hard = token_nll(logits, batch.labels).sum() / batch.window_tokens
+        hard = token.token_nll(logits, batch.labels).sum() / batch.window_tokens
         mu = self.schedule(ctx.total_steps).share(ctx.step)
         if not mu:
             return hard
-        teacher = SelfTeacher(model, pruning.masks, ctx.evolution.teacher, ctx.generator)
+        teacher = self_distill.SelfTeacher(
+            model, pruning.masks, ctx.evolution.teacher, ctx.generator
+        )
         real = batch.attention_mask.bool()
         soft, errors = teacher.losses(
             lambda: self.logits(model, batch), logits, layers, batch.labels, real
@@ -210,8 +203,6 @@ class APT(Trains):
 
     def schedule(self, total: int) -> PruningSchedule:
         """Return when a run of `total` steps prunes and grows."""
-        from effbench.nn.pruning.schedule import PruningSchedule
-
         return PruningSchedule(
             total, self.begin, self.end, self.prunings, self.growths, self.warm_steps
         )
@@ -220,21 +211,16 @@ class APT(Trains):
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the sliced model with its adapters merged, dense and frozen."""
-        from effbench.nn.adapters.growth import merge
-        from effbench.nn.adapters.lowrank import low_rank_layers
-
         kept = ctx.evolution.cut()
         if hasattr(model, "transfer"):
             del model.transfer
-        ranks = {name: layer.control.max_rank for name, layer in low_rank_layers(model)}
+        ranks = {name: layer.control.max_rank for name, layer in lowrank.low_rank_layers(model)}
         vars(model)["pruned"] = {"ranks": ranks, "kept": kept}
-        return merge(model).requires_grad_(False)
+        return growth.merge(model).requires_grad_(False)
 
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return what trains, and the masks and salience while there are any."""
-        from effbench.nn.pruning.pruner import Pruning
-
-        pruning = Pruning.of(model)
+        pruning = pruner.Pruning.of(model)
         return super().trained_tensors(model) | (pruning.tensors() if pruning else {})
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -243,25 +229,18 @@ class APT(Trains):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights, the sizes they have, what was kept and the ranks it had."""
-        from effbench.nn.pruning.checkpoint import write_sizes
-
         super().save(model, folder)
-        write_sizes(model, folder, vars(model)["pruned"])
+        checkpoint.write_sizes(model, folder, vars(model)["pruned"])
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.pruning.checkpoint import fit_sizes
-
-        vars(model)["pruned"] = fit_sizes(model, folder)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        vars(model)["pruned"] = checkpoint.fit_sizes(model, folder)
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
-        from effbench.nn.pruning.checkpoint import write_folder
-
-        write_folder(model, folder)
+        checkpoint.write_folder(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -294,13 +273,10 @@ class PruneAndGrow(Evolution):
     """
 
     def __init__(self, method: APT, model: torch.nn.Module, ctx: Context) -> None:
-        from effbench.nn.adapters.growth import adapter_parameters
-        from effbench.nn.pruning.pruner import weights_left
-
         self.method, self.model, self.ctx = method, model, ctx
-        self.first = adapter_parameters(model)
+        self.first = growth.adapter_parameters(model)
         """Parameters of the adapters before they grow."""
-        self.whole = weights_left(model)
+        self.whole = pruner.weights_left(model)
         """Weights of the decoder's linears before any is pruned."""
         self.searched = 1.0
         """Share of the weights that the last choice of blocks aimed at."""
@@ -319,23 +295,18 @@ class PruneAndGrow(Evolution):
         return self.method.schedule(self.ctx.total_steps)
 
     @property
-    def pruning(self) -> Pruning | None:
+    def pruning(self) -> pruner.Pruning | None:
         """Masks and salience, while the model is not sliced."""
-        from effbench.nn.pruning.pruner import Pruning
-
-        return Pruning.of(self.model)
+        return pruner.Pruning.of(self.model)
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """Prune, grow and slice where it is time."""
-        from effbench.nn.adapters.growth import Swap
-        from effbench.nn.losses.self_distill import copy_adapters
-
         method, step, pruning = self.method, self.ctx.step, self.pruning
-        swap = Swap(optimizer, method.moments)
+        swap = growth.Swap(optimizer, method.moments)
         if pruning:
             pruning.watcher.finish_step()
             if method.distill and (self.teacher is None or not self.schedule.share(step)):
-                self.teacher = copy_adapters(self.model)
+                self.teacher = self_distill.copy_adapters(self.model)
             if step in self.schedule.pruning_steps:
                 self._aim(pruning, self.schedule.ratio(step, method.keep))
             pruning.masks.move(method.mask_step)
@@ -347,7 +318,7 @@ class PruneAndGrow(Evolution):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _aim(self, pruning: Pruning, ratio: float) -> None:
+    def _aim(self, pruning: pruner.Pruning, ratio: float) -> None:
         """Choose the blocks that stay, `ratio` of all weights."""
         method = self.method
         if method.criterion == "random":
@@ -358,13 +329,11 @@ class PruneAndGrow(Evolution):
         pruning.aim(salience, ratio * self.whole, method.blocks, method.align)
         self.searched = ratio
 
-    def _grow(self, swap: Swap) -> None:
-        from effbench.nn.adapters.growth import grow_important, note_importance
-
-        note_importance(self.model, self.importance, self.method.beta)
+    def _grow(self, swap: growth.Swap) -> None:
+        growth.note_importance(self.model, self.importance, self.method.beta)
         factor = self.schedule.growth_steps(self.method.grow).get(self.ctx.step)
         if factor is not None:
-            self.ranks |= grow_important(
+            self.ranks |= growth.grow_important(
                 self.model,
                 self.importance,
                 int(factor * self.first),
@@ -386,21 +355,16 @@ class PruneAndGrow(Evolution):
     @property
     def final(self) -> bool:
         """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
-        from effbench.nn.pruning.masks import masks_of
-
-        masks, step, grow = masks_of(self.model), self.ctx.step, self.method.grow
-        pruned = masks is None or (masks.hard and self.schedule.over(step))
+        step, grow, left = self.ctx.step, self.method.grow, masks.masks_of(self.model)
+        pruned = left is None or (left.hard and self.schedule.over(step))
         growing = grow > 1 and step < max(self.schedule.growth_steps(grow))
         return pruned and not growing
 
     def metrics(self) -> dict[str, float]:
         """Return the share of weights that masks or the slice leave, and the adapters' size."""
-        from effbench.nn.adapters.growth import adapter_parameters
-        from effbench.nn.pruning.pruner import weights_left
-
         return {
-            "kept": weights_left(self.model) / self.whole,
-            "adapter_params": float(adapter_parameters(self.model)),
+            "kept": pruner.weights_left(self.model) / self.whole,
+            "adapter_params": float(growth.adapter_parameters(self.model)),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -409,14 +373,10 @@ class PruneAndGrow(Evolution):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back, and grow and slice the prepared model as it tells."""
-        from effbench.nn.adapters.growth import set_rank
-        from effbench.nn.adapters.lowrank import low_rank_layers
-        from effbench.nn.pruning.slice import Kept
-
         vars(self).update(state)
         pruning = self.pruning
         if pruning and self.kept is not None:
-            pruning.cut(Kept.from_plain(self.kept))
-        for name, layer in low_rank_layers(self.model):
+            pruning.cut(slicing.Kept.from_plain(self.kept))
+        for name, layer in lowrank.low_rank_layers(self.model):
             if name in self.ranks:
-                set_rank(layer, self.ranks[name])
+                growth.set_rank(layer, self.ranks[name])

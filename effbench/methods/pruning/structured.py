@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from annotated_types import Interval
 
@@ -31,11 +31,11 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.compresses import Compresses, Part
+from effbench.nn.llama import attention, surgery, weights
+from effbench.nn.pruning import blocks as pruning_blocks
+from effbench.nn.pruning import checkpoint, slicing
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.pruning.blocks import Layout
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,20 @@ class Structured(Compresses):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Score the blocks, choose among those of the whole model, then cut."""
-        from effbench.nn.llama.attention import require_llama
-        from effbench.nn.pruning.slice import kept_blocks, layout_of, slice_model
-
-        require_llama(model)
-        layout, root = layout_of(model), cast("Any", model)
+        attention.require_llama(model)
+        layout, root = slicing.layout_of(model), cast("Any", model)
         scores = torch.zeros(layout.size, device=root.model.embed_tokens.weight.device)
         yield from self.score(model, layout, scores, calibration, ctx.seed)
         yield Part(
             "blocks",
             partial(self._choose, layout, scores),
-            lambda found: slice_model(model, kept_blocks(layout, found["kept"])),
+            lambda found: slicing.slice_model(model, slicing.kept_blocks(layout, found["kept"])),
         )
 
     def score(
         self,
         model: Any,
-        layout: Layout,
+        layout: pruning_blocks.Layout,
         scores: torch.Tensor,
         calibration: Sequence[Batch],
         seed: int,
@@ -113,36 +110,29 @@ class Structured(Compresses):
         for index in range(len(layout.layers)):
             yield _layer_score(model, layout, scores, index, of, self.criterion == "wanda")
 
-    def _choose(self, layout: Layout, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _choose(
+        self, layout: pruning_blocks.Layout, scores: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Return which blocks stay, [N] bool."""
-        from effbench.nn.pruning.blocks import search, search_uniform
-
         budget = self.keep * layout.weights(torch.ones(layout.size))
-        find = search if self.scope == "global" else search_uniform
+        find = pruning_blocks.search if self.scope == "global" else pruning_blocks.search_uniform
         found = find(layout, scores, budget, prunable=self.blocks, align=self.align)
         return {"kept": found.kept}
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the sizes they have."""
-        from effbench.nn.pruning.checkpoint import write_sizes
-
         super().save(model, folder)
-        write_sizes(model, folder, {})
+        checkpoint.write_sizes(model, folder, {})
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.pruning.checkpoint import fit_sizes
-
-        fit_sizes(model, folder)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        checkpoint.fit_sizes(model, folder)
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
-        from effbench.nn.pruning.checkpoint import write_folder
-
-        write_folder(model, folder)
+        checkpoint.write_folder(model, folder)
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Cut the model to the artefact's sizes; without one, layers have fewer neurons."""
@@ -172,19 +162,20 @@ def check_budget(shape: AnyShape, keep: float, blocks: Sequence[str]) -> None:
 
 def _layer_score(
     model: Any,
-    layout: Layout,
+    layout: pruning_blocks.Layout,
     scores: torch.Tensor,
     index: int,
     of: Callable[[Any], torch.Tensor],
     reads: bool,
 ) -> Part:
     """Return the part that scores the blocks of one layer, and adds to those of the stream."""
-    from effbench.nn.pruning.blocks import add_layer_sums
 
     def make() -> dict[str, torch.Tensor]:
         mine = scores.clone()
         view, dims = list(layout.views(mine))[index], layout.dims(mine)
-        add_layer_sums(model.model.layers[index], layout.layers[index], view, dims, of, reads)
+        pruning_blocks.add_layer_sums(
+            model.model.layers[index], layout.layers[index], view, dims, of, reads
+        )
         return {**{n: part.clone() for n, part in view._asdict().items()}, "dims": dims.clone()}
 
     def put(found: Mapping[str, torch.Tensor]) -> None:
@@ -215,8 +206,6 @@ def input_squares(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         model: A causal language model.
         batch: What it reads; the squares are summed over tokens, and padding does not count.
     """
-    from effbench.nn.llama.replace import decoder_linears
-
     found: dict[str, torch.Tensor] = {}
     real = batch.attention_mask.bool()
 
@@ -225,7 +214,7 @@ def input_squares(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
 
     hooks = [
         linear.register_forward_pre_hook(lambda _, inputs, n=name: look(n, inputs))
-        for name, linear in decoder_linears(model)
+        for name, linear in surgery.decoder_linears(model)
     ]
     try:
         with torch.no_grad():  # the head reads no block of the decoder

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
@@ -45,11 +45,12 @@ from effbench.api.sharing import (
 from effbench.methods.base import Method
 from effbench.methods.distill.kd import DISTILLED_BYTES
 from effbench.methods.trains import START, Trains
+from effbench.nn.adapters import growth, lowrank
+from effbench.nn.llama import shared_attention, surgery, weights
+from effbench.nn.losses import token
+from effbench.nn.sharing import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.nn.llama.shared_attention import SharingAttention
 
 
 @dataclass(frozen=True)
@@ -151,26 +152,27 @@ class EchoLLaMA(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make the model ready to share, or let it share at once; mark what trains."""
-        from effbench.nn.llama.shared_attention import put_sharing, share
-
         sharing = self.sharing(int(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
         if self.producer_init == "mean":
             average_sources(model, sharing)
-        model = share(model, sharing) if self.abrupt else put_sharing(model, sharing)
+        model = (
+            shared_attention.share(model, sharing)
+            if self.abrupt
+            else shared_attention.put_sharing(model, sharing)
+        )
         model.requires_grad_(self.trains == "full")
         if self.trains == "lora":
             self._adapt(model, ctx.seed)
         return model
 
     def _adapt(self, model: Any, seed: int) -> None:
-        from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-        from effbench.nn.llama.replace import replace_module
-
         for layer, name in self.adapted(len(model.model.layers)):
             path = f"model.layers.{layer}.self_attn.{name}"
-            part = LowRankLinear(model.get_submodule(path), RankControl(self.rank), self.rank)
-            init_a(part.lora_A, seed, path)
-            replace_module(model, path, part)
+            part = lowrank.LowRankLinear(
+                model.get_submodule(path), lowrank.RankControl(self.rank), self.rank
+            )
+            lowrank.init_a(part.lora_A, seed, path)
+            surgery.replace_module(model, path, part)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -183,25 +185,20 @@ class EchoLLaMA(Trains):
         """Return the cross-entropy of one micro-batch, with the distance to the original added."""
         if not self.kl:
             return super().loss(model, batch, ctx)
-        from effbench.nn.losses.token import token_kl, token_nll
-
         logits = self.logits(model, batch)
         with torch.no_grad():
             target = self.logits(ctx.aux["original"], batch)
-        hard = token_nll(logits, batch.labels).sum()
-        soft = token_kl(target, logits, batch.labels, 1.0).sum()
+        hard = token.token_nll(logits, batch.labels).sum()
+        soft = token.token_kl(target, logits, batch.labels, 1.0).sum()
         return (hard + self.kl * soft) / batch.window_tokens
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with every consumer converted and adapters merged."""
-        from effbench.nn.adapters.growth import merge
-        from effbench.nn.llama.shared_attention import convert, sharing_layers
-
-        for attention in sharing_layers(model):
+        for attention in shared_attention.sharing_layers(model):
             if attention.source != attention.layer and not attention.takes:
-                convert(model, attention.layer)
+                shared_attention.convert(model, attention.layer)
         if self.trains == "lora":
-            model = merge(model).requires_grad_(False)
+            model = growth.merge(model).requires_grad_(False)
         return model
 
     # -- artefact ------------------------------------------------------------------------------
@@ -212,25 +209,18 @@ class EchoLLaMA(Trains):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and the layer map."""
-        from effbench.nn.sharing.checkpoint import write_map
-
         super().save(model, folder)
-        write_map(model, folder)
+        checkpoint.write_map(model, folder)
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` turned into the shared one of the artefact."""
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.sharing.checkpoint import follow_map
-
-        model = follow_map(model, folder)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        model = checkpoint.follow_map(model, folder)
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads; no other tool knows the layer map."""
-        from effbench.nn.sharing.checkpoint import write_shared
-
-        write_shared(model, folder)
+        checkpoint.write_shared(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -266,11 +256,9 @@ class LayerByLayer(Evolution):
     ) -> None:
         self.model, self.ctx, self.spans = model, ctx, spans
 
-    def _coming(self) -> Iterator[tuple[SharingAttention, int, int]]:
+    def _coming(self) -> Iterator[tuple[shared_attention.SharingAttention, int, int]]:
         """Yield the layers that are still to be converted, with their spans."""
-        from effbench.nn.llama.shared_attention import sharing_layers
-
-        for attention in sharing_layers(self.model):
+        for attention in shared_attention.sharing_layers(self.model):
             if attention.layer in self.spans and not attention.takes:
                 yield attention, *self.spans[attention.layer]
 
@@ -281,12 +269,9 @@ class LayerByLayer(Evolution):
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """Remove the projections of layers whose conversion ends with this step."""
-        from effbench.nn.adapters.growth import drop
-        from effbench.nn.llama.shared_attention import convert
-
         for attention, _, end in list(self._coming()):
             if end <= self.ctx.step + 1:
-                drop(optimizer, convert(self.model, attention.layer))
+                growth.drop(optimizer, shared_attention.convert(self.model, attention.layer))
 
     @property
     def final(self) -> bool:
@@ -295,9 +280,7 @@ class LayerByLayer(Evolution):
 
     def metrics(self) -> dict[str, float]:
         """Return how many layers are converted, those on their way in part."""
-        from effbench.nn.llama.shared_attention import sharing_layers
-
-        return {"converted": sum(m.share for m in sharing_layers(self.model))}
+        return {"converted": sum(m.share for m in shared_attention.sharing_layers(self.model))}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the layers that are converted."""
@@ -306,11 +289,9 @@ class LayerByLayer(Evolution):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Convert the layers that were."""
-        from effbench.nn.llama.shared_attention import convert
-
         for attention, *_ in list(self._coming()):
             if attention.layer in state["converted"]:
-                convert(self.model, attention.layer)
+                shared_attention.convert(self.model, attention.layer)
 
 
 def share_at(step: int, first: int, end: int) -> float:

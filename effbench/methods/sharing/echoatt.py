@@ -40,6 +40,9 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
 from effbench.methods.trains import START, Trains
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
+from effbench.nn.llama import shared_attention, weights
+from effbench.nn.losses import distill
+from effbench.nn.sharing import checkpoint, similarity
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -142,8 +145,6 @@ class EchoAtt(Trains):
     def _most_similar(
         self, model: Any, examples: Sequence[Example], device: torch.device
     ) -> list[int]:
-        from effbench.nn.sharing.similarity import mean_attention
-
         texts = joined((e.ids for e in examples), self.tokens, self.samples)
         if not texts:
             raise UserError(
@@ -151,7 +152,9 @@ class EchoAtt(Trains):
                 "Lower method.tokens, or name the layers: method.layers=[...]",
             )
         training = model.training
-        matrix = mean_attention(model.eval(), [torch.tensor(t, device=device) for t in texts])
+        matrix = similarity.mean_attention(
+            model.eval(), [torch.tensor(t, device=device) for t in texts]
+        )
         model.train(training)
         found = ranking(matrix, self.keep_first, self.keep_last)
         return sorted(found[: self.count(len(matrix))])
@@ -169,11 +172,9 @@ class EchoAtt(Trains):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Let the chosen layers share; every weight that is left trains."""
-        from effbench.nn.llama.shared_attention import share
-
         config: Any = model.config
         length = config.num_hidden_layers
-        model = share(model, listed_map(length, self.chosen(length, ctx), "qk"))
+        model = shared_attention.share(model, listed_map(length, self.chosen(length, ctx), "qk"))
         model.requires_grad_(True)
         return model
 
@@ -191,11 +192,8 @@ class EchoAtt(Trains):
         """Return the loss of one micro-batch in the stage that its step belongs to."""
         if self.refining(ctx):
             return super().loss(model, batch, ctx)
-        from effbench.nn.llama.shared_attention import map_of
-        from effbench.nn.losses.distill import three_terms
-
-        sharing = map_of(model)
-        terms = three_terms(
+        sharing = shared_attention.map_of(model)
+        terms = distill.three_terms(
             model,
             ctx.aux["teacher"],
             {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
@@ -211,25 +209,18 @@ class EchoAtt(Trains):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write all weights and which layers share."""
-        from effbench.nn.sharing.checkpoint import write_map
-
         super().save(model, folder)
-        write_map(model, folder)
+        checkpoint.write_map(model, folder)
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` sharing as the artefact does, with its weights; no teacher."""
-        from effbench.nn.llama.weights import load_tensors
-        from effbench.nn.sharing.checkpoint import follow_map
-
-        model = follow_map(model, folder).requires_grad_(True)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        model = checkpoint.follow_map(model, folder).requires_grad_(True)
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
-        from effbench.nn.sharing.checkpoint import write_shared
-
-        write_shared(model, folder)
+        checkpoint.write_shared(model, folder)
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -244,13 +235,11 @@ class EchoAtt(Trains):
 
         Logits are made a chunk at a time, and made again. The first stage is the larger one.
         """
-        from effbench.nn.losses.distill import CHUNK, CHUNK_BYTES
-
         shares = shared_in(base, folder) or shared_shape(base, self._planned(base.num_layers))
         model = shares.trained()
         if phase == "use" or not self.distils:
             return model
-        chunk = CHUNK * CHUNK_BYTES * base.vocab_size
+        chunk = distill.CHUNK * distill.CHUNK_BYTES * base.vocab_size
         # The teacher's logits are whole.
         return replace(model, objective=Objective(logit_bytes=None, fixed=chunk, again=True))
 

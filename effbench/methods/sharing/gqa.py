@@ -26,6 +26,8 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_unshared
 from effbench.api.slices import sliced_shape
 from effbench.methods.compresses import Compresses, Part, compress_whole
+from effbench.nn.llama import attention, weights
+from effbench.nn.pruning import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -61,9 +63,7 @@ class GQA(Compresses):
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
         """Pool the heads of one projection after the other."""
-        from effbench.nn.llama.attention import require_llama
-
-        require_llama(model)
+        attention.require_llama(model)
         root: Any = model
         for index, layer in enumerate(root.model.layers):
             for name in POOLED:
@@ -102,17 +102,13 @@ class GQA(Compresses):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the pooled projections of `folder`."""
-        from effbench.nn.llama.weights import load_tensors
-
         compress_whole(self, model, [], ctx)
-        load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
     def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
         """Write a folder that transformers loads."""
-        from effbench.nn.pruning.checkpoint import write_folder
-
-        write_folder(model, folder)
+        checkpoint.write_folder(model, folder)
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Give every layer fewer key/value heads."""

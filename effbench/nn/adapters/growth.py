@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, low_rank_layers, merged_weight
-from effbench.nn.llama.replace import replace_module
+from effbench.nn.llama.surgery import replace_module
 from effbench.nn.llama.swap import Cut, Replace
 from effbench.util.errors import UserError
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -206,57 +205,6 @@ def svd_truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> Factors:
     near_a = root[:, None] * (vh[:rank] @ q_a.T)
     near_b = (q_b @ u[:, :rank]) * root
     return near_a.to(a.dtype), near_b.to(b.dtype)
-
-
-def write_peft_adapter(
-    folder: Path,
-    factors: Mapping[str, Factors],
-    alpha: float,
-    targets: Iterable[str],
-    base_model: str = "",
-    whole: Mapping[str, torch.Tensor] | None = None,
-    magnitudes: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: plain LoRA, or DoRA.
-
-    Args:
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
-        factors: Factors by the qualified name of their layer; their ranks may differ.
-        alpha: The scale of every layer is alpha / r, with r the highest rank.
-        targets: Names of the adapted linears.
-        base_model: Hub id or folder of the base model.
-        whole: Weights of modules that were trained in full, by the qualified name of the module.
-        magnitudes: Norms [d_out] of the rows by the qualified name of their layer, for DoRA.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    ranks = {name: len(a) for name, (a, _) in factors.items()}
-    rank = max(ranks.values())
-    lower = {name: r for name, r in ranks.items() if r < rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=list(targets),
-        rank_pattern=lower,
-        alpha_pattern={name: alpha * r / rank for name, r in lower.items()},
-        use_dora=bool(magnitudes),
-        modules_to_save=list(whole or {}) or None,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    tensors = {}
-    for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    for name, norms in (magnitudes or {}).items():
-        key = f"base_model.model.{name}.lora_magnitude_vector"
-        tensors[key] = norms.detach().cpu().contiguous()
-    for name, weight in (whole or {}).items():
-        tensors[f"base_model.model.{name}.weight"] = weight.detach().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def merged_weight(linear: Any) -> torch.Tensor:

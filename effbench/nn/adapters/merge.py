@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from effbench.nn.adapters import peft_lora
 from effbench.nn.adapters.deep import DeepLinear
 from effbench.nn.adapters.dora import DoRALinear
 from effbench.nn.adapters.lowrank import LowRankLinear
-from effbench.nn.llama.replace import decoder_linears, replace_module
+from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.llama.walk import fresh_norm, untouched
 from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.errors import UserError
@@ -24,13 +25,6 @@ from effbench.util.errors import UserError
 
 def update_of(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] | None:
     """Return what an adapter is put on and its update [d_out, d_in]; None where there is none."""
-    from peft.tuners.lora import LoraLayer
-
-    if isinstance(linear, LoraLayer):
-        factors: Any = [part["default"].weight for part in (linear.lora_A, linear.lora_B)]
-        a, b = (factor.detach().float() for factor in factors)
-        base: Any = linear.get_base_layer()
-        return base, linear.scaling["default"] * (b @ a)
     if isinstance(linear, LowRankLinear):
         a, b = (factor.detach().float() for factor in linear.active_factors())
         return linear.base, linear.alpha / linear.control.active * (b @ a)
@@ -39,7 +33,7 @@ def update_of(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] |
         return linear.base, linear.direction(dense) * linear.gains()[:, None] - dense
     if isinstance(linear, DeepLinear):
         return linear.base, linear.delta().detach().float()
-    return None
+    return peft_lora.peft_update(linear)
 
 
 def merged_weight(linear: torch.nn.Module) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-from effbench.nn.llama.replace import replace_module
+from effbench.nn.llama.surgery import replace_module
 
 
 class SVDLinear(nn.Module):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from effbench.nn.decode import triton_step
 from effbench.nn.decode.pointwise import EAGER, Pointwise, fused
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ def compiled(rows: int) -> Pointwise:
         return EAGER
     if rows > 1:
         return fused(torch.compile)
-    from effbench.nn.decode.triton_step import RowKernels
-
-    return fused(torch.compile, RowKernels)
+    return fused(torch.compile, triton_step.RowKernels)
 
 
 class Put:

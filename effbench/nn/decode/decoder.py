@@ -12,23 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from effbench.api.batch import Batch
+from effbench.api.session import Session
+from effbench.nn.decode import (
+    copied_maps,
+    early_exit,
+    session,
+    speculative,
+    staged,
+    static,
+    temporal,
+    temporal_static,
+)
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.depth import droppable
+from effbench.nn.llama import shared_attention, stack, walk
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-if TYPE_CHECKING:
-    from effbench.api.batch import Batch
-    from effbench.api.session import Session
-    from effbench.nn.decode.early_exit import Rule
 
 Engine = Literal["auto", "static", "eager"]
 """`auto`: the fastest one that applies. `static`: our engine. `eager`: whole modules and a growing
 cache."""
 ANY_ENGINE = frozenset({"auto", "static", "eager", "generate"})
 """What decodes a model's own forward pass; `generate` is the loop of transformers."""
-Logits = Callable[[Any, "Batch"], "torch.Tensor"]
+Logits = Callable[[Any, Batch], "torch.Tensor"]
 """From a model and a batch to teacher-forced logits, [B, T, V]."""
 
 
@@ -54,9 +63,8 @@ class Route:
             return None
 
         def run(model: Any, batch: Batch) -> torch.Tensor:
-            from effbench.nn.decode.staged import whole_logits
 
-            return whole_logits(model, cache, batch.input_ids, batch.attention_mask)
+            return staged.whole_logits(model, cache, batch.input_ids, batch.attention_mask)
 
         return run
 
@@ -66,15 +74,12 @@ class Route:
         Raises:
             ValueError: When the engine does not apply.
         """
-        from effbench.nn.decode.session import CachedSession
-        from effbench.nn.decode.staged import WholeSession
-        from effbench.nn.decode.static import StaticSession, session_for
 
         if cache != EVERYTHING:
-            return WholeSession(model, cache)
+            return staged.WholeSession(model, cache)
         if engine == "static":
-            return StaticSession(model)
-        return CachedSession(model) if engine == "eager" else session_for(model)
+            return static.StaticSession(model)
+        return session.CachedSession(model) if engine == "eager" else static.session_for(model)
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,11 @@ class CopiedMaps(Route):
 
     def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session."""
-        from effbench.nn.decode.copied_maps import CopyingSession
-        from effbench.nn.llama.shared_attention import map_of
-        from effbench.nn.llama.walk import why_not
 
-        copies = engine == "auto" and map_of(model) and why_not(model)
-        return CopyingSession(model) if copies else super().session(model, cache, engine)
+        copies = engine == "auto" and shared_attention.map_of(model) and walk.why_not(model)
+        return (
+            copied_maps.CopyingSession(model) if copies else super().session(model, cache, engine)
+        )
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,12 @@ class Drops(Route):
         return self._logits
 
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        from effbench.nn.depth.droppable import scheduled_logits
 
-        droppable = getattr(model, self.module)
-        if not droppable.active:
+        stand_ins = getattr(model, self.module)
+        if not stand_ins.active:
             return forward_logits(model, batch)
-        return scheduled_logits(
-            model, droppable, batch.input_ids, batch.attention_mask, batch.labels
+        return droppable.scheduled_logits(
+            model, stand_ins, batch.input_ids, batch.attention_mask, batch.labels
         )
 
     def session(self, model: Any, cache: CachePolicy, engine: Engine) -> Session:
@@ -137,15 +140,15 @@ class Drops(Route):
         Raises:
             ValueError: When the engine does not apply.
         """
-        from effbench.nn.decode.droppable import TemporalSession
-        from effbench.nn.decode.droppable_static import StaticTemporalSession, why_not_static
 
-        droppable = getattr(model, self.module)
-        if not droppable.active:
+        stand_ins = getattr(model, self.module)
+        if not stand_ins.active:
             return super().session(model, cache, engine)
-        if engine == "eager" or (engine == "auto" and why_not_static(model, droppable)):
-            return TemporalSession(model, droppable)
-        return StaticTemporalSession(model, droppable)
+        if engine == "eager" or (
+            engine == "auto" and temporal_static.why_not_static(model, stand_ins)
+        ):
+            return temporal.TemporalSession(model, stand_ins)
+        return temporal_static.StaticTemporalSession(model, stand_ins)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Exits(Route):
 
     depths: tuple[int, ...]
     """Depths of the exits, ascending; those that the model does not have do not count."""
-    rule: Callable[[int], Rule]
+    rule: Callable[[int], early_exit.Rule]
     """From the number of exits to who leaves at each but the last."""
     propagate: bool = False
     """Whether the cache is repaired by propagating instead of recomputing."""
@@ -171,15 +174,15 @@ class Exits(Route):
         """Return what gives the logits of each position's exit."""
 
         def run(model: Any, batch: Batch) -> torch.Tensor:
-            from effbench.nn.decode.early_exit import exit_logits, stepwise_logits
-            from effbench.nn.depth.droppable import prompt_lengths
 
             inputs = batch.input_ids, batch.attention_mask
             if self.propagate:
-                prompts = prompt_lengths(batch.labels)
-                return stepwise_logits(lambda: self.session(model, cache), *inputs, prompts)
+                prompts = droppable.prompt_lengths(batch.labels)
+                return early_exit.stepwise_logits(
+                    lambda: self.session(model, cache), *inputs, prompts
+                )
             exits = exits_of(model, self.depths)
-            return exit_logits(model, exits, self.rule(len(exits)), *inputs, cache)[0]
+            return early_exit.exit_logits(model, exits, self.rule(len(exits)), *inputs, cache)[0]
 
         return run
 
@@ -191,10 +194,9 @@ class Exits(Route):
 
     def session(self, model: Any, cache: CachePolicy, engine: Engine = "auto") -> Session:
         """Return a fresh session."""
-        from effbench.nn.decode.early_exit import ExitSession
 
         exits = exits_of(model, self.depths)
-        return ExitSession(model, exits, self.rule(len(exits)), self.propagate, cache)
+        return early_exit.ExitSession(model, exits, self.rule(len(exits)), self.propagate, cache)
 
 
 @dataclass(frozen=True)
@@ -233,11 +235,9 @@ class Drafts(Driver):
 
     def session(self, model: Any, route: Route, cache: CachePolicy, engine: Engine) -> Session:
         """Return a fresh session."""
-        from effbench.nn.decode.speculative import SpeculativeSession
-        from effbench.nn.llama.layers import decoder_layers
 
-        pair = self.depth, len(decoder_layers(model))
-        return SpeculativeSession(model, pair, self.tokens, self.adaptive, cache)
+        pair = self.depth, len(stack.decoder_layers(model))
+        return speculative.SpeculativeSession(model, pair, self.tokens, self.adaptive, cache)
 
 
 @dataclass(frozen=True)
@@ -283,9 +283,8 @@ class Decoder:
 
 def exits_of(model: Any, depths: Sequence[int]) -> tuple[int, ...]:
     """Return the depths at which a model can be left, ascending, its last layer among them."""
-    from effbench.nn.llama.layers import decoder_layers
 
-    full = len(decoder_layers(model))
+    full = len(stack.decoder_layers(model))
     return (*(depth for depth in depths if depth < full), full)
 
 

@@ -33,7 +33,7 @@ from effbench.nn.decode.verify import stretch_engine
 from effbench.nn.decode.view import Stretch, as_mask, looking
 from effbench.nn.depth.droppable import causal_mask
 from effbench.nn.depth.submodel import norm_and_head
-from effbench.nn.llama.layers import (
+from effbench.nn.llama.stack import (
     decoder_layers,
     require_layers_alike,
     require_plain_layers,

@@ -4,9 +4,9 @@ A token either refreshes a droppable layer (the layer runs as ever and its outpu
 anchor) or drops it (the layer's output is the anchor plus a low-rank map of its input). Two forms
 of the same computation are here: one parallel pass over whole sequences, for training and
 teacher-forced evaluation; and sessions that decode token by token, which are in
-`nn.decode.droppable`. They give the same logits.
+`nn.decode.temporal`. They give the same logits.
 
-A session in our engine is in `effbench.nn.decode.droppable_static`.
+A session in our engine is in `effbench.nn.decode.temporal_static`.
 
 They walk through the blocks themselves, so the model must be laid out as Llama is: embedding,
 blocks, norm and head, with nothing between them.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 
 from effbench.nn.llama.head import IGNORED
-from effbench.nn.llama.layers import require_plain_layers
+from effbench.nn.llama.stack import require_plain_layers
 
 Start = Literal["refresh", "previous", "input"]
 """What a dropped token starts from: the layer's output at the last refresh or at the previous

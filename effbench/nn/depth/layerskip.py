@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from effbench.nn.depth import submodel
+from effbench.nn.llama import stack
 from effbench.util.lazy import torch
 
 MOST_DROPPED = 0.1
@@ -69,16 +71,13 @@ def summed_nll(
         labels: [B, T], not shifted; -100 where a token does not count.
         generator: Draws the layers that are left out.
     """
-    from effbench.nn.depth.submodel import exit_nll, exit_states
-    from effbench.nn.llama.layers import at_layers, decoder_layers
-
-    rates = drop_rates(len(decoder_layers(model)))
+    rates = drop_rates(len(stack.decoder_layers(model)))
     chances = torch.rand(len(rates), generator=generator).tolist()
     kept = [i for i, rate in enumerate(rates) if chances[i] >= rate]
     places = {n: sum(i < n for i in kept) for n in weights}
-    with at_layers(model, kept):
-        states = exit_states(model, places.values(), input_ids, attention_mask)
+    with stack.at_layers(model, kept):
+        states = submodel.exit_states(model, places.values(), input_ids, attention_mask)
     total = torch.zeros((), device=labels.device)
     for n, weight in weights.items():
-        total = total + weight * exit_nll(model, states[places[n]], labels, n)
+        total = total + weight * submodel.exit_nll(model, states[places[n]], labels, n)
     return total

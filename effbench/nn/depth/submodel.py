@@ -1,7 +1,7 @@
 """Sub-models that are some of a model's layers, under the same final norm and head.
 
 A sub-model of depth n is W_out norm(h), with h the output of the last of its n layers. Inside
-`nn.llama.layers.at_layers` a model is that sub-model: layers, caches and counts are those of the n
+`nn.llama.stack.at_layers` a model is that sub-model: layers, caches and counts are those of the n
 layers alone. `exit_states` gives the outputs h_n of several depths in one pass over the deepest.
 
 Sources: Valipour et al., SortedNet, arXiv 2309.00255; Kavehzadeh et al., Sorted LLaMA, arXiv
@@ -18,13 +18,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from effbench.nn.adapters.merge import merged_weight
 from effbench.nn.depth.exit_heads import own_head
 from effbench.nn.llama.head import IGNORED
-from effbench.nn.llama.layers import at_layers, decoder_layers
-from effbench.nn.llama.replace import decoder_linears
+from effbench.nn.llama.stack import at_layers, decoder_layers
+from effbench.nn.llama.surgery import decoder_linears
+from effbench.nn.pruning.checkpoint import stock
 from effbench.util.errors import UserError
 
 
@@ -157,10 +159,6 @@ def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) ->
     Raises:
         UserError: When transformers cannot hold a model of these sizes.
     """
-    from safetensors.torch import save_file
-
-    from effbench.nn.pruning.checkpoint import stock
-
     if not stock(model.config):
         raise UserError(
             "transformers cannot load a model whose width is no multiple of its heads.",

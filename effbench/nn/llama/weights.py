@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from effbench.util.errors import UserError
 
@@ -71,6 +71,11 @@ def _forget_pages(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONT_NEED)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors of any device to a file, by their names."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
 def load_tensors(targets: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -1,1 +1,5 @@
 """What is minimised, and distances between distributions."""
+
+from effbench.util.lazy import lazy_modules
+
+lazy_modules(__name__)

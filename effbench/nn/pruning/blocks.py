@@ -246,18 +246,6 @@ def _portions(
     return portion, torch.cat(frozen)
 
 
-def kept_ratio(progress: float, target: float) -> float:
-    """Return the share of weights to keep at a point of the pruning window.
-
-    gamma = target + (1 - target) (1 - progress)^3: 1 at the start, falling ever more slowly.
-
-    Args:
-        progress: 0 at the start of the window, 1 at its end and after it.
-        target: The share to keep in the end.
-    """
-    return target + (1 - target) * (1 - min(1.0, max(0.0, progress))) ** 3
-
-
 def step_masks(masks: torch.Tensor, wanted: torch.Tensor, rate: float) -> None:
     """Move masks [N] in place towards 1 where wanted [N] and 0 elsewhere, by at most `rate`."""
     sign = torch.where(wanted, 1.0, -1.0).to(masks)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from effbench.api.parts import LayerSize
 from effbench.api.slices import SIZES, SLICED
 from effbench.nn.llama.weights import read_tensors
-from effbench.nn.pruning.slice import layer_sizes, resize
+from effbench.nn.pruning.slicing import layer_sizes, resize
 from effbench.util.errors import UserError
 from effbench.util.hf import quiet
 
@@ -48,8 +49,6 @@ def write_own(model: Any, folder: Path, own: Mapping[str, Any]) -> None:
         folder: There already.
         own: Entries of the config that are not Llama's.
     """
-    from safetensors.torch import save_file
-
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch."), **own}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     model.generation_config.save_pretrained(folder)

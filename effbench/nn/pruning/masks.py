@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from effbench.nn.llama.attention import NoAttention, NoMLP
 from effbench.nn.pruning.blocks import step_masks
-from effbench.nn.pruning.slice import layout_of
+from effbench.nn.pruning.slicing import layout_of
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 

@@ -15,7 +15,7 @@ from effbench.nn.llama.swap import Replace
 from effbench.nn.pruning.blocks import Kind, Layout, search
 from effbench.nn.pruning.masks import Masks, masks_of
 from effbench.nn.pruning.salience import Average, Salience, outliers, ranked, salience_of
-from effbench.nn.pruning.slice import Kept, kept_blocks, layout_of, slice_model
+from effbench.nn.pruning.slicing import Kept, kept_blocks, layout_of, slice_model
 
 
 @dataclass(frozen=True)

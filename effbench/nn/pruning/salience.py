@@ -24,7 +24,7 @@ from torch import nn
 from effbench.nn.adapters.lowrank import merged_weight
 from effbench.nn.llama.attention import NoAttention, NoMLP
 from effbench.nn.pruning.blocks import Layout
-from effbench.nn.pruning.slice import layout_of
+from effbench.nn.pruning.slicing import layout_of
 
 Average = Literal["ema", "sum"]
 

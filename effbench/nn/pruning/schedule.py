@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from effbench.nn.pruning.blocks import kept_ratio
-
 
 @dataclass(frozen=True)
 class PruningSchedule:
@@ -61,3 +59,15 @@ class PruningSchedule:
 def _spread(first: int, last: int, count: int) -> list[int]:
     """Return `count` steps after `first`, evenly spaced, the last one `last`."""
     return [round(first + (last - first) * k / count) for k in range(1, count + 1)]
+
+
+def kept_ratio(progress: float, target: float) -> float:
+    """Return the share of weights to keep at a point of the pruning window.
+
+    gamma = target + (1 - target) (1 - progress)^3: 1 at the start, falling ever more slowly.
+
+    Args:
+        progress: 0 at the start of the window, 1 at its end and after it.
+        target: The share to keep in the end.
+    """
+    return target + (1 - target) * (1 - min(1.0, max(0.0, progress))) ** 3

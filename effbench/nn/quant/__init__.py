@@ -1,1 +1,5 @@
 """Weights in few bits."""
+
+from effbench.util.lazy import lazy_modules
+
+lazy_modules(__name__)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from effbench.api.shape import LINEARS
 from effbench.api.weights import Packed
-from effbench.nn.llama.replace import decoder_linears, replace_module
+from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4
 from effbench.util.errors import UserError
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 
 PIECE = 1 << 20
 """Scores in memory at a time, 4 bytes each."""
@@ -66,8 +67,6 @@ def attend(
 @contextmanager
 def in_pieces(model: Any, device: torch.device) -> Iterator[None]:
     """Let a model on a CPU attend in pieces, and one on another device as it did."""
-    from transformers import AttentionInterface
-
     config = model.config
     before = config._attn_implementation
     if device.type == "cpu" and before == "sdpa":

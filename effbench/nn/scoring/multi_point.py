@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_causal_mask
 
 from effbench.nn.llama.head import PLAIN_HEADS
 from effbench.nn.llama.shared_attention import hands_down
@@ -52,8 +53,6 @@ def states_at(
         attention_mask: [B, T], or [B, 1, T, T] to be added to the scores.
         position_ids: [B, T]; 0 … T - 1 when None.
     """
-    from transformers.masking_utils import create_causal_mask
-
     decoder = model.model
     hidden = decoder.embed_tokens(input_ids)
     if position_ids is None:

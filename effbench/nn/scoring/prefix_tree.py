@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import DynamicCache
 
 from effbench.nn.llama.head import PLAIN_HEADS
 from effbench.nn.scoring.attention import in_pieces
@@ -357,8 +358,6 @@ def _read(
     """Return keys and values of each layer after a prefix, [1, heads, P, d] each."""
     if not stem:
         return []
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     decoder = getattr(model, model.base_model_prefix)
     decoder(input_ids=torch.tensor([stem], device=device), past_key_values=cache, use_cache=True)
@@ -453,8 +452,6 @@ def _cache(cached: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int) -> An
     """Return a cache in which every row has read the stem; adding to it leaves the stem alone."""
     if not cached:
         return None
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     for index, (keys, values) in enumerate(cached):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)

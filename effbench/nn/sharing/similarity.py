@@ -29,8 +29,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from effbench.nn.llama.layers import decoder_layers
 from effbench.nn.llama.shared_attention import SharingAttention
+from effbench.nn.llama.stack import decoder_layers
 from effbench.util.errors import UserError
 
 PIECE = 1 << 20

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.methods.compresses import Compresses
-from effbench.nn.llama.weights import read_tensors
+from effbench.nn.llama.weights import read_tensors, save_tensors
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import context, open_data, open_model
@@ -41,7 +40,7 @@ class Parts:
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a finished part."""
         with atomic_path(self._path(name)) as place:
-            save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, place)
+            save_tensors(tensors, place)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

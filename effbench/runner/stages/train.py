@@ -18,7 +18,7 @@ from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
 from effbench.data.overlap import kept
 from effbench.methods.trains import Trains, begin_training
-from effbench.nn.llama.layers import decoder_layers
+from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
 from effbench.runner.artefact import load_made, note_made, save_artefact

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from effbench.api.schema import Bits, PositiveInt
 from effbench.api.weights import Packed
+from effbench.nn.quant import linears
 from effbench.nn.quant.groupwise import grouped_bytes
 from effbench.util.lazy import torch
 
@@ -34,12 +35,8 @@ class Grouped(Packed):
         self, linear: torch.nn.Linear, compute_dtype: torch.dtype | None = None
     ) -> torch.nn.Linear:
         """Return `linear` with its weight rounded to the nearest codes."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.quantise(linear, *self.settings)
+        return linears.PackedLinear.quantise(linear, *self.settings)
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Linear:
         """Return a layer that waits for a state dict."""
-        from effbench.nn.quant.linears import PackedLinear
-
-        return PackedLinear.empty(linear, *self.settings)
+        return linears.PackedLinear.empty(linear, *self.settings)

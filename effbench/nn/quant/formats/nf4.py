@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from effbench.api.weights import Packed
+from effbench.nn.quant import linears
 from effbench.nn.quant.nf4 import nf4_bytes
 from effbench.util.lazy import torch
 
@@ -29,12 +30,8 @@ class NF4Format(Packed):
         self, linear: torch.nn.Linear, compute_dtype: torch.dtype | None = None
     ) -> torch.nn.Linear:
         """Return `linear` with its weight rounded to NF4."""
-        from effbench.nn.quant.linears import NF4Linear
-
-        return NF4Linear.quantise(linear, compute_dtype, self.backend)
+        return linears.NF4Linear.quantise(linear, compute_dtype, self.backend)
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Linear:
         """Return a layer that waits for a state dict."""
-        from effbench.nn.quant.linears import NF4Linear
-
-        return NF4Linear.empty(linear, None, self.backend)
+        return linears.NF4Linear.empty(linear, None, self.backend)
