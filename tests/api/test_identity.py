@@ -60,6 +60,12 @@ def of_rows(**files: Path) -> str:
     return key("model=tiny", "dataset=file", cut, *words)
 
 
+def test_a_default_run_has_the_key_that_it_always_had() -> None:
+    """That of its committed record."""
+    words = ["hardware.device=cpu", "hardware.dtype=bfloat16", "hardware.threads=0"]
+    assert compose("eval", words).spec.key == "8148650c7705b238"
+
+
 def test_a_copy_of_a_model_elsewhere_has_the_same_key(model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "elsewhere" / "other.name")
     assert of_model(copy) == of_model(model)
