@@ -41,6 +41,16 @@ def results_dir() -> Path:
     return Path(os.environ.get("EFFBENCH_RESULTS") or "results").expanduser()
 
 
+def evaluation_stem(evaluator: str, point: str) -> str:
+    """Return how the files in `evaluations/` begin that an evaluator writes at a point.
+
+    Args:
+        evaluator: Its name.
+        point: The name of the operating point.
+    """
+    return f"{evaluator}@{point}" if point else evaluator
+
+
 class RunFolder:
     """The files of one run."""
 

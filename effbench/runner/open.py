@@ -20,11 +20,11 @@ from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
-from effbench.config.compose import compose
+from effbench.config.compose import check_lengths, compose
 from effbench.data.dataset import Data
 from effbench.data.overlap import Trained, kept
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_shapes
+from effbench.methods.chain import chain_shapes, resolved
 from effbench.models import load as models
 from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
@@ -61,6 +61,7 @@ def open_model(run: Run) -> Opened:
     """
     spec, lineage, own = run.spec, run.lineage, make_method(run.spec.method)
     weights = _base_weights(spec, own, lineage.earlier)
+    run.progress.now(f"loading {' and '.join([spec.model.name, *filter(None, [spec.parent])])}")
     stored = _import_all(run, own)
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
@@ -77,14 +78,14 @@ def open_model(run: Run) -> Opened:
         trains = stages.find(spec.stage).trains
         if lineage.earlier and trains and is_packed(own.weights):
             pack_linears(model, find(own.weights)(), run.dtype)
-    _check_length(spec, loaded.shape)
+    check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else run.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
     run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
-    return Opened(model, own.resolve(start), loaded.shape, start, base_bytes)
+    return Opened(model, resolved(own, start), loaded.shape, start, base_bytes)
 
 
 def _import_all(run: Run, own: Method) -> int | None:
@@ -110,18 +111,9 @@ def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Modul
     ):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
-        model = method.resolve(shapes[place]).load(model, artefact, context(run))
+        model = resolved(method, shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
-
-
-def _check_length(spec: Spec, shape: AnyShape) -> None:
-    if spec.dataset.max_length > shape.max_positions:
-        raise UserError(
-            f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{shape.max_positions} positions of {spec.model.name}.",
-            f"Lower it: dataset.max_length={shape.max_positions}",
-        )
 
 
 def context(run: Run) -> Context:
@@ -185,6 +177,7 @@ def open_data(run: Run) -> Data:
         UserError: When an earlier run trained on items that this one evaluates.
     """
     spec = run.spec
+    run.progress.now(f"reading {spec.dataset.name} and making tokens of it")
     data = Data(spec.dataset, run.tokenizer)
     seen = Trained()
     trained = [spec.dataset] if stages.find(spec.stage).trains else []

@@ -19,22 +19,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
+    Rank,
     base_name,
     check_rank_fits,
     check_ranks,
     check_targets,
     rank_of,
+    targets_in,
 )
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora
@@ -53,6 +56,7 @@ class DyLoRA(Trains):
         "EACL 2023",
         "2210.07558",
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -103,9 +107,10 @@ class DyLoRA(Trains):
         return weight / weight.sum()
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a rank that is more than full for a target."""
-        check_rank_fits(shape, self.rank, self.targets)
-        return self
+        """Return the method with the model's own targets; refuse a rank that is more than full."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.rank, targets)
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R around the targets; B is zero."""
@@ -135,16 +140,16 @@ class DyLoRA(Trains):
         with lowrank.inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
             return super().update(model, optimizer, window, ctx)
 
-    def points(self) -> tuple[str, ...]:
-        """Return `r<rank>` for each rank to evaluate."""
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each rank to evaluate."""
         listed = () if self.ranks == "powers" else self.ranks
-        return tuple(f"r{b}" for b in self.eval_ranks or listed or powers(self.rank))
+        return tuple(map(Rank, self.eval_ranks or listed or powers(self.rank)))
 
-    def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
-        """Use the rank that `point` names; any rank up to R can be named."""
+    def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[Any]:
+        """Use the rank of `point`; any rank up to R is one, listed or not."""
         return lowrank.control_of(model).using(rank_of(point, self.rank))
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
         rank = rank_of(point, self.rank)
         peft_lora.write_peft_adapter(
@@ -158,7 +163,9 @@ class DyLoRA(Trains):
             base_name(model),
         )
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put adapters of all R ranks beside the targets; those of `point` are used."""
         used = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(self.rank, self.targets, used)

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora
 from effbench.util.errors import UserError, did_you_mean
@@ -34,12 +35,26 @@ Dropout = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
+class Rank(Point):
+    """The first ranks of an adapter alone."""
+
+    rank: int
+    """How many."""
+
+    @property
+    def name(self) -> str:
+        """`r<rank>`."""
+        return f"r{self.rank}"
+
+
+@dataclass(frozen=True)
 class LoRA(Trains):
     """Low-rank adaptation through peft."""
 
     paper: ClassVar[Paper | None] = Paper(
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -69,9 +84,10 @@ class LoRA(Trains):
         return self.alpha
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a rank that is more than full for a target."""
-        check_rank_fits(shape, self.rank, self.targets)
-        return self
+        """Return the method with the model's own targets; refuse a rank that is more than full."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.rank, targets)
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
@@ -87,12 +103,12 @@ class LoRA(Trains):
         """Return what an exported adapter holds beside its factors, by layer: nothing."""
         return {}
 
-    def points(self) -> tuple[str, ...]:
-        """Return `r<rank>` for each of `eval_ranks`, or one unnamed point."""
-        return tuple(f"r{rank}" for rank in self.eval_ranks) or ("",)
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each of `eval_ranks`, or one without a name."""
+        return tuple(map(Rank, self.eval_ranks)) or (UNNAMED,)
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Put the cut adapter in inside the context; the same tensors are back after it."""
         rank = rank_of(point, self.rank)
         whole = [(a, b, a.weight, b.weight) for _, a, b in self.adapters(model)]
@@ -110,7 +126,7 @@ class LoRA(Trains):
         svd = self.truncation == "svd" and rank < self.rank
         return (lowrank.svd_truncate if svd else lowrank.truncate)(a, b, rank)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
         rank = rank_of(point, self.rank)
         peft_lora.write_peft_adapter(
@@ -122,7 +138,9 @@ class LoRA(Trains):
             magnitudes=self.magnitudes(model),
         )
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put float32 adapters beside the targets, cut to the rank of `point` for use."""
         rank = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(rank, self.targets)
@@ -133,34 +151,50 @@ def base_name(model: torch.nn.Module) -> str:
     return str(getattr(model.config, "name_or_path", ""))
 
 
-def rank_of(point: str, rank: int) -> int:
-    """Return the rank that an operating point names; the unnamed point is all of `rank`.
+def rank_of(point: Point, rank: int) -> int:
+    """Return the rank that is used at a point, of the trained `rank`; all of it without a name.
 
     Raises:
-        UserError: When it is not `r1` … `r<rank>`.
+        ValueError: For a rank that was not trained.
     """
-    if not point:
-        return rank
-    number = point.removeprefix("r")
-    if point.startswith("r") and number.isdecimal() and 1 <= int(number) <= rank:
-        return int(number)
-    raise UserError(f"There is no operating point {point!r}.", f"Known: r1 to r{rank}.")
+    used = point.rank if isinstance(point, Rank) else rank
+    if not 1 <= used <= rank:
+        raise ValueError(f"There is no rank {used} of 1 to {rank}.")
+    return used
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Refuse target names that no Llama-style block has, and none at all.
+    """Refuse no target at all.
 
     Raises:
         UserError: Naming `method.targets`.
     """
     if not targets:
         raise UserError("method.targets is empty.", f"Name some of: {', '.join(LINEARS)}.")
-    for target in targets:
-        if target not in LINEARS:
+
+
+def targets_in(shape: AnyShape, targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the linears of a model that get an adapter: all of its own where all of Llama's are
+    asked for.
+
+    Raises:
+        UserError: When it has not all of them, naming `method.targets` and those that there are.
+    """
+    names = shape.linear_names
+    bare = [x.name for y in shape.layers for x in y.linears if x.bare and x.copies > 1]
+    if bare and set(targets) == set(LINEARS):
+        raise UserError(
+            f"The experts of this model are single tensors ({bare[0]}), beside which no adapter "
+            "can stand.",
+            f"Say what gets one: method.targets=[{','.join(names)}]",
+        )
+    for target in (found := shape.chosen(targets)):
+        if target not in names:
             raise UserError(
                 f"method.targets names {target!r}, which is no linear layer of a decoder block.",
-                did_you_mean(target, LINEARS),
+                did_you_mean(target, names),
             )
+    return found
 
 
 def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:

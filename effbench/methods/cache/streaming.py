@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from effbench.api.method_types import Paper
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape
+from effbench.api.shape import Anatomy, AnyShape
 from effbench.methods.base import Method
 from effbench.methods.none import Unchanged
 from effbench.nn.decode import sinks, view
@@ -62,6 +63,7 @@ class Streaming(Unchanged):
     paper: ClassVar[Paper | None] = Paper(
         "Efficient Streaming Language Models with Attention Sinks", "ICLR 2024", "2309.17453"
     )
+    anatomy: ClassVar[Anatomy] = "llama"
 
     sinks: NonNegativeInt = 4
     """First tokens of each sequence that stay in the cache, n."""
@@ -95,12 +97,13 @@ class Streaming(Unchanged):
         super().check_start(earlier)
         for point in earlier[-1].points() if earlier else ():
             if earlier[-1].decoder(point) != Decoder():
+                where = f" at {point}" if point.name else ""
                 raise UserError(
-                    f"{earlier[-1].name} decodes in a way of its own{point and f' at {point}'}, "
+                    f"{earlier[-1].name} decodes in a way of its own{where}, "
                     "which streaming would leave out.",
                     "Evaluate it without method=, through its own operating points.",
                 )
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return ordinary decoding with sinks and a window in the cache."""
         return Decoder(cache=SinkWindow(self.sinks, self.window or PAPER_WINDOW))

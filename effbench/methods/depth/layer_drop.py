@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
@@ -60,6 +61,8 @@ class LayerDrop(Compresses):
         if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
         listed = self.layers or ()
+        if self.layers is not None and not listed:
+            raise UserError("method.layers=[] removes nothing.", "List layers, or leave it out.")
         if any(layer >= shape.num_layers for layer in listed) or len(set(listed)) < len(listed):
             raise UserError(
                 f"method.layers={list(listed)} are not different layers of {shape.num_layers}.",
@@ -77,6 +80,10 @@ class LayerDrop(Compresses):
         if self.layers is not None:
             return len(self.layers)
         return (num_layers + 2) // 4 if self.remove is None else self.remove
+
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return rows that are read, and the choice."""
+        return len(calibration) * self.calibrates + 1
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
@@ -138,11 +145,13 @@ class LayerDrop(Compresses):
         submodel.keep_layers(model, config.kept_layers)
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` and transformers load."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Leave layers out; which ones, only an artefact tells, and all are alike."""
         count = base.num_layers
         if folder is not None and (folder / KEPT).is_file():

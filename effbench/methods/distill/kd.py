@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Self
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, PositiveFloat
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.nn.losses import token
 from effbench.util.errors import UserError
@@ -37,6 +38,7 @@ class Distillation(Trains):
     paper: ClassVar[Paper | None] = Paper(
         "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-5
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 
@@ -74,7 +76,9 @@ class Distillation(Trains):
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Train every weight, with both distributions, their products and their gradients."""
         objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
         return replace(super().shape(base, point, phase, folder), objective=objective)

@@ -34,6 +34,7 @@ from effbench.api.batch import Batch
 from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import (
     Fraction,
     NonNegativeFloat,
@@ -41,10 +42,10 @@ from effbench.api.schema import (
     PositiveFloat,
     PositiveInt,
 )
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
-from effbench.methods.adapters.lora import check_rank_fits, check_targets
+from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
 from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
@@ -70,6 +71,7 @@ class APT(Trains):
         "ICML 2024",
         "2401.12200",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-3
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
@@ -135,7 +137,7 @@ class APT(Trains):
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
-        check_rank_fits(shape, self.rank, self.targets)
+        check_rank_fits(shape, self.rank, targets_in(shape, self.targets))
         require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self
@@ -238,13 +240,15 @@ class APT(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
         checkpoint.write_folder(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Adapt the whole base while it trains, then cut it to the artefact's sizes.
 
         Which blocks go is known only after training. The planned shape has the share `keep` of the

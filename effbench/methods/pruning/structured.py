@@ -26,8 +26,9 @@ from annotated_types import Interval
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.compresses import Compresses, Part
@@ -47,6 +48,7 @@ class Structured(Compresses):
         "ICLR 2024",
         "2306.11695",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Largest share of the decoder's linear weights that stays."""
@@ -69,6 +71,11 @@ class Structured(Compresses):
     def calibrates(self) -> bool:
         """Whether it needs the norms of what weights read."""
         return self.criterion == "wanda"
+
+    def num_parts(self, model: Any, calibration: Sequence[Batch]) -> int:
+        """Return rows that are read, layers that are scored, and the choice."""
+        scored = 0 if self.criterion == "random" else len(model.model.layers)
+        return scored + len(calibration) * self.calibrates + 1
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
@@ -130,11 +137,13 @@ class Structured(Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Cut the model to the artefact's sizes; without one, layers have fewer neurons."""
         return slice_in(base, folder) or planned_slice(base, self.keep)
 

@@ -29,8 +29,9 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective, low_rank
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
     TAKEN,
     LayerMap,
@@ -62,6 +63,7 @@ class EchoLLaMA(Trains):
         "EMNLP 2025 industry track",
         "2505.17331",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     identity: ClassVar[dict[str, Any] | None] = {"share": 0.0}
 
@@ -218,13 +220,15 @@ class EchoLLaMA(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads; no other tool knows the layer map."""
         checkpoint.write_shared(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Share states; while it trains, only if all layers are converted before the first step."""
         shares = shared_in(base, folder) or shared_shape(base, self.sharing(base.num_layers))
         if phase == "use":

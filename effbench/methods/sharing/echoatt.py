@@ -35,8 +35,9 @@ from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
 from effbench.methods.trains import START, Trains
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
@@ -60,6 +61,7 @@ class EchoAtt(Trains):
         "NeurIPS 2024 ENLSP-IV workshop",
         "2409.14595",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     version: ClassVar[int] = 2
     """2: the teacher keeps its buffers, rotary frequencies among them, in float32."""
@@ -218,19 +220,21 @@ class EchoAtt(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
         checkpoint.write_shared(model, folder)
 
     # -- use -----------------------------------------------------------------------------------
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return that maps are handed on where our engine does not apply."""
         return Decoder(CopiedMaps())
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Share the maps of the chosen layers, any as many before they are, and train the rest.
 
         Logits are made a chunk at a time, and made again. The first stage is the larger one.

@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_unshared
 from effbench.api.slices import sliced_shape
 from effbench.methods.compresses import Compresses, Part, compress_whole
@@ -43,6 +44,7 @@ class GQA(Compresses):
         "EMNLP 2023",
         "2305.13245",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
 
     kv_heads: PositiveInt = 1
     """Key/value heads of each layer; 1 is multi-query attention."""
@@ -58,6 +60,10 @@ class GQA(Compresses):
                 f"Choose one of: {', '.join(map(str, fits)) or 'none, it has one head only'}.",
             )
         return self
+
+    def num_parts(self, model: Any, calibration: Sequence[Batch]) -> int:
+        """Return the number of projections that are pooled."""
+        return len(POOLED) * len(model.model.layers)
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
@@ -106,11 +112,13 @@ class GQA(Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that transformers loads."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Give every layer fewer key/value heads."""
         sizes = [replace(x.size, num_kv_heads=self.kv_heads) for x in base.layers]
         return sliced_shape(base, base.hidden_size, sizes)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from effbench.api.batch import Batch, by_length, collate
 from effbench.api.examples import Example
 from effbench.api.method_types import Context
+from effbench.api.points import Point
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
 from effbench.data.overlap import kept
@@ -24,7 +25,6 @@ from effbench.resources.counting import LayerForwards
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import Opened, context, open_data, open_model
-from effbench.runner.progress import duration
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.runner.stages.batching import passes_of, rows_of_step, window
@@ -66,7 +66,7 @@ class Trainer:
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
     layer_forwards: LayerForwards
-    validated: str
+    point: Point
     """Operating point at which it is validated."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
-        validated=method.validated(opened.start),
+        point=method.validation_point(opened.start),
     )
 
 
@@ -262,6 +262,7 @@ def _loop(trainer: Trainer) -> None:
     if first == 0:
         trainer.ctx.evolution.begin(window_of(trainer, 0))
     begun = time.perf_counter()
+    trainer.run.progress.bar("step", first, settings.max_steps)
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
             loss = one_step(trainer)
@@ -326,13 +327,12 @@ def window_of(trainer: Trainer, step: int) -> list[Batch]:
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
     run, done = trainer.run, trainer.done
     elapsed = time.perf_counter() - begun
-    left = elapsed / (done.step - first) * (trainer.settings.max_steps - done.step)
     speed = _speed(run, done, first, elapsed)
     run.progress.bar(
         "step",
         done.step,
         trainer.settings.max_steps,
-        f"loss {loss:.4f}  {speed:.0f} tok/s  {run.memory_now()}  {duration(left)} left",
+        f"loss {loss:.4f}  {speed:.0f} tok/s  {run.memory_now()}",
     )
 
 
@@ -347,13 +347,13 @@ def _validate(trainer: Trainer) -> None:
     model = trainer.model
     model.eval()
     total, count = 0.0, 0
-    with method.at(model, trainer.validated):
+    with method.at(model, trainer.point):
         lengths = [e.longest * len(e.sequences) for e in trainer.validation]
         for group in by_length(lengths, VALIDATION_TOKENS):
             rows = [trainer.validation[i] for i in group]
             batch = collate(rows, run.tokenizer.pad_token_id).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                losses, over = method.validation(model, batch, trainer.validated)
+                losses, over = method.validation(model, batch, trainer.point)
             total += float(losses.double().sum())
             count += over
     model.train()
