@@ -17,6 +17,7 @@ results/records/<key>.json
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 MARKER = "FINISHED"
 ARTEFACT = "artefact"
+
+
+def results_dir() -> Path:
+    """Return the folder of runs and records where no command names one: EFFBENCH_RESULTS, else
+    `results` here."""
+    return Path(os.environ.get("EFFBENCH_RESULTS") or "results").expanduser()
 
 
 def evaluation_stem(evaluator: str, point: str) -> str:
