@@ -33,11 +33,17 @@ from effbench.api.batch import Batch
 from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
-from effbench.api.parts import Objective, low_rank
+from effbench.api.parts import Adapter, Linear, Objective, low_rank
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import Dropout, base_name, check_rank_fits, check_targets
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
+from effbench.methods.adapters.lora import (
+    Dropout,
+    base_name,
+    check_rank_fits,
+    check_targets,
+    targets_in,
+)
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora, rank_budget, svd
 from effbench.nn.llama import surgery, weights
@@ -60,6 +66,7 @@ class AdaLoRA(Trains):
         "ICLR 2023",
         "2303.10512",
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -106,9 +113,10 @@ class AdaLoRA(Trains):
         return self.first_rank or -(-3 * self.rank // 2)
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a first rank that is more than full for a target."""
-        check_rank_fits(shape, self.highest, self.targets, "first_rank")
-        return self
+        """Return the method with the model's own targets; refuse too high a first rank."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.highest, targets, "first_rank")
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""
@@ -189,16 +197,18 @@ class AdaLoRA(Trains):
         """
         if phase == "use":
             found = _ranks_in(folder)
-            return base.adapted(
-                lambda i, x: low_rank(x.d_in, x.d_out, found.get((i, x.name), self.rank)),
-                self.targets,
-            )
+
+            def stays(block: int, x: Linear) -> Adapter:
+                ranks = found.get((block, x.name))
+                return low_rank(x.d_in, x.d_out, ranks.pop(0) if ranks else self.rank)
+
+            return base.adapted(stays, self.targets)
         rank = self.highest
         adapted = base.adapted(
             lambda _, x: replace(low_rank(x.d_in, x.d_out, rank), scales=rank), self.targets
         )
         trained = cost_of(adapted, "float32").trainable
-        sizes = sum(i + o for _, name, i, o in base.linears() if name in self.targets)
+        sizes = sum(i + o for _, name, i, o in base.linears() if name in base.chosen(self.targets))
         distance = 6 * rank**2 * sizes if self.orthogonality else 0
         return replace(
             adapted,
@@ -264,12 +274,16 @@ def _listed(layers: dict[str, Any], chosen: torch.Tensor) -> dict[str, list[int]
     return {n: row.nonzero().flatten().tolist() for n, row in zip(layers, rows, strict=True)}
 
 
-def _ranks_in(folder: Path | None) -> dict[tuple[int, str], int]:
-    """Return the ranks that an artefact states, by block and linear; none without one."""
+def _ranks_in(folder: Path | None) -> dict[tuple[int, str], list[int]]:
+    """Return the ranks that an artefact states, by block and linear; none without one.
+
+    Linears of one name in a block, as GPT-2 has them, stand in the order they run.
+    """
     if folder is None or not (folder / RANKS).is_file():
         return {}
-    found = {}
+    found: dict[tuple[int, str], list[int]] = {}
     for name, rank in json.loads((folder / RANKS).read_text()).items():
         parts = name.split(".")
-        found[int(parts[parts.index("layers") + 1]), parts[-1]] = rank
+        block = next(int(part) for part in parts if part.isdigit())
+        found.setdefault((block, parts[-1]), []).append(rank)
     return found

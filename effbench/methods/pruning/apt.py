@@ -42,10 +42,10 @@ from effbench.api.schema import (
     PositiveFloat,
     PositiveInt,
 )
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
-from effbench.methods.adapters.lora import check_rank_fits, check_targets
+from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
 from effbench.methods.base import Method
 from effbench.methods.pruning.structured import check_budget
 from effbench.methods.trains import Trains
@@ -71,6 +71,7 @@ class APT(Trains):
         "ICML 2024",
         "2401.12200",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-3
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
@@ -136,7 +137,7 @@ class APT(Trains):
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
-        check_rank_fits(shape, self.rank, self.targets)
+        check_rank_fits(shape, self.rank, targets_in(shape, self.targets))
         require_own_states(shape, self.name)
         check_budget(shape, self.keep, self.blocks)
         return self

@@ -28,7 +28,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import planned_slice, slice_in
 from effbench.methods.compresses import Compresses, Part
@@ -48,6 +48,7 @@ class Structured(Compresses):
         "ICLR 2024",
         "2306.11695",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Largest share of the decoder's linear weights that stays."""

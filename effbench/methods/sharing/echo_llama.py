@@ -31,7 +31,7 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective, low_rank
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
     TAKEN,
     LayerMap,
@@ -63,6 +63,7 @@ class EchoLLaMA(Trains):
         "EMNLP 2025 industry track",
         "2505.17331",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     identity: ClassVar[dict[str, Any] | None] = {"share": 0.0}
 

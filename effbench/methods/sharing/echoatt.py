@@ -37,7 +37,7 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
 from effbench.methods.trains import START, Trains
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
@@ -61,6 +61,7 @@ class EchoAtt(Trains):
         "NeurIPS 2024 ENLSP-IV workshop",
         "2409.14595",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     version: ClassVar[int] = 2
     """2: the teacher keeps its buffers, rotary frequencies among them, in float32."""
