@@ -178,7 +178,8 @@ class Course:
     cost: Cost
     """Of what it leaves, in the dtype that it trains in."""
     used: Cost
-    """The same as it is evaluated, with all that is in memory beside it."""
+    """The same as it is evaluated, with all that is in memory beside it, and the largest cache of
+    its points."""
 
     @property
     def own(self) -> Method:
@@ -195,7 +196,8 @@ class Course:
         *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
-        cost = chain_cost(methods, shape, dtype, own.default_point(), folders)
+        costs = {p: chain_cost(methods, shape, dtype, p, folders) for p in own.points()}
+        cost = costs[own.default_point()]
         used = inference_cost(methods, shape, dtype, own.full_point(left), folders)
         return cls(
             methods=tuple(methods),
@@ -206,7 +208,9 @@ class Course:
             before=cost_of(start, dtype) if first else None,
             training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
-            used=replace(used, kv_bytes_per_token=cost.kv_bytes_per_token),
+            used=replace(
+                used, kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values())
+            ),
         )
 
 
@@ -291,7 +295,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
     if spec.evaluators:
-        every = not own.forward(own.default_point()).shares_prefixes
+        every = not all(own.forward(point).shares_prefixes for point in own.points())
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
