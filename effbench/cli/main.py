@@ -94,7 +94,13 @@ Fresh = Annotated[
 ]
 PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
 Results = Annotated[
-    Path, typer.Option("--results", help="Folder of runs and records.", envvar="EFFBENCH_RESULTS")
+    Path,
+    typer.Option(
+        "--results",
+        help="Folder of runs and records.",
+        envvar="EFFBENCH_RESULTS",
+        callback=Path.expanduser,
+    ),
 ]
 
 

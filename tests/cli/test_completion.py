@@ -60,6 +60,19 @@ def test_runs_can_be_completed() -> None:
     assert complete("from=l") == ["from=latest"]
 
 
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize("words", [["run.results=other"], ["run.results", "=", "other"]])
+def test_runs_are_those_of_the_folder_that_is_named(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "results").rename(folder / "other")
+    assert complete_after(words, "from=a") == ["from=aaaa0000aaaa0000"]
+    assert complete("from=a") == []
+    monkeypatch.setenv("EFFBENCH_RESULTS", "other")
+    assert complete("from=a") == ["from=aaaa0000aaaa0000"]
+    assert run_keys("b") == KEYS[1:]
+
+
 @pytest.mark.parametrize(
     "words, typed, found",
     [
