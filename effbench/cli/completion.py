@@ -15,6 +15,16 @@ PARTS = ("train", "run")
 """Parts of the top config that are no groups."""
 
 
+def leave_room_for_values() -> None:
+    """Let the script for bash put no space behind what asks for more, `method=` or `train.`."""
+    from typer import _completion_shared as shared
+
+    ours = """[[ ${COMPREPLY[0]} == *[=.] ]] && compopt -o nospace
+    return 0"""
+    scripts = shared._completion_scripts
+    scripts["bash"] = scripts["bash"].replace("return 0", ours)
+
+
 def complete_after(words: Sequence[str], incomplete: str) -> list[str]:
     """Return the completions of a word after others.
 

@@ -715,4 +715,8 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:
         app()
+    if {"--install-completion", "--show-completion"} & {*sys.argv}:
+        from effbench.cli.completion import leave_room_for_values
+
+        leave_room_for_values()
     sys.exit(_guarded(app))

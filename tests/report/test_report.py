@@ -107,6 +107,16 @@ def test_differences_are_dotted_and_absent_is_not_null() -> None:
     }
 
 
+def test_a_baseline_hides_nothing_that_the_others_differ_in() -> None:
+    small, large = (
+        run("lora", {"": 0}, number=r, settings={"rank": r, "alpha": 16}) for r in (4, 8)
+    )
+    found = compare([FULL, small, large], [])
+    assert "method.settings.rank" in text_of(found.rich())
+    assert "method.settings.alpha" not in text_of(found.rich()), "only the baseline lacks it"
+    assert "method.settings.alpha" in text_of(found.rich(full=True))
+
+
 # -- tables ------------------------------------------------------------------------------------
 
 
