@@ -28,7 +28,8 @@ from typing import Any, ClassVar, Literal, Self
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Objective, low_rank
+from effbench.api.objectives import DISTILLED
+from effbench.api.parts import low_rank
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
@@ -38,23 +39,20 @@ from effbench.api.sharing import (
     listed_map,
     pair_map,
     require_unshared,
-    shared_in,
-    shared_shape,
     top_map,
 )
-from effbench.methods.base import Method
-from effbench.methods.distill.kd import DISTILLED_BYTES
-from effbench.methods.trains import START, Trains
+from effbench.methods.sharing.shares import Shares
+from effbench.methods.trains import START
 from effbench.nn.adapters import growth, lowrank
-from effbench.nn.llama import shared_attention, surgery, weights
+from effbench.nn.llama import shared_attention, surgery
 from effbench.nn.losses import token
-from effbench.nn.sharing import checkpoint, conversion
+from effbench.nn.sharing import conversion
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class EchoLLaMA(Trains):
+class EchoLLaMA(Shares):
     """Cross-layer sharing by conversion, or from scratch on a model with random weights."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -189,32 +187,11 @@ class EchoLLaMA(Trains):
             model = growth.merge(model).requires_grad_(False)
         return model
 
-    # -- artefact ------------------------------------------------------------------------------
-
-    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return every weight."""
-        return Method.artefact_tensors(self, model)
-
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write all weights and the layer map."""
-        super().save(model, folder)
-        checkpoint.write_map(model, folder)
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the base `model` turned into the shared one of the artefact."""
-        model = checkpoint.follow_map(model, folder)
-        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
-        return model.requires_grad_(False)
-
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
-        """Write a folder that `model=folder` loads; no other tool knows the layer map."""
-        checkpoint.write_shared(model, folder)
-
     # -- accounting ----------------------------------------------------------------------------
 
     def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
         """Share states; while it trains, only if all layers are converted before the first step."""
-        shares = shared_in(base, folder) or shared_shape(base, self.sharing(base.num_layers))
+        shares = self.shared(base, folder)
         if phase == "use":
             return shares.trained() if self.trains == "full" else shares
         first = shares if self.abrupt else base
@@ -225,5 +202,4 @@ class EchoLLaMA(Trains):
             model = first.adapted(
                 lambda i, x: low_rank(x.d_in, x.d_out, self.rank) if (i, x.name) in chosen else None
             )
-        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
-        return replace(model, objective=objective) if self.kl else model
+        return replace(model, objective=DISTILLED) if self.kl else model
