@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from effbench.api.points import UNNAMED
 from effbench.config.compose import compose
 from effbench.data import lm_eval_tasks
 from effbench.evaluators.subject import Subject
@@ -122,7 +123,7 @@ def main() -> int:
     subject = Subject(
         model,
         Method(),
-        "",
+        UNNAMED,
         None,  # type: ignore[arg-type]
         torch.device(device),
         0,

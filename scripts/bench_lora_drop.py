@@ -20,7 +20,7 @@ from effbench.api.session import Cyclic, Session
 from effbench.api.shape import DTYPE_BYTES, Shape
 from effbench.config.compose import compose
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, Window, speed_ceiling
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
 from effbench.nn.llama.walk import why_not
@@ -75,7 +75,7 @@ def ceiling(method: LoRADrop, shape: Shape, dtype: str, window: int) -> float:
     dropped = method.droppable(shape.num_layers)
     linears = sum(i * o for layer, _, i, o in shape.linears() if layer in dropped)
     weights = linears + 2 * shape.hidden_size * len(dropped)
-    whole = chain_cost([method], shape, dtype, "k0").bytes_per_token
+    whole = chain_cost([method], shape, dtype, Window(0)).bytes_per_token
     return speed_ceiling(weights * DTYPE_BYTES[dtype] / whole, window)
 
 
@@ -85,7 +85,7 @@ def row(model: Any, method: LoRADrop, shape: Shape, given: Any, prompt: int, k: 
     ids = torch.randint(shape.vocab_size, (given.batch, prompt), device=given.device)
     room = STEPS * (given.pairs + 1)
     made = []
-    for point in ("k0", f"k{k}"):
+    for point in (Window(0), Window(k)):
         with method.at(model, point):
             made.append(Decoding(method.session(model), ids, room, given.device))
     base, ours = made
@@ -110,7 +110,7 @@ def row(model: Any, method: LoRADrop, shape: Shape, given: Any, prompt: int, k: 
 def same_tokens(model: Any, method: LoRADrop, given: Any, vocabulary: int) -> str:
     """Say for how many tokens our engine and whole modules agree."""
     ids = torch.randint(vocabulary, (1, 32), device=given.device)
-    with method.at(model, "k3"):
+    with method.at(model, Window(3)):
         sessions = method.session(model), method.session(model, engine="eager")
         ours, theirs = (greedy(session, ids, 13) for session in sessions)
     alike = int((ours == theirs)[0].long().cumprod(0).sum())

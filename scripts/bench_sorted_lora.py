@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from effbench.api.cost import cost_of
+from effbench.api.points import Point
 from effbench.api.session import Session
 from effbench.api.shape import ModelShape, Shape
 from effbench.config.compose import compose
+from effbench.methods.depth.reading import Depth, Mixed
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.resources.timing import interleaved
@@ -33,7 +35,7 @@ POINTS = [
     "method.decoding=[exit,speculative]",
 ]
 PROMPTS, PROMPT, NEW, PAIRS = 2, 48, 32, 6
-FULL = f"d{DEPTHS[-1]}"
+FULL = Depth(DEPTHS[-1])
 
 Decode = Callable[[], list[torch.Tensor]]
 
@@ -57,7 +59,7 @@ class Points:
         examples = open_data(run).examples("test")[:PROMPTS]
         self.prompts = [torch.tensor([e.ids[:PROMPT]]) for e in examples]
 
-    def at(self, point: str, eager: bool = False) -> Decode:
+    def at(self, point: Point, eager: bool = False) -> Decode:
         """Return what decodes all prompts at a point, in the method's way or by forward passes."""
 
         def decode() -> list[torch.Tensor]:
@@ -66,11 +68,11 @@ class Points:
 
         return decode
 
-    def session(self, point: str, eager: bool) -> Session:
+    def session(self, point: Point, eager: bool) -> Session:
         """Return a fresh session."""
         return CachedSession(self.model) if eager else self.method.session(self.model, point)
 
-    def counts(self, way: str) -> str:
+    def counts(self, way: Mixed) -> str:
         """Return what sessions counted, each a mean over the prompts."""
         found: list[dict[str, float]] = []
         with self.method.at(self.model, way):
@@ -100,7 +102,7 @@ def depths(points: Points, shape: Shape, dtype: str) -> None:
     print(f"our engine at all layers: {ratio(full, points.at(FULL, eager=True))} of forward passes")
     for n in DEPTHS[:-1]:
         print(
-            f"depth {n}: {ratio(points.at(f'd{n}'), full)} of all layers, "
+            f"depth {n}: {ratio(points.at(Depth(n)), full)} of all layers, "
             f"ceiling {ceiling(shape, n, dtype):.2f}x by bytes read",
             flush=True,
         )
@@ -108,7 +110,7 @@ def depths(points: Points, shape: Shape, dtype: str) -> None:
 
 def ways(points: Points) -> None:
     """Print the speed of early exit and speculation beside both ways to decode all layers."""
-    for way in ("exit", "speculative"):
+    for way in (Mixed("exit"), Mixed("speculative")):
         eager = ratio(points.at(way), points.at(FULL, eager=True))
         ours = ratio(points.at(way), points.at(FULL))
         print(f"{way}: {eager} of forward passes, {ours} of our engine at all layers")
@@ -118,7 +120,7 @@ def ways(points: Points) -> None:
 def lossless(points: Points) -> bool:
     """Print and return whether speculation in float32 gives the full model's tokens, one by one."""
     points.model.float()
-    expected, found = (points.at(p)() for p in (FULL, "speculative"))
+    expected, found = (points.at(p)() for p in (FULL, Mixed("speculative")))
     same = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
     total = len(points.prompts) * NEW
     print(f"speculative, float32: {same} of {total} tokens are the full model's")

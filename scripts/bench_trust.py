@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from effbench.api.points import UNNAMED
 from effbench.api.spec import Spec
 from effbench.config.compose import compose
 from effbench.evaluators.base import Result
@@ -68,7 +69,7 @@ class Bench:
         subject = Subject(
             model=rounded(self.dense, bits),
             method=Unchanged(),
-            point="",
+            point=UNNAMED,
             data=None,  # type: ignore[arg-type]
             device=torch.device(self.spec.hardware.device),
             seed=0,

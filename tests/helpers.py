@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from effbench.api.batch import Batch
 from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import Shape
 from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
@@ -162,7 +163,7 @@ def counted(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def stated(method: Method, point: str = "", shape: Shape = SHAPE) -> dict[str, int]:
+def stated(method: Method, point: Point = UNNAMED, shape: Shape = SHAPE) -> dict[str, int]:
     """Return the same figures from `Method.cost`."""
     cost = chain_cost([method], shape, "float32", point)
     return {

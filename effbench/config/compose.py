@@ -21,6 +21,7 @@ from effbench.api.stages import base as stages
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain, parse
+from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.results.store import Store
 from effbench.util.errors import UserError, did_you_mean
@@ -285,7 +286,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
         )
     shape = known_shape(spec.model)
     if shape:
-        method.resolve(lineage.start(shape))
+        resolved(method, lineage.start(shape))
 
 
 def _check_data(spec: Spec) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.cost import Cost
 from effbench.api.plugins import make_method
+from effbench.api.points import Point
 from effbench.api.schema import build, plain
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
@@ -78,7 +79,7 @@ class Lineage:
         """Return the shape of what the run leaves: as planned, until its artefact is there."""
         return chain_shapes(self.methods, base, self.folders)[-1]
 
-    def cost(self, base: AnyShape, dtype: str, point: str) -> Cost:
+    def cost(self, base: AnyShape, dtype: str, point: Point) -> Cost:
         """Return what the model that the run evaluates needs at an operating point."""
         return inference_cost(self.methods, base, dtype, point, self.folders)
 

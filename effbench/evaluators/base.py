@@ -61,13 +61,15 @@ class Result:
         from effbench.stats import mean_interval
 
         mean, low, high = mean_interval(values, seed=subject.seed, clusters=clusters)
-        head = Metric(metric, mean, unit, subject.point, split, len(values), low, high, task=task)
+        head = Metric(
+            metric, mean, unit, subject.point.name, split, len(values), low, high, task=task
+        )
         self.metrics.append(head)
         self.outcomes.append(
             Outcomes(
                 evaluator,
                 metric,
-                subject.point,
+                subject.point.name,
                 split,
                 digest(list(ids)),
                 list(values),

@@ -228,7 +228,9 @@ def _add(
     with_number = task.version.replace(".", "", 1).isdigit()
     facts |= {"task_version": float(task.version)} if with_number else {}
     for fact, value in facts.items():
-        result.metrics.append(Metric(fact, value, "", subject.point, task=name, obtained="counted"))
+        result.metrics.append(
+            Metric(fact, value, "", subject.point.name, task=name, obtained="counted")
+        )
 
 
 def _add_loglikelihoods(
@@ -245,7 +247,7 @@ def _add_loglikelihoods(
         Outcomes(
             "choices",
             "loglikelihoods",
-            subject.point,
+            subject.point.name,
             split,
             digest([f"{ids[i]}.{j}" for i, j in places]),
             [scores[i][j].loglikelihood for i, j in places],

@@ -123,7 +123,9 @@ class EnergyPerToken(Evaluator):
         name = "j_per_token" if energy.obtained == "measured" else "j_per_token_modelled"
         value = energy.joules / tokens
         return [
-            Metric(name, value, "J/token", subject.point, phase=phase, obtained=energy.obtained)
+            Metric(
+                name, value, "J/token", subject.point.name, phase=phase, obtained=energy.obtained
+            )
         ]
 
     def _costs(self, subject: Subject, energy: Energy, tokens: int) -> list[Metric]:
@@ -147,6 +149,6 @@ class EnergyPerToken(Evaluator):
             ),
         }
         return [
-            Metric(name, value, unit, subject.point, phase="decode", obtained="modelled")
+            Metric(name, value, unit, subject.point.name, phase="decode", obtained="modelled")
             for name, (value, unit) in figures.items()
         ]

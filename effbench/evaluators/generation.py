@@ -279,7 +279,7 @@ class Generation(Evaluator):
                     "left_out",
                     questions.left_out,
                     "questions",
-                    subject.point,
+                    subject.point.name,
                     questions.split,
                     obtained="counted",
                     task=questions.task,

@@ -82,11 +82,13 @@ class Memory(Evaluator):
         planned = subject.base_bytes + sum(components.values())
 
         def modelled(name: str, value: float, unit: str = "bytes") -> Metric:
-            return Metric(name, value, unit, subject.point, phase=peak.phase, obtained="modelled")
+            return Metric(
+                name, value, unit, subject.point.name, phase=peak.phase, obtained="modelled"
+            )
 
         result.metrics += [
-            Metric("peak_bytes", peak.peak_bytes, "bytes", subject.point, phase=peak.phase),
-            Metric("added_bytes", peak.added_bytes, "bytes", subject.point, phase=peak.phase),
+            Metric("peak_bytes", peak.peak_bytes, "bytes", subject.point.name, phase=peak.phase),
+            Metric("added_bytes", peak.added_bytes, "bytes", subject.point.name, phase=peak.phase),
             modelled("planned_peak_bytes", planned),
             modelled("plan_error", planned / peak.peak_bytes - 1 if peak.peak_bytes else 0.0, ""),
             *(
@@ -120,7 +122,7 @@ class Memory(Evaluator):
             ("kv_cache_bytes", session.kv_bytes()),
         ):
             result.metrics.append(
-                Metric(name, value, "bytes", subject.point, phase="decode", obtained="counted")
+                Metric(name, value, "bytes", subject.point.name, phase="decode", obtained="counted")
             )
 
     # -- the smallest cap ----------------------------------------------------------------------
@@ -141,12 +143,12 @@ class Memory(Evaluator):
 
         cap = bisect(succeeds, peak.peak_bytes, self.tolerance_mib * MIB)
         return [
-            Metric("smallest_cap_bytes", cap, "bytes", subject.point, n=trials),
+            Metric("smallest_cap_bytes", cap, "bytes", subject.point.name, n=trials),
             Metric(
                 "smallest_cap_resolution_bytes",
                 self.tolerance_mib * MIB,
                 "bytes",
-                subject.point,
+                subject.point.name,
                 obtained="counted",
             ),
         ]
@@ -155,7 +157,7 @@ class Memory(Evaluator):
         """Return what a trial has to do, as plain values."""
         return {
             "job": subject.job,
-            "point": subject.point,
+            "point": subject.point.name,
             "seed": subject.seed,
             "batch_size": self.batch_size,
             "prompt_tokens": self.prompt_tokens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from effbench.api.cost import Cost
 from effbench.api.footprint import Pass
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape
 from effbench.evaluators.base import Evaluator, Result
 from effbench.results.records import Metric
@@ -28,12 +29,12 @@ class Scene:
     """At the point."""
     whole: Cost
     """Of all that is in memory."""
-    point: str = ""
+    point: Point = UNNAMED
     seed: int = 0
 
     def metric(self, name: str, value: float, unit: str, n: int = 0) -> Metric:
         """Return a number with the label that all simulated ones have, in its name too."""
-        return Metric(f"simulated_{name}", value, unit, self.point, n=n, obtained="simulated")
+        return Metric(f"simulated_{name}", value, unit, self.point.name, n=n, obtained="simulated")
 
 
 @dataclass(frozen=True)

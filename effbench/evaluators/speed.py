@@ -24,7 +24,7 @@ from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost, chain_shapes
+from effbench.methods.chain import chain_cost, chain_shapes, resolved
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -122,13 +122,13 @@ class Speed(Evaluator):
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         *before, last = methods
         if shape:
-            last = last.resolve([shape, *chain_shapes(before, shape)][-1])
+            last = resolved(last, [shape, *chain_shapes(before, shape)][-1])
         asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
         own = [point for point in last.points() if asked - last.engines(point)]
         if own:
             raise UserError(
-                f"{last.name} decodes in a way of its own{own[0] and f' at {own[0]}'}, which no "
-                "other engine has.",
+                f"{last.name} decodes in a way of its own{f' at {own[0]}' if own[0].name else ''}, "
+                "which no other engine has.",
                 "Leave evaluator.speed.engine=auto and evaluator.speed.baseline=none.",
             )
         if self.baseline == "whole" and not last.nested_points:
@@ -286,7 +286,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyS
     from effbench.util.hardware import gpus, memory_bytes
 
     dtype = spec.hardware.dtype
-    cost = chain_cost(methods, shape, dtype, methods[-1].whole(shape))
+    cost = chain_cost(methods, shape, dtype, methods[-1].full_point(shape))
     cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":
@@ -361,7 +361,7 @@ def compared(
     done: tuple[list[float], list[float]] = [], []
     shape, point = subject.shape, subject.point
     if whole and shape:
-        point = subject.method.whole(shape)
+        point = subject.method.full_point(shape)
     work_a, work_b = timer(subject, a, cell), timer(replace(subject, point=point), b, cell)
 
     def one() -> None:
@@ -446,7 +446,7 @@ def _shares(
 
 def _ceiling(subject: Subject) -> dict[str, float]:
     """Return how much faster than the whole model a part of it can be, by the weight bytes read."""
-    if type(subject.method).whole is Method.whole or not (subject.cost and subject.whole):
+    if not (subject.point.skips_layers and subject.cost and subject.whole):
         return {}
     return {"speed_ceiling": subject.whole.bytes_per_token / subject.cost.bytes_per_token}
 
@@ -461,20 +461,33 @@ def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]
         median, low, high = median_interval(values, seed=subject.seed)
         unit = UNITS.get(name, "")
         metrics.append(
-            Metric(name, median, unit, subject.point, "", len(values), low, high, "measured", phase)
+            Metric(
+                name,
+                median,
+                unit,
+                subject.point.name,
+                "",
+                len(values),
+                low,
+                high,
+                "measured",
+                phase,
+            )
         )
     for name, phase in (("speedup", ""), ("decode_speedup", "decode")):
         if name in found:
             value, low, high = found[name]
             n = len(next(iter(found["values"].values())))
             metrics.append(
-                Metric(name, value, "", subject.point, "", n, low, high, "measured", phase)
+                Metric(name, value, "", subject.point.name, "", n, low, high, "measured", phase)
             )
     for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
         unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
-        metrics.append(Metric(name, rate, unit, subject.point, phase="roofline"))
+        metrics.append(Metric(name, rate, unit, subject.point.name, phase="roofline"))
     counted = {"kv_bytes": found["kv_bytes"], **found["counts"]}
     for name, value in counted.items():
         unit = "bytes" if name == "kv_bytes" else ""
-        metrics.append(Metric(name, value, unit, subject.point, obtained="counted", phase="decode"))
+        metrics.append(
+            Metric(name, value, unit, subject.point.name, obtained="counted", phase="decode")
+        )
     return [replace(m, task=task) for m in metrics]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.api.batch import Batch, by_length, make_batch
 from effbench.api.cost import Cost
+from effbench.api.points import Point
 from effbench.api.schema import digest
 from effbench.api.spec import Machine
 from effbench.methods.base import Method
@@ -45,7 +46,7 @@ class Subject:
 
     model: torch.nn.Module
     method: Method
-    point: str
+    point: Point
     data: Data
     device: torch.device
     seed: int
@@ -66,7 +67,7 @@ class Subject:
     journal: Callable[[str, Sequence[str]], Journal] = _no_journal
     """Opens the journal `name` of an evaluation over some items: what an interrupted evaluation had
     finished is in it. Kept in memory when there is no run folder."""
-    beside: Mapping[str, Callable[[str, Sequence[str]], Journal]] = field(default_factory=dict)
+    beside: Mapping[Point, Callable[[str, Sequence[str]], Journal]] = field(default_factory=dict)
     """Operating points still to be evaluated, each with what opens its journals: where the method
     lets a batch go through the model at several points at once, they are filled beside this one's.
     """
@@ -110,7 +111,7 @@ class Subject:
         require_finite(self.model, nll, run)
         return nll
 
-    def token_nlls(self, batch: Batch, points: Sequence[str]) -> list[torch.Tensor]:
+    def token_nlls(self, batch: Batch, points: Sequence[Point]) -> list[torch.Tensor]:
         """Return `token_nll` at each of some points of `journals`, in one pass.
 
         Raises:
@@ -122,7 +123,7 @@ class Subject:
         if list(points) == [self.point]:
             return [self.token_nll(batch)]
 
-        def run(some: Sequence[str]) -> list[torch.Tensor]:
+        def run(some: Sequence[Point]) -> list[torch.Tensor]:
             inputs = batch.input_ids, batch.attention_mask, batch.labels
             return nll_at(self.model, self._at(some), *inputs)
 
@@ -131,7 +132,7 @@ class Subject:
             require_finite(self.model, nll, partial(run, [point]))
         return found
 
-    def journals(self, name: str, items: Sequence[str]) -> dict[str, Journal]:
+    def journals(self, name: str, items: Sequence[str]) -> dict[Point, Journal]:
         """Return this point's journal, and after it those of the points that go in one pass."""
         opened = {self.point: self.journal(name, items)}
         if self.beside and self._in_one_pass():
@@ -145,7 +146,7 @@ class Subject:
         plain = all(self.method.forward(point).shares_prefixes for point in points)
         return self.method.in_one_pass and plain and can_walk(self.model)
 
-    def _at(self, points: Sequence[str]) -> list[Callable[[], AbstractContextManager[Any]]]:
+    def _at(self, points: Sequence[Point]) -> list[Callable[[], AbstractContextManager[Any]]]:
         return [partial(self.method.at, self.model, point) for point in points]
 
     def score(
@@ -194,8 +195,8 @@ class Subject:
         return [Score(*value) for value in own.values()]
 
     def _tree_passes(
-        self, plan: Plan, journals: Mapping[str, Journal]
-    ) -> Iterator[dict[str, dict[int, Score]]]:
+        self, plan: Plan, journals: Mapping[Point, Journal]
+    ) -> Iterator[dict[Point, dict[int, Score]]]:
         """Yield the scores of each group of a plan, by the points whose journals lack it."""
         from effbench.nn.scoring.multi_point import scores_at
         from effbench.nn.scoring.prefix_tree import tree_scores

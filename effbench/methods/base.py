@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import DatasetSpec, Stage
 from effbench.api.weights import kinds
@@ -115,7 +116,7 @@ class Method(Decodes):
         """
         return {}
 
-    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return what the model finds each sequence worth, [B]; higher is better.
 
         Default: the log-likelihood of its answer in nats, summed over tokens.
@@ -124,11 +125,15 @@ class Method(Decodes):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def points(self) -> tuple[str, ...]:
-        """Return the names of the artefact's operating points; one unnamed point by default."""
-        return ("",)
+    def points(self) -> tuple[Point, ...]:
+        """Return the artefact's operating points, all different; one without a name by default."""
+        return (UNNAMED,)
 
-    def whole(self, shape: AnyShape) -> str:
+    def default_point(self) -> Point:
+        """Return the point that stands for all where there is room for one: the last of them."""
+        return self.points()[-1]
+
+    def full_point(self, shape: AnyShape) -> Point:
         """Return the operating point with all that is in memory, listed or not.
 
         The others may need less; it is what they are compared with, and what a run after this one
@@ -137,9 +142,9 @@ class Method(Decodes):
         Args:
             shape: The model's shape, as the method leaves it.
         """
-        return ""
+        return UNNAMED
 
-    def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
+    def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[Any]:
         """Return a context in which `model` works at `point`, and after which it is as before."""
         return nullcontext()
 
@@ -159,7 +164,7 @@ class Method(Decodes):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the artefact at one operating point in a form that other tools load."""
         raise UserError(
             f"{self.name} has no export to another tool's format.",
@@ -168,7 +173,9 @@ class Method(Decodes):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Return what the method makes of a model; what it costs is counted from that.
 
         Default: the model as it is.
@@ -176,7 +183,7 @@ class Method(Decodes):
         Args:
             base: What it starts from, frozen; its linears are packed already where `weights` is a
                 packed format.
-            point: One of `points()`, or `whole`; it plays no part while it trains.
+            point: One of `points()`, or `full_point`; it plays no part while it trains.
             phase: `train` is the model as it trains, at the most; where its structure changes,
                 activations and FLOPs are those of the first step. `use` is what comes out of it.
             folder: Its artefact. Where only that can tell, and it is None or not there yet, the

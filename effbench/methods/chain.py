@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
+from effbench.api.points import UNNAMED, Point, require_distinct
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import held, is_packed
 from effbench.methods.base import Method
 
+M = TypeVar("M", bound=Method)
+
 
 def shape_of(
     method: Method,
     base: AnyShape,
-    point: str = "",
+    point: Point = UNNAMED,
     phase: Phase = "use",
     folder: Path | None = None,
 ) -> ModelShape:
@@ -36,6 +40,17 @@ def shape_of(
     return method.shape(start, point, phase, folder)
 
 
+def resolved(method: M, shape: AnyShape) -> M:
+    """Return a method as it works on a model of some shape.
+
+    Raises:
+        UserError: When it cannot, or when two of its operating points are the same.
+    """
+    method = method.resolve(shape)
+    require_distinct(method.points(), method.name)
+    return method
+
+
 def chain_shapes(
     methods: Sequence[Method], shape: AnyShape, folders: Sequence[Path] = ()
 ) -> list[ModelShape]:
@@ -49,8 +64,8 @@ def chain_shapes(
     found, base = [], ModelShape.of(shape)
     for place, method in enumerate(methods):
         folder = folders[place] if place < len(folders) else None
-        left = shape_of(method, base, "", "use", folder)
-        base = shape_of(method, base, method.whole(left), "use", folder).used().frozen()
+        left = shape_of(method, base, UNNAMED, "use", folder)
+        base = shape_of(method, base, method.full_point(left), "use", folder).used().frozen()
         found.append(base)
     return found
 
@@ -58,7 +73,7 @@ def chain_shapes(
 def last_shape(
     methods: Sequence[Method],
     shape: AnyShape,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> ModelShape:
     """Return what a chain of methods made at `point`, one of the last method's.
@@ -75,7 +90,7 @@ def chain_cost(
     methods: Sequence[Method],
     shape: AnyShape,
     dtype: str,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> Cost:
     """Return the cost of what a chain of methods made; see `last_shape`."""
@@ -87,7 +102,7 @@ def inference_cost(
     methods: Sequence[Method],
     shape: AnyShape,
     dtype: str,
-    point: str = "",
+    point: Point = UNNAMED,
     folders: Sequence[Path] = (),
 ) -> Cost:
     """Return the cost of what a chain of methods made, as it is evaluated; see `last_shape`.

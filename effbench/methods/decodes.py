@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effbench.api.batch import Batch
+from effbench.api.points import UNNAMED, Point
 from effbench.api.session import Session
 from effbench.nn.decode.decoder import Decoder, Engine, Logits, forward_logits
 from effbench.nn.losses import token
@@ -44,19 +45,21 @@ class Decodes:
     context `at` of the same point.
     """
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return how a point decodes. Default: all blocks for each token, one after the other."""
         return Decoder()
 
-    def forward(self, point: str = "") -> Forward:
+    def forward(self, point: Point = UNNAMED) -> Forward:
         """Return what a point says of given text: the logits that decoding gives."""
         return Forward(self.decoder(point).logits)
 
-    def engines(self, point: str = "") -> frozenset[str]:
+    def engines(self, point: Point = UNNAMED) -> frozenset[str]:
         """Return what can decode a point: `auto`, `static`, `eager` and `generate` of `speed`."""
         return self.decoder(point).engines
 
-    def session(self, model: torch.nn.Module, point: str = "", engine: Engine = "auto") -> Session:
+    def session(
+        self, model: torch.nn.Module, point: Point = UNNAMED, engine: Engine = "auto"
+    ) -> Session:
         """Return a fresh decoding session; it keeps all its state to itself.
 
         Raises:
@@ -64,10 +67,12 @@ class Decodes:
         """
         return self.decoder(point).session(model, engine)
 
-    def logits(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+    def logits(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return teacher-forced logits at a point, [B, T, V]."""
         return self.forward(point).logits(model, batch)
 
-    def token_nll(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+    def token_nll(
+        self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED
+    ) -> torch.Tensor:
         """Return each predicted token's negative log-likelihood at a point, [B, T - 1], in nats."""
         return self.forward(point).token_nll(model, batch)

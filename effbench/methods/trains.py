@@ -12,6 +12,7 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
 from effbench.api.weights import held
@@ -85,7 +86,7 @@ class Trains(Method):
         return nll.sum() / batch.window_tokens
 
     def validation(
-        self, model: torch.nn.Module, batch: Batch, point: str = ""
+        self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED
     ) -> tuple[torch.Tensor, int]:
         """Return the losses of a validation batch, of any shape, and what their sum is over."""
         return self.token_nll(model, batch, point), batch.loss_tokens
@@ -122,7 +123,7 @@ class Trains(Method):
         ctx.evolution.after_step(optimizer)
         return total
 
-    def validated(self, shape: AnyShape) -> str:
+    def validation_point(self, shape: AnyShape) -> Point:
         """Return the operating point at which training is validated, listed or not.
 
         It follows from what trains alone: which points are evaluated afterwards (`eval_settings`)
@@ -132,7 +133,7 @@ class Trains(Method):
         Args:
             shape: The shape of the model that it starts from.
         """
-        return ""
+        return UNNAMED
 
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint keeps, by name. Default: all that trains."""
@@ -146,7 +147,9 @@ class Trains(Method):
         """Return the trained model as it is used from now on: the artefact, not yet saved."""
         return model
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Return the model with every weight training, held as `weights` says."""
         return base.trained(held(self.weights))
 

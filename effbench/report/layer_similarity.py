@@ -14,6 +14,7 @@ from effbench.api.sharing import listed_map
 from effbench.nn.sharing.ranking import Cut, count_of, gap_cut, ranking
 from effbench.report.plots.canvas import footnote, save
 from effbench.report.table import Table, Value
+from effbench.results.store import evaluation_stem
 from effbench.util.errors import UserError
 
 NEXT = {
@@ -40,7 +41,7 @@ class Layers:
         Raises:
             UserError: When it is not there.
         """
-        path = run / "evaluations" / f"similarity{'@' if point else ''}{point}.layers.jsonl"
+        path = run / "evaluations" / f"{evaluation_stem('similarity', point)}.layers.jsonl"
         if not path.is_file():
             raise UserError(f"{path} is not there.", "Give the command again with --fresh.")
         return cls([json.loads(line) for line in path.read_text().splitlines()])

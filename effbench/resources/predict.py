@@ -21,7 +21,14 @@ from effbench.api.spec import Machine, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_cost, chain_shapes, inference_cost, shape_of
+from effbench.methods.chain import (
+    chain,
+    chain_cost,
+    chain_shapes,
+    inference_cost,
+    resolved,
+    shape_of,
+)
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
 from effbench.resources.peaks import Components, Peaks
@@ -185,11 +192,11 @@ class Course:
         """Return the course of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
         shapes = [ModelShape.of(shape), *chain_shapes(methods, shape, folders)]
-        *first, own = methods = [m.resolve(s) for m, s in zip(methods, shapes, strict=False)]
+        *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
-        cost = chain_cost(methods, shape, dtype, own.points()[-1], folders)
-        used = inference_cost(methods, shape, dtype, own.whole(left), folders)
+        cost = chain_cost(methods, shape, dtype, own.default_point(), folders)
+        used = inference_cost(methods, shape, dtype, own.full_point(left), folders)
         return cls(
             methods=tuple(methods),
             base=shapes[0],
@@ -284,7 +291,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
     if spec.evaluators:
-        every = not own.forward(own.points()[-1]).shares_prefixes
+        every = not own.forward(own.default_point()).shares_prefixes
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1

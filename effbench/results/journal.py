@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from effbench.api.schema import digest
 from effbench.util.files import mendable
+
+K = TypeVar("K")
 
 
 class Journal:
@@ -89,16 +91,16 @@ class Journal:
 
 
 def pending(
-    journals: Mapping[str, Journal], groups: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], list[str]]]:
-    """Yield the groups that are not finished in all journals, with the names of those that lack it.
+    journals: Mapping[K, Journal], groups: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], list[K]]]:
+    """Yield the groups that are not finished in all journals, with the keys of those that lack it.
 
     Args:
-        journals: Of the same items, by name.
+        journals: Of the same items.
         groups: As for `Journal.pending`.
     """
     for group in groups:
-        lacking = [name for name, own in journals.items() if any(i not in own for i in group)]
+        lacking = [key for key, own in journals.items() if any(i not in own for i in group)]
         if lacking:
             yield group, lacking
 

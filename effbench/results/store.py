@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 MARKER = "FINISHED"
 
 
+def evaluation_stem(evaluator: str, point: str) -> str:
+    """Return how the files in `evaluations/` begin that an evaluator writes at a point.
+
+    Args:
+        evaluator: Its name.
+        point: The name of the operating point.
+    """
+    return f"{evaluator}@{point}" if point else evaluator
+
+
 class RunFolder:
     """The files of one run."""
 

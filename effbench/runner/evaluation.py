@@ -12,6 +12,7 @@ from typing import Any
 from effbench.api.cost import Cost
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.plugins import make_evaluator
+from effbench.api.points import Point
 from effbench.api.schema import plain
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Plugin
@@ -21,6 +22,7 @@ from effbench.evaluators.subject import Subject
 from effbench.nn.quant.linears import storage_bytes
 from effbench.results.journal import Journal
 from effbench.results.records import Metric, Outcomes
+from effbench.results.store import evaluation_stem
 from effbench.runner.open import Opened, load_base, load_frozen
 from effbench.runner.run import Run
 from effbench.util.files import write_atomic
@@ -34,7 +36,7 @@ class Evaluated:
     data: Data
     shape: ModelShape
     """Sizes of what the run leaves."""
-    costs: Mapping[str, Cost]
+    costs: Mapping[Point, Cost]
     """By operating point."""
     whole: Cost
     """Of the point with all that is in memory."""
@@ -44,7 +46,7 @@ class Evaluated:
         """Return what a run evaluates, once it is made."""
         lineage, dtype = run.lineage, run.spec.hardware.dtype
         shape = lineage.left(opened.base)
-        whole = opened.method.whole(shape)
+        whole = opened.method.full_point(shape)
         points = {whole, *opened.method.points()}
         costs = {point: lineage.cost(opened.base, dtype, point) for point in points}
         return cls(opened, data, shape, costs, costs[whole])
@@ -65,7 +67,7 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
         for point in method.points():
             with method.at(model, point):
                 for plugin in run.spec.evaluators:
-                    path = done / f"{plugin.name}{'@' if point else ''}{point}.json"
+                    path = done / f"{evaluation_stem(plugin.name, point.name)}.json"
                     result = _read_result(path)
                     if result is None:
                         result = _run_one(run, subject, plugin, point)
@@ -84,14 +86,14 @@ def _read_result(path: Path) -> Result | None:
     )
 
 
-def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: str) -> Result:
+def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Result:
     place = run.folder.path / "evaluations"
 
-    def where(point: str) -> str:
-        return f"{plugin.name}{'@' if point else ''}{point}"
+    def path(point: Point, end: str) -> Path:
+        return place / f"{evaluation_stem(plugin.name, point.name)}.{end}"
 
-    def journal(point: str, name: str, items: Sequence[str]) -> Journal:
-        return Journal(place / f"{where(point)}.{name}.items", items)
+    def journal(point: Point, name: str, items: Sequence[str]) -> Journal:
+        return Journal(path(point, f"{name}.items"), items)
 
     opened = evaluated.opened
     points = opened.method.points()
@@ -113,7 +115,7 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: str) -> Resu
         machine=run.job.runtime.machine,
         journal=partial(journal, point),
         beside={p: partial(journal, p) for p in later},
-        keep=lambda name, rows: _write_rows(place / f"{where(point)}.{name}.jsonl", rows),
+        keep=lambda name, rows: _write_rows(path(point, f"{name}.jsonl"), rows),
         load_model=partial(load_frozen, run),
         load_base=partial(load_base, run),
         base_bytes=opened.base_bytes,
@@ -129,7 +131,7 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def count_cost(run: Run, cost: Cost, point: str, held: int | None = None) -> None:
+def count_cost(run: Run, cost: Cost, point: Point, held: int | None = None) -> None:
     """Count what a model needs at an operating point, from shapes.
 
     Args:
@@ -138,9 +140,9 @@ def count_cost(run: Run, cost: Cost, point: str, held: int | None = None) -> Non
         point: The operating point.
         held: Bytes of the weights in memory, where there is a model.
     """
-    run.count("params", cost.params, "parameters", point)
+    run.count("params", cost.params, "parameters", point.name)
     if held is not None:
-        run.count("weight_bytes", held, "bytes", point)
-    run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point)
-    run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point)
-    run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point)
+        run.count("weight_bytes", held, "bytes", point.name)
+    run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point.name)
+    run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point.name)
+    run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point.name)

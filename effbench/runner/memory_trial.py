@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from effbench.api.points import find_point
 from effbench.api.schema import build
 from effbench.api.spec import Job
 from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here, says_out_of_memory
@@ -47,8 +48,9 @@ def decode(work: dict[str, Any]) -> None:
         opened = evaluated(job, store, Path(scratch))
     model, method = opened.model, opened.method
     prompt = random_tokens(model, work["seed"], work["batch_size"], work["prompt_tokens"])
-    with torch.inference_mode(), method.at(model, work["point"]):
-        session = method.session(model, work["point"])
+    point = find_point(method.points(), work["point"], method.name)
+    with torch.inference_mode(), method.at(model, point):
+        session = method.session(model, point)
         token = session.prefill(prompt.to(work["device"])).argmax(-1, keepdim=True)
         for _ in range(work["new_tokens"]):
             token = session.step(token).argmax(-1, keepdim=True)

@@ -24,7 +24,7 @@ from effbench.config.compose import compose
 from effbench.data.dataset import Data
 from effbench.data.overlap import Trained, kept
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_shapes
+from effbench.methods.chain import chain_shapes, resolved
 from effbench.models import load as models
 from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
@@ -84,7 +84,7 @@ def open_model(run: Run) -> Opened:
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
     run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
-    return Opened(model, own.resolve(start), loaded.shape, start, base_bytes)
+    return Opened(model, resolved(own, start), loaded.shape, start, base_bytes)
 
 
 def _import_all(run: Run, own: Method) -> int | None:
@@ -110,7 +110,7 @@ def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Modul
     ):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
-        model = method.resolve(shapes[place]).load(model, artefact, context(run))
+        model = resolved(method, shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
 

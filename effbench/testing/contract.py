@@ -29,10 +29,11 @@ from effbench.api import registry
 from effbench.api.batch import make_batch
 from effbench.api.cost import cost_of
 from effbench.api.plugins import make_method
+from effbench.api.points import Point
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost, shape_of
+from effbench.methods.chain import chain_cost, resolved, shape_of
 from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
 from effbench.nn.decode.native_step import NativeStep
@@ -256,7 +257,7 @@ class MethodContract:
         Where only the run itself finds out what stays, the cache is at most what was predicted,
         and everything else close to it.
         """
-        method = make_method(made(name).job.spec.method).resolve(tiny_shape())
+        method = resolved(make_method(made(name).job.spec.method), tiny_shape())
         artefact = made(name).bench.folder(made(name).job).artefact
         for point in method.points():
             before, after = (
@@ -354,7 +355,7 @@ class MethodContract:
         method, model = strengthened(name)
         ids = torch.randint(512, (1, LONG), generator=torch.Generator().manual_seed(2))
         batch = make_batch([(ids[0].tolist(), [-100] * 4 + ids[0, 4:].tolist())], 0)
-        point = method.points()[-1]
+        point = method.default_point()
         with method.at(model, point), torch.no_grad():
             session = method.session(model, point)
             session.prefill(ids[:, :4])
@@ -415,9 +416,9 @@ class MethodContract:
             words = ["model=tiny", "dataset=arithmetic", *more]
             method = make_method(compose("train", [*overrides(name), *words]).spec.method)
             shape = tiny_shape()
-            whole = chain_cost([method], shape, "float32", method.whole(shape))
+            whole = chain_cost([method], shape, "float32", method.full_point(shape))
             working = shape_of(method, shape, phase="train")
-            needs.append((whole, working, method.validated(shape)))
+            needs.append((whole, working, method.validation_point(shape)))
         assert needs[0] == needs[1]
 
     @applies(trains)
@@ -425,7 +426,7 @@ class MethodContract:
         """What trains must be seen by the validation that decides which of it is kept."""
         method, base, shape, ctx = fresh(name)
         assert isinstance(method, Trains)
-        point = method.validated(shape)
+        point = method.validation_point(shape)
         model = begun(method, base, ctx)
         with method.at(model, point):
             before = logits(method, model, point)
@@ -441,10 +442,10 @@ class MethodContract:
         method, folders = fitted(run)
         found = {(m.name, m.point): m.value for m in run.record.metrics}
         for point in method.points():
-            assert found["perplexity", point] >= 0
+            assert found["perplexity", point.name] >= 0
             stated = chain_cost([method], tiny_shape(), "float32", point, folders)
-            assert found["weight_bytes", point] == stated.resident_bytes
-            assert found["params", point] == stated.params
+            assert found["weight_bytes", point.name] == stated.resident_bytes
+            assert found["params", point.name] == stated.params
 
     @for_each_kind
     def test_every_point_runs_in_every_evaluator(
@@ -456,7 +457,7 @@ class MethodContract:
         for point in fitted(made(name))[0].points():
             for evaluator in registry.names("evaluators"):
                 headline = registry.find("evaluators", evaluator).headline
-                assert found[headline, point].value >= 0
+                assert found[headline, point.name].value >= 0
         names = {(m.name, m.point, m.split, m.phase, m.task) for m in record.metrics}
         assert len(names) == len(record.metrics)
 
@@ -521,7 +522,7 @@ for words in json.load(sys.stdin):
 
 
 def decoded(
-    method: Method, model: torch.nn.Module, point: str, counts: bool
+    method: Method, model: torch.nn.Module, point: Point, counts: bool
 ) -> tuple[float, float]:
     """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token."""
     session = method.session(model, point)
@@ -541,7 +542,7 @@ def decoded(
 
 
 @torch.no_grad()
-def check_decoding(method: Method, model: torch.nn.Module, point: str, ids: torch.Tensor) -> None:
+def check_decoding(method: Method, model: torch.nn.Module, point: Point, ids: torch.Tensor) -> None:
     """Decode two rows, swapped on the way, and hold each step against teacher-forced logits."""
     session = method.session(model, point)
     steps = [session.prefill(ids[:, :5])]

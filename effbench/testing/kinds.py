@@ -11,11 +11,11 @@ from effbench.api import registry
 from effbench.api.stages import base as stages
 from effbench.api.weights import is_packed
 from effbench.methods.base import Method
-from effbench.methods.chain import shape_of
+from effbench.methods.chain import resolved, shape_of
 from effbench.nn.decode.decoder import Route
 from effbench.testing.models import given, tiny_shape
 
-OWN_HOOKS = ("forward", "parts", "whole")
+OWN_HOOKS = ("forward", "parts")
 """Hooks beside `decoder` that decide which way an evaluator goes."""
 
 
@@ -47,7 +47,7 @@ def compresses(name: str) -> bool:
 @cache
 def left_kind(name: str) -> tuple[Any, ...]:
     """Return how a method leaves the linear layers, the base and the shape."""
-    method, base = given(name).resolve(tiny_shape()), tiny_shape()
+    method, base = resolved(given(name), tiny_shape()), tiny_shape()
     left = shape_of(method, base)
     kept = list(left.linears()) == list(base.linears())
     return method.produces, is_packed(method.weights), left.uniform, kept
@@ -56,9 +56,10 @@ def left_kind(name: str) -> tuple[Any, ...]:
 @cache
 def evaluation_kind(name: str) -> tuple[Any, ...]:
     """Return all that decides which way evaluators go with what a method makes."""
-    cls, method = method_class(name), given(name).resolve(tiny_shape())
+    cls, method = method_class(name), resolved(given(name), tiny_shape())
     own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
-    return (*left_kind(name), *own, *_ways(method), cls.in_one_pass, cls.nested_points)
+    skips = any(point.skips_layers for point in method.points())
+    return (*left_kind(name), *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
 
 
 def _ways(method: Method) -> list[Any]:

@@ -13,10 +13,12 @@ from effbench.api import registry
 from effbench.api.batch import Batch, make_batch
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
 from effbench.config.compose import compose, settings_of
 from effbench.methods.base import Method
+from effbench.methods.chain import resolved
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.models import load as models
@@ -61,7 +63,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> Fresh:
 
     draws = torch.Generator().manual_seed(0)
     ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
-    return Fresh(method.resolve(loaded.shape), loaded.model, loaded.shape, ctx)
+    return Fresh(resolved(method, loaded.shape), loaded.model, loaded.shape, ctx)
 
 
 def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
@@ -114,7 +116,7 @@ def probe() -> Batch:
 
 
 @torch.no_grad()
-def logits(method: Method, model: torch.nn.Module, point: str = "") -> torch.Tensor:
+def logits(method: Method, model: torch.nn.Module, point: Point = UNNAMED) -> torch.Tensor:
     """Return evaluation logits; frozen, because torch then multiplies in one and the same order."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
@@ -131,7 +133,7 @@ def digests(method: Method, model: torch.nn.Module) -> dict[str, str]:
     for point in method.points():
         with method.at(model, point):
             seen = logits(method, model, point).numpy().tobytes()
-            found[point] = hashlib.sha256(seen).hexdigest()
+            found[point.name] = hashlib.sha256(seen).hexdigest()
     model.train(training)
     return found
 

@@ -15,6 +15,7 @@ from effbench.api.plugins import make_method
 from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.methods.base import Method
+from effbench.methods.chain import resolved
 from effbench.nn.llama.weights import read_tensors
 from effbench.results.records import Record
 from effbench.testing.bench import Bench
@@ -124,5 +125,5 @@ def _literals(hint: Any) -> Iterator[Any]:
 
 def fitted(run: Made) -> tuple[Method, list[Path]]:
     """Return the method of a run, resolved, and the artefact that it left."""
-    method = make_method(run.job.spec.method).resolve(tiny_shape())
+    method = resolved(make_method(run.job.spec.method), tiny_shape())
     return method, [run.bench.folder(run.job).artefact]

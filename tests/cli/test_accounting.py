@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from effbench.api.parts import LayerShape
+from effbench.api.points import Point
 from effbench.api.shape import ModelShape, Phase
 from effbench.cli.selfcheck import accounting
 from effbench.cli.selfcheck.base import Check
@@ -48,7 +49,7 @@ def test_a_step_over_several_depths(method: Method, monkeypatch: pytest.MonkeyPa
 def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = LoRA.shape
 
-    def wrong(self: LoRA, base: ModelShape, point: str, phase: Phase, folder: Any) -> ModelShape:
+    def wrong(self: LoRA, base: ModelShape, point: Point, phase: Phase, folder: Any) -> ModelShape:
         shape = right(replace(self, rank=self.rank + 8), base, point, phase, folder)
         if phase == "train":
             return right(self, base, point, phase, folder)

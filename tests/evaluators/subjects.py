@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from conftest import Bench
 
+from effbench.api.points import UNNAMED
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Result
 from effbench.evaluators.subject import Subject
@@ -31,7 +32,7 @@ def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
     return Subject(
         model,
         Unchanged(),
-        "",
+        UNNAMED,
         Data(job.spec.dataset, work.tokenizer),
         torch.device("cpu"),
         0,

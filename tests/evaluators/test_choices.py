@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Bench
 
+from effbench.api.points import UNNAMED
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
 from effbench.data import lm_eval_rows, lm_eval_tasks
@@ -66,7 +67,7 @@ def holds(real: tuple[Any, Any, Any], name: str, shots: int | None, limit: int) 
     model, tokenizer, shape = real
     settings = {"num_fewshot": shots, "limit": limit}
     cpu = torch.device("cpu")
-    subject = Subject(model, Method(), "", None, cpu, 0, 0, tokenizer=tokenizer, shape=shape)  # type: ignore[arg-type]
+    subject = Subject(model, Method(), UNNAMED, None, cpu, 0, 0, tokenizer=tokenizer, shape=shape)  # type: ignore[arg-type]
     found = Choices(tasks=[name], **settings).run(subject)
     loaded = {t.name: t for t in lm_eval_tasks.load_all(name, **settings)}
     theirs = simple_evaluate(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import Bench
 
 from effbench.api.batch import by_length
+from effbench.api.points import UNNAMED
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.choices import Choices
@@ -47,7 +48,7 @@ def subject(bench: Bench) -> Subject:
         for p in model.parameters():
             p.mul_(5 if p.ndim > 1 else 1)
     data = Data(job.spec.dataset, work.tokenizer)
-    return Subject(model, Unchanged(), "", data, torch.device("cpu"), 0, 0)
+    return Subject(model, Unchanged(), UNNAMED, data, torch.device("cpu"), 0, 0)
 
 
 def metrics(result: Result) -> dict[str, Metric]:
@@ -154,7 +155,7 @@ def test_finished_evaluations_are_not_done_again(
             if stop and len(done) == 3:
                 stop.clear()
                 raise KeyboardInterrupt
-            done[kind.__name__, subject.point] += 1
+            done[kind.__name__, subject.point.name] += 1
             return run(self, subject)
 
         return counted

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
+from effbench.api.points import UNNAMED, Point
 from effbench.evaluators.base import Result
 from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_loyalty, chosen
 from effbench.evaluators.subject import Subject
@@ -236,7 +237,9 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
     class Stops(type(subject.method)):  # type: ignore[misc]
         limit = 10**6
 
-        def logits(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
+        def logits(
+            self, model: torch.nn.Module, batch: Any, point: Point = UNNAMED
+        ) -> torch.Tensor:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt

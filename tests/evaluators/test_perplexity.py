@@ -15,13 +15,14 @@ from subjects import by_name, subject_of, text_file
 
 from effbench.api.examples import IGNORED, Example, Tokens
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import digest
 from effbench.data.dataset import splits
 from effbench.evaluators.base import exponential
 from effbench.evaluators.perplexity import Perplexity, _perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
-from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.lora_drop import LoRADrop, Window
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -182,7 +183,9 @@ def test_its_passes_are_its_batches(documents: Subject, bench: Bench) -> None:
     nll = documents.method.token_nll
 
     class Watched(type(documents.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
+        def token_nll(
+            self, model: torch.nn.Module, batch: Any, point: Point = UNNAMED
+        ) -> torch.Tensor:
             batches.append((*batch.input_ids.shape, batch.loss_tokens))
             return nll(model, batch)
 
@@ -204,7 +207,9 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_batch(
     class Stops(type(documents.method)):  # type: ignore[misc]
         limit = 3
 
-        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
+        def token_nll(
+            self, model: torch.nn.Module, batch: Any, point: Point = UNNAMED
+        ) -> torch.Tensor:
             calls[0] += 1
             if calls[0] > self.limit:
                 raise KeyboardInterrupt
@@ -295,7 +300,9 @@ def test_differences_of_outcomes_are_those_of_the_ratio(questions: Subject) -> N
     nll = questions.method.token_nll
 
     class Worse(type(questions.method)):  # type: ignore[misc]
-        def token_nll(self, model: torch.nn.Module, batch: Any, point: str = "") -> torch.Tensor:
+        def token_nll(
+            self, model: torch.nn.Module, batch: Any, point: Point = UNNAMED
+        ) -> torch.Tensor:
             return nll(model, batch) + 0.5 * (batch.labels[:, 1:] != -100)
 
     worse = Perplexity().run(dataclasses.replace(questions, method=Worse())).outcomes[0].values
@@ -317,9 +324,9 @@ def test_losses_by_place_in_the_cycle_add_up(bench: Bench, tmp_path: Path) -> No
     method = LoRADrop(layers=(1, 2), window=2)
     ctx = Context(0, subject.device, torch.float32, torch.Generator(), lambda name: subject.model)
     method.prepare(subject.model, ctx)
-    subject = dataclasses.replace(subject, method=method, point="k2")
+    subject = dataclasses.replace(subject, method=method, point=Window(2))
     evaluator = Perplexity(window=20)
-    with method.at(subject.model, "k2"):
+    with method.at(subject.model, Window(2)):
         found = evaluator._sums(subject, subject.data.documents("test"))
         metrics = {m.name: m.value for m in evaluator.run(subject).metrics}
     for total, count, parts in zip(*found, strict=True):
@@ -328,5 +335,5 @@ def test_losses_by_place_in_the_cycle_add_up(bench: Bench, tmp_path: Path) -> No
     for name in ("j0", "j1", "j2"):
         nll, tokens = (sum(row[name][i] for row in found[2]) for i in range(2))
         assert metrics[f"loss_{name}"] == pytest.approx(nll / tokens)
-    with method.at(subject.model, "k0"):
+    with method.at(subject.model, Window(0)):
         assert not any("loss_j" in m.name for m in evaluator.run(subject).metrics)

@@ -11,6 +11,7 @@ from conftest import Bench
 from subjects import by_name, subject_of
 
 from effbench.api.batch import Batch
+from effbench.api.points import UNNAMED, Point
 from effbench.evaluators.preference import Preference
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
@@ -23,7 +24,7 @@ class Judge(Unchanged):
 
     rule: Any = None
 
-    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         rows = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)
         return torch.tensor([type(self).rule(ids[: sum(mask)]) for ids, mask in rows])
 
@@ -87,7 +88,9 @@ def test_what_is_foreseen_is_what_runs(bench: Bench, subject: Subject) -> None:
     seen = []
 
     class Watched(Unchanged):
-        def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+        def scores(
+            self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED
+        ) -> torch.Tensor:
             seen.append((*batch.input_ids.shape, batch.loss_tokens))
             return super().scores(model, batch)
 

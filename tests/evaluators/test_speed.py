@@ -12,6 +12,7 @@ from conftest import Bench
 
 from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Machine
 from effbench.data.dataset import Data
@@ -20,7 +21,7 @@ from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.lora_drop import LoRADrop, Window
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.static import StaticSession
@@ -48,7 +49,7 @@ def subject(bench: Bench) -> Subject:
     data = Data(job.spec.dataset, work.tokenizer)
     device, method = torch.device("cpu"), Unchanged()
     cost, shape = cost_of(opened.base, "float32"), ModelShape.of(opened.base)
-    return Subject(model, method, "", data, device, 0, 0, shape=shape, cost=cost)
+    return Subject(model, method, UNNAMED, data, device, 0, 0, shape=shape, cost=cost)
 
 
 @pytest.fixture
@@ -242,13 +243,13 @@ def test_a_run_records_shares_of_the_roofline(bench: Bench) -> None:
 # -- steps that differ by a schedule -------------------------------------------------------------
 
 
-def dropping(subject: Subject, point: str) -> Subject:
+def dropping(subject: Subject, point: Point) -> Subject:
     draws = torch.Generator().manual_seed(0)
     context = Context(0, subject.device, torch.float32, draws, lambda name: subject.model)
     method = LoRADrop(layers=(1, 2), window=2)
     model = method.prepare(subject.model, context).requires_grad_(False)
     assert subject.shape is not None
-    cost, whole = (chain_cost([method], subject.shape, "float32", p) for p in (point, "k0"))
+    cost, whole = (chain_cost([method], subject.shape, "float32", p) for p in (point, Window(0)))
     return replace(
         subject, model=model, method=method, point=point, dtype="float32", cost=cost, whole=whole
     )
@@ -258,9 +259,9 @@ def dropping(subject: Subject, point: str) -> Subject:
 def test_a_schedule_is_counted_and_timed_by_kind(
     subject: Subject, ticks: None, engine: Any
 ) -> None:
-    subject = dropping(subject, "k2")
+    subject = dropping(subject, Window(2))
     evaluator = Speed(prompt_tokens=10, new_tokens=6, repeats=6, engine=engine, baseline="whole")
-    with subject.method.at(subject.model, "k2"):
+    with subject.method.at(subject.model, Window(2)):
         found = metrics(replace(evaluator, roofline=False).run(subject))
     assert found["tpot_drop_ms", "decode", ""].value == 1000.0
     assert found["tpot_refresh_ms", "decode", ""].value == 1000.0
@@ -272,17 +273,17 @@ def test_a_schedule_is_counted_and_timed_by_kind(
     assert found["speed_ceiling", "decode", ""].value == ceiling > 1
     assert found["decode_speedup", "decode", ""].value == 1.0
     assert found["decode_speedup", "decode", ""].obtained == "measured"
-    with subject.method.at(subject.model, "k0"):
-        base = metrics(replace(evaluator, roofline=False).run(replace(subject, point="k0")))
+    with subject.method.at(subject.model, Window(0)):
+        base = metrics(replace(evaluator, roofline=False).run(replace(subject, point=Window(0))))
     assert not {"tpot_drop_ms", "layer_passes"} & {name for name, *_ in base}
 
 
 def test_shares_need_whole_cycles(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = dropping(subject, "k2")
+    subject = dropping(subject, Window(2))
     monkeypatch.setattr(Speed, "_probe", lambda self, subject: HIGH)
     for new, there in ((6, True), (7, False)):
         evaluator = Speed(prompt_tokens=10, new_tokens=new, repeats=1)
-        with subject.method.at(subject.model, "k2"):
+        with subject.method.at(subject.model, Window(2)):
             found = metrics(evaluator.run(subject))
         assert (("mbu", "decode", "") in found) == there
 

@@ -15,6 +15,7 @@ from conftest import Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effbench.api.points import UNNAMED
 from effbench.config.compose import compose
 from effbench.data.render import Text
 from effbench.evaluators.base import Result
@@ -126,7 +127,7 @@ def first(item: Item) -> int:
 def forced(model: torch.nn.Module, method: Any = None) -> Forced:
     nothing: Any = None
     device = torch.device("cpu")
-    return Forced(model, method, "", nothing, device, 0, 0, tokenizer=Letters())
+    return Forced(model, method, UNNAMED, nothing, device, 0, 0, tokenizer=Letters())
 
 
 def trusted(rule: Pick, other: Pick = best, **settings: Any) -> Result:

@@ -29,9 +29,10 @@ def test_what_it_costs_stays(name: str, golden: Callable[[str], Golden]) -> None
     settings = registry.find("methods", name).needs
     method = make_method(Plugin(name, settings)).resolve(SHAPE)
     found: dict[str, Any] = {
-        point: asdict(chain_cost([method], SHAPE, "bfloat16", point)) for point in method.points()
+        point.name: asdict(chain_cost([method], SHAPE, "bfloat16", point))
+        for point in method.points()
     }
-    whole = method.whole(shape_of(method, SHAPE))
+    whole = method.full_point(shape_of(method, SHAPE))
     found["in use"] = asdict(inference_cost([method], SHAPE, "bfloat16", whole))
     if method.stage == "train":
         training = training_of(shape_of(method, SHAPE, phase="train"), "bfloat16")

@@ -25,6 +25,7 @@ from helpers import (
 )
 from torch import nn
 
+from effbench.api.points import UNNAMED
 from effbench.methods.adapters.deep_lora import DeepLoRA, deep_update
 from effbench.nn.adapters.deep import (
     DeepLinear,
@@ -351,7 +352,7 @@ def test_peft_gives_the_exported_model_the_same_logits(tmp_path: Path) -> None:
     ctx.evolution.begin(window(0))
     train(method, model, ctx, 30, adamw(model, lr=3e-2))
     assert not torch.allclose(logits(model), logits(tiny_model()), atol=1e-3)
-    method.export(model, "", tmp_path)
+    method.export(model, UNNAMED, tmp_path)
     theirs = PeftModel.from_pretrained(tiny_model(), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=1e-3)
 

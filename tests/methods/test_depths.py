@@ -19,6 +19,7 @@ from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.reading import Depth
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.models import load as models
 from effbench.nn.adapters.merge import merged
@@ -54,12 +55,12 @@ def metric(record: Any, name: str, point: str = "") -> float:
 
 def test_it_reads_the_model_out_and_counts_what_is_left():
     method = Depths().resolve(DEEP)
-    assert method.points() == ("d2", "d3", "d4", "d5")
+    assert method.points() == (Depth(2), Depth(3), Depth(4), Depth(5))
     model = tiny_model(shape=DEEP).eval().requires_grad_(False)
     for n in (2, 5):
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             logits = method.logits(model, batch_of())
-            cost = chain_cost([method], DEEP, "float32", f"d{n}")
+            cost = chain_cost([method], DEEP, "float32", Depth(n))
             assert (cost.params, cost.trainable) == (counted(model)["params"], 0)
             assert cost.resident_bytes == storage_bytes(model)
         model.config.num_hidden_layers = n
@@ -76,7 +77,7 @@ def test_an_artefact_with_logits_of_its_own_is_refused():
 
 def test_what_follows_one_depth_alone_starts_from_all_layers():
     alone, both = (SortedLoRA(rank=4, depths=d) for d in ((2,), (2, 5)))
-    for point in ("d2", "d5"):
+    for point in (Depth(2), Depth(5)):
         costs = [chain_cost([m, Depths()], DEEP, "float32", point) for m in (alone, both)]
         assert costs[0] == costs[1]
 
@@ -84,9 +85,9 @@ def test_what_follows_one_depth_alone_starts_from_all_layers():
 def test_depths_count_what_the_run_before_left():
     chain = [LoRA(rank=4), Depths(eval_depths=(2, 5))]
     whole = chain_cost([LoRA(rank=4)], DEEP, "float32")
-    assert chain_cost(chain, DEEP, "float32", "d5").resident_bytes == whole.resident_bytes
+    assert chain_cost(chain, DEEP, "float32", Depth(5)).resident_bytes == whole.resident_bytes
     cut = chain_cost([LoRA(rank=4)], replace(DEEP, num_layers=2), "float32")
-    assert chain_cost(chain, DEEP, "float32", "d2").resident_bytes == cut.resident_bytes
+    assert chain_cost(chain, DEEP, "float32", Depth(2)).resident_bytes == cut.resident_bytes
 
 
 def test_a_plain_lora_run_is_read_out_at_its_exits(bench: Bench) -> None:
@@ -267,7 +268,7 @@ def test_the_engine_decodes_each_depth(adapters: bool) -> None:
     method, model = with_depths(adapters)
     ids = torch.randint(3, 128, (2, 12), generator=generator(4))
     for n in (2, 3, 5):
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             session = method.session(model)
             assert isinstance(session, StaticSession) and len(session.layers) == n
             assert session.engine == "walk" if adapters else session.engine != "graph"

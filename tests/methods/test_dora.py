@@ -18,9 +18,10 @@ from helpers import (
 )
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
+from effbench.api.points import UNNAMED
 from effbench.api.shape import LINEARS
 from effbench.methods.adapters.dora import DoRA
-from effbench.methods.adapters.lora import LoRA
+from effbench.methods.adapters.lora import LoRA, Rank
 from effbench.methods.chain import chain_cost
 from effbench.methods.full import Full
 from effbench.nn.adapters.dora import DoRALinear, dora_layers
@@ -47,7 +48,7 @@ def test_the_untrained_adapter_changes_nothing(dtype):
     model, _ = prepared(method, dtype=dtype)
     expected = logits(tiny_model(dtype=dtype))
     assert logits(model).equal(expected)
-    with method.at(model, ""):
+    with method.at(model, UNNAMED):
         assert logits(model).equal(expected)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -118,7 +119,7 @@ def test_at_a_point_the_norms_are_computed_once_and_not_kept():
     method = DoRA(rank=4)
     model = trained(method)
     outside = logits(model)
-    with method.at(model, ""):
+    with method.at(model, UNNAMED):
         assert logits(model).equal(outside)
         more = chain_cost([method], SHAPE, "float32").flops_per_token - SHAPE.flops_per_token()
         assert flops(model.eval()) - flops(tiny_model()) == more
@@ -127,7 +128,7 @@ def test_at_a_point_the_norms_are_computed_once_and_not_kept():
     with torch.no_grad():
         for _, layer in dora_layers(model):
             layer.lora_magnitude.mul_(2)
-    with method.at(model, ""):
+    with method.at(model, UNNAMED):
         assert not torch.allclose(logits(model), outside)
 
 
@@ -135,7 +136,7 @@ def test_a_lower_rank_has_norms_of_its_own():
     method = DoRA(rank=8, eval_ranks=(3,))
     model = trained(method)
     whole = logits(model)
-    with method.at(model, "r3"):
+    with method.at(model, Rank(3)):
         cut = logits(model)
     assert logits(model).equal(whole)
     for _, layer in dora_layers(model):
@@ -143,7 +144,7 @@ def test_a_lower_rank_has_norms_of_its_own():
     torch.testing.assert_close(logits(model), cut, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("point", ["", "r3"])
+@pytest.mark.parametrize("point", [UNNAMED, Rank(3)])
 def test_peft_loads_the_export(tmp_path, point):
     method = DoRA(rank=8, alpha=12, eval_ranks=(3,))
     model = trained(method)
@@ -155,13 +156,13 @@ def test_peft_loads_the_export(tmp_path, point):
         assert not torch.allclose(logits(model), logits(tiny_model()), atol=1e-3)
 
 
-@pytest.mark.parametrize("point", ["", "r2"])
+@pytest.mark.parametrize("point", [UNNAMED, Rank(2)])
 def test_cost_is_what_is_counted(point):
     method = DoRA(rank=8, targets=("q_proj", "down_proj"), eval_ranks=(2,))
     model, _ = prepared(method)
     with method.at(model, point):
         assert stated(method, point) == counted(model)
-    rank = 2 if point else 8
+    rank = 2 if point.name else 8
     per_block = rank * (64 + 64 + 128 + 64) + 64 + 64
     assert stated(method, point)["trainable"] == 2 * per_block
 

@@ -18,6 +18,7 @@ from helpers import SHAPE, adamw, batch_of, begun, context, logits, tiny_model, 
 from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED
 from effbench.api.sharing import TAKEN, LayerMap, shared_shape, top_map
 from effbench.api.spec import ModelSpec
 from effbench.methods.chain import chain_cost, shape_of
@@ -246,7 +247,7 @@ def test_a_run_is_exported_and_read_by_effbench_alone(tmp_path: Path) -> None:
     method = EchoLLaMA(blend=False)
     model, ctx, _ = started(method)
     model = method.finalize(model, ctx).eval()
-    method.export(model, "", tmp_path)
+    method.export(model, UNNAMED, tmp_path)
     spec = ModelSpec(name="folder", source="folder", path=str(tmp_path))
     again = load(spec, device="cpu", dtype=torch.float32, tokenizer=False)
     assert logits(again.model).equal(logits(model))

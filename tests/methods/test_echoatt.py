@@ -29,6 +29,7 @@ from helpers import (
 from effbench.api.batch import Batch
 from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
+from effbench.api.points import UNNAMED
 from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
@@ -151,7 +152,7 @@ def test_the_parameters_are_the_papers() -> None:
 def test_an_exported_folder_is_refused_by_name_elsewhere(tmp_path: Path) -> None:
     method = EchoAtt(layers=SHARED)
     model, _ = student(method)
-    method.export(model, "", tmp_path)
+    method.export(model, UNNAMED, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "shared_llama"
     assert config["layer_sources"] == [0, 1, 1, 1, 4, 4]

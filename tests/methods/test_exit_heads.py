@@ -20,12 +20,14 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from effbench.api.cost import cost_of
+from effbench.api.points import UNNAMED
 from effbench.api.schema import build
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.reading import Depth, Mixed
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
 from effbench.nn.decode.session import CachedSession, greedy
@@ -67,7 +69,7 @@ def test_untrained_every_exit_is_the_bases(tied: bool) -> None:
     stock = base(tied).eval()
     for n in (2, 3, 5):
         stock.config.num_hidden_layers = n
-        with torch.no_grad(), method.at(model.eval(), f"d{n}"):
+        with torch.no_grad(), method.at(model.eval(), Depth(n)):
             assert method.logits(model, batch_of()).equal(Method().logits(stock, batch_of()))
 
 
@@ -80,7 +82,7 @@ def test_an_exit_reads_with_its_own_norm_and_head(tied: bool) -> None:
     for n in (2, 3):
         own: Any = own_head(model, n)
         expected = own.head(own.norm(states[n]))
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             assert method.logits(model, batch).equal(expected)
             assert not hasattr(model, "exit_heads")
             nll = method.token_nll(model, batch)
@@ -88,7 +90,7 @@ def test_an_exit_reads_with_its_own_norm_and_head(tied: bool) -> None:
         picked = expected[:, :-1].log_softmax(-1).gather(-1, targets)[..., 0]
         real = batch.labels[:, 1:] != -100
         torch.testing.assert_close(nll[real], -picked[real], atol=1e-5, rtol=1e-5)
-    with method.at(model, "d5"):
+    with method.at(model, Depth(5)):
         assert method.logits(model, batch).equal(plain)
     assert model.exit_heads["2"] is own_head(model, 2)
 
@@ -103,7 +105,7 @@ def test_the_loss_is_the_mean_over_its_exits(trunk: str) -> None:
     depths = (2, 3) if trunk == "frozen" else (2, 3, 5)
     singles = []
     for n in depths:
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             single = Full().loss(model, batch_of(), ctx)
         (single / len(depths)).backward()
         singles.append(single.item())
@@ -130,10 +132,10 @@ def test_every_exit_learns_and_a_frozen_trunk_stays(trunk: str) -> None:
 def test_cost_is_what_is_counted(trunk: str, tied: bool) -> None:
     shape = replace(DEEP, tied=tied)
     method, model, _ = ready(tied, trunk=trunk, decoding=("exit", "speculative"))
-    for point in (*method.points(), ""):
+    for point in (*method.points(), UNNAMED):
         with method.at(model, point):
             assert stated(method, point, shape) == counted(model), point
-            if point.startswith("d"):
+            if isinstance(point, Depth):
                 assert chain_cost([method], shape, "float32", point).flops_per_token == flops(model)
 
 
@@ -162,21 +164,21 @@ def test_exits_are_in_float32_while_they_learn_and_short_afterwards(tmp_path: An
 
 def test_leaving_early_reads_with_the_exits_own_heads() -> None:
     method, model, _ = moved(decoding=("exit",), thresholds=(0.0, 0.0))
-    with method.at(model, "d2"):
+    with method.at(model, Depth(2)):
         expected = greedy(method.session(model), IDS[:1], 12)
-    with method.at(model, "exit"):
-        session = method.session(model, "exit")
+    with method.at(model, Mixed("exit")):
+        session = method.session(model, Mixed("exit"))
         assert greedy(session, IDS[:1], 12).equal(expected)
         assert session.counts()["exit_depth"] == 2
-        whole = method.logits(model, batch_of(rows=1), "exit")
-    with method.at(model, "d2"):
+        whole = method.logits(model, batch_of(rows=1), Mixed("exit"))
+    with method.at(model, Depth(2)):
         torch.testing.assert_close(method.logits(model, batch_of(rows=1)), whole)
 
 
 def test_speculation_with_an_own_head_loses_nothing() -> None:
     method, model, _ = moved(decoding=("speculative",))
-    with method.at(model, "speculative"):
-        session = method.session(model, "speculative")
+    with method.at(model, Mixed("speculative")):
+        session = method.session(model, Mixed("speculative"))
         found = greedy(session, IDS[:1], 20)
         drafts = session.staged.logits(0, torch.ones(1, 1, DEEP.hidden_size))
     assert found.equal(greedy(CachedSession(model), IDS[:1], 20))
@@ -188,9 +190,9 @@ def test_speculation_with_an_own_head_loses_nothing() -> None:
 def test_transformers_loads_an_exported_exit(tmp_path: Any, tied: bool) -> None:
     method, model, _ = moved(tied=tied)
     model.config.tie_word_embeddings = tied
-    method.export(model, "d3", tmp_path)
+    method.export(model, Depth(3), tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False)
-    with method.at(model, "d3"):
+    with method.at(model, Depth(3)):
         assert Method().logits(stock, batch_of()).equal(method.logits(model, batch_of()))
 
 
@@ -214,7 +216,7 @@ def test_impossible_settings_are_refused_by_name(settings: Any, named: str) -> N
 
 def test_a_depth_without_an_exit_is_no_point() -> None:
     method, model, _ = ready()
-    with pytest.raises(UserError, match="no exit at depth 4"), method.at(model, "d4"):
+    with pytest.raises(ValueError, match="no exit at depth 4"), method.at(model, Depth(4)):
         pass
 
 
@@ -228,8 +230,8 @@ def test_it_goes_on_from_adapters_with_a_frozen_trunk_alone() -> None:
     ctx = context()
     model = ExitHeads(depths=(2, 5)).prepare(LoRA(rank=4).prepare(base(), ctx), ctx)
     chain = [LoRA(rank=4), ExitHeads(depths=(2, 5))]
-    with chain[1].at(model, "d2"):
-        found = chain_cost(chain, DEEP, "float32", "d2")
+    with chain[1].at(model, Depth(2)):
+        found = chain_cost(chain, DEEP, "float32", Depth(2))
         assert (found.params, found.resident_bytes) == (
             counted(model)["params"],
             counted(model)["resident_bytes"],

@@ -11,6 +11,7 @@ import torch
 from helpers import SHAPE, batch_of, context, counted, logits, stated, tiny_model
 from transformers import AutoModelForCausalLM
 
+from effbench.api.points import UNNAMED
 from effbench.api.sharing import shared_shape, top_map
 from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
@@ -61,7 +62,7 @@ def test_it_costs_what_is_counted_and_decodes_in_our_engine() -> None:
 
 def test_transformers_loads_what_it_exports(tmp_path: Path) -> None:
     model = pooled()
-    GQA().export(model, "", tmp_path)
+    GQA().export(model, UNNAMED, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert logits(again).equal(logits(model))
 

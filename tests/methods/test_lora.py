@@ -16,9 +16,10 @@ from helpers import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from effbench.api.points import UNNAMED
 from effbench.api.schema import build
 from effbench.api.shape import LINEARS
-from effbench.methods.adapters.lora import LoRA
+from effbench.methods.adapters.lora import LoRA, Rank
 from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import init_a, svd_truncate, truncate
 from effbench.nn.adapters.peft_lora import peft_adapters
@@ -101,7 +102,7 @@ def test_adapters_are_float32_on_a_bfloat16_base():
     assert {p.dtype for n, p in model.named_parameters() if "lora" not in n} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("point", ["", "r2"])
+@pytest.mark.parametrize("point", [UNNAMED, Rank(2)])
 def test_cost_is_what_is_counted(point):
     method = LoRA(rank=8, targets=("q_proj", "down_proj"), eval_ranks=(2,))
     model, _ = prepared(method)
@@ -112,19 +113,19 @@ def test_cost_is_what_is_counted(point):
             chain_cost([method], SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
         )
         assert flops(model) - before == more
-    rank = 2 if point else 8
+    rank = 2 if point.name else 8
     assert stated(method, point)["trainable"] == 2 * rank * (64 + 64 + 128 + 64)
 
 
 def test_plain_truncation_keeps_the_first_ranks_at_the_trained_scale():
     method = LoRA(rank=8, eval_ranks=(3, 8))
-    assert method.points() == ("r3", "r8")
+    assert method.points() == (Rank(3), Rank(8))
     model = trained(method)
     whole = logits(model)
     factors = [(a.weight.detach().clone(), b.weight.detach().clone()) for _, a, b in _all(model)]
-    with method.at(model, "r3"):
+    with method.at(model, Rank(3)):
         cut = logits(model)
-    with method.at(model, "r8"):
+    with method.at(model, Rank(8)):
         assert logits(model).equal(whole)
     for (_, a, b), (old_a, old_b) in zip(_all(model), factors, strict=True):
         assert a.weight.equal(old_a)
@@ -138,7 +139,7 @@ def test_the_same_parameters_are_back_even_after_an_error():
     method = LoRA(rank=8, eval_ranks=(3,))
     model, _ = prepared(method)
     before = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(RuntimeError), method.at(model, "r3"):
+    with pytest.raises(RuntimeError), method.at(model, Rank(3)):
         raise RuntimeError
     after = [p for p in model.parameters() if p.requires_grad]
     assert all(p is q for p, q in zip(before, after, strict=True))
@@ -159,13 +160,13 @@ def test_svd_truncation_is_the_best_of_its_rank():
 
 
 @pytest.mark.parametrize("truncation", ["plain", "svd"])
-@pytest.mark.parametrize("point", ["", "r3"])
+@pytest.mark.parametrize("point", [UNNAMED, Rank(3)])
 def test_peft_loads_the_export(tmp_path, truncation, point):
     method = LoRA(rank=8, alpha=12, eval_ranks=(3,), truncation=truncation)
     model = trained(method)
     method.export(model, point, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == (3 if point else 8)
+    assert config["r"] == (3 if point.name else 8)
     assert config["lora_alpha"] / config["r"] == 12 / 8
     theirs = PeftModel.from_pretrained(base_for(method), tmp_path)
     with method.at(model, point):
@@ -203,10 +204,10 @@ def test_a_rank_above_what_a_layer_can_have_is_refused():
         LoRA(rank=33).resolve(SHAPE)
 
 
-@pytest.mark.parametrize("point", ["r0", "r9", "8", "rx", "r-1"])
-def test_an_unknown_point_is_refused(point):
-    with pytest.raises(UserError, match="no operating point"):
-        chain_cost([LoRA(rank=8)], SHAPE, "float32", point)
+@pytest.mark.parametrize("rank", [0, 9])
+def test_a_rank_that_was_not_trained_is_refused(rank):
+    with pytest.raises(ValueError, match=f"no rank {rank}"):
+        chain_cost([LoRA(rank=8)], SHAPE, "float32", Rank(rank))
 
 
 def _all(model):

@@ -22,7 +22,7 @@ from effbench.api.shape import Shape
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, Window, speed_ceiling
 from effbench.methods.trains import begin_training
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.session import CachedSession, greedy
@@ -315,15 +315,15 @@ def test_leaving_a_point_restores_the_base() -> None:
     model, ids = prepared(method), tokens(2, 9)
     untouched = model(ids).logits
     before = method.logits(model, batch_of(ids))
-    assert method.points() == ("k0", "k1", "k2", "k3")
+    assert method.points() == (Window(0), Window(1), Window(2), Window(3))
     seen = []
-    with method.at(model, "k1"):
+    with method.at(model, Window(1)):
         for point in method.points():
             with method.at(model, point):
                 seen.append(method.logits(model, batch_of(ids)))
                 decoded(method.session(model), ids, 3)
         assert model.lora_drop.window == 1
-    with pytest.raises(KeyError), method.at(model, "k2"):
+    with pytest.raises(KeyError), method.at(model, Window(2)):
         raise KeyError
     assert torch.equal(seen[0], untouched)
     assert torch.equal(seen[3], before)
@@ -339,8 +339,8 @@ def test_baselines_are_points_without_maps(window: int) -> None:
     """B = 0 with the anchor, and layers left out, each against a method that is just that."""
     settings: dict[str, Any] = {"rank": 4, "layers": (2, 3, 5), "window": window}
     method = LoRADrop(**settings, windows=(0, window), baselines=("reuse", "identity"))
-    k = f"k{window}"
-    assert method.points() == (f"{k}-reuse", f"{k}-identity", "k0", k)
+    k, reuse, identity = (Window(window, b) for b in (None, "reuse", "identity"))
+    assert method.points() == (reuse, identity, Window(0), k)
     model, ids = in_float64(prepared(method)), tokens(2, 12)
     seen = {}
     for point in method.points():
@@ -348,19 +348,19 @@ def test_baselines_are_points_without_maps(window: int) -> None:
             seen[point] = method.logits(model, batch_of(ids, 4))
             steps = decoded(method.session(model), ids, 4)
         torch.testing.assert_close(steps, seen[point][:, 3:], rtol=0, atol=1e-12)
-    for anchor, name in (("refresh", "reuse"), ("input", "identity")):
+    for anchor, baseline in (("refresh", reuse), ("input", identity)):
         plain = LoRADrop(**settings, anchor=anchor)  # type: ignore[arg-type]
         other = in_float64(prepared(plain, strength=0.0))
         torch.testing.assert_close(
-            plain.logits(other, batch_of(ids, 4)), seen[f"{k}-{name}"], rtol=0, atol=1e-12
+            plain.logits(other, batch_of(ids, 4)), seen[baseline], rtol=0, atol=1e-12
         )
     assert len({float(x.sum()) for x in seen.values()}) == 4
     stand_in = 2 * 4 * SHAPE.hidden_size * 3 * window / (window + 1)
-    costs = {p: chain_cost([method], SHAPE, "float32", p) for p in (k, f"{k}-reuse")}
-    read = costs[k].bytes_per_token - costs[f"{k}-reuse"].bytes_per_token
+    costs = {p: chain_cost([method], SHAPE, "float32", p) for p in (k, reuse)}
+    read = costs[k].bytes_per_token - costs[reuse].bytes_per_token
     assert read == pytest.approx(4 * stand_in)
-    assert method.whole(SHAPE) == "k0" and "generate" in method.engines("k0")
-    assert "generate" not in method.engines(f"{k}-reuse")
+    assert method.full_point(SHAPE) == Window(0) and "generate" in method.engines(Window(0))
+    assert "generate" not in method.engines(reuse)
 
 
 @torch.no_grad()
@@ -385,16 +385,10 @@ def test_tokens_by_their_place_in_the_cycle() -> None:
     assert sum(m.long() for m in method.parts(model, batch).values()).eq(1).all()
     refreshed = schedule(torch.tensor([3]), torch.tensor([0]), 8, 2)[0]
     assert method.parts(model, batch)["j0"][0].equal(refreshed)
-    with method.at(model, "k0"):
+    with method.at(model, Window(0)):
         assert not method.parts(model, batch)
     longest = LoRADrop(layers=(2,), window=100, windows=(100,))
     assert list(longest.parts(prepared(longest), batch)) == [f"j{j}" for j in range(9)]
-
-
-def test_unknown_point_is_refused() -> None:
-    method = LoRADrop(layers=(2,), window=3)
-    with pytest.raises(UserError, match="'k4'"), method.at(prepared(method), "k4"):
-        pass
 
 
 # -- the session ----------------------------------------------------------------------------------
@@ -700,7 +694,7 @@ def test_cost_is_what_is_counted(kv: Any, monkeypatch: pytest.MonkeyPatch) -> No
     method = LoRADrop(rank=4, layers=(2, 3, 5), window=3, kv=kv)
     model = prepared(method)
     for point in method.points():
-        window = int(point[1:])
+        window = method.window_at(point).window
         cost = chain_cost([method], SHAPE, "float32", point)
         parameters = list(model.parameters())
         assert cost.params == sum(p.numel() for p in parameters)
@@ -752,7 +746,7 @@ def test_speed_ceiling() -> None:
     method = LoRADrop(window=3)
     count = len(method.droppable(30))
     full, dropped = (
-        chain_cost([method], smol, "bfloat16", p).bytes_per_token for p in ("k0", "k3")
+        chain_cost([method], smol, "bfloat16", p).bytes_per_token for p in (Window(0), Window(3))
     )
     assert 1 < full / dropped < speed_ceiling(count * share, 3)
     assert chain_cost([LoRADrop(layers=(9,))], smol, "float32").trainable == 18_432

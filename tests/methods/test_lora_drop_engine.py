@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_lora_drop import SETS, SHAPE, decoded, in_float64, prepared, tiny, tokens
 
-from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.lora_drop import LoRADrop, Window
 from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused
@@ -32,13 +32,13 @@ def both(model: Any, way: str) -> tuple[StaticTemporalSession, TemporalSession]:
     return ours, TemporalSession(model, model.lora_drop)
 
 
-def policy(name: str, **settings: Any) -> tuple[LoRADrop, Any, str]:
+def policy(name: str, **settings: Any) -> tuple[LoRADrop, Any, Window]:
     """Return a method that starts dropped tokens in a way, its model and its point."""
     if name in ("reuse", "identity"):
         method = LoRADrop(rank=5, baselines=(name,), **settings)  # type: ignore[arg-type]
-        return method, prepared(method), f"k{method.window}-{name}"
+        return method, prepared(method), Window(method.window, name)  # type: ignore[arg-type]
     method = LoRADrop(rank=5, anchor=name, **settings)  # type: ignore[arg-type]
-    return method, prepared(method), f"k{method.window}"
+    return method, prepared(method), Window(method.window)
 
 
 @pytest.mark.parametrize("padded", [False, True])

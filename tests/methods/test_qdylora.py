@@ -22,6 +22,7 @@ from peft import PeftModel
 
 from effbench.api.shape import Shape
 from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import Rank
 from effbench.methods.adapters.qdylora import QDyLoRA
 from effbench.methods.adapters.qlora import QLoRA
 from effbench.methods.chain import chain_cost
@@ -45,7 +46,7 @@ def test_1_untrained_it_is_the_quantised_base_at_every_rank():
     expected = logits(base_for(method))
     model, _ = prepared(method)
     for rank in range(1, 7):
-        with method.at(model, f"r{rank}"):
+        with method.at(model, Rank(rank)):
             assert logits(model).equal(expected)
 
 
@@ -53,12 +54,12 @@ def test_1_untrained_it_is_the_quantised_base_at_every_rank():
 def test_2_a_slice_is_the_exported_adapter(tmp_path, rank):
     method = QDyLoRA(rank=8, alpha=12)
     model, _ = trained(method)
-    method.export(model, f"r{rank}", tmp_path)
+    method.export(model, Rank(rank), tmp_path)
     theirs = PeftModel.from_pretrained(base_for(method), tmp_path)
     assert theirs.peft_config["default"].r == rank
     assert theirs.peft_config["default"].lora_alpha == 12
     assert not theirs.peft_config["default"].use_rslora
-    with method.at(model, f"r{rank}"):
+    with method.at(model, Rank(rank)):
         ours = logits(model)
         torch.testing.assert_close(logits(theirs), ours, atol=1e-6, rtol=0)
     assert not torch.allclose(ours, logits(base_for(method)), atol=1e-3)
@@ -70,7 +71,7 @@ def test_2_a_slice_gives_the_loss_that_training_saw(tmp_path, rank):
     model, ctx = trained(method)
     control_of(model.train()).active = rank
     seen = method.loss(model, batch_of(), ctx)
-    method.export(model, f"r{rank}", tmp_path)
+    method.export(model, Rank(rank), tmp_path)
     theirs = PeftModel.from_pretrained(base_for(method), tmp_path).get_base_model()
     torch.testing.assert_close(method.loss(theirs, batch_of(), ctx), seen, atol=1e-6, rtol=0)
 
@@ -78,7 +79,7 @@ def test_2_a_slice_gives_the_loss_that_training_saw(tmp_path, rank):
 def test_3_ranks_above_do_not_matter():
     method = QDyLoRA(rank=8)
     model, ctx = trained(method)
-    with method.at(model, "r3"):
+    with method.at(model, Rank(3)):
         before = method.loss(model, batch_of(), ctx)
         for _, layer in low_rank_layers(model):
             layer.lora_A.data[3:].normal_(generator=generator(1))
@@ -93,7 +94,7 @@ def test_4_gradients_reach_the_ranks_of_the_mode_alone(mode):
     method = QDyLoRA(rank=6, mode=mode)
     model, ctx = trained(method)
     model.zero_grad()
-    with method.at(model, "r4"):
+    with method.at(model, Rank(4)):
         method.loss(model, batch_of(), ctx).backward()
     learns = [mode == "nested"] * 3 + [True] + [False] * 2
     for _, layer in low_rank_layers(model):
@@ -106,7 +107,7 @@ def test_4_the_loss_is_the_same_in_both_modes():
     losses = []
     for mode in ("nested", "frozen"):
         control_of(model).mode = mode
-        with QDyLoRA(rank=6).at(model, "r4"):
+        with QDyLoRA(rank=6).at(model, Rank(4)):
             losses.append(QDyLoRA(rank=6).loss(model, batch_of(), ctx))
     assert losses[0].equal(losses[1])
 
@@ -175,7 +176,7 @@ def test_8_nf4_bytes_per_weight():
 )
 def test_9_adapter_parameters(shape, per_rank):
     assert chain_cost([QDyLoRA(rank=64)], shape, "bfloat16").trainable == per_rank * 64
-    assert chain_cost([QDyLoRA(rank=64)], shape, "bfloat16", "r1").trainable == per_rank * 64
+    assert chain_cost([QDyLoRA(rank=64)], shape, "bfloat16", Rank(1)).trainable == per_rank * 64
 
 
 def test_9_cost_is_what_is_counted():
@@ -184,7 +185,7 @@ def test_9_cost_is_what_is_counted():
     for point in method.points():
         with method.at(model, point):
             assert stated(method, point) == counted(model)
-    low, high = (chain_cost([method], SHAPE, "float32", p) for p in ("r1", "r6"))
+    low, high = (chain_cost([method], SHAPE, "float32", p) for p in (Rank(1), Rank(6)))
     per_rank = low.trainable // 6
     assert high.flops_per_token - low.flops_per_token == 2 * 5 * per_rank
     assert high.bytes_per_token - low.bytes_per_token == 4 * 5 * per_rank

@@ -15,7 +15,7 @@ from helpers import (
 )
 from peft import PeftModel
 
-from effbench.methods.adapters.lora import LoRA
+from effbench.methods.adapters.lora import LoRA, Rank
 from effbench.methods.adapters.qlora import QLoRA
 from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.peft_lora import peft_adapters
@@ -76,9 +76,9 @@ def test_peft_loads_the_export_on_the_quantised_base(tmp_path):
     method = QLoRA(rank=8, eval_ranks=(2,), truncation="svd")
     model, ctx = prepared(method)
     train(method, model, ctx, 3)
-    method.export(model, "r2", tmp_path)
+    method.export(model, Rank(2), tmp_path)
     theirs = PeftModel.from_pretrained(base_for(method), tmp_path)
-    with method.at(model, "r2"):
+    with method.at(model, Rank(2)):
         torch.testing.assert_close(logits(theirs), logits(model), atol=1e-6, rtol=0)
 
 

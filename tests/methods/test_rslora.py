@@ -5,8 +5,9 @@ import torch
 from helpers import SHAPE, base_for, counted, logits, prepared, stated, tiny_model, train
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
+from effbench.api.points import UNNAMED
 from effbench.api.shape import LINEARS
-from effbench.methods.adapters.lora import LoRA
+from effbench.methods.adapters.lora import LoRA, Rank
 from effbench.methods.adapters.rslora import RankStabilisedLoRA as RsLoRA
 from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.peft_lora import peft_adapters
@@ -41,7 +42,7 @@ def test_same_losses_as_peft():
     assert ours == pytest.approx(train(method, theirs, prepared(method)[1], 4), rel=1e-6)
 
 
-@pytest.mark.parametrize("point", ["", "r2"])
+@pytest.mark.parametrize("point", [UNNAMED, Rank(2)])
 def test_peft_loads_the_export(tmp_path, point):
     method = RsLoRA(rank=8, alpha=4, eval_ranks=(2,))
     model, ctx = prepared(method)

@@ -16,6 +16,7 @@ from effbench.api.parts import LayerShape, Linear, Norm
 from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost, chain_shapes, shape_of
 from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.reading import Depth
 from effbench.methods.full import Full
 from effbench.nn.quant.linears import QuantisedLinear, storage_bytes
 from effbench.testing.kinds import trains
@@ -55,7 +56,7 @@ def test_the_shape_that_is_left_is_the_model_that_is_left(name: str, tmp_path: P
     method, model, shape, _ = changed(name, "bfloat16")
     made = next(iter(saved(method, model, tmp_path)), None)
     left = shape_of(method, shape, phase="use", folder=made)
-    point = method.whole(left)
+    point = method.full_point(left)
     left = shape_of(method, shape, point, "use", made)
     with method.at(model, point):
         assert stated_of(left, 2) == tree(model)
@@ -64,7 +65,7 @@ def test_the_shape_that_is_left_is_the_model_that_is_left(name: str, tmp_path: P
 def test_what_the_next_method_starts_from_trains_nothing_and_has_no_masters() -> None:
     [left] = chain_shapes([Full()], SHAPE)
     assert (cost_of(left, "bfloat16").trainable, left) == (0, ModelShape.of(SHAPE))
-    read = chain_cost([Full(), Depths(eval_depths=(1,))], SHAPE, "bfloat16", "d1")
+    read = chain_cost([Full(), Depths(eval_depths=(1,))], SHAPE, "bfloat16", Depth(1))
     assert read.trainable == 0
     assert read.resident_bytes == 2 * read.params
 

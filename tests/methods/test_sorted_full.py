@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
+from effbench.methods.depth.reading import Depth
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.full import Full
 from effbench.util.errors import UserError
@@ -58,7 +59,7 @@ def test_the_gradient_of_the_soft_loss_is_the_mean_in_head_and_embedding_too():
     model.zero_grad(set_to_none=True)
     singles = []
     for n in (2, 3, 5):
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             single = Full().loss(model, batch_of(), ctx)
         (single / 3).backward()
         singles.append(single.item())
@@ -82,7 +83,7 @@ def test_a_sampled_step_leaves_deeper_layers_alone():
 @pytest.mark.parametrize("depths", [(2, 3, 5), (3,)])
 def test_cost_is_what_is_counted(depths):
     method, model, _ = ready(depths=depths)
-    for point in (*method.points(), "d5"):
+    for point in (*method.points(), Depth(5)):
         with method.at(model, point):
             assert stated(method, point, DEEP) == counted(model)
 
@@ -90,11 +91,11 @@ def test_cost_is_what_is_counted(depths):
 def test_transformers_loads_an_exported_depth(tmp_path):
     method, model, ctx = ready()
     train(method, model, ctx, 2)
-    method.export(model.eval(), "d2", tmp_path)
+    method.export(model.eval(), Depth(2), tmp_path)
     assert not (tmp_path / "adapter").exists()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     batch = batch_of()
-    with torch.no_grad(), method.at(model, "d2"):
+    with torch.no_grad(), method.at(model, Depth(2)):
         assert Method().logits(stock, batch).equal(method.logits(model, batch))
 
 

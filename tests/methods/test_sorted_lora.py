@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from effbench.api.cost import cost_of
 from effbench.api.footprint import training_of
+from effbench.api.points import UNNAMED
 from effbench.api.schema import build
 from effbench.api.shape import ModelShape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
-from effbench.methods.depth.reading import depth_set, paper_thresholds
+from effbench.methods.depth.reading import Depth, Mixed, depth_set, paper_thresholds
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
 from effbench.methods.quant.rtn import RTN
@@ -89,7 +90,7 @@ def logits_at(method, model, point, batch=None):
 @pytest.mark.parametrize("n", range(1, 6))
 def test_a_depth_is_the_model_that_transformers_cuts(n):
     method, model, _ = trained_model()
-    ours = logits_at(method, model, f"d{n}")
+    ours = logits_at(method, model, Depth(n))
     batch = batch_of()
     states = exit_states(model, (1, n), batch.input_ids, batch.attention_mask)
     model.config.num_hidden_layers = n  # the stock model runs layers[:n]
@@ -118,7 +119,7 @@ def test_untrained_every_exit_is_the_bases(layout):
     for n in (2, 3, 5):
         with at_layers(base, method.kept(n, 5)), torch.no_grad():
             expected = Method().logits(base, batch_of())
-        assert logits_at(method, model, f"d{n}").equal(expected)
+        assert logits_at(method, model, Depth(n)).equal(expected)
 
 
 def test_a_sub_model_without_middle_layers():
@@ -131,7 +132,7 @@ def test_a_sub_model_without_middle_layers():
         [0, 1, 2, 3, 4],
     ]
     model.eval()
-    with method.at(model, "d3"), torch.no_grad():
+    with method.at(model, Depth(3)), torch.no_grad():
         assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
         session = method.session(model)
         steps = [session.prefill(IDS[:1, :6])]
@@ -145,7 +146,7 @@ def test_everything_is_as_before_after_a_depth_even_after_an_error():
     method, model, _ = trained_model()
     model.config.layer_types = ["full_attention"] * 5
     layers = list(model.model.layers)
-    with pytest.raises(RuntimeError), method.at(model, "d2"):
+    with pytest.raises(RuntimeError), method.at(model, Depth(2)):
         assert len(model.model.layers) == model.config.num_hidden_layers == 2
         assert len(model.config.layer_types) == 2
         raise RuntimeError
@@ -185,7 +186,7 @@ def test_one_depth_alone_is_lora_on_the_extracted_model(tmp_path):
     assert train(alone, small, small_ctx, 4) == losses
     ours, theirs = trainable(model), trainable(small)
     assert ours.keys() == theirs.keys() and all(p.equal(theirs[n]) for n, p in ours.items())
-    assert method.points() == ("d2",)
+    assert method.points() == (Depth(2),)
 
 
 # -- invariant 4: what does not run does not change --------------------------------------------
@@ -224,7 +225,7 @@ def test_the_soft_loss_is_the_mean_over_exits_and_so_is_its_gradient(layout, che
     model.zero_grad(set_to_none=True)
     singles = []
     for n in (2, 3, 5):
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             single = Full().loss(model, batch, ctx)
             (single / 3).backward()
         singles.append(single.item())
@@ -280,7 +281,7 @@ def test_the_layerskip_loss_is_the_weighted_sum_of_two_exits(step, monkeypatch):
     model.zero_grad(set_to_none=True)
     total = 0.0
     for n, weight in layerskip.exit_weights((2, 3, 5), 5, step).items():
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             single = weight * Full().loss(model, batch_of(), ctx)
             single.backward()
         total += single.item()
@@ -442,8 +443,8 @@ def test_it_goes_on_from_a_packed_base():
     model = begun(method, base, ctx)
     losses = train(method, model, ctx, 8, same_batch=True)
     assert losses[-1] < losses[1]
-    base_cost = chain_cost([RTN(bits=4, group_size=32), method], DEEP, "float32", "d2")
-    with method.at(model, "d2"):
+    base_cost = chain_cost([RTN(bits=4, group_size=32), method], DEEP, "float32", Depth(2))
+    with method.at(model, Depth(2)):
         found = counted(model)
     assert base_cost.resident_bytes == found["resident_bytes"]
     assert base_cost.trainable == found["trainable"]
@@ -467,7 +468,7 @@ def test_depths_follow_from_the_number_of_layers(layers, shallowest, depths):
     assert depth_set(layers, shallowest) == depths
     shape = replace(SHAPE, num_layers=layers)
     if shallowest == 0.6:
-        assert SortedLoRA().resolve(shape).points() == tuple(f"d{n}" for n in depths)
+        assert SortedLoRA().resolve(shape).points() == tuple(Depth(n) for n in depths)
 
 
 def test_thresholds_are_the_papers_at_its_exits():
@@ -500,10 +501,10 @@ def test_impossible_settings_are_refused_by_name(settings, named):
         build(SortedLoRA, {"depths": [2, 3, 5], **settings}, "method").resolve(DEEP)
 
 
-def test_an_unknown_point_is_refused():
+def test_a_depth_that_the_model_does_not_have_is_refused():
     method, model, _ = ready()
-    for point in ("d6", "d0", "r2", "d"):
-        with pytest.raises(UserError, match="no operating point"), method.at(model, point):
+    for depth in (6, 0):
+        with pytest.raises(ValueError, match="no depth"), method.at(model, Depth(depth)):
             pass
 
 
@@ -515,7 +516,7 @@ def test_a_depth_caches_its_own_layers_alone(layout):
     method, model, _ = ready(layout=layout)
     full = None
     for n in (5, 3, 2):
-        with method.at(model.eval(), f"d{n}"):
+        with method.at(model.eval(), Depth(n)):
             session = method.session(model)
             session.prefill(IDS)
             session.step(IDS[:, :1])
@@ -523,7 +524,7 @@ def test_a_depth_caches_its_own_layers_alone(layout):
         assert used == 2 * n * SHAPE.num_kv_heads * SHAPE.head_dim * 4 * 13 * 2
         full = full or used
         assert used == full * n / 5
-        assert chain_cost([method], DEEP, "float32", f"d{n}").kv_bytes_per_token == used / 13 / 2
+        assert chain_cost([method], DEEP, "float32", Depth(n)).kv_bytes_per_token == used / 13 / 2
 
 
 @pytest.mark.parametrize("layout", ["prefix", "skip_middle"])
@@ -532,17 +533,17 @@ def test_parameters_rise_with_depth_and_nest(layout):
     names, held, sizes, stated_ = [], [], [], []
     for n in range(1, 6):
         kept = method.kept(n, 5)
-        with method.at(model, f"d{n}"):
+        with method.at(model, Depth(n)):
             sizes.append(sum(p.numel() for p in model.parameters()))
             names.append(set(dict(model.named_parameters())))
             held.append({id(p) for p in model.parameters()})
-        stated_.append(chain_cost([method], DEEP, "float32", f"d{n}").params)
+        stated_.append(chain_cost([method], DEEP, "float32", Depth(n)).params)
         assert len(kept) == n
     assert sizes == sorted(set(sizes)) == stated_
     assert all(a < b for found in (names, held) for a, b in pairwise(found))
 
 
-@pytest.mark.parametrize("point", ["d2", "d5", ""])
+@pytest.mark.parametrize("point", [Depth(2), Depth(5), UNNAMED])
 @pytest.mark.parametrize("norm", [True, False])
 def test_cost_is_what_is_counted(point, norm):
     method, model, _ = ready(train_norm=norm, targets=("k_proj", "gate_proj"))
@@ -550,7 +551,7 @@ def test_cost_is_what_is_counted(point, norm):
         assert stated(method, point, DEEP) == counted(model)
         assert chain_cost([method], DEEP, "float32", point).flops_per_token == flops(model)
         assert chain_cost([method], DEEP, "float32", point).saving == (
-            "physical" if point == "d2" else "none"
+            "physical" if point == Depth(2) else "none"
         )
 
 
@@ -562,7 +563,7 @@ def test_one_depth_alone_trains_its_own_layers_alone():
             assert stated(method, point, DEEP) == counted(model)
 
 
-@pytest.mark.parametrize("point", ["exit", "speculative"])
+@pytest.mark.parametrize("point", [Mixed("exit"), Mixed("speculative")])
 def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
     from effbench.resources.counting import flops as work
 
@@ -581,11 +582,11 @@ def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
     cost = chain_cost([method], DEEP, "float32", point)
     assert cost.flops_per_token == pytest.approx(found, rel=0.01)
     passes = session.counts()["layer_passes"]
-    assert passes == {"exit": 5, "speculative": 2 * 4 + 3}[point]
+    assert passes == {"exit": 5, "speculative": 2 * 4 + 3}[point.name]
     # Weights once a pass, and the head at each exit or draft and at verification.
     head = cost_of(ModelShape.of(DEEP).only(()), "float32").bytes_per_token
-    layer = (chain_cost([method], DEEP, "float32", "d5").bytes_per_token - head) / 5
-    heads = {"exit": 3, "speculative": 4}[point]
+    layer = (chain_cost([method], DEEP, "float32", Depth(5)).bytes_per_token - head) / 5
+    heads = {"exit": 3, "speculative": 4}[point.name]
     assert cost.bytes_per_token == pytest.approx(passes * layer + heads * head)
 
 
@@ -594,7 +595,7 @@ def test_the_stated_work_of_dynamic_decoding_is_the_most_it_can_be(point):
 
 def test_the_points_of_dynamic_decoding_come_first():
     method, _, _ = ready(decoding=("exit", "speculative"))
-    assert method.points() == ("exit", "speculative", "d2", "d3", "d5")
+    assert [p.name for p in method.points()] == ["exit", "speculative", "d2", "d3", "d5"]
     assert replace(method, eval_depths=(3,)).exits(5) == (3, 5)
     assert replace(method, depths=(3,), eval_depths=(2, 4)).exits(5) == (2, 3)
 
@@ -605,12 +606,12 @@ def test_logits_at_exit_are_those_of_decoding(kv):
     batch = batch_of(rows=1)
     batch.labels[:, :3] = -100
     model.eval()
-    with method.at(model, "exit"), torch.no_grad():
-        session = method.session(model, "exit")
+    with method.at(model, Mixed("exit")), torch.no_grad():
+        session = method.session(model, Mixed("exit"))
         steps = [session.prefill(batch.input_ids[:, :3])]
         steps += [session.step(batch.input_ids[:, t : t + 1]) for t in range(3, 10)]
-        whole = method.logits(model, batch, "exit")
-        nll = method.token_nll(model, batch, "exit")
+        whole = method.logits(model, batch, Mixed("exit"))
+        nll = method.token_nll(model, batch, Mixed("exit"))
     assert 2 < session.counts()["exit_depth"] < 5
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, 2:10], atol=1e-5, rtol=1e-4)
     expected = whole[:, 2:9].log_softmax(-1).gather(-1, batch.labels[:, 3:10, None])[..., 0]
@@ -629,28 +630,28 @@ def test_dynamic_decoding_with_adapters_ends_at_the_full_model_or_the_shallowest
         with own.at(model.eval(), point):
             return greedy(own.session(model, point), IDS[:1], 20)
 
-    full, shallow = tokens("d5"), tokens("d2")
+    full, shallow = tokens(Depth(5)), tokens(Depth(2))
     assert not full.equal(shallow)
-    assert tokens("speculative").equal(full)
-    assert tokens("exit", thresholds=(1.1, 1.1)).equal(full)
-    assert tokens("exit", thresholds=(0.0, 0.0)).equal(shallow)
+    assert tokens(Mixed("speculative")).equal(full)
+    assert tokens(Mixed("exit"), thresholds=(1.1, 1.1)).equal(full)
+    assert tokens(Mixed("exit"), thresholds=(0.0, 0.0)).equal(shallow)
     with merged(model):
-        assert tokens("speculative").equal(tokens("d5"))
+        assert tokens(Mixed("speculative")).equal(tokens(Depth(5)))
 
 
 def test_sessions_follow_the_settings():
     method, model, _ = ready(
         decoding=("exit", "speculative"), draft_depth=3, draft_tokens=2, draft_window="constant"
     )
-    with method.at(model, "speculative"):
-        session = method.session(model, "speculative")
+    with method.at(model, Mixed("speculative")):
+        session = method.session(model, Mixed("speculative"))
         assert [len(s) for s in session.staged.stages] == [3, 2]
         assert (session.window, session.adaptive) == (2, False)
-    with method.at(model, "exit"):
-        assert [len(s) for s in method.session(model, "exit").staged.stages] == [2, 1, 2]
-        with pytest.raises(RuntimeError), method.at(model, "d2"):
+    with method.at(model, Mixed("exit")):
+        assert [len(s) for s in method.session(model, Mixed("exit")).staged.stages] == [2, 1, 2]
+        with pytest.raises(RuntimeError), method.at(model, Depth(2)):
             raise RuntimeError
-        assert hasattr(method.session(model, "exit"), "rule")
+        assert hasattr(method.session(model, Mixed("exit")), "rule")
     assert not hasattr(method.session(model), "staged")
 
 
@@ -670,7 +671,7 @@ def test_save_and_load_give_the_same_logits_at_every_point(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_loads_an_exported_depth(tmp_path, layout, dtype):
     method, model, _ = trained_model(layout=layout, dtype=dtype)
-    method.export(model.eval(), "d3", tmp_path)
+    method.export(model.eval(), Depth(3), tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False)
     assert type(stock) is LlamaForCausalLM
     assert stock.config.num_hidden_layers == len(stock.model.layers) == 3
@@ -680,7 +681,7 @@ def test_transformers_loads_an_exported_depth(tmp_path, layout, dtype):
     exact = model.float()
     exact.model.rotary_emb = deep().model.rotary_emb  # its angles are never held in bfloat16
     torch.testing.assert_close(
-        stock(IDS).logits, logits_at(method, exact, "d3", batch_like(IDS)), atol=1e-5, rtol=1e-5
+        stock(IDS).logits, logits_at(method, exact, Depth(3), batch_like(IDS)), atol=1e-5, rtol=1e-5
     )
 
 
@@ -691,7 +692,7 @@ def batch_like(ids):
 def test_peft_loads_the_adapters_of_an_exported_depth(tmp_path):
     method, model, _ = trained_model()
     (tmp_path / "out").mkdir()
-    method.export(model.eval(), "d3", tmp_path / "out")
+    method.export(model.eval(), Depth(3), tmp_path / "out")
     base = deep().eval()
     base.save_pretrained(tmp_path / "base")
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=3)
@@ -699,7 +700,7 @@ def test_peft_loads_the_adapters_of_an_exported_depth(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(
             theirs(IDS).logits,
-            logits_at(method, model, "d3", batch_like(IDS)),
+            logits_at(method, model, Depth(3), batch_like(IDS)),
             atol=1e-5,
             rtol=1e-5,
         )
@@ -712,8 +713,8 @@ def test_an_exported_packed_base_is_expanded(tmp_path):
     model = method.prepare(base, context())
     for p in trainable(model).values():
         p.data.add_(0.1 * torch.randn(p.shape, generator=generator(3)))
-    method.export(model.eval(), "d2", tmp_path)
+    method.export(model.eval(), Depth(2), tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False)
     torch.testing.assert_close(
-        stock(IDS).logits, logits_at(method, model, "d2", batch_like(IDS)), atol=1e-5, rtol=1e-5
+        stock(IDS).logits, logits_at(method, model, Depth(2), batch_like(IDS)), atol=1e-5, rtol=1e-5
     )

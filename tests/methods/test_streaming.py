@@ -13,11 +13,13 @@ from helpers import SHAPE, context, generator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import make_batch
+from effbench.api.points import Point
 from effbench.api.sharing import listed_map, shared_shape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.cache.streaming import SinkWindow, Streaming
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.reading import Depth, Mixed
 from effbench.nn.decode.decoder import CopiedMaps, Decoder, Drafts, Drops, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.session import CachedSession, greedy
@@ -214,7 +216,7 @@ def test_what_is_taken_back_was_never_read(sinks: int, window: int, padded: bool
 class StreamingDepths(Depths):
     """What a plug-in would write to have exits and a window at once."""
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         return replace(super().decoder(point), cache=SinkWindow(2, 5))
 
 
@@ -227,8 +229,8 @@ def test_exits_and_drafts_work_with_it() -> None:
     assert greedy(Decoder(never, cache=policy).session(model), ids, 30).equal(full)
 
 
-@pytest.mark.parametrize("point", ["exit", "speculative", "d2", "d4"])
-def test_two_ideas_in_one_method_see_in_one_pass_what_decoding_sees(point: str) -> None:
+@pytest.mark.parametrize("point", [Mixed("exit"), Mixed("speculative"), Depth(2), Depth(4)])
+def test_two_ideas_in_one_method_see_in_one_pass_what_decoding_sees(point: Point) -> None:
     method = StreamingDepths(
         eval_depths=(2, 4), decoding=("exit", "speculative"), thresholds=(0.12,)
     )
@@ -239,7 +241,7 @@ def test_two_ideas_in_one_method_see_in_one_pass_what_decoding_sees(point: str) 
         steps = decoded(session, ids, 5)[0]
         close(method.logits(model, batch, point)[0, 4:], steps)
         assert not method.forward(point).shares_prefixes and method.engines(point) == {"auto"}
-        if point == "exit":
+        if point == Mixed("exit"):
             assert 2 < session.counts()["exit_depth"] < 4
         plain = Depths.decoder(method, point).session(model)
         assert (decoded(plain, ids, 5)[0] - steps).abs().max() > 0.1

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from effbench.api.points import UNNAMED, Point
 from effbench.api.session import Session
 from effbench.methods.base import Method
 from effbench.methods.decodes import Forward
@@ -81,11 +82,11 @@ def test_drafts_are_verified_by_all_blocks_alone(route: Route) -> None:
 
 def test_a_forward_pass_that_is_the_models_own_is_shared_however_it_is_written() -> None:
     class Same(Method):
-        def forward(self, point: str = "") -> Forward:
+        def forward(self, point: Point = UNNAMED) -> Forward:
             return super().forward(point)
 
     class Own(Method):
-        def forward(self, point: str = "") -> Forward:
+        def forward(self, point: Point = UNNAMED) -> Forward:
             return Forward(lambda model, batch: model)
 
     assert Same().forward().shares_prefixes and not Own().forward().shares_prefixes
@@ -101,11 +102,11 @@ def test_a_driver_from_anywhere_makes_its_own_session() -> None:
             return model  # type: ignore[no-any-return]
 
     class Branching(Method):
-        def decoder(self, point: str) -> Decoder:
+        def decoder(self, point: Point) -> Decoder:
             return Decoder(EXITS, Tree())
 
     model: Any = object()
-    assert Branching().session(model, "exit") is model and made == [(EXITS, "auto")]
+    assert Branching().session(model) is model and made == [(EXITS, "auto")]
     assert Branching().engines() == {"auto"}
 
 

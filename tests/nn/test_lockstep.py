@@ -13,9 +13,11 @@ from conftest import Bench
 from helpers import batch_of, generator, prepared, tiny_model
 
 from effbench.api.footprint import POINTS_AT_ONCE
+from effbench.api.points import UNNAMED, Point
 from effbench.api.sharing import top_map
 from effbench.evaluators.subject import Subject
 from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import Rank
 from effbench.methods.adapters.qdylora import QDyLoRA
 from effbench.methods.decodes import Forward
 from effbench.nn.adapters.lowrank import LowRankLinear, low_rank_layers
@@ -33,7 +35,7 @@ from effbench.results.records import Metric, Record
 from effbench.util.errors import UserError
 
 CPU = torch.device("cpu")
-RANKS = ("r1", "r2", "r3", "r4")
+RANKS = (Rank(1), Rank(2), Rank(3), Rank(4))
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +130,8 @@ def test_what_is_no_plain_model_is_not_walked_through() -> None:
 # -- as an evaluator sees it -----------------------------------------------------------------------
 
 
-def subject_at(method: DyLoRA, model: Any, beside: Mapping[str, Any]) -> Subject:
-    made = Subject(model, method, "r1", None, CPU, 0, 0)  # type: ignore[arg-type]
+def subject_at(method: DyLoRA, model: Any, beside: Mapping[Point, Any]) -> Subject:
+    made = Subject(model, method, Rank(1), None, CPU, 0, 0)  # type: ignore[arg-type]
     made.beside = beside
     made.journal = lambda name, items: Journal(None, items)
     return made
@@ -146,27 +148,27 @@ def test_answers_are_scored_as_point_by_point(prefix: int) -> None:
     ]
     method = QDyLoRA(rank=4)
     model = adapted(method)
-    kept: dict[str, Journal] = {}
+    kept: dict[Point, Journal] = {}
 
-    def opening(point: str, name: str, items: Any) -> Journal:
+    def opening(point: Point, name: str, items: Any) -> Journal:
         kept[point] = Journal(None, items)
         return kept[point]
 
     subject = subject_at(method, model, {p: partial(opening, p) for p in RANKS[1:]})
-    with method.at(model, "r1"):
+    with method.at(model, Rank(1)):
         found = subject.score(requests, "a", 256)
     plan = Plan(requests, 256)
     assert any(g.stem for g in plan.groups) == bool(prefix)
     assert bool(kept) == (not prefix)  # a stem's cache is not held once for each point
-    for point in ("r1", *kept):
+    for point in (Rank(1), *kept):
         alone = {}
         with method.at(model, point):
             for scores in tree_scores(model, plan, iter(plan.groups), CPU):
                 alone |= scores
         expected = [alone[i] for i in range(len(requests))]
         own = [(s.loglikelihood, s.greedy) for s in expected]
-        assert (found if point == "r1" else None) in (expected, None)
-        assert point == "r1" or [tuple(v) for v in kept[point].values()] == own
+        assert (found if point == Rank(1) else None) in (expected, None)
+        assert point == Rank(1) or [tuple(v) for v in kept[point].values()] == own
 
 
 def test_a_number_that_is_not_finite_is_found_at_its_point() -> None:
@@ -175,24 +177,24 @@ def test_a_number_that_is_not_finite_is_found_at_its_point() -> None:
     layer = dict(low_rank_layers(model))["model.layers.1.mlp.up_proj"]
     layer.lora_B[:, 3] = float("nan")
     subject = subject_at(method, model, {})
-    assert len(subject.token_nlls(batch, ["r2", "r3"])) == 2
+    assert len(subject.token_nlls(batch, [Rank(2), Rank(3)])) == 2
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
-        subject.token_nlls(batch, ["r3", "r4"])
+        subject.token_nlls(batch, [Rank(3), Rank(4)])
 
 
 class OwnLoss(DyLoRA):
     """A method that predicts in a way of its own."""
 
-    def forward(self, point: str = "") -> Forward:
+    def forward(self, point: Point = UNNAMED) -> Forward:
         return Forward(lambda model, batch: 2 * forward_logits(model, batch))
 
 
 @pytest.mark.parametrize("kind", [DyLoRA, OwnLoss])
 def test_only_plain_predictions_go_in_one_pass(kind: type[DyLoRA]) -> None:
     method = kind(rank=4)
-    beside = {"r2": lambda name, items: Journal(None, items)}
+    beside: dict[Point, Any] = {Rank(2): lambda name, items: Journal(None, items)}
     opened = subject_at(method, adapted(method), beside).journals("a", ["x"])
-    assert list(opened) == (["r1", "r2"] if kind is DyLoRA else ["r1"])
+    assert list(opened) == ([Rank(1), Rank(2)] if kind is DyLoRA else [Rank(1)])
 
 
 # -- in a run --------------------------------------------------------------------------------------

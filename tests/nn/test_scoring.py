@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effbench.api.batch import make_batch
+from effbench.api.points import UNNAMED, Point
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.methods.decodes import Forward
@@ -188,7 +189,7 @@ def test_a_token_sees_its_own_past_alone() -> None:
 
 
 def subject(model: Any, method: Method | None = None, journal: Any = None) -> Subject:
-    made = Subject(model, method or Method(), "", None, CPU, 0, 0)  # type: ignore[arg-type]
+    made = Subject(model, method or Method(), UNNAMED, None, CPU, 0, 0)  # type: ignore[arg-type]
     if journal:
         made.journal = journal
     return made
@@ -197,7 +198,7 @@ def subject(model: Any, method: Method | None = None, journal: Any = None) -> Su
 class OwnLogits(Method):
     """A method with logits of its own."""
 
-    def forward(self, point: str = "") -> Forward:
+    def forward(self, point: Point = UNNAMED) -> Forward:
         return Forward(lambda model, batch: 2 * forward_logits(model, batch))
 
 

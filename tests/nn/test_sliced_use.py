@@ -18,12 +18,14 @@ from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
 from effbench.api.parts import LayerSize
 from effbench.api.plugins import make_method
+from effbench.api.points import Point
 from effbench.api.shape import Shape
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost, shape_of
 from effbench.methods.depth.depths import Depths
+from effbench.methods.depth.reading import Depth
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
@@ -185,14 +187,14 @@ def test_layers_that_differ_have_no_depths(name: str, kind: type[Depths]) -> Non
     method = kind(**({"rank": 2} if kind is SortedLoRA else {})).with_depths(4)
     with pytest.raises(UserError, match="differ in size"):
         method.resolve(shape)
-    with pytest.raises(UserError, match="differ in size"), method.at(model, method.points()[-1]):
+    with pytest.raises(UserError, match="differ in size"), method.at(model, method.default_point()):
         pass
     with pytest.raises(UserError, match="differ in size"):
         StagedDecoder(model, (2, 4))
 
 
-@pytest.mark.parametrize("point", ["d2", "d4"])
-def test_layers_that_are_alike_have_depths(point: str) -> None:
+@pytest.mark.parametrize("point", [Depth(2), Depth(4)])
+def test_layers_that_are_alike_have_depths(point: Point) -> None:
     model, ids = sliced(ALIKE, torch.float32), tokens()
     shape, method = shape_left(model, DEEP), Depths(eval_depths=(2, 4))
     method.resolve(shape)

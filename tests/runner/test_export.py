@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import Bench
 
+from effbench.api.points import Point
 from effbench.config.compose import compose
 from effbench.methods.adapters.dylora import DyLoRA
+from effbench.methods.adapters.lora import Rank
 from effbench.models import load as models
 from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
@@ -47,16 +49,16 @@ def test_peft_loads_a_point_and_gives_the_same_logits(bench: Bench, tmp_path: Pa
     ours = method.load(opened.model, artefact, context(work)).eval()
     ours.requires_grad_(False)
     untouched = base()(IDS).logits
-    for point, rank in (("r2", 2), ("", 8)):
-        folder = tmp_path / "adapters" / f"x{point}"
-        export(record.key[:6], folder, point, bench.root)
+    for name, rank in (("r2", 2), ("", 8)):
+        folder = tmp_path / "adapters" / f"x{name}"
+        export(record.key[:6], folder, name, bench.root)
         assert sorted(p.name for p in folder.iterdir()) == [
             "adapter_config.json",
             "adapter_model.safetensors",
         ]
         theirs = peft.PeftModel.from_pretrained(base(), folder).eval().requires_grad_(False)
         assert theirs.peft_config["default"].r == rank
-        with method.at(ours, point):
+        with method.at(ours, Rank(rank)):
             expected = ours(IDS).logits
         torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-6, rtol=0)
         assert (expected - untouched).abs().max() > 1e-3
@@ -97,7 +99,7 @@ def test_a_failed_export_leaves_nothing_behind(
 ) -> None:
     record = bench.run("train", "method=dylora", "method.rank=4", *SMALL)
 
-    def half(self: DyLoRA, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def half(self: DyLoRA, model: torch.nn.Module, point: Point, folder: Path) -> None:
         (folder / "half").touch()
         raise KeyboardInterrupt
 

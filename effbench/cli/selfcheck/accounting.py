@@ -19,13 +19,14 @@ from effbench.api.cost import Cost
 from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
+from effbench.api.points import Point
 from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
 from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check
 from effbench.config.compose import compose
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_shapes, inference_cost, shape_of
+from effbench.methods.chain import chain_shapes, inference_cost, resolved, shape_of
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.results.records import Record
@@ -73,7 +74,7 @@ def _methods() -> list[str]:
 
 def _counts(name: str) -> Iterator[Check]:
     """Yield the checks of FLOPs, weights and cache of one method."""
-    method = make_method(Plugin(name, registry.find("methods", name).needs)).resolve(SHAPE)
+    method = resolved(make_method(Plugin(name, registry.find("methods", name).needs)), SHAPE)
     model, ctx = _model(method)
     if isinstance(method, Trains):
         yield _step(name, method, model, ctx)
@@ -99,7 +100,7 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
             yield _near(f"forward FLOPs, {where}", expected, first, FLOPS_BOUND)
             yield _near(f"forward FLOPs again, {where}", second, first, 0)
             yield _cache(where, method, model, cost, point)
-    whole = inference_cost([method], SHAPE, "float32", method.whole(shape), [folder])
+    whole = inference_cost([method], SHAPE, "float32", method.full_point(shape), [folder])
     held = storage_bytes(model)
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
 
@@ -128,7 +129,7 @@ def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     return _near(f"training FLOPs, {name}", expected + others, counted, FLOPS_BOUND)
 
 
-def _forward(method: Method, model: Any, point: str) -> int:
+def _forward(method: Method, model: Any, point: Point) -> int:
     """Return torch's count of the FLOPs of a teacher-forced pass."""
     import torch
 
@@ -138,7 +139,7 @@ def _forward(method: Method, model: Any, point: str) -> int:
         return flops(lambda: method.logits(model, _batch(), point))
 
 
-def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: str) -> float:
+def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: Point) -> float:
     """Return the FLOPs per token of a teacher-forced pass; torch counts attention as full squares.
 
     It is what decoding costs, except where decoding skips what one parallel pass has to compute.
@@ -153,7 +154,7 @@ def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: st
     return cost.flops_per_token + attention
 
 
-def _cache(where: str, method: Method, model: Any, cost: Cost, point: str) -> Check:
+def _cache(where: str, method: Method, model: Any, cost: Cost, point: Point) -> Check:
     """Return the check of the cache: what the tokens after the prompt add to it, cycles whole."""
     import torch
 

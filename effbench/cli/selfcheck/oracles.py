@@ -21,6 +21,7 @@ import torch
 from effbench.api import registry
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
+from effbench.api.points import UNNAMED
 from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec, Plugin
 from effbench.api.weights import find, is_packed
@@ -273,7 +274,7 @@ def subject_of(model: torch.nn.Module, dataset: DatasetSpec) -> Subject:
     tokenizer = models.load_tokenizer(spec)
     data = Data(dataset, tokenizer)
     shape = ModelShape.of(models.shape_of(spec))
-    return Subject(model, Unchanged(), "", data, CPU, 0, 0, tokenizer=tokenizer, shape=shape)
+    return Subject(model, Unchanged(), UNNAMED, data, CPU, 0, 0, tokenizer=tokenizer, shape=shape)
 
 
 def values(result: Result) -> dict[str, float]:

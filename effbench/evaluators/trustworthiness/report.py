@@ -105,7 +105,7 @@ class Report:
             clusters=[self.clusters[i] for i in rows],
         )
         value, low, high = (100 * end for end in (found.value, found.low, found.high))
-        point, n = self.subject.point, len(rows)
+        point, n = self.subject.point.name, len(rows)
         low, high = max(low, -100.0), min(high, 100.0)
         self.result.metrics.append(
             Metric("trust_delta", value, "points", point, n=n, low=low, high=high, task=name)
@@ -135,7 +135,7 @@ class Report:
         by_seed = self._split(rows, [self.questions[i].seed for i in rows])
         deltas = [100 * statistics.fmean(self._changes(part)) for part in by_seed.values()]
         if len(deltas) > 1:
-            point, spread = self.subject.point, statistics.stdev(deltas)
+            point, spread = self.subject.point.name, statistics.stdev(deltas)
             self.result.metrics.append(
                 Metric("trust_delta_sd", spread, "points", point, n=len(deltas), task=name)
             )
@@ -191,7 +191,7 @@ class Report:
         else:
             value, low, high = _mean(scaled, clusters, self.subject.seed)
         low, high = max(low, within[0]), min(high, within[1])
-        point, n = self.subject.point, len(values)
+        point, n = self.subject.point.name, len(values)
         self.result.metrics.append(
             Metric(metric, value, unit, point, n=n, low=low, high=high, task=task)
         )

@@ -30,6 +30,7 @@ from annotated_types import Interval
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.rank_budgets import ranked, weighed
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
@@ -156,7 +157,7 @@ class AdaLoRA(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a plain peft adapter with ranks by layer, all at one scale."""
         factors = {n: (x.lora_A, x.lora_B) for n, x in lowrank.low_rank_layers(model)}
         alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())
@@ -164,7 +165,9 @@ class AdaLoRA(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put adapters beside the targets: of R0 while it trains, then of the ranks that stay."""
         if phase == "use":
             return ranked(base, self.targets, self.rank, folder)

@@ -34,6 +34,7 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import Adapter, Factor, Linear
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
@@ -131,7 +132,7 @@ class DeepLoRA(Trains):
                     found[f"{name}.{part}"] = tensor.detach()
         return found
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the update as a plain peft adapter: of rank r, or, for the full form, of its
         singular values above a thousandth of the largest.
         """
@@ -144,7 +145,9 @@ class DeepLoRA(Trains):
             folder, dict(zip(layers, pairs, strict=True)), rank, self.targets, base_name(model)
         )
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put an update of several factors beside each target; the inner ones are multiplied out
         once while it trains.
         """

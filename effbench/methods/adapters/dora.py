@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import Linear
+from effbench.api.points import Point
 from effbench.api.shape import ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
 from effbench.nn.adapters import dora, peft_lora
@@ -60,12 +61,14 @@ class DoRA(LoRA):
         return {name: layer.lora_magnitude for name, layer in dora.dora_layers(model)}
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Put the cut adapter in, with m as it is, and fix the norms of V's rows."""
         with super().at(model, point), dora.fixed_gains(model):
             yield
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Scale the outputs of what LoRA adapts, by magnitudes over norms fixed for use."""
         adapted = super().shape(base, point, phase, folder)
 

@@ -26,10 +26,12 @@ from typing import Any, ClassVar, Literal, Self
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
+    Rank,
     base_name,
     check_rank_fits,
     check_ranks,
@@ -133,16 +135,16 @@ class DyLoRA(Trains):
         with lowrank.inactive_held(model, optimizer) if self.protect_inactive else nullcontext():
             return super().update(model, optimizer, window, ctx)
 
-    def points(self) -> tuple[str, ...]:
-        """Return `r<rank>` for each rank to evaluate."""
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each rank to evaluate."""
         listed = () if self.ranks == "powers" else self.ranks
-        return tuple(f"r{b}" for b in self.eval_ranks or listed or powers(self.rank))
+        return tuple(map(Rank, self.eval_ranks or listed or powers(self.rank)))
 
-    def at(self, model: torch.nn.Module, point: str) -> AbstractContextManager[Any]:
-        """Use the rank that `point` names; any rank up to R can be named."""
+    def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[Any]:
+        """Use the rank of `point`; any rank up to R is one, listed or not."""
         return lowrank.control_of(model).using(rank_of(point, self.rank))
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
         rank = rank_of(point, self.rank)
         peft_lora.write_peft_adapter(
@@ -156,7 +158,9 @@ class DyLoRA(Trains):
             base_name(model),
         )
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put adapters of all R ranks beside the targets; those of `point` are used."""
         used = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(self.rank, self.targets, used)

@@ -23,6 +23,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from annotated_types import Interval
 
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
@@ -31,6 +32,19 @@ from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
 Dropout = Annotated[float, Interval(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Rank(Point):
+    """The first ranks of an adapter alone."""
+
+    rank: int
+    """How many."""
+
+    @property
+    def name(self) -> str:
+        """`r<rank>`."""
+        return f"r{self.rank}"
 
 
 @dataclass(frozen=True)
@@ -87,12 +101,12 @@ class LoRA(Trains):
         """Return what an exported adapter holds beside its factors, by layer: nothing."""
         return {}
 
-    def points(self) -> tuple[str, ...]:
-        """Return `r<rank>` for each of `eval_ranks`, or one unnamed point."""
-        return tuple(f"r{rank}" for rank in self.eval_ranks) or ("",)
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each of `eval_ranks`, or one without a name."""
+        return tuple(map(Rank, self.eval_ranks)) or (UNNAMED,)
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Put the cut adapter in inside the context; the same tensors are back after it."""
         rank = rank_of(point, self.rank)
         whole = [(a, b, a.weight, b.weight) for _, a, b in self.adapters(model)]
@@ -110,7 +124,7 @@ class LoRA(Trains):
         svd = self.truncation == "svd" and rank < self.rank
         return (lowrank.svd_truncate if svd else lowrank.truncate)(a, b, rank)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
         rank = rank_of(point, self.rank)
         peft_lora.write_peft_adapter(
@@ -122,7 +136,9 @@ class LoRA(Trains):
             magnitudes=self.magnitudes(model),
         )
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put float32 adapters beside the targets, cut to the rank of `point` for use."""
         rank = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(rank, self.targets)
@@ -133,18 +149,16 @@ def base_name(model: torch.nn.Module) -> str:
     return str(getattr(model.config, "name_or_path", ""))
 
 
-def rank_of(point: str, rank: int) -> int:
-    """Return the rank that an operating point names; the unnamed point is all of `rank`.
+def rank_of(point: Point, rank: int) -> int:
+    """Return the rank that is used at a point, of the trained `rank`; all of it without a name.
 
     Raises:
-        UserError: When it is not `r1` … `r<rank>`.
+        ValueError: For a rank that was not trained.
     """
-    if not point:
-        return rank
-    number = point.removeprefix("r")
-    if point.startswith("r") and number.isdecimal() and 1 <= int(number) <= rank:
-        return int(number)
-    raise UserError(f"There is no operating point {point!r}.", f"Known: r1 to r{rank}.")
+    used = point.rank if isinstance(point, Rank) else rank
+    if not 1 <= used <= rank:
+        raise ValueError(f"There is no rank {used} of 1 to {rank}.")
+    return used
 
 
 def check_targets(targets: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from effbench.api.method_types import Paper
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.api.shape import AnyShape
 from effbench.methods.base import Method
@@ -95,12 +96,13 @@ class Streaming(Unchanged):
         super().check_start(earlier)
         for point in earlier[-1].points() if earlier else ():
             if earlier[-1].decoder(point) != Decoder():
+                where = f" at {point}" if point.name else ""
                 raise UserError(
-                    f"{earlier[-1].name} decodes in a way of its own{point and f' at {point}'}, "
+                    f"{earlier[-1].name} decodes in a way of its own{where}, "
                     "which streaming would leave out.",
                     "Evaluate it without method=, through its own operating points.",
                 )
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return ordinary decoding with sinks and a window in the cache."""
         return Decoder(cache=SinkWindow(self.sinks, self.window or PAPER_WINDOW))

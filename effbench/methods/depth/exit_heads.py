@@ -18,7 +18,7 @@ Sorted-LoRA, and the exits learn in float32 and are kept in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -26,11 +26,12 @@ from typing import Any, ClassVar, Literal, Self
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Linear, Norm, Objective, Readout
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import COMPUTE, FLOAT32, MASTERS
 from effbench.methods.base import Method
-from effbench.methods.depth.reading import DYNAMIC, READING, ReadsDepths, check_depths, depth_set
+from effbench.methods.depth.reading import READING, Depth, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
 from effbench.nn.depth import exit_heads, submodel
 from effbench.nn.llama import stack
@@ -79,19 +80,19 @@ class ExitHeads(Trains, ReadsDepths):
         """Return the depths that have a norm and a head of their own."""
         return tuple(n for n in self.depths if n < num_layers)
 
-    def whole(self, shape: AnyShape) -> str:
+    def full_point(self, shape: AnyShape) -> Point:
         """Return the unnamed point: all layers, with the exits beside them in memory."""
-        return ""
+        return UNNAMED
 
-    def depth_of(self, point: str, num_layers: int) -> int:
+    def depth_of(self, point: Point, num_layers: int) -> int:
         """Return the depth whose layers a point needs.
 
         Raises:
-            UserError: When there is no such point, or no exit at it.
+            ValueError: When there is no exit at it.
         """
         depth = super().depth_of(point, num_layers)
         if depth < num_layers and depth not in self.depths:
-            raise UserError(f"There is no exit at depth {depth}.", f"Known: {self.points()}.")
+            raise ValueError(f"There is no exit at depth {depth}.")
         return depth
 
     def resolve(self, shape: AnyShape) -> Self:
@@ -154,22 +155,20 @@ class ExitHeads(Trains, ReadsDepths):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def validated(self, shape: AnyShape) -> str:
+    def validation_point(self, shape: AnyShape) -> Point:
         """Return the deepest exit that learns: on a frozen trunk the last layer's never changes."""
         if self.trunk == "trained":
-            return f"d{shape.num_layers}"
-        return f"d{self.with_depths(shape.num_layers).headed(shape.num_layers)[-1]}"
+            return Depth(shape.num_layers)
+        return Depth(self.with_depths(shape.num_layers).headed(shape.num_layers)[-1])
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Be the sub-model of an exit inside the context, or decode in the way of the point."""
         depth = self.depth_of(point, len(stack.decoder_layers(model)))
-        with super().at(model, point):
-            if not point or point in DYNAMIC:
-                yield
-                return
-            with exit_heads.with_own_head(model, depth):
-                yield
+        mine = isinstance(point, Depth)
+        own = exit_heads.with_own_head(model, depth) if mine else nullcontext()
+        with super().at(model, point), own:
+            yield
 
     # -- artefact ------------------------------------------------------------------------------
 
@@ -177,14 +176,16 @@ class ExitHeads(Trains, ReadsDepths):
         """Return the base `model` with the exits of `folder`, in the compute dtype."""
         return _cast(super().load(model, folder, ctx), ctx.dtype)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the sub-model of an exit as a model of its own that transformers loads."""
         with self.at(model, point):
             submodel.write_submodel(model, range(len(stack.decoder_layers(model))), folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Keep an exit's layers under its own norm and head, or all layers beside all exits.
 
         On a frozen trunk a step runs the layers up to the deepest exit, whose norms and heads are
@@ -202,7 +203,7 @@ class ExitHeads(Trains, ReadsDepths):
             if not trained:
                 beside = beside.map(lambda i, x: x.running(int(i < heads[-1])))
             return replace(beside, objective=Objective(exits=len(heads) + trained))
-        if not point or point in DYNAMIC:
+        if not isinstance(point, Depth):
             return method.read_out(beside, point)
         cut = method.read_out(model, point)
         return cut if cut.num_layers == count else replace(cut, readout=own)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
@@ -138,11 +139,13 @@ class LayerDrop(Compresses):
         submodel.keep_layers(model, config.kept_layers)
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` and transformers load."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Leave layers out; which ones, only an artefact tells, and all are alike."""
         count = base.num_layers
         if folder is not None and (folder / KEPT).is_file():

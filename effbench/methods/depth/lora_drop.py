@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import LayerShape, low_rank, portion
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
@@ -46,7 +47,7 @@ from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.nn.depth import droppable
 from effbench.nn.losses import token
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 MOST_PLACES = 8
@@ -54,6 +55,23 @@ MOST_PLACES = 8
 MOST_POINTS = 64
 """Longest window of which all shorter ones are evaluated without being listed."""
 MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Window(Point):
+    """A schedule of dropped tokens."""
+
+    skips_layers: ClassVar[bool] = True
+
+    window: int
+    """Dropped tokens between two refreshes."""
+    baseline: Literal["reuse", "identity"] | None = None
+    """What is in the place of the stand-ins, if they do not work."""
+
+    @property
+    def name(self) -> str:
+        """`k<n>`, or `k<n>-<baseline>`."""
+        return f"k{self.window}-{self.baseline}" if self.baseline else f"k{self.window}"
 
 
 @dataclass(frozen=True)
@@ -206,44 +224,38 @@ class LoRADrop(Trains):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def points(self) -> tuple[str, ...]:
-        """Return `k<n>` for each window, `k0` being the base; baselines like `k3-reuse` first."""
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each window, `k0` being the base; baselines like `k3-reuse` first."""
         windows = tuple(range(self.window + 1)) if self.windows is None else self.windows
-        others = (f"k{k}-{name}" for name in self.baselines for k in windows if k)
-        return (*others, *(f"k{k}" for k in windows))
+        others = (Window(k, baseline) for baseline in self.baselines for k in windows if k)
+        return (*others, *map(Window, windows))
 
-    def whole(self, shape: AnyShape) -> str:
+    def full_point(self, shape: AnyShape) -> Point:
         """Return `k0`: what reads all layers, and has the stand-ins in memory too."""
-        return "k0"
+        return Window(0)
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Work with the window of `point`, and in its way, inside the context."""
         stand_ins = _stand_ins(model)
         before = stand_ins.window, stand_ins.start, stand_ins.mapped
-        stand_ins.window, baseline = self._read(point)
-        if baseline:
-            stand_ins.start = "refresh" if baseline == "reuse" else "input"
+        own = self.window_at(point)
+        stand_ins.window = own.window
+        if own.baseline:
+            stand_ins.start = "refresh" if own.baseline == "reuse" else "input"
             stand_ins.mapped = False
         try:
             yield
         finally:
             stand_ins.window, stand_ins.start, stand_ins.mapped = before
 
-    def _read(self, point: str) -> tuple[int, str]:
-        """Return the window of a point and its baseline, empty where the stand-ins work."""
-        if not point:
-            return self.window, ""
-        if point not in (*self.points(), "k0"):
-            raise UserError(
-                f"There is no operating point {point!r}.", did_you_mean(point, self.points())
-            )
-        window, _, baseline = point[1:].partition("-")
-        return int(window), baseline
+    def window_at(self, point: Point) -> Window:
+        """Return what holds at a point; without a name it is the window of training."""
+        return point if isinstance(point, Window) else Window(self.window)
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return the route of a point's window; the module's own schedule is what holds."""
-        return Decoder(Drops("lora_drop", self._read(point)[0]))
+        return Decoder(Drops("lora_drop", self.window_at(point).window))
 
     def parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return which tokens were predicted in each place of the cycle, [B, T - 1] bool each.
@@ -261,7 +273,9 @@ class LoRADrop(Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put a stand-in beside each droppable layer, which runs on 1 / (k + 1) of the tokens.
 
         While it trains, layers and stand-ins both see every token.
@@ -271,9 +285,9 @@ class LoRADrop(Trains):
         if phase == "train":
             stand_in = replace(stand_in, active=int(self.window > 0))
             return base.map(lambda i, x: replace(x, bypass=stand_in) if i in chosen else x)
-        window, baseline = self._read(point)
-        runs = portion(1, window + 1)
-        stand_in = replace(stand_in, active=0 if baseline else 1 - runs)
+        own = self.window_at(point)
+        runs = portion(1, own.window + 1)
+        stand_in = replace(stand_in, active=0 if own.baseline else 1 - runs)
 
         def drop(index: int, layer: LayerShape) -> LayerShape:
             if index not in chosen:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
@@ -26,13 +27,41 @@ from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-DYNAMIC = ("exit", "speculative")
 READING = frozenset(
     {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
 )
 """Settings of how depths are read out, on which nothing that is trained depends."""
 PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
 """Those of Sorted LLaMA, at depths 12 to 36 of 40."""
+
+
+@dataclass(frozen=True)
+class Depth(Point):
+    """The model of the first layers, or of those that a method keeps of as many."""
+
+    skips_layers: ClassVar[bool] = True
+
+    depth: int
+    """How many layers it has."""
+
+    @property
+    def name(self) -> str:
+        """`d<n>`."""
+        return f"d{self.depth}"
+
+
+@dataclass(frozen=True)
+class Mixed(Point):
+    """Decoding that goes through one depth or another."""
+
+    skips_layers: ClassVar[bool] = True
+
+    decoding: Literal["exit", "speculative"]
+
+    @property
+    def name(self) -> str:
+        """The way of decoding."""
+        return self.decoding
 
 
 @dataclass(frozen=True)
@@ -128,26 +157,28 @@ class ReadsDepths(Method):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def points(self) -> tuple[str, ...]:
-        """Return the ways of decoding and then `d<n>` for each depth, the deepest last."""
-        return (*self.decoding, *(f"d{n}" for n in self.listed())) or ("",)
+    def points(self) -> tuple[Point, ...]:
+        """Return the ways of decoding and then the depths, the deepest last."""
+        return (*map(Mixed, self.decoding), *map(Depth, self.listed())) or (UNNAMED,)
 
-    def whole(self, shape: AnyShape) -> str:
+    def full_point(self, shape: AnyShape) -> Point:
         """Return the point of all layers: they are in memory at every depth."""
-        return f"d{shape.num_layers}"
+        return Depth(shape.num_layers)
 
-    def depth_of(self, point: str, num_layers: int) -> int:
-        """Return the depth whose layers a point needs; any depth can be named.
+    def depth_of(self, point: Point, num_layers: int) -> int:
+        """Return the depth whose layers a point needs.
 
         Raises:
-            UserError: When there is no such point.
+            ValueError: For one that the model does not have.
         """
-        if not point:
-            return num_layers
-        return self.full_depth(num_layers) if point in DYNAMIC else depth_in(point, num_layers)
+        if not isinstance(point, Depth):
+            return self.full_depth(num_layers) if isinstance(point, Mixed) else num_layers
+        if not 1 <= point.depth <= num_layers:
+            raise ValueError(f"There is no depth {point.depth} of 1 to {num_layers}.")
+        return point.depth
 
     @contextmanager
-    def at(self, model: torch.nn.Module, point: str) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
         """Be the sub-model of a depth inside the context, or that of the deepest exit."""
         stack.require_layers_alike(model)
         count = len(stack.decoder_layers(model))
@@ -159,23 +190,25 @@ class ReadsDepths(Method):
         """Return who leaves at each of so many exits."""
         return early_exit.confident(self.thresholds or paper_thresholds(exits - 1))
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return the way of decoding that a point names; a depth decodes as a model of its own."""
-        if point == "exit":
+        if not isinstance(point, Mixed):
+            return Decoder()
+        if point.decoding == "exit":
             return Decoder(Exits(self.listed(), self.rule, self.kv == "propagate"))
-        if point == "speculative":
-            depth = self.draft_depth or self.listed()[0]
-            drafts = Drafts(depth, self.draft_tokens, self.draft_window == "adaptive")
-            return Decoder(driver=drafts)
-        return Decoder()
+        depth = self.draft_depth or self.listed()[0]
+        drafts = Drafts(depth, self.draft_tokens, self.draft_window == "adaptive")
+        return Decoder(driver=drafts)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Keep the layers of a depth, or read out as the point's way of decoding does."""
         return self.with_depths(base.num_layers).read_out(base, point)
 
-    def read_out(self, whole: ModelShape, point: str) -> ModelShape:
+    def read_out(self, whole: ModelShape, point: Point) -> ModelShape:
         """Return the sub-model of a point.
 
         `exit` and `speculative` depend on the text; stated is the most that they can need per
@@ -183,10 +216,10 @@ class ReadsDepths(Method):
         """
         count = whole.num_layers
         cut = whole.only(self.kept(self.depth_of(point, count), count))
-        if point not in DYNAMIC:
+        if not isinstance(point, Mixed):
             return cut
         exits = self.exits(count)
-        if point == "exit":
+        if point.decoding == "exit":
             return replace(cut, readout=replace(cut.readout, runs=len(exits)))
         draft, k = self.draft_depth or exits[0], self.draft_tokens
         drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
@@ -219,18 +252,6 @@ def check_depths(key: str, depths: Sequence[int], num_layers: int) -> None:
             f"method.{key} lists depth {depths[-1]}, but the model has {num_layers} layers.",
             f"Choose depths from 1 to {num_layers}.",
         )
-
-
-def depth_in(point: str, num_layers: int) -> int:
-    """Return the depth n that an operating point `d<n>` names.
-
-    Raises:
-        UserError: When it is not `d1` … `d<num_layers>`.
-    """
-    number = point.removeprefix("d")
-    if point.startswith("d") and number.isdecimal() and 1 <= int(number) <= num_layers:
-        return int(number)
-    raise UserError(f"There is no operating point {point!r}.", f"Known: d1 to d{num_layers}.")
 
 
 def paper_thresholds(count: int) -> tuple[float, ...]:

@@ -35,9 +35,10 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Objective, portion
+from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.methods.depth.reading import READING, ReadsDepths, check_depths, depth_set
+from effbench.methods.depth.reading import READING, Depth, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
 from effbench.nn.depth import layerskip, submodel
 from effbench.nn.llama import stack
@@ -225,18 +226,20 @@ class SortedFull(Trains, ReadsDepths):
             if parameter.requires_grad
         ]
 
-    def validated(self, shape: AnyShape) -> str:
+    def validation_point(self, shape: AnyShape) -> Point:
         """Return the deepest trained depth."""
-        return f"d{max(self.with_depths(shape.num_layers).depths)}"
+        return Depth(max(self.with_depths(shape.num_layers).depths))
 
     # -- artefact ------------------------------------------------------------------------------
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the sub-model of a depth as a model of its own that transformers loads."""
         count = len(stack.decoder_layers(model))
         submodel.write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Train the layers of all depths, and keep those of one for use."""
         method, whole = self.with_depths(base.num_layers), self.trained_shape(base)
         kept = method.trained_layers(base.num_layers)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape
 from effbench.api.weights import FLOAT32
@@ -89,7 +90,7 @@ class SortedLoRA(SortedFull):
             submodel.train_norm(model)
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write the sub-model with its adapters merged, and the adapters alone in `adapter/`.
 
         The adapter goes on the base loaded with `num_hidden_layers` set to the depth.

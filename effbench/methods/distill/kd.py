@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.objectives import DISTILLED
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, PositiveFloat
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
@@ -70,6 +71,8 @@ class Distillation(Trains):
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Train every weight, with both distributions, their products and their gradients."""
         return replace(super().shape(base, point, phase, folder), objective=DISTILLED)

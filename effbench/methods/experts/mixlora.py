@@ -26,6 +26,7 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import LayerShape, Linear, low_rank
+from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import FLOAT32
@@ -115,7 +116,9 @@ class MixLoRA(Trains):
         share = self.balance * batch.loss_tokens / batch.window_tokens
         return loss + share * (term - term.detach()) if share else loss
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Put routers and experts on the MLPs, and low-rank updates on attention."""
 
         def expert(linear: Linear) -> Linear:

@@ -22,6 +22,7 @@ from effbench.api.batch import Batch
 from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.parts import Linear, Objective
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveFloat
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import DatasetSpec
@@ -106,7 +107,7 @@ class Reward(LoRA):
         """Return a question with its right answer and then all others."""
         return example.compared()
 
-    def scores(self, model: torch.nn.Module, batch: Batch, point: str = "") -> torch.Tensor:
+    def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return each sequence's reward, [B] float32, wherever the padding is."""
         states = model.model(  # type: ignore[operator]
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
@@ -125,7 +126,7 @@ class Reward(LoRA):
         return losses.sum() / batch.window_examples
 
     def validation(
-        self, model: torch.nn.Module, batch: Batch, point: str = ""
+        self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED
     ) -> tuple[torch.Tensor, int]:
         """Return the loss of each example, [E], and how many there are."""
         losses = preference.bradley_terry(self.scores(model, batch), batch.sizes)
@@ -133,13 +134,15 @@ class Reward(LoRA):
 
     # -- artefact ------------------------------------------------------------------------------
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Refuse: an adapter alone would lose the head."""
         Method.export(self, model, point, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Add the head in float32, which decoding does not read; a step makes no logits."""
         full = self.trains == "full"
         model = base.trained() if full else super().shape(base, point, phase, folder)

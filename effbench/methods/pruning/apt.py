@@ -32,6 +32,7 @@ from annotated_types import Ge, Interval
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.rank_budgets import growing
 from effbench.api.schema import (
     Fraction,
@@ -230,7 +231,9 @@ class APT(Slices, Trains):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Adapt the whole base while it trains, then cut it to the artefact's sizes.
 
         Which blocks go is known only after training. The planned shape has the share `keep` of the

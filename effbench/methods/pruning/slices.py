@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Interval
 
 from effbench.api.method_types import Context
+from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
@@ -64,10 +65,12 @@ class Slices(Method):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Cut the model to the artefact's sizes; without one, layers have fewer neurons."""
         return slice_in(base, folder) or planned_slice(base, self.keep)

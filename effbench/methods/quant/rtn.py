@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.method_types import Paper
+from effbench.api.points import Point
 from effbench.api.schema import Bits, PositiveInt
 from effbench.api.shape import ModelShape, Phase
 from effbench.methods.compresses import CompressesLinears
@@ -60,6 +61,8 @@ class RTN(CompressesLinears):
         """Return a packed linear without codes."""
         return self.format.empty(linear)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Pack every decoder linear."""
         return base.packed(self.format)

@@ -30,6 +30,7 @@ from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.objectives import DISTILLED
 from effbench.api.parts import low_rank
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
@@ -189,7 +190,9 @@ class EchoLLaMA(Shares):
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Share states; while it trains, only if all layers are converted before the first step."""
         shares = self.shared(base, folder)
         if phase == "use":

@@ -35,6 +35,7 @@ from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.objectives import distilled_in_chunks
+from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import LayerMap, listed_map, require_unshared
@@ -210,13 +211,15 @@ class EchoAtt(Shares):
 
     # -- use -----------------------------------------------------------------------------------
 
-    def decoder(self, point: str) -> Decoder:
+    def decoder(self, point: Point) -> Decoder:
         """Return that maps are handed on where our engine does not apply."""
         return Decoder(CopiedMaps())
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Share the maps of the chosen layers, any as many before they are, and train the rest."""
         model = self.shared(base, folder).trained()
         if phase == "use" or not self.distils:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_unshared
@@ -106,11 +107,13 @@ class GQA(Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that transformers loads."""
         checkpoint.write_folder(model, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Give every layer fewer key/value heads."""
         sizes = [replace(x.size, num_kv_heads=self.kv_heads) for x in base.layers]
         return sliced_shape(base, base.hidden_size, sizes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effbench.api.method_types import Context
+from effbench.api.points import Point
 from effbench.api.shape import ModelShape
 from effbench.api.sharing import LayerMap, shared_in, shared_shape
 from effbench.methods.base import Method
@@ -42,6 +43,6 @@ class Shares(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model.requires_grad_(False)
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
         checkpoint.write_shared(model, folder)

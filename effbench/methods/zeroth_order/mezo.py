@@ -26,6 +26,7 @@ from typing import ClassVar, Literal, Self
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
+from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
@@ -108,12 +109,14 @@ class MeZO(LoRA):
         optimizer.step()  # without gradients it changes nothing; the schedule counts its calls
         return torch.tensor(sum(e.loss for e in found) / len(found))
 
-    def export(self, model: torch.nn.Module, point: str, folder: Path) -> None:
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
         """Write a peft adapter; every weight has no form of its own."""
         kind = LoRA if self.trains == "lora" else Trains
         kind.export(self, model, point, folder)
 
-    def shape(self, base: ModelShape, point: str, phase: Phase, folder: Path | None) -> ModelShape:
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
         """Count two passes and no gradient."""
         full = self.trains == "full"
         model = base.trained() if full else super().shape(base, point, phase, folder)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from effbench.api.points import find_point
 from effbench.api.spec import Job, Runtime
 from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 from effbench.util.files import replace_folder, scratch_folder
 
 
@@ -35,14 +36,12 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
         run = open_run(Job(spec, Runtime(results=str(results))), RunFolder(Path(scratch)), store)
         opened = open_model(run)
         run.events.close()
-    points = opened.method.points()
-    point = point or points[-1]
-    if point not in points:
-        raise UserError(f"Run {key} has no point {point!r}.", did_you_mean(point, points))
-    model = opened.method.load(opened.model, store.run(key).artefact, context(run))
+    own = opened.method
+    at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
+    model = own.load(opened.model, store.run(key).artefact, context(run))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
-        opened.method.export(model, point, new)
+        own.export(model, at, new)
         if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
             run.tokenizer.save_pretrained(new)
         replace_folder(new, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from effbench.api.plugins import make_evaluator
 from effbench.api.shape import AnyShape
 from effbench.evaluators.simulator import Scene, Simulator
+from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.runner.evaluation import count_cost
 from effbench.runner.run import Run
@@ -20,8 +21,8 @@ def perform(run: Run) -> None:
     run.events.cut()
     base = _shape(run)
     start, left = run.lineage.start(base), run.lineage.left(base)
-    method, dtype = run.lineage.methods[-1].resolve(start), run.spec.hardware.dtype
-    whole = run.lineage.cost(base, dtype, method.whole(left))
+    method, dtype = resolved(run.lineage.methods[-1], start), run.spec.hardware.dtype
+    whole = run.lineage.cost(base, dtype, method.full_point(left))
     for point in method.points():
         cost = run.lineage.cost(base, dtype, point)
         scene = Scene(left, cost, whole, point, run.spec.seed)

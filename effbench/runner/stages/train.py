@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from effbench.api.batch import Batch, by_length, collate
 from effbench.api.examples import Example
 from effbench.api.method_types import Context
+from effbench.api.points import Point
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
 from effbench.data.overlap import kept
@@ -66,7 +67,7 @@ class Trainer:
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
     layer_forwards: LayerForwards
-    validated: str
+    point: Point
     """Operating point at which it is validated."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -173,7 +174,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
-        validated=method.validated(opened.start),
+        point=method.validation_point(opened.start),
     )
 
 
@@ -347,13 +348,13 @@ def _validate(trainer: Trainer) -> None:
     model = trainer.model
     model.eval()
     total, count = 0.0, 0
-    with method.at(model, trainer.validated):
+    with method.at(model, trainer.point):
         lengths = [e.longest * len(e.sequences) for e in trainer.validation]
         for group in by_length(lengths, VALIDATION_TOKENS):
             rows = [trainer.validation[i] for i in group]
             batch = collate(rows, run.tokenizer.pad_token_id).to(trainer.ctx.device)
             with trainer.ctx.autocast():
-                losses, over = method.validation(model, batch, trainer.validated)
+                losses, over = method.validation(model, batch, trainer.point)
             total += float(losses.double().sum())
             count += over
     model.train()
