@@ -20,8 +20,6 @@ from effbench.nn.pruning import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-Block = Literal["groups", "neurons", "dims"]
-
 
 @dataclass(frozen=True)
 class Slices(Method):
@@ -29,7 +27,7 @@ class Slices(Method):
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Largest share of the decoder's linear weights that stays; 1 prunes nothing."""
-    blocks: tuple[Block, ...] = ("groups", "neurons", "dims")
+    blocks: tuple[Literal["groups", "neurons", "dims"], ...] = ("groups", "neurons", "dims")
     """Kinds of blocks that may go."""
     align: PositiveInt = 1
     """Neurons of a layer, and dimensions, go this many at a time; 64 suits most hardware."""

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, cast
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.methods.compresses import Compresses, Part
-from effbench.methods.pruning.slices import Block, Slices
+from effbench.methods.pruning.slices import Slices
 from effbench.nn.llama import attention
 from effbench.nn.pruning import blocks as block_search
 from effbench.nn.pruning import scores, slicing
@@ -45,7 +45,7 @@ class Structured(Slices, Compresses):
     """What blocks are ranked by."""
     scope: Literal["layer", "global"] = "layer"
     """Whether layers lose alike, or blocks of all layers compete."""
-    blocks: tuple[Block, ...] = ("groups", "neurons")
+    blocks: tuple[Literal["groups", "neurons", "dims"], ...] = ("groups", "neurons")
     """Kinds of blocks that may go."""
 
     @property
