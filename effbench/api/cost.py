@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Share
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
+from effbench.api.weights import COMPUTE
 
 Saving = Literal["none", "physical", "simulated"]
 
@@ -85,9 +86,10 @@ def cache_bytes(shape: AnyShape, dtype: str, tokens: int, sequences: int = 1) ->
 
 def _pieces(model: ModelShape, element: int) -> Iterator[Piece]:
     """Yield what every part of a model adds: embedding rows are not read, exits neither."""
-    yield _linear(model.embed, element, 0, 0)
-    for other in model.more:
-        yield _linear(other, element, 0, 0)
+    for unread in (model.embed, *model.tables, *model.more):
+        yield from _linear(unread, element, 0, 0)
+    for norm in model.norms:
+        yield _norm(norm, element, 1)
     yield Piece(model.grown, model.grown, 4 * model.grown)
     for layer in model.layers:
         yield from _layer(layer, element)
@@ -100,9 +102,10 @@ def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
     for part, norm in zip((layer.mixer, layer.mlp), layer.norms, strict=True):
         runs: Share = 1 if part is None else part.runs
         reads = runs if part is None or part.reads is None else part.reads
-        yield _norm(norm, element, reads)
+        for one in (norm, *(part.norms if part else ())):
+            yield _norm(one, element, reads)
         for linear in part.linears if part else ():
-            yield _linear(linear, element, runs, reads)
+            yield from _linear(linear, element, runs, reads)
             if linear.adapter:
                 yield _adapter(linear.adapter, element, runs, reads)
     if layer.bypass:
@@ -112,23 +115,35 @@ def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
 def _readout(readout: Readout, element: int) -> Iterator[Piece]:
     reads = readout.runs if readout.reads is None else readout.reads
     yield _norm(readout.norm, element, reads)
-    head = _linear(readout.head, element, readout.runs, reads)
-    yield head._replace(params=0, trainable=0, resident=0) if readout.tied else head
+    weight, bias = _linear(readout.head, element, readout.runs, reads)
+    yield weight._replace(params=0, trainable=0, resident=0) if readout.tied else weight
+    yield bias
 
 
 def _norm(norm: Norm, element: int, reads: Share) -> Piece:
-    held = norm.format.bytes(1, norm.size, element)
-    return Piece(norm.size, norm.size * norm.trains, held, reads * held)
+    held = norm.format.bytes(1, norm.params, element)
+    return Piece(norm.params, norm.params * norm.trains, held, reads * held)
 
 
-def _linear(linear: Linear, element: int, runs: Share, reads: Share) -> Piece:
+def _linear(linear: Linear, element: int, runs: Share, reads: Share) -> tuple[Piece, Piece]:
+    """Return what the weight adds and what the bias does."""
     held = linear.format.bytes(linear.d_in, linear.d_out, element)
-    return Piece(
+    weight = Piece(
         linear.params,
         linear.params * linear.trains,
         linear.copies * held,
         reads * linear.active * held,
         2 * runs * linear.active * linear.d_in * linear.d_out,
+    )
+    if not linear.bias:
+        return weight, Piece()
+    dense = COMPUTE if linear.format.packed else linear.format
+    held = dense.bytes(1, linear.d_out, element)
+    return weight, Piece(
+        linear.biases,
+        linear.biases * linear.trains,
+        linear.copies * held,
+        reads * linear.active * held,
     )
 
 

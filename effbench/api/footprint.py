@@ -28,7 +28,7 @@ from effbench.api.weights import FLOAT32, MASTERS
 Kind = Literal["train", "score", "prefill", "decode"]
 
 READERS = ("q_proj", "k_proj", "v_proj")
-"""The linears of a layer that read what enters it."""
+"""The linears of a layer of Llama that read what enters it."""
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Linears that read what another one reads."""
 POINTS_AT_ONCE = 8
@@ -189,8 +189,8 @@ class Counted:
         layer, e = self.model.layers[index], self.element
         if index < self.lowest:
             return 0
-        norms = sum(4 * n.size * (1 + n.trains) for n in layer.norms)
-        inner = 3 * e * layer.mlp.width if layer.mlp else 0
+        norms = sum(4 * n.size * (1 + n.trains) for n in layer.all_norms)
+        inner = (3 if layer.mlp.gated else 1) * e * layer.mlp.width if layer.mlp else 0
         own = self._inputs(layer, [x.name for x in layer.linears if x.trains], e)
         adapted = [x for x in layer.linears if x.adapter and x.adapter.trains]
         beside = self._inputs(layer, [x.name for x in adapted], FLOAT32.element)
@@ -204,7 +204,7 @@ class Counted:
             return 0
         output = layer.mixer.head_dim * layer.mixer.heads
         # What a layer takes from another one is kept there.
-        states = sum(x.d_out for x in layer.mixer.linears if x.name in READERS)
+        states = sum(x.d_out for x in layer.mixer.linears if x.name in readers(layer))
         return self.element * (output + states) + 4 * layer.mixer.heads
 
     def _inputs(self, layer: LayerShape, names: Sequence[str], size: int) -> float:
@@ -281,7 +281,7 @@ class Counted:
         layer = self.model.layers[index]
         found: Share = self._bypass_gradient(index)
         for x in _each(layer) if index >= self.lowest else ():
-            unneeded = index == self.bottom and x.linear.name in READERS
+            unneeded = index == self.bottom and x.linear.name in readers(layer)
             found += x.runs * x.products * (x.linear.trains + (not unneeded))
             if x.linear.adapter and x.linear.adapter.trains:
                 found += x.runs * _adapter_gradient(x.linear.adapter, unneeded)
@@ -302,6 +302,12 @@ class Counted:
             for x in linears
             if x.adapter and x.adapter.gains
         )
+
+
+def readers(layer: LayerShape) -> tuple[str, ...]:
+    """Return the names of the linears that read what enters a layer."""
+    names = [x.name for x in layer.mixer.linears] if layer.mixer else []
+    return READERS if set(READERS) & {*names} else tuple(names[:-1])
 
 
 class Running(NamedTuple):

@@ -96,20 +96,37 @@ class Linear:
     """How many there are (one for each expert)."""
     active: Share = 1
     """How many of them a token goes through."""
+    bias: bool = False
+    """Whether a vector [d_out] is added, which stays dense where the weight is packed."""
+    bare: bool = False
+    """Whether it is a tensor of a module that does more than multiply (experts in one tensor, a
+    router), so that nothing can take its place or stand beside it."""
 
     @property
     def params(self) -> int:
-        """Weights of all copies, without the adapter."""
+        """Weights of all copies, without biases and the adapter."""
         return self.copies * self.d_in * self.d_out
+
+    @property
+    def biases(self) -> int:
+        """Elements of the biases of all copies."""
+        return self.copies * self.d_out * self.bias
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm."""
+    """A norm over vectors of `size` elements, each with a gain; 0 where there is none."""
 
     size: int
     format: WeightFormat = COMPUTE
     trains: bool = False
+    bias: bool = False
+    """Whether each element has an offset too."""
+
+    @property
+    def params(self) -> int:
+        """Gains and offsets."""
+        return self.size * (1 + self.bias)
 
 
 @dataclass(frozen=True)
@@ -160,11 +177,13 @@ class Mixer:
     """How often it is computed per token."""
     reads: Share | None = None
     """How often its weights are read per token; None is `runs`."""
+    norms: tuple[Norm, ...] = ()
+    """Norms inside it or after it, beside the one that it reads through."""
 
 
 @dataclass(frozen=True)
 class MLP:
-    """A gated MLP; of experts where its linears have copies and a router chooses among them."""
+    """An MLP; of experts where its linears have copies and a router chooses among them."""
 
     linears: tuple[Linear, ...]
     width: int
@@ -173,6 +192,10 @@ class MLP:
     """How often it is computed per token."""
     reads: Share | None = None
     """How often its weights are read per token; None is `runs`."""
+    norms: tuple[Norm, ...] = ()
+    """Norms inside it or after it, beside the one that it reads through."""
+    gated: bool = True
+    """Whether its inner neurons are products of two projections."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +228,12 @@ class LayerShape:
         return tuple(linear for part in parts for linear in part.linears)
 
     @property
+    def all_norms(self) -> tuple[Norm, ...]:
+        """The two norms, and those of its parts."""
+        parts = (p for p in (self.mixer, self.mlp) if p is not None)
+        return (*self.norms, *(norm for part in parts for norm in part.norms))
+
+    @property
     def size(self) -> LayerSize:
         """Heads, key/value heads and neurons."""
         heads = (self.mixer.heads, self.mixer.kv_heads) if self.mixer else (0, 0)
@@ -220,7 +249,7 @@ class LayerShape:
     def trains(self) -> bool:
         """Whether anything but the bypass trains."""
         own = any(x.trains or (x.adapter and x.adapter.trainable) for x in self.linears)
-        return own or any(n.trains for n in self.norms)
+        return own or any(n.trains for n in self.all_norms)
 
     def linear(self, name: str) -> Linear | None:
         """Return a linear by its name."""
@@ -235,14 +264,24 @@ class LayerShape:
             mlp = replace(mlp, linears=tuple(change(x) for x in mlp.linears))
         return replace(self, mixer=mixer, mlp=mlp)
 
+    def map_norms(self, change: Callable[[Norm], Norm]) -> LayerShape:
+        """Return the layer with every norm changed."""
+        mixer, mlp = self.mixer, self.mlp
+        if mixer and mixer.norms:
+            mixer = replace(mixer, norms=tuple(change(x) for x in mixer.norms))
+        if mlp and mlp.norms:
+            mlp = replace(mlp, norms=tuple(change(x) for x in mlp.norms))
+        first, second = self.norms
+        return replace(self, mixer=mixer, mlp=mlp, norms=(change(first), change(second)))
+
     def still(self) -> LayerShape:
         """Return the layer with nothing in it that trains."""
 
         def frozen(linear: Linear) -> Linear:
             return replace(linear, trains=False, adapter=_still(linear.adapter))
 
-        norms = (replace(self.norms[0], trains=False), replace(self.norms[1], trains=False))
-        return replace(self.map(frozen), norms=norms, bypass=_still(self.bypass))
+        quiet = self.map(frozen).map_norms(lambda norm: replace(norm, trains=False))
+        return replace(quiet, bypass=_still(self.bypass))
 
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:
         """Return the layer computed `runs` times per token, its weights read `reads` times."""

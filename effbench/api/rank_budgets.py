@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from effbench.api.cost import cost_of
-from effbench.api.parts import Objective, low_rank
+from effbench.api.parts import Adapter, Linear, Objective, low_rank
 from effbench.api.shape import ModelShape
 
 RANKS = "ranks.json"
@@ -49,7 +49,7 @@ def weighed(base: ModelShape, names: Collection[str], rank: int, *, orthogonal: 
     adapted = base.adapted(
         lambda _, x: replace(low_rank(x.d_in, x.d_out, rank), scales=rank), names
     )
-    sizes = sum(i + o for _, name, i, o in base.linears() if name in names)
+    sizes = sum(i + o for _, name, i, o in base.linears() if name in base.chosen(names))
     return replace(
         adapted,
         held_bytes=AVERAGE_BYTES * cost_of(adapted, "float32").trainable,
@@ -67,15 +67,24 @@ def ranked(base: ModelShape, names: Collection[str], rank: int, folder: Path | N
         folder: Of the artefact.
     """
     found = _ranks_in(folder)
-    return base.adapted(lambda i, x: low_rank(x.d_in, x.d_out, found.get((i, x.name), rank)), names)
+
+    def stays(block: int, x: Linear) -> Adapter:
+        ranks = found.get((block, x.name))
+        return low_rank(x.d_in, x.d_out, ranks.pop(0) if ranks else rank)
+
+    return base.adapted(stays, names)
 
 
-def _ranks_in(folder: Path | None) -> dict[tuple[int, str], int]:
-    """Return the ranks that an artefact states, by block and linear; none without one."""
+def _ranks_in(folder: Path | None) -> dict[tuple[int, str], list[int]]:
+    """Return the ranks that an artefact states, by block and linear; none without one.
+
+    Linears of one name in a block, as GPT-2 has them, stand in the order they run.
+    """
     if folder is None or not (folder / RANKS).is_file():
         return {}
-    found = {}
+    found: dict[tuple[int, str], list[int]] = {}
     for name, rank in json.loads((folder / RANKS).read_text()).items():
         parts = name.split(".")
-        found[int(parts[parts.index("layers") + 1]), parts[-1]] = rank
+        block = next(int(part) for part in parts if part.isdigit())
+        found.setdefault((block, parts[-1]), []).append(rank)
     return found

@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import textwrap
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
@@ -47,7 +49,22 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
         raise _explain(cls, first, where) from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} holds a value that JSON cannot hold: {error}.") from None
+        place, value = next(_unwritable(values, where), (where, None))
+        if value is None:
+            raise UserError(f"{place} holds a value that JSON cannot hold: {error}.") from None
+        raise UserError(f"{place}={value} is not possible: it has to be a finite number.") from None
+
+
+def _unwritable(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers that JSON cannot hold, each with its place in the config."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _unwritable(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _unwritable(inner, place)
 
 
 _ADAPTERS: dict[type, Any] = {}

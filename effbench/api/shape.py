@@ -46,6 +46,10 @@ LAYERS_DIFFER = (
 Phase = Literal["train", "use"]
 """While a method trains, at the most, or as it is used afterwards."""
 
+Anatomy = Literal["plain", "llama", "other"]
+"""How a model's blocks are made: Llama's own without biases, what computes the same with other
+classes or with biases, or anything else."""
+
 
 class AnyShape:
     """What is known alike of a flat shape and of a composed one."""
@@ -123,14 +127,29 @@ class AnyShape:
         return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
-    def norm_params(self) -> int:
-        """Weights in the two norms of every block and the final one."""
-        return (2 * len(self.layers) + 1) * self.hidden_size
+    def vector_params(self) -> int:
+        """Elements of the norms of every block and the final one, and of the linears' biases."""
+        inner = sum(n.params for layer in self.layers for n in layer.all_norms)
+        return inner + self.hidden_size + sum(x.biases for y in self.layers for x in y.linears)
 
     @property
     def params(self) -> int:
         """All weights without adapters and further exits, tied ones counted once."""
-        return self.linear_params + self.embedding_params + self.norm_params
+        return self.linear_params + self.embedding_params + self.vector_params
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Names of the linear layers of its blocks, in the order they run."""
+        linears = (x for layer in self.layers for x in layer.linears if not x.bare)
+        return tuple(dict.fromkeys(x.name for x in linears))
+
+    def chosen(self, names: Collection[str]) -> tuple[str, ...]:
+        """Return the linears that are meant by some names.
+
+        `LINEARS`, the default of the methods, means all of them where blocks have others.
+        """
+        found = self.linear_names
+        return tuple(names) if set(names) != set(LINEARS) or set(LINEARS) <= {*found} else found
 
     @property
     def attention_width(self) -> int:
@@ -199,6 +218,10 @@ class ModelShape(AnyShape):
     """Norms and heads of earlier exits, which are in memory."""
     more: tuple[Linear, ...] = ()
     """Linears of other heads, which are in memory and which decoding does not read."""
+    tables: tuple[Linear, ...] = ()
+    """Further embeddings, such as one of positions."""
+    norms: tuple[Norm, ...] = ()
+    """Norms elsewhere than in layers and before heads, such as one after the embedding."""
     max_positions: int = 2048
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
@@ -215,6 +238,9 @@ class ModelShape(AnyShape):
     """Float32 parameters by which adapters may grow while it trains."""
     simulated: bool = False
     """Whether fewer bytes are only computed with, and not held."""
+    anatomy: Anatomy = "plain"
+    family: str = "llama"
+    """Its `model_type` in transformers."""
 
     @classmethod
     def of(cls, shape: AnyShape) -> ModelShape:
@@ -259,6 +285,19 @@ class ModelShape(AnyShape):
         return max(1, *(x.size.intermediate_size for x in self.layers), 1)
 
     @property
+    def vector_params(self) -> int:
+        """Elements of all norms before the logits, and of biases."""
+        inner = sum(n.params for layer in self.layers for n in layer.all_norms)
+        biases = sum(x.biases for layer in self.layers for x in layer.linears)
+        ends = self.readout.norm.params + self.readout.head.biases
+        return inner + biases + ends + sum(n.params for n in self.norms)
+
+    @property
+    def params(self) -> int:
+        """All weights without adapters and further exits, tied ones counted once."""
+        return super().params + sum(x.params for x in self.tables)
+
+    @property
     def formats(self) -> frozenset[WeightFormat]:
         """The packed formats that some of its linears are in."""
         linears = (x for layer in self.layers for x in layer.linears)
@@ -286,13 +325,16 @@ class ModelShape(AnyShape):
 
     def packed(self, weights: WeightFormat) -> ModelShape:
         """Return the model with its decoder linears in another format, frozen."""
-        return self.map_linears(lambda _, x: replace(x, format=weights, trains=False), LINEARS)
+        names = self.chosen(LINEARS)
+        return self.map_linears(lambda _, x: replace(x, format=weights, trains=False), names)
 
     def adapted(
         self, make: Callable[[int, Linear], Adapter | None], names: Collection[str] = LINEARS
     ) -> ModelShape:
-        """Return the frozen model with an adapter on each linear of some names."""
-        return self.frozen().map_linears(lambda i, x: replace(x, adapter=make(i, x)), names)
+        """Return the frozen model with an adapter on each linear of some names; see `chosen`."""
+        return self.frozen().map_linears(
+            lambda i, x: x if x.bare else replace(x, adapter=make(i, x)), self.chosen(names)
+        )
 
     def low_rank(
         self, rank: int, names: Collection[str] = LINEARS, used: int | None = None
@@ -335,15 +377,14 @@ class ModelShape(AnyShape):
         def readout(x: Readout) -> Readout:
             return replace(x, norm=norm(x.norm), head=linear(x.head))
 
-        found = self.map(
-            lambda _, x: replace(x.map(linear), norms=(norm(x.norms[0]), norm(x.norms[1])))
-        )
         return replace(
-            found,
+            self.map(lambda _, x: x.map(linear).map_norms(norm)),
+            norms=tuple(norm(x) for x in self.norms),
             embed=linear(self.embed),
             readout=readout(self.readout),
             exits=tuple(readout(x) for x in self.exits),
             more=tuple(linear(x) for x in self.more),
+            tables=tuple(linear(x) for x in self.tables),
         )
 
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from effbench.api.stages import base as stages
+from effbench.runner.progress import Progress
 from effbench.util.errors import RunFailedError, UserError
+from effbench.util.wrap import write
 
 app = typer.Typer(
     name="effbench",
@@ -31,6 +33,29 @@ First steps:
   effbench show method qdylora             one method: paper, settings, operating points
 """,
 )
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=lambda asked: _print_version(asked),
+            help="Print the version.",
+        ),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from effbench import __version__
+
+        typer.echo(f"effbench {__version__}")
+        raise typer.Exit
 
 
 def complete_override(context: typer.Context, incomplete: str) -> list[str]:
@@ -102,9 +127,10 @@ def _stage(
     fresh: bool,
     print_key: bool,
 ) -> None:
-    from effbench.config.compose import compose
-    from effbench.config.overrides import is_sweep
-    from effbench.runner.local import execute, record_of
+    with Progress(sys.stderr.isatty()).during(f"{stage}: starting"):
+        from effbench.config.compose import compose
+        from effbench.config.overrides import is_sweep
+        from effbench.runner.local import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
     if multirun and (dry_run or print_key):
@@ -115,7 +141,8 @@ def _stage(
     if (multirun or is_sweep(words)) and not (dry_run or print_key):
         _grid(stage, words, extra, fresh)
         return
-    job = compose(stage, words, extra)
+    with Progress(sys.stderr.isatty()).during(f"{stage}: reading the configs"):
+        job = compose(stage, words, extra)
     if print_key:
         typer.echo(job.spec.key)
         return
@@ -144,10 +171,10 @@ def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool) -> None:
         )
 
 
-def _show_record(record: Any) -> None:
+def _show_record(record: Any, full: bool = False) -> None:
     from effbench.report.terminal import print_record
 
-    print_record(record)
+    print_record(record, full)
 
 
 @app.command()
@@ -263,6 +290,9 @@ def runs_show(
     run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
     results: Results = Path("results"),
     spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Show every metric of every operating point.")
+    ] = False,
 ) -> None:
     """Show the metrics of a finished run."""
     from effbench.results.records import find
@@ -273,7 +303,7 @@ def runs_show(
 
         typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
     else:
-        _show_record(record)
+        _show_record(record, full)
 
 
 @runs_app.command(name="path")
@@ -651,7 +681,7 @@ def export(
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    write(text)
 
 
 def _guarded(command: Callable[[], Any]) -> int:

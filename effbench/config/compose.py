@@ -16,6 +16,7 @@ from effbench.api import registry
 from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import NonNegativeInt, build, plain
+from effbench.api.shape import AnyShape
 from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
 from effbench.api.stages import base as stages
 from effbench.config.files import groups
@@ -306,17 +307,44 @@ def _check_data(spec: Spec) -> None:
             )
     if trains:
         make_method(spec.method).check_dataset(spec.dataset)
-    shape = known_shape(spec.model)
-    if shape and spec.dataset.max_length > shape.max_positions:
+    for split in spec.dataset.limit:
+        if split not in known:
+            raise UserError(
+                f"dataset.limit.{split} limits nothing: dataset {spec.dataset.name!r} has no split "
+                f"{split!r}.",
+                did_you_mean(split, known),
+            )
+
+
+def check_lengths(spec: Spec, shape: AnyShape) -> None:
+    """Refuse rows and contexts that are longer than a model takes.
+
+    Args:
+        spec: The run.
+        shape: Sizes of its base model.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    most = f"is more than the {shape.max_positions} positions of {spec.model.name}."
+    if spec.dataset.max_length > shape.max_positions:
         raise UserError(
-            f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{shape.max_positions} positions of {spec.model.name}.",
+            f"dataset.max_length={spec.dataset.max_length} {most}",
             f"Lower it: dataset.max_length={shape.max_positions}",
         )
+    for evaluator in map(make_evaluator, spec.evaluators):
+        if (context := evaluator.context()) > shape.max_positions:
+            place = f"evaluator.{evaluator.name}"
+            raise UserError(
+                f"{place}: a context of {context} tokens {most}",
+                f"Lower {place}.prompt_tokens or {place}.new_tokens.",
+            )
 
 
 def _check_evaluators(spec: Spec, lineage: Lineage) -> None:
     shape = known_shape(spec.model)
+    if shape:
+        check_lengths(spec, shape)
     for evaluator in map(make_evaluator, spec.evaluators):
         if evaluator.needs_model and not stages.find(spec.stage).loads:
             raise UserError(

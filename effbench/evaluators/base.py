@@ -162,6 +162,13 @@ class Evaluator:
         """
         return self
 
+    def context(self) -> int:
+        """Return the longest context that its settings ask for, in tokens.
+
+        Default: the largest `prompt_tokens` and, behind them, the largest `new_tokens`.
+        """
+        return _largest(self, "prompt_tokens") + _largest(self, "new_tokens")
+
     def overlap(self, dataset: DatasetSpec) -> str:
         """Return what of its own data are the rows that a run on `dataset` trains on, if any."""
         return ""
@@ -224,6 +231,12 @@ def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:
 def exponential(value: float | None) -> float:
     """Return e to a number, infinity where that is more than a float can be."""
     return math.exp(_number(value)) if _number(value) < LARGEST_EXPONENT else math.inf
+
+
+def _largest(evaluator: Evaluator, name: str) -> int:
+    """Return a setting that is a number or a grid of numbers; 0 where it is not there."""
+    asked: int | list[int] = getattr(evaluator, name, 0)
+    return max(asked, default=0) if isinstance(asked, list) else asked
 
 
 def _number(value: float | None) -> float:

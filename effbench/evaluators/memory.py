@@ -40,7 +40,7 @@ class Memory(Evaluator):
 
     batch_size: PositiveInt = 1
     """Sequences decoded at once."""
-    prompt_tokens: PositiveInt = 512
+    prompt_tokens: PositiveInt = 480
     """Tokens of each prompt."""
     new_tokens: PositiveInt = 32
     """Tokens decoded after it."""

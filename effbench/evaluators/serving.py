@@ -175,7 +175,7 @@ class Serving(Simulator):
     """Memory for weights and caches; 0 sets no limit. A config takes that of the hardware."""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
-        """Refuse a simulation without ceilings, and contexts that the model has no positions for.
+        """Refuse a simulation without ceilings.
 
         Raises:
             UserError: Naming the setting.
@@ -185,12 +185,6 @@ class Serving(Simulator):
                 "evaluator.serving has no ceilings to simulate on.",
                 "Choose hardware with stated ones (hardware=h200), or set "
                 "evaluator.serving.tflops and evaluator.serving.bandwidth_gbs.",
-            )
-        if shape and self.prompt_tokens + self.new_tokens > shape.max_positions:
-            raise UserError(
-                f"A context of {self.prompt_tokens + self.new_tokens} tokens is more than the "
-                f"{shape.max_positions} positions of {spec.model.name}.",
-                "Lower evaluator.serving.prompt_tokens or evaluator.serving.new_tokens.",
             )
 
     def slots(self, scene: Scene) -> int:

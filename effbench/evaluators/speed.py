@@ -145,7 +145,6 @@ class Speed(Evaluator):
             )
         for cell in self.cells() if shape else ():
             assert shape is not None
-            _check_positions(cell, shape)
             _check_memory(cell, spec, methods, shape)
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
@@ -269,16 +268,6 @@ class Speed(Evaluator):
 
 
 # -- what is refused ---------------------------------------------------------------------------
-
-
-def _check_positions(cell: Cell, shape: AnyShape) -> None:
-    longest = cell.prompt + cell.new
-    if longest > shape.max_positions:
-        raise UserError(
-            f"evaluator.speed: {cell.prompt} prompt and {cell.new} new tokens are more than the "
-            f"model's {shape.max_positions} positions.",
-            "Lower evaluator.speed.prompt_tokens or evaluator.speed.new_tokens.",
-        )
 
 
 def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyShape) -> None:

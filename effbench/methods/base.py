@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.points import UNNAMED, Point
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.spec import DatasetSpec, Stage
 from effbench.api.weights import kinds
 from effbench.methods.decodes import Decodes
@@ -49,6 +49,9 @@ class Method(Decodes):
     bit; None where there are none. A contract test holds every method to it."""
     needs: ClassVar[dict[str, Any]] = {}
     """Settings without a usable default, as a trial run would have them."""
+    anatomy: ClassVar[Anatomy] = "llama"
+    """How the model's blocks have to be made: `other` needs nothing but linear layers with names
+    and a forward pass, `plain` nothing that Llama itself lacks."""
     eval_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """

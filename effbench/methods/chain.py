@@ -6,16 +6,60 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from effbench.api import registry
 from effbench.api.cost import Cost, cost_of
 from effbench.api.plugins import make_method
 from effbench.api.points import UNNAMED, Point, require_distinct
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import held, is_packed
 from effbench.methods.base import Method
+from effbench.util.errors import UserError
 
 M = TypeVar("M", bound=Method)
+ANATOMIES: dict[Anatomy, int] = {"other": 0, "llama": 1, "plain": 2}
+"""The narrower, the higher."""
+
+
+def resolved(method: M, shape: AnyShape) -> M:
+    """Return a method with its defaults filled in for a model that it can work on.
+
+    Args:
+        method: Any.
+        shape: Of the model that it starts from.
+
+    Raises:
+        UserError: When it cannot, with the reason, or when two of its operating points are the
+            same. No weight is needed to tell.
+    """
+    model = ModelShape.of(shape)
+    if reason := _why_not(method, model):
+        raise UserError(
+            f"{method.name} does not work on this model ({model.family}): {reason}.",
+            "Methods for every causal model: " + ", ".join(_for_any()) + ".",
+        )
+    method = method.resolve(shape)
+    require_distinct(method.points(), method.name)
+    return method
+
+
+def _why_not(method: Method, model: ModelShape) -> str:
+    """Return what keeps a method from a model; empty when nothing does."""
+    if ANATOMIES[model.anatomy] < ANATOMIES[method.anatomy]:
+        if model.anatomy == "llama":
+            return "it needs Llama's own blocks, whose linear layers have no biases"
+        return "it needs blocks that are made as Llama's are"
+    bare = [x.name for layer in model.layers for x in layer.linears if x.bare]
+    if bare and (is_packed(method.weights) or is_packed(method.produces)):
+        return f"{bare[-1]} is one tensor, which would stay as it is, and most of the model with it"
+    return ""
+
+
+def _for_any() -> list[str]:
+    """Return the names of the methods that work on every causal model."""
+    classes = (registry.find("methods", name) for name in registry.names("methods"))
+    return sorted(cls.name for cls in classes if cls.anatomy == "other")
 
 
 def shape_of(
@@ -38,17 +82,6 @@ def shape_of(
     if is_packed(method.weights):
         start = start.packed(held(method.weights))
     return method.shape(start, point, phase, folder)
-
-
-def resolved(method: M, shape: AnyShape) -> M:
-    """Return a method as it works on a model of some shape.
-
-    Raises:
-        UserError: When it cannot, or when two of its operating points are the same.
-    """
-    method = method.resolve(shape)
-    require_distinct(method.points(), method.name)
-    return method
 
 
 def chain_shapes(

@@ -43,6 +43,10 @@ class Compresses(Method):
         """Whether compression runs the model on training rows."""
         return False
 
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return how many parts `compress` will yield, for progress; 0 where it is not known."""
+        return 0
+
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:
@@ -65,6 +69,10 @@ class CompressesLinears(Compresses):
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return the same module with nothing in its buffers yet."""
         raise NotImplementedError
+
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return the number of dense linears."""
+        return len(list(linears.dense_linears(model)))
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

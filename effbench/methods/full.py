@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from effbench.api.method_types import Weights
+from effbench.api.shape import Anatomy
 from effbench.methods.trains import Trains
 
 
@@ -17,6 +18,7 @@ from effbench.methods.trains import Trains
 class Full(Trains):
     """Training of every weight."""
 
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-5
 
     @property

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from effbench.api.shape import Anatomy
 from effbench.methods.reads import Reads
 
 
 @dataclass(frozen=True)
 class Unchanged(Reads):
     """Changes nothing and trains nothing."""
+
+    anatomy: ClassVar[Anatomy] = "other"

@@ -39,6 +39,10 @@ class Array(NamedTuple):
     length: int
 
 
+FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+"""Architectures that transformers calls otherwise."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What stands before the weights."""
@@ -87,7 +91,15 @@ def config_in(header: Header) -> dict[str, Any]:
         "rope_theta": own.get("rope.freq_base"),
         "rms_norm_eps": own.get("attention.layer_norm_rms_epsilon"),
         "num_experts": own.get("expert_count"),
+        "num_experts_per_tok": own.get("expert_used_count"),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in header.tensors) or None,
+        "mlp_bias": any(name.endswith("ffn_up.bias") for name in header.tensors) or None,
     }
+    family = str(fields.get("general.architecture", ""))
+    if family == "llama" and config["num_experts"]:
+        config["num_local_experts"] = config.pop("num_experts")
+        family = "mixtral"
+    config["model_type"] = FAMILIES.get(family, family)
     return {k: v for k, v in config.items() if v is not None}
 
 

@@ -27,6 +27,7 @@ from effbench.api.slices import SLICED, sliced_shape
 from effbench.api.spec import ModelSpec
 from effbench.api.weights import find, is_packed
 from effbench.data import assets
+from effbench.models.counted import counted
 from effbench.models.gguf_convert import already_converted, converted
 from effbench.models.gguf_header import config_in, read_header
 from effbench.util.errors import UserError
@@ -42,6 +43,12 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """From the sizes that every Llama-style config states to their names there."""
+PLAIN = ("llama", SLICED, SHARED)
+"""Model types whose shape follows from a few sizes, as long as nothing has a bias."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""How transformers ends the names of causal models."""
+BOTH_WAYS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "rembert")
+"""Model types that read in both directions unless their config says `is_decoder`."""
 UNREAD = re.compile(
     r"\..*|.*\.(md|pdf|png|jpe?g|gif|svg)|(licen[cs]e|notice|use_policy)(\..*)?"
     r"|(optimizer|scheduler|scaler|rng_state.*|training_args)\.(pt|pth|bin)|trainer_state\.json",
@@ -115,6 +122,7 @@ def load(
             own_weights(model)
         shape = shape_in(model.config.to_dict(), spec.name)
         _check_stated(spec, shape)
+    _check_model(model, shape)
     if is_packed(weights):
         from effbench.nn.quant.linears import pack_linears
 
@@ -205,17 +213,21 @@ def shape_of(spec: ModelSpec) -> AnyShape:
 
 
 def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
-    """Return the shape that a transformers config states.
+    """Return the shape of the causal model that a config of transformers makes.
+
+    What is no plain Llama is counted from its modules (`models.counted`).
 
     Raises:
-        UserError: When the model is not Llama-style: rotary positions, RMS norms, a gated MLP.
+        UserError: When it is no causal model, or one that cannot be counted.
     """
+    require_causal_config(config, where)
+    biased = config.get("attention_bias") or config.get("mlp_bias")
+    if config.get("model_type", "llama") not in PLAIN or biased:
+        return counted(config, where)
     absent = [name for name in SIZES.values() if not isinstance(config.get(name), int)]
-    if absent or config.get("num_local_experts") or config.get("num_experts"):
-        reason = f"its config has no {absent[0]}" if absent else "it is a mixture of experts"
+    if absent:
         raise UserError(
-            f"{where} is not a Llama-style model: {reason}.",
-            "effbench works on dense decoders with the seven linear layers of Llama.",
+            f"The config of {where} has no {absent[0]}.", "The file is corrupt; get it anew."
         )
     values = {ours: config[theirs] for ours, theirs in SIZES.items()}
     rope = config.get("rope_parameters") or {}
@@ -239,6 +251,27 @@ def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
     if not sizes:
         return shape
     return sliced_shape(shape, shape.hidden_size, [LayerSize(*size) for size in sizes])
+
+
+def require_causal_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what reads its text in both directions, or with an encoder.
+
+    Raises:
+        UserError: With what the config says.
+    """
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    reason = ""
+    if config.get("is_encoder_decoder"):
+        reason = "it has an encoder"
+    elif classes and not any(name.endswith(CAUSAL) for name in classes):
+        reason = f"its weights are those of a {classes[0]}"
+    elif kind in BOTH_WAYS and not config.get("is_decoder"):
+        reason = "each of its tokens sees those after it"
+    if reason:
+        raise UserError(
+            f"{where} ({kind}) is no causal language model: {reason}.",
+            "Give a decoder-only model: one of those that transformers calls ...ForCausalLM.",
+        )
 
 
 def _decimal(value: float) -> float:
@@ -422,6 +455,7 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
             return read_shared(Path(spec.path), device, dtype)
     from transformers import AutoModelForCausalLM
 
+    from effbench.nn.llama.stack import as_linears
     from effbench.util.hf import quiet
 
     options = _options(spec)
@@ -431,7 +465,6 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
         both: Any = AutoModelForCausalLM.from_pretrained(
             spec.path or spec.id,
             dtype=dtype,
-            attn_implementation="sdpa",
             output_loading_info=True,
             **options,
         )
@@ -442,7 +475,22 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
             f"The files of {spec.name} lack {len(lacking)} weights, the first is {lacking[0]}.",
             "The model was not saved completely; get its files anew.",
         )
+    as_linears(model)
     return model.eval()
+
+
+def _check_model(model: torch.nn.Module, shape: AnyShape) -> None:
+    """Refuse a model that is not what was counted, or that looks ahead.
+
+    Raises:
+        UserError: With what differs.
+    """
+    from effbench.models.survey import hold, require_causal
+    from effbench.nn.llama.walk import is_llama
+
+    hold(shape, model)
+    if not is_llama(model):
+        require_causal(model)
 
 
 def _own_kind(folder: Path) -> str:
@@ -479,13 +527,16 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
             f"{spec.name} does not fit into the device's memory.",
             "`effbench plan` shows what it needs, part by part.",
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if spec.source == "hub":
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError, TypeError) as error:
+        if spec.source == "hub" and not isinstance(error, ImportError):
             raise _hub_error(spec, error) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        files = isinstance(error, OSError | SafetensorError | json.JSONDecodeError)
         raise UserError(
             f"{spec.path or spec.name} cannot be loaded: {reason.rstrip('.')}.",
-            "A file is missing, truncated or corrupt; get the model's files anew.",
+            "A file is missing, truncated or corrupt; get the model's files anew."
+            if files
+            else "That is what transformers says of it; its files may be right.",
         ) from error
 
 

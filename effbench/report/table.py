@@ -88,9 +88,10 @@ class Table:
             title_justify="left",
             caption_justify="left",
         )
-        for name, numeric in zip(self.columns, self._numeric(), strict=True):
+        for i, (name, numeric) in enumerate(zip(self.columns, self._numeric(), strict=True)):
             head = escape(name.replace("_", " "))  # so that a long one can be wrapped
-            table.add_column(head, justify="right" if numeric else "left")
+            one_word = not any(" " in show(row[i]) for row in self.rows)
+            table.add_column(head, justify="right" if numeric else "left", no_wrap=one_word)
         for row in self.rows:
             table.add_row(*(escape(show(cell)) for cell in row))
         return table

@@ -17,8 +17,9 @@ from effbench.report.table import (
     run_row,
     tasks_table,
 )
-from effbench.results.records import Record
+from effbench.results.records import Metric, Record
 from effbench.util.errors import UserError
+from effbench.util.wrap import write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,18 +62,25 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def print_record(record: Record) -> None:
-    """Print what a run was, what it gave at each operating point, and what it cost."""
+def print_record(record: Record, full: bool = False) -> None:
+    """Print what a run was, what it gave at each operating point, and what it cost.
+
+    Args:
+        record: The run.
+        full: Print every metric of every point, split and task, too.
+    """
     print_table(_evaluated(record))
     tasks = tasks_table(record)
     if tasks.rows:
         print_table(tasks)
-    print_table(_others(record))
+    print_table(_every(record) if full else _others(record))
     for line in lines(record.data):
-        print(f"Data, {line}")
+        write(f"Data, {line}", sys.stdout)
     for note in record.notes:
-        print(f"Note: {note}")
-    print(f"Key {record.key}: {record.label}, {record.seconds:.0f} s")
+        write(f"Note: {note}", sys.stdout)
+    write(f"Key {record.key}: {record.label}, {record.seconds:.0f} s", sys.stdout)
+    if not full and (hidden := len(record.metrics) - _shown(record)):
+        write(f"{hidden} more metrics: effbench runs show {record.key[:8]} --full", sys.stdout)
 
 
 def _evaluated(record: Record) -> Table:
@@ -85,18 +93,33 @@ def _evaluated(record: Record) -> Table:
 
 
 def _others(record: Record) -> Table:
-    rows: list[tuple[Cell, ...]] = [
-        (
-            m.name,
-            m.task or m.phase,
-            as_value(m),
-            m.unit if not m.unit.startswith("bytes") else "",
-            m.obtained,
-        )
-        for m in record.metrics
-        if not m.point and not m.split and not m.task
-    ]
+    rows = [_row(m) for m in record.metrics if _is_other(m)]
     return Table("", ("metric", "phase", "value", "unit", "obtained"), rows)
+
+
+def _every(record: Record) -> Table:
+    """Return every metric of a run, a row each."""
+    places = [(m.point, " ".join(filter(None, (m.task, m.split)))) for m in record.metrics]
+    rows = [(*_row(m), *place) for m, place in zip(record.metrics, places, strict=True)]
+    columns = ("metric", "phase", "value", "unit", "obtained", "point", "data")
+    used = [i for i, _ in enumerate(columns) if i < 5 or any(row[i] for row in rows)]
+    return Table("", tuple(columns[i] for i in used), [tuple(row[i] for i in used) for row in rows])
+
+
+def _row(m: Metric) -> tuple[Cell, ...]:
+    unit = "" if m.unit.startswith("bytes") else m.unit
+    return m.name, m.phase, as_value(m), unit, m.obtained
+
+
+def _is_other(m: Metric) -> bool:
+    """Whether a metric is of the run, and not of an operating point or of data."""
+    return not (m.point or m.split or m.task)
+
+
+def _shown(record: Record) -> int:
+    """Return how many metrics are printed without `full`."""
+    names = {*EVALUATED, "params", "weight_bytes"}
+    return sum(bool(m.task) or _is_other(m) or m.name in names for m in record.metrics)
 
 
 def print_runs(results: Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from effbench.api.schema import plain
 from effbench.api.spec import Job
-from effbench.util.errors import UserError
+from effbench.results.tracker import Wandb
 from effbench.util.files import mendable, write_atomic
 
 LASTING = ("interrupted", "part")
@@ -27,7 +25,7 @@ class EventLog:
         self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._begun = self.position()
-        self._tracker = _wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
+        self._tracker = Wandb(job, path.parent) if job.runtime.tracker == "wandb" else None
 
     def append(self, kind: str, **facts: Any) -> None:
         """Add one event."""
@@ -36,7 +34,7 @@ class EventLog:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         if self._tracker is not None:
-            self._tracker.log(_flat(kind, facts))
+            self._tracker.log(kind, facts)
 
     def position(self) -> int:
         """Return the length of the log in bytes, for `cut`."""
@@ -104,26 +102,3 @@ def read_events(path: Path, kind: str = "") -> Iterator[dict[str, Any]]:
             return
         if kind in ("", event["event"]):
             yield event
-
-
-def _flat(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
-    if kind == "metric":
-        return {"/".join(p for p in (facts["name"], facts["point"]) if p): facts["value"]}
-    return {f"{kind}/{k}": v for k, v in facts.items() if isinstance(v, int | float)}
-
-
-def _wandb(job: Job, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb is not installed.", "pip install 'effbench[wandb]'") from None
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
-        project="effbench",
-        id=job.spec.key,
-        name=job.spec.label,
-        config=plain(job.spec),
-        dir=folder,
-        resume="allow",
-    )

@@ -20,7 +20,7 @@ from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
-from effbench.config.compose import compose
+from effbench.config.compose import check_lengths, compose
 from effbench.data.dataset import Data
 from effbench.data.overlap import Trained, kept
 from effbench.methods.base import Method
@@ -61,6 +61,7 @@ def open_model(run: Run) -> Opened:
     """
     spec, lineage, own = run.spec, run.lineage, make_method(run.spec.method)
     weights = _base_weights(spec, own, lineage.earlier)
+    run.progress.now(f"loading {' and '.join([spec.model.name, *filter(None, [spec.parent])])}")
     stored = _import_all(run, own)
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
@@ -77,7 +78,7 @@ def open_model(run: Run) -> Opened:
         trains = stages.find(spec.stage).trains
         if lineage.earlier and trains and is_packed(own.weights):
             pack_linears(model, find(own.weights)(), run.dtype)
-    _check_length(spec, loaded.shape)
+    check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
         element = (torch.float32 if weights == "float32" else run.dtype).itemsize
@@ -113,15 +114,6 @@ def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Modul
         model = resolved(method, shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model
-
-
-def _check_length(spec: Spec, shape: AnyShape) -> None:
-    if spec.dataset.max_length > shape.max_positions:
-        raise UserError(
-            f"dataset.max_length={spec.dataset.max_length} is more than the "
-            f"{shape.max_positions} positions of {spec.model.name}.",
-            f"Lower it: dataset.max_length={shape.max_positions}",
-        )
 
 
 def context(run: Run) -> Context:
@@ -185,6 +177,7 @@ def open_data(run: Run) -> Data:
         UserError: When an earlier run trained on items that this one evaluates.
     """
     spec = run.spec
+    run.progress.now(f"reading {spec.dataset.name} and making tokens of it")
     data = Data(spec.dataset, run.tokenizer)
     seen = Trained()
     trained = [spec.dataset] if stages.find(spec.stage).trains else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from rich.console import Console
+from effbench.util.wrap import write
 
 
 class Progress:
@@ -17,50 +19,85 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._console = Console(stderr=True, highlight=False)
-        self._tty = self._console.is_terminal
+        self._tty = sys.stderr.isatty()
         self._last = 0.0
-        self._open_line = False
+        self._after = ""
+        self._what = ""
+        self._begun = (0, 0.0)
 
     def say(self, text: str) -> None:
         """Write a line that stays."""
         if self._enabled:
             with suppress(OSError):  # the terminal may be gone; the run's state is to be saved yet
                 self._end_line()
-                self._console.print(text, markup=False)
+                write(text)
+
+    def now(self, text: str) -> None:
+        """Say what begins now; in a terminal the next line takes its place."""
+        if not self._tty:
+            self.say(f"{text} ...")
+        elif self._enabled:
+            with suppress(OSError):
+                self._end_line()
+                self._draw(f"{text} ...", after="\r\x1b[K")
+
+    @contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """Say what happens for as long as it does."""
+        self.now(text)
+        try:
+            yield
+        finally:
+            self._end_line()
 
     def bar(self, what: str, done: int, total: int, details: str = "") -> None:
-        """Show how far something is; called as often as one likes."""
+        """Show how far something is, and the time it still takes; called as often as one likes.
+
+        Args:
+            what: What is counted.
+            done: How many of them are over.
+            total: How many there are; 0 where that is not known.
+            details: What else to show.
+        """
         now = time.monotonic()
+        if what != self._what:
+            self._what, self._begun = what, (done, now)
         interval = self.INTERVAL_TTY if self._tty else self.INTERVAL_PLAIN
         last = 0 < total <= done
         if not self._enabled or (now - self._last < interval and not (last and details)):
             return
         self._last = now
-        place = f"{done}/{total}" if total else str(done)
-        line = f"{what} {place} {details}".rstrip()
+        line = " ".join(filter(None, (what, _place(done, total), details, self._left(done, total))))
         with suppress(OSError):
-            self._draw(line, done, total, last)
+            if not self._tty:
+                print(line, file=sys.stderr, flush=True)
+                return
+            self._draw(f"{_drawn(done, total)} {line}".strip())
+            if last:
+                self._end_line()
 
-    def _draw(self, line: str, done: int, total: int, last: bool) -> None:
-        if not self._tty:
-            self._console.print(line, markup=False)
-            return
-        text = f"{_drawn(done, total)} {line}".strip()[: self._console.width - 1]
-        sys.stderr.write(f"\r\x1b[K{text}")
+    def _left(self, done: int, total: int) -> str:
+        """Return the time that is left at the pace since the first of these lines."""
+        first, begun = self._begun
+        if not first < done < total:
+            return ""
+        left = (time.monotonic() - begun) / (done - first) * (total - done)
+        return f" {duration(left)} left"
+
+    def _draw(self, text: str, after: str = "\n") -> None:
+        """Draw over the line that stands there, which another is written `after`."""
+        sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
         sys.stderr.flush()
-        self._open_line = True
-        if last:
-            self._end_line()
-
-    def count(self, what: str, done: int, details: str = "") -> None:
-        """Show how far something is whose end is not known."""
-        self.bar(what, done, 0, details)
+        self._after = after
 
     def _end_line(self) -> None:
-        if self._open_line:
-            sys.stderr.write("\n")
-            self._open_line = False
+        """Leave a bar where it stands, and wipe away what began."""
+        sys.stderr.write(self._after)
+        self._after = ""
+
+
+def _place(done: int, total: int) -> str:
+    return f"{done}/{total}" if total else str(done)
 
 
 def _drawn(done: int, total: int, width: int = 24) -> str:

@@ -123,7 +123,7 @@ class Run:
         return gib(memory_in_use(self.device))
 
 
-def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
+def open_run(job: Job, folder: RunFolder, store: Store, progress: Progress | None = None) -> Run:
     """Set the process up for a run: seeds, threads, logs.
 
     Raises:
@@ -149,7 +149,7 @@ def open_run(job: Job, folder: RunFolder, store: Store) -> Run:
         folder=folder,
         lineage=lineage,
         events=EventLog(folder.path / "events.jsonl", job),
-        progress=Progress(job.runtime.progress),
+        progress=progress or Progress(job.runtime.progress),
         device=torch.device(spec.hardware.device),
         dtype=getattr(torch, spec.hardware.dtype),
     )

@@ -16,8 +16,10 @@ from effbench.api.schema import build
 from effbench.api.spec import Job
 from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
+from effbench.runner.progress import Progress
 from effbench.runner.signals import end_with_parent, interrupt_when_asked
 from effbench.util.errors import StoppedError, UserError
+from effbench.util.wrap import write
 
 INTERRUPTED = 130
 """Exit status of a run that was asked to stop."""
@@ -62,11 +64,15 @@ def run_here(job: Job) -> None:
 
 def _run(job: Job, folder: RunFolder, store: Store) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is ours to count
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
+    progress = Progress(job.runtime.progress)
+    progress.say(f"{job.spec.label}, in {folder.path}")
+    progress.now("loading torch and transformers")
     from effbench.runner.run import finish, open_run
 
-    run = open_run(job, folder, store)
+    run = open_run(job, folder, store, progress)
     import_module(f"effbench.runner.stages.{stages.find(job.spec.stage).name}").perform(run)
     finish(run)
 
@@ -78,7 +84,7 @@ def _fail(error: UserError) -> int:
 
 def _say(text: str) -> None:
     with suppress(OSError):  # the terminal may be gone, and that is why the run stops
-        print(text, file=sys.stderr, flush=True)
+        write(text)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Outer:
         ({"size": "4"}, "at.size='4' is not possible", ""),
         ({"size": None}, "at.size=null is not possible", ""),
         ({"size": 1, "kind": "c"}, "'a' or 'b'", ""),
-        ({"size": 1, "pair": [0.5, float("nan")]}, "at holds a value that JSON cannot hold", ""),
+        ({"size": 1, "pair": [0.5, float("nan")]}, "at.pair=nan is not possible", ""),
         ({"size": object()}, "at holds a value that JSON cannot hold", ""),
     ],
 )

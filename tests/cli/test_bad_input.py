@@ -50,6 +50,16 @@ TRAIN = ["train", "model=tiny"]
         ([*TRAIN, "evaluator.sped.repeats=2"], ["no evaluator called 'sped'", "'speed'"]),
         ([*TRAIN, "evaluator.perplexity.split=tset"], ["no split 'tset'", "'test'"]),
         (["train", "mdoel=tiny"], ["'mdoel'", "'model'"]),
+        ([*TRAIN, "dataset.limit.tset=3"], ["dataset.limit.tset", "no split 'tset'", "'test'"]),
+        ([*TRAIN, "train.betas=[0.9,inf]"], ["train.betas=inf", "finite"]),
+        (
+            ["eval", "model=tiny", "evaluator=memory", "evaluator.memory.new_tokens=9999"],
+            ["evaluator.memory: a context of 10479 tokens", "512 positions", "new_tokens"],
+        ),
+        (
+            ["compress", "model=tiny", "method=layer_drop", "method.layers=[]"],
+            ["method.layers=[] removes nothing"],
+        ),
         ([*TRAIN, "sede=1"], ["'sede'", "'seed'"]),
         (["train", "model=tniy"], ["no model called 'tniy'", "'tiny'"]),
         (["train", "method=qdlora"], ["no method called 'qdlora'", "'qdylora'"]),
@@ -77,7 +87,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["train.max_steps=0"], ["train.max_steps=0", "greater than 0"]),
         (["train.schedule=steep"], ["train.schedule='steep'", "'cosine'"]),
         (["train.betas=[0.9]"], ["train.betas=[0.9]", "too few"]),
-        (["train.learning_rate=nan"], ["train holds a value"]),
+        (["train.learning_rate=nan"], ["train.learning_rate=nan", "finite"]),
         (["train=5"], ["train must hold keys", "train.KEY=VALUE"]),
         (["run=null"], ["run must hold keys"]),
         (["seed=-1"], ["seed=-1", "greater than or equal to 0"]),
@@ -273,7 +283,7 @@ def test_going_on_from_a_run_in_a_way_that_cannot_be(cli, inline) -> None:
     assert "is not finished" in said("eval", f"from={second}")
     Path("results/runs", second, "artefact/weights.safetensors").write_bytes(b"x" * 99)
     Path("results/runs", second, "FINISHED").write_text("1.0\n")
-    text = said("eval", f"from={second}")
+    text = said("eval", f"from={second}", "run.progress=false")
     assert "weights.safetensors cannot be read" in text
     assert "--fresh" in text
     assert len(list(Path("results/runs").glob("[!.]*"))) == 2

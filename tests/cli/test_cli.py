@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_runs_lists_shows_and_finds(cli, two: Path, keys) -> None:
     out = cli("runs", "show", keys[1], *at)[1]
     assert f"Key {keys[1]}: train lora tiny arithmetic seed 1" in out
     assert "train_loss_last" in out
+    assert "perplexity" not in out
+    full = cli("runs", "show", keys[1], "--full", *at)[1]
+    assert "perplexity" in full
+    assert re.search(r"(\d+) more metrics: effbench runs show", out)
+    assert "more metrics" not in full
     assert json.loads(cli("runs", "show", keys[1], "--spec", *at)[1])["seed"] == 1
     assert cli("runs", "path", keys[0][:6], *at)[1].strip() == str(two / "runs" / keys[0])
     assert cli("runs", "path", "latest", *at)[1].strip().endswith(keys[1])

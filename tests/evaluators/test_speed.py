@@ -206,7 +206,7 @@ def test_our_engine_where_it_does_not_apply_is_an_error(subject: Subject) -> Non
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["evaluator.speed.prompt_tokens=500"], "500 prompt and 32 new tokens are more than"),
+        (["evaluator.speed.prompt_tokens=500"], "a context of 532 tokens is more than the 512"),
         (["evaluator.speed.batch_sizes=[1,50000000]"], "b50000000 p128 n32 needs"),
         (["evaluator.speed.new_tokens=[]"], "grid of evaluator.speed is empty"),
         (["evaluator.speed.batch_sizes=0"], "evaluator.speed.batch_sizes"),

@@ -473,7 +473,7 @@ def test_stopped_within_the_schedule_and_after_it_it_ends_the_same(bench, tmp_pa
 )
 def test_impossible_settings_are_refused_by_name(settings, named):
     with pytest.raises(UserError, match=named):
-        build(AdaLoRA, settings, "method")
+        build(AdaLoRA, settings, "method").resolve(SHAPE)
 
 
 def test_a_first_rank_above_what_a_layer_can_have_is_refused():

@@ -123,7 +123,7 @@ def test_rank_set_and_points(settings, ranks, points):
 )
 def test_impossible_settings_are_refused_by_name(settings, named):
     with pytest.raises(UserError, match=named):
-        build(DyLoRA, settings, "method")
+        build(DyLoRA, settings, "method").resolve(SHAPE)
 
 
 def test_a_rank_above_what_a_layer_can_have_is_refused():

@@ -195,7 +195,7 @@ def test_save_and_load_give_the_same_logits(tmp_path):
 )
 def test_impossible_settings_are_refused_by_name(settings, named):
     with pytest.raises(UserError, match=named):
-        build(LoRA, settings, "method")
+        build(LoRA, settings, "method").resolve(SHAPE)
 
 
 def test_a_rank_above_what_a_layer_can_have_is_refused():

@@ -231,14 +231,21 @@ def test_no_such_path(tmp_path: Path, source: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [{"model_type": "gpt2", "n_embd": 8}, {"num_local_experts": 8}],
+    ("config", "reason"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "its weights are those of a BertForMaskedLM"),
+        ({"model_type": "bert"}, "each of its tokens sees those after it"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "it has an encoder"),
+        ({"model_type": "none"}, "knows no model of type 'none'"),
+        ({"model_type": "mamba"}, "its layers keep something else"),
+    ],
 )
-def test_other_architectures_are_refused(saved: Path, config: dict[str, Any]) -> None:
+def test_what_is_no_decoder_is_refused(saved: Path, config: dict[str, Any], reason: str) -> None:
     path = saved / "config.json"
-    base = {} if "model_type" in config else json.loads(path.read_text())
+    base = json.loads(path.read_text())
+    del base["architectures"]
     path.write_text(json.dumps({**base, **config}))
-    with pytest.raises(UserError, match="not a Llama-style model"):
+    with pytest.raises(UserError, match=reason):
         shape_of(folder_spec(saved))
 
 

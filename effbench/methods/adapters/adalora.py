@@ -21,7 +21,7 @@ its gradient and not its value to the loss, so that training losses can be compa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -33,8 +33,14 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.rank_budgets import ranked, weighed
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import Dropout, base_name, check_rank_fits, check_targets
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
+from effbench.methods.adapters.lora import (
+    Dropout,
+    base_name,
+    check_rank_fits,
+    check_targets,
+    targets_in,
+)
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora, rank_budget, svd
 from effbench.nn.llama import surgery, weights
@@ -53,6 +59,7 @@ class AdaLoRA(Trains):
         "ICLR 2023",
         "2303.10512",
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -99,9 +106,10 @@ class AdaLoRA(Trains):
         return self.first_rank or -(-3 * self.rank // 2)
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a first rank that is more than full for a target."""
-        check_rank_fits(shape, self.highest, self.targets, "first_rank")
-        return self
+        """Return the method with the model's own targets; refuse too high a first rank."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.highest, targets, "first_rank")
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R0 around the targets; lambda is zero."""

@@ -24,7 +24,7 @@ the other methods here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -36,8 +36,8 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.parts import Adapter, Factor, Linear
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
+from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets, targets_in
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import deep, peft_lora
 from effbench.nn.llama import surgery
@@ -56,6 +56,7 @@ class DeepLoRA(Trains):
         "ICML 2024",
         "2406.04112",
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-2
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -86,10 +87,11 @@ class DeepLoRA(Trains):
             )
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a rank that is more than full for a target."""
+        """Return the method with the model's own targets; refuse a rank that is more than full."""
         if self.form != "full":
-            check_rank_fits(shape, self.rank, self.targets)
-        return self
+            targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.rank, targets)
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put a deep update beside each target."""

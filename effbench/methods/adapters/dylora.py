@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -28,7 +28,7 @@ from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
     Rank,
@@ -37,6 +37,7 @@ from effbench.methods.adapters.lora import (
     check_ranks,
     check_targets,
     rank_of,
+    targets_in,
 )
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora
@@ -55,6 +56,7 @@ class DyLoRA(Trains):
         "EACL 2023",
         "2210.07558",
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -105,9 +107,10 @@ class DyLoRA(Trains):
         return weight / weight.sum()
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a rank that is more than full for a target."""
-        check_rank_fits(shape, self.rank, self.targets)
-        return self
+        """Return the method with the model's own targets; refuse a rank that is more than full."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.rank, targets)
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put adapters of rank R around the targets; B is zero."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -25,7 +25,7 @@ from annotated_types import Interval
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import LINEARS, AnyShape, ModelShape, Phase
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora
 from effbench.util.errors import UserError, did_you_mean
@@ -54,6 +54,7 @@ class LoRA(Trains):
     paper: ClassVar[Paper | None] = Paper(
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -83,9 +84,10 @@ class LoRA(Trains):
         return self.alpha
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse a rank that is more than full for a target."""
-        check_rank_fits(shape, self.rank, self.targets)
-        return self
+        """Return the method with the model's own targets; refuse a rank that is more than full."""
+        targets = targets_in(shape, self.targets)
+        check_rank_fits(shape, self.rank, targets)
+        return replace(self, targets=targets)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base and put peft's LoRA layers around the targets; A is ours, B zero."""
@@ -162,19 +164,37 @@ def rank_of(point: Point, rank: int) -> int:
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Refuse target names that no Llama-style block has, and none at all.
+    """Refuse no target at all.
 
     Raises:
         UserError: Naming `method.targets`.
     """
     if not targets:
         raise UserError("method.targets is empty.", f"Name some of: {', '.join(LINEARS)}.")
-    for target in targets:
-        if target not in LINEARS:
+
+
+def targets_in(shape: AnyShape, targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the linears of a model that get an adapter: all of its own where all of Llama's are
+    asked for.
+
+    Raises:
+        UserError: When it has not all of them, naming `method.targets` and those that there are.
+    """
+    names = shape.linear_names
+    bare = [x.name for y in shape.layers for x in y.linears if x.bare and x.copies > 1]
+    if bare and set(targets) == set(LINEARS):
+        raise UserError(
+            f"The experts of this model are single tensors ({bare[0]}), beside which no adapter "
+            "can stand.",
+            f"Say what gets one: method.targets=[{','.join(names)}]",
+        )
+    for target in (found := shape.chosen(targets)):
+        if target not in names:
             raise UserError(
                 f"method.targets names {target!r}, which is no linear layer of a decoder block.",
-                did_you_mean(target, LINEARS),
+                did_you_mean(target, names),
             )
+    return found
 
 
 def check_ranks(key: str, ranks: Sequence[int], rank: int) -> None:

@@ -25,7 +25,7 @@ from typing import ClassVar, Self
 from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape
+from effbench.api.shape import Anatomy, AnyShape
 from effbench.methods.base import Method
 from effbench.methods.none import Unchanged
 from effbench.nn.decode import sinks, view
@@ -63,6 +63,7 @@ class Streaming(Unchanged):
     paper: ClassVar[Paper | None] = Paper(
         "Efficient Streaming Language Models with Attention Sinks", "ICLR 2024", "2309.17453"
     )
+    anatomy: ClassVar[Anatomy] = "llama"
 
     sinks: NonNegativeInt = 4
     """First tokens of each sequence that stay in the cache, n."""

@@ -61,6 +61,8 @@ class LayerDrop(Compresses):
         if not shape.uniform:
             raise UserError(*LAYERS_DIFFER)
         listed = self.layers or ()
+        if self.layers is not None and not listed:
+            raise UserError("method.layers=[] removes nothing.", "List layers, or leave it out.")
         if any(layer >= shape.num_layers for layer in listed) or len(set(listed)) < len(listed):
             raise UserError(
                 f"method.layers={list(listed)} are not different layers of {shape.num_layers}.",
@@ -78,6 +80,10 @@ class LayerDrop(Compresses):
         if self.layers is not None:
             return len(self.layers)
         return (num_layers + 2) // 4 if self.remove is None else self.remove
+
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return rows that are read, and the choice."""
+        return len(calibration) * self.calibrates + 1
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

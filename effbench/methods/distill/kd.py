@@ -20,7 +20,7 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.objectives import DISTILLED
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, PositiveFloat
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.trains import Trains
 from effbench.nn.losses import token
 from effbench.util.errors import UserError
@@ -34,6 +34,7 @@ class Distillation(Trains):
     paper: ClassVar[Paper | None] = Paper(
         "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 5e-5
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 

@@ -109,7 +109,8 @@ class Reward(LoRA):
 
     def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return each sequence's reward, [B] float32, wherever the padding is."""
-        states = model.model(  # type: ignore[operator]
+        decoder: Any = getattr(model, str(model.base_model_prefix))
+        states = decoder(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state
         last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(1).argmax(1)

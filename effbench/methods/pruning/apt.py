@@ -42,7 +42,7 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import check_rank_fits, check_targets
+from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
 from effbench.methods.pruning.slices import Slices
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import growth, lowrank
@@ -123,7 +123,7 @@ class APT(Slices, Trains):
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
-        check_rank_fits(shape, self.rank, self.targets)
+        check_rank_fits(shape, self.rank, targets_in(shape, self.targets))
         return super().resolve(shape)
 
     # -- structure -----------------------------------------------------------------------------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
 from effbench.api.method_types import Context
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
 from effbench.api.slices import fixed_share, planned_slice, slice_in
 from effbench.methods.base import Method
@@ -24,6 +24,8 @@ from effbench.util.lazy import torch
 @dataclass(frozen=True)
 class Slices(Method):
     """A method whose artefact is a dense model without some blocks, each layer of its own size."""
+
+    anatomy: ClassVar[Anatomy] = "plain"
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Largest share of the decoder's linear weights that stays; 1 prunes nothing."""

@@ -53,6 +53,11 @@ class Structured(Slices, Compresses):
         """Whether it needs the norms of what weights read."""
         return self.criterion == "wanda"
 
+    def num_parts(self, model: Any, calibration: Sequence[Batch]) -> int:
+        """Return rows that are read, layers that are scored, and the choice."""
+        scored = 0 if self.criterion == "random" else len(model.model.layers)
+        return scored + len(calibration) * self.calibrates + 1
+
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
     ) -> Iterator[Part]:

@@ -26,7 +26,7 @@ from typing import ClassVar
 from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import ModelShape, Phase
+from effbench.api.shape import Anatomy, ModelShape, Phase
 from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant.formats.grouped import Grouped
 from effbench.util.lazy import torch
@@ -39,6 +39,7 @@ class RTN(CompressesLinears):
     paper: ClassVar[Paper | None] = Paper(
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
+    anatomy: ClassVar[Anatomy] = "other"
     produces: ClassVar[str] = "grouped"
 
     bits: Bits = 4

@@ -23,7 +23,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_unshared
 from effbench.api.slices import sliced_shape
 from effbench.methods.compresses import Compresses, Part, compress_whole
@@ -44,6 +44,7 @@ class GQA(Compresses):
         "EMNLP 2023",
         "2305.13245",
     )
+    anatomy: ClassVar[Anatomy] = "plain"
 
     kv_heads: PositiveInt = 1
     """Key/value heads of each layer; 1 is multi-query attention."""
@@ -59,6 +60,10 @@ class GQA(Compresses):
                 f"Choose one of: {', '.join(map(str, fits)) or 'none, it has one head only'}.",
             )
         return self
+
+    def num_parts(self, model: Any, calibration: Sequence[Batch]) -> int:
+        """Return the number of projections that are pooled."""
+        return len(POOLED) * len(model.model.layers)
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from effbench.api.method_types import Context
 from effbench.api.points import Point
-from effbench.api.shape import ModelShape
+from effbench.api.shape import Anatomy, ModelShape
 from effbench.api.sharing import LayerMap, shared_in, shared_shape
 from effbench.methods.base import Method
 from effbench.methods.trains import Trains
@@ -19,6 +20,8 @@ from effbench.util.lazy import torch
 @dataclass(frozen=True)
 class Shares(Trains):
     """Training of layers that take states from earlier ones; the artefact states who from whom."""
+
+    anatomy: ClassVar[Anatomy] = "plain"
 
     def sharing(self, num_layers: int) -> LayerMap:
         """Return the layer map that a model of so many layers ends with, as far as is planned."""

@@ -61,13 +61,13 @@ class MeZO(LoRA):
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method with its epsilon; refuse adapters that do not fit, or are not there."""
         if self.trains == "lora":
-            super().resolve(shape)
-        elif self.eval_ranks:
+            return replace(super().resolve(shape), epsilon=self.epsilon or 1e-2)
+        if self.eval_ranks:
             raise UserError(
                 "method.eval_ranks cuts adapters, and method.trains=full has none.",
                 "Leave it out, or set method.trains=lora.",
             )
-        return replace(self, epsilon=self.epsilon or (1e-2 if self.trains == "lora" else 1e-3))
+        return replace(self, epsilon=self.epsilon or 1e-3)
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Put adapters in, or let every weight train."""

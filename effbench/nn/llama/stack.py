@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from effbench.api.shape import LAYERS_DIFFER
 from effbench.util.errors import UserError
@@ -31,14 +32,20 @@ def require_plain_layers(model: torch.nn.Module) -> None:
             "Some layers of this model take states from others, which may not be left out.",
             "Choose another method, or a model whose layers do not share.",
         )
-    kinds = getattr(config, "layer_types", None)
-    slides = getattr(config, "sliding_window", None) is not None
-    if any(k != "full_attention" for k in kinds) if kinds else slides:
+    if slides(config):
         raise UserError(
             "Layers with a sliding attention window cannot be left out: their cache would have "
             "gaps that the window does not know of.",
             "Choose a model whose layers attend to the whole context.",
         )
+
+
+def slides(config: Any) -> bool:
+    """Whether some layer of a model sees a window of the context only."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
 
 
 def require_layers_alike(model: torch.nn.Module) -> None:
@@ -56,10 +63,41 @@ def require_layers_alike(model: torch.nn.Module) -> None:
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Return the decoder blocks of a causal language model, in the order they run."""
+    """Return the decoder blocks of a causal language model, in the order they run.
+
+    They are the list of modules with the most parameters, whatever it is called and wherever it is.
+
+    Raises:
+        UserError: When it has no list of blocks.
+    """
     causal: Any = model
-    layers: torch.nn.ModuleList = getattr(causal, causal.base_model_prefix).layers
-    return layers
+    inner = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
+    named = getattr(inner, "layers", None)
+    if isinstance(named, torch.nn.ModuleList):
+        return named
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no list of blocks.", "Choose a decoder-only model."
+        )
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+
+
+def as_linears(model: torch.nn.Module) -> None:
+    """Put plain linears in the place of GPT-2's, whose weights are held as [d_in, d_out]."""
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, Conv1D):
+                setattr(parent, name, _as_linear(module))
+
+
+def _as_linear(module: Any) -> torch.nn.Linear:
+    d_in, d_out = module.weight.shape
+    with torch.device("meta"):
+        linear = torch.nn.Linear(d_in, d_out)
+    linear.weight = torch.nn.Parameter(module.weight.detach().t().contiguous())
+    linear.bias = module.bias
+    return linear.train(module.training)
 
 
 @contextmanager

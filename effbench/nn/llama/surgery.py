@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from effbench.api.shape import LINEARS
+from effbench.nn.llama.stack import decoder_layers
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -16,12 +17,14 @@ def decoder_linears(
     """Yield `(qualified name, module)` of the target linears, in the order they run.
 
     Any module that offers `in_features` and `out_features` counts as a linear, so replaced ones
-    are found again.
+    are found again. `LINEARS` means all linears of the blocks where these have other names.
 
     Raises:
         UserError: When a target names no layer of the model.
     """
     wanted = tuple(targets)
+    if set(wanted) == set(LINEARS) and not set(LINEARS) <= {*(known := linear_names(model))}:
+        wanted = known
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -31,9 +34,22 @@ def decoder_linears(
     for target in wanted:
         if target not in seen:
             raise UserError(
-                f"The model has no linear layer called {target!r}.", did_you_mean(target, LINEARS)
+                f"The model has no linear layer called {target!r}.",
+                did_you_mean(target, linear_names(model)),
             )
     yield from found
+
+
+def linear_names(model: torch.nn.Module) -> tuple[str, ...]:
+    """Return the names of the linears of a model's blocks, not of what is inside of them."""
+    found: dict[str, None] = {}
+    for block in decoder_layers(model):
+        inside = ""
+        for name, module in block.named_modules():
+            if hasattr(module, "in_features") and not (inside and name.startswith(inside)):
+                found[name.rpartition(".")[2]] = None
+                inside = f"{name}."
+    return tuple(found)
 
 
 def replace_module(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:

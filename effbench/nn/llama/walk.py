@@ -9,6 +9,7 @@ import torch
 
 from effbench.nn.llama.parts import MLP, Attention, Block, attention_of, mlp_of, offers
 from effbench.nn.llama.shared_attention import hands_down
+from effbench.nn.llama.stack import slides
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 """Families of transformers whose blocks compute what Llama's do (biases aside)."""
@@ -35,16 +36,20 @@ def _mlp(layer: Any) -> MLP | None:
     return part
 
 
+def is_llama(model: torch.nn.Module) -> bool:
+    """Whether the model is of a class of transformers whose blocks compute what Llama's do."""
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    return family in FAMILIES and type(model).__module__.startswith("transformers.models.")
+
+
 def why_not(model: torch.nn.Module) -> str:
     """Return what keeps a step from walking through `model`'s blocks; empty when nothing does.
 
     The last norm may be watched, for a step calls it as the module that it is unless all is plain.
     """
-    name = type(model).__name__
-    family = name.removesuffix("ForCausalLM")
-    ours = type(model).__module__.startswith("transformers.models.")
-    if family not in FAMILIES or not ours:
-        return f"{name} is not laid out as Llama is"
+    if not is_llama(model):
+        return f"{type(model).__name__} is not laid out as Llama is"
+    family = type(model).__name__.removesuffix("ForCausalLM")
     if model.training:
         return "the model is in train mode"
     if reason := _config_reason(model):
@@ -76,9 +81,7 @@ def _whole_heads(part: Attention) -> bool:
 
 def _config_reason(model: Any) -> str:
     config = model.config
-    kinds = getattr(config, "layer_types", None)
-    slides = getattr(config, "sliding_window", None) is not None
-    if any(k != "full_attention" for k in kinds) if kinds else slides:
+    if slides(config):
         return "some layers see a sliding window"
     if config.hidden_act != "silu":
         return f"its MLP has {config.hidden_act}"

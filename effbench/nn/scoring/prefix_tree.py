@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from effbench.nn.llama.head import PLAIN_HEADS
+from effbench.nn.llama.stack import slides
 from effbench.nn.scoring.attention import in_pieces
 from effbench.nn.scoring.finite import require_finite
 
@@ -317,14 +318,10 @@ def has_trees(model: Any) -> bool:
     mask, and none of whose layers sees a window only.
     """
     config = model.config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    windowed = any(kind != "full_attention" for kind in kinds)
-    if not getattr(config, "layer_types", None):
-        windowed = getattr(config, "sliding_window", None) is not None
     return (
         config.model_type in PLAIN_HEADS
         and config._attn_implementation in ("sdpa", "eager")
-        and not windowed
+        and not slides(config)
     )
 
 

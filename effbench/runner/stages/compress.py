@@ -83,6 +83,7 @@ def _parts(
 ) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(run.folder.path / "parts")
+    total = method.num_parts(model, calibration)
     parts = method.compress(model, calibration, context(run))
     with stop_signal() as stop:
         for done, part in enumerate(parts, 1):
@@ -92,6 +93,6 @@ def _parts(
                 finished.add(part.name, tensors)
                 run.events.append("part", name=part.name)
             part.put(tensors)
-            run.progress.count("part", done, part.name)
+            run.progress.bar("part", done, total, part.name)
             if stop.requested:
                 raise StoppedError(f"part {part.name}")

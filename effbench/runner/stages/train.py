@@ -25,7 +25,6 @@ from effbench.resources.counting import LayerForwards
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import Opened, context, open_data, open_model
-from effbench.runner.progress import duration
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.runner.stages.batching import passes_of, rows_of_step, window
@@ -263,6 +262,7 @@ def _loop(trainer: Trainer) -> None:
     if first == 0:
         trainer.ctx.evolution.begin(window_of(trainer, 0))
     begun = time.perf_counter()
+    trainer.run.progress.bar("step", first, settings.max_steps)
     with stop_signal() as stop:
         while done.step < settings.max_steps and not done.stopped:
             loss = one_step(trainer)
@@ -327,13 +327,12 @@ def window_of(trainer: Trainer, step: int) -> list[Batch]:
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
     run, done = trainer.run, trainer.done
     elapsed = time.perf_counter() - begun
-    left = elapsed / (done.step - first) * (trainer.settings.max_steps - done.step)
     speed = _speed(run, done, first, elapsed)
     run.progress.bar(
         "step",
         done.step,
         trainer.settings.max_steps,
-        f"loss {loss:.4f}  {speed:.0f} tok/s  {run.memory_now()}  {duration(left)} left",
+        f"loss {loss:.4f}  {speed:.0f} tok/s  {run.memory_now()}",
     )
 
 

@@ -1,0 +1,36 @@
+"""Text in lines that fit a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from typing import TextIO
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Write a text as lines of its own; in a terminal no word of it is broken.
+
+    Args:
+        text: Lines; elsewhere than in a terminal they stay as they are.
+        stream: Where to; standard error by default.
+    """
+    stream = stream or sys.stderr
+    print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
+
+
+def wrapped(text: str) -> str:
+    """Return a text in lines of the terminal's width."""
+    width = shutil.get_terminal_size().columns
+    lines = (
+        textwrap.wrap(
+            line,
+            width,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+            replace_whitespace=False,
+        )
+        for line in text.split("\n")
+    )
+    return "\n".join("\n".join(parts) for parts in lines)

@@ -1,0 +1,34 @@
+"""Lines that fit a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+
+import pytest
+
+from effbench.util.wrap import write
+
+TEXT = "in 884 a prompt loses its start, results/runs/1222a4c26df0a437\nevaluate again"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_word_is_broken_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    stream = Terminal()
+    write(TEXT, stream)
+    lines = stream.getvalue().splitlines()
+    assert " ".join(lines).split() == TEXT.split()
+    assert all(len(line) <= 20 or " " not in line for line in lines)
+    assert lines[-1] == "evaluate again"
+
+
+def test_elsewhere_a_line_stays_a_line() -> None:
+    stream = io.StringIO()
+    write(TEXT, stream)
+    assert stream.getvalue() == TEXT + "\n"
