@@ -127,7 +127,7 @@ for name in names("methods"):
     kind = find("methods", name)
     method = build(kind, kind.needs, name).resolve(shape)
     for phase in ("train", "use"):
-        method.shape(ModelShape.of(shape), method.whole(shape), phase, None)
+        method.shape(ModelShape.of(shape), method.full_point(shape), phase, None)
 print(*sorted({m.partition(".")[0] for m in sys.modules}))
 """
 
