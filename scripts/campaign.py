@@ -102,7 +102,7 @@ class Campaign:
             words = [*self._settings(stage, key), *start, *words]
             words += [] if stage == "eval" else [f"seed={seed}"]
             print(f"effbench {stage} {' '.join(words)}", flush=True)
-            job = compose(stage, [*words, "run.progress=false"])  # type: ignore[arg-type]
+            job = compose(stage, [*words, "run.progress=false", f"run.results={RESULTS}"])  # type: ignore[arg-type]
             key = self._done(job.spec, alone=len(steps) == 1) or execute(job).key
         return key
 

@@ -136,11 +136,21 @@ def hashed(spec: Any) -> dict[str, Any]:
         for name, absent in came_later.items():
             if name in part and part[name] == absent:
                 del part[name]
-        if len(part.get("fingerprint", "")) == WHOLE:
-            part |= {"path": ""} if "path" in part else {"files": _endings(part["files"])}
+        leave_places_out(part)
     if not trains(spec.stage):
         del values["train"]
     return values
+
+
+def leave_places_out(part: dict[str, Any]) -> None:
+    """Take out of plain values where local files lie, if the hash of their content is there."""
+    known = part.get("fingerprint")
+    if not isinstance(known, str) or len(known) != WHOLE:
+        return
+    if "path" in part:
+        part["path"] = ""
+    if isinstance(part.get("files"), dict):
+        part["files"] = _endings(part["files"])
 
 
 def _endings(place: Any) -> Any:

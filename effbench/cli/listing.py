@@ -8,6 +8,7 @@ from pathlib import Path
 
 from effbench.api import registry
 from effbench.config import files as conf_files
+from effbench.results.store import results_dir
 
 
 def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[str, str]]:
@@ -26,7 +27,7 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
 
 
 def _tables(pattern: str) -> list[tuple[str, str]]:
-    folder = Path("results") / "tables"
+    folder = results_dir() / "tables"
     return [(p.name, "") for p in sorted(folder.glob("*")) if fnmatch(p.stem, pattern)]
 
 

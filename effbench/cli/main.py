@@ -94,7 +94,13 @@ Fresh = Annotated[
 ]
 PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
 Results = Annotated[
-    Path, typer.Option("--results", help="Folder of runs and records.", envvar="EFFBENCH_RESULTS")
+    Path,
+    typer.Option(
+        "--results",
+        help="Folder of runs and records.",
+        envvar="EFFBENCH_RESULTS",
+        callback=Path.expanduser,
+    ),
 ]
 
 
@@ -709,4 +715,8 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:
         app()
+    if {"--install-completion", "--show-completion"} & {*sys.argv}:
+        from effbench.cli.completion import leave_room_for_values
+
+        leave_room_for_values()
     sys.exit(_guarded(app))

@@ -16,7 +16,7 @@ from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
 from effbench.config import compose as config
 from effbench.config import files as conf_files
-from effbench.methods.chain import chain_cost, resolved
+from effbench.methods.chain import inference_cost, resolved
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -60,7 +60,7 @@ def _method_facts(cls: Any) -> list[str]:
         method = resolved(make_method(Plugin(cls.name, cls.needs)), EXAMPLE)
         points = [p.name or "one" for p in method.points()]
         lines.append(f"Points     {', '.join(points)}")
-        cost = chain_cost([method], EXAMPLE, "bfloat16", method.default_point())
+        cost = inference_cost([method], EXAMPLE, "bfloat16", method.default_point())
         lines.append(f"Saving     {cost.saving}")
     except UserError:
         pass  # a setting without a default, which `needs` does not name

@@ -24,7 +24,7 @@ from effbench.config.lineage import Lineage, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain, parse
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
-from effbench.results.store import Store
+from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
 
@@ -166,6 +166,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
             raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
     hardware, machine = _hardware(config["hardware"])
     runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
+    runtime = dataclasses.replace(runtime, results=str(results_of(config)))
     store = Store(Path(runtime.results))
 
     start = _start(config["from"], chosen, store)
@@ -197,6 +198,12 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime)
+
+
+def results_of(config: dict[str, Any]) -> Path:
+    """Return the folder of results that a composed config names."""
+    place = config["run"].get("results")
+    return Path(str(place)).expanduser() if place else results_dir()
 
 
 def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from effbench.data.lm_eval_rows import Entry, Files, check_hub, from_hub, needed
 from effbench.data.lm_eval_rows import find as find
 from effbench.data.lm_eval_rows import members as members
 from effbench.data.lm_eval_rows import overlaps as shared_rows
-from effbench.data.tokens import Encoder
+from effbench.data.tokens import Encoder, prefix_token
 from effbench.util.errors import UserError
 from effbench.util.hashes import hash_of
 
@@ -273,7 +273,7 @@ def _moved(context: str, continuation: str) -> tuple[str, str]:
 
 def _encoded(texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
     """Return the tokens of each text; one that names the first token itself gets no other."""
-    begin = tokenizer.decode(_prefix_token(tokenizer))
+    begin = tokenizer.decode(prefix_token(tokenizer))
     found: dict[str, list[int]] = {}
     for special in (True, False):
         some = [t for t in texts if t and t.startswith(begin) != special]
@@ -286,13 +286,8 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
 
 def _without_context(answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    prefix = _prefix_token(tokenizer)
+    prefix = prefix_token(tokenizer)
     return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
-
-
-def _prefix_token(tokenizer: Any) -> int:
-    begin = tokenizer.bos_token_id
-    return int(tokenizer.eos_token_id if begin is None else begin)
 
 
 # -- lm-eval's objects ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from effbench.api.weights import is_packed
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.methods.chain import chain_cost, chain_shapes, resolved
+from effbench.methods.chain import chain_shapes, inference_cost, resolved
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -275,7 +275,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyS
     from effbench.util.hardware import gpus, memory_bytes
 
     dtype = spec.hardware.dtype
-    cost = chain_cost(methods, shape, dtype, methods[-1].full_point(shape))
+    cost = inference_cost(methods, shape, dtype, methods[-1].full_point(shape))
     cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":

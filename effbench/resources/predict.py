@@ -23,7 +23,6 @@ from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.methods.chain import (
     chain,
-    chain_cost,
     chain_shapes,
     inference_cost,
     resolved,
@@ -176,9 +175,9 @@ class Course:
     training: Cost
     """While it trains, at the most."""
     cost: Cost
-    """Of what it leaves, in the dtype that it trains in."""
+    """Of what it leaves, as it is evaluated."""
     used: Cost
-    """The same as it is evaluated, with all that is in memory beside it."""
+    """The same with all that is in memory beside it."""
 
     @property
     def own(self) -> Method:
@@ -195,7 +194,7 @@ class Course:
         *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
-        cost = chain_cost(methods, shape, dtype, own.default_point(), folders)
+        cost = inference_cost(methods, shape, dtype, own.default_point(), folders)
         used = inference_cost(methods, shape, dtype, own.full_point(left), folders)
         return cls(
             methods=tuple(methods),

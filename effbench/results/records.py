@@ -95,6 +95,9 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)
     """What was read of each source of the dataset, and what its splits are as tokens: the fields of
     `api.account`."""
+    seeds: list[int] = field(default_factory=list)
+    """Of the run and of those that made what it started from, last to first; empty in records from
+    before it was kept."""
 
     @property
     def ended(self) -> float:

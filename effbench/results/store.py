@@ -16,6 +16,7 @@ results/records/<key>.json
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from effbench.api.spec import Spec
 
 MARKER = "FINISHED"
+
+
+def results_dir() -> Path:
+    """Return the folder of runs and records where no command names one: EFFBENCH_RESULTS, else
+    `results` here."""
+    return Path(os.environ.get("EFFBENCH_RESULTS") or "results").expanduser()
 
 
 def evaluation_stem(evaluator: str, point: str) -> str:

@@ -202,6 +202,7 @@ def taken(facts: Mapping[str, Any]) -> Taken:
 def finish(run: Run) -> Record:
     """Write the record, which is what the events amount to, and mark the run as finished."""
     seconds, found = time.time() - run.started, run.so_far()
+    before = run.store.ancestors(run.spec)
     record = Record(
         schema=SCHEMA,
         key=run.spec.key,
@@ -217,6 +218,7 @@ def finish(run: Run) -> Record:
         notes=found.notes,
         outcomes=[o for name in found.evaluated for o in outcomes_in(run.folder, name)],
         data=run.data,
+        seeds=[run.spec.seed, *(spec.seed for spec in reversed(before.values()))],
     )
     run.folder.write_json("environment.json", record.environment)
     write(record, run.store.records)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from effbench.api.spec import Stage
-from effbench.config.compose import hydra_compose, job_from, to_plain
-from effbench.config.overrides import check_overrides, existing
+from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
+from effbench.config.overrides import check_overrides, existing, parse
 from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.worker import INTERRUPTED
@@ -52,10 +52,11 @@ def sweep(
     extra = [existing(p) for p in extra]
     checked = check_overrides(overrides, extra)
     words = checked.with_defaults(stage)
-    words = [_latest_now(w, _results(words)) for w in words]
+    results = _results(words, _points(words) or [], extra)
+    words = [_latest_now(w, results) for w in words]
     points = _points(words)
     _try_one(stage, points or [], checked.chosen, extra)
-    folder = _results(words) / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    folder = results / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
 
@@ -145,16 +146,33 @@ def _try_one(
         raise problem
 
 
+def _results(words: Sequence[str], points: Sequence[Sequence[str]], extra: Sequence[Path]) -> Path:
+    """Return the folder of results that the runs of a grid have in common.
+
+    Raises:
+        UserError: When it is swept, or when not even one run of the grid can be composed.
+    """
+    if any(parse(w).key_or_group == "run.results" for w in words if parse(w).is_sweep_override()):
+        raise UserError("A grid has one folder of results.", "Give run.results one value.")
+    one = points[0] if points else [_first(word) for word in words if not word.startswith("hydra")]
+    return results_of(hydra_compose(one, extra)).resolve()
+
+
+def _first(word: str) -> str:
+    """Return a word with the first of the values that a sweeper may draw for it."""
+    override = parse(word)
+    if not override.is_sweep_override():
+        return word
+    drawn = override.value()
+    first = drawn.start if hasattr(drawn, "start") else drawn.list[0]
+    return f"{override.input_line.partition('=')[0]}={first}"
+
+
 def _latest_now(word: str, results: Path) -> str:
     """Name the latest run, which the grid's own runs would otherwise replace one by one."""
     if word.startswith("from=") and re.search(r"\blatest\b", word):
         return re.sub(r"\blatest\b", Store(results).resolve("latest"), word)
     return word
-
-
-def _results(words: Sequence[str]) -> Path:
-    given = [w.partition("=")[2] for w in words if w.lstrip("+").startswith("run.results=")]
-    return Path(given[-1].strip("'\"") if given else "results").resolve()
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def leave(store: Store, key: str, spec: dict[str, Any]) -> str:
 
 
 def test_a_run_from_before_a_field_is_gone_on_from(bench, grow: Grow) -> None:
-    record = bench.run("train", "method=lora", "train.max_steps=1", "evaluator=[]")
+    record = bench.run("train", "method=lora", "train.max_steps=1", "evaluator=[]", "seed=3")
     first = record.key
     assert record.spec["versions"] == bench.store.spec_of(first).versions == {"train": 2}
     for part in PARTS:
@@ -202,7 +202,9 @@ def test_a_run_from_before_a_field_is_gone_on_from(bench, grow: Grow) -> None:
     spec = bench.job("eval", f"from={first}", "dataset.limit.test=4").spec
     assert spec.parent == first
     assert (spec.train.added, spec.method.settings["added"]) == (7, 7)
-    assert bench.run("eval", f"from={first}", "dataset.limit.test=4").parent == first
+    read_out = bench.run("eval", f"from={first}", "dataset.limit.test=4")
+    assert read_out.parent == first
+    assert (record.seeds, read_out.seeds) == ([3], [0, 3]), "also that of what is evaluated"
 
 
 def test_every_committed_record_can_be_gone_on_from(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from effbench.util.errors import UserError
 
 METHOD = """
 import json
+import ourlab.more.leaf
 from dataclasses import dataclass
 from ourlab import rates
 from ourlab.parts import inner
@@ -51,6 +52,8 @@ FILES = {
     "rates.py": "from . import deeper\nRATE = 1\n",
     "deeper.py": "",
     "unused.py": "",
+    "more/__init__.py": "",
+    "more/leaf.py": "",
     "parts/__init__.py": "",
     "parts/inner.py": "",
     "parts/late.py": "from ..parts import last\n\ndef shine(loss):\n    return loss\n",

@@ -107,6 +107,16 @@ def test_differences_are_dotted_and_absent_is_not_null() -> None:
     }
 
 
+def test_a_baseline_hides_nothing_that_the_others_differ_in() -> None:
+    small, large = (
+        run("lora", {"": 0}, number=r, settings={"rank": r, "alpha": 16}) for r in (4, 8)
+    )
+    found = compare([FULL, small, large], [])
+    assert "method.settings.rank" in text_of(found.rich())
+    assert "method.settings.alpha" not in text_of(found.rich()), "only the baseline lacks it"
+    assert "method.settings.alpha" in text_of(found.rich(full=True))
+
+
 # -- tables ------------------------------------------------------------------------------------
 
 
@@ -514,6 +524,18 @@ def test_what_is_compared_is_the_content_and_not_its_name(
     [budget] = [b for b in compare(rows).budgets if b.name == name]
     assert budget.equal is equal
     assert len(set(budget.values)) == (1 if equal else 2), "a difference can be seen"
+
+
+def test_seeds_on_copies_of_a_folder_are_one_group() -> None:
+    whole, rows = {"fingerprint": "a" * 32}, []
+    for seed in (0, 1):
+        record = run("lora", {"": 0.0}, number=80 + seed, seed=seed)
+        record = with_part(record, "model", **whole, path=f"/there/{seed}")
+        rows.append(with_part(record, "dataset", **whole, files={"all": f"/there/{seed}.csv"}))
+    assert len(compare(rows).labels) == 1
+    assert tuning_trials(rows[0], rows) == 1
+    other = with_part(rows[1], "dataset", files={"all": "/there/1.jsonl"})
+    assert len(compare([rows[0], other]).labels) == 2
 
 
 def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None:

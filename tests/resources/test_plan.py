@@ -54,6 +54,15 @@ def test_memory_of_full_training_is_counted_from_the_parameters() -> None:
     assert found.peak == sum(memory.values())
 
 
+def test_a_decoded_token_reads_the_weights_as_they_are_evaluated() -> None:
+    """Not the float32 masters that they are trained as."""
+    full = predicted("method=full", "hardware.dtype=bfloat16")
+    assert full.cost.resident_bytes == 2 * full.cost.params
+    evaluation = full.phase("evaluate")
+    assert evaluation and evaluation.memory["weights"] == full.cost.resident_bytes
+    assert full.cost.bytes_per_token <= full.cost.resident_bytes
+
+
 def test_memory_falls_with_what_is_trained_and_how_it_is_held() -> None:
     full, lora, qlora = (predicted(f"method={m}").peak for m in ("full", "lora", "qlora"))
     assert full > 4 * lora > 4 * qlora

@@ -115,13 +115,14 @@ def tuning_trials(record: Record, known: Sequence[Record]) -> int:
 
 def _frame(record: Record) -> str:
     """Return what all trials of one tuning have in common."""
+    spec = settings(record)
     train = record.spec.get("train") or {}
     rows = 1
     for name in ("max_steps", "batch_size", "accumulation"):
         rows *= int(train.get(name) or 1)
     parts = [record.stage, rows if trains(record.stage) else 0, record.parent]
     parts += [record.name_of("method")]
-    parts += [record.spec.get("model"), record.spec.get("dataset")]
+    parts += [spec.get("model"), spec.get("dataset")]
     return json.dumps(parts, sort_keys=True)
 
 

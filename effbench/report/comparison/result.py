@@ -100,11 +100,11 @@ class Comparison:
         return Table("What was held equal", ("budget", *self.labels, "equal"), rows)
 
     def _settings_table(self, full: bool) -> Table:
-        """Return the settings that differ; unless `full`, only those that all runs have."""
+        """Return the settings that differ; unless `full`, only among the runs that have them."""
         rows: list[tuple[Cell, ...]] = [
             (key, *(ABSENT if v is None else str(v) for v in values))
             for key, values in self.differs.items()
-            if full or ABSENT not in values
+            if full or len({str(v) for v in values if v != ABSENT}) > 1
         ]
         return Table("What differs between the specs", ("setting", *self.labels), rows)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from effbench.api.keys import leave_places_out
 from effbench.api.stages.base import trains
 from effbench.report.labels import labels
 from effbench.results.records import Record, as_now
@@ -82,12 +83,17 @@ def identity(record: Record, known: Mapping[str, Record]) -> tuple[str, Seeds]:
     if earlier is not None:
         spec["parent"], before = identity(earlier, known)
         seeds += before
+    elif record.parent:
+        seeds += tuple(record.seeds[1:])
     return json.dumps(spec, sort_keys=True), seeds
 
 
 def settings(record: Record) -> dict[str, Any]:
-    """Return a copy of the spec without what its stage does not use."""
+    """Return a copy of the spec without what its stage does not use, and where local files lie."""
     spec = copy.deepcopy(record.spec)
+    evaluators = (plugin.get("settings") or {} for plugin in spec.get("evaluators") or ())
+    for part in (spec.get("model") or {}, spec.get("dataset") or {}, *evaluators):
+        leave_places_out(part)
     if not trains(record.stage):
         spec.pop("train", None)
     return spec

@@ -1,0 +1,96 @@
+"""The same rows give the same splits and tokens, or the version of their part is raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from goldens import BITS, Golden
+
+from effbench.api.schema import digest, plain
+from effbench.api.spec import DatasetSpec, ModelSpec
+from effbench.config.compose import compose
+from effbench.data import assets
+from effbench.data.dataset import read
+from effbench.data.kinds.base import names
+from effbench.data.readers import GENERATORS
+from effbench.data.tokenise import tokenise
+from effbench.models.load import load, load_tokenizer
+
+ROWS = [
+    {
+        "text": f"Number {n} is the sum of {n - 1} and 1, as everybody knows.",
+        "prompt": f"What is {n} plus {n % 7}?",
+        "answer": f"{n + n % 7}",
+        "chosen": f"It is {n + n % 7}.",
+        "rejected": f"It is {n + 100}.",
+        "options": [f"{n}", f"{n + n % 7 + 1}", f"{n + n % 7}"],
+        "label": 2,
+    }
+    for n in range(1, 25)
+]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("known_by", ["text", "source"])
+@pytest.mark.parametrize("kind", names())
+def test_rows_become_what_they_became(
+    kind: str,
+    known_by: Literal["text", "source"],
+    tmp_path: Path,
+    golden: Callable[[str], Golden],
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    spec = DatasetSpec(
+        name="golden",
+        source="file",
+        kind=kind,
+        files={"all": str(file)},
+        choices=[" {choice}"],
+        choices_field="options",
+        cut={"train": 0.5, "test": 0.5},
+        max_length=32,
+        known_by=known_by,
+    )
+    tokenizer = load_tokenizer(compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model)
+    found = {
+        f"{split}{' whole' if whole else ''}": digest(
+            [plain(e) for e in tokenise(texts, spec, tokenizer, whole=whole)]
+        )
+        for split, texts in read(spec)[0].items()
+        for whole in (False, True)
+    }
+    held = {"version": DatasetSpec.version, "examples": found}
+    golden("data.json").check(f"{kind} known by {known_by}", held, BITS, grows=1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_gives_the_rows_that_it_gave(
+    name: str, golden: Callable[[str], Golden]
+) -> None:
+    held = {"version": DatasetSpec.version, "rows": digest(list(GENERATORS[name]()))}
+    golden("data.json").check(f"generator {name}", held, BITS, grows=1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", assets.ASSETS)
+def test_an_asset_holds_what_it_held(name: str, golden: Callable[[str], Golden]) -> None:
+    """Its name is all of it that is in a key."""
+    asset = assets.find(name)
+    members = {w.package: [w.sha256, w.members] for w in asset.wheels}
+    versions = [DatasetSpec.version, ModelSpec.version]
+    held = {"versions": versions, "files": digest(plain([members, asset.contents]))}
+    golden("data.json").check(f"asset {name}", held, BITS, grows=1)
+
+
+@pytest.mark.golden
+def test_random_weights_are_those_that_they_were(golden: Callable[[str], Golden]) -> None:
+    spec = compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model
+    model = load(spec, device="cpu", dtype=torch.float32, tokenizer=False).model
+    golden("bits.json").check_bits("model tiny", ModelSpec.version, dict(model.state_dict()))
