@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from effbench.api.spec import Stage
+from effbench.config.code import checked
 from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
-from effbench.config.overrides import check_overrides, existing, parse
+from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
 from effbench.runner.local import execute
 from effbench.runner.worker import INTERRUPTED
@@ -49,13 +50,13 @@ def sweep(
     Raises:
         UserError: When the grid itself cannot be composed.
     """
-    extra = [existing(p) for p in extra]
-    checked = check_overrides(overrides, extra)
-    words = checked.with_defaults(stage)
+    extra = checked(extra)
+    chosen = check_overrides(overrides, extra)
+    words = chosen.with_defaults(stage)
     results = _results(words, _points(words) or [], extra)
     words = [_latest_now(w, results) for w in words]
     points = _points(words)
-    _try_one(stage, points or [], checked.chosen, extra)
+    _try_one(stage, points or [], chosen.chosen, extra)
     folder = results / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
@@ -63,7 +64,7 @@ def sweep(
     def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> None:
         key, error = "", ""
         try:
-            job = job_from(stage, config(), checked.chosen)
+            job = job_from(stage, config(), chosen.chosen)
             key = job.spec.key
             execute(job, fresh)
         except UserError as problem:
@@ -76,7 +77,7 @@ def sweep(
         found = Outcome([word.lstrip("+") for word in point], key, error)
         (place / OUTCOME).write_text(json.dumps(vars(found)))
 
-    elsewhere = {c for c in checked.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
+    elsewhere = {c for c in chosen.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
     if points is None or elsewhere:
         _hand_to_hydra(words, extra, folder, run)
     else:  # here, one after another: no need to have Hydra compose each of them from its files
