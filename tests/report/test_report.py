@@ -355,6 +355,24 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
     assert "One seed only" not in text
 
 
+def read_out(trained: Record, number: int, seed: int = 0) -> Record:
+    """Return an evaluation that goes on from a training, whose seed says nothing."""
+    record = run("full", {"": -0.6}, number=number, seed=seed)
+    spec = {**record.spec, "stage": "eval", "parent": trained.key}
+    return replace(record, stage="eval", parent=trained.key, spec=spec)
+
+
+def test_a_training_and_the_evaluation_of_another_are_paired_by_the_seeds_of_trainings() -> None:
+    trained, others = seeds_of("lora", 0.0, 10), seeds_of("full", -0.6, 20)
+    evaluated = [read_out(other, 30 + n) for n, other in enumerate(others)]
+    found = compare([*trained, *evaluated], [*trained, *others])
+    [_, row] = next(m for m in found.metrics if m.tested).rows
+    assert row.over_seeds and row.over_seeds.pairs == 4
+    again = [read_out(others[0], 40 + seed, seed) for seed in range(3)]
+    [group] = grouped(again, others)
+    assert group.made_with == group.seeds == [(0, 0), (1, 0), (2, 0)], "all that they differ in"
+
+
 def test_methods_that_ran_with_the_same_seeds_are_compared_seed_by_seed() -> None:
     level = np.random.default_rng(0).normal(0, 0.5, (4, 1))
     noise = np.random.default_rng(1).normal(0, 0.05, (2, 4, 40))
