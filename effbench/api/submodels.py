@@ -1,4 +1,4 @@
-"""What a training step computes of a model that is trained at several depths."""
+"""Models trained at several depths: what a step computes of them, and exits beside them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from effbench.api.parts import Objective, portion
+from effbench.api.parts import Linear, Norm, Objective, Readout, portion
 from effbench.api.shape import ModelShape
+from effbench.api.weights import WeightFormat
 
 Layers = Sequence[int]
 """The layers of a sub-model, counted from 0."""
@@ -46,6 +47,30 @@ def with_layers_left_out(
     having = _having(subs)
     whole = whole.map(lambda i, x: x.running(1 - rates[i] if having[i] else 0))
     return replace(whole, objective=Objective(exits=min(2, len(subs))))
+
+
+def own_readout(base: ModelShape, weights: WeightFormat) -> Readout:
+    """Return a norm and a head of an exit's own, which train, held in a format."""
+    head = Linear("lm_head", base.hidden_size, base.vocab_size, weights, trains=True)
+    return Readout(Norm(base.hidden_size, weights, trains=True), head)
+
+
+def with_exits(model: ModelShape, own: Readout, count: int) -> ModelShape:
+    """Return a model with so many exits in memory beside it, none of which is computed."""
+    return replace(model, exits=(replace(own, runs=0),) * count)
+
+
+def training_exits(model: ModelShape, depths: Sequence[int], *, trunk: bool) -> ModelShape:
+    """Return a model whose exits train: a step runs its layers up to the deepest of them.
+
+    Args:
+        model: With its exits.
+        depths: Of the exits, ascending.
+        trunk: Whether all its layers learn too, and the last one's logits with them.
+    """
+    if not trunk:
+        model = model.map(lambda i, x: x.running(int(i < depths[-1])))
+    return replace(model, objective=Objective(exits=len(depths) + trunk))
 
 
 def _having(subs: Sequence[Layers]) -> Counter[int]:
