@@ -59,7 +59,7 @@ def mean_interval(
     mean = mean_of(x, clusters)
     if binary(x):
         return _share(mean, level)
-    if math.isfinite(mean.value) and np.ptp(x) == 0 and mean.groups > 1:
+    if math.isfinite(mean.value) and np.ptp(x) == 0 and mean.groups >= FEWEST:
         return Interval(mean.value, mean.value, mean.value)
     if mean.groups < FEWEST or not math.isfinite(mean.value):
         return Interval(mean.value, -math.inf, math.inf)

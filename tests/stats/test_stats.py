@@ -116,6 +116,7 @@ def test_too_few_have_no_bounds() -> None:
 
 def test_the_same_value_everywhere_is_certain() -> None:
     assert mean_interval([0.5] * 12) == (0.5, 0.5, 0.5)
+    assert mean_interval([0.5] * 3) == (0.5, -math.inf, math.inf)  # too few to be certain
     assert paired_difference([2.5] * 200, [1.5] * 200).low == 1.0
 
 
