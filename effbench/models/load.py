@@ -182,7 +182,34 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(spec.path or spec.id, **_options(spec))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"The tokenizer of {spec.name} has no token that could end or pad a text.",
+            "Set pad_token or eos_token in its tokenizer_config.json.",
+        )
     return tokenizer
+
+
+def require_rows(tokenizer: Any, shape: AnyShape, name: str) -> None:
+    """Refuse a tokenizer with tokens that the model's embedding has no row for.
+
+    Args:
+        tokenizer: The model's.
+        shape: The model's.
+        name: The model's, for the message.
+
+    Raises:
+        UserError: Naming the first such token.
+    """
+    known: dict[str, int] = tokenizer.get_vocab()
+    beyond = {i: token for token, i in known.items() if i >= shape.vocab_size}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"The tokenizer of {name} has {len(beyond)} tokens for which its embedding of "
+            f"{shape.vocab_size} rows has none; the first is {beyond[first]!r}, {first}.",
+            "It is of another model, or tokens were added and the embedding was not resized.",
+        )
 
 
 def shape_of(spec: ModelSpec) -> AnyShape:

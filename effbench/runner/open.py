@@ -78,6 +78,7 @@ def open_model(run: Run) -> Opened:
         trains = stages.find(spec.stage).trains
         if lineage.earlier and trains and is_packed(own.weights):
             pack_linears(model, find(own.weights)(), run.dtype)
+    models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
     check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
