@@ -73,6 +73,9 @@ class APT(Trains):
     )
     anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-3
+    version: ClassVar[int] = 2
+    """2: running averages are corrected for their start at zero; `normalise` scales the outlier
+    term alone."""
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Share of the decoder's linear weights that stays; 1 prunes nothing."""
@@ -99,7 +102,7 @@ class APT(Trains):
     kurtosis: bool = True
     """Whether outliers protect a block."""
     normalise: bool = False
-    """Divide both terms of the salience by their means, since their units differ."""
+    """Bring the outlier term to the mean of the rest in each kind of block: units differ."""
     rank: PositiveInt = 8
     """Rank of each adapter at first."""
     scale: PositiveFloat = 2.0
