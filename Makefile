@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
 CAMPAIGNS := $(subst _,-,$(patsubst scripts/campaigns/%.yaml,campaign-%,$(sort $(wildcard scripts/campaigns/*.yaml))))
-.PHONY: help setup demo test test-fast test-slow golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS)
+.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ test-fast: $(READY) ## Run the tests that need no download
 
 test-slow: $(READY) ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest
+
+KILLS ?= 1000
+
+fault: $(READY) ## Kill, fill, damage and attack runs in every way, KILLS times (half an hour)
+	$(BIN)/python tests/fault/fault.py --kills $(KILLS)
 
 golden: $(READY) ## Write tests/golden anew, after a change on purpose to what is public
 	$(BIN)/python -m pytest --write-golden -m golden

@@ -18,9 +18,10 @@ import torch
 from effbench.api.method_types import Context
 from effbench.api.session import Cyclic, Session
 from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.skipping import speed_ceiling
 from effbench.config.compose import compose
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, Window, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, Window
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
 from effbench.nn.llama.walk import why_not

@@ -105,9 +105,10 @@ def base_for(method: Method, dtype: torch.dtype = torch.float32) -> LlamaForCaus
 
 
 def prepared(
-    method: Method, seed: int = 0, dtype: torch.dtype = torch.float32
+    method: Method, seed: int = 0, dtype: torch.dtype = torch.float32, steps: int = 0
 ) -> tuple[torch.nn.Module, Context]:
     ctx = context(seed, dtype)
+    ctx.total_steps = steps
     return begun(method, base_for(method, dtype), ctx), ctx
 
 

@@ -185,7 +185,7 @@ def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
 
     elsewhere = [w for w in words if w.startswith("launcher=")]
     check_overrides(elsewhere)
-    words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher."))]
+    words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher.", "sweep."))]
     if not (options.get("multirun") or elsewhere):
         return [words]
     parser = OverridesParser.create()

@@ -82,6 +82,29 @@ def low_rank(d_in: int, d_out: int, rank: int, used: int | None = None) -> Adapt
     return Adapter((Factor(d_in, rank, used=used * d_in), Factor(rank, d_out, used=used * d_out)))
 
 
+def deep_update(
+    form: str, d_in: int, d_out: int, rank: int, depth: int, once: bool, frame_rate: float
+) -> Adapter:
+    """Return the adapter of a linear that is a product of several factors (`nn.adapters.deep`).
+
+    Args:
+        form: `compressed` between two frames, `narrow` or `full`.
+        d_in: Width of what the linear reads.
+        d_out: Width of what it gives.
+        rank: Inner width r.
+        depth: Factors.
+        once: Whether the inner factors of the compressed form are one for a token.
+        frame_rate: Of the frames; at 0 they do not train.
+    """
+    if form == "compressed":
+        trains = frame_rate > 0
+        inner = [Factor(rank, rank, used=0 if once and i else None) for i in range(depth)]
+        return Adapter((Factor(d_in, rank, trains), *inner, Factor(rank, d_out, trains)))
+    width = rank if form == "narrow" else min(d_in, d_out)
+    inner = [Factor(width, width)] * (depth - 2)
+    return Adapter((Factor(d_in, width), *inner, Factor(width, d_out)))
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer, its weight [d_out, d_in]."""

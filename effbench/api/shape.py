@@ -32,7 +32,9 @@ from effbench.api.weights import COMPUTE, MASTERS, WeightFormat
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 """The seven linear layers of a Llama-style decoder block, in the order they run."""
 
 LAYERS_DIFFER = (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from effbench.api.parts import LayerSize
-from effbench.api.shape import AnyShape, ModelShape, llama_layer
+from effbench.api.shape import ATTENTION_LINEARS, MLP_LINEARS, AnyShape, ModelShape, llama_layer
 
 SLICED = "sliced_llama"
 """`model_type` in the config of a saved model whose layers differ in size."""
@@ -42,6 +42,20 @@ def slice_in(shape: ModelShape, folder: Path | None) -> ModelShape | None:
         return None
     sizes = json.loads((folder / SIZES).read_text())
     return sliced_shape(shape, sizes["hidden_size"], [LayerSize(*s) for s in sizes["layers"]])
+
+
+def fixed_share(shape: AnyShape, prunable: Collection[str]) -> float:
+    """Return the share of the linear weights that stays where only some kinds of blocks may go.
+
+    Args:
+        shape: Of the unpruned model.
+        prunable: Of `groups`, `neurons`, `dims`.
+    """
+    if "dims" in prunable:
+        return 0.0
+    kinds = dict.fromkeys(ATTENTION_LINEARS, "groups") | dict.fromkeys(MLP_LINEARS, "neurons")
+    fixed = sum(i * o for _, name, i, o in shape.linears() if kinds[name] not in prunable)
+    return fixed / shape.linear_params
 
 
 def planned_slice(shape: AnyShape, keep: float) -> ModelShape:

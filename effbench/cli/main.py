@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,12 +170,25 @@ def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool) -> None:
     failed = [o for o in outcomes if o.error]
     for outcome in outcomes:
         state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"
-        typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}")
+        value = "" if outcome.value is None else f"  {outcome.value:.5g}"
+        typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}{value}")
+    _best_of(words, outcomes)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(outcomes)} runs failed.",
             "Give the same command again: what is done is not run twice.",
         )
+
+
+def _best_of(words: list[str], outcomes: Sequence[Any]) -> None:
+    """Say which run of a grid is best by its objective, where it has one."""
+    from effbench.runner.objective import objective_in
+
+    objective, _ = objective_in(words)
+    values = [math.nan if o.value is None else o.value for o in outcomes]
+    best = objective.best(values) if objective else None
+    if objective and best is not None:
+        _say(f"Best by {objective.criterion}: {outcomes[best].key} ({values[best]:.5g})")
 
 
 def _show_record(record: Any, full: bool = False) -> None:

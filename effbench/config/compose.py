@@ -19,9 +19,10 @@ from effbench.api.schema import NonNegativeInt, build, plain
 from effbench.api.shape import AnyShape
 from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
 from effbench.api.stages import base as stages
+from effbench.config.code import checked
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, inherit, plugin
-from effbench.config.overrides import TOP_LEVEL, check_overrides, existing, explain, parse
+from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.results.store import Store, results_dir
@@ -49,7 +50,7 @@ def compose(
         UserError: For anything a user can mend: unknown names, wrong types, impossible values,
             an unknown `from=`, a pair of methods that cannot follow each other.
     """
-    extra = [existing(p) for p in extra]
+    extra = checked(extra)
     words = check_overrides(overrides, extra)
     if words.swept:
         raise UserError(

@@ -30,7 +30,7 @@ from effbench.api.stages import base as stages
 from effbench.methods.base import Method
 from effbench.methods.chain import chain, chain_shapes, inference_cost
 from effbench.models.load import fingerprint, unchanged
-from effbench.results.store import Store
+from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
 
@@ -45,6 +45,8 @@ class Lineage:
     """All, the run's own last; an evaluation goes through the last one again."""
     folders: tuple[Path, ...]
     """The artefact of each of the earlier ones, and of the run itself."""
+    made_by: tuple[RunFolder, ...]
+    """The run of each of the earlier ones."""
 
     @classmethod
     def of(cls, spec: Spec, store: Store, artefact: Path | None = None) -> Lineage:
@@ -54,12 +56,17 @@ class Lineage:
             spec: The run.
             store: Where the runs before it are.
             artefact: Where the run's own is or will be.
+
+        Raises:
+            UserError: When what an earlier run left is damaged; large files are looked at when
+                they are loaded.
         """
         ancestors = store.ancestors(spec)
         earlier = tuple(make_method(s.method) for s in ancestors.values())
-        folders = tuple(store.run(key).artefact for key in ancestors)
+        made_by = tuple(map(store.run, ancestors))
+        folders = tuple(folder.check_artefact(whole=False) for folder in made_by)
         own = (artefact,) if artefact else ()
-        return cls(earlier, tuple(chain(spec, earlier)), folders + own)
+        return cls(earlier, tuple(chain(spec, earlier)), folders + own, made_by)
 
     @property
     def artefacts(self) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from effbench.api.stages import base as stages
+from effbench.config.code import refuse_code_in_word
 from effbench.config.files import groups, keys_of, options
 from effbench.util.errors import UserError, did_you_mean
 
@@ -26,17 +27,6 @@ SEVERAL = {"evaluator"}
 def is_sweep(overrides: Iterable[str]) -> bool:
     """Whether the overrides ask for several runs or for another launcher than this machine."""
     return any(re.match(r"launcher=(?!local$)", o) for o in overrides)
-
-
-def existing(folder: Path) -> Path:
-    """Return the absolute path of a folder with somebody's own configs.
-
-    Raises:
-        UserError: When there is none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--config-dir {folder} is not a folder.", "Create it or correct the path.")
-    return folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -85,6 +75,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
                 "quote values with spaces or commas.",
             ) from None
         key = override.key_or_group
+        refuse_code_in_word(f"{key}{'@' if override.package else ''}", text)
         text = _kept_as_text(key, text, overrides)
         top = key.split(".")[0].split("/")[0].split("@")[0]
         if top not in TOP_LEVEL and top not in known:

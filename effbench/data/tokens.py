@@ -13,6 +13,7 @@ from effbench.api.examples import Tokens
 from effbench.data.render import Turn
 from effbench.util.errors import UserError
 
+WITHOUT_CHAT = "Set dataset.chat=false, or chat=false of the evaluator."
 TEMPLATE_DATE = datetime(2024, 7, 26, 12)
 """The date that chat templates are told: that of Llama 3's own, where it cannot ask for one."""
 TEMPLATE_CODES = [f"%{sign}{code}" for code in "dmyYIHMSjFTDR" for sign in ("-", "")]
@@ -165,20 +166,23 @@ def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
         tokenizer: Of the model.
 
     Raises:
-        UserError: When the model has no chat template.
+        UserError: When the model has no chat template, or one that fails.
     """
+    from jinja2.exceptions import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "The model has no chat template.",
-            "Set dataset.chat=false, or chat=false of the evaluator.",
-        )
+        raise UserError("The model has no chat template.", WITHOUT_CHAT)
     turns = [("user", prompt)] if isinstance(prompt, str) else prompt
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": who, "content": what} for who, what in turns],
-        tokenize=False,
-        add_generation_prompt=True,
-        **_dated(tokenizer),
-    )
+    messages = [{"role": who, "content": what} for who, what in turns]
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)
+        )
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The model's chat template cannot be used: {reason}.", WITHOUT_CHAT
+        ) from error
     return rendered
 
 

@@ -34,9 +34,15 @@ def converted(gguf: Path, sha256: str, name: str) -> Path:
     return make_once(_folder(name), _origin(sha256), make, f"converting {gguf.name}")
 
 
-def already_converted(sha256: str, name: str) -> Path | None:
-    """Return the folder of an earlier conversion if it is there and intact."""
-    return _folder(name) if intact(_folder(name), _origin(sha256)) else None
+def already_converted(sha256: str, name: str, whole: bool = False) -> Path | None:
+    """Return the folder of an earlier conversion if it is there and intact.
+
+    Args:
+        sha256: Content hash of the GGUF file.
+        name: Name of the folder in the cache.
+        whole: Whether its weights are about to be read.
+    """
+    return _folder(name) if intact(_folder(name), _origin(sha256), whole) else None
 
 
 def _folder(name: str) -> Path:

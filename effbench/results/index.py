@@ -19,6 +19,7 @@ from effbench.results.records import Record, files, read
 from effbench.results.store import Store, keep_out_of_git
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
+from effbench.util.seals import sealed, unsealed
 
 SETTLED_SECONDS = 2.0
 """Age from which a file that has changed once more has another time, on any file system."""
@@ -52,16 +53,16 @@ def summaries(
         if now - stat.st_mtime > SETTLED_SECONDS:
             settled[path.name] = entry
     if settled != known:
-        with suppress(UserError):  # an index that cannot be written is none
+        with suppress(UserError, OSError):  # an index that cannot be written is none
             keep_out_of_git(store.runs)
-            write_atomic(store.index, json.dumps({"code": code, "entries": settled}))
+            write_atomic(store.index, sealed(json.dumps({"code": code, "entries": settled})))
     return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
 
 
 def _kept(place: Path, code: str) -> dict[str, list[Any]]:
     """Return the entries in a cache file that the same code made; none when it is damaged."""
     try:
-        kept = json.loads(place.read_bytes())
+        kept = json.loads(unsealed(place.read_text()))
         return kept["entries"] if kept["code"] == code else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

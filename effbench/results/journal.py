@@ -1,18 +1,21 @@
 """The finished items of an evaluation, on disk as they are finished.
 
 An evaluation that is interrupted goes on at the next group of items: no item is computed twice,
-and none is lost. A group is one line, written whole; a line that a crash cut off is dropped.
+and none is lost. A group is one line, written whole; a line that a crash cut off is dropped. So is
+one that is damaged, with all that follow: their items are evaluated again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from effbench.api.schema import digest
-from effbench.util.files import mendable
+from effbench.util.files import mendable, write_atomic
+from effbench.util.seals import Chain, read_log
 
 K = TypeVar("K")
 
@@ -22,7 +25,8 @@ class Journal:
 
     Args:
         path: File to append to; None keeps everything in memory.
-        items: Ids of all items, in order. A file of other items is started anew.
+        items: Ids of all items, in order. A file of other items, or of another place, is started
+            anew.
     """
 
     def __init__(self, path: Path | None, items: Sequence[str]) -> None:
@@ -34,19 +38,12 @@ class Journal:
             self._open(path)
 
     def _open(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        kept = lines if lines and _parsed(lines[0]) == self._head else []
-        for number, line in enumerate(kept[1:], 1):
-            group = _parsed(line)
-            if not isinstance(group, dict):
-                kept = kept[:number]
-                break
+        kept = list(_whole(path, self._head)) or [self._head]
+        for group in kept[1:]:
             self._done |= {int(index): value for index, value in group.items()}
-        if not kept:
-            kept = [json.dumps(self._head).encode()]
-        with mendable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"\n".join(kept) + b"\n")
+        self._chain = _chain(path)
+        lines = (self._chain.seal(json.dumps(line)) + "\n" for line in kept)
+        write_atomic(path, "".join(lines))
 
     def __len__(self) -> int:
         return len(self._done)
@@ -71,7 +68,8 @@ class Journal:
         self._done |= group
         if self._path is not None:
             with mendable(self._path), self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({str(i): v for i, v in group.items()}) + "\n")
+                line = json.dumps({str(i): v for i, v in group.items()})
+                file.write(self._chain.seal(line) + "\n")
 
     def pending(self, groups: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Yield the groups in which any item is not finished.
@@ -105,8 +103,14 @@ def pending(
             yield group, lacking
 
 
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def _chain(path: Path) -> Chain:
+    return Chain(path, names=3, bare=False)  # run, evaluations, file
+
+
+def _whole(path: Path, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the head and the groups of a file up to the first damaged line; none of other items."""
+    with suppress(ValueError, OSError):
+        for number, line in enumerate(read_log(path, _chain(path))):
+            if number == 0 and line != head:
+                return
+            yield line

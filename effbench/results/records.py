@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.util.errors import NewerVersionError, UserError, did_you_mean
 from effbench.util.files import write_atomic
+from effbench.util.seals import seal_of
 
 SCHEMA = 3
 """Raised when the form of a record changes; `migrations.RECORDS` then gets an entry."""
@@ -123,7 +125,7 @@ def write(record: Record, folder: Path) -> Path:
     del plain["outcomes"]
     plain["outcomes"] = [_packed(o) for o in record.outcomes]
     line = json.dumps(strict(plain), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    write_atomic(path, line + "\n")
+    write_atomic(path, _sealed(line) + "\n")
     return path
 
 
@@ -139,6 +141,8 @@ def read(path: Path, outcomes: bool = True) -> Record:
     """
     try:
         values = _parse(path.read_text(encoding="utf-8"), outcomes)
+        if path.stem != values["key"]:
+            raise ValueError(f"it is that of run {values['key']}")
         return _record(_migrated(values))
     except NewerVersionError as error:
         raise UserError(
@@ -147,9 +151,9 @@ def read(path: Path, outcomes: bool = True) -> Record:
         ) from None
     except FileNotFoundError:
         raise UserError(f"There is no record {path}.", "See: effbench runs") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise UserError(
-            f"{path} is not a whole record: {error}.",
+            f"{path} is not a whole record: {_reason(error)}.",
             "Restore it from version control, or delete it and run its command again.",
         ) from None
 
@@ -214,10 +218,28 @@ OUTCOMES = ',"outcomes":['
 """Cannot occur inside a JSON string, where quotes are escaped; its last occurrence is ours."""
 
 
+DIGEST = re.compile(r',"digest":"([0-9a-f]{32})"\}$')
+"""Ends a line; earlier versions wrote none."""
+
+
+def _sealed(line: str) -> str:
+    return f'{line[:-1]},"digest":"{seal_of(line)}"}}'
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _parse(text: str, outcomes: bool) -> dict[str, Any]:
     line = text.removesuffix("\n")
     if "\n" in line:
         raise ValueError("it has more than one line")
+    if found := DIGEST.search(line):
+        line = line[: found.start()] + "}"
+        if seal_of(line) != found[1]:
+            raise ValueError("its content is not what was written")
     if not outcomes and OUTCOMES in line and line.endswith("]}"):
         line = line[: line.rindex(OUTCOMES)] + "}"
     values = json.loads(line)

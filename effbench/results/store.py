@@ -3,12 +3,13 @@
 ```
 results/runs/<key>/
     spec.json  environment.json  events.jsonl  log.txt
+    manifest.jsonl       hashes of the other files: `results/manifest.py`
     data.json            hashes of the rows that were trained on, and of their values
     checkpoint.pt        the last checkpoint of an unfinished run
     parts/               finished parts of an unfinished compression
     evaluations/         finished evaluations of an unfinished run
     artefact/            what the run made
-    FINISHED             written last
+    FINISHED             written last: when, and the hash of the manifest
 results/records/<key>.json
 ```
 """
@@ -21,18 +22,22 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.api.stages import base as stages
+from effbench.results.manifest import ANEW, Manifest, damaged
 from effbench.util.errors import NewerVersionError, UserError, did_you_mean
-from effbench.util.files import mendable, remove, scratch_in, write_atomic
+from effbench.util.files import atomic_path, mendable, remove, scratch_in, sweep_stale, write_atomic
 from effbench.util.locks import locked
+from effbench.util.seals import seal_of
 
 if TYPE_CHECKING:
     from effbench.api.spec import Spec
 
 MARKER = "FINISHED"
+ARTEFACT = "artefact"
 
 
 def results_dir() -> Path:
@@ -56,6 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.manifest = Manifest(path)
 
     @property
     def key(self) -> str:
@@ -69,13 +75,30 @@ class RunFolder:
 
     @property
     def finished_at(self) -> float:
-        """Seconds since the epoch at which a finished run came to its end."""
-        return float((self.path / MARKER).read_text())
+        """Seconds since the epoch at which a finished run came to its end.
+
+        Raises:
+            UserError: When the marker is damaged.
+        """
+        path = self.path / MARKER
+        try:
+            when, *seal = path.read_text().split()
+            if seal and seal != [self._seal(when)]:
+                raise damaged(
+                    path, f"it does not fit {self.manifest.path.name}, or that is damaged"
+                )
+            return float(when)
+        except (ValueError, OSError):
+            raise damaged(path, "it does not say when the run ended") from None
+
+    def _seal(self, when: str) -> str:
+        """Return what the marker of a run that ended then says beside it."""
+        return seal_of(f"{when} {self.manifest.hash()}")
 
     @property
     def artefact(self) -> Path:
         """Folder of what the run made."""
-        return self.path / "artefact"
+        return self.path / ARTEFACT
 
     @property
     def checkpoint(self) -> Path:
@@ -88,20 +111,89 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         from effbench.api.schema import plain
 
+        self.manifest.begin()
         self.write_json("spec.json", plain(spec))
 
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield where to write a file of the run, which takes its place once it is whole.
+
+        Args:
+            name: Its place in the run folder, with slashes.
+
+        Raises:
+            UserError: When the place cannot be written.
+        """
+        announce = partial(self.manifest.announce, name)
+        with atomic_path(self.path / name, announce) as part:
+            yield part
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run, whole or not at all."""
+        with self.writing(name) as part:
+            part.write_text(text, encoding="utf-8")
+
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file atomically."""
-        write_atomic(self.path / name, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        """Write a JSON file of the run, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+    def check(self, name: str, whole: bool = True, hint: str = ANEW) -> Path:
+        """Return the place of a file of the run, which is what the run wrote.
+
+        Args:
+            name: Its place in the run folder, with slashes.
+            whole: Whether a large file is hashed too; else its size is compared.
+            hint: What to do when it is damaged.
+
+        Raises:
+            UserError: When it is damaged or gone.
+        """
+        self._check_marker()
+        self.manifest.check(name, whole, hint)
+        return self.path / name
+
+    def check_artefact(self, whole: bool) -> Path:
+        """Return the folder of what the run made, after a check of all its files.
+
+        Args:
+            whole: As for `check`.
+
+        Raises:
+            UserError: When one is damaged or gone.
+        """
+        self._check_marker()
+        for name in self.manifest.names(ARTEFACT):
+            self.manifest.check(name, whole)
+        return self.artefact
+
+    def _check_marker(self) -> None:
+        if self.finished:
+            _ = self.finished_at
 
     def read_json(self, name: str) -> Any:
-        """Return the content of a JSON file, or None when it is not there."""
+        """Return the content of a JSON file of the run, or None when it never wrote it.
+
+        Raises:
+            UserError: When it is damaged or gone.
+        """
         path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        self._check_marker()
+        if path.exists() or self.manifest.has(name):
+            self.check(name)
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise damaged(path, str(error)) from None
 
     def finish(self) -> None:
         """Mark the run as finished and drop what only an unfinished one needs."""
-        write_atomic(self.path / MARKER, f"{time.time():.3f}\n")
+        log = self.path / "events.jsonl"
+        if log.is_file():
+            self.manifest.announce(log.name, log)
+        when = f"{time.time():.3f}"
+        write_atomic(self.path / MARKER, f"{when}\n{self._seal(when)}\n")
         self.sweep()
 
     def leftovers(self) -> list[Path]:
@@ -144,8 +236,9 @@ class RunFolder:
 def keep_out_of_git(runs: Path) -> None:
     """Have git pass over the folder of all runs, which are large and can be made again."""
     ignore = runs / ".gitignore"
-    if not ignore.exists():
-        write_atomic(ignore, "*\n")
+    if not (ignore.is_file() and ignore.stat().st_size):
+        runs.mkdir(parents=True, exist_ok=True)
+        ignore.write_text("*\n")
 
 
 class Store:
@@ -167,6 +260,8 @@ class Store:
         self.run(key).sweep()
         for place in self.records.glob(f".{key}.json.*.part"):
             remove(place)
+        for folder in (self.runs, self.records):
+            sweep_stale(folder)
 
     def run_keys(self) -> list[str]:
         """Return the keys of all run folders, newest first."""
@@ -217,9 +312,9 @@ class Store:
         from effbench.api.spec import Spec
         from effbench.results.migrations import present_spec
 
-        path = self.run(key).path / "spec.json"
+        folder = self.run(key)
         try:
-            return build(Spec, present_spec(json.loads(path.read_text())), "spec")
+            return build(Spec, present_spec(folder.read_json("spec.json")), "spec")
         except NewerVersionError as error:
             raise UserError(
                 f"Run {key} was made by a newer effbench: {error.message}.",
@@ -228,7 +323,7 @@ class Store:
         except (UserError, ValueError, OSError) as error:
             raise UserError(
                 f"The spec of run {key} cannot be read: {str(error).splitlines()[0]}",
-                "Its folder is gone or damaged; give its command again.",
+                "Its folder is gone or damaged; give its command again, with --fresh.",
             ) from None
 
     def ancestors(self, spec: Spec) -> dict[str, Spec]:

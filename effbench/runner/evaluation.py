@@ -25,7 +25,6 @@ from effbench.results.records import Metric, Outcomes
 from effbench.results.store import evaluation_stem
 from effbench.runner.open import Opened, load_base, load_frozen
 from effbench.runner.run import Run
-from effbench.util.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
             with method.at(model, point):
                 for plugin in run.spec.evaluators:
                     path = done / f"{evaluation_stem(plugin.name, point.name)}.json"
-                    result = _read_result(path)
+                    result = _read_result(run, path)
                     if result is None:
                         result = _run_one(run, subject, plugin, point)
                         run.folder.write_json(f"evaluations/{path.name}", asdict(result))
@@ -77,10 +76,10 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
                 count_cost(run, subject.costs[point], point, storage_bytes(model))
 
 
-def _read_result(path: Path) -> Result | None:
-    if not path.is_file():
+def _read_result(run: Run, path: Path) -> Result | None:
+    if not path.exists():
         return None
-    values = json.loads(path.read_text())
+    values = run.folder.read_json(f"evaluations/{path.name}")
     return Result(
         [Metric(**m) for m in values["metrics"]], [Outcomes(**o) for o in values["outcomes"]]
     )
@@ -115,7 +114,7 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Re
         machine=run.job.runtime.machine,
         journal=partial(journal, point),
         beside={p: partial(journal, p) for p in later},
-        keep=lambda name, rows: _write_rows(path(point, f"{name}.jsonl"), rows),
+        keep=lambda name, rows: _write_rows(run, path(point, f"{name}.jsonl").name, rows),
         load_model=partial(load_frozen, run),
         load_base=partial(load_base, run),
         base_bytes=opened.base_bytes,
@@ -127,8 +126,9 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Re
     return result
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_rows(run: Run, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    run.folder.write_text(f"evaluations/{name}", lines)
 
 
 def count_cost(run: Run, cost: Cost, point: Point, held: int | None = None) -> None:

@@ -78,6 +78,7 @@ def open_model(run: Run) -> Opened:
         trains = stages.find(spec.stage).trains
         if lineage.earlier and trains and is_packed(own.weights):
             pack_linears(model, find(own.weights)(), run.dtype)
+    models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
     check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
@@ -106,11 +107,10 @@ def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Modul
     """Return the base model turned into what the earlier methods made of it, frozen."""
     lineage = run.lineage
     shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts)]
-    for place, (method, artefact) in enumerate(
-        zip(lineage.earlier, lineage.artefacts, strict=True)
-    ):
+    for place, (method, made_by) in enumerate(zip(lineage.earlier, lineage.made_by, strict=True)):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
+        artefact = made_by.check_artefact(whole=True)
         model = resolved(method, shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
     return model

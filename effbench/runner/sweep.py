@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from effbench.api.spec import Stage
+from effbench.config.code import checked
 from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
-from effbench.config.overrides import check_overrides, existing, parse
+from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
 from effbench.runner.local import execute
+from effbench.runner.objective import objective_in
 from effbench.runner.worker import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import mendable
@@ -33,6 +36,8 @@ class Outcome:
     overrides: list[str]
     key: str
     error: str = ""
+    value: float | None = None
+    """Of the objective, where the grid has one and the run ended well."""
 
 
 def sweep(
@@ -42,30 +47,34 @@ def sweep(
 
     Args:
         stage: The command.
-        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`).
+        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`), and perhaps an
+            objective (`sweep.metric=loss@validation`).
         extra: Folders with the user's own configs.
         fresh: Run finished keys again.
 
     Raises:
         UserError: When the grid itself cannot be composed.
     """
-    extra = [existing(p) for p in extra]
-    checked = check_overrides(overrides, extra)
-    words = checked.with_defaults(stage)
+    extra = checked(extra)
+    objective, overrides = objective_in(overrides)
+    chosen = check_overrides(overrides, extra)
+    words = chosen.with_defaults(stage)
+    words += objective.for_sweeper(words) if objective else []
     results = _results(words, _points(words) or [], extra)
     words = [_latest_now(w, results) for w in words]
     points = _points(words)
-    _try_one(stage, points or [], checked.chosen, extra)
+    _try_one(stage, points or [], chosen.chosen, extra)
     folder = results / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
 
-    def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> None:
-        key, error = "", ""
+    def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> float:
+        key, error, value = "", "", None
         try:
-            job = job_from(stage, config(), checked.chosen)
+            job = job_from(stage, config(), chosen.chosen)
             key = job.spec.key
-            execute(job, fresh)
+            record = execute(job, fresh)
+            value = objective.of(record) if objective else None
         except UserError as problem:
             error = str(problem)
         except RunFailedError as problem:
@@ -73,10 +82,11 @@ def sweep(
                 raise KeyboardInterrupt from None
             error = str(problem)
         place.mkdir(parents=True, exist_ok=True)
-        found = Outcome([word.lstrip("+") for word in point], key, error)
+        found = Outcome([word.lstrip("+") for word in point], key, error, value)
         (place / OUTCOME).write_text(json.dumps(vars(found)))
+        return math.nan if value is None else value
 
-    elsewhere = {c for c in checked.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
+    elsewhere = {c for c in chosen.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
     if points is None or elsewhere:
         _hand_to_hydra(words, extra, folder, run)
     else:  # here, one after another: no need to have Hydra compose each of them from its files
@@ -87,7 +97,7 @@ def sweep(
 
 
 def _hand_to_hydra(
-    words: Sequence[str], extra: Sequence[Path], folder: Path, run: Callable[..., None]
+    words: Sequence[str], extra: Sequence[Path], folder: Path, run: Callable[..., float]
 ) -> None:
     """Have Hydra's sweeper and launcher call `run` for every run of the grid."""
     import hydra
@@ -95,10 +105,10 @@ def _hand_to_hydra(
 
     search = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
 
-    def task(config: Any) -> None:
+    def task(config: Any) -> float:
         context = HydraConfig.get()
         point = [str(word) for word in context.overrides.task]
-        run(partial(to_plain, config), point, Path(context.runtime.output_dir))
+        return run(partial(to_plain, config), point, Path(context.runtime.output_dir))
 
     with _arguments(["effbench", "-m", *words, *search, f"hydra.sweep.dir={folder}"]):
         try:

@@ -56,13 +56,16 @@ class Student:
     """Standard error."""
     df: float
     """Degrees of freedom; zero where the standard error cannot be known."""
+    most: float = math.inf
+    """Largest size that the quantity can have: 1 for a difference of shares."""
 
     def interval(self, level: float = LEVEL) -> Interval:
         """Return the two-sided interval."""
         if not self.df:
             return Interval(self.value, -math.inf, math.inf)
         half = t_quantile((1 + level) / 2, self.df) * self.error
-        return Interval(self.value, self.value - half, self.value + half)
+        low, high = self.value - half, self.value + half
+        return Interval(self.value, max(low, -self.most), min(high, self.most))
 
     def p_above(self, bound: float) -> float:
         """Return the p-value of `not above bound`."""

@@ -119,10 +119,10 @@ def _share(mean: Mean, level: float) -> Interval:
     if not math.isfinite(share):
         return Interval(share, -math.inf, math.inf)
     if mean.groups == n:
-        return _wilson(share, n, math.inf, level)
+        return wilson(share, n, math.inf, level)
     if not mean.df:
         return Interval(share, 0.0, 1.0)
-    return _wilson(share, independent(share * (1 - share), mean), mean.df, level)
+    return wilson(share, independent(share * (1 - share), mean), mean.df, level)
 
 
 def independent(spread: float, mean: Mean) -> float:
@@ -138,7 +138,8 @@ def independent(spread: float, mean: Mean) -> float:
     return min(float(mean.sizes.sum()), spread / mean.variance)
 
 
-def _wilson(share: float, n: float, df: float, level: float) -> Interval:
+def wilson(share: float, n: float, df: float, level: float) -> Interval:
+    """Return the score interval of a share of `n` independent answers, by Student's t."""
     z = t_quantile((1 + level) / 2, df)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

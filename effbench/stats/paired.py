@@ -222,6 +222,8 @@ def _paired_shares(x: Floats, y: Floats, mean: Mean) -> PairedShares:
     only_a, only_b = float((x > y).sum()), float((y > x).sum())
     if mean.groups == x.size:
         return PairedShares(only_a, only_b, n, math.inf)
+    if not mean.df:
+        return PairedShares(only_a, only_b, n, 0.0)
     spread = (only_a + only_b) / n - mean.value**2
     share = independent(spread, mean) / n
     return PairedShares(only_a * share, only_b * share, n * share, mean.df)

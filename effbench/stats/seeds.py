@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from effbench.stats.base import LEVEL, Floats, Interval, Student, mean_of
+from effbench.stats.base import LEVEL, Floats, Interval, Student, binary, mean_of
+from effbench.stats.intervals import wilson
 
 FEWEST_SEEDS = 5
 """Seeds from which on an interval over seeds covers in 95 ± 1 %."""
@@ -65,6 +66,9 @@ def seeds_and_items(
         raise ValueError(f"paired values must be as many: {a.shape[1]} and {b.shape[1]}")
     items = a.mean(axis=0) - (0.0 if b is None else b.mean(axis=0))
     over_items = mean_of(items, clusters)
+    shares = b is not None and binary(a) and binary(b)
+    if shares:
+        over_items = over_items._replace(variance=max(over_items.variance, _least(items)))
     seeds = [Part(float(s.mean(axis=1).var(ddof=1)) / len(s), len(s) - 1) for s in sides]
     value, total = float(items.mean()), sum(part.variance for part in seeds)
     if not math.isfinite(value):
@@ -72,14 +76,40 @@ def seeds_and_items(
     noise = [_noise(side) for side in sides]
     surplus = over_items.variance - sum(part.variance for part in noise)
     variance = total + max(0.0, surplus)
-    if surplus <= 0:
+    if surplus <= 0 or not over_items.df:
         df = _satterthwaite(variance, seeds, seeds)
     elif len(seeds) == 1:
         df = _harmonic([*seeds, Part(surplus, over_items.df)])
     else:
         parts = [*seeds, Part(over_items.variance, over_items.df), *noise]
         df = _satterthwaite(variance, parts, seeds)
-    return Student(value, math.sqrt(variance), df)
+    return Student(value, math.sqrt(variance), df, 1.0 if shares else math.inf)
+
+
+def paired_seeds(a: Floats, b: Floats, clusters: Sequence[int] = ()) -> Student:
+    """Return the difference a - b of two groups over seeds, which both have, and items.
+
+    Args:
+        a: Outcomes of the first group, [seeds, items], two seeds or more.
+        b: Of the second one, of the same seeds and items in the same order.
+        clusters: Group of each item; empty when items are independent.
+    """
+    found = seeds_and_items(a - b, clusters=clusters)
+    if not (binary(a) and binary(b)):
+        return found
+    least = _least((a - b).mean(axis=0))
+    return replace(found, error=max(found.error, math.sqrt(least)), most=1.0)
+
+
+def _least(items: Floats) -> float:
+    """Return the least variance of a mean difference of answers, two of which are made up.
+
+    One right by each side alone, half each (Agresti and Min, 2005), so that answers which all
+    agree, or all differ alike, are not taken for certain.
+    """
+    n = items.size + 2
+    variance = ((items**2).sum() + 1) / n**2 - items.sum() ** 2 / n**3
+    return float(variance) * (n / items.size) ** 2
 
 
 def _noise(side: Floats) -> Part:
@@ -154,5 +184,22 @@ def wilcoxon_exact(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def seeds_interval(values: Floats, clusters: Sequence[int] = (), level: float = LEVEL) -> Interval:
-    """Return the mean of a group of runs [seeds, items] with an interval over seeds and items."""
-    return seeds_and_items(values, clusters=clusters).interval(level)
+    """Return the mean of a group of runs [seeds, items] with an interval over seeds and items.
+
+    Of outcomes that are all 0 or 1 it is Wilson's for as many independent answers as tell as much
+    (Korn and Graubard, 1998): within [0, 1], and not of width 0 where all answers are alike.
+    """
+    if not binary(values) or len(values) < 2:
+        return seeds_and_items(values, clusters=clusters).interval(level)
+    share, items = float(values.mean()), mean_of(values.mean(axis=0), clusters)
+    if not items.df:
+        return Interval(share, 0.0, 1.0)
+    if share in (0.0, 1.0):
+        return wilson(share, items.groups, items.df if len(clusters) else math.inf, level)
+    noise = _noise(values)
+    seeds = Part(float(values.mean(axis=1).var(ddof=1)) / len(values), len(values) - 1)
+    own = max(0.0, seeds.variance - noise.variance)
+    variance = max(items.variance, noise.variance) + own
+    parts = [Part(items.variance, items.df), *([seeds, noise] if own else [])]
+    df = _satterthwaite(variance, parts, [seeds]) if own else items.df
+    return wilson(share, min(values.size, share * (1 - share) / variance), df, level)

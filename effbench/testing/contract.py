@@ -91,8 +91,8 @@ from effbench.util.errors import StoppedError, UserError
 
 CYCLE = 12
 """Decoded tokens: a multiple of any short cycle, where a method takes tokens by turns."""
-LONG = 140
-"""Decoded tokens, more than a cache has room for at first."""
+LONG = 300
+"""Decoded tokens, for which a cache grows more than once."""
 
 
 def applies(to: Callable[[str], bool]) -> Callable[[Any], Any]:

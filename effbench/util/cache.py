@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.util.errors import UserError
+from effbench.util.files import HINTS, remove
 from effbench.util.locks import locked
 
 MANIFEST = ".effbench.json"
@@ -48,33 +49,43 @@ def make_once(
     Raises:
         UserError: When the disk is full or cannot be written; `folder` is then as before.
     """
-    if intact(folder, origin):
+    if intact(folder, origin, whole=True):
         return folder
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f".{folder.name}.lock")
         with locked(lock, lambda holder: _say(f"Waiting: {holder} is {doing} …")):
-            if intact(folder, origin):
+            if intact(folder, origin, whole=True):
                 return folder
             fresh = folder.with_name(f".{folder.name}.new")
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
             try:
                 make(fresh)
-                _write_manifest(fresh, origin, _files(fresh), verified=False)
-                shutil.rmtree(folder, ignore_errors=True)
+                _write_manifest(fresh, origin, _files(fresh))
+                remove(folder)
                 fresh.rename(folder)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
-def intact(folder: Path, origin: Mapping[str, Any]) -> bool:
+_whole: set[Path] = set()
+"""Folders whose files' hashes this process has compared."""
+
+
+def intact(folder: Path, origin: Mapping[str, Any], whole: bool = False) -> bool:
     """Whether `folder` was made from `origin` and still holds the files that were made.
 
-    Sizes are compared every time. Hashes are compared at the first use, when the files have come
-    back from the disk, and whenever EFFBENCH_VERIFY=1.
+    Sizes are compared every time. Hashes are compared once in a process before the files are read,
+    and whenever EFFBENCH_VERIFY=1.
+
+    Args:
+        folder: Where the result stands.
+        origin: What it should be made from.
+        whole: Whether the files are about to be read.
     """
+    whole = (whole and folder not in _whole) or os.environ.get("EFFBENCH_VERIFY") == "1"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -82,12 +93,10 @@ def intact(folder: Path, origin: Mapping[str, Any]) -> bool:
             return False
         if any((folder / name).stat().st_size != size for name, (size, _) in files.items()):
             return False
-        if not manifest["verified"] or os.environ.get("EFFBENCH_VERIFY") == "1":
+        if whole:
             if any(sha256_of(folder / name) != sha for name, (_, sha) in files.items()):
                 return False
-            if not manifest["verified"]:
-                with contextlib.suppress(OSError):
-                    _write_manifest(folder, origin, files, verified=True)
+            _whole.add(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
@@ -98,10 +107,8 @@ def _files(folder: Path) -> dict[str, tuple[int, str]]:
     return {p.relative_to(folder).as_posix(): (p.stat().st_size, sha256_of(p)) for p in paths}
 
 
-def _write_manifest(
-    folder: Path, origin: Mapping[str, Any], files: Mapping[str, Any], verified: bool
-) -> None:
-    content = {"origin": dict(origin), "verified": verified, "files": files}
+def _write_manifest(folder: Path, origin: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    content = {"origin": dict(origin), "files": files}
     fresh = folder / f"{MANIFEST}.{os.getpid()}"
     fresh.write_text(json.dumps(content, indent=1, sort_keys=True))
     fresh.replace(folder / MANIFEST)
@@ -122,7 +129,7 @@ def disk_errors(place: Path) -> Iterator[None]:
                 f"No space is left on the disk of {place}.",
                 "Free some, or set EFFBENCH_CACHE to a folder on a larger disk.",
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in HINTS:
             raise UserError(
                 f"{error.filename or place} cannot be written: {error.strerror}.",
                 "Set EFFBENCH_CACHE to a folder that you may write to.",

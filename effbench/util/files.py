@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,8 @@ HINTS = {
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENOTDIR: "A file stands where a folder is needed: choose another folder.",
     errno.EEXIST: "A file stands where a folder is needed: choose another folder.",
+    errno.EISDIR: "A folder stands where a file is needed: move it away.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 """What to do about an error that is the user's to mend; any other one is a bug."""
 
@@ -56,10 +59,14 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, before: Callable[[Path], None] = lambda part: None) -> Iterator[Path]:
     """Yield where to write a file; it takes the place of `path` only when all went well.
 
     For libraries that open files themselves, so that nothing has to hold all of it in memory.
+
+    Args:
+        path: The file.
+        before: Called with the whole new file before it takes its place.
 
     Raises:
         UserError: As `write_atomic`.
@@ -70,6 +77,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield part
             _sync(part)
+            before(part)
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -128,6 +136,24 @@ def scratch_in(folder: Path) -> Iterator[Path]:
     for place in folder.rglob(".*"):
         if SCRATCH.fullmatch(place.name):
             yield place
+
+
+STALE_SECONDS = 86400
+"""Age from which nobody is writing a file any more."""
+
+
+def sweep_stale(folder: Path) -> None:
+    """Remove what processes that were killed long ago left of the functions above in a folder.
+
+    For folders that several processes write into.
+    """
+    for place in folder.glob(".*"):
+        with suppress(OSError):
+            if (
+                SCRATCH.fullmatch(place.name)
+                and time.time() - place.stat().st_mtime > STALE_SECONDS
+            ):
+                remove(place)
 
 
 def remove(place: Path) -> None:

@@ -156,7 +156,9 @@ def test_an_evaluation_of_rows_that_were_trained_on_is_refused_over_templates_an
 ) -> None:
     words = ["train.max_steps=1", "evaluator=[]", "hardware.device=cpu", "hardware.dtype=float32"]
     mine = ["dataset=file", f"dataset.files.train={file}", "dataset.cut={}"]
-    first = bench.run("train", "method=lora", *mine, 'dataset.prompt="{question}"', *words).key
+    held_out = jsonl(tmp_path / "held_out.jsonl", [{"question": "What?", "answer": "That."}])
+    mine += [f"dataset.files.test={held_out}", 'dataset.prompt="{question}"']
+    first = bench.run("train", "method=lora", *mine, *words).key
     other = jsonl(tmp_path / "other.jsonl", [{"asked": r["question"], "said": "?"} for r in ROWS])
     same = ["dataset=file", f"dataset.files.test={file}", "dataset.cut={}", *words[2:]]
     with pytest.raises(UserError, match="60 items of split 'test' were training data"):

@@ -46,8 +46,7 @@ METHOD = AdaLoRA(rank=2, first_rank=4, begin=0.2, end=0.8, interval=2)
 
 
 def trained(method=METHOD, steps=STEPS, total=STEPS, **settings):
-    model, ctx = prepared(method, **settings)
-    ctx.total_steps = total
+    model, ctx = prepared(method, **settings, steps=total)
     train(method, model, ctx, steps)
     return model, ctx
 
@@ -79,8 +78,7 @@ def test_q_starts_as_a_of_lora_and_p_is_neither_zero_nor_the_same():
 
 
 def test_the_base_is_frozen():
-    model, ctx = prepared(METHOD)
-    ctx.total_steps = STEPS
+    model, ctx = prepared(METHOD, steps=STEPS)
     before = storage_hash(model)
     train(METHOD, model, ctx, STEPS)
     assert storage_hash(model) == before
@@ -132,8 +130,7 @@ def test_the_window_is_a_share_of_the_run(total, begin, end):
 
 
 def test_the_budget_is_kept_at_every_choice_and_met_at_the_end():
-    model, ctx = prepared(METHOD)
-    ctx.total_steps = STEPS
+    model, ctx = prepared(METHOD, steps=STEPS)
     schedule, optimizer = METHOD.schedule(LAYERS, STEPS), adamw(model)
     for step in range(1, STEPS + 1):
         train(METHOD, model, ctx, 1, optimizer)
@@ -151,8 +148,7 @@ def test_the_budget_is_kept_at_every_choice_and_met_at_the_end():
 
 
 def test_a_pruned_rank_can_come_back_until_the_end():
-    model, ctx = prepared(METHOD)
-    ctx.total_steps = STEPS
+    model, ctx = prepared(METHOD, steps=STEPS)
     optimizer = adamw(model)
     train(METHOD, model, ctx, 4, optimizer)
     out = lambdas(model) == 0
@@ -250,8 +246,7 @@ def test_the_distance_shrinks():
 
 def test_same_weights_and_ranks_as_peft():
     method = replace(METHOD, orthogonality=0.5, alpha=8.0)
-    model, ctx = prepared(method)
-    ctx.total_steps = STEPS
+    model, ctx = prepared(method, steps=STEPS)
     schedule = method.schedule(LAYERS, STEPS)
     config = AdaLoraConfig(
         init_r=4,
@@ -386,10 +381,9 @@ def test_before_training_all_ranks_are_expected_to_be_alike():
     planned, plain = (chain_cost([m], SHAPE, "bfloat16") for m in (method, LoRA(rank=4)))
     assert planned == plain
     training = cost_of(shape_of(method, SHAPE, phase="train"), "float32")
-    model, ctx = prepared(method)
+    model, ctx = prepared(method, steps=100)
     held = counted(model)
     assert (training.params, training.trainable) == (held["params"], held["trainable"])
-    ctx.total_steps = 100
     train(method, model, ctx, 1)
     averages = [t for kind in ctx.evolution.averages.values() for t in kind.values()]
     more = sum(t.numel() * t.element_size() for t in averages)

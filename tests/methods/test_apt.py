@@ -47,13 +47,12 @@ from effbench.nn.adapters.growth import (
     merge,
     rank_sums,
 )
-from effbench.nn.adapters.lowrank import low_rank_layers
+from effbench.nn.adapters.lowrank import copy_adapters, low_rank_layers
 from effbench.nn.adapters.peft_lora import peft_adapters
 from effbench.nn.depth.droppable import LowRankMap
 from effbench.nn.losses.self_distill import (
     as_teacher,
     captured,
-    copy_adapters,
     draw_layers,
     layer_loss,
 )
@@ -75,8 +74,7 @@ SOON: dict[str, Any] = {"end": 0.5, "prunings": 3, "mask_step": 1.0, "growths": 
 def ready(
     method: APT, dtype: torch.dtype = torch.float32, steps: int = 8
 ) -> tuple[Any, Context, Any]:
-    model, ctx = prepared(method)
-    ctx.total_steps = steps
+    model, ctx = prepared(method, steps=steps)
     model.to(dtype)
     return model, ctx, adamw(model)
 
@@ -338,7 +336,7 @@ def test_what_adds_nothing_goes_first() -> None:
     assert views[0].neurons[11] == 0
     assert views[1].groups[1] == 0
     assert (watcher.activity == 0).sum() == 2
-    ctx.evolution._aim(Pruning(model, masks, watcher), 0.91)
+    ctx.evolution.aim(Pruning(model, masks, watcher), 0.91)
     wanted = list(watcher.layout.views(masks.wanted))
     assert not wanted[0].neurons[11]
     assert not wanted[1].groups[1]
@@ -402,7 +400,7 @@ def test_masks_and_slice_agree_in_a_trained_model() -> None:
     masks, watcher = masks_of(model), salience_of(model)
     assert masks is not None
     assert watcher is not None
-    ctx.evolution._aim(Pruning(model, masks, watcher), 0.5)
+    ctx.evolution.aim(Pruning(model, masks, watcher), 0.5)
     ctx.evolution.searched = 0.5
     masks.harden()
     masked = logits(model)
@@ -538,7 +536,7 @@ def test_ranks_through_a_run() -> None:
         assert not grown or step in steps
         if grown:
             order = sorted(
-                (n for n in now if before[n] < 6), key=lambda n: -ctx.evolution.importance[n]
+                (n for n in now if before[n] < 6), key=lambda n: -ctx.evolution.growth.importance[n]
             )
             assert set(grown) <= set(order[: -(-len(order) // 2)])
         reached = max([1.0, *(f for s, f in steps.items() if s <= step)])

@@ -25,8 +25,9 @@ from helpers import (
 )
 from torch import nn
 
+from effbench.api.parts import deep_update
 from effbench.api.points import UNNAMED
-from effbench.methods.adapters.deep_lora import DeepLoRA, deep_update
+from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.nn.adapters.deep import (
     DeepLinear,
     deep_layers,

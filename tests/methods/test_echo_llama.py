@@ -23,9 +23,10 @@ from effbench.api.sharing import TAKEN, LayerMap, shared_shape, top_map
 from effbench.api.spec import ModelSpec
 from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.full import Full
-from effbench.methods.sharing.echo_llama import EchoLLaMA, share_at
+from effbench.methods.sharing.echo_llama import EchoLLaMA
 from effbench.models.load import load
 from effbench.nn.llama.shared_attention import map_of, sharing_layers
+from effbench.nn.sharing.conversion import share_at
 from effbench.resources.counting import flops, parameters
 from effbench.util.errors import UserError
 

@@ -19,16 +19,17 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context
 from effbench.api.schema import build
 from effbench.api.shape import Shape
+from effbench.api.skipping import speed_ceiling
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, Window, speed_ceiling
+from effbench.methods.depth.lora_drop import LoRADrop, Window
 from effbench.methods.trains import begin_training
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.temporal import TemporalSession
 from effbench.nn.decode.temporal_static import StaticTemporalSession
-from effbench.nn.depth.droppable import prompt_lengths, schedule
+from effbench.nn.depth.droppable import draw_starts, prompt_lengths, schedule
 from effbench.util.errors import UserError
 
 SHAPE = Shape(
@@ -588,17 +589,17 @@ def test_resumed_training_draws_the_same() -> None:
 
 
 def test_draws() -> None:
-    method = LoRADrop(prefix=0.5)
     batch = batch_of(tokens(64, 21), prompt=5)
-    prompts, phases = method.draw(batch, 3, torch.Generator().manual_seed(0))
+    prompts, phases = draw_starts(
+        batch, 3, torch.Generator().manual_seed(0), prefix=0.5, random_phase=True
+    )
     assert set(prompts.tolist()) == set(range(5, 14))
     assert set(phases.tolist()) == {0, 1, 2, 3}
     generator = torch.Generator().manual_seed(0)
     halves = [batch_of(batch.input_ids[i : i + 32], prompt=5) for i in (0, 32)]
-    parts = [method.draw(half, 3, generator)[0] for half in halves]
+    parts = [draw_starts(half, 3, generator, 0.5, True)[0] for half in halves]
     assert torch.equal(torch.cat(parts), prompts)
-    fixed = LoRADrop(prefix=0.0, random_phase=False)
-    prompts, phases = fixed.draw(batch, 3, generator)
+    prompts, phases = draw_starts(batch, 3, generator, prefix=0.0, random_phase=False)
     assert set(prompts.tolist()) == {5} and set(phases.tolist()) == {0}
 
 

@@ -331,16 +331,16 @@ def test_layerskip_with_one_depth_and_no_dropout_is_plain(monkeypatch):
 
 
 def test_a_cycle_goes_through_all_depths_before_one_repeats():
-    method, _, ctx = ready()
-    drawn = [method.draw(ctx) for _ in range(30)]
+    _, _, ctx = ready()
+    drawn = [ctx.evolution.draw() for _ in range(30)]
     cycles = [tuple(drawn[i : i + 3]) for i in range(0, 30, 3)]
     assert all(sorted(c) == [2, 3, 5] for c in cycles)
     assert len(set(cycles)) > 2
 
 
 def test_ten_thousand_independent_draws_are_uniform():
-    method, _, ctx = ready(sampling="uniform")
-    drawn = [method.draw(ctx) for _ in range(10_000)]
+    _, _, ctx = ready(sampling="uniform")
+    drawn = [ctx.evolution.draw() for _ in range(10_000)]
     for n in (2, 3, 5):
         assert abs(drawn.count(n) / 10_000 - 1 / 3) < 4 * (2 / 9 / 10_000) ** 0.5
     assert any(a == b for a, b in pairwise(drawn))

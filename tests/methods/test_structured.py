@@ -12,7 +12,8 @@ from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.batch import Batch
 from effbench.methods.compresses import compress_whole
-from effbench.methods.pruning.structured import Structured, input_squares
+from effbench.methods.pruning.structured import Structured
+from effbench.nn.pruning.scores import BlockScores, input_squares
 from effbench.nn.pruning.slicing import kept_blocks, layout_of, shape_left, slice_model
 from effbench.util.errors import UserError
 
@@ -25,7 +26,7 @@ def compressed(method: Structured, model: Any) -> Any:
 def scored(method: Structured, model: Any, *batches: Batch) -> torch.Tensor:
     layout = layout_of(model)
     scores = torch.zeros(layout.size)
-    for part in method.score(model, layout, scores, batches, 0):
+    for part in method.rank(BlockScores(model, layout, scores), batches, 0):
         part.put(part.make())
     return scores.double()
 

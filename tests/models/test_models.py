@@ -190,6 +190,22 @@ def test_truncated_weights(saved: Path, keep: float) -> None:
     assert "truncated" in caught.value.hint
 
 
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved: Path) -> None:
+    loaded = on_cpu(folder_spec(saved))
+    models.require_rows(loaded.tokenizer, loaded.shape, "mine")
+    loaded.tokenizer.add_tokens([f"<{i}>" for i in range(600)])
+    with pytest.raises(UserError, match=r"embedding of \d+ rows has none; the first is '<"):
+        models.require_rows(loaded.tokenizer, loaded.shape, "mine")
+
+
+def test_what_transformers_says_is_passed_on(saved: Path) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "none"}))
+    with pytest.raises(UserError, match="none") as found:
+        on_cpu(folder_spec(saved))
+    assert "corrupt" not in found.value.hint
+
+
 def test_missing_weights_are_not_made_up(saved: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from effbench.report.comparison.budgets import tuning_trials
 from effbench.report.comparison.compare import compare, margins_of
+from effbench.report.comparison.contrast import Side, p_of_difference
 from effbench.report.comparison.seeds import grouped
 from effbench.report.labels import differences, labels
 from effbench.report.plots.curves import _axis, _running_mean, comparison_plot, loss_plot
@@ -351,6 +353,39 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
     assert "sd over seeds" in text and "p Wilcoxon" in text
     assert "Seeds: lora: 4; full: 4." in text
     assert "One seed only" not in text
+
+
+def read_out(trained: Record, number: int, seed: int = 0) -> Record:
+    """Return an evaluation that goes on from a training, whose seed says nothing."""
+    record = run("full", {"": -0.6}, number=number, seed=seed)
+    spec = {**record.spec, "stage": "eval", "parent": trained.key}
+    return replace(record, stage="eval", parent=trained.key, spec=spec)
+
+
+def test_a_training_and_the_evaluation_of_another_are_paired_by_the_seeds_of_trainings() -> None:
+    trained, others = seeds_of("lora", 0.0, 10), seeds_of("full", -0.6, 20)
+    evaluated = [read_out(other, 30 + n) for n, other in enumerate(others)]
+    found = compare([*trained, *evaluated], [*trained, *others])
+    [_, row] = next(m for m in found.metrics if m.tested).rows
+    assert row.over_seeds and row.over_seeds.pairs == 4
+    again = [read_out(others[0], 40 + seed, seed) for seed in range(3)]
+    [group] = grouped(again, others)
+    assert group.made_with == group.seeds == [(0, 0), (1, 0), (2, 0)], "all that they differ in"
+
+
+def test_methods_that_ran_with_the_same_seeds_are_compared_seed_by_seed() -> None:
+    level = np.random.default_rng(0).normal(0, 0.5, (4, 1))
+    noise = np.random.default_rng(1).normal(0, 0.05, (2, 4, 40))
+
+    def side(group: int, shift: float, seeds: Sequence[int]) -> Side:
+        rows = [level[s] + noise[group, s] + shift for s in seeds]
+        made = [list(map(float, row)) for row in rows]
+        outcomes = [Outcomes("perplexity", "loss", "", "test", "ids", values) for values in made]
+        return Side(group, [(s,) for s in seeds], outcomes, False)
+
+    a = side(0, 0.1, (0, 1, 2, 3))
+    assert p_of_difference(a, side(1, 0.0, (3, 2, 0, 1))) < 0.001
+    assert p_of_difference(a, side(1, 0.0, (1, 2, 3))) > 0.3
 
 
 def test_a_difference_that_seeds_explain_is_no_finding() -> None:

@@ -237,3 +237,23 @@ def test_only_what_is_expanded_to_be_multiplied_needs_room_for_it() -> None:
     assert room("method=qlora", *gpu) == 0
     assert room("method=rtn", *gpu) == 18 * 4096 * 11008
     assert room("method=qlora") > 18 * 4096 * 11008
+
+
+def test_an_evaluation_has_room_for_the_point_that_needs_most() -> None:
+    """Whichever comes last: a window keeps fewer tokens than `k0`, a depth has no exits' logits."""
+
+    def evaluated(*words: str) -> dict[str, int]:
+        phase = predicted(*words).phase("evaluate")
+        assert phase is not None
+        return phase.memory
+
+    def cache(windows: str) -> int:
+        words = ("method=lora_drop", "evaluator=memory", f"method.windows={windows}")
+        return evaluated(*words)["kv cache"]
+
+    assert cache("[0]") == cache("[0,3]") > cache("[3]") > 0
+    plain, mixed = (
+        evaluated("method=sorted_lora", "evaluator=perplexity", f"method.decoding={way}")["logits"]
+        for way in ("[]", "[exit]")
+    )
+    assert mixed > plain

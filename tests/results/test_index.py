@@ -14,6 +14,7 @@ from effbench.results.index import summaries
 from effbench.results.records import SCHEMA, Record, read, write
 from effbench.results.store import Store
 from effbench.util.errors import UserError
+from effbench.util.seals import unsealed
 
 RECORD = Record(SCHEMA, "0" * 16, "a label", "eval", {}, {}, "", "2026-01-01T00:00:00", 1.0, [])
 CODE = [Path(__file__)]
@@ -85,7 +86,7 @@ def test_a_damaged_index_is_none(
     listed(store, monkeypatch)
     store.index.write_text(content)
     assert listed(store, monkeypatch)[1] == 3
-    assert json.loads(store.index.read_text())["entries"]
+    assert json.loads(unsealed(store.index.read_text()))["entries"]
 
 
 def test_an_index_that_cannot_be_written_is_none(

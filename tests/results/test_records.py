@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,6 +131,7 @@ def test_an_older_record_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_record_of_the_first_schema_is_read(tmp_path: Path) -> None:
     path = write(record(), tmp_path)
     text = path.read_text().replace(f'"schema":{records.SCHEMA}', '"schema":1')
+    text = re.sub(',"digest":"[^"]*"', "", text)
     path.write_text(text.replace(',"task":""', "").replace(',"clusters":[]', ""))
     old = read(path)
     assert old.schema == records.SCHEMA

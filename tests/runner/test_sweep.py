@@ -5,10 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
 
 from effbench.runner import sweep
+from effbench.runner.objective import objective_in
+from effbench.util.errors import UserError
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
 STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
@@ -117,6 +123,66 @@ def test_a_grid_here_is_composed_without_hydra_and_there_with_it(
     assert len(outcomes()) == 4
     first, second, *there = outcomes()
     assert [o["key"] for o in there] == [first["key"], second["key"]]
+
+
+class Drawing(Sweeper):
+    """Runs two values one after the other, and keeps what each of them returned."""
+
+    returned: ClassVar[list[float]] = []
+
+    def __init__(self, direction: str) -> None:
+        self.direction, self.launcher = direction, None
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        fixed = [a for a in arguments if "train.learning_rate=" not in a]
+        for number, rate in enumerate((1e-1, 1e-4)):
+            point = [*fixed, f"++train.learning_rate={rate}"]
+            (done,) = self.launcher.launch([point], initial_job_idx=number)
+            self.returned.append(done.return_value)
+
+
+def test_a_grid_returns_its_objective(cli, inline, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "hydra_plugins.drawing.Drawing"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Drawing)
+    node = {"_target_": name, "direction": "maximize"}
+    ConfigStore.instance().store(group="hydra/sweeper", name="drawing", node=node)
+    words = ["train", "-m", *RUN, *STEPS, "evaluator.perplexity.split=validation"]
+    words += ["sweep.metric=loss@validation", "hydra/sweeper=drawing"]
+    status, out, said = cli(*words, "train.learning_rate=interval(0.0001,0.1)")
+    assert status == 0, (said, outcomes())
+    values = [o["value"] for o in outcomes()]
+    assert Drawing.returned == values and all(3 < v < 9 for v in values)
+    assert f"{values[0]:.5g}" in out
+    assert "Best by loss on validation" in said + out
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("sweep.metric=loss", "is no metric on a split"),
+        ("sweep.metric=loss@test", "would choose on the split that is reported"),
+        ("sweep.metrics=loss@validation", "Unknown key 'sweep.metrics'"),
+        ("sweep.direction=minimize", "is of no metric"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(word: str, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        objective_in([word])
+
+
+def test_optuna_is_told_the_direction() -> None:
+    objective, rest = objective_in(["sweep.metric=accuracy@validation", "seed=0,1"])
+    assert objective and rest == ["seed=0,1"]
+    assert objective.direction == "maximize"
+    assert objective.for_sweeper(["hydra/sweeper=optuna"]) == ["hydra.sweeper.direction=maximize"]
+    assert objective.for_sweeper(["hydra/sweeper=basic"]) == []
+    assert objective.best([0.1, float("nan"), 0.4]) == 2
 
 
 def test_the_runs_of_a_grid_go_side_by_side(tmp_path: Path) -> None:

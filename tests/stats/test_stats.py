@@ -25,6 +25,7 @@ from effbench.stats import (
     over_seeds,
     paired,
     paired_difference,
+    paired_seeds,
     ratio_interval,
     seeds_and_items,
     seeds_interval,
@@ -326,6 +327,33 @@ def test_a_run_without_a_seed_adds_no_spread_of_its_own() -> None:
         seeds_and_items(a, fixed)
     with pytest.raises(ValueError, match="as many"):
         seeds_and_items(a, runs_of(3, 59, 0.4))
+
+
+def test_shares_over_seeds_stay_between_0_and_1_and_are_never_certain() -> None:
+    right, one_wrong = np.ones((3, 8)), np.ones((3, 8))
+    one_wrong[0, 0] = 0
+    for found in map(seeds_interval, (right, one_wrong, 1 - right)):
+        assert 0 <= found.low < found.high <= 1
+        assert found.high - found.low > 0.3
+    assert seeds_interval(one_wrong, [0] * 8)[1:] == (0.0, 1.0)
+    apart = seeds_and_items(right, 1 - right)
+    low, high = apart.interval()[1:]
+    assert 0.5 < low < high == 1.0
+    assert 1e-4 < apart.p_zero() < 0.05
+    same = seeds_and_items(right, right)
+    assert same.p_zero() == 1.0
+    assert same.interval().high > 0.1
+
+
+def test_runs_of_the_same_seeds_are_paired() -> None:
+    a = runs_of(4, 200, 0.5)
+    b = a + 0.1 + np.random.default_rng(3).normal(0, 0.05, a.shape)
+    assert paired_seeds(b, a).p_zero() < 1e-3 < 0.4 < seeds_and_items(b, a).p_zero()
+
+
+def test_answers_of_a_single_group_that_differ_show_nothing() -> None:
+    found = paired_difference([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], clusters=[0, 0, 0])
+    assert (found.value, found.low, found.high, found.p) == (1.0, -math.inf, math.inf, 1.0)
 
 
 def test_five_seeds_cannot_reach_significance_by_ranks() -> None:

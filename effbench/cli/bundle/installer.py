@@ -154,8 +154,11 @@ def _unpack(here: Path, manifest: dict[str, Any], folder: Path) -> Path:
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
     if hasattr(tarfile, "data_filter"):
         archive.extractall(folder, filter="data")
-    else:
-        archive.extractall(folder)
+        return
+    for member in archive:  # an early 3.11: links, devices and places elsewhere are left out
+        place = (folder / member.name).resolve()
+        if member.isfile() and place.is_relative_to(folder.resolve()):
+            archive.extract(member, folder)
 
 
 # -- what is there already ---------------------------------------------------------------------

@@ -202,6 +202,17 @@ def _one_group(seeds: int, n: int, generator: Generator) -> tuple[Interval, floa
     return seeds_interval(_runs(seeds, generator.normal(0, 2, n), 0.2, 0.0, generator)), 0.0
 
 
+def _shares(seeds: int, generator: Generator) -> tuple[Interval, float]:
+    """Answers of 20 to 1,000 items, some harder, under seeds that differ more or less."""
+    n, spread = int(generator.choice([20, 100, 300, 1000])), generator.choice([0.0, 0.15, 0.3])
+    middle = generator.normal(0, 3)
+    hard = generator.normal(0, 2, n) + generator.normal(0, spread, (seeds, 1))
+    right = generator.random((seeds, n)) < 1 / (1 + np.exp(-(middle + hard)))
+    at, weight = np.polynomial.hermite_e.hermegauss(61)
+    truth = weight / weight.sum() / (1 + np.exp(-(middle + math.hypot(2, spread) * at)))
+    return seeds_interval(right.astype(np.float64)), float(truth.sum())
+
+
 def _welch(generator: Generator) -> tuple[Interval, float]:
     a, b = generator.normal(0, 1, 5), generator.normal(0, 3, 7)
     return welch(a.tolist(), b.tolist()).interval(), 0.0
@@ -269,6 +280,10 @@ CASES: Sequence[Case] = (
     ),
     Case("8 seeds against an untrained model", partial(_against_untrained, 8, 100, 0.3)),
     Case("mean over 8 seeds and 100 items", partial(_one_group, 8, 100)),
+    *(
+        Case(f"share over {seeds} seeds", partial(_shares, seeds), seeds == 5)
+        for seeds in (2, 3, 5, 8)
+    ),
     Case("Welch over 5 and 7 seeds", _welch),
 )
 

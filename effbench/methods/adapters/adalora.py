@@ -21,20 +21,17 @@ its gradient and not its value to the loss, so that training losses can be compa
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from annotated_types import Interval
 
 from effbench.api.batch import Batch
-from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
-from effbench.api.parts import Adapter, Linear, Objective, low_rank
 from effbench.api.points import Point
+from effbench.api.rank_budgets import ranked, weighed
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
@@ -51,10 +48,6 @@ from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 Beta = Annotated[float, Interval(gt=0, lt=1)]
-RANKS = "ranks.json"
-"""File of an artefact: the rank of each layer by its qualified name."""
-AVERAGE_BYTES = 8
-"""Float32 bytes of the two running averages of each trained weight."""
 
 
 @dataclass(frozen=True)
@@ -150,32 +143,25 @@ class AdaLoRA(Trains):
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what weighs the ranks and prunes them."""
-        return RankPruning(self, model, ctx)
+        layers = svd.svd_layers(model)
+        schedule = self.schedule(len(layers), ctx.total_steps)
+        return rank_budget.RankPruning(layers, ctx, schedule, self.beta1, self.beta2)
 
     # -- what is left --------------------------------------------------------------------------
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with plain adapters of the ranks that stay."""
-        pruning: RankPruning = ctx.evolution
-        return svd.fold(model, pruning.kept or pruning.best(self.rank * len(pruning.layers)))
+        return svd.fold(model, ctx.evolution.chosen())
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the plain adapters and their ranks."""
         super().save(model, folder)
-        ranks = {
-            name: linear.control.max_rank if isinstance(linear, lowrank.LowRankLinear) else 0
-            for name, linear in surgery.decoder_linears(model, self.targets)
-        }
-        (folder / RANKS).write_text(json.dumps(ranks, indent=1))
+        svd.write_ranks(model, self.targets, folder)
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the plain adapters of an artefact."""
         model.requires_grad_(False)
-        for name, rank in json.loads((folder / RANKS).read_text()).items():
-            linear = model.get_submodule(name)
-            surgery.replace_module(
-                model, name, svd.with_rank(linear, rank, self.alpha / self.highest)
-            )
+        svd.follow_ranks(model, self.alpha / self.highest, folder)
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
@@ -190,100 +176,7 @@ class AdaLoRA(Trains):
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
-        """Put adapters beside the targets: of R0 while it trains, then of the ranks that stay.
-
-        Training holds two float32 running averages of each trained weight, and its loss has the
-        products of P and of Q with itself.
-        """
+        """Put adapters beside the targets: of R0 while it trains, then of the ranks that stay."""
         if phase == "use":
-            found = _ranks_in(folder)
-
-            def stays(block: int, x: Linear) -> Adapter:
-                ranks = found.get((block, x.name))
-                return low_rank(x.d_in, x.d_out, ranks.pop(0) if ranks else self.rank)
-
-            return base.adapted(stays, self.targets)
-        rank = self.highest
-        adapted = base.adapted(
-            lambda _, x: replace(low_rank(x.d_in, x.d_out, rank), scales=rank), self.targets
-        )
-        trained = cost_of(adapted, "float32").trainable
-        sizes = sum(i + o for _, name, i, o in base.linears() if name in base.chosen(self.targets))
-        distance = 6 * rank**2 * sizes if self.orthogonality else 0
-        return replace(
-            adapted,
-            held_bytes=AVERAGE_BYTES * trained,
-            objective=Objective(gradient_constant=distance),
-        )
-
-
-class RankPruning(Evolution):
-    """Weighs the ranks after each step, and prunes those beyond the budget."""
-
-    def __init__(self, method: AdaLoRA, model: torch.nn.Module, ctx: Context) -> None:
-        self.method, self.ctx, self.layers = method, ctx, svd.svd_layers(model)
-        self.averages: dict[str, Any] = rank_budget.no_averages()
-        self.kept: dict[str, list[int]] | None = None
-        """The ranks of each layer that stay, once they are chosen for good."""
-
-    @property
-    def schedule(self) -> rank_budget.BudgetSchedule:
-        """The budgets of the run."""
-        return self.method.schedule(len(self.layers), self.ctx.total_steps)
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the step's gradients into account, and prune where it is time."""
-        method, step, schedule = self.method, self.ctx.step + 1, self.schedule
-        if step < schedule.end:
-            rank_budget.observe(self.layers, self.averages, method.beta1, method.beta2)
-        if schedule.chooses(step):
-            chosen = self.best(schedule.budget(step))
-            svd.prune(self.layers, chosen)
-            if step == schedule.end:
-                self.kept, self.averages = chosen, rank_budget.no_averages()
-        elif self.kept is not None:
-            svd.prune(self.layers, self.kept)
-
-    def best(self, count: int) -> dict[str, list[int]]:
-        """Return the ranks of each layer that are among the `count` that matter most."""
-        return _listed(
-            self.layers, rank_budget.best(rank_budget.scores(self.layers, self.averages), count)
-        )
-
-    @property
-    def final(self) -> bool:
-        """Whether the ranks that stay are chosen for good."""
-        return self.kept is not None
-
-    def metrics(self) -> dict[str, float]:
-        """Return the ranks that all layers together may have."""
-        return {"rank_budget": float(self.schedule.budget(self.ctx.step + 1))}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running averages, and the ranks that stay."""
-        return {"averages": self.averages, "kept": self.kept}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
-        self.averages, self.kept = state["averages"], state["kept"]
-
-
-def _listed(layers: dict[str, Any], chosen: torch.Tensor) -> dict[str, list[int]]:
-    """Return the ranks of each layer that are chosen, [layers, R0] bool."""
-    rows = chosen.cpu()
-    return {n: row.nonzero().flatten().tolist() for n, row in zip(layers, rows, strict=True)}
-
-
-def _ranks_in(folder: Path | None) -> dict[tuple[int, str], list[int]]:
-    """Return the ranks that an artefact states, by block and linear; none without one.
-
-    Linears of one name in a block, as GPT-2 has them, stand in the order they run.
-    """
-    if folder is None or not (folder / RANKS).is_file():
-        return {}
-    found: dict[tuple[int, str], list[int]] = {}
-    for name, rank in json.loads((folder / RANKS).read_text()).items():
-        parts = name.split(".")
-        block = next(int(part) for part in parts if part.isdigit())
-        found.setdefault((block, parts[-1]), []).append(rank)
-    return found
+            return ranked(base, self.targets, self.rank, folder)
+        return weighed(base, self.targets, self.highest, orthogonal=bool(self.orthogonality))

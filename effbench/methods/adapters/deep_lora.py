@@ -33,7 +33,7 @@ from annotated_types import Ge
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
-from effbench.api.parts import Adapter, Factor, Linear
+from effbench.api.parts import Adapter, Linear, deep_update
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
@@ -182,26 +182,3 @@ class _Frames(Evolution):
         for layer, directions in found.items():
             layer.set_subspace(directions)
         self.model.zero_grad(set_to_none=True)
-
-
-def deep_update(
-    form: str, d_in: int, d_out: int, rank: int, depth: int, once: bool, frame_rate: float
-) -> Adapter:
-    """Return the update of one linear.
-
-    Args:
-        form: One of the three.
-        d_in: Width of what the linear reads.
-        d_out: Width of what it gives.
-        rank: Inner width r.
-        depth: Factors.
-        once: Whether the inner factors of the compressed form are one for a token.
-        frame_rate: Of the frames; at 0 they do not train.
-    """
-    if form == "compressed":
-        trains = frame_rate > 0
-        inner = [Factor(rank, rank, used=0 if once and i else None) for i in range(depth)]
-        return Adapter((Factor(d_in, rank, trains), *inner, Factor(rank, d_out, trains)))
-    width = rank if form == "narrow" else min(d_in, d_out)
-    inner = [Factor(width, width)] * (depth - 2)
-    return Adapter((Factor(d_in, width), *inner, Factor(width, d_out)))

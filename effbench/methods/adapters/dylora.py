@@ -117,9 +117,7 @@ class DyLoRA(Trains):
         control = lowrank.RankControl(self.rank, self.mode)
 
         def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
-            layer = lowrank.LowRankLinear(linear, control, self.alpha, self.dropout)
-            lowrank.init_a(layer.lora_A, ctx.seed, name)
-            return layer
+            return lowrank.adapter(linear, name, control, self.alpha, ctx.seed, self.dropout)
 
         model.requires_grad_(False)
         surgery.replace_linears(model, adapt, self.targets)

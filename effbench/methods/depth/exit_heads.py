@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from effbench.api import submodels
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Linear, Norm, Objective, Readout
 from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
@@ -192,17 +192,12 @@ class ExitHeads(Trains, ReadsDepths):
         in float32.
         """
         method, count = self.with_depths(base.num_layers), base.num_layers
-        trained, training = self.trunk == "trained", phase == "train"
-        held = MASTERS if trained else FLOAT32 if training else COMPUTE
-        head = Linear("lm_head", base.hidden_size, base.vocab_size, held, trains=True)
-        own = Readout(Norm(base.hidden_size, held, trains=True), head)
-        heads = method.headed(count)
-        model = base.trained() if trained else base
-        beside = replace(model, exits=(replace(own, runs=0),) * len(heads))
-        if training:
-            if not trained:
-                beside = beside.map(lambda i, x: x.running(int(i < heads[-1])))
-            return replace(beside, objective=Objective(exits=len(heads) + trained))
+        learns, heads = self.trunk == "trained", method.headed(count)
+        held = MASTERS if learns else FLOAT32 if phase == "train" else COMPUTE
+        model, own = base.trained() if learns else base, submodels.own_readout(base, held)
+        beside = submodels.with_exits(model, own, len(heads))
+        if phase == "train":
+            return submodels.training_exits(beside, heads, trunk=learns)
         if not isinstance(point, Depth):
             return method.read_out(beside, point)
         cut = method.read_out(model, point)

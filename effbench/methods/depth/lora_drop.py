@@ -30,19 +30,18 @@ thousands of times shorter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
-from effbench.api.parts import LayerShape, low_rank, portion
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
+from effbench.api.skipping import skipping, with_stand_ins
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.nn.depth import droppable
@@ -54,7 +53,6 @@ MOST_PLACES = 8
 """Longest place in a cycle that has a loss of its own."""
 MOST_POINTS = 64
 """Longest window of which all shorter ones are evaluated without being listed."""
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,14 @@ class LoRADrop(Trains):
         return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse layers that do not exist or cannot be dropped, and a set that came out empty."""
+        """Refuse layers that do not exist or cannot be dropped, and windows that make no list."""
         require_own_states(shape, self.name)
-        chosen = self.droppable(shape.num_layers)
+        self._check_layers(shape.num_layers)
+        self._check_windows()
+        return self
+
+    def _check_layers(self, num_layers: int) -> None:
+        chosen = self.droppable(num_layers)
         if 0 in chosen:
             raise UserError(
                 "method.layers lists layer 0, which must run on every token: its cache is the "
@@ -143,30 +146,32 @@ class LoRADrop(Trains):
                 "Leave 0 out of method.layers.",
             )
         for layer in chosen:
-            if not 0 < layer < shape.num_layers:
+            if not 0 < layer < num_layers:
                 raise UserError(
-                    f"method.layers lists layer {layer}, but the model has {shape.num_layers}.",
-                    f"Choose layers from 1 to {shape.num_layers - 1}.",
+                    f"method.layers lists layer {layer}, but the model has {num_layers}.",
+                    f"Choose layers from 1 to {num_layers - 1}.",
                 )
         if len(set(chosen)) < len(chosen):
             raise UserError("method.layers lists a layer twice.", "List each layer once.")
         if not chosen and self.layers is None and self.fraction > 0:
             raise UserError(
-                f"method.fraction={self.fraction} of {shape.num_layers} layers is no layer at all.",
+                f"method.fraction={self.fraction} of {num_layers} layers is no layer at all.",
                 "Raise method.fraction, or list the layers in method.layers.",
             )
-        if self.windows is None and self.window > MOST_POINTS:
-            raise UserError(
-                f"method.window={self.window} would be {self.window + 1} operating points.",
-                f"List those to evaluate, like 'method.windows=[0,{self.window}]'.",
-            )
-        if self.windows is not None and list(self.windows) != sorted(set(self.windows)):
+
+    def _check_windows(self) -> None:
+        if self.windows is None:
+            if self.window > MOST_POINTS:
+                raise UserError(
+                    f"method.window={self.window} would be {self.window + 1} operating points.",
+                    f"List those to evaluate, like 'method.windows=[0,{self.window}]'.",
+                )
+        elif not self.windows:
+            raise UserError("method.windows is empty.", "Leave it out, or list a window.")
+        elif list(self.windows) != sorted(set(self.windows)):
             raise UserError(
                 f"method.windows={list(self.windows)} is not a rising list.", "List each once."
             )
-        if self.windows == ():
-            raise UserError("method.windows is empty.", "Leave it out, or list a window.")
-        return self
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -194,8 +199,10 @@ class LoRADrop(Trains):
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
             return super().loss(model, batch, ctx)
-        prompts, phases = self.draw(batch, stand_ins.window, ctx.generator)
-        refreshed = droppable.schedule(prompts, phases, batch.input_ids.shape[1], stand_ins.window)
+        starts = droppable.draw_starts(
+            batch, stand_ins.window, ctx.generator, self.prefix, self.random_phase
+        )
+        refreshed = droppable.schedule(*starts, batch.input_ids.shape[1], stand_ins.window)
         logits = droppable.masked_logits(
             model,
             stand_ins,
@@ -205,22 +212,6 @@ class LoRADrop(Trains):
             see_dropped=not self.kv_accurate,
         )
         return token.token_nll(logits, batch.labels).sum() / batch.window_tokens
-
-    def draw(
-        self, batch: Batch, window: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a random prompt length and phase for each sequence, [B] and [B] int64.
-
-        Two numbers are drawn per sequence, in order, so that the split of a window into
-        micro-batches does not matter.
-        """
-        draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
-        draws = draws.to(batch.labels.device)
-        shortest = droppable.prompt_lengths(batch.labels)
-        rest = (batch.attention_mask.sum(1) - shortest).clamp(min=0)
-        extra = (draws[:, 0] * ((self.prefix * rest).floor() + 1)).long()
-        phases = (draws[:, 1] * (window + 1)).long() * int(self.random_phase)
-        return shortest + extra, phases
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -234,20 +225,10 @@ class LoRADrop(Trains):
         """Return `k0`: what reads all layers, and has the stand-ins in memory too."""
         return Window(0)
 
-    @contextmanager
-    def at(self, model: torch.nn.Module, point: Point) -> Iterator[None]:
+    def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[None]:
         """Work with the window of `point`, and in its way, inside the context."""
-        stand_ins = _stand_ins(model)
-        before = stand_ins.window, stand_ins.start, stand_ins.mapped
         own = self.window_at(point)
-        stand_ins.window = own.window
-        if own.baseline:
-            stand_ins.start = "refresh" if own.baseline == "reuse" else "input"
-            stand_ins.mapped = False
-        try:
-            yield
-        finally:
-            stand_ins.window, stand_ins.start, stand_ins.mapped = before
+        return _stand_ins(model).using(own.window, own.baseline)
 
     def window_at(self, point: Point) -> Window:
         """Return what holds at a point; without a name it is the window of training."""
@@ -266,9 +247,7 @@ class LoRADrop(Trains):
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
             return {}
-        prompts, width = droppable.prompt_lengths(batch.labels), batch.labels.shape[1]
-        decoded = torch.arange(width - 1, device=prompts.device) - prompts[:, None] + 1
-        place = decoded.clamp(min=0) % (stand_ins.window + 1)
+        place = droppable.cycle_places(batch.labels, stand_ins.window)
         return {f"j{j}": place == j for j in range(min(stand_ins.window, MOST_PLACES) + 1)}
 
     # -- accounting ----------------------------------------------------------------------------
@@ -280,37 +259,12 @@ class LoRADrop(Trains):
 
         While it trains, layers and stand-ins both see every token.
         """
-        chosen, size = self.droppable(base.num_layers), base.hidden_size
-        stand_in = low_rank(size, size, self.rank)
+        layers = self.droppable(base.num_layers)
         if phase == "train":
-            stand_in = replace(stand_in, active=int(self.window > 0))
-            return base.map(lambda i, x: replace(x, bypass=stand_in) if i in chosen else x)
+            return with_stand_ins(base, layers, self.rank, active=self.window > 0)
         own = self.window_at(point)
-        runs = portion(1, own.window + 1)
-        stand_in = replace(stand_in, active=0 if own.baseline else 1 - runs)
-
-        def drop(index: int, layer: LayerShape) -> LayerShape:
-            if index not in chosen:
-                return layer
-            mixer, mlp = layer.mixer, layer.mlp and replace(layer.mlp, runs=runs)
-            if mixer and self.kv == "skip":
-                mixer = replace(mixer, runs=runs, cache=mixer.cache.shared_out(runs))
-            return replace(layer, mixer=mixer, mlp=mlp, bypass=stand_in)
-
-        return base.map(drop)
-
-
-def speed_ceiling(share: float, window: int) -> float:
-    """Return the largest possible speed-up of decoding, 1 / (1 - f + f / w) with w = k + 1.
-
-    It takes stand-ins for free; a measured speed-up above it is a mistake in the measurement.
-
-    Args:
-        share: Share f of the base's time per token that is spent in droppable layers; their share
-            of the weight bytes where weights alone are what is read.
-        window: k.
-    """
-    return 1 / (1 - share + share / (window + 1))
+        plain, fill = own.baseline is None, self.kv == "fill"
+        return skipping(base, layers, self.rank, own.window, mapped=plain, fill=fill)
 
 
 def _stand_ins(model: torch.nn.Module) -> droppable.DroppableLayers:

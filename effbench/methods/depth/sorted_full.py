@@ -25,22 +25,21 @@ all of D in random order before one repeats (`cycle`); exact repair of the key/v
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from effbench.api import submodels
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Objective, portion
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.depth.reading import READING, Depth, ReadsDepths, check_depths, depth_set
 from effbench.methods.trains import Trains
-from effbench.nn.depth import layerskip, submodel
+from effbench.nn.depth import draws, layerskip, submodel
 from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -113,6 +112,10 @@ class SortedFull(Trains, ReadsDepths):
         """Return the layers that some trained depth has."""
         return self.kept(max(self.depths), num_layers)
 
+    def submodels(self, num_layers: int) -> list[list[int]]:
+        """Return the layers of each trained depth."""
+        return [self.kept(depth, num_layers) for depth in self.depths]
+
     def listed(self) -> tuple[int, ...]:
         """Return the depths to evaluate, once resolved: the trained ones unless some are given."""
         return self.eval_depths or self.depths
@@ -159,23 +162,13 @@ class SortedFull(Trains, ReadsDepths):
             return self._mean_loss(model, batch)
         if self.objective == "layerskip":
             return self._layerskip_loss(model, batch, ctx)
-        depth = self.draw(ctx)
-        with stack.at_layers(model, self.kept(depth, len(stack.decoder_layers(model)))):
+        layers = self.kept(ctx.evolution.draw(), len(stack.decoder_layers(model)))
+        with stack.at_layers(model, layers):
             return super().loss(model, batch, ctx)
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
-        """Return what remembers the depths that are still to be drawn."""
-        return _Cycle()
-
-    def draw(self, ctx: Context) -> int:
-        """Return the depth of the next micro-batch."""
-        if self.sampling == "uniform":
-            return self.depths[int(torch.randint(len(self.depths), (), generator=ctx.generator))]
-        left: list[int] = ctx.evolution.left
-        if not left:
-            order = torch.randperm(len(self.depths), generator=ctx.generator)
-            left.extend(self.depths[i] for i in order.tolist())
-        return left.pop()
+        """Return what draws depths."""
+        return draws.DepthDraws(self.depths, self.sampling, ctx.generator)
 
     def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         total = torch.zeros((), device=batch.labels.device)
@@ -208,23 +201,10 @@ class SortedFull(Trains, ReadsDepths):
         ctx: Context,
     ) -> torch.Tensor:
         """Make one optimiser step, with a learning rate for each layer when they are reweighted."""
-        factors = self._factors(model) if self.reweight else []
+        subs = self.submodels(len(stack.decoder_layers(model)))
+        factors = draws.rarities(model, subs) if self.reweight else []
         with submodel.scaled_updates(factors):
             return super().update(model, optimizer, window, ctx)
-
-    def _factors(self, model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, float]]:
-        """Return 1 / P(layer runs) for every trained parameter of a layer."""
-        layers = stack.decoder_layers(model)
-        runs = [0] * len(layers)
-        for n in self.depths:
-            for index in self.kept(n, len(layers)):
-                runs[index] += 1
-        return [
-            (parameter, len(self.depths) / count)
-            for layer, count in zip(layers, runs, strict=True)
-            for parameter in layer.parameters()
-            if parameter.requires_grad
-        ]
 
     def validation_point(self, shape: AnyShape) -> Point:
         """Return the deepest trained depth."""
@@ -251,29 +231,11 @@ class SortedFull(Trains, ReadsDepths):
         return base.trained()
 
     def stepping(self, whole: ModelShape) -> ModelShape:
-        """Return how often a step runs each layer, a mean over what it may draw, and its exits."""
-        count, depths = whole.num_layers, len(self.depths)
-        having = Counter(i for n in self.depths for i in self.kept(n, count))
+        """Return how often a step runs each layer, and its exits."""
+        count = whole.num_layers
+        subs = self.submodels(count)
         if self.objective == "sampled":
-            return whole.map(lambda i, x: x.running(portion(having[i], depths)))
+            return submodels.one_of(whole, subs)
         if self.objective == "layerskip":
-            runs = [1 - p if having[i] else 0 for i, p in enumerate(layerskip.drop_rates(count))]
-            whole = whole.map(lambda i, x: x.running(runs[i]))
-            return replace(whole, objective=Objective(exits=min(2, depths)))
-        apart = self.layout != "prefix"  # sub-models that share no exit run one after the other
-        whole = whole.map(lambda i, x: x.running(having[i] if apart else min(1, having[i])))
-        readout = replace(whole.readout, runs=depths if apart else 1)
-        return replace(whole, readout=readout, objective=Objective(exits=depths))
-
-
-class _Cycle(Evolution):
-    """Depths that are still to be drawn before all of them have been."""
-
-    def __init__(self) -> None:
-        self.left: list[int] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"left": self.left}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.left = state["left"]
+            return submodels.with_layers_left_out(whole, subs, layerskip.drop_rates(count))
+        return submodels.all_of(whole, subs, nested=self.layout == "prefix")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Objective
+from effbench.api.objectives import DISTILLED
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, PositiveFloat
 from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
@@ -25,10 +25,6 @@ from effbench.methods.trains import Trains
 from effbench.nn.losses import token
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-DISTILLED_BYTES = 28
-"""Bytes per counted logit when the backward pass begins: seven float32 tensors. They are the
-student's two log-softmaxes, the teacher's, its exponential, their difference, two gradients."""
 
 
 @dataclass(frozen=True)
@@ -80,5 +76,4 @@ class Distillation(Trains):
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
         """Train every weight, with both distributions, their products and their gradients."""
-        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
-        return replace(super().shape(base, point, phase, folder), objective=objective)
+        return replace(super().shape(base, point, phase, folder), objective=DISTILLED)

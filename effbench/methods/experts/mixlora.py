@@ -86,9 +86,7 @@ class MixLoRA(Trains):
         control, scale = lowrank.RankControl(self.rank), self.alpha / self.rank
 
         def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
-            layer = lowrank.LowRankLinear(linear, control, self.alpha, self.dropout)
-            lowrank.init_a(layer.lora_A, ctx.seed, name)
-            return layer
+            return lowrank.adapter(linear, name, control, self.alpha, ctx.seed, self.dropout)
 
         surgery.replace_linears(model, adapt, ATTENTION)
         sizes = self.experts, self.top_k, self.rank, scale, self.dropout, ctx.seed

@@ -23,7 +23,6 @@ the end of training; the moments of Adam may be kept where a parameter changes i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -31,10 +30,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from annotated_types import Ge, Interval
 
 from effbench.api.batch import Batch
-from effbench.api.cost import cost_of
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
+from effbench.api.rank_budgets import growing
 from effbench.api.schema import (
     Fraction,
     NonNegativeFloat,
@@ -42,27 +41,21 @@ from effbench.api.schema import (
     PositiveFloat,
     PositiveInt,
 )
-from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
-from effbench.api.sharing import require_own_states
-from effbench.api.slices import planned_slice, slice_in
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
-from effbench.methods.base import Method
-from effbench.methods.pruning.structured import check_budget
+from effbench.methods.pruning.slices import Slices
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import growth, lowrank
-from effbench.nn.llama import attention, surgery, weights
+from effbench.nn.llama import attention, surgery
 from effbench.nn.losses import self_distill, token
-from effbench.nn.pruning import checkpoint, masks, pruner, slicing
+from effbench.nn.pruning import prune_and_grow, pruner
 from effbench.nn.pruning.schedule import PruningSchedule
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-STATE = ("searched", "importance", "ranks", "kept", "teacher")
-"""What a checkpoint keeps of `PruneAndGrow`."""
-
 
 @dataclass(frozen=True)
-class APT(Trains):
+class APT(Slices, Trains):
     """Pruning and growing adapters in one fine-tuning run."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -71,18 +64,11 @@ class APT(Trains):
         "ICML 2024",
         "2401.12200",
     )
-    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-3
     version: ClassVar[int] = 2
     """2: running averages are corrected for their start at zero; `normalise` scales the outlier
     term alone."""
 
-    keep: Annotated[float, Interval(gt=0, le=1)] = 0.7
-    """Share of the decoder's linear weights that stays; 1 prunes nothing."""
-    blocks: tuple[Literal["groups", "neurons", "dims"], ...] = ("groups", "neurons", "dims")
-    """Kinds of blocks that may go."""
-    align: PositiveInt = 1
-    """Neurons of a layer, and dimensions, go this many at a time; 64 suits most hardware."""
     begin: Fraction = 0.0
     """Where the pruning window begins, as a share of all steps."""
     end: Fraction = 0.5
@@ -141,9 +127,7 @@ class APT(Trains):
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse ranks above full and budgets that the prunable blocks cannot meet."""
         check_rank_fits(shape, self.rank, targets_in(shape, self.targets))
-        require_own_states(shape, self.name)
-        check_budget(shape, self.keep, self.blocks)
-        return self
+        return super().resolve(shape)
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -152,11 +136,8 @@ class APT(Trains):
         attention.require_llama(model)
 
         def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
-            layer = lowrank.LowRankLinear(
-                linear, lowrank.RankControl(self.rank), self.scale * self.rank
-            )
-            lowrank.init_a(layer.lora_A, ctx.seed, name)
-            return layer
+            control = lowrank.RankControl(self.rank)  # of its own, for its rank may grow
+            return lowrank.adapter(linear, name, control, self.scale * self.rank, ctx.seed)
 
         model.requires_grad_(False)
         surgery.replace_linears(model, adapt, self.targets)
@@ -204,7 +185,21 @@ class APT(Trains):
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what prunes, grows and slices; see the module's text for the order."""
-        return PruneAndGrow(self, model, ctx)
+        schedule = self.schedule(ctx.total_steps)
+        search = pruner.BlockSearch(
+            self.keep,
+            self.blocks,
+            self.align,
+            self.criterion,
+            self.kurtosis,
+            self.normalise,
+            ctx.seed,
+        )
+        steps = schedule.growth_steps(self.grow) if self.grow > 1 else {}
+        grown = growth.Growth(model, steps, self.max_rank, self.beta, ctx.generator)
+        return prune_and_grow.PruneAndGrow(
+            model, ctx, schedule, search, grown, self.mask_step, self.moments, self.distill
+        )
 
     def schedule(self, total: int) -> PruningSchedule:
         """Return when a run of `total` steps prunes and grows."""
@@ -228,24 +223,14 @@ class APT(Trains):
         pruning = pruner.Pruning.of(model)
         return super().trained_tensors(model) | (pruning.tensors() if pruning else {})
 
-    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return every weight."""
-        return Method.artefact_tensors(self, model)
-
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write all weights, the sizes they have, what was kept and the ranks it had."""
-        super().save(model, folder)
-        checkpoint.write_sizes(model, folder, vars(model)["pruned"])
+    def facts(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return what was kept, and the ranks that the adapters had."""
+        facts: dict[str, Any] = vars(model)["pruned"]
+        return facts
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the base `model` cut to the artefact's sizes, with the artefact's weights."""
-        vars(model)["pruned"] = checkpoint.fit_sizes(model, folder)
-        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
-        return model.requires_grad_(False)
-
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a folder that `model=folder` loads, and transformers where all layers are alike."""
-        checkpoint.write_folder(model, folder)
+        """Return the base `model` cut to the artefact's sizes, with its weights, frozen."""
+        return super().load(model, folder, ctx).requires_grad_(False)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -260,130 +245,6 @@ class APT(Trains):
         be; activations and FLOPs are those of the first ranks, the teacher of `distill` left out.
         """
         if phase == "use":
-            return slice_in(base, folder) or planned_slice(base, self.keep)
-        adapted = base.low_rank(self.rank, self.targets)
-        first, most = (
-            cost_of(base.low_rank(rank, self.targets), "float32").trainable
-            for rank in (self.rank, self.max_rank)
-        )
-        grown = min(int(first * self.grow), most) - first
-        return replace(adapted, through=True, grown=grown)
-
-
-class PruneAndGrow(Evolution):
-    """Prunes blocks, grows adapters and slices the model where it is time.
-
-    Args:
-        method: Its settings.
-        model: Prepared: with adapters, masks, and what collects salience.
-        ctx: Of the run.
-    """
-
-    def __init__(self, method: APT, model: torch.nn.Module, ctx: Context) -> None:
-        self.method, self.model, self.ctx = method, model, ctx
-        self.first = growth.adapter_parameters(model)
-        """Parameters of the adapters before they grow."""
-        self.whole = pruner.weights_left(model)
-        """Weights of the decoder's linears before any is pruned."""
-        self.searched = 1.0
-        """Share of the weights that the last choice of blocks aimed at."""
-        self.importance: dict[str, float] = {}
-        """Running importance of each adapter."""
-        self.ranks: dict[str, int] = {}
-        """Rank of each adapter that has grown."""
-        self.kept: dict[str, Any] | None = None
-        """What the slice kept, once the model is sliced."""
-        self.teacher: dict[str, list[torch.Tensor]] | None = None
-        """The adapters before pruning, where the model learns from itself."""
-
-    @property
-    def schedule(self) -> PruningSchedule:
-        """When to prune and when to grow."""
-        return self.method.schedule(self.ctx.total_steps)
-
-    @property
-    def pruning(self) -> pruner.Pruning | None:
-        """Masks and salience, while the model is not sliced."""
-        return pruner.Pruning.of(self.model)
-
-    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
-        """Prune, grow and slice where it is time."""
-        method, step, pruning = self.method, self.ctx.step, self.pruning
-        swap = growth.Swap(optimizer, method.moments)
-        if pruning:
-            pruning.watcher.finish_step()
-            if method.distill and (self.teacher is None or not self.schedule.share(step)):
-                self.teacher = self_distill.copy_adapters(self.model)
-            if step in self.schedule.pruning_steps:
-                self._aim(pruning, self.schedule.ratio(step, method.keep))
-            pruning.masks.move(method.mask_step)
-        if method.grow > 1:
-            self._grow(swap)
-        if pruning and pruning.masks.hard and self.schedule.over(step) and not method.distill:
-            self.kept = pruning.cut(replace=swap).plain()
-        if step < method.warm_steps:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-
-    def _aim(self, pruning: pruner.Pruning, ratio: float) -> None:
-        """Choose the blocks that stay, `ratio` of all weights."""
-        method = self.method
-        if method.criterion == "random":
-            draws = torch.Generator().manual_seed(self.ctx.seed)  # the same blocks each time
-            salience = torch.rand(pruning.layout.size, generator=draws)
-        else:
-            salience = pruning.salience(method.kurtosis, method.normalise)
-        pruning.aim(salience, ratio * self.whole, method.blocks, method.align)
-        self.searched = ratio
-
-    def _grow(self, swap: growth.Swap) -> None:
-        growth.note_importance(self.model, self.importance, self.method.beta)
-        factor = self.schedule.growth_steps(self.method.grow).get(self.ctx.step)
-        if factor is not None:
-            self.ranks |= growth.grow_important(
-                self.model,
-                self.importance,
-                int(factor * self.first),
-                self.method.max_rank,
-                self.ctx.generator,
-                swap,
-            )
-
-    def cut(self) -> dict[str, Any]:
-        """Slice the model, unless it is sliced, to the budget; return what was kept."""
-        pruning = self.pruning
-        if pruning:
-            if self.searched != self.method.keep:
-                self._aim(pruning, self.method.keep)
-            self.kept = pruning.cut().plain()
-        assert self.kept is not None
-        return self.kept
-
-    @property
-    def final(self) -> bool:
-        """Whether the model is sliced, or would be but for the teacher, and no rank will grow."""
-        step, grow, left = self.ctx.step, self.method.grow, masks.masks_of(self.model)
-        pruned = left is None or (left.hard and self.schedule.over(step))
-        growing = grow > 1 and step < max(self.schedule.growth_steps(grow))
-        return pruned and not growing
-
-    def metrics(self) -> dict[str, float]:
-        """Return the share of weights that masks or the slice leave, and the adapters' size."""
-        return {
-            "kept": pruner.weights_left(self.model) / self.whole,
-            "adapter_params": float(growth.adapter_parameters(self.model)),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was found and done so far."""
-        return {name: getattr(self, name) for name in STATE}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back, and grow and slice the prepared model as it tells."""
-        vars(self).update(state)
-        pruning = self.pruning
-        if pruning and self.kept is not None:
-            pruning.cut(slicing.Kept.from_plain(self.kept))
-        for name, layer in lowrank.low_rank_layers(self.model):
-            if name in self.ranks:
-                growth.set_rank(layer, self.ranks[name])
+            return super().shape(base, point, phase, folder)
+        adapted = growing(base, self.targets, self.rank, self.max_rank, self.grow)
+        return replace(adapted, through=True)

@@ -20,7 +20,7 @@ Our choices, for the paper's are not known: the layer maps (`top` is YOCO's, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -28,10 +28,11 @@ from typing import Any, ClassVar, Literal, Self
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Objective, low_rank
+from effbench.api.objectives import DISTILLED
+from effbench.api.parts import low_rank
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
-from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import (
     TAKEN,
     LayerMap,
@@ -39,23 +40,20 @@ from effbench.api.sharing import (
     listed_map,
     pair_map,
     require_unshared,
-    shared_in,
-    shared_shape,
     top_map,
 )
-from effbench.methods.base import Method
-from effbench.methods.distill.kd import DISTILLED_BYTES
-from effbench.methods.trains import START, Trains
+from effbench.methods.sharing.shares import Shares
+from effbench.methods.trains import START
 from effbench.nn.adapters import growth, lowrank
-from effbench.nn.llama import shared_attention, surgery, weights
+from effbench.nn.llama import shared_attention, surgery
 from effbench.nn.losses import token
-from effbench.nn.sharing import checkpoint
+from effbench.nn.sharing import conversion
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class EchoLLaMA(Trains):
+class EchoLLaMA(Shares):
     """Cross-layer sharing by conversion, or from scratch on a model with random weights."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -63,7 +61,6 @@ class EchoLLaMA(Trains):
         "EMNLP 2025 industry track",
         "2505.17331",
     )
-    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     identity: ClassVar[dict[str, Any] | None] = {"share": 0.0}
 
@@ -133,12 +130,7 @@ class EchoLLaMA(Trains):
         """Return the first step of each consumer's conversion and the one after its last."""
         consumers = self.sharing(num_layers).consumers
         ordered = consumers if self.order == "up" else consumers[::-1]
-        steps = max(1, round(self.adapt * total_steps))
-        count = len(ordered)
-        return {
-            layer: (place * steps // count, (place + 1) * steps // count)
-            for place, layer in enumerate(ordered)
-        }
+        return conversion.spans(ordered, max(1, round(self.adapt * total_steps)))
 
     def adapted(self, num_layers: int) -> Iterator[tuple[int, str]]:
         """Yield `(layer, linear)` of every adapter that `trains=lora` has."""
@@ -156,12 +148,9 @@ class EchoLLaMA(Trains):
         """Make the model ready to share, or let it share at once; mark what trains."""
         sharing = self.sharing(int(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
         if self.producer_init == "mean":
-            average_sources(model, sharing)
-        model = (
-            shared_attention.share(model, sharing)
-            if self.abrupt
-            else shared_attention.put_sharing(model, sharing)
-        )
+            conversion.average_sources(model, sharing)
+        put = shared_attention.share if self.abrupt else shared_attention.put_sharing
+        model = put(model, sharing)
         model.requires_grad_(self.trains == "full")
         if self.trains == "lora":
             self._adapt(model, ctx.seed)
@@ -170,10 +159,8 @@ class EchoLLaMA(Trains):
     def _adapt(self, model: Any, seed: int) -> None:
         for layer, name in self.adapted(len(model.model.layers)):
             path = f"model.layers.{layer}.self_attn.{name}"
-            part = lowrank.LowRankLinear(
-                model.get_submodule(path), lowrank.RankControl(self.rank), self.rank
-            )
-            lowrank.init_a(part.lora_A, seed, path)
+            linear, control = model.get_submodule(path), lowrank.RankControl(self.rank)
+            part = lowrank.adapter(linear, path, control, self.rank, seed)
             surgery.replace_module(model, path, part)
 
     # -- training ------------------------------------------------------------------------------
@@ -181,7 +168,7 @@ class EchoLLaMA(Trains):
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what converts the consumers, one after the other."""
         spans = self.spans(int(model.config.num_hidden_layers), ctx.total_steps)  # type: ignore[union-attr,arg-type]
-        return LayerByLayer(model, ctx, spans)
+        return conversion.LayerByLayer(model, ctx, spans)
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the cross-entropy of one micro-batch, with the distance to the original added."""
@@ -196,33 +183,10 @@ class EchoLLaMA(Trains):
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with every consumer converted and adapters merged."""
-        for attention in shared_attention.sharing_layers(model):
-            if attention.source != attention.layer and not attention.takes:
-                shared_attention.convert(model, attention.layer)
+        conversion.convert_rest(model)
         if self.trains == "lora":
             model = growth.merge(model).requires_grad_(False)
         return model
-
-    # -- artefact ------------------------------------------------------------------------------
-
-    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return every weight."""
-        return Method.artefact_tensors(self, model)
-
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write all weights and the layer map."""
-        super().save(model, folder)
-        checkpoint.write_map(model, folder)
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the base `model` turned into the shared one of the artefact."""
-        model = checkpoint.follow_map(model, folder)
-        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
-        return model.requires_grad_(False)
-
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a folder that `model=folder` loads; no other tool knows the layer map."""
-        checkpoint.write_shared(model, folder)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -230,7 +194,7 @@ class EchoLLaMA(Trains):
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
         """Share states; while it trains, only if all layers are converted before the first step."""
-        shares = shared_in(base, folder) or shared_shape(base, self.sharing(base.num_layers))
+        shares = self.shared(base, folder)
         if phase == "use":
             return shares.trained() if self.trains == "full" else shares
         first = shares if self.abrupt else base
@@ -241,77 +205,4 @@ class EchoLLaMA(Trains):
             model = first.adapted(
                 lambda i, x: low_rank(x.d_in, x.d_out, self.rank) if (i, x.name) in chosen else None
             )
-        objective = Objective(logit_bytes=DISTILLED_BYTES, every=True)
-        return replace(model, objective=objective) if self.kl else model
-
-
-class LayerByLayer(Evolution):
-    """Converts each consumer within its span of steps: its share rises, then it is converted.
-
-    Args:
-        model: Ready to share.
-        ctx: Of the run.
-        spans: First step of each consumer's conversion and the one after its last; a consumer that
-            shares already is left alone.
-    """
-
-    def __init__(
-        self, model: torch.nn.Module, ctx: Context, spans: Mapping[int, tuple[int, int]]
-    ) -> None:
-        self.model, self.ctx, self.spans = model, ctx, spans
-
-    def _coming(self) -> Iterator[tuple[shared_attention.SharingAttention, int, int]]:
-        """Yield the layers that are still to be converted, with their spans."""
-        for attention in shared_attention.sharing_layers(self.model):
-            if attention.layer in self.spans and not attention.takes:
-                yield attention, *self.spans[attention.layer]
-
-    def before_step(self) -> None:
-        """Set a of the layers that are on their way."""
-        for attention, first, end in self._coming():
-            attention.share = share_at(self.ctx.step, first, end)
-
-    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remove the projections of layers whose conversion ends with this step."""
-        for attention, _, end in list(self._coming()):
-            if end <= self.ctx.step + 1:
-                growth.drop(optimizer, shared_attention.convert(self.model, attention.layer))
-
-    @property
-    def final(self) -> bool:
-        """Whether every consumer is converted."""
-        return not any(True for _ in self._coming())
-
-    def metrics(self) -> dict[str, float]:
-        """Return how many layers are converted, those on their way in part."""
-        return {"converted": sum(m.share for m in shared_attention.sharing_layers(self.model))}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the layers that are converted."""
-        coming = {attention.layer for attention, *_ in self._coming()}
-        return {"converted": sorted(self.spans.keys() - coming)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Convert the layers that were."""
-        for attention, *_ in list(self._coming()):
-            if attention.layer in state["converted"]:
-                shared_attention.convert(self.model, attention.layer)
-
-
-def share_at(step: int, first: int, end: int) -> float:
-    """Return a in a step (from 0) of a layer that is converted from step `first` until `end`."""
-    if step < first:
-        return 0.0
-    return min(1.0, (step + 1 - first) / (end - first)) if end > first else 1.0
-
-
-def average_sources(model: Any, sharing: LayerMap) -> None:
-    """Set the projections of each source to the mean over itself and its consumers, in place."""
-    layers = model.model.layers
-    for source in sharing.givers:
-        group = [i for i, s in enumerate(sharing.sources) if s == source]
-        for name in TAKEN[sharing.mode]:
-            parts = [getattr(layers[i].self_attn, name) for i in group]
-            for mine, *others in zip(*(p.parameters() for p in parts), strict=True):
-                mean = torch.stack([mine.data, *(o.data for o in others)]).float().mean(0)
-                mine.data = mean.to(mine.dtype)
+        return replace(model, objective=DISTILLED) if self.kl else model

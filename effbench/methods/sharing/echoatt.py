@@ -34,16 +34,17 @@ from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper, Weights
-from effbench.api.parts import Objective
+from effbench.api.objectives import distilled_in_chunks
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
-from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
-from effbench.api.sharing import LayerMap, listed_map, require_unshared, shared_in, shared_shape
-from effbench.methods.trains import START, Trains
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.sharing import LayerMap, listed_map, require_unshared
+from effbench.methods.sharing.shares import Shares
+from effbench.methods.trains import START
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
-from effbench.nn.llama import shared_attention, weights
+from effbench.nn.llama import shared_attention
 from effbench.nn.losses import distill
-from effbench.nn.sharing import checkpoint, similarity
+from effbench.nn.sharing import similarity
 from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -53,7 +54,7 @@ CHOSEN = "shared"
 
 
 @dataclass(frozen=True)
-class EchoAtt(Trains):
+class EchoAtt(Shares):
     """Attention maps copied between layers, and distillation from the unchanged model."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -61,7 +62,6 @@ class EchoAtt(Trains):
         "NeurIPS 2024 ENLSP-IV workshop",
         "2409.14595",
     )
-    anatomy: ClassVar[Anatomy] = "plain"
     learning_rate: ClassVar[float] = 1e-4
     version: ClassVar[int] = 2
     """2: the teacher keeps its buffers, rotary frequencies among them, in float32."""
@@ -108,6 +108,12 @@ class EchoAtt(Trains):
         """Return how many layers are shared."""
         return count_of(self.ratio, num_layers) if self.layers is None else len(self.layers)
 
+    def sharing(self, num_layers: int) -> LayerMap:
+        """Return the map of the listed layers, or of any that are as many."""
+        count = self.count(num_layers)
+        chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
+        return listed_map(num_layers, chosen, "qk")
+
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that cannot be shared, more than there are, and a loss without terms."""
         require_unshared(shape, self.name)
@@ -153,11 +159,7 @@ class EchoAtt(Trains):
                 f"The training rows have fewer than method.tokens={self.tokens} tokens.",
                 "Lower method.tokens, or name the layers: method.layers=[...]",
             )
-        training = model.training
-        matrix = similarity.mean_attention(
-            model.eval(), [torch.tensor(t, device=device) for t in texts]
-        )
-        model.train(training)
+        matrix = similarity.mean_attention(model, [torch.tensor(t, device=device) for t in texts])
         found = ranking(matrix, self.keep_first, self.keep_last)
         return sorted(found[: self.count(len(matrix))])
 
@@ -207,23 +209,6 @@ class EchoAtt(Trains):
         mixed = mixed + self.soft_weight * terms.soft + self.hard_weight * terms.hard
         return mixed / batch.window_tokens
 
-    # -- artefact ------------------------------------------------------------------------------
-
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write all weights and which layers share."""
-        super().save(model, folder)
-        checkpoint.write_map(model, folder)
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Return the base `model` sharing as the artefact does, with its weights; no teacher."""
-        model = checkpoint.follow_map(model, folder).requires_grad_(True)
-        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
-        return model
-
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a folder that `model=folder` loads; transformers does where nothing is shared."""
-        checkpoint.write_shared(model, folder)
-
     # -- use -----------------------------------------------------------------------------------
 
     def decoder(self, point: Point) -> Decoder:
@@ -235,23 +220,11 @@ class EchoAtt(Trains):
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
-        """Share the maps of the chosen layers, any as many before they are, and train the rest.
-
-        Logits are made a chunk at a time, and made again. The first stage is the larger one.
-        """
-        shares = shared_in(base, folder) or shared_shape(base, self._planned(base.num_layers))
-        model = shares.trained()
+        """Share the maps of the chosen layers, any as many before they are, and train the rest."""
+        model = self.shared(base, folder).trained()
         if phase == "use" or not self.distils:
             return model
-        chunk = distill.CHUNK * distill.CHUNK_BYTES * base.vocab_size
-        # The teacher's logits are whole.
-        return replace(model, objective=Objective(logit_bytes=None, fixed=chunk, again=True))
-
-    def _planned(self, num_layers: int) -> LayerMap:
-        """Return the map of the listed layers, or of any that are as many."""
-        count = self.count(num_layers)
-        chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
-        return listed_map(num_layers, chosen, "qk")
+        return replace(model, objective=distilled_in_chunks(base.vocab_size))
 
 
 class _Stages(Evolution):

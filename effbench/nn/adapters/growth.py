@@ -123,38 +123,75 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def note_importance(model: nn.Module, importance: dict[str, float], beta: float) -> None:
-    """Take the gradients of a step into the running importance of each adapter, by name."""
-    for name, layer in low_rank_layers(model):
-        now = float(rank_sums(layer).mean())
-        importance[name] = beta * importance.get(name, 0.0) + (1 - beta) * now
-
-
-def grow_important(
-    model: nn.Module,
-    importance: Mapping[str, float],
-    target: int,
-    most: int,
-    generator: torch.Generator,
-    replace: Replace | None = None,
-) -> dict[str, int]:
-    """Let the more important half of a model's adapters grow; return the new ranks by name.
+class Growth:
+    """Lets the more important half of a model's adapters grow at some steps of its training.
 
     Args:
         model: Carries the adapters.
-        importance: Of each.
-        target: Parameters of all adapters after growing, at most.
+        steps: How many times their first size all adapters together may have, by growth step; none
+            where they do not grow.
         most: Highest rank.
+        beta: Weight of the past in the running importance.
         generator: CPU generator of the new rows of A.
-        replace: Told of each parameter that is replaced.
     """
-    layers = dict(low_rank_layers(model))
-    ranks = {name: layer.control.max_rank for name, layer in layers.items()}
-    widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
-    larger = grown_ranks(ranks, widths, importance, target, most)
-    for name, rank in larger.items():
-        grow(layers[name], rank, generator, replace)
-    return larger
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: Mapping[int, float],
+        most: int,
+        beta: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.steps, self.most = model, steps, most
+        self.beta, self.generator = beta, generator
+        self.first = adapter_parameters(model)
+        """Parameters of the adapters before they grow."""
+        self.importance: dict[str, float] = {}
+        """Running importance of each adapter."""
+        self.ranks: dict[str, int] = {}
+        """Rank of each adapter that has grown."""
+
+    def after_backward(self, step: int, replace: Replace) -> None:
+        """Take the step's gradients into the importance, and grow where it is time.
+
+        Args:
+            step: Of the run, from 0.
+            replace: Told of each parameter that is replaced.
+        """
+        if not self.steps:
+            return
+        for name, layer in low_rank_layers(self.model):
+            now = float(rank_sums(layer).mean())
+            before = self.importance.get(name, 0.0)
+            self.importance[name] = self.beta * before + (1 - self.beta) * now
+        if step in self.steps:
+            self.grow_to(int(self.steps[step] * self.first), replace)
+
+    def grow_to(self, target: int, replace: Replace) -> None:
+        """Let the more important half grow until all adapters have `target` parameters at most."""
+        layers = dict(low_rank_layers(self.model))
+        ranks = {name: layer.control.max_rank for name, layer in layers.items()}
+        widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+        larger = grown_ranks(ranks, widths, self.importance, target, self.most)
+        for name, rank in larger.items():
+            grow(layers[name], rank, self.generator, replace)
+        self.ranks |= larger
+
+    def goes_on(self, step: int) -> bool:
+        """Whether a growth step is still to come."""
+        return step < max(self.steps, default=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found and done so far."""
+        return {"importance": self.importance, "ranks": self.ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back, and give the prepared adapters the ranks that they had."""
+        self.importance, self.ranks = state["importance"], state["ranks"]
+        for name, layer in low_rank_layers(self.model):
+            if name in self.ranks:
+                set_rank(layer, self.ranks[name])
 
 
 class Swap:

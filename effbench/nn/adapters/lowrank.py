@@ -126,11 +126,37 @@ class LowRankLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, max_rank={self.control.max_rank}"
 
 
+def adapter(
+    base: nn.Module, name: str, control: RankControl, alpha: float, seed: int, dropout: float = 0.0
+) -> LowRankLinear:
+    """Return a linear with an adapter beside it that changes nothing yet: see `init_a`; B is zero.
+
+    Args:
+        base: The frozen linear.
+        name: Its qualified name.
+        control: Says b.
+        alpha: Numerator of the scale.
+        seed: The run's seed.
+        dropout: Probability of dropping an adapter input in training.
+    """
+    layer = LowRankLinear(base, control, alpha, dropout)
+    init_a(layer.lora_A, seed, name)
+    return layer
+
+
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     """Yield `(qualified name, layer)` of every adapted linear."""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             yield name, module
+
+
+def copy_adapters(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return copies of all adapters' factors, `[A, B]` by name."""
+    return {
+        name: [layer.lora_A.detach().clone(), layer.lora_B.detach().clone()]
+        for name, layer in low_rank_layers(model)
+    }
 
 
 def control_of(model: nn.Module) -> RankControl:

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from effbench.nn.adapters.svd import SVDLinear
+from effbench.api.evolution import Evolution
+from effbench.api.method_types import Context
+from effbench.nn.adapters.svd import SVDLinear, prune
 
 Averages = dict[str, dict[str, torch.Tensor]]
 """`sensitivity` and `uncertainty`, each by the name of a parameter."""
@@ -99,6 +102,74 @@ def best(score: torch.Tensor, budget: int) -> torch.Tensor:
     kept = torch.zeros_like(by_rank, dtype=torch.bool)
     kept[order[:budget]] = True
     return kept.view(score.shape[1], score.shape[0]).T
+
+
+class RankPruning(Evolution):
+    """Weighs the ranks after each step, and prunes those beyond the budget.
+
+    Args:
+        layers: The adapters by name.
+        ctx: Of the run.
+        schedule: The budgets of the run.
+        beta1: Weight of the past in the sensitivity.
+        beta2: Weight of the past in its uncertainty.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, SVDLinear],
+        ctx: Context,
+        schedule: BudgetSchedule,
+        beta1: float,
+        beta2: float,
+    ) -> None:
+        self.layers, self.ctx, self.schedule = layers, ctx, schedule
+        self.betas = beta1, beta2
+        self.averages = no_averages()
+        self.kept: dict[str, list[int]] | None = None
+        """The ranks of each layer that stay, once they are chosen for good."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the step's gradients into account, and prune where it is time."""
+        step, schedule = self.ctx.step + 1, self.schedule
+        if step < schedule.end:
+            observe(self.layers, self.averages, *self.betas)
+        if schedule.chooses(step):
+            chosen = self._best(schedule.budget(step))
+            prune(self.layers, chosen)
+            if step == schedule.end:
+                self.kept, self.averages = chosen, no_averages()
+        elif self.kept is not None:
+            prune(self.layers, self.kept)
+
+    def chosen(self) -> dict[str, list[int]]:
+        """Return the ranks of each layer that stay; the best ones where none are chosen yet."""
+        return self.kept or self._best(self.schedule.target)
+
+    def _best(self, count: int) -> dict[str, list[int]]:
+        """Return the ranks of each layer that are among the `count` that matter most."""
+        rows = best(scores(self.layers, self.averages), count).cpu()
+        return {
+            name: row.nonzero().flatten().tolist()
+            for name, row in zip(self.layers, rows, strict=True)
+        }
+
+    @property
+    def final(self) -> bool:
+        """Whether the ranks that stay are chosen for good."""
+        return self.kept is not None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the ranks that all layers together may have."""
+        return {"rank_budget": float(self.schedule.budget(self.ctx.step + 1))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running averages, and the ranks that stay."""
+        return {"averages": self.averages, "kept": self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.averages, self.kept = state["averages"], state["kept"]
 
 
 def _parameters(layers: Mapping[str, SVDLinear]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -11,15 +11,18 @@ Q, `lora_E` lambda and `lora_B` P.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effbench.api.rank_budgets import RANKS
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, init_a
-from effbench.nn.llama.surgery import replace_module
+from effbench.nn.llama.surgery import decoder_linears, replace_module
 
 
 class SVDLinear(nn.Module):
@@ -104,6 +107,21 @@ def fold(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
             plain.lora_B.copy_(layer.lora_B[:, ranks])
         replace_module(model, name, plain)
     return model
+
+
+def write_ranks(model: nn.Module, targets: Iterable[str], folder: Path) -> None:
+    """State the rank of each plain adapter in an artefact; 0 where a target has none."""
+    ranks = {
+        name: linear.control.max_rank if isinstance(linear, LowRankLinear) else 0
+        for name, linear in decoder_linears(model, targets)
+    }
+    (folder / RANKS).write_text(json.dumps(ranks, indent=1))
+
+
+def follow_ranks(model: nn.Module, scale: float, folder: Path) -> None:
+    """Put plain adapters of zeros into a model, of the ranks that an artefact states."""
+    for name, rank in json.loads((folder / RANKS).read_text()).items():
+        replace_module(model, name, with_rank(model.get_submodule(name), rank, scale))
 
 
 def with_rank(base: nn.Module, rank: int, scale: float) -> nn.Module:

@@ -1,4 +1,4 @@
-"""AnyShape layers that run on some tokens only, and a low-rank stand-in for the others.
+"""Layers that run on some tokens only, and a low-rank stand-in for the others.
 
 A token either refreshes a droppable layer (the layer runs as ever and its output is kept as the
 anchor) or drops it (the layer's output is the anchor plus a low-rank map of its input). Two forms
@@ -14,13 +14,15 @@ blocks, norm and head, with nothing between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 
+from effbench.api.batch import Batch
 from effbench.nn.llama.head import IGNORED
 from effbench.nn.llama.stack import require_plain_layers
 
@@ -28,6 +30,8 @@ Start = Literal["refresh", "previous", "input"]
 """What a dropped token starts from: the layer's output at the last refresh or at the previous
 token, or the layer's input."""
 
+Baseline = Literal["reuse", "identity"]
+"""What a dropped token has without a map: the anchor, or the layer's input."""
 Policy = tuple[Start, bool]
 """What a dropped token starts from, and whether the map of its input is added."""
 
@@ -102,6 +106,18 @@ class DroppableLayers(torch.nn.Module):
         """What dropped tokens get now."""
         return self.start, self.mapped
 
+    @contextmanager
+    def using(self, window: int, baseline: Baseline | None = None) -> Iterator[None]:
+        """Work with a window inside the context, and without maps where a baseline is given."""
+        before = self.window, self.start, self.mapped
+        self.window = window
+        if baseline:
+            self.start, self.mapped = "refresh" if baseline == "reuse" else "input", False
+        try:
+            yield
+        finally:
+            self.window, self.start, self.mapped = before
+
     def replaced(
         self, index: int, hidden: torch.Tensor, anchor: torch.Tensor, policy: Policy
     ) -> torch.Tensor:
@@ -174,6 +190,44 @@ def schedule(prompts: torch.Tensor, phases: torch.Tensor, length: int, window: i
     """
     decoded = torch.arange(length, device=prompts.device) - prompts[:, None]
     return (decoded < 0) | ((decoded + phases[:, None]) % (window + 1) == window)
+
+
+def draw_starts(
+    batch: Batch, window: int, generator: torch.Generator, prefix: float, random_phase: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a random prompt length and phase for each sequence, [B] and [B] int64.
+
+    Two numbers are drawn per sequence, in order, so that the split of a window into micro-batches
+    does not matter.
+
+    Args:
+        batch: The sequences; a prompt holds at least their unlabelled start.
+        window: k.
+        generator: CPU generator.
+        prefix: Largest share of the rest of a sequence that counts as prompt too.
+        random_phase: Whether the phase is drawn; 0 otherwise.
+    """
+    draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
+    draws = draws.to(batch.labels.device)
+    shortest = prompt_lengths(batch.labels)
+    rest = (batch.attention_mask.sum(1) - shortest).clamp(min=0)
+    extra = (draws[:, 0] * ((prefix * rest).floor() + 1)).long()
+    phases = (draws[:, 1] * (window + 1)).long() * int(random_phase)
+    return shortest + extra, phases
+
+
+def cycle_places(labels: torch.Tensor, window: int) -> torch.Tensor:
+    """Return the place in the cycle at which each token was predicted, [B, T - 1] int64.
+
+    0 follows a refresh or the prompt; the first column is the second token.
+
+    Args:
+        labels: [B, T], -100 where a token does not count.
+        window: k.
+    """
+    prompts = prompt_lengths(labels)
+    decoded = torch.arange(labels.shape[1] - 1, device=prompts.device) - prompts[:, None] + 1
+    return decoded.clamp(min=0) % (window + 1)
 
 
 def masked_logits(

@@ -23,16 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from effbench.api.objectives import CHUNK
 from effbench.nn.llama.head import IGNORED
 from effbench.nn.losses.self_distill import captured
 
 Direction = Literal["student_teacher", "teacher_student"]
 """Whose distribution weighs the difference of the logarithms: KL(first || second)."""
-
-CHUNK = 128
-"""Positions whose float32 distributions are in memory at once."""
-CHUNK_BYTES = 28
-"""Bytes per logit of a chunk in its backward pass: seven float32 tensors."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 

@@ -27,14 +27,6 @@ from effbench.nn.losses.token import token_kl
 from effbench.nn.pruning.masks import Masks
 
 
-def copy_adapters(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Return copies of all adapters' factors, `[A, B]` by name."""
-    return {
-        name: [layer.lora_A.detach().clone(), layer.lora_B.detach().clone()]
-        for name, layer in low_rank_layers(model)
-    }
-
-
 @contextmanager
 def as_teacher(
     model: nn.Module, masks: Masks, copies: Mapping[str, Sequence[torch.Tensor]]

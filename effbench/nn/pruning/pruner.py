@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -79,6 +79,35 @@ class Pruning:
         """Return what a checkpoint keeps, by name."""
         parts = {"masks": self.masks, "salience": self.watcher}
         return {f"{p}.{n}": b for p, part in parts.items() for n, b in part.named_buffers()}
+
+
+@dataclass(frozen=True)
+class BlockSearch:
+    """How the blocks that stay are chosen."""
+
+    keep: float
+    """Share of all weights that stays in the end."""
+    prunable: Sequence[Kind]
+    """Kinds of blocks that may go."""
+    align: int
+    """Neurons of a layer, and dimensions, go this many at a time."""
+    criterion: Literal["salience", "random"]
+    """What blocks are ranked by."""
+    kurtosis: bool
+    """Whether outliers protect a block."""
+    normalise: bool
+    """Whether both terms of the salience are divided by their means."""
+    seed: int
+    """Of random numbers in the place of the salience: the same blocks each time."""
+
+    def aim(self, pruning: Pruning, budget: float) -> None:
+        """Have the masks move from now on towards the blocks within a budget of weights."""
+        if self.criterion == "random":
+            draws = torch.Generator().manual_seed(self.seed)
+            salience = torch.rand(pruning.layout.size, generator=draws)
+        else:
+            salience = pruning.salience(self.kurtosis, self.normalise)
+        pruning.aim(salience, budget, self.prunable, self.align)
 
 
 def weights_left(model: Any) -> float:

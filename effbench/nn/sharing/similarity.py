@@ -91,10 +91,13 @@ def mean_attention(model: Any, texts: Sequence[torch.Tensor]) -> list[list[float
     """Return the similarity of the attention maps of each pair of layers, a mean over texts.
 
     Args:
-        model: As for `layer_similarity`.
+        model: As for `layer_similarity`; evaluated, and in the mode that it was in afterwards.
         texts: [T] int64 each, at least one.
     """
+    training = model.training
+    model.eval()
     found = [layer_similarity(model, text).attention.double() for text in texts]
+    model.train(training)
     mean: list[list[float]] = (torch.stack(found).mean(0)).tolist()
     return mean
 

@@ -16,6 +16,7 @@ from effbench.stats import (
     equivalence,
     over_seeds,
     paired_difference,
+    paired_seeds,
     paired_test,
     seeds_and_items,
 )
@@ -64,8 +65,9 @@ class Contrast:
 def contrast(a: Side, b: Side, margin: float | None = None, better: Better = "") -> Contrast:
     """Return what the difference a - b shows.
 
-    Runs of one group at two operating points are paired by their seed. Different groups are not:
-    each has seeds of its own, unless no seed enters one of them.
+    Runs are paired by their seed where both sides have the same seeds: rows, their order and the
+    start are alike then. Otherwise each side has seeds of its own, unless no seed enters one of
+    them.
 
     Args:
         a: One side.
@@ -99,8 +101,9 @@ def p_of_difference(a: Side, b: Side) -> float:
 def _joint(a: Side, b: Side) -> Student | None:
     """Return the difference over seeds and items; None when the seeds are too few for one."""
     x, y, clusters = a.values, b.values, a.outcomes[0].clusters
-    if a.group == b.group:
-        return seeds_and_items(x - y, clusters=clusters) if len(x) > 1 else None
+    if a.group == b.group or (len(x) > 1 and _same_seeds(a, b)):
+        pairs = [b.seeds.index(s) for s in a.seeds] if _same_seeds(a, b) else slice(None)
+        return paired_seeds(x, y[pairs], clusters) if len(x) > 1 else None
     if len(x) > 1 and len(y) > 1:
         return seeds_and_items(x, y, clusters)
     if len(x) > 1 and b.seedless:
@@ -109,6 +112,11 @@ def _joint(a: Side, b: Side) -> Student | None:
         turned = seeds_and_items(y, x, clusters, fixed=True)
         return Student(-turned.value, turned.error, turned.df)
     return None
+
+
+def _same_seeds(a: Side, b: Side) -> bool:
+    """Whether both have runs of the same seeds, one of each."""
+    return len({*a.seeds}) == len(a.seeds) and sorted(a.seeds) == sorted(b.seeds)
 
 
 def _over_seeds(a: Side, b: Side) -> OverSeeds | None:

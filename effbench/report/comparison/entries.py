@@ -48,7 +48,7 @@ class Entry:
         """Return the outcomes for a test; None when there are none."""
         if not self.outcomes:
             return None
-        return Side(self.number, self.group.seeds, self.outcomes, self.group.seedless)
+        return Side(self.number, self.group.made_with, self.outcomes, self.group.seedless)
 
 
 def references(entries: Sequence[Entry], same_points: bool) -> list[int | None]:

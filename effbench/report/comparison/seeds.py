@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from effbench.api.keys import leave_places_out
+from effbench.api.stages import base as stages
 from effbench.api.stages.base import trains
 from effbench.report.labels import labels
 from effbench.results.records import Record, as_now
@@ -37,6 +38,18 @@ class Group:
         """Whether no seed enters its numbers: a model evaluated as it is, without training."""
         first = self.records[0]
         return first.stage == "eval" and not first.parent
+
+    @property
+    def made_with(self) -> list[Seeds]:
+        """The seeds of each run that what it gives was made with, by which runs make pairs.
+
+        That of an evaluation is not among them, unless it is all that its runs differ in.
+        """
+        first = self.records[0]
+        if not first.parent or stages.find(first.stage).makes:
+            return self.seeds
+        made = [seeds[1:] for seeds in self.seeds]
+        return made if all(made) and len(set(made)) == len(made) else self.seeds
 
 
 def grouped(records: Sequence[Record], known: Sequence[Record] = ()) -> list[Group]:

@@ -40,8 +40,12 @@ class Selection:
     """One sentence per method: which point was chosen, on which split, among how many."""
 
 
-def criterion_of(word: str) -> Criterion:
+def criterion_of(word: str, option: str = "--select ") -> Criterion:
     """Return the criterion of a word like `loss@validation`.
+
+    Args:
+        word: The word.
+        option: What it was given to, for messages.
 
     Raises:
         UserError: For another form, for the split that is reported, and for a metric of which
@@ -50,19 +54,36 @@ def criterion_of(word: str) -> Criterion:
     metric, _, split = word.partition("@")
     if not metric or not split:
         raise UserError(
-            f"--select {word} is no metric on a split.", "For example: --select loss@validation"
+            f"{option}{word} is no metric on a split.", f"For example: {option}loss@validation"
         )
     if split == REPORTED:
         raise UserError(
-            f"--select {word} would choose on the split that is reported.",
-            f"Choose on other rows: --select {metric}@validation",
+            f"{option}{word} would choose on the split that is reported.",
+            f"Choose on other rows: {option}{metric}@validation",
         )
     if not better(metric):
         raise UserError(
-            f"--select {word}: whether more or less of {metric} is better is not known.",
+            f"{option}{word}: whether more or less of {metric} is better is not known.",
             "Choose by a loss or an accuracy.",
         )
     return Criterion(metric, split)
+
+
+def value_of(record: Record, criterion: Criterion) -> float:
+    """Return the metric that a criterion names, of several operating points the best one.
+
+    Raises:
+        UserError: When the record does not have it.
+    """
+    values = {
+        m.point: m.value for m in record.metrics if (m.name, m.split, m.task) == (*criterion, "")
+    }
+    if not values:
+        raise UserError(
+            f"Run {record.key} has no {criterion}.",
+            f"Evaluate on it: evaluator.NAME.split={criterion.split}",
+        )
+    return values[_best(values, criterion)]
 
 
 def select_points(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -14,36 +13,36 @@ from effbench.api.footprint import Pass
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors, save_tensors
+from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import context, open_data, open_model
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
-from effbench.util.files import atomic_path
 
 
 class Parts:
     """Finished parts of a compression, on disk, by name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
 
     def read(self, name: str, device: torch.device) -> dict[str, torch.Tensor] | None:
         """Return a finished part, None when it is not there."""
-        path = self._path(name)
-        if not path.is_file():
+        place = self._place(name)
+        if not (self.run.path / place).exists():
             return None
+        path = self.run.check(place, hint="Delete it: the same command then makes it again.")
         return {n: t.to(device) for n, t in read_tensors(path).items()}
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a finished part."""
-        with atomic_path(self._path(name)) as place:
-            save_tensors(tensors, place)
+        with self.run.writing(self._place(name)) as path:
+            save_tensors(tensors, path)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+    def _place(self, name: str) -> str:
+        return f"parts/{name}.safetensors"
 
 
 def perform(run: Run) -> None:
@@ -82,15 +81,17 @@ def _parts(
     run: Run, method: Compresses, model: torch.nn.Module, calibration: Sequence[Batch]
 ) -> None:
     """Make every part that is not finished yet, and put all of them in place, in order."""
-    finished = Parts(run.folder.path / "parts")
+    finished = Parts(run.folder)
     total = method.num_parts(model, calibration)
     parts = method.compress(model, calibration, context(run))
+    known = {event["name"] for event in run.events.so_far() if event["event"] == "part"}
     with stop_signal() as stop:
         for done, part in enumerate(parts, 1):
             tensors = finished.read(part.name, run.device)
             if tensors is None:
                 tensors = part.make()
                 finished.add(part.name, tensors)
+            if part.name not in known:
                 run.events.append("part", name=part.name)
             part.put(tensors)
             run.progress.bar("part", done, total, part.name)

@@ -38,7 +38,8 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
         run.events.close()
     own = opened.method
     at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
-    model = own.load(opened.model, store.run(key).artefact, context(run))
+    artefact = store.run(key).check_artefact(whole=True)
+    model = own.load(opened.model, artefact, context(run))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, folder.name) as new:
         own.export(model, at, new)

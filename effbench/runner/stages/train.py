@@ -29,7 +29,6 @@ from effbench.runner.run import Run, count_model, count_trained, hold_against_pl
 from effbench.runner.signals import stop_signal
 from effbench.runner.stages.batching import passes_of, rows_of_step, window
 from effbench.util.errors import StoppedError, UserError
-from effbench.util.files import open_atomic
 
 FORESEEN_STEPS = 500
 """Steps whose batches are looked at to predict the peak."""
@@ -399,7 +398,8 @@ def _checkpoint(trainer: Trainer) -> None:
         "done": vars(trainer.done),
         "events": trainer.run.events.position(),
     }
-    with open_atomic(trainer.run.folder.checkpoint) as file:
+    folder = trainer.run.folder
+    with folder.writing(folder.checkpoint.name) as path, path.open("xb") as file:
         torch.save(state, file)
 
 
@@ -411,16 +411,17 @@ def _resume(trainer: Trainer) -> None:
     """
     run, method = trainer.run, trainer.method
     path = run.folder.checkpoint
-    if not path.is_file():
+    if not path.exists():
         run.events.cut()
         return
+    run.folder.check(path.name, hint="Delete it, or say --fresh, to train from the first step.")
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path} cannot be read: {reason}",
-            "Start anew with --fresh.",
+            "Delete it, or say --fresh, to train from the first step.",
         ) from None
     trainer.ctx.state = state["method"]
     trainer.ctx.evolution.load_state_dict(state["evolution"])
