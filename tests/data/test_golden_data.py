@@ -14,6 +14,7 @@ from goldens import BITS, Golden
 from effbench.api.schema import digest, plain
 from effbench.api.spec import DatasetSpec, ModelSpec
 from effbench.config.compose import compose
+from effbench.config.files import options
 from effbench.data import assets
 from effbench.data.dataset import read
 from effbench.data.kinds.base import names
@@ -87,6 +88,18 @@ def test_an_asset_holds_what_it_held(name: str, golden: Callable[[str], Golden])
     versions = [DatasetSpec.version, ModelSpec.version]
     held = {"versions": versions, "files": digest(plain([members, asset.contents]))}
     golden("data.json").check(f"asset {name}", held, BITS, grows=1)
+
+
+NAMED = [n for n in options("model") if n not in ("folder", "gguf", "hub")]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_model_is_what_it_was(name: str, golden: Callable[[str], Golden]) -> None:
+    """Its name is all of it that is in the key of a run with it as teacher or reference."""
+    spec = compose("eval", [f"model={name}", "dataset=arithmetic", "hardware=cpu"]).spec.model
+    held = {"version": ModelSpec.version, "model": digest(plain(spec))}
+    golden("data.json").check(f"model {name}", held, BITS, grows=1)
 
 
 @pytest.mark.golden

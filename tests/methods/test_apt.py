@@ -284,10 +284,38 @@ def test_outliers_protect_a_block() -> None:
     activity = torch.ones(layout.size)
     assert ranked(activity, None, layout, False).equal(activity)
     assert ranked(activity, found, layout, False).equal(activity + found)
-    normalised = ranked(7 * activity, 5 * found, layout, True)
-    for kind in ("groups", "neurons", "dims"):
-        places = [p for k, p in layout.segments() if k == kind]
-        assert torch.cat([normalised[p] for p in places]).mean().item() == pytest.approx(2)
+
+
+def test_normalising_leaves_what_a_kind_is_worth_beside_another() -> None:
+    layout = Salience(tiny_model()).layout
+    kinds = ("groups", "neurons", "dims")
+    places = {k: [p for name, p in layout.segments() if name == k] for k in kinds}
+    worth = dict(zip(kinds, (170.0, 1.0, 30.0), strict=True))
+    activity, outlying = torch.empty(layout.size), torch.empty(layout.size)
+    for kind, value in worth.items():
+        for place in places[kind]:
+            activity[place] = value
+            outlying[place] = 1 + torch.rand(place.stop - place.start, generator=generator(3))
+    found = ranked(activity, outlying, layout, True)
+    for kind, value in worth.items():
+        mean = torch.cat([found[p] for p in places[kind]]).mean().item()
+        assert mean == pytest.approx(2 * value), "half of it is the outlier term"
+
+
+def test_an_average_that_has_just_begun_is_not_too_small_beside_the_outliers() -> None:
+    once = activity_after(APT(beta=0.0), [batch_of()]).float()
+    model = shaken(prepared(APT())[0].double())
+    watcher = salience_of(model)
+    assert watcher is not None
+    assert watcher.averaged().equal(watcher.activity)
+    for _ in range(3):
+        APT().loss(model, batch_of(), context()).backward()
+        watcher.finish_step()
+        torch.testing.assert_close(watcher.averaged().float(), once, rtol=1e-4, atol=1e-12)
+    pruner = Pruning.of(model)
+    assert pruner is not None
+    assert "salience.steps" in pruner.tensors(), "a checkpoint keeps the count"
+    torch.testing.assert_close(pruner.salience(False, False).float(), once, rtol=1e-4, atol=1e-12)
 
 
 def test_what_adds_nothing_goes_first() -> None:

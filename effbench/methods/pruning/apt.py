@@ -65,6 +65,9 @@ class APT(Slices, Trains):
         "2401.12200",
     )
     learning_rate: ClassVar[float] = 1e-3
+    version: ClassVar[int] = 2
+    """2: running averages are corrected for their start at zero; `normalise` scales the outlier
+    term alone."""
 
     begin: Fraction = 0.0
     """Where the pruning window begins, as a share of all steps."""
@@ -85,7 +88,7 @@ class APT(Slices, Trains):
     kurtosis: bool = True
     """Whether outliers protect a block."""
     normalise: bool = False
-    """Divide both terms of the salience by their means, since their units differ."""
+    """Bring the outlier term to the mean of the rest in each kind of block: units differ."""
     rank: PositiveInt = 8
     """Rank of each adapter at first."""
     scale: PositiveFloat = 2.0

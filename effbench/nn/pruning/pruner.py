@@ -46,7 +46,7 @@ class Pruning:
     def salience(self, kurtosis: bool, normalise: bool) -> torch.Tensor:
         """Return what has been collected of every block, [N], with or without the outlier term."""
         protects = outliers(self.model, self.layout, self.watcher.inputs) if kurtosis else None
-        return ranked(self.watcher.activity, protects, self.layout, normalise)
+        return ranked(self.watcher.averaged(), protects, self.layout, normalise)
 
     def aim(
         self, salience: torch.Tensor, budget: float, prunable: Sequence[Kind], align: int

@@ -33,7 +33,7 @@ class Salience(nn.Module):
     """Collects salience in a model, as its submodule `salience`.
 
     `activity` [N] float32 holds S~ and `inputs` the mean inputs of every `o_proj`, one after the
-    other, [sum_l H_l d_h] float32; both are what a checkpoint keeps.
+    other, [sum_l H_l d_h] float32; `steps` counts what they are of. These a checkpoint keeps.
 
     Args:
         model: A `LlamaForCausalLM`; hooks of other kinds must be in it already.
@@ -43,6 +43,7 @@ class Salience(nn.Module):
 
     activity: torch.Tensor
     inputs: torch.Tensor
+    steps: torch.Tensor
 
     def __init__(self, model: Any, beta: float = 0.85, average: Average = "ema") -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class Salience(nn.Module):
         features = sum(x.num_heads for x in self.layout.layers) * self.layout.head_dim
         self.register_buffer("activity", torch.zeros(self.layout.size, device=device))
         self.register_buffer("inputs", torch.zeros(features, device=device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self._real: torch.Tensor | None = None
         self._sums: dict[tuple[str, int, str], torch.Tensor] = {}
         self._tokens = 0
@@ -117,8 +119,15 @@ class Salience(nn.Module):
         elif finite:
             self.activity.mul_(self.beta).add_(now, alpha=1 - self.beta)
             self.inputs.mul_(self.beta).add_(mean, alpha=1 - self.beta)
+        self.steps += finite
         self._sums.clear()
         self._tokens = 0
+
+    def averaged(self) -> torch.Tensor:
+        """Return S~, [N], with a running average freed of the zeros that it began from."""
+        if self.average == "sum" or not self.steps:
+            return self.activity
+        return self.activity / (1 - self.beta ** int(self.steps))
 
     def _product(self, kind: str, index: int) -> torch.Tensor:
         values = self._sums[kind, index, "value"]
@@ -220,16 +229,16 @@ def ranked(
         activity: S~, [N].
         kurtosis: The outlier term, [N], or None to leave it out.
         layout: The blocks.
-        normalise: Divide each term by its mean over the blocks of one kind, since their units
-            differ.
+        normalise: Bring the outlier term to the mean that S~ has over the blocks of each kind,
+            since their units differ. S~ itself stays: what a kind is worth beside another is in it.
     """
-    terms = [activity] if kurtosis is None else [activity, kurtosis]
-    if normalise:
-        terms = [_by_mean(term, layout) for term in terms]
-    return torch.stack(terms).sum(0)
+    if kurtosis is None:
+        return activity
+    return activity + (_at_mean(kurtosis, activity, layout) if normalise else kurtosis)
 
 
-def _by_mean(term: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _at_mean(term: torch.Tensor, of: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return a term that has, over the blocks of each kind, the mean of another."""
     places: dict[str, list[torch.Tensor]] = {}
     for kind, place in layout.segments():
         places.setdefault(kind, []).append(torch.arange(place.start, place.stop))
@@ -237,5 +246,5 @@ def _by_mean(term: torch.Tensor, layout: Layout) -> torch.Tensor:
     for parts in places.values():
         index = torch.cat(parts).to(term.device)
         if len(index):
-            result[index] = term[index] / term[index].mean().clamp(min=1e-30)
+            result[index] *= of[index].mean() / term[index].mean().clamp(min=1e-30)
     return result
