@@ -22,9 +22,12 @@ UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+"""What every random generator takes."""
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 Bits = Annotated[int, Interval(ge=2, le=8)]
 
 

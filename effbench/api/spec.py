@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from effbench.api.schema import (
+    Decay,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     digest,
 )
 from effbench.api.shape import Shape
@@ -46,7 +48,7 @@ class ModelSpec:
     """Hub revision."""
     shape: Shape | None = None
     """Sizes, for `plan` and for random weights; read from the files when not given."""
-    weights_seed: NonNegativeInt = 0
+    weights_seed: Seed = 0
     """Seed of random weights."""
     fingerprint: str = ""
     """Content hash of local files; filled in when the config is composed."""
@@ -138,7 +140,7 @@ class TrainSpec:
     """Peak learning rate; null takes the method's own."""
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
     """`adamw8bit` is bitsandbytes' 8-bit AdamW."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of Adam's two moments."""
     epsilon: PositiveFloat = 1e-8
     """What Adam adds to the root of its second moment."""

@@ -15,7 +15,7 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.schema import NonNegativeInt, build, plain
+from effbench.api.schema import Seed, build, plain
 from effbench.api.shape import AnyShape
 from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
 from effbench.api.stages import base as stages
@@ -234,7 +234,7 @@ def _with_line_ends(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Seed:
-    seed: NonNegativeInt
+    seed: Seed
 
 
 def _start(ref: Any, chosen: set[str], store: Store) -> str:

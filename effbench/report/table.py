@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import ABSENT, labels
 from effbench.results.records import Metric, Record
@@ -119,7 +120,7 @@ class Table:
         lines += [_line(show(cell) for cell in row) for row in self.rows]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
-        return "\n".join(lines) + "\n"
+        return without_html("\n".join(lines) + "\n")
 
     def csv(self) -> str:
         """Return the table as CSV with plain numbers; an interval takes two more columns."""
@@ -127,10 +128,10 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         heads = zip(self.columns, wide, strict=True)
-        writer.writerow([h for name, w in heads for h in _heads(name, w)])
+        writer.writerow([_inert(h) for name, w in heads for h in _heads(name, w)])
         for row in self.rows:
             cells = zip(row, wide, strict=True)
-            writer.writerow([part for cell, w in cells for part in _parts(cell, w)])
+            writer.writerow([_inert(part) for cell, w in cells for part in _parts(cell, w)])
         return text.getvalue()
 
     def _indices(self) -> range:
@@ -289,6 +290,21 @@ def _without(table: Table, index: int) -> Table:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"
+
+
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+FORMULA = re.compile(r"[=+@\t\r-].")
+"""How a text begins that a spreadsheet would calculate."""
+
+
+def without_html(markdown: str) -> str:
+    """Return Markdown in which what looks like a tag is text."""
+    return TAG.sub("&lt;", markdown)
+
+
+def _inert(cell: Any) -> Any:
+    """Return a CSV cell that a spreadsheet takes for the text or number that it is."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
 def _heads(name: str, wide: bool) -> list[str]:

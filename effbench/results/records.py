@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
-from effbench.util.errors import NewerVersionError, UserError, did_you_mean
+from effbench.util.errors import CONTROL, NewerVersionError, UserError, did_you_mean, printable
 from effbench.util.files import write_atomic
 from effbench.util.seals import seal_of
 
@@ -245,7 +245,17 @@ def _parse(text: str, outcomes: bool) -> dict[str, Any]:
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    return values
+    foreign = CONTROL.search(line) or r"\u00" in line
+    return _printable(values) if foreign else values
+
+
+def _printable(value: Any) -> Any:
+    """Return plain values whose texts a terminal may be given."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(k): _printable(v) for k, v in value.items()}
+    return [_printable(v) for v in value] if isinstance(value, list) else value
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal acts upon, but for tabs and line ends."""
+
+
+def printable(text: str) -> str:
+    """Return a text that somebody else may have written without what a terminal would act upon."""
+    return CONTROL.sub("\ufffd", text)
 
 
 class UserError(Exception):

@@ -7,15 +7,17 @@ import sys
 import textwrap
 from typing import TextIO
 
+from effbench.util.errors import printable
+
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Write a text as lines of its own; in a terminal no word of it is broken.
+    """Write a text as lines of its own; in a terminal no word of it is broken or acted upon.
 
     Args:
         text: Lines; elsewhere than in a terminal they stay as they are.
         stream: Where to; standard error by default.
     """
-    stream = stream or sys.stderr
+    stream, text = stream or sys.stderr, printable(text)
     print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
 
 

@@ -103,9 +103,8 @@ class Site:
 
     def words(self, name: str) -> list[str]:
         """Return the command of a run."""
-        stage, seed = {"e": ("train", 2), "f": ("compress", 3), "g": ("eval", 4)}.get(
-            name, ("train", 1)
-        )
+        stages = {"e": ("train", 2), "f": ("compress", 3), "g": ("eval", 4)}
+        stage, seed = stages.get(name[0], ("train", 1))
         more = ["train.checkpoint_every=5"] if stage == "train" else []
         more += ["method=rtn"] if stage == "compress" else []
         return [stage, *SHORT, *more, f"seed={seed + 10 * name.endswith('2')}"]

@@ -71,14 +71,13 @@ def _kills(
 ) -> Iterator[Tally]:
     killed, kept = 0, []
     for name in SHORT_RUNS if chosen.short else RUNS:
-        bench, (stage, *words) = Bench(scratch / name / "results"), RUNS[name]
+        place, (stage, *words) = scratch / name.replace(", ", "_"), RUNS[name]
+        bench = Bench(place / "results")
         job = bench.job(stage, *SHORT, *words)  # type: ignore[arg-type]
-        tally = try_crash_points(
-            f"killed, {name}", bench, job, scratch / name / "copies", some("kills")
-        )
+        tally = try_crash_points(f"killed, {name}", bench, job, place / "copies", some("kills"))
         yield tally
         killed += tally.tried
-        whole, start = End.of(bench, job), _fresh(scratch / name)
+        whole, start = End.of(bench, job), _fresh(place)
         kept.append((name, whole, job, start))
         if "full" in chosen.families:
             full = f"full disk, {name}"

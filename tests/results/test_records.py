@@ -269,3 +269,26 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
         replace_folder(new, final)
     assert [p.name for p in final.iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+
+
+def test_what_a_terminal_would_act_upon_is_not_read(tmp_path: Path) -> None:
+    path = write(record(label="a\x1b]0;owned\x07b\tc", notes=["\x9b2Jx"]), tmp_path)
+    found = read(path)
+    assert found.label == "a\ufffd]0;owned\ufffdb\tc" and found.notes == ["\ufffd2Jx"]
+
+
+@pytest.mark.parametrize("outcomes", [True, False])
+def test_another_digit_in_a_record_is_told(tmp_path: Path, outcomes: bool) -> None:
+    path = write(record(), tmp_path)
+    text = path.read_text()
+    place = text.index('"seconds":') + len('"seconds":')
+    path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+    with pytest.raises(UserError, match="content is not what was written"):
+        read(path, outcomes)
+
+
+def test_the_record_of_another_run_is_told(tmp_path: Path) -> None:
+    path = write(record(), tmp_path)
+    path.rename(tmp_path / "ffff000000000000.json")
+    with pytest.raises(UserError, match="it is that of run 0123456789abcdef"):
+        read_all(tmp_path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from effbench.report.comparison.budgets import Budget
 from effbench.report.comparison.metric_table import MetricTable, Row
 from effbench.report.labels import ABSENT
-from effbench.report.table import Cell, Table, show
+from effbench.report.table import Cell, Table, show, without_html
 from effbench.results.records import strict
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Comparison:
         parts += ["\n".join(f"- {note}" for note in self.notes) + "\n"] if self.notes else []
         if self.words:
             parts += ["**In words**\n", "\n".join(f"- {line}" for line in self.words) + "\n"]
-        return "\n".join(parts)
+        return without_html("\n".join(parts))
 
     def csv(self) -> str:
         """Return all metrics as one long CSV, one row per metric, run or group, and point."""

@@ -29,7 +29,7 @@ def rows_of_step(count: int, seed: int, step: int, size: int) -> list[int]:
     rows = []
     for place in range(step * size, (step + 1) * size):
         epoch, offset = divmod(place, count)
-        rows.append(_permutation(count, seed * 1_000_003 + epoch)[offset])
+        rows.append(_permutation(count, (seed * 1_000_003 + epoch) % 2**63)[offset])
     return rows
 
 
