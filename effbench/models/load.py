@@ -219,7 +219,7 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         UserError: When it can be known only after a download, or the model is not Llama-style.
     """
     if spec.shape:
-        return spec.shape
+        return _whole_groups(spec.shape)
     if spec.source == "random":
         raise UserError(
             f"model={spec.name} has random weights, but no shape.",
@@ -299,6 +299,21 @@ def require_causal_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} ({kind}) is no causal language model: {reason}.",
             "Give a decoder-only model: one of those that transformers calls ...ForCausalLM.",
         )
+
+
+def _whole_groups(shape: AnyShape) -> AnyShape:
+    """Return a stated shape whose key heads each serve as many query heads.
+
+    Raises:
+        UserError: When they do not.
+    """
+    if isinstance(shape, Shape) and shape.num_heads % shape.num_kv_heads:
+        raise UserError(
+            f"model.shape.num_heads={shape.num_heads} is no multiple of "
+            f"num_kv_heads={shape.num_kv_heads}.",
+            "Change one of them.",
+        )
+    return shape
 
 
 def _decimal(value: float) -> float:
@@ -591,7 +606,7 @@ def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
 def known_shape(model: ModelSpec) -> AnyShape | None:
     """Return the model's shape where it can be known without loading the model."""
     if model.shape:
-        return model.shape
+        return shape_of(model)
     if model.source == "hub":
         try:
             return shape_of(model)

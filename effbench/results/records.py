@@ -143,6 +143,8 @@ def read(path: Path, outcomes: bool = True) -> Record:
         values = _parse(path.read_text(encoding="utf-8"), outcomes)
         if path.stem != values["key"]:
             raise ValueError(f"it is that of run {values['key']}")
+        if values.get("parent") == values["key"]:
+            raise ValueError("its run goes on from itself")
         return _record(_migrated(values))
     except NewerVersionError as error:
         raise UserError(

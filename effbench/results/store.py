@@ -332,8 +332,11 @@ class Store:
         Runs that make nothing, evaluations for one, are left out.
         """
         chain: dict[str, Spec] = {}
-        key = spec.parent
+        key, passed = spec.parent, set[str]()
         while key:
+            if key in passed:
+                raise damaged(self.run(key).path / "spec.json", "its run goes on from itself")
+            passed.add(key)
             parent = self.spec_of(key)
             if stages.find(parent.stage).makes:
                 chain = {key: parent, **chain}

@@ -85,7 +85,7 @@ DAMAGES: dict[str, Damage] = {
     "end cut off": _cut(0.97),
     "emptied": _cut(0.0),
     "a line less": _without_line,
-    "of another run": lambda path, other: shutil.copyfile(other, path) and None,
+    "of another run": lambda path, other: path.write_bytes(other.read_bytes()) and None,
     "deleted": lambda path, other: path.unlink(),
     "bytes more": _more,
     "a folder": _folder,
@@ -285,9 +285,9 @@ def in_a_copy(site: Site, case: Case, damage: str | None) -> object:
     if damage:
         path, other = place / "results" / case.file, place / "results" / case.other
         if case.where == "cache":
-            for path in (place / "cache" / "tokens").iterdir():
-                twin = next(p for p in (place / "cache" / "tokens").iterdir() if p != path)
-                _damage(path, twin, damage)
+            files = sorted((place / "cache" / "tokens").iterdir())
+            for path, twin in zip(files, [*files[1:], files[0]], strict=True):
+                _damage(path, twin if twin.is_file() else path, damage)
         else:
             _damage(path, other, damage)
     reading, writing = os.pipe()

@@ -25,9 +25,11 @@ from helpers import (
 )
 from torch import nn
 
+from effbench.api.batch import Batch
 from effbench.api.parts import deep_update
 from effbench.api.points import UNNAMED
 from effbench.methods.adapters.deep_lora import DeepLoRA
+from effbench.nn.adapters import deep
 from effbench.nn.adapters.deep import (
     DeepLinear,
     deep_layers,
@@ -219,7 +221,7 @@ def test_the_gradient_is_that_of_the_frozen_weight() -> None:
     batch = batch_of()
     found: dict[str, torch.Tensor] = {}
     names = {layer: name for name, layer in deep_layers(model)}
-    with weight_gradients(model, lambda layer, g: found.update({names[layer]: g})):
+    with weight_gradients([*names], lambda layer, g: found.update({names[layer]: g})):
         method.loss(model, batch, ctx).backward()
     plain = tiny_model()
     method.loss(plain, batch, ctx).backward()
@@ -243,6 +245,31 @@ def test_start_chooses_the_subspace_from_the_first_window() -> None:
     random, other = DeepLoRA(rank=4, subspace="random"), prepared(DeepLoRA(rank=4))[0]
     ctx.evolution.begin(window(0))
     assert all(before[n].equal(t) for n, t in random.trained_tensors(other).items())
+
+
+@pytest.mark.parametrize("held", [2**27, 1])
+def test_frames_do_not_depend_on_how_a_step_is_cut(
+    monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    monkeypatch.setattr(deep, "HELD", held)
+    whole = batch_of(rows=4)
+
+    def rows(some: list[int]) -> Batch:
+        parts = {n: getattr(whole, n)[some] for n in ("input_ids", "attention_mask", "labels")}
+        return replace(whole, **parts, rows=some)
+
+    def spans(cut: list[list[int]]) -> list[torch.Tensor]:
+        model, ctx = prepared(DeepLoRA(rank=4))
+        ctx.evolution.begin([rows(some) for some in cut])
+        frames = [f for _, layer in deep_layers(model) for f in (layer.left, layer.right)]
+        return [f.detach() @ f.detach().T for f in frames]
+
+    once = spans([[0, 1, 2, 3]])
+    for cut in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
+        for ours, theirs in zip(spans(cut), once, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+    first = spans([[0, 1]])
+    assert max(float((a - b).abs().max()) for a, b in zip(first, once, strict=True)) > 0.1
 
 
 # -- training ----------------------------------------------------------------------------------

@@ -292,3 +292,9 @@ def test_the_record_of_another_run_is_told(tmp_path: Path) -> None:
     path.rename(tmp_path / "ffff000000000000.json")
     with pytest.raises(UserError, match="it is that of run 0123456789abcdef"):
         read_all(tmp_path)
+
+
+def test_a_run_that_goes_on_from_itself_is_told(tmp_path: Path) -> None:
+    path = write(record(parent="0123456789abcdef"), tmp_path)
+    with pytest.raises(UserError, match="goes on from itself"):
+        read(path)

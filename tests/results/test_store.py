@@ -232,3 +232,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -
 def test_an_error_of_the_user_passes_through(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mine"), mendable(tmp_path):
         raise UserError("mine")
+
+
+def test_runs_that_go_on_from_each_other_are_told(tmp_path: Path, monkeypatch) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(
+        store, "spec_of", lambda key: replace(SPEC, parent="b" if key == "a" else "a")
+    )
+    with pytest.raises(UserError, match="goes on from itself"):
+        store.ancestors(replace(SPEC, parent="a"))

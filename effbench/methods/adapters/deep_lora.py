@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -58,6 +59,8 @@ class DeepLoRA(Trains):
     )
     anatomy: ClassVar[Anatomy] = "other"
     learning_rate: ClassVar[float] = 1e-2
+    version: ClassVar[int] = 2
+    """2: the frames come from all rows of the first step, and not from its first micro-batch."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
@@ -164,7 +167,7 @@ class DeepLoRA(Trains):
 
 
 class _Frames(Evolution):
-    """Chooses the frames of every update from the gradient of the first micro-batch."""
+    """Chooses the frames of every update from the gradient of the first step's rows."""
 
     def __init__(self, method: DeepLoRA, model: torch.nn.Module, ctx: Context) -> None:
         self.method, self.model, self.ctx = method, model, ctx
@@ -175,10 +178,13 @@ class _Frames(Evolution):
         def look(layer: deep.DeepLinear, gradient: torch.Tensor) -> None:
             found[layer] = layer.directions(gradient, self.ctx.generator)
 
-        with deep.weight_gradients(self.model, look):
-            with self.ctx.autocast():
-                loss = self.method.loss(self.model, window[0], self.ctx)
-            loss.backward()
+        layers = [layer for _, layer in deep.deep_layers(self.model)][::-1]
+        deep.window_gradients(layers, [partial(self._pass, batch) for batch in window], look)
         for layer, directions in found.items():
             layer.set_subspace(directions)
         self.model.zero_grad(set_to_none=True)
+
+    def _pass(self, batch: Batch) -> None:
+        with self.ctx.autocast():
+            loss = self.method.loss(self.model, batch, self.ctx)
+        loss.backward()

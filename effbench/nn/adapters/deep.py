@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ Frames = tuple[torch.Tensor, torch.Tensor]
 
 OVERSAMPLING = 8
 """Directions beyond the wanted ones that the randomised decomposition looks at."""
+
+HELD = 2**27
+"""Bytes of gradients that are summed up at a time, where a window has several micro-batches."""
 
 
 class DeepLinear(nn.Module):
@@ -189,7 +192,7 @@ def top_directions(
 
 @contextmanager
 def weight_gradients(
-    model: nn.Module, use: Callable[[DeepLinear, torch.Tensor], None]
+    layers: Sequence[DeepLinear], use: Callable[[DeepLinear, torch.Tensor], None]
 ) -> Iterator[None]:
     """Hand over the gradient by each layer's update in the backward passes inside the context.
 
@@ -198,7 +201,7 @@ def weight_gradients(
     a packed one could not have.
 
     Args:
-        model: Holds `DeepLinear` layers.
+        layers: Whose gradients are asked for.
         use: Called with a layer and its gradient [d_out, d_in] in float32.
     """
     handles = []
@@ -213,13 +216,54 @@ def weight_gradients(
 
         output.register_hook(take)
 
-    for _, layer in deep_layers(model):
+    for layer in layers:
         handles.append(layer.register_forward_hook(watch))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def window_gradients(
+    layers: Sequence[DeepLinear],
+    passes: Sequence[Callable[[], None]],
+    use: Callable[[DeepLinear, torch.Tensor], None],
+) -> None:
+    """Hand over each layer's gradient, summed over the micro-batches of a window.
+
+    With one micro-batch no more than one matrix is held. With several, the passes are made again
+    for every run of layers whose sums take `HELD` bytes.
+
+    Args:
+        layers: Whose gradients are asked for, the last of the model first.
+        passes: Runs a micro-batch forward and backward.
+        use: Called with a layer and its gradient [d_out, d_in] in float32.
+    """
+    for some in _runs(layers, HELD) if len(passes) > 1 else [layers]:
+        sums: dict[DeepLinear, torch.Tensor] = {}
+
+        def add(layer: DeepLinear, gradient: torch.Tensor, sums: Any = sums) -> None:
+            sums[layer] = sums[layer].add_(gradient) if layer in sums else gradient
+
+        def give(layer: DeepLinear, gradient: torch.Tensor, sums: Any = sums) -> None:
+            add(layer, gradient)
+            use(layer, sums.pop(layer))
+
+        for number, run in enumerate(passes, 1):
+            with weight_gradients(some, give if number == len(passes) else add):
+                run()
+
+
+def _runs(layers: Sequence[DeepLinear], held: int) -> Iterator[list[DeepLinear]]:
+    """Yield layers in runs whose float32 gradients take at most `held` bytes, one at the least."""
+    run: list[DeepLinear] = []
+    for layer in layers:
+        if run and 4 * sum(x.in_features * x.out_features for x in (*run, layer)) > held:
+            yield run
+            run = []
+        run.append(layer)
+    yield run
 
 
 def low_rank_pair(
