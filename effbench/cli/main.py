@@ -13,6 +13,7 @@ import typer
 from effbench.api.stages import base as stages
 from effbench.runner.progress import Progress
 from effbench.util.errors import RunFailedError, UserError
+from effbench.util.files import places
 from effbench.util.wrap import write
 
 app = typer.Typer(
@@ -704,9 +705,20 @@ def _say(text: str) -> None:
     write(text)
 
 
+def _require_here() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError(
+            "The current folder is gone.", "Change to another one, or make it again."
+        ) from None
+
+
 def _guarded(command: Callable[[], Any]) -> int:
     try:
-        command()
+        _require_here()
+        with places():
+            command()
     except UserError as error:
         _say(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
         return 2

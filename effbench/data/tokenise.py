@@ -46,10 +46,10 @@ def tokenise(
 
     path = cache_dir() / "tokens" / f"{key}.json"
     with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged file is made again
-        return [_example(e) for e in json.loads(unsealed(path.read_text()))]
+        return [_example(e) for e in json.loads(unsealed(path.read_text(), path.name))]
     examples = (kind.documents if whole else kind.examples)(texts, spec, tokenizer)
     sweep_stale(path.parent)
-    write_atomic(path, sealed(json.dumps([plain(e) for e in examples])))
+    write_atomic(path, sealed(json.dumps([plain(e) for e in examples]), path.name))
     return examples
 
 

@@ -43,7 +43,11 @@ def summaries(
     known = _kept(store.index, code)
     found, settled, now = dict[str, list[Any]](), dict[str, list[Any]](), time.time()
     for path in files(store.records):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:
+            read(path)  # says what is wrong with it
+            raise
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         entry = known.get(path.name)
         if entry is None or entry[0] != mark:
@@ -55,14 +59,15 @@ def summaries(
     if settled != known:
         with suppress(UserError, OSError):  # an index that cannot be written is none
             keep_out_of_git(store.runs)
-            write_atomic(store.index, sealed(json.dumps({"code": code, "entries": settled})))
+            text = json.dumps({"code": code, "entries": settled})
+            write_atomic(store.index, sealed(text, store.index.name))
     return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
 
 
 def _kept(place: Path, code: str) -> dict[str, list[Any]]:
     """Return the entries in a cache file that the same code made; none when it is damaged."""
     try:
-        kept = json.loads(unsealed(place.read_text()))
+        kept = json.loads(unsealed(place.read_text(), place.name))
         return kept["entries"] if kept["code"] == code else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

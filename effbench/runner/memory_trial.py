@@ -18,6 +18,7 @@ from effbench.api.schema import build
 from effbench.api.spec import Job
 from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here, says_out_of_memory
 from effbench.results.store import Store
+from effbench.runner.signals import end_with_parent
 
 
 def main() -> int:
@@ -57,6 +58,7 @@ def decode(work: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     status = main()
     sys.stderr.flush()
     os._exit(status)  # a library that cannot allocate at exit must not change the answer

@@ -19,6 +19,7 @@ from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
 from effbench.runner.signals import end_with_parent, interrupt_when_asked
 from effbench.util.errors import StoppedError, UserError
+from effbench.util.files import places
 from effbench.util.wrap import write
 
 INTERRUPTED = 130
@@ -29,7 +30,8 @@ def main() -> int:
     """Run the job on standard input and return the exit status."""
     job = build(Job, json.loads(sys.stdin.read()), "job")
     try:
-        run_here(job)
+        with places():
+            run_here(job)
     except UserError as error:
         return _fail(error)
     except StoppedError as place:

@@ -27,6 +27,8 @@ HINTS = {
     errno.EEXIST: "A file stands where a folder is needed: choose another folder.",
     errno.EISDIR: "A folder stands where a file is needed: move it away.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ENOENT: "Its folder is gone or cannot be made: choose another one.",
+    errno.ELOOP: "It is a link that leads back to itself: remove it.",
 }
 """What to do about an error that is the user's to mend; any other one is a bug."""
 
@@ -187,6 +189,25 @@ def mendable(path: Path) -> Iterator[None]:
         if number not in HINTS:
             raise
         message = f"{path} cannot be written: {os.strerror(number)}."
+        raise UserError(message, HINTS[number]) from None
+
+
+@contextmanager
+def places() -> Iterator[None]:
+    """Turn an error about a place that cannot be used into one that says what to do.
+
+    For the outermost call of a process. That something is not there may be a bug, and goes on.
+
+    Raises:
+        UserError: Naming the place.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        if error.filename is None or number == errno.ENOENT or number not in HINTS:
+            raise
+        message = f"{error.filename} cannot be used: {error.strerror}."
         raise UserError(message, HINTS[number]) from None
 
 

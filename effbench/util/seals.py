@@ -48,19 +48,24 @@ def seal_of(text: str) -> str:
     return _digest(text.encode())
 
 
-def sealed(text: str) -> str:
-    """Return a text below a first line with its hash; `unsealed` reads it."""
-    return f"{seal_of(text)}\n{text}"
+def sealed(text: str, name: str) -> str:
+    """Return a text below a first line with its hash; `unsealed` reads it.
+
+    Args:
+        text: What is to be kept.
+        name: Of the file, so that it holds in no other one's place.
+    """
+    return f"{seal_of(name + '/' + text)}\n{text}"
 
 
-def unsealed(text: str) -> str:
-    """Return what `sealed` was given.
+def unsealed(text: str, name: str) -> str:
+    """Return what `sealed` was given with this name.
 
     Raises:
         ValueError: When it is no longer that.
     """
     seal, _, rest = text.partition("\n")
-    if seal != seal_of(rest):
+    if seal != seal_of(name + "/" + rest):
         raise ValueError("it is not what was written")
     return rest
 

@@ -329,8 +329,8 @@ def test_records_of_before_a_field_make_one_group_with_those_of_after(grow: Grow
 
 
 def test_a_record_with_an_unknown_field_asks_for_an_upgrade(tmp_path: Path) -> None:
-    line = next(RECORDS.glob("*.json")).read_text()
-    path = tmp_path / "0123456789abcdef.json"
+    source = next(RECORDS.glob("*.json"))
+    line, path = source.read_text(), tmp_path / source.name
     path.write_text(line.replace('{"schema":', '{"later":1,"schema":', 1))
     with pytest.raises(UserError, match=r"newer effbench: record\.later is not known here"):
         read(path)

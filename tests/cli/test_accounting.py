@@ -69,7 +69,7 @@ def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.real
 @pytest.mark.parametrize(
     "name",
-    [*accounting.SHORT, *(pytest.param(n, marks=pytest.mark.slow) for n in ("structured", "apt"))],
+    ["full", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qlora", "structured", "apt"))],
 )
 def test_peaks_of_runs_on_the_real_model(name: str) -> None:
     checks: list[Check] = list(accounting._peaks(name))

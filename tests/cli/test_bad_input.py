@@ -306,6 +306,33 @@ def test_a_file_where_the_results_should_be(cli, inline, tmp_path: Path, extra) 
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_a_current_folder_that_is_gone(cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "cwd", (tmp_path / "gone").readlink)
+    status, _, text = cli("runs")
+    assert status == 2
+    assert "current folder is gone" in text
+
+
+@pytest.mark.parametrize("words", [["runs", "--results"], ["train", *TRAIN[1:], "run.results="]])
+def test_a_name_that_is_too_long(cli, words) -> None:
+    *before, last = words
+    long = "a" * 300
+    words = [*before, last + long] if last.endswith("=") else [*words, long]
+    text = refused(cli, *words)
+    assert "cannot be" in text
+    assert "shorter name" in text
+
+
+def test_a_link_that_leads_to_itself_among_the_records(cli, tmp_path: Path) -> None:
+    records = tmp_path / "results" / "records"
+    records.mkdir(parents=True)
+    link = records / "0123456789abcdef.json"
+    link.symlink_to(link)
+    text = refused(cli, "runs")
+    assert link.name in text
+    assert "links" in text
+
+
 def test_a_full_disk_leaves_nothing_and_the_same_command_ends_it(bench, monkeypatch) -> None:
     words = ["train", *RUN, *STEPS, "method.rank=2"]
     job = bench.job(*words)

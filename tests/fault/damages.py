@@ -211,6 +211,8 @@ def cases(site: Site) -> Iterator[Case]:
     a, b = keys["a"], keys["b"]
     for words in (["runs", "show", a], ["runs"], ["compare", b, a], site.words("a")):
         for damage in DAMAGES:
+            if damage == "deleted" and words == ["runs"]:
+                continue  # a list without it is right
             yield Case(f"records/{a}.json", f"records/{b}.json", damage, tuple(words), "")
     for damage in DAMAGES:
         index = "runs/.records.json"

@@ -424,12 +424,12 @@ def test_the_tokens_are_those_of_generate(bench: Bench) -> None:
         expected = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=64,
-            min_new_tokens=64,
+            max_new_tokens=32,
+            min_new_tokens=32,
             do_sample=False,
             pad_token_id=0,
         )[:, ids.shape[1] :]
-        assert greedy(session_for(model), ids, 64).equal(expected)
+        assert greedy(session_for(model), ids, 32).equal(expected)
 
 
 def test_the_engine_is_what_methods_decode_with() -> None:

@@ -227,19 +227,24 @@ def test_interrupted_scoring_goes_on_bit_for_bit(
     requests = benchmark(random.Random(6), 30, 60, 9, 4)
 
     def journal(name: str) -> Callable[..., Journal]:
-        return lambda _, items: Journal(tmp_path / name, items)
+        return lambda _, items: Journal(place(name), items)
+
+    def place(name: str) -> Path:
+        folder = tmp_path / name / "run" / "evaluations"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / "a.items"
 
     whole = subject(model, method, journal("whole")).score(requests, "a", 64)
-    lines = (tmp_path / "whole").read_bytes().split(b"\n")
+    lines = place("whole").read_bytes().split(b"\n")
     assert len(lines) > 6
     for kept in range(1, len(lines)):
-        (tmp_path / "part").write_bytes(b"\n".join(lines[:kept]) + b"\n")
+        place("part").write_bytes(b"\n".join(lines[:kept]) + b"\n")
         computed: list[int] = []
         again = subject(model, method, journal("part"))
         again.progress = lambda what, done, total, computed=computed: computed.append(done)
         assert again.score(requests, "a", 64) == whole
         assert len(computed) == len(lines) - 1 - kept  # one line per group, none computed twice
-        (tmp_path / "part").unlink()
+        place("part").unlink()
 
 
 def test_numbers_that_are_not_finite_name_their_layer(model: Any) -> None:

@@ -86,7 +86,7 @@ def test_a_damaged_index_is_none(
     listed(store, monkeypatch)
     store.index.write_text(content)
     assert listed(store, monkeypatch)[1] == 3
-    assert json.loads(unsealed(store.index.read_text()))["entries"]
+    assert json.loads(unsealed(store.index.read_text(), store.index.name))["entries"]
 
 
 def test_an_index_that_cannot_be_written_is_none(

@@ -85,6 +85,8 @@ def test_a_hash_does_not_depend_on_how_a_file_is_read(
 
 
 def test_a_text_is_what_was_sealed() -> None:
-    assert unsealed(sealed("a\nb")) == "a\nb"
+    assert unsealed(sealed("a\nb", "x"), "x") == "a\nb"
     with pytest.raises(ValueError, match="not what was written"):
-        unsealed(sealed("a\nb") + " ")
+        unsealed(sealed("a\nb", "x"), "y")
+    with pytest.raises(ValueError, match="not what was written"):
+        unsealed(sealed("a\nb", "x") + " ", "x")
