@@ -11,7 +11,6 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ def hash_of(path: Path) -> str:
         size = os.fstat(file.fileno()).st_size
         if size <= CHUNK_BYTES:
             return _digest(_digest(file.read()).encode())
+        from concurrent.futures import ThreadPoolExecutor  # lists of runs start without it
+
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             view = memoryview(content)
             chunks = [view[i : i + CHUNK_BYTES] for i in range(0, size, CHUNK_BYTES)]
