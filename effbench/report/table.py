@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,7 +92,11 @@ class Table:
         )
         for i, (name, numeric) in enumerate(zip(self.columns, self._numeric(), strict=True)):
             head = escape(name.replace("_", " "))  # so that a long one can be wrapped
-            one_word = not any(" " in show(row[i]) for row in self.rows)
+            cells = [show(row[i]) for row in self.rows]
+            one_word = not any(" " in cell for cell in cells)
+            if one_word:  # the head has lines of its own, as the column is not to be made narrower
+                width = max((len(word) for word in (*head.split(), *cells)), default=1)
+                head = textwrap.fill(head, max(1, width), break_long_words=False)
             table.add_column(head, justify="right" if numeric else "left", no_wrap=one_word)
         for row in self.rows:
             table.add_row(*(escape(show(cell)) for cell in row))

@@ -122,6 +122,14 @@ def test_a_baseline_hides_nothing_that_the_others_differ_in() -> None:
 # -- tables ------------------------------------------------------------------------------------
 
 
+def test_words_stay_whole_at_the_width_of_a_terminal() -> None:
+    heads = ("loss (test, nats/token)", "bits_per_byte (test, bits/byte)", "params (parameters)")
+    table = Table("", ("metric", *heads), [("train_tokens_per_second", 10.64, 10.75, 6_399_000)])
+    text = text_of(table.rich(), width=72)
+    for word in ("train_tokens_per_second", "nats/token)", "bits/byte)", "(parameters)", "10.75"):
+        assert word in text, text
+
+
 def test_numbers_as_people_read_them() -> None:
     assert readable(2.34567) == "2.346"
     assert readable(61440) == "61,440"

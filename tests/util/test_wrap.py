@@ -28,7 +28,8 @@ def test_no_word_is_broken_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines[-1] == "evaluate again"
 
 
-def test_elsewhere_a_line_stays_a_line() -> None:
+def test_elsewhere_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
     stream = io.StringIO()
-    write(TEXT, stream)
-    assert stream.getvalue() == TEXT + "\n"
+    write(TEXT * 9, stream)
+    assert stream.getvalue() == TEXT * 9 + "\n"
