@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import BYTES_SHAPE
 
-from effbench.api.shape import Shape
 from effbench.util.errors import UserError
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
@@ -151,16 +152,7 @@ def test_a_rank_that_does_not_fit_is_refused_before_torch_is_imported(tmp_path: 
 
 # -- models ----------------------------------------------------------------------------------------
 
-SHAPE = Shape(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=272,
-    max_positions=128,
-)
+SHAPE = replace(BYTES_SHAPE, max_positions=128)
 
 
 @pytest.fixture

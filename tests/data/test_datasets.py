@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import BYTES_SHAPE
 
 from effbench.api.examples import Example
-from effbench.api.shape import Shape
 from effbench.api.spec import DatasetSpec
 from effbench.data import readers
 from effbench.data.dataset import Data, render, split_names, splits
@@ -20,21 +20,12 @@ from effbench.data.tokens import prefix_token
 from effbench.models.random import byte_tokenizer
 from effbench.util.errors import UserError
 
-SHAPE = Shape(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=272,
-)
 CUT = {"train": 0.6, "validation": 0.1, "test": 0.3}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_tokenizer(SHAPE)
+    return byte_tokenizer(BYTES_SHAPE)
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +297,7 @@ def test_documents_are_whole_and_start_with_a_prefix(tmp_path: Path, tokenizer) 
 
 
 def test_documents_start_with_the_end_token_where_there_is_no_other(tokenizer) -> None:
-    tokenizer = byte_tokenizer(SHAPE)
+    tokenizer = byte_tokenizer(BYTES_SHAPE)
     tokenizer.bos_token = None
     assert prefix_token(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
@@ -345,10 +336,10 @@ def test_what_changes_the_tokens_is_in_the_key_of_the_cache(tokenizer, cache: Pa
     assert tokenise([corrected], spec, tokenizer)[0].right == 1, "a label that was put right"
     tokenise([text], replace(spec, max_length=8), tokenizer)
     tokenise([text, replace(text, id="2")], spec, tokenizer)
-    other = byte_tokenizer(SHAPE)
+    other = byte_tokenizer(BYTES_SHAPE)
     other.add_tokens(["ab"])
     tokenise([text], spec, other)
-    ending = byte_tokenizer(SHAPE)
+    ending = byte_tokenizer(BYTES_SHAPE)
     ending.eos_token = ending.pad_token
     assert tokenise([text], spec, ending)[0].ids[-1] == ending.pad_token_id
     assert len(list(cache.iterdir())) == 6
