@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
+from effbench.api import weights
 from effbench.api.session import Session
 from effbench.config.compose import compose
 from effbench.models import load as models
@@ -33,7 +37,7 @@ from effbench.nn.llama.stack import at_layers
 from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant.formats.nf4 import NF4Format
-from effbench.nn.quant.linears import pack_linears
+from effbench.nn.quant.linears import QuantisedLinear, pack_linears
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -375,6 +379,82 @@ def test_other_instruction_sets_give_the_same(
             expected = model(ids).logits[:, 6:]
         found = decoded(session_of(model, "native"), ids, 7)
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    model = packed_model("grouped")
+    found = decoded(session_of(model, "native"), ids, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=CODES, rtol=0)
+
+
+CODES = 3e-3
+"""Largest difference of a logit where packed weights are multiplied as they lie."""
+
+
+def packed_model(name: str) -> Any:
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 16}
+    model = random_model(LlamaConfig(**{**SIZES, **sizes}))
+    pack_linears(model, weights.find(name)(), torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("name", ["grouped", "nf4"])
+def test_packed_weights_are_decoded_without_being_expanded(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.kernels() is None:
+        pytest.skip(native.why_not())
+    model, ids = packed_model(name), some_ids(rows, 20)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 11:]
+    session = session_of(model, "native")
+    steps = [session.prefill(ids[:, :12])]
+    monkeypatch.setattr(QuantisedLinear, "forward", None)
+    steps += [session.step(ids[:, t : t + 1]) for t in range(12, 20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=CODES, rtol=0)
+    assert expected.std() > 0.7
+
+
+SANITISED = """
+import sys
+sys.path.insert(0, "tests/nn")
+from effbench.nn.decode import native
+native.OPTIONS = (*native.OPTIONS, "-g", "-O1", "-fno-sanitize-recover=all")
+native.OPTIONS = (*native.OPTIONS, "-fsanitize=address,undefined")
+import test_engine as engine
+import test_code_products as products
+assert native.kernels(), native.why_not()
+for kind in products.KINDS:
+    for shape in ((1, 32), (7, 160)):
+        for rows in (1, 6):
+            products.test_products_of_codes_are_those_of_the_expanded_weight(kind, shape, rows)
+for dtype in engine.TOLERANCES:
+    model = engine.random_model(engine.FAMILIES["llama, biases"], dtype)
+    for rows, length in ((1, 300), (7, 20)):
+        engine.decoded(engine.session_of(model, "native"), engine.some_ids(rows, length), 5)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_stay_within_their_memory(tmp_path: Path) -> None:
+    """AddressSanitizer and UBSan, at shapes that no register divides."""
+    if native.kernels() is None or not shutil.which("g++"):
+        pytest.skip("needs g++")
+    asan = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    env = {
+        **os.environ,
+        "CXX": "g++",
+        "EFFBENCH_CACHE": str(tmp_path),
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", SANITISED]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_without_a_compiler_there_is_the_walk(

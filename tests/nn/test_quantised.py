@@ -235,7 +235,7 @@ def test_state_dict_round_trip_is_exact(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_use_under_inference_mode_does_not_spoil_training(kind: str) -> None:
-    for table in (nf4._levels, nf4._pairs, nf4._dynamic_levels):
+    for table in (nf4._levels, nf4._pairs, nf4.dynamic_levels):
         table.cache_clear()
     layer = quantised(kind, linear(64, 64))
     with torch.inference_mode():

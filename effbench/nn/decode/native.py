@@ -1,4 +1,4 @@
-"""The C++ kernels of `decode.cpp`: compiled once for this machine, then loaded.
+"""The C++ kernels of `kernels/`: compiled once for this machine, then loaded.
 
 They are plain C functions over pointers, so they need a compiler but no headers of torch, and they
 are there in about two seconds. The library lies in effbench's cache under the hash of its source,
@@ -19,12 +19,16 @@ from functools import cache
 from pathlib import Path
 
 from effbench.api.schema import digest
+from effbench.nn.llama.walk import plain, untouched
+from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.cache import cache_dir, make_once
 from effbench.util.errors import UserError
 from effbench.util.hardware import cpu_flags, cpu_name
 from effbench.util.lazy import torch
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCES = Path(__file__).with_name("kernels")
+SOURCE = SOURCES / "decode.cpp"
+"""What is compiled; it includes the rest."""
 LIBRARY = "decode.so"
 OPTIONS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 NATIVE = ("-march=native",)
@@ -35,18 +39,27 @@ LARGEST_BATCH = 16
 """Most rows of one step; with more of them, torch's matrix products are the faster ones."""
 LARGEST_HEAD = 1024
 """Widest head."""
+LARGEST_WIDTH = 32768
+"""Most columns of a packed matrix."""
 LARGEST_RANK = 1024
 """Highest rank of what stands in for a block."""
 _lock = threading.Lock()
+
+
+class Matrix(ctypes.Structure):
+    """Pointers of a linear layer, dense or packed; the fields of `struct Matrix`."""
+
+    _fields_ = [
+        *((n, c_void_p) for n in ("weight", "bias", "scales", "zeros", "levels", "offset")),
+        *((n, c_int64) for n in ("bits", "group", "groups")),
+    ]
 
 
 class Layer(ctypes.Structure):
     """Pointers of one decoder block; the fields of `struct Layer`."""
 
     _fields_ = [
-        *((n, c_void_p) for n in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((n, c_void_p) for n in ("q_bias", "k_bias", "v_bias", "o_bias")),
-        *((n, c_void_p) for n in ("gate_bias", "up_bias", "down_bias")),
+        *((n, Matrix) for n in ("q", "k", "v", "o", "gate", "up", "down")),
         *((n, c_void_p) for n in ("attention_norm", "mlp_norm", "keys", "values")),
         *((n, c_int64) for n in ("heads", "kv_heads", "inner", "capacity")),
         *((n, c_void_p) for n in ("a", "b", "anchor")),
@@ -62,7 +75,9 @@ class Model(ctypes.Structure):
         *((n, c_int64) for n in ("hidden", "inner", "heads")),
         *((n, c_int64) for n in ("head_dim", "vocab", "layers")),
         *((n, c_float) for n in ("eps", "scale")),
-        *((n, c_void_p) for n in ("embedding", "norm", "head", "head_bias", "cos", "sin")),
+        *((n, c_void_p) for n in ("embedding", "norm")),
+        ("head", Matrix),
+        *((n, c_void_p) for n in ("cos", "sin")),
         ("layer", ctypes.POINTER(Layer)),
     ]
 
@@ -88,11 +103,11 @@ class Kernels:
         self._scratch.restype = c_int64
         self._scratch.argtypes = [c_void_p, c_int64, c_int64]
         self._decode = {d: getattr(library, f"decode_{s}") for d, s in SUFFIXES.items()}
-        self._gemv = {d: getattr(library, f"gemv_{s}") for d, s in SUFFIXES.items()}
+        self._product = {d: getattr(library, f"product_{s}") for d, s in SUFFIXES.items()}
         for function in self._decode.values():
             function.argtypes, function.restype = [c_void_p, c_void_p], None
-        for function in self._gemv.values():
-            function.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64]
+        for function in self._product.values():
+            function.argtypes = [*[c_void_p] * 3, *[c_int64] * 4]
             function.restype = None
 
     def scratch_floats(self, model: Model, batch: int, capacity: int) -> int:
@@ -103,13 +118,55 @@ class Kernels:
         """Run one step; everything that it reads and writes is in the two structures."""
         self._decode[str(dtype)](ctypes.addressof(model), ctypes.addressof(step))
 
+    def product(self, linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T, [B, N], for a linear that `readable` admits and x [B, K] in its dtype.
+
+        The bias is left out.
+        """
+        rows, columns = linear.out_features, linear.in_features
+        return self._multiplied(matrix_of(linear), x.contiguous(), rows, columns)
+
     def gemv(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return W x, [N], for a contiguous W [N, K] and x [K] of the same dtype on the CPU."""
-        n, k = weight.shape
-        out = torch.empty(n, dtype=weight.dtype)
-        pointers = (t.data_ptr() for t in (weight, x.contiguous(), out))
-        self._gemv[str(weight.dtype)](*pointers, n, k, torch.get_num_threads())
+        matrix = Matrix(weight=weight.data_ptr())
+        return self._multiplied(matrix, x.contiguous()[None], *weight.shape)[0]
+
+    def _multiplied(self, matrix: Matrix, x: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        out = torch.empty(len(x), n, dtype=x.dtype)
+        addresses = ctypes.addressof(matrix), x.data_ptr(), out.data_ptr()
+        self._product[str(x.dtype)](*addresses, len(x), n, k, torch.get_num_threads())
         return out
+
+
+def readable(linear: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels read a linear as it lies: dense in `dtype`, or packed in some formats."""
+    if plain(linear, dtype):
+        return linear.weight.device.type == "cpu"
+    if not isinstance(linear, QuantisedLinear) or not untouched(linear):
+        return False
+    codes = linear.layout()
+    return (
+        codes is not None
+        and linear.codes.device.type == "cpu"
+        and linear.compute_dtype in (None, dtype)
+        and linear.in_features <= LARGEST_WIDTH
+        and (linear.bias is None or linear.bias.dtype == dtype)
+    )
+
+
+def matrix_of(linear: torch.nn.Linear) -> Matrix:
+    """Return where the numbers of a linear lie that is `readable`."""
+    found = Matrix(weight=linear.weight.data_ptr(), bias=address(linear.bias))
+    if isinstance(linear, QuantisedLinear) and (codes := linear.layout()) is not None:
+        found.bits, found.group, found.groups = codes.bits, codes.group, codes.scales.numel()
+        found.scales, found.zeros = codes.scales.data_ptr(), address(codes.zeros)
+        found.levels, found.offset = address(codes.levels), address(codes.offset)
+    return found
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor begins; None for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def kernels() -> Kernels | None:
@@ -149,7 +206,7 @@ def _load(cache_folder: str) -> Kernels | str:
     if program is None:
         return "there is no C++ compiler"
     origin = {
-        "source": digest(SOURCE.read_text()),
+        "source": digest([path.read_text() for path in sorted(SOURCES.iterdir())]),
         "compiler": _version(program),
         "options": [*OPTIONS, *NATIVE],
         "cpu": [cpu_name(), *sorted(cpu_flags())],

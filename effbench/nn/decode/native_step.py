@@ -12,6 +12,7 @@ import torch
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
 from effbench.nn.llama.walk import untouched
+from effbench.nn.quant.linears import QuantisedLinear
 
 if TYPE_CHECKING:
     from effbench.nn.decode.step import Runs, StandIn, StepSession
@@ -31,17 +32,22 @@ class NativeStep:
         self._rows = 0
         """Rows that the scratch has room for."""
         # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
-        self._weights = [p.detach() for p in session.model.parameters()]
+        model = session.model
+        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         self._seen: list[torch.Tensor] = []
         self._runs: dict[Runs, Any] = {}
 
     @classmethod
     def of(cls, session: StepSession) -> Self | None:
-        """Return the step of a session whose linears are all plain; None where there is none."""
-        inner = session.model.model
-        norms = [inner.norm, *(part.norm for b in session.blocks for part in b.parts())]
+        """Return the step of a session whose linears can be read as they lie; None otherwise."""
+        inner, head = session.model.model, session.model.lm_head
+        parts = [part for block in session.blocks for part in block.parts()]
+        norms = [inner.norm, *(part.norm for part in parts)]
+        linears = [head, *(linear for part in parts for linear in part.linears())]
         fits = (
             session.device.type == "cpu"
+            and untouched(inner.norm)
+            and all(native.readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
             and type(inner.embed_tokens) is torch.nn.Embedding
             and untouched(inner.embed_tokens)
@@ -123,11 +129,7 @@ class NativeStep:
         logits = torch.empty(len(given), vocab, dtype=session.dtype)
         sizes = native.Model.from_buffer_copy(self.sizes)
         sizes.norm, sizes.eps = norm.weight.data_ptr(), norm.variance_epsilon
-        sizes.head, sizes.head_bias, sizes.vocab = (
-            head.weight.data_ptr(),
-            _address(head.bias),
-            vocab,
-        )
+        sizes.head, sizes.vocab = native.matrix_of(head), vocab
         step = native.Step(len(given), logits=logits.data_ptr(), width=1, inputs=given.data_ptr())
         self._call(session, sizes, step, session.every)
         return logits
@@ -207,8 +209,14 @@ def _part_fits(part: Attention | MLP, session: StepSession) -> bool:
             return False
         every = ((part.q, q), (part.k, kv), (part.v, kv))
         sizes = [*((rows, d) for m, rows in every if m is not None), (d, q)]
-    linears: Any = part.linears()
-    return [tuple(m.weight.shape) for m in linears] == sizes
+    return [_shape(linear) for linear in part.linears()] == sizes
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    if isinstance(linear, QuantisedLinear):
+        return linear.out_features, linear.in_features
+    rows, columns = linear.weight.shape
+    return rows, columns
 
 
 def _fill(pointers: native.Layer, block: Block) -> None:
@@ -226,10 +234,8 @@ def _fill(pointers: native.Layer, block: Block) -> None:
 def _fill_linears(pointers: native.Layer, part: Attention | MLP, names: tuple[str, ...]) -> None:
     for name in names:
         linear = getattr(part, name)
-        if linear is None:
-            continue
-        setattr(pointers, name, linear.weight.data_ptr())
-        setattr(pointers, f"{name}_bias", _address(linear.bias))
+        if linear is not None:
+            setattr(pointers, name, native.matrix_of(linear))
 
 
 def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
@@ -237,7 +243,7 @@ def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
         pointers.a, pointers.b = stand_in.a.data_ptr(), stand_in.b.data_ptr()
         pointers.rank = len(stand_in.a)
     pointers.scale, pointers.running = stand_in.scale, int(stand_in.running)
-    pointers.anchor = _address(stand_in.anchor)
+    pointers.anchor = native.address(stand_in.anchor)
 
 
 def _sizes(session: StepSession) -> native.Model:
@@ -253,10 +259,5 @@ def _sizes(session: StepSession) -> native.Model:
         scale=session.scaling,
         embedding=model.model.embed_tokens.weight.data_ptr(),
         norm=model.model.norm.weight.data_ptr(),
-        head=model.lm_head.weight.data_ptr(),
-        head_bias=_address(model.lm_head.bias),
+        head=native.matrix_of(model.lm_head),
     )
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -4,7 +4,7 @@ A session reads the prompt through the model as it is, into buffers with room to
 then takes the shortest way that there is:
 
 - `native`: one call of a C++ kernel that reads the weights where they lie (on a CPU, where every
-  linear is plain; `effbench.nn.decode.native_step`);
+  linear is plain or packed in a format that it knows; `effbench.nn.decode.native_step`);
 - `graph`: one replay of a captured CUDA graph (on a CUDA device, where every linear is plain;
   `effbench.nn.decode.cuda_graph`);
 - `walk`: block by block, every linear called as the module that it is, so that adapters and packed
@@ -42,6 +42,7 @@ from effbench.nn.decode.step import Runs, StandIn
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
+from effbench.util.pages import use_huge_pages
 
 
 def session_for(model: torch.nn.Module) -> Session:
@@ -103,7 +104,7 @@ class StaticSession:
         linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
         self._plain = all(plain(m, self.dtype) for m in (*linears, self.model.lm_head))
         self._plain &= untouched(self.model.model.norm)
-        self._native = NativeStep.of(self) if use_native and self._plain else None
+        self._native = NativeStep.of(self) if use_native else None
         self._graph: StepGraph | None = None
 
     def _cache_of(self, attention: Attention | None) -> StaticLayer | None:
@@ -149,7 +150,8 @@ class StaticSession:
     def reserve(self, batch: int, length: int, prompt: int = 0) -> None:
         """Make what a batch of `length` positions in all will need, before any clock runs.
 
-        This is optional: without it, the cache grows when it has to.
+        Weights that the C++ kernel reads move to huge pages, where the system has them. This is
+        optional: without it, the cache grows when it has to.
 
         Args:
             batch: Sequences.
@@ -165,6 +167,8 @@ class StaticSession:
         width = self.model.config.hidden_size
         for stand_in in self.stand_ins.values():
             stand_in.note(torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device))
+        if self.engine == "native" and self._native is not None:
+            use_huge_pages(self._native.weights)
         self._tables()
         self._place(torch.zeros(batch, dtype=torch.long, device=self.device))
         if self.engine == "graph":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,32 @@ from effbench.nn.quant import groupwise, nf4
 from effbench.util.errors import UserError
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
+
+
+class Layout(NamedTuple):
+    """How a packed weight lies in memory, for kernels that multiply its codes as they are.
+
+    The codes of a row of d_in weights, a multiple of 32, follow those of the row before it.
+    """
+
+    bits: int
+    """Of a code; `NF4_CODES` for those of `nf4`."""
+    group: int
+    """Neighbouring weights of a row that share one scale, a multiple of 32."""
+    scales: torch.Tensor
+    """[d_out, G] float16; for NF4 [blocks] uint8."""
+    zeros: torch.Tensor | None
+    """Packed zero points, None when symmetric; for NF4 the second-level scales."""
+    levels: torch.Tensor | None = None
+    """Of the scales of NF4, [256] float32."""
+    offset: torch.Tensor | None = None
+    """Of the scales of NF4, [] float32."""
+
+
+NF4_CODES = 104
+"""Stands for the 4-bit codes of NF4."""
+ALIGNED = 32
+"""Weights that kernels multiply at a time: no group and no row ends between them."""
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -61,6 +87,10 @@ class QuantisedLinear(torch.nn.Linear):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""
         raise NotImplementedError
+
+    def layout(self) -> Layout | None:
+        """Return how the codes lie, where kernels can multiply them; None where they cannot."""
+        return None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T, [..., d_out], without a gradient."""
@@ -168,6 +198,14 @@ class NF4Linear(QuantisedLinear):
         expand = nf4.dequantise_bitsandbytes if self._fast() else nf4.dequantise
         return expand(self.stored, (self.out_features, self.in_features), dtype)
 
+    def layout(self) -> Layout | None:
+        """Return how the codes lie; None where rows do not end with whole halves of a block."""
+        if self.in_features % ALIGNED:
+            return None
+        levels = nf4.dynamic_levels(self.codes.device)
+        scales, second = self.absmax, self.absmax_scales
+        return Layout(NF4_CODES, nf4.BLOCK, scales, second, levels, self.offset)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T, [..., d_out], without a gradient; fused on a GPU."""
         if x.is_cuda and self._fast() and self.in_features % nf4.BLOCK == 0:
@@ -222,6 +260,13 @@ class PackedLinear(QuantisedLinear):
         """Return W expanded, [d_out, d_in] in `dtype`."""
         stored = groupwise.Groups(self.codes, self.scales, self.zeros)
         return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
+
+    def layout(self) -> Layout | None:
+        """Return how the codes lie; None for other bits than 4 and 8, and for ragged groups."""
+        group = min(self.group_size, self.in_features)
+        if self.bits not in (4, 8) or self.in_features % ALIGNED or group % ALIGNED:
+            return None
+        return Layout(self.bits, group, self.scales, self.zeros)
 
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""

@@ -94,7 +94,7 @@ def quantise(weight: torch.Tensor) -> NF4:
     offset = absmax.mean()
     groups = _cut(absmax - offset, GROUP)
     scales = groups.abs().amax(1)
-    absmax_codes = _nearest(_unit(groups, scales), _dynamic_levels(flat.device)).view(-1)
+    absmax_codes = _nearest(_unit(groups, scales), dynamic_levels(flat.device)).view(-1)
     absmax_codes = absmax_codes[: absmax.numel()].clone()
     return NF4(codes[0::2] << 4 | codes[1::2], absmax_codes, scales, offset)
 
@@ -152,7 +152,7 @@ def product_bitsandbytes(x: torch.Tensor, stored: NF4, shape: tuple[int, int]) -
         BLOCK,
         "nf4",
         absmax_8bit=stored.absmax,
-        absmax_code=_dynamic_levels(x.device),
+        absmax_code=dynamic_levels(x.device),
         absmax_offset=stored.offset,
     )
     return out
@@ -172,7 +172,7 @@ def restored_absmax(stored: NF4) -> torch.Tensor:
     """Return the scale of each block, [⌈n / 64⌉] float32."""
     codes = stored.absmax
     scales = stored.absmax_scales.repeat_interleave(GROUP)[: codes.numel()]
-    return _dynamic_levels(codes.device)[codes.int()] * scales + stored.offset
+    return dynamic_levels(codes.device)[codes.int()] * scales + stored.offset
 
 
 def _cut(flat: torch.Tensor, size: int) -> torch.Tensor:
@@ -207,7 +207,7 @@ def _pairs(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _dynamic_levels(device: torch.device) -> torch.Tensor:
+def dynamic_levels(device: torch.device) -> torch.Tensor:
     """Return the 256 ascending levels of signed dynamic 8-bit numbers, float32.
 
     Decade e of 0..6 has 2^e levels of each sign: the middles of equal parts of [0.1, 1] times

@@ -1,0 +1,84 @@
+"""Products of packed codes as they lie, without the dense weight, against that weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effbench.nn.decode import native
+from effbench.nn.quant import linears, nf4
+
+
+def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
+    """A packed linear with a bias and, in its weight, rows of very different sizes."""
+    generator = torch.Generator().manual_seed(rows)
+    linear = torch.nn.Linear(columns, rows)
+    linear.weight.data = torch.randn(rows, columns, generator=generator)
+    linear.weight.data *= torch.logspace(-3, 2, rows)[:, None]
+    linear.weight.data[0, : columns // 2] = 0.0
+    if kind == "nf4":
+        return linears.NF4Linear.quantise(linear)
+    bits, group, symmetric = kind.split()
+    return linears.PackedLinear.quantise(linear, int(bits), int(group), symmetric == "symmetric")
+
+
+KINDS = [
+    "nf4",
+    *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 32), (5, 96), (7, 160), (33, 576), (3, 1504)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_products_of_codes_are_those_of_the_expanded_weight(
+    kind: str, shape: tuple[int, int], rows: int
+) -> None:
+    kernels = native.kernels()
+    if kernels is None:
+        pytest.skip(native.why_not())
+    linear = packed(kind, *shape)
+    assert native.readable(linear, torch.float32)
+    x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1))
+    x[:, 3] *= 1000  # an activation as large as some models have
+    weight = linear.dense_weight(torch.float64)
+    expected = x.double() @ weight.T
+    found = kernels.product(linear, x)
+    # Half of a block's largest number / 8191 is lost of each number, at most.
+    steps = x.abs().view(rows, -1, 32).amax(2) / 8191
+    bound = 0.51 * steps.double().repeat_interleave(32, 1) @ weight.abs().T
+    rounding = x.double().abs() @ weight.abs().T * (2e-4 if kind == "nf4" else 1e-5)
+    assert ((found.double() - expected).abs() <= bound + rounding).all()
+    assert found[:1].equal(kernels.product(linear, x[:1])), "a sum depends on the batch"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
+    kernels = native.kernels()
+    if kernels is None:
+        pytest.skip(native.why_not())
+    x = torch.ones(1, 96)
+    x[0, 40] = bad
+    for kind in ("nf4", "4 32 asymmetric", "8 32 symmetric"):
+        assert not kernels.product(packed(kind, 5, 96), x)[0, 1:].isfinite().any()
+
+
+def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
+    for kind, columns in (
+        ("3 32 symmetric", 96),
+        ("4 16 symmetric", 96),
+        ("4 32 symmetric", 72),
+        ("nf4", 72),
+    ):
+        assert packed(kind, 5, columns).layout() is None
+    moved = packed("4 32 symmetric", 5, 96)
+    moved.register_forward_hook(lambda *_: None)
+    assert not native.readable(moved, torch.float32)
+    assert not native.readable(packed("nf4", 5, 96), torch.bfloat16)  # its bias is float32
+
+
+def test_the_kernels_levels_are_those_of_nf4() -> None:
+    text = (native.SOURCES / "packed.h").read_text()
+    table = text.split("kLevels[16] = {")[1].split("}")[0]
+    found = [int(part) for part in table.split(",")]
+    assert found == [round(level * 32767) for level in nf4.LEVELS]
