@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -99,6 +100,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("desk")
     (folder / "my.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    for name in ("mine", "other"):
+        shutil.copy(folder / "my.jsonl", folder / f"{name}.jsonl")
+    said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": said}) + "\n")
     (folder / "my-model").mkdir()
     (folder / "my-model" / "config.json").write_text(
         '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,'

@@ -20,9 +20,17 @@ class Reading:
     repeated: int = 0
     """Rows with the same content as another one."""
 
+    unmixed: int = 0
+    """Rows beyond the share of their file (`dataset.mix`)."""
+
     def line(self) -> str:
         """Return it in words."""
-        gone = {"empty": self.empty, "without a value": self.missing, "repeated": self.repeated}
+        gone = {
+            "empty": self.empty,
+            "without a value": self.missing,
+            "repeated": self.repeated,
+            "beyond the share of their file": self.unmixed,
+        }
         left = ", ".join(f"{count:,} {what}" for what, count in gone.items() if count)
         return f"{self.read:,} rows read" + (f", of which left out: {left}" if left else "")
 

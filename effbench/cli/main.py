@@ -154,6 +154,8 @@ def _stage(
     if print_key:
         typer.echo(job.spec.key)
         return
+    for note in job.notes:
+        _say(note)
     if dry_run:
         _plan(job)
         _first_row(job)

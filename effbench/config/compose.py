@@ -23,6 +23,7 @@ from effbench.config.code import checked
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.results.store import Store, results_dir
@@ -173,6 +174,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     start = _start(config["from"], chosen, store)
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
+    config["dataset"], note = recognised(config["dataset"])
     method, model, dataset = inherit(stage, config, chosen, start, parent)
     train = build(TrainSpec, _one_length(config["train"], chosen), "train")
     if train.learning_rate is None:
@@ -198,7 +200,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_methods(spec, lineage)
     _check_data(spec)
     _check_evaluators(spec, lineage)
-    return Job(spec, runtime)
+    return Job(spec, runtime, (note,) if note else ())
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:

@@ -221,9 +221,14 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
 
 def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
     """Return the spec of a dataset, with what rows are known by and the hash of its files."""
-    from effbench.data.dataset import fingerprint
+    from effbench.data.dataset import check_mix, fingerprint
+    from effbench.data.kinds.base import find
+    from effbench.data.tokens import template_text
 
     spec = build(DatasetSpec, dict(values), "dataset")
+    check_mix(spec)
+    chat = spec.chat or find(spec.kind).talks
+    spec = dataclasses.replace(spec, chat=chat, template=template_text(spec.template))
     if not {"known_by", "known_as"} & values.keys():
         own = shipped(spec.source, spec.id, spec.subset)
         spec = (
