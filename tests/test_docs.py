@@ -104,6 +104,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(folder / "my.jsonl", folder / f"{name}.jsonl")
     said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     (folder / "chat.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    (folder / "my.yaml").write_text("model: tiny\ndataset: arithmetic\n")
     (folder / "my-model").mkdir()
     (folder / "my-model" / "config.json").write_text(
         '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,'
@@ -196,6 +197,20 @@ def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
     parser = OverridesParser.create()
     grid = BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
     return [list(grid[0]), list(grid[-1])]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_examples_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: list[int], capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EFFBENCH_RESULTS", raising=False)
+    texts = [b.text for b in blocks(ROOT / "docs" / "python.md") if b.language == "python"]
+    assert len(texts) == 3
+    for text in texts:
+        exec(compile(text, "docs/python.md", "exec"), {})
+    assert inline == [0, 0, 0], "the last one finds its run"
+    assert "eval none" in capsys.readouterr().out
 
 
 def test_make_targets() -> None:

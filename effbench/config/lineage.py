@@ -120,7 +120,7 @@ def inherit(
     else:
         method = plugin("methods", name, settings, "method")
     model = _model_after(config["model"], chosen, parent.model, start)
-    return method, model, _dataset_after(config["dataset"], chosen, parent.dataset)
+    return method, model, dataset_after(config["dataset"], chosen, parent.dataset)
 
 
 def _taken_over(stage: str, name: str, chosen: set[str]) -> bool:
@@ -170,9 +170,7 @@ def _model_after(
     return model_spec(plain(earlier))
 
 
-def _dataset_after(
-    values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec
-) -> DatasetSpec:
+def dataset_after(values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec) -> DatasetSpec:
     """Return the dataset of an earlier run with the chosen keys, or another one."""
     if chosen & {"dataset", "experiment"}:
         return dataset_spec(values)

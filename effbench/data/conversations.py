@@ -55,6 +55,11 @@ def marked(
     Raises:
         UserError: As `talked`.
     """
+    if not template_of(tokenizer, conversation):
+        raise UserError(
+            "The model has no chat template, which conversations need.",
+            "Give one: dataset.template=zephyr, or a FILE with one.",
+        )
     _refuse_tools(conversation, tokenizer)
     text = in_template(conversation, tokenizer)
     _refuse_left_out(conversation.messages, text)
