@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses
 from effbench.methods.trains import Trains
 from effbench.results.store import MARKER, Store
+from effbench.testing.own import write_chats, write_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -102,14 +102,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
     for name in ("mine", "other"):
         shutil.copy(folder / "my.jsonl", folder / f"{name}.jsonl")
-    said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    (folder / "chat.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    write_chats(folder / "chat.jsonl")
+    write_model(folder / "my-model")
     (folder / "my.yaml").write_text("model: tiny\ndataset: arithmetic\n")
-    (folder / "my-model").mkdir()
-    (folder / "my-model" / "config.json").write_text(
-        '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,'
-        ' "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}'
-    )
     writer = gguf.GGUFWriter(folder / "my-model.gguf", "llama")
     for add, value in (
         (writer.add_embedding_length, 64),

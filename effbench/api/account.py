@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -22,6 +22,11 @@ class Reading:
 
     unmixed: int = 0
     """Rows beyond the share of their file (`dataset.mix`)."""
+
+    def kept(self) -> dict[str, int]:
+        """Return it as a record keeps it: shares only where there were any."""
+        values = asdict(self)
+        return values if self.unmixed else {k: v for k, v in values.items() if k != "unmixed"}
 
     def line(self) -> str:
         """Return it in words."""

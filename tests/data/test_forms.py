@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers import BYTES_SHAPE
 
+from effbench.api.account import Reading
 from effbench.api.keys import WHOLE, leave_places_out
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
@@ -189,6 +190,8 @@ def test_shares_are_those_of_the_rows(tmp_path: Path, shares: Any, found: str) -
     texts, readings = read(spec)
     assert readings["train"].unmixed == 16 - len(found)
     assert "beyond the share of their file" in readings["train"].line()
+    assert readings["train"].kept()["unmixed"] == 16 - len(found)
+    assert "unmixed" not in Reading().kept(), "records of others stay as they are"
     assert texts == read(spec)[0]
 
 
