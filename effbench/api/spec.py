@@ -258,3 +258,5 @@ class Job:
 
     spec: Spec
     runtime: Runtime
+    command: str = ""
+    """What was typed, for people; empty for a run that no command asked for."""

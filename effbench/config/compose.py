@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -58,7 +59,20 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    return job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    return commanded(job, overrides)
+
+
+def commanded(job: Job, words: Sequence[str]) -> Job:
+    """Return a job that knows its command, with the key of the run that `from=` means.
+
+    Args:
+        job: Of one run.
+        words: As typed after `effbench STAGE`.
+    """
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    command = shlex.join(["effbench", job.spec.stage, *told])
+    return dataclasses.replace(job, command=command)
 
 
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
