@@ -226,6 +226,7 @@ def _first_row(job: Any) -> None:
 def _plan(job: Any) -> None:
     from effbench.cli.plan_text import render
     from effbench.config.lineage import Lineage
+    from effbench.data.dataset import known_rows
     from effbench.models.load import known_shape
     from effbench.resources.predict import predict
     from effbench.results.store import Store
@@ -238,8 +239,10 @@ def _plan(job: Any) -> None:
         )
     machine = job.runtime.machine
     lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
-    found = predict(job.spec, shape, machine, lineage.earlier, folders=lineage.artefacts)
-    typer.echo(render(found, job.spec, machine))
+    rows = known_rows(job.spec.dataset, "train") if stages.trains(job.spec.stage) else 0
+    folders = lineage.artefacts
+    found = predict(job.spec, shape, machine, lineage.earlier, folders=folders, rows=rows)
+    typer.echo(render(found, job.spec, machine, rows))
 
 
 @app.command()

@@ -188,7 +188,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
     method, model, dataset = inherit(stage, config, chosen, start, parent)
-    train = build(TrainSpec, config["train"], "train")
+    train = build(TrainSpec, _one_length(config["train"], chosen), "train")
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
@@ -213,6 +213,29 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime)
+
+
+def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
+    """Return the settings of training with steps or epochs, whichever was asked for.
+
+    Raises:
+        UserError: When both were, or no steps at all.
+    """
+    steps, epochs = values.get("max_steps"), values.get("epochs")
+    if steps == 0 and not epochs:
+        raise UserError(
+            "train.max_steps=0 is not possible: it has to be greater than 0.",
+            "Give steps, or train.epochs in their place.",
+        )
+    if not epochs or not steps:
+        return values
+    typed = {f"train.{name}" for name in ("max_steps", "epochs")} & chosen
+    if len(typed) == 2 or (not typed and steps != TrainSpec.max_steps):
+        raise UserError(
+            f"train.max_steps={steps} and train.epochs={epochs} are two lengths of one training.",
+            "Give one of them.",
+        )
+    return {**values, "epochs": 0.0} if "train.max_steps" in typed else {**values, "max_steps": 0}
 
 
 def results_of(config: dict[str, Any]) -> Path:
