@@ -295,5 +295,7 @@ class Job:
 
     spec: Spec
     runtime: Runtime
+    command: str = ""
+    """What was typed, for people; empty for a run that no command asked for."""
     notes: tuple[str, ...] = ()
     """What was decided for the user, in words."""

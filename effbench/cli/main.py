@@ -750,18 +750,31 @@ def selfcheck(
 def export(
     run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[
+        Literal["auto", "transformers", "peft", "gguf"],
+        typer.Option(help="For which tool; auto: an adapter for peft where it is one."),
+    ] = "auto",
     point: Annotated[str, typer.Option(help="Operating point; the last one by default.")] = "",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights; auto: float32 where something is multiplied out."),
+    ] = "auto",
     results: Results = Path("results"),
 ) -> None:
-    """Write what a run made in a form that other tools load (a plain LoRA adapter for peft).
+    """Write what a run made in a form that other tools load, with a README.
 
     \b
     Examples:
       effbench export latest adapter-r8 --point r8
+      effbench export latest merged --to transformers
+      effbench export latest merged --to gguf --dtype bfloat16
     """
-    from effbench.runner.stages.export import export as export_run
+    with Progress(sys.stderr.isatty()).during("export: loading"):
+        from effbench.runner.stages.export import export as export_run
 
-    export_run(run, folder, point, results)
+        said = export_run(run, folder, point, results, to, dtype)
+    for line in said:
+        _say(line)
     _say(f"Written: {folder}")
 
 

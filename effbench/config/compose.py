@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from effbench.config.code import checked
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
-from effbench.config.start import split_words, start_of
+from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
@@ -72,22 +73,43 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    start = start_of(files, like, _results_in(overrides), stage, extra)
-    if start is None:
-        return job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
-    more = check_overrides([*overrides, *start.words(words.chosen)], extra)
-    composed = _unescaped(hydra_compose(more.with_defaults(stage), extra), words.chosen)
-    config = start.under(composed, words.chosen)
-    if "known_by" in start.parts.get("dataset", {}) and "dataset" not in words.chosen:
+    if begun := start_of(files, like, _results_in(overrides), stage, extra):
+        job = job_from(stage, *_started(begun, stage, overrides, extra))
+    else:
+        job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
+
+
+def _started(
+    start: Start, stage: Stage | None, overrides: Sequence[str], extra: Sequence[Path]
+) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Return the config of a spec with words over it, what is chosen, and what of it was typed."""
+    typed = check_overrides(overrides, extra).chosen
+    words = check_overrides([*overrides, *start.words(typed)], extra)
+    composed = _unescaped(hydra_compose(words.with_defaults(stage), extra), typed)
+    config = start.under(composed, typed)
+    if "known_by" in start.parts.get("dataset", {}) and "dataset" not in typed:
         earlier = build(DatasetSpec, start.parts["dataset"], "dataset")
-        config["dataset"] = plain(dataset_after(composed["dataset"], words.chosen, earlier))
-    return job_from(stage, config, start.chosen(words.chosen), typed=words.chosen)
+        config["dataset"] = plain(dataset_after(composed["dataset"], typed, earlier))
+    return config, start.chosen(typed), typed
 
 
 def _results_in(overrides: Sequence[str]) -> Path:
     """Return the folder of results that words name, before they are composed."""
     named = [w.partition("=")[2] for w in overrides if w.startswith("run.results=")]
     return Path(named[-1].strip("'\"")).expanduser() if named else results_dir()
+
+
+def commanded(job: Job, words: Sequence[str]) -> Job:
+    """Return a job that knows its command, with the key of the run that `from=` means.
+
+    Args:
+        job: Of one run.
+        words: As typed after `effbench STAGE`.
+    """
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    command = shlex.join(["effbench", job.spec.stage, *told])
+    return dataclasses.replace(job, command=command)
 
 
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
@@ -240,7 +262,7 @@ def job_from(
     _check_methods(spec, lineage)
     _check_data(spec)
     _check_evaluators(spec, lineage)
-    return Job(spec, runtime, (note,) if note else ())
+    return Job(spec, runtime, notes=(note,) if note else ())
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
