@@ -6,7 +6,8 @@ log level), so that the one is hashed and the other is not, by type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from effbench.api.schema import (
@@ -67,13 +68,15 @@ class DatasetSpec:
     """Where the rows come from."""
     kind: str
     """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
-    `choices`: pairs whose wrong answers are known too. Each is a file in `data/kinds`."""
+    `choices`: pairs whose wrong answers are known too. `chat`: conversations. `auto`: what the
+    fields of the first row say, once the config is composed. Each is a file in `data/kinds`."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
     """Hub configuration, or folder inside an asset."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Local files by split name (jsonl, json, csv, tsv, parquet, txt; gzipped or not)."""
+    files: dict[str, str | list[str]] = field(default_factory=dict)
+    """Local files by split name, one or several (jsonl, ndjson, json, csv, tsv, parquet, txt;
+    gzipped or not)."""
     text: str = "{text}"
     """Template of a row's text (kind `text`)."""
     prompt: str = "{prompt}"
@@ -113,6 +116,17 @@ class DatasetSpec:
     missing: Literal["refuse", "empty", "skip"] = "refuse"
     """What a field without a value does: it is refused, is an empty text, or its row is left out.
     An empty answer is refused too, or its row is left out."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation have a loss (kind `chat`)."""
+    system: Literal["own", "user", "none"] = "own"
+    """Where a system prompt goes: its own turn, before what the user says first, or nowhere."""
+    tools: bool = True
+    """Whether the tools of a conversation are told to the model."""
+    template: str = ""
+    """Chat template in place of the model's own: `zephyr`, or a file with one; its text, once the
+    config is composed."""
+    mix: dict[str, list[float]] = field(default_factory=dict)
+    """Shares of the rows, by source split, of each of its several files; they add up to 1."""
     known_by: Literal["text", "source"] = "text"
     """What decides a row's split and place: its rendered text, or the values of the fields that its
     templates name, whatever words stand around them; then rows that ask the same stay in one split.
@@ -130,8 +144,8 @@ class TrainSpec:
     """Raised when the same settings would give other weights: 2, since AdamW passes once over each
     weight."""
 
-    max_steps: PositiveInt = 12
-    """Optimiser steps."""
+    max_steps: NonNegativeInt = 12
+    """Optimiser steps; 0 where `epochs` says how many."""
     batch_size: PositiveInt = 2
     """Sequences in a micro-batch."""
     accumulation: PositiveInt = 1
@@ -160,6 +174,29 @@ class TrainSpec:
     """Stop after so many validations without a better loss; 0 never."""
     checkpoint_every: PositiveInt = 25
     """Steps between checkpoints. A resumed run ends in the same state."""
+    epochs: NonNegativeFloat = 0.0
+    """Passes over the training rows, in place of `max_steps`; 0 where that says how many steps."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step."""
+        return self.batch_size * self.accumulation
+
+    def over(self, rows: int) -> TrainSpec:
+        """Return the settings with the steps that their epochs take over so many rows."""
+        if not self.epochs:
+            return self
+        steps = math.ceil(round(self.epochs * rows / self.rows_per_step, 9))
+        return replace(self, max_steps=max(1, steps))
+
+    def told(self, rows: int) -> str:
+        """Return steps and epochs over so many rows in words; 0 where their number is not known."""
+        if not rows:
+            length = self.epochs or self.max_steps
+            return f"{length:,g} {'epochs' if self.epochs else 'steps'}"
+        steps, size = self.over(rows).max_steps, self.rows_per_step
+        epochs = self.epochs or steps * size / rows
+        return f"{steps:,} steps of {size} rows, {epochs:.3g} epochs of {rows:,} rows"
 
 
 @dataclass(frozen=True)
@@ -258,3 +295,7 @@ class Job:
 
     spec: Spec
     runtime: Runtime
+    command: str = ""
+    """What was typed, for people; empty for a run that no command asked for."""
+    notes: tuple[str, ...] = ()
+    """What was decided for the user, in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,12 +18,23 @@ from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import Seed, build, plain
 from effbench.api.shape import AnyShape
-from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
+from effbench.api.spec import (
+    DatasetSpec,
+    HardwareSpec,
+    Job,
+    Machine,
+    Runtime,
+    Spec,
+    Stage,
+    TrainSpec,
+)
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
 from effbench.config.files import groups
-from effbench.config.lineage import Lineage, inherit, plugin
+from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.config.start import Start, split_words, start_of
+from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.results.store import Store, results_dir
@@ -38,19 +50,22 @@ def compose(
     stage: Stage | None,
     overrides: Sequence[str],
     extra: Sequence[Path] = (),
+    like: str = "",
 ) -> Job:
     """Return the validated job of a command.
 
     Args:
         stage: The command, or None for the stage that the method itself belongs to.
-        overrides: Hydra overrides as typed.
+        overrides: Hydra overrides as typed, perhaps after a file with a spec.
         extra: Folders with the user's own configs, searched first.
+        like: An earlier run whose spec is taken where nothing else is said.
 
     Raises:
         UserError: For anything a user can mend: unknown names, wrong types, impossible values,
             an unknown `from=`, a pair of methods that cannot follow each other.
     """
     extra = checked(extra)
+    files, overrides = split_words(overrides)
     words = check_overrides(overrides, extra)
     if words.swept:
         raise UserError(
@@ -58,7 +73,43 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    return job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    if begun := start_of(files, like, _results_in(overrides), stage, extra):
+        job = job_from(stage, *_started(begun, stage, overrides, extra))
+    else:
+        job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
+
+
+def _started(
+    start: Start, stage: Stage | None, overrides: Sequence[str], extra: Sequence[Path]
+) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Return the config of a spec with words over it, what is chosen, and what of it was typed."""
+    typed = check_overrides(overrides, extra).chosen
+    words = check_overrides([*overrides, *start.words(typed)], extra)
+    composed = _unescaped(hydra_compose(words.with_defaults(stage), extra), typed)
+    config = start.under(composed, typed)
+    if "known_by" in start.parts.get("dataset", {}) and "dataset" not in typed:
+        earlier = build(DatasetSpec, start.parts["dataset"], "dataset")
+        config["dataset"] = plain(dataset_after(composed["dataset"], typed, earlier))
+    return config, start.chosen(typed), typed
+
+
+def _results_in(overrides: Sequence[str]) -> Path:
+    """Return the folder of results that words name, before they are composed."""
+    named = [w.partition("=")[2] for w in overrides if w.startswith("run.results=")]
+    return Path(named[-1].strip("'\"")).expanduser() if named else results_dir()
+
+
+def commanded(job: Job, words: Sequence[str]) -> Job:
+    """Return a job that knows its command, with the key of the run that `from=` means.
+
+    Args:
+        job: Of one run.
+        words: As typed after `effbench STAGE`.
+    """
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    command = shlex.join(["effbench", job.spec.stage, *told])
+    return dataclasses.replace(job, command=command)
 
 
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
@@ -154,9 +205,19 @@ def settings_of(cls: type) -> dict[str, Any]:
     return values
 
 
-def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
-    """Return the job that a composed config describes; see `compose`."""
-    config = _unescaped(config, chosen)
+def job_from(
+    stage: Stage | None, config: dict[str, Any], chosen: set[str], typed: set[str] | None = None
+) -> Job:
+    """Return the job that a composed config describes; see `compose`.
+
+    Args:
+        stage: The command.
+        config: Plain values.
+        chosen: The groups and keys that are no defaults.
+        typed: Those of them that the command names, where a file names others; in `config` line
+            ends are as in a file then.
+    """
+    config = _unescaped(config, chosen if typed is None else set())
     config.pop("hydra", None)
     unknown = config.keys() - TOP_LEVEL - set(groups())
     if unknown:
@@ -173,8 +234,11 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     start = _start(config["from"], chosen, store)
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
+    config["dataset"], note = recognised(config["dataset"])
     method, model, dataset = inherit(stage, config, chosen, start, parent)
-    train = build(TrainSpec, config["train"], "train")
+    train = build(
+        TrainSpec, _one_length(config["train"], chosen if typed is None else typed), "train"
+    )
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
@@ -198,7 +262,30 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_methods(spec, lineage)
     _check_data(spec)
     _check_evaluators(spec, lineage)
-    return Job(spec, runtime)
+    return Job(spec, runtime, notes=(note,) if note else ())
+
+
+def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
+    """Return the settings of training with steps or epochs, whichever was asked for.
+
+    Raises:
+        UserError: When both were, or no steps at all.
+    """
+    steps, epochs = values.get("max_steps"), values.get("epochs")
+    if steps == 0 and not epochs:
+        raise UserError(
+            "train.max_steps=0 is not possible: it has to be greater than 0.",
+            "Give steps, or train.epochs in their place.",
+        )
+    if not epochs or not steps:
+        return values
+    typed = {f"train.{name}" for name in ("max_steps", "epochs")} & chosen
+    if len(typed) == 2 or (not typed and steps != TrainSpec.max_steps):
+        raise UserError(
+            f"train.max_steps={steps} and train.epochs={epochs} are two lengths of one training.",
+            "Give one of them.",
+        )
+    return {**values, "epochs": 0.0} if "train.max_steps" in typed else {**values, "max_steps": 0}
 
 
 def results_of(config: dict[str, Any]) -> Path:
