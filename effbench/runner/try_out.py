@@ -12,7 +12,8 @@ import torch
 
 from effbench.api.points import Point, find_point
 from effbench.api.spec import Job
-from effbench.data.tokens import Turn, chat_prompt
+from effbench.data.render import Turn
+from effbench.data.tokens import chat_prompt
 from effbench.methods.base import Method
 from effbench.nn.decode.generate import Sampling, sample
 from effbench.results.store import RunFolder, Store

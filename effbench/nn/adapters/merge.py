@@ -100,8 +100,8 @@ def merge_for_good(model: torch.nn.Module) -> int:
         inside = f"{name}."
         count += is_adapted(linear)
         replace_module(model, name, _dense_linear(linear, dtype))
-    inner = getattr(model, "model", None)
-    if count and hasattr(inner, "norm") and hasattr(inner.norm, "variance_epsilon"):
+    last = getattr(getattr(model, "model", None), "norm", None)
+    if count and hasattr(last, "variance_epsilon"):
         norm = _plain_norm(model)
         if norm is not None:
             replace_module(model, "model.norm", norm)
