@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import ABSENT, labels
-from effbench.results.records import Metric, Record
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+    from effbench.results.records import Metric, Record
 
 HEADLINES = (
     "accuracy",
