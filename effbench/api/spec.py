@@ -6,7 +6,8 @@ log level), so that the one is hashed and the other is not, by type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from effbench.api.schema import (
@@ -130,8 +131,8 @@ class TrainSpec:
     """Raised when the same settings would give other weights: 2, since AdamW passes once over each
     weight."""
 
-    max_steps: PositiveInt = 12
-    """Optimiser steps."""
+    max_steps: NonNegativeInt = 12
+    """Optimiser steps; 0 where `epochs` says how many."""
     batch_size: PositiveInt = 2
     """Sequences in a micro-batch."""
     accumulation: PositiveInt = 1
@@ -160,6 +161,29 @@ class TrainSpec:
     """Stop after so many validations without a better loss; 0 never."""
     checkpoint_every: PositiveInt = 25
     """Steps between checkpoints. A resumed run ends in the same state."""
+    epochs: NonNegativeFloat = 0.0
+    """Passes over the training rows, in place of `max_steps`; 0 where that says how many steps."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step."""
+        return self.batch_size * self.accumulation
+
+    def over(self, rows: int) -> TrainSpec:
+        """Return the settings with the steps that their epochs take over so many rows."""
+        if not self.epochs:
+            return self
+        steps = math.ceil(round(self.epochs * rows / self.rows_per_step, 9))
+        return replace(self, max_steps=max(1, steps))
+
+    def told(self, rows: int) -> str:
+        """Return steps and epochs over so many rows in words; 0 where their number is not known."""
+        if not rows:
+            length = self.epochs or self.max_steps
+            return f"{length:,g} {'epochs' if self.epochs else 'steps'}"
+        steps, size = self.over(rows).max_steps, self.rows_per_step
+        epochs = self.epochs or steps * size / rows
+        return f"{steps:,} steps of {size} rows, {epochs:.3g} epochs of {rows:,} rows"
 
 
 @dataclass(frozen=True)
@@ -258,3 +282,5 @@ class Job:
 
     spec: Spec
     runtime: Runtime
+    command: str = ""
+    """What was typed, for people; empty for a run that no command asked for."""

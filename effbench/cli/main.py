@@ -227,6 +227,7 @@ def _first_row(job: Any) -> None:
 def _plan(job: Any) -> None:
     from effbench.cli.plan_text import render
     from effbench.config.lineage import Lineage
+    from effbench.data.dataset import known_rows
     from effbench.models.load import known_shape
     from effbench.resources.predict import predict
     from effbench.results.store import Store
@@ -239,8 +240,10 @@ def _plan(job: Any) -> None:
         )
     machine = job.runtime.machine
     lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
-    found = predict(job.spec, shape, machine, lineage.earlier, folders=lineage.artefacts)
-    typer.echo(render(found, job.spec, machine))
+    rows = known_rows(job.spec.dataset, "train") if stages.trains(job.spec.stage) else 0
+    folders = lineage.artefacts
+    found = predict(job.spec, shape, machine, lineage.earlier, folders=folders, rows=rows)
+    typer.echo(render(found, job.spec, machine, rows))
 
 
 @app.command()
@@ -687,18 +690,31 @@ def selfcheck(
 def export(
     run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[
+        Literal["auto", "transformers", "peft", "gguf"],
+        typer.Option(help="For which tool; auto: an adapter for peft where it is one."),
+    ] = "auto",
     point: Annotated[str, typer.Option(help="Operating point; the last one by default.")] = "",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights; auto: float32 where something is multiplied out."),
+    ] = "auto",
     results: Results = Path("results"),
 ) -> None:
-    """Write what a run made in a form that other tools load (a plain LoRA adapter for peft).
+    """Write what a run made in a form that other tools load, with a README.
 
     \b
     Examples:
       effbench export latest adapter-r8 --point r8
+      effbench export latest merged --to transformers
+      effbench export latest merged --to gguf --dtype bfloat16
     """
-    from effbench.runner.stages.export import export as export_run
+    with Progress(sys.stderr.isatty()).during("export: loading"):
+        from effbench.runner.stages.export import export as export_run
 
-    export_run(run, folder, point, results)
+        said = export_run(run, folder, point, results, to, dtype)
+    for line in said:
+        _say(line)
     _say(f"Written: {folder}")
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from effbench.api.spec import Machine, Spec
+from effbench.api.stages.base import trains
 from effbench.resources.predict import Phase, Prediction
 from effbench.resources.usage import gib
 
 
-def render(prediction: Prediction, spec: Spec, machine: Machine) -> str:
-    """Return the prediction as text for a terminal."""
+def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) -> str:
+    """Return the prediction as text for a terminal; training rows are 0 where not known."""
     lines = [f"{spec.label} (key {spec.key})", "", *_table(prediction.phases), ""]
     cost = prediction.cost
     lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
     lines.append(f"  weights read     {gib(cost.bytes_per_token)} per decoded token")
     lines.append(f"  KV cache         {cost.kv_bytes_per_token / 1024:.1f} KiB per token")
+    if trains(spec.stage):
+        lines.append(f"  training         {spec.train.told(rows)}")
     if prediction.flops:
         lines.append(
-            f"  training         {prediction.tokens:,} tokens at most, {prediction.flops:.3g} FLOPs"
+            f"                   {prediction.tokens:,} tokens at most, {prediction.flops:.3g} FLOPs"
         )
     if prediction.seconds is not None:
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -58,7 +59,20 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    return job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    return commanded(job, overrides)
+
+
+def commanded(job: Job, words: Sequence[str]) -> Job:
+    """Return a job that knows its command, with the key of the run that `from=` means.
+
+    Args:
+        job: Of one run.
+        words: As typed after `effbench STAGE`.
+    """
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    command = shlex.join(["effbench", job.spec.stage, *told])
+    return dataclasses.replace(job, command=command)
 
 
 def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
@@ -174,7 +188,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
     method, model, dataset = inherit(stage, config, chosen, start, parent)
-    train = build(TrainSpec, config["train"], "train")
+    train = build(TrainSpec, _one_length(config["train"], chosen), "train")
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
@@ -199,6 +213,29 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime)
+
+
+def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
+    """Return the settings of training with steps or epochs, whichever was asked for.
+
+    Raises:
+        UserError: When both were, or no steps at all.
+    """
+    steps, epochs = values.get("max_steps"), values.get("epochs")
+    if steps == 0 and not epochs:
+        raise UserError(
+            "train.max_steps=0 is not possible: it has to be greater than 0.",
+            "Give steps, or train.epochs in their place.",
+        )
+    if not epochs or not steps:
+        return values
+    typed = {f"train.{name}" for name in ("max_steps", "epochs")} & chosen
+    if len(typed) == 2 or (not typed and steps != TrainSpec.max_steps):
+        raise UserError(
+            f"train.max_steps={steps} and train.epochs={epochs} are two lengths of one training.",
+            "Give one of them.",
+        )
+    return {**values, "epochs": 0.0} if "train.max_steps" in typed else {**values, "max_steps": 0}
 
 
 def results_of(config: dict[str, Any]) -> Path:

@@ -164,11 +164,31 @@ def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
 
 def first_row(spec: DatasetSpec) -> str:
     """Return the first row that was read, as text; empty where reading it may need a download."""
-    if spec.source not in ("file", "generator"):
+    if not at_hand(spec):
         return ""
     source, rows = next(iter(_sources(spec).items()))
     text = next(render(rows, spec, source), None)
     return text.shown() if text else ""
+
+
+def known_rows(spec: DatasetSpec, split: str) -> int:
+    """Return how many rows a split has to train on; 0 where that takes a download or a tokenizer.
+
+    Raises:
+        UserError: As `read`.
+    """
+    if find(spec.kind).packs or not at_hand(spec):
+        return 0
+    return len(splits(spec).get(split, ()))
+
+
+def at_hand(spec: DatasetSpec) -> bool:
+    """Whether the rows are on this machine."""
+    from effbench.data.assets import path_of
+
+    if spec.source == "package":
+        return path_of(spec.id) is not None
+    return spec.source in ("file", "generator")
 
 
 def split_names(spec: DatasetSpec) -> list[str]:

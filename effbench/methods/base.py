@@ -22,7 +22,10 @@ from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.api.spec import DatasetSpec, Stage
 from effbench.api.weights import kinds
 from effbench.methods.decodes import Decodes
-from effbench.nn.llama import weights
+from effbench.nn.adapters import peft_lora
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.llama import stack, weights
+from effbench.nn.pruning import plain
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -167,12 +170,44 @@ class Method(Decodes):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return an operating point as an adapter that peft can hold; None where it is none."""
+        return None
+
+    def as_plain(
+        self, model: torch.nn.Module, point: Point, dtype: torch.dtype | None = None
+    ) -> plain.Plain:
+        """Return an operating point as a model of transformers' own.
+
+        Args:
+            model: The artefact.
+            point: One of its operating points.
+            dtype: Of the weights; see `nn.pruning.plain.plain_model`.
+
+        Raises:
+            UserError: When transformers' class has no place for some part of it, or does not decode
+                as the point does.
+        """
+        if self.decoder(point) != Decoder():
+            where = f"{self.name} at {point.name}" if point.name else self.name
+            raise UserError(
+                f"{where} decodes in a way of its own, which no class of transformers has.",
+                "Its artefact can be used through `effbench eval from=RUN` and "
+                "`effbench generate`.",
+            )
+        with self.at(model, point):
+            return plain.plain_model(model, dtype)
+
     def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the artefact at one operating point in a form that other tools load."""
-        raise UserError(
-            f"{self.name} has no export to another tool's format.",
-            "Its artefact can be used through `effbench eval from=RUN`.",
-        )
+        """Write an operating point in the form that suits it best: an adapter that peft loads, or
+        a folder that transformers does.
+        """
+        adapter = self.as_peft(model, point)
+        if adapter is not None:
+            turned = stack.turned_in_files(model)
+            peft_lora.write_adapter(adapter, folder, stack.base_name(model), turned)
+        else:
+            plain.write(self.as_plain(model, point), folder)
 
     # -- accounting ----------------------------------------------------------------------------
 

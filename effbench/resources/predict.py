@@ -34,6 +34,8 @@ from effbench.resources.peaks import Components, Peaks
 from effbench.resources.usage import Taken
 from effbench.util.hardware import memory_bytes
 
+MANY_ROWS = 10**6
+"""Training rows, where their number is not known: more than one step."""
 STORED_BYTES = 2
 """Bytes per weight of a checkpoint, where its files are not at hand."""
 
@@ -220,6 +222,7 @@ def predict(
     workload: Workload | None = None,
     exact: bool = False,
     folders: Sequence[Path] = (),
+    rows: int = 0,
 ) -> Prediction:
     """Return what a run will need.
 
@@ -231,11 +234,13 @@ def predict(
         workload: The batches it really has; None takes the largest that its settings allow.
         exact: Whether the allocator gives blocks back at once.
         folders: Artefacts of the earlier methods.
+        rows: Training rows; 0 where their number is not known, and so not how long epochs are.
     """
+    train = spec.stage == "train" and (rows > 0 or not spec.train.epochs)
+    spec = replace(spec, train=spec.train.over(rows or MANY_ROWS))
     course = Course.of(spec, shape, earlier, folders)
     work = workload or at_most(spec)
-    train = spec.stage == "train"
-    total = spec.train.max_steps * spec.train.accumulation * spec.train.batch_size
+    total = spec.train.max_steps * spec.train.rows_per_step
     tokens = total * spec.dataset.max_length if train else 0
     flops = tokens * _flops_per_trained_token(spec, course) if train else 0.0
     seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None

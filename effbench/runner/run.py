@@ -209,7 +209,7 @@ def finish(run: Run) -> Record:
         label=run.spec.label,
         stage=run.spec.stage,
         spec=plain(run.spec),
-        environment=fingerprint(),
+        environment={**fingerprint(), "command": run.job.command},
         parent=run.spec.parent,
         started=datetime.fromtimestamp(run.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,

@@ -16,7 +16,7 @@ from typing import Any
 
 from effbench.api.spec import Stage
 from effbench.config.code import checked
-from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
+from effbench.config.compose import commanded, hydra_compose, job_from, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
 from effbench.runner.local import execute
@@ -71,7 +71,7 @@ def sweep(
     def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> float:
         key, error, value = "", "", None
         try:
-            job = job_from(stage, config(), chosen.chosen)
+            job = commanded(job_from(stage, config(), chosen.chosen), point)
             key = job.spec.key
             record = execute(job, fresh)
             value = objective.of(record) if objective else None

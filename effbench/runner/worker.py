@@ -56,6 +56,7 @@ def run_here(job: Job) -> None:
         store.sweep(job.spec.key)
         if not folder.finished:
             folder.create(job.spec)
+            folder.write_json("environment.json", {"command": job.command})
             try:
                 _run(job, folder, store)
             except Exception:

@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from effbench.api import registry
 from effbench.api.batch import make_batch
@@ -36,8 +38,12 @@ from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, resolved, shape_of
 from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import peft_lora
 from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.depth.submodel import keep_layers
+from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters, read_tensors
+from effbench.nn.pruning import plain
 from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import flops, parameters
 from effbench.results.events import read_events
@@ -68,12 +74,14 @@ from effbench.testing.kinds import (
     trains,
 )
 from effbench.testing.models import (
+    as_inputs,
     begun,
     changed,
     digests,
     fresh,
     logits,
     move,
+    probe,
     saved,
     state_hash,
     strengthened,
@@ -438,6 +446,47 @@ class MethodContract:
         move(model)
         with method.at(model, point):
             assert not logits(method, model, point).equal(before)
+
+    # -- other tools -------------------------------------------------------------------------------
+
+    def test_what_leaves_says_the_same_in_transformers(self, name: str, tmp_path: Path) -> None:
+        """Each point that a stock model can be gives the same logits there, or says why not."""
+        method, model = strengthened(name)
+        for number, point in enumerate(method.points()):
+            folder = tmp_path / str(number)
+            try:
+                made = method.as_plain(model, point)
+            except UserError as error:
+                assert error.hint
+                continue
+            plain.write(made, folder)
+            with method.at(model, point):
+                expected = logits(method, model, point)
+            theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+            with torch.no_grad():
+                found = theirs(**as_inputs(probe())).logits
+            real = probe().attention_mask.bool()
+            torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-3)
+
+    def test_what_leaves_says_the_same_in_peft(self, name: str, tmp_path: Path) -> None:
+        """Each point that is an adapter gives the same logits on the base."""
+        method, model = strengthened(name)
+        for number, point in enumerate(method.points()):
+            adapter = method.as_peft(model, point)
+            if adapter is None or method.weights not in ("compute", "float32"):
+                continue
+            folder = tmp_path / str(number)
+            peft_lora.write_adapter(adapter, folder, "")
+            with method.at(model, point):
+                expected = logits(method, model, point)
+                depth = len(decoder_layers(model))
+            base: Any = fresh(name).model
+            keep_layers(base, range(depth))
+            theirs = PeftModel.from_pretrained(base, folder).eval()
+            with torch.no_grad():
+                found = theirs(**as_inputs(probe())).logits
+            real = probe().attention_mask.bool()
+            torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-3)
 
     # -- operating points --------------------------------------------------------------------------
 

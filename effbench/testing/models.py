@@ -115,6 +115,11 @@ def probe() -> Batch:
     return make_batch([(ids[0], [-100] * 3 + ids[0][3:]), (ids[1][:9], ids[1][:9])], 0)
 
 
+def as_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return what a model of transformers reads of a batch."""
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
 @torch.no_grad()
 def logits(method: Method, model: torch.nn.Module, point: Point = UNNAMED) -> torch.Tensor:
     """Return evaluation logits; frozen, because torch then multiplies in one and the same order."""

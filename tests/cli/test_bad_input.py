@@ -86,6 +86,8 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
     [
         (["train.max_steps=abc"], ["train.max_steps='abc'", "integer"]),
         (["train.max_steps=0"], ["train.max_steps=0", "greater than 0"]),
+        (["train.epochs=-1"], ["train.epochs=-1", "greater than or equal to 0"]),
+        (["train.epochs=1", "train.max_steps=3"], ["two lengths of one training", "Give one"]),
         (["train.schedule=steep"], ["train.schedule='steep'", "'cosine'"]),
         (["train.betas=[0.9]"], ["train.betas=[0.9]", "too few"]),
         (["train.betas=[0.9,1.0]"], ["train.betas.1=1.0", "less than 1"]),

@@ -107,8 +107,11 @@ def test_the_key_survives_json() -> None:
     assert build(Spec, json.loads(json.dumps(plain(SPEC))), "spec").key == SPEC.key
 
 
+OURS = ["model=tiny", "dataset=arithmetic", "hardware=cpu"]
+
+
 def key(*words: str, stage: Literal["train", "compress", "eval"] = "train") -> str:
-    return compose(stage, ["model=tiny", "dataset=arithmetic", "hardware=cpu", *words]).spec.key
+    return compose(stage, [*OURS, *words]).spec.key
 
 
 def test_what_cannot_change_a_result_is_not_in_the_key() -> None:
@@ -148,6 +151,24 @@ def test_no_learning_rate_takes_that_of_the_method() -> None:
     rate = registry.find("methods", "lora").learning_rate
     assert compose("train", ["model=tiny"]).spec.train.learning_rate == rate
     assert key(f"train.learning_rate={rate}") == key("train.learning_rate=null") == key()
+
+
+def test_epochs_stand_in_the_place_of_steps(tmp_path: Path) -> None:
+    train = compose("train", [*OURS, "train.epochs=2"]).spec.train
+    assert (train.epochs, train.max_steps) == (2.0, 0)
+    assert key("train.epochs=2") != key()
+    assert key("train.epochs=0") == key(), "keys of runs with steps stay"
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\ntrain: {max_steps: 30, epochs: 0.0}\n")
+    mine = [*OURS, "experiment=mine"]
+    typed = compose("train", [*mine, "train.epochs=1"], [tmp_path]).spec.train
+    assert (typed.epochs, typed.max_steps) == (1.0, 0), "what is typed wins"
+    file.write_text("# @package _global_\ntrain: {max_steps: 30, epochs: 1.5}\n")
+    with pytest.raises(UserError, match="are two lengths of one training"):
+        compose("train", mine, [tmp_path])
+    typed = compose("train", [*mine, "train.max_steps=3"], [tmp_path]).spec.train
+    assert (typed.epochs, typed.max_steps) == (0.0, 3)
 
 
 @pytest.mark.parametrize("stage", ["eval", "compress"])

@@ -9,6 +9,7 @@ from effbench.api.slices import sliced_shape
 from effbench.api.spec import Job, Machine
 from effbench.cli.plan_text import render
 from effbench.config.compose import compose
+from effbench.data.dataset import known_rows
 from effbench.models.load import known_shape
 from effbench.resources import predict as plan
 from effbench.resources.peaks import KERNEL_BYTES, Peaks
@@ -40,6 +41,21 @@ def text(*words: str) -> str:
     shape = known_shape(one.spec.model)
     assert shape is not None
     return render(predict(one.spec, shape, one.runtime.machine), one.spec, one.runtime.machine)
+
+
+def test_steps_and_epochs_are_both_told() -> None:
+    words = ["model=tiny", "dataset=arithmetic", "train.epochs=0.5", "train.batch_size=4"]
+    spec = compose("train", words).spec
+    assert spec.model.shape is not None
+    rows = known_rows(spec.dataset, "train")
+    found = predict(spec, spec.model.shape, Machine(), rows=rows)
+    assert rows == 1589
+    assert found.tokens == 199 * 4 * 64
+    shown = render(found, spec, Machine(), rows)
+    assert "199 steps of 4 rows, 0.5 epochs of 1,589 rows" in shown
+    unknown = predict(spec, spec.model.shape, Machine())
+    assert (unknown.tokens, unknown.phase("train")) == (0, found.phase("train"))
+    assert "training         0.5 epochs\n" in render(unknown, spec, Machine())
 
 
 def test_memory_of_full_training_is_counted_from_the_parameters() -> None:

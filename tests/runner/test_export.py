@@ -8,12 +8,16 @@ import peft
 import pytest
 import torch
 from conftest import Bench
+from transformers import AutoModelForCausalLM
 
 from effbench.api.points import Point
 from effbench.config.compose import compose
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.lora import Rank
 from effbench.models import load as models
+from effbench.nn.adapters import merge
+from effbench.nn.pruning import plain
+from effbench.results.records import Record
 from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train
@@ -32,6 +36,11 @@ SMALL = [
     "hardware.threads=1",
 ]
 IDS = torch.arange(30).view(2, 15)
+
+
+def full(bench: Bench) -> Record:
+    """Return a run that trained every weight, one step."""
+    return bench.run("train", "method=full", *SMALL, "train.max_steps=1")
 
 
 def base() -> torch.nn.Module:
@@ -53,6 +62,7 @@ def test_peft_loads_a_point_and_gives_the_same_logits(bench: Bench, tmp_path: Pa
         folder = tmp_path / "adapters" / f"x{name}"
         export(record.key[:6], folder, name, bench.root)
         assert sorted(p.name for p in folder.iterdir()) == [
+            "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
         ]
@@ -80,9 +90,8 @@ def test_errors_leave_nothing_behind(bench: Bench, tmp_path: Path) -> None:
     assert "r2" in error.value.hint
     with pytest.raises(UserError, match="no run 'nope'"):
         export("nope", new, "", bench.root)
-    packed = bench.run("compress", "method=rtn", *(s for s in SMALL if not s.startswith("train")))
-    with pytest.raises(UserError, match="rtn has no export"):
-        export(packed.key, new, "", bench.root)
+    with pytest.raises(UserError, match="no adapter that peft"):
+        export(full(bench).key, new, "", bench.root, "peft")
     plain = bench.run("eval", *(s for s in SMALL if not s.startswith("train")))
     with pytest.raises(UserError, match="made nothing to export"):
         export(plain.key, new, "", bench.root)
@@ -122,3 +131,57 @@ def test_an_unfinished_run_is_refused(
         bench.run("train", "method=lora", *SMALL)
     with pytest.raises(UserError, match="not finished"):
         export(job.spec.key, tmp_path / "new", "", bench.root)
+
+
+def test_codes_leave_as_blocks_or_expanded_and_it_says_so(bench: Bench, tmp_path: Path) -> None:
+    words = [s for s in SMALL if not s.startswith("train")]
+    record = bench.run(
+        "compress", "method=rtn", "method.symmetric=true", "method.group_size=32", *words
+    )
+    for name, to, said in (("plain", "transformers", "expanded"), ("blocks", "gguf", "codes")):
+        lines = export(record.key, tmp_path / name, "", bench.root, to)  # type: ignore[arg-type]
+        assert any(said in line for line in lines)
+        assert all(line in (tmp_path / name / "README.md").read_text() for line in lines)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "blocks", gguf_file="model.gguf", dtype=torch.float32
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-4)
+    assert (theirs(IDS).logits - base()(IDS).logits).abs().max() > 1e-3
+
+
+def test_an_adapter_on_what_was_pruned_comes_with_its_base(bench: Bench, tmp_path: Path) -> None:
+    """It fits no other model."""
+    words = [s for s in SMALL if not s.startswith("train")]
+    drop = bench.run("compress", "method=layer_drop", "method.layers=[1]", *words)
+    more = [s for s in SMALL if not s.startswith("dataset")]
+    tuned = bench.run("train", f"from={drop.key}", "method=lora", *more)
+    said = export(tuned.key, tmp_path / "peft", "", bench.root, "peft")
+    export(tuned.key, tmp_path / "whole", "", bench.root, "transformers")
+    assert "base" in said[0]
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, whole(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_the_card_tells_data_metrics_and_command(bench: Bench, tmp_path: Path) -> None:
+    evaluated = [s for s in SMALL if s != "evaluator=[]"]
+    record = bench.run("train", "method=lora", *evaluated, "evaluator=[perplexity]")
+    export(record.key, tmp_path / "new", "", bench.root)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| loss | test |" in card and record.key in card and "Trained on `arithmetic`" in card
+    assert "effbench train" in card and "method=lora" in card
+    assert '"rank": 16' in card
+
+
+def test_what_would_say_something_else_does_not_leave(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = bench.run("train", "method=lora", *SMALL)
+    monkeypatch.setattr(merge, "merged_weight", lambda linear: 2 * linear.weight.detach().float())
+    monkeypatch.setattr(plain, "merged_weight", lambda linear: 2 * linear.weight.detach().float())
+    with pytest.raises(UserError, match="not say the same"):
+        export(record.key, tmp_path / "new", "", bench.root, "transformers")
+    assert not (tmp_path / "new").exists()

@@ -120,6 +120,24 @@ def test_learning_rate(schedule: Any, expected: list[float]) -> None:
     assert [train.rate_at(settings, s) for s in range(10)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(1.0, 10, 3), (2.0, 10, 5), (0.5, 8, 1), (0.01, 8, 1), (0.1, 30, 1), (3.0, 4, 3)],
+)
+def test_epochs_are_the_steps_that_reach_every_row(epochs: float, rows: int, steps: int) -> None:
+    settings = TrainSpec(max_steps=0, epochs=epochs, batch_size=2, accumulation=2)
+    assert settings.over(rows).max_steps == steps
+    assert TrainSpec(max_steps=7).over(rows).max_steps == 7
+    assert f"{steps} steps of 4 rows" in settings.told(rows)
+
+
+def test_a_run_of_epochs_goes_once_over_its_rows(bench: Bench) -> None:
+    words = [o for o in SMALL if "max_steps" not in o]
+    record = bench.run("train", "method=lora", *words, "train.epochs=0.5", "evaluator=[]")
+    [steps] = [m.value for m in record.metrics if m.name == "train_steps"]
+    assert steps == 6, "half of 24 rows, two in a step"
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_learning_rate_is_never_zero_or_above_the_peak(warmup: float, steps: int) -> None:

@@ -36,7 +36,6 @@ from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, Posit
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
-    base_name,
     check_rank_fits,
     check_targets,
     targets_in,
@@ -165,11 +164,11 @@ class AdaLoRA(Trains):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a plain peft adapter with ranks by layer, all at one scale."""
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return a plain adapter with ranks by layer, all at one scale."""
         factors = {n: (x.lora_A, x.lora_B) for n, x in lowrank.low_rank_layers(model)}
         alpha = self.alpha / self.highest * max(len(a) for a, _ in factors.values())
-        peft_lora.write_peft_adapter(folder, factors, alpha, factors, base_name(model))
+        return peft_lora.PeftAdapter(factors, alpha, tuple(factors))
 
     # -- accounting ----------------------------------------------------------------------------
 

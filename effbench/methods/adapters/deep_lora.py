@@ -38,7 +38,7 @@ from effbench.api.parts import Adapter, Linear, deep_update
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import base_name, check_rank_fits, check_targets, targets_in
+from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import deep, peft_lora
 from effbench.nn.llama import surgery
@@ -137,8 +137,8 @@ class DeepLoRA(Trains):
                     found[f"{name}.{part}"] = tensor.detach()
         return found
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the update as a plain peft adapter: of rank r, or, for the full form, of its
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return the update as a plain adapter: of rank r, or, for the full form, of its
         singular values above a thousandth of the largest.
         """
         layers = dict(deep.deep_layers(model))
@@ -146,9 +146,7 @@ class DeepLoRA(Trains):
         most, tolerance = (most, 1e-3) if self.form == "full" else (self.rank, 0.0)
         pairs = deep.low_rank_pair([x.delta() for x in layers.values()], most, tolerance)
         rank = pairs[0][0].shape[0]
-        peft_lora.write_peft_adapter(
-            folder, dict(zip(layers, pairs, strict=True)), rank, self.targets, base_name(model)
-        )
+        return peft_lora.PeftAdapter(dict(zip(layers, pairs, strict=True)), rank, self.targets)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

@@ -32,7 +32,6 @@ from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import (
     Dropout,
     Rank,
-    base_name,
     check_rank_fits,
     check_ranks,
     check_targets,
@@ -147,19 +146,12 @@ class DyLoRA(Trains):
         """Use the rank of `point`; any rank up to R is one, listed or not."""
         return lowrank.control_of(model).using(rank_of(point, self.rank))
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the first b ranks as a peft adapter with r = b and alpha unchanged."""
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return the first b ranks with r = b and alpha unchanged."""
         rank = rank_of(point, self.rank)
-        peft_lora.write_peft_adapter(
-            folder,
-            {
-                n: lowrank.truncate(x.lora_A, x.lora_B, rank)
-                for n, x in lowrank.low_rank_layers(model)
-            },
-            self.alpha,
-            self.targets,
-            base_name(model),
-        )
+        layers = lowrank.low_rank_layers(model)
+        factors = {n: lowrank.truncate(x.lora_A, x.lora_B, rank) for n, x in layers}
+        return peft_lora.PeftAdapter(factors, self.alpha, self.targets)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

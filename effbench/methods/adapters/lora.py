@@ -126,15 +126,13 @@ class LoRA(Trains):
         svd = self.truncation == "svd" and rank < self.rank
         return (lowrank.svd_truncate if svd else lowrank.truncate)(a, b, rank)
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a peft adapter; its alpha keeps the trained scale when the rank is cut."""
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return the adapter; its alpha keeps the trained scale when the rank is cut."""
         rank = rank_of(point, self.rank)
-        peft_lora.write_peft_adapter(
-            folder,
+        return peft_lora.PeftAdapter(
             {n: self.cut(a.weight, b.weight, rank) for n, a, b in self.adapters(model)},
             self.numerator * rank / self.rank,
             self.targets,
-            base_name(model),
             magnitudes=self.magnitudes(model),
         )
 
@@ -144,11 +142,6 @@ class LoRA(Trains):
         """Put float32 adapters beside the targets, cut to the rank of `point` for use."""
         rank = self.rank if phase == "train" else rank_of(point, self.rank)
         return base.low_rank(rank, self.targets)
-
-
-def base_name(model: torch.nn.Module) -> str:
-    """Return where the model's config says that it came from."""
-    return str(getattr(model.config, "name_or_path", ""))
 
 
 def rank_of(point: Point, rank: int) -> int:

@@ -176,11 +176,6 @@ class ExitHeads(Trains, ReadsDepths):
         """Return the base `model` with the exits of `folder`, in the compute dtype."""
         return _cast(super().load(model, folder, ctx), ctx.dtype)
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the sub-model of an exit as a model of its own that transformers loads."""
-        with self.at(model, point):
-            submodel.write_submodel(model, range(len(stack.decoder_layers(model))), folder)
-
     # -- accounting ----------------------------------------------------------------------------
 
     def shape(

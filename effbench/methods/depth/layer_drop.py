@@ -30,7 +30,6 @@ from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses, Part
 from effbench.nn.depth import submodel
 from effbench.nn.llama import stack
-from effbench.nn.pruning import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.lazy import torch
@@ -144,10 +143,6 @@ class LayerDrop(Compresses):
         config.kept_layers = _kept_in(folder)
         submodel.keep_layers(model, config.kept_layers)
         return model
-
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a folder that `model=folder` and transformers load."""
-        checkpoint.write_folder(model, folder)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

@@ -212,11 +212,6 @@ class SortedFull(Trains, ReadsDepths):
 
     # -- artefact ------------------------------------------------------------------------------
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the sub-model of a depth as a model of its own that transformers loads."""
-        count = len(stack.decoder_layers(model))
-        submodel.write_submodel(model, self.kept(self.depth_of(point, count), count), folder)
-
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:

@@ -18,18 +18,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, AnyShape, ModelShape
 from effbench.api.weights import FLOAT32
-from effbench.methods.adapters.lora import Dropout, LoRA, base_name
+from effbench.methods.adapters.lora import Dropout, LoRA
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.nn.adapters import peft_lora
 from effbench.nn.depth import submodel
 from effbench.nn.llama import stack
+from effbench.nn.pruning import plain
 from effbench.util.lazy import torch
 
 
@@ -90,23 +91,24 @@ class SortedLoRA(SortedFull):
             submodel.train_norm(model)
         return model
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write the sub-model with its adapters merged, and the adapters alone in `adapter/`.
-
-        The adapter goes on the base loaded with `num_hidden_layers` set to the depth.
-        """
-        super().export(model, point, folder)
-        count = len(stack.decoder_layers(model))
-        (folder / "adapter").mkdir()
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return the adapters of a depth, for the base with `num_hidden_layers` set to it."""
+        count, root = len(stack.decoder_layers(model)), cast(Any, model)
         with stack.at_layers(model, self.kept(self.depth_of(point, count), count)):
-            peft_lora.write_peft_adapter(
-                folder / "adapter",
+            return peft_lora.PeftAdapter(
                 {name: (a.weight, b.weight) for name, a, b in peft_lora.peft_adapters(model)},
                 self.alpha,
                 self.targets,
-                base_name(model),
-                {"model.norm": model.model.norm.weight} if self.train_norm else {},  # type: ignore
+                {"model.norm": root.model.norm.weight} if self.train_norm else {},
             )
+
+    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
+        """Write the sub-model with its adapters merged, and the adapters alone in `adapter/`."""
+        plain.write(self.as_plain(model, point), folder)
+        adapter = self.as_peft(model, point)
+        assert adapter is not None
+        (folder / "adapter").mkdir()
+        peft_lora.write_adapter(adapter, folder / "adapter", stack.base_name(model))
 
     def trained_shape(self, base: ModelShape) -> ModelShape:
         """Return the base with adapters, and with the norm in float32 if it trains."""

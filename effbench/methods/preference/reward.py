@@ -29,9 +29,10 @@ from effbench.api.spec import DatasetSpec
 from effbench.api.weights import FLOAT32, MASTERS
 from effbench.data.kinds import base as kinds
 from effbench.methods.adapters.lora import LoRA
-from effbench.methods.base import Method
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import peft_lora
 from effbench.nn.losses import preference
+from effbench.nn.pruning import plain
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -135,9 +136,22 @@ class Reward(LoRA):
 
     # -- artefact ------------------------------------------------------------------------------
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Refuse: an adapter alone would lose the head."""
-        Method.export(self, model, point, folder)
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return None: an adapter alone would lose the head."""
+        return None
+
+    def as_plain(
+        self, model: torch.nn.Module, point: Point, dtype: torch.dtype | None = None
+    ) -> plain.Plain:
+        """Refuse: a causal model has no place for the head.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"{self.name} scores texts with a head of its own, which a causal model cannot hold.",
+            "Its artefact can be used through `effbench eval from=RUN`.",
+        )
 
     # -- accounting ----------------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ from effbench.api.sharing import require_unshared
 from effbench.api.slices import sliced_shape
 from effbench.methods.compresses import Compresses, Part, compress_whole
 from effbench.nn.llama import attention, weights
-from effbench.nn.pruning import checkpoint
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -111,10 +110,6 @@ class GQA(Compresses):
         compress_whole(self, model, [], ctx)
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
-
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a folder that transformers loads."""
-        checkpoint.write_folder(model, folder)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

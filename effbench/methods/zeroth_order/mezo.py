@@ -31,6 +31,7 @@ from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.trains import Trains
+from effbench.nn.adapters import peft_lora
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -109,10 +110,9 @@ class MeZO(LoRA):
         optimizer.step()  # without gradients it changes nothing; the schedule counts its calls
         return torch.tensor(sum(e.loss for e in found) / len(found))
 
-    def export(self, model: torch.nn.Module, point: Point, folder: Path) -> None:
-        """Write a peft adapter; every weight has no form of its own."""
-        kind = LoRA if self.trains == "lora" else Trains
-        kind.export(self, model, point, folder)
+    def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
+        """Return the adapter; None where every weight was trained."""
+        return super().as_peft(model, point) if self.trains == "lora" else None
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

@@ -36,6 +36,11 @@ def update_of(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] |
     return peft_lora.peft_update(linear)
 
 
+def is_adapted(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear with an adapter beside it."""
+    return isinstance(module, LowRankLinear | DoRALinear | DeepLinear) or peft_lora.holds(module)
+
+
 def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
     """Return the dense weight [d_out, d_in] of a linear layer in float32, its adapter added."""
     found = update_of(linear)

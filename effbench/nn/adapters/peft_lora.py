@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def peft_adapters(model: torch.nn.Module) -> Adapters:
             yield name, a, b
 
 
+def holds(module: torch.nn.Module) -> bool:
+    """Whether a module is a layer that peft put an adapter on."""
+    return isinstance(module, LoraLayer)
+
+
 def peft_update(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor] | None:
     """Return what peft's adapter is put on and its update [d_out, d_in]; None for other layers."""
     if not isinstance(linear, LoraLayer):
@@ -71,37 +77,46 @@ def peft_update(linear: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor]
     return base, linear.scaling["default"] * (b @ a)
 
 
-def write_peft_adapter(
-    folder: Path,
-    factors: Mapping[str, Factors],
-    alpha: float,
-    targets: Iterable[str],
-    base_model: str = "",
-    whole: Mapping[str, torch.Tensor] | None = None,
-    magnitudes: Mapping[str, torch.Tensor] | None = None,
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What peft can hold: plain LoRA, or DoRA."""
+
+    factors: Mapping[str, Factors]
+    """By the qualified name of their layer; their ranks may differ."""
+    alpha: float
+    """The scale of every layer is alpha / r, with r the highest rank."""
+    targets: tuple[str, ...]
+    """Names of the adapted linears."""
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Weights of modules that were trained in full, by the qualified name of the module."""
+    magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Norms [d_out] of the rows by the qualified name of their layer, for DoRA."""
+
+
+def write_adapter(
+    adapter: PeftAdapter, folder: Path, base_model: str, turned: bool = False
 ) -> None:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: plain LoRA, or DoRA.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads.
 
     Args:
+        adapter: What is written.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
-        factors: Factors by the qualified name of their layer; their ranks may differ.
-        alpha: The scale of every layer is alpha / r, with r the highest rank.
-        targets: Names of the adapted linears.
         base_model: Hub id or folder of the base model.
-        whole: Weights of modules that were trained in full, by the qualified name of the module.
-        magnitudes: Norms [d_out] of the rows by the qualified name of their layer, for DoRA.
+        turned: Whether the base holds its weights as [d_in, d_out], as GPT-2 does.
     """
+    factors, alpha = adapter.factors, adapter.alpha
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values())
     lower = {name: r for name, r in ranks.items() if r < rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=list(targets),
+        target_modules=list(adapter.targets),
+        fan_in_fan_out=turned,
         rank_pattern=lower,
         alpha_pattern={name: alpha * r / rank for name, r in lower.items()},
-        use_dora=bool(magnitudes),
-        modules_to_save=list(whole or {}) or None,
+        use_dora=bool(adapter.magnitudes),
+        modules_to_save=list(adapter.whole) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -111,9 +126,9 @@ def write_peft_adapter(
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    for name, norms in (magnitudes or {}).items():
+    for name, norms in adapter.magnitudes.items():
         key = f"base_model.model.{name}.lora_magnitude_vector"
         tensors[key] = norms.detach().cpu().contiguous()
-    for name, weight in (whole or {}).items():
+    for name, weight in adapter.whole.items():
         tensors[f"base_model.model.{name}.weight"] = weight.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -10,24 +10,17 @@ Sources: Valipour et al., SortedNet, arXiv 2309.00255; Kavehzadeh et al., Sorted
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from effbench.nn.adapters.merge import merged_weight
 from effbench.nn.depth.exit_heads import own_head
 from effbench.nn.llama.head import IGNORED
 from effbench.nn.llama.stack import at_layers, decoder_layers
-from effbench.nn.llama.surgery import decoder_linears
-from effbench.nn.pruning.checkpoint import stock
-from effbench.util.errors import UserError
 
 
 def keep_layers(model: torch.nn.Module, kept: Sequence[int]) -> None:
@@ -145,47 +138,3 @@ def scaled_updates(factors: Iterable[tuple[torch.nn.Parameter, float]]) -> Itera
     with torch.no_grad():
         for parameter, old, factor in before:
             parameter.copy_(old + factor * (parameter - old))
-
-
-# -- extraction --------------------------------------------------------------------------------
-
-
-def write_submodel(model: torch.nn.Module, kept: Sequence[int], folder: Path) -> None:
-    """Write the layers `kept` as a model of its own that transformers loads, in float32.
-
-    Adapters are added to their weights and packed weights are expanded, both in float32: a shorter
-    dtype would round away part of what was trained.
-
-    Raises:
-        UserError: When transformers cannot hold a model of these sizes.
-    """
-    if not stock(model.config):
-        raise UserError(
-            "transformers cannot load a model whose width is no multiple of its heads.",
-            "Prune with method.blocks=[groups,neurons], which leaves the width.",
-        )
-
-    with at_layers(model, kept):
-        linears = dict(decoder_linears(model))
-        inside = tuple(f"{name}." for name in linears)
-        tensors = {
-            name: parameter.detach().float()
-            for name, parameter in model.named_parameters()
-            if not name.startswith(inside)
-        }
-        for name, linear in linears.items():
-            tensors[f"{name}.weight"] = merged_weight(linear)
-            bias = getattr(linear, "bias", None)
-            if bias is not None:
-                tensors[f"{name}.bias"] = bias.detach().float()
-        config: Any = copy.deepcopy(model.config)
-    root: Any = model
-    config.tie_word_embeddings = root.lm_head.weight is root.model.embed_tokens.weight
-    config.dtype = torch.float32
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)

@@ -91,12 +91,23 @@ def as_linears(model: torch.nn.Module) -> None:
                 setattr(parent, name, _as_linear(module))
 
 
+def turned_in_files(model: torch.nn.Module) -> bool:
+    """Whether linears of a model are held as [d_in, d_out] in its files, as GPT-2's are."""
+    return any(getattr(module, "turned_in_files", False) for module in model.modules())
+
+
+def base_name(model: torch.nn.Module) -> str:
+    """Return where the model's config says that it came from."""
+    return str(getattr(model.config, "name_or_path", ""))
+
+
 def _as_linear(module: Any) -> torch.nn.Linear:
     d_in, d_out = module.weight.shape
     with torch.device("meta"):
         linear = torch.nn.Linear(d_in, d_out)
     linear.weight = torch.nn.Parameter(module.weight.detach().t().contiguous())
     linear.bias = module.bias
+    vars(linear)["turned_in_files"] = True
     return linear.train(module.training)
 
 

@@ -117,9 +117,10 @@ def _frame(record: Record) -> str:
     """Return what all trials of one tuning have in common."""
     spec = settings(record)
     train = record.spec.get("train") or {}
-    rows = 1
+    rows: float = 1
     for name in ("max_steps", "batch_size", "accumulation"):
         rows *= int(train.get(name) or 1)
+    rows = train.get("epochs") or rows
     parts = [record.stage, rows if trains(record.stage) else 0, record.parent]
     parts += [record.name_of("method")]
     parts += [spec.get("model"), spec.get("dataset")]

@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
-from effbench.api.points import find_point
-from effbench.api.spec import Job, Runtime
+from effbench.api.points import Point, find_point
+from effbench.api.spec import Job, Runtime, Spec
 from effbench.api.stages import base as stages
+from effbench.report.model_card import Card, write_card
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
 from effbench.util.files import replace_folder, scratch_folder
 
+if TYPE_CHECKING:
+    import torch
 
-def export(ref: str, folder: Path, point: str, results: Path) -> None:
-    """Write the artefact of a run at one operating point into a new folder.
+    from effbench.methods.base import Method
+    from effbench.nn.pruning.plain import Plain
+    from effbench.runner.run import Run
+
+Target = Literal["auto", "transformers", "peft", "gguf"]
+"""`auto` is what suits the method: an adapter for peft, or a folder."""
+Held = Literal["auto", "float32", "bfloat16", "float16"]
+GGUF = "model.gguf"
+PROBE = tuple(range(5, 21))
+"""Tokens on which an exported model has to agree with the run's own."""
+AGREE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Most that logits may differ by on average, over their spread, by the shorter dtype of the two."""
+
+
+@dataclass
+class Exporting:
+    """A run's model at one operating point, on its way out."""
+
+    run: Run
+    method: Method
+    model: Any
+    point: Point
+    dtype: torch.dtype | None
+    final: Path
+    """Where the folder will be."""
+    said: list[str] = field(default_factory=list)
+    """What it cost."""
+
+
+def export(
+    ref: str,
+    folder: Path,
+    point: str,
+    results: Path,
+    to: Target = "auto",
+    dtype: Held = "auto",
+) -> list[str]:
+    """Write the artefact of a run at one operating point into a new folder; say what it cost.
+
+    Args:
+        ref: Key of the run, a prefix of it, or `latest`.
+        folder: Not there yet, or empty.
+        point: Name of an operating point; empty for the one that stands for all.
+        results: Where the run is.
+        to: For which tool.
+        dtype: Of the weights; `auto` is float32 where adapters or packed weights are multiplied
+            out, and else what they are held in.
 
     Raises:
-        UserError: For an unknown run or point, a folder that exists, or a method without export.
+        UserError: For an unknown run or point, a folder that holds something, or a tool that has
+            no place for what the method makes. Nothing is left behind then.
     """
     store = Store(results)
-    key = store.resolve(ref)
-    spec = store.spec_of(key)
-    while not stages.find(spec.stage).makes and spec.parent:
-        key, spec = spec.parent, store.spec_of(spec.parent)
-    if not stages.find(spec.stage).makes:
-        raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
-    if folder.exists():
+    key, spec = _maker(store, ref)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
+    import torch
 
+    from effbench.nn.pruning import plain
     from effbench.runner.open import context, open_model
     from effbench.runner.run import open_run
 
@@ -39,10 +87,165 @@ def export(ref: str, folder: Path, point: str, results: Path) -> None:
     own = opened.method
     at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
     artefact = store.run(key).check_artefact(whole=True)
-    model = own.load(opened.model, artefact, context(run))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder.parent, folder.name) as new:
-        own.export(model, at, new)
-        if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
-            run.tokenizer.save_pretrained(new)
-        replace_folder(new, folder)
+    held = None if dtype == "auto" else getattr(torch, dtype)
+    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[to]
+    with torch.no_grad():
+        stands = to == "peft" and bool(run.lineage.earlier)
+        base = plain.plain_model(opened.model) if stands else None
+        model = own.load(opened.model, artefact, context(run)).eval()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder.parent, folder.name) as new:
+            work = Exporting(run, own, model, at, held, folder.absolute())
+            kind = writer(work, new, base)
+            write_card(_card(work, kind, store), new)
+            replace_folder(new, folder)
+    return work.said
+
+
+def _maker(store: Store, ref: str) -> tuple[str, Spec]:
+    """Return the run that made what a run evaluated, or the run itself.
+
+    Raises:
+        UserError: When nothing was made.
+    """
+    key = store.resolve(ref)
+    spec = store.spec_of(key)
+    while not stages.find(spec.stage).makes and spec.parent:
+        key, spec = spec.parent, store.spec_of(spec.parent)
+    if not stages.find(spec.stage).makes:
+        raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
+    return key, spec
+
+
+# -- the forms ---------------------------------------------------------------------------------
+
+
+def _auto(work: Exporting, new: Path, base: Any) -> str:
+    """Write what suits the method; return what it is."""
+    if work.method.as_peft(work.model, work.point) is not None:
+        if work.run.lineage.earlier:
+            work.said.append("The adapter stands on what earlier runs made: see --to peft.")
+        work.method.export(work.model, work.point, new)
+        return "peft"
+    work.method.export(work.model, work.point, new)
+    if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
+        work.run.tokenizer.save_pretrained(new)
+    return "transformers"
+
+
+def _plain(work: Exporting, new: Path, base: Any) -> str:
+    """Write a folder that transformers loads."""
+    from effbench.nn.pruning import plain
+
+    made = _checked(work)
+    plain.write(made, new)
+    work.run.tokenizer.save_pretrained(new)
+    return "transformers"
+
+
+def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
+    """Write an adapter that peft loads, with its base where an earlier run made that."""
+    from effbench.nn.adapters import peft_lora
+    from effbench.nn.llama import stack
+    from effbench.nn.pruning import plain
+
+    adapter = work.method.as_peft(work.model, work.point)
+    if adapter is None:
+        raise UserError(
+            f"{work.method.name} leaves no adapter that peft could hold.",
+            "Write a whole model: --to transformers.",
+        )
+    name = stack.base_name(work.model)
+    if base is not None:
+        (new / "base").mkdir()
+        plain.write(base, new / "base")
+        work.run.tokenizer.save_pretrained(new / "base")
+        name = str(work.final / "base")
+        work.said.append(f"What it stands on was made by earlier runs, and lies in {name}.")
+    elif work.method.weights not in ("compute", "float32"):
+        work.said.append(
+            f"It was trained on {work.method.weights} weights: load its base so for the same "
+            "answers, or write a whole model with --to transformers."
+        )
+    peft_lora.write_adapter(adapter, new, name, stack.turned_in_files(work.model))
+    return "peft"
+
+
+def _gguf(work: Exporting, new: Path, base: Any) -> str:
+    """Write a file that llama.cpp reads."""
+    from effbench.models.gguf_write import require_known, write_gguf
+
+    require_known(work.model.config)
+    made = _checked(work)
+    packed = made.packed if work.dtype is None else {}
+    done = write_gguf(made.model, work.run.tokenizer, new / GGUF, packed, work.run.spec.label)
+    if done.kept:
+        work.said.append(f"{done.kept} linears keep their codes, as blocks of ggml.")
+    if not done.tokens:
+        work.said.append(
+            "The file holds no tokenizer: llama.cpp has no name for how this one cuts texts."
+        )
+    return "gguf"
+
+
+def _checked(work: Exporting) -> Plain:
+    """Return a point as a plain model, after making sure that it says what the run's own does.
+
+    Raises:
+        UserError: When it does not.
+    """
+    made = work.method.as_plain(work.model, work.point, work.dtype)
+    work.said += _cost(made)
+    import torch
+
+    from effbench.api.batch import make_batch
+
+    width = made.model.config.vocab_size
+    ids = [token % width for token in PROBE]
+    batch = make_batch([(ids, ids)], 0).to(work.run.device)
+    with work.method.at(work.model, work.point):
+        own = work.method.logits(work.model, batch, work.point).float().cpu()
+    found = made.model(input_ids=torch.tensor([ids])).logits.float()
+    off = float((found - own).abs().mean() / own.std())
+    held = {str(d).removeprefix("torch.") for d in (made.model.dtype, work.run.dtype)}
+    if not off <= max(AGREE[name] for name in held):
+        raise UserError(
+            f"As a plain model it would not say the same: its logits are {off:.2g} of their "
+            "spread away.",
+            "Its artefact can be used through `effbench eval from=RUN` and `effbench generate`.",
+        )
+    return made
+
+
+def _cost(made: Plain) -> list[str]:
+    """Return in words what became of a model on its way to a plain one."""
+    size = sum(p.numel() for p in made.model.parameters())
+    said = []
+    if made.merged:
+        said.append(f"{made.merged} adapters were added to their weights.")
+    if made.expanded:
+        held = str(made.model.dtype).removeprefix("torch.")
+        bytes_ = size * made.model.dtype.itemsize / 2**20
+        said.append(f"{made.expanded} packed linears were expanded: {bytes_:,.0f} MiB as {held}.")
+    if made.filled:
+        said.append(
+            f"{made.filled:,} of {size:,} weights are zeros: layers of a slice differ, and were "
+            "filled up to the widest."
+        )
+    return said
+
+
+def _card(work: Exporting, kind: str, store: Store) -> Card:
+    """Return what the folder's README says."""
+    from effbench.results.records import read
+
+    spec, keys = work.run.spec, [*store.ancestors(work.run.spec), work.run.spec.key]
+    files = [store.records / f"{key}.json" for key in keys]
+    return Card(
+        kind=kind,
+        folder=work.final.name,
+        spec=spec,
+        point=work.point.name,
+        records=[read(path, outcomes=False) for path in files if path.is_file()],
+        notes=work.said,
+    )

@@ -67,13 +67,10 @@ class Trainer:
     layer_forwards: LayerForwards
     point: Point
     """Operating point at which it is validated."""
+    settings: TrainSpec
+    """The training part of the spec, its epochs counted in steps."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> TrainSpec:
-        """The training part of the spec."""
-        return self.run.spec.train
 
 
 def perform(run: Run) -> None:
@@ -140,7 +137,6 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         mixed_precision=_mixed_precision(run, method), cpu=run.device.type == "cpu"
     )
     ctx = context(run)
-    ctx.total_steps = spec.train.max_steps
     ctx.backward = accelerator.backward
     ctx.autocast = accelerator.autocast
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
@@ -149,6 +145,9 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     chosen = method.dataset(data.examples("train"), model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
+    settings = spec.train.over(len(chosen))
+    ctx.total_steps = settings.max_steps
+    run.progress.say(f"training: {spec.train.told(len(chosen))}")
     model = begin_training(method, model, ctx)
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -157,10 +156,10 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
     optimizer = _optimizer(spec.train, groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(spec.train, step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(settings, step))
     optimizer = accelerator.prepare(optimizer)
     examples = [method.unit(e) for e in chosen]
-    run.know(**_work(run, examples))
+    run.know(**_work(run, examples, settings))
     return Trainer(
         run=run,
         method=method,
@@ -173,14 +172,14 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
         point=method.validation_point(opened.start),
+        settings=settings,
     )
 
 
-def _work(run: Run, examples: Sequence[Example]) -> dict[str, Any]:
+def _work(run: Run, examples: Sequence[Example], settings: TrainSpec) -> dict[str, Any]:
     """Return the micro-batches that training will have, as far as memory depends on them."""
-    settings, seed = run.spec.train, run.spec.seed
-    steps = min(settings.max_steps, FORESEEN_STEPS)
-    size = settings.batch_size * settings.accumulation
+    steps, seed = min(settings.max_steps, FORESEEN_STEPS), run.spec.seed
+    size = settings.rows_per_step
     found, most = passes_of(examples, steps, seed, size, settings.batch_size, run.device)
     return {"train": tuple(found), "micro_batches": most, "lengths": 0}
 
@@ -313,7 +312,7 @@ def one_step(trainer: Trainer) -> float:
 def window_of(trainer: Trainer, step: int) -> list[Batch]:
     """Return the micro-batches of a step."""
     settings = trainer.settings
-    size = settings.batch_size * settings.accumulation
+    size = settings.rows_per_step
     return window(
         trainer.examples,
         rows_of_step(len(trainer.examples), trainer.run.spec.seed, step, size),

@@ -1,0 +1,185 @@
+"""What is written as GGUF is read back as the same model, and llama.cpp decodes the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from effbench.config.compose import compose
+from effbench.models import load as models
+from effbench.models.gguf_header import config_in, read_header
+from effbench.models.gguf_write import blocks_of, pre_tokenizer_of, require_known, write_gguf
+from effbench.nn.quant.linears import PackedLinear
+from effbench.util.errors import UserError
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 16,
+}
+IDS = torch.arange(12).reshape(2, 6) % 60 + 3
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=SCALED),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+}
+
+
+def made(name: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return models.load_tokenizer(compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model)
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_transformers_reads_it_back(name: str, tmp_path: Path, tokenizer: Any) -> None:
+    model = made(name)
+    write_gguf(model, tokenizer, tmp_path / "x.gguf", name="mine")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="x.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5
+        )
+    stated = config_in(read_header(tmp_path / "x.gguf"))
+    assert stated["tie_word_embeddings"] == (name == "llama")
+    assert {k: v for k, v in SIZES.items() if k in stated} == {
+        k: v for k, v in stated.items() if k in SIZES
+    }
+
+
+def test_scaled_positions_are_written_as_what_divides_them(tmp_path: Path, tokenizer: Any) -> None:
+    model = made("llama3")
+    write_gguf(model, tokenizer, tmp_path / "x.gguf")
+    divided = torch.tensor(tensors(tmp_path / "x.gguf")["rope_freqs.weight"].data)
+    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / divided, model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_dtypes_keep_their_bits(dtype: torch.dtype, tmp_path: Path, tokenizer: Any) -> None:
+    model = made("qwen3").to(dtype)
+    write_gguf(model, tokenizer, tmp_path / "x.gguf")
+    found = tensors(tmp_path / "x.gguf")
+    row = found["blk.1.ffn_down.weight"]
+    values = gguf.quants.dequantize(row.data, row.tensor_type)
+    assert torch.tensor(values).equal(model.model.layers[1].mlp.down_proj.weight.float())
+    assert found["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "kind"),
+    [
+        (2, True, "Q4_0"),
+        (4, True, "Q4_0"),
+        (5, True, "Q5_0"),
+        (8, True, "Q8_0"),
+        (4, False, "Q4_1"),
+        (5, False, "Q5_1"),
+        (8, False, ""),
+    ],
+)
+def test_codes_become_blocks(bits: int, symmetric: bool, kind: str) -> None:
+    torch.manual_seed(0)
+    linear = PackedLinear.quantise(torch.nn.Linear(192, 6), bits, 64, symmetric)
+    found = blocks_of(linear)
+    if not kind:
+        assert found is None
+        return
+    assert found is not None and found[0] == kind
+    values = gguf.quants.dequantize(found[1].numpy(), gguf.GGMLQuantizationType[kind])
+    dense = linear.dense_weight(torch.float32)
+    if symmetric:
+        assert np.array_equal(values, dense.numpy())
+    else:  # scale x zero point is rounded to float16
+        torch.testing.assert_close(torch.tensor(values), dense, atol=2e-4, rtol=0)
+
+
+def test_a_group_that_no_block_divides_is_not_kept() -> None:
+    assert blocks_of(PackedLinear.quantise(torch.nn.Linear(192, 6), 4, 48, True)) is None
+    assert blocks_of(PackedLinear.quantise(torch.nn.Linear(40, 6), 4, 32, True)) is None
+    assert blocks_of(torch.nn.Linear(64, 6)) is None
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused() -> None:
+    for config, why in (
+        (Qwen2Config(**SIZES, use_sliding_window=True, max_window_layers=1), "sliding"),
+        (
+            LlamaConfig(
+                **SIZES, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+            ),
+            "yarn",
+        ),
+    ):
+        with pytest.raises(UserError, match=why):
+            require_known(config)
+
+
+def test_how_texts_are_cut_is_found_by_what_cuts_them() -> None:
+    level = {"type": "ByteLevel", "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    for model, pre, name in (
+        ({"type": "BPE"}, level, "gpt-2"),
+        ({"type": "BPE"}, {"type": "Sequence", "pretokenizers": [digits, level]}, "smollm"),
+        ({"type": "BPE", "byte_fallback": True}, {}, "spm"),
+        ({"type": "Unigram"}, level, ""),
+        ({"type": "BPE"}, {"type": "Whitespace"}, ""),
+    ):
+        assert pre_tokenizer_of({"model": model, "pre_tokenizer": pre}) == name
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["The capital of France is", "def add(a, b):\n    return"])
+def test_llama_cpp_decodes_the_same_tokens(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The wheel is no dependency: `pip install xllamacpp`."""
+    llama = pytest.importorskip("xllamacpp")
+    spec = compose("eval", ["model=smollm2-135m", "dataset=arithmetic"]).spec.model
+    loaded = models.load(spec, device="cpu", dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("gguf")
+    written = write_gguf(loaded.model, loaded.tokenizer, folder / "x.gguf")
+    assert written.tokens == "gpt-2"
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+    own = loaded.model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    params = llama.CommonParams()
+    params.model.path = str(folder / "x.gguf")
+    params.n_ctx, params.warmup, params.n_gpu_layers = 256, False, 0
+    server = llama.Server(params)
+    asked = {"prompt": text, "max_tokens": 24, "temperature": 0.0, "return_tokens": True}
+    answer = server.handle_completions(asked)
+    assert answer["choices"][0]["text"] == loaded.tokenizer.decode(own, skip_special_tokens=True)
