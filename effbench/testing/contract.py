@@ -528,12 +528,13 @@ class MethodContract:
         itemwise = [
             e for e in registry.names("evaluators") if registry.find("evaluators", e).itemwise
         ]
-        commands = []
-        for number, name in enumerate(names):
-            turn = itemwise[number % len(itemwise) :: len(names)]
-            chosen = {"perplexity", *turn}
-            words = every_evaluator(lambda cls, chosen=chosen: cls.name in chosen)
-            commands.append(made(name).reading(*words, "run.exact_memory=false"))
+
+        def words_of(number: int, name: str) -> list[str]:
+            turn = {"perplexity", *itemwise[number % len(itemwise) :: len(names)]}
+            chosen = every_evaluator(lambda cls: cls.name in turn)
+            return made(name).reading(*chosen, "run.exact_memory=false")
+
+        commands = [words_of(*place) for place in enumerate(names)]
         done = subprocess.run(
             [sys.executable, "-c", EVALUATE],
             input=json.dumps(commands),
