@@ -27,6 +27,7 @@ from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses
 from effbench.methods.trains import Trains
 from effbench.results.store import MARKER, Store
+from effbench.testing.own import write_chats, write_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -99,11 +100,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("desk")
     (folder / "my.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
-    (folder / "my-model").mkdir()
-    (folder / "my-model" / "config.json").write_text(
-        '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,'
-        ' "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}'
-    )
+    for name in ("mine", "other"):
+        shutil.copy(folder / "my.jsonl", folder / f"{name}.jsonl")
+    write_chats(folder / "chat.jsonl")
+    write_model(folder / "my-model")
+    (folder / "my.yaml").write_text("model: tiny\ndataset: arithmetic\n")
     writer = gguf.GGUFWriter(folder / "my-model.gguf", "llama")
     for add, value in (
         (writer.add_embedding_length, 64),
@@ -191,6 +192,20 @@ def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
     parser = OverridesParser.create()
     grid = BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
     return [list(grid[0]), list(grid[-1])]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_examples_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: list[int], capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EFFBENCH_RESULTS", raising=False)
+    texts = [b.text for b in blocks(ROOT / "docs" / "python.md") if b.language == "python"]
+    assert len(texts) == 3
+    for text in texts:
+        exec(compile(text, "docs/python.md", "exec"), {})
+    assert inline == [0, 0, 0], "the last one finds its run"
+    assert "eval none" in capsys.readouterr().out
 
 
 def test_make_targets() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -20,9 +20,22 @@ class Reading:
     repeated: int = 0
     """Rows with the same content as another one."""
 
+    unmixed: int = 0
+    """Rows beyond the share of their file (`dataset.mix`)."""
+
+    def kept(self) -> dict[str, int]:
+        """Return it as a record keeps it: shares only where there were any."""
+        values = asdict(self)
+        return values if self.unmixed else {k: v for k, v in values.items() if k != "unmixed"}
+
     def line(self) -> str:
         """Return it in words."""
-        gone = {"empty": self.empty, "without a value": self.missing, "repeated": self.repeated}
+        gone = {
+            "empty": self.empty,
+            "without a value": self.missing,
+            "repeated": self.repeated,
+            "beyond the share of their file": self.unmixed,
+        }
         left = ", ".join(f"{count:,} {what}" for what, count in gone.items() if count)
         return f"{self.read:,} rows read" + (f", of which left out: {left}" if left else "")
 

@@ -25,9 +25,34 @@ class Tokens:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Values by name: a number for the sequence, or a list with one for each token."""
 
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that count in the loss; the first predicts nothing."""
+        return len(self.ids) - max(1, self.prompt_length)
+
     def labels(self) -> list[int]:
         """Return the labels, not shifted, -100 on the prompt."""
         return [IGNORED] * self.prompt_length + self.ids[self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Turns(Tokens):
+    """One conversation: answers with a loss, and between them what others say."""
+
+    silent: tuple[tuple[int, int], ...] = ()
+    """Spans after the prompt without a loss."""
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return super().loss_tokens - sum(stop - start for start, stop in self.silent)
+
+    def labels(self) -> list[int]:
+        """Return the labels, not shifted, -100 on the prompt and on what is silent."""
+        labels = super().labels()
+        for start, stop in self.silent:
+            labels[start:stop] = [IGNORED] * (stop - start)
+        return labels
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,7 @@ class Example:
     @property
     def loss_tokens(self) -> int:
         """Tokens of all sequences that count in the loss; the first of each predicts nothing."""
-        return sum(len(s.ids) - max(1, s.prompt_length) for s in self.sequences)
+        return sum(s.loss_tokens for s in self.sequences)
 
     def labels(self) -> list[int]:
         """Return the labels of the first sequence."""

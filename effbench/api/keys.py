@@ -157,6 +157,8 @@ def _endings(place: Any) -> Any:
     """Return a mapping of files with their endings alone, which say how they are read."""
     if isinstance(place, dict):
         return {name: _endings(inner) for name, inner in place.items()}
+    if isinstance(place, list):
+        return [_endings(inner) for inner in place]
     path = PurePath(place)
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 

@@ -68,13 +68,15 @@ class DatasetSpec:
     """Where the rows come from."""
     kind: str
     """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
-    `choices`: pairs whose wrong answers are known too. Each is a file in `data/kinds`."""
+    `choices`: pairs whose wrong answers are known too. `chat`: conversations. `auto`: what the
+    fields of the first row say, once the config is composed. Each is a file in `data/kinds`."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
     """Hub configuration, or folder inside an asset."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Local files by split name (jsonl, json, csv, tsv, parquet, txt; gzipped or not)."""
+    files: dict[str, str | list[str]] = field(default_factory=dict)
+    """Local files by split name, one or several (jsonl, ndjson, json, csv, tsv, parquet, txt;
+    gzipped or not)."""
     text: str = "{text}"
     """Template of a row's text (kind `text`)."""
     prompt: str = "{prompt}"
@@ -114,6 +116,17 @@ class DatasetSpec:
     missing: Literal["refuse", "empty", "skip"] = "refuse"
     """What a field without a value does: it is refused, is an empty text, or its row is left out.
     An empty answer is refused too, or its row is left out."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation have a loss (kind `chat`)."""
+    system: Literal["own", "user", "none"] = "own"
+    """Where a system prompt goes: its own turn, before what the user says first, or nowhere."""
+    tools: bool = True
+    """Whether the tools of a conversation are told to the model."""
+    template: str = ""
+    """Chat template in place of the model's own: `zephyr`, or a file with one; its text, once the
+    config is composed."""
+    mix: dict[str, list[float]] = field(default_factory=dict)
+    """Shares of the rows, by source split, of each of its several files; they add up to 1."""
     known_by: Literal["text", "source"] = "text"
     """What decides a row's split and place: its rendered text, or the values of the fields that its
     templates name, whatever words stand around them; then rows that ask the same stay in one split.
@@ -284,3 +297,5 @@ class Job:
     runtime: Runtime
     command: str = ""
     """What was typed, for people; empty for a run that no command asked for."""
+    notes: tuple[str, ...] = ()
+    """What was decided for the user, in words."""

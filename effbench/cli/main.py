@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -78,8 +79,8 @@ def complete_run(incomplete: str) -> list[str]:
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Config overrides: group=name or group.key=value.",
+        metavar="[FILE.yaml] [KEY=VALUE]...",
+        help="A file with a spec; overrides: group=name or group.key=value.",
         autocompletion=complete_override,
         show_default=False,
     ),
@@ -94,6 +95,15 @@ Multirun = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
+]
+Like = Annotated[
+    str,
+    typer.Option(
+        "--like",
+        metavar="RUN",
+        help="Start from the spec of an earlier run.",
+        autocompletion=complete_run,
+    ),
 ]
 PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
 Results = Annotated[
@@ -116,9 +126,10 @@ def _command_of(stage: str) -> Callable[..., None]:
         dry_run: DryRun = False,
         fresh: Fresh = False,
         print_key: PrintKey = False,
+        like: Like = "",
         config_dir: ConfigDirs = None,
     ) -> None:
-        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key)
+        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key, like)
 
     return command
 
@@ -135,10 +146,12 @@ def _stage(
     dry_run: bool,
     fresh: bool,
     print_key: bool,
+    like: str,
 ) -> None:
     with Progress(sys.stderr.isatty()).during(f"{stage}: starting"):
         from effbench.config.compose import compose
         from effbench.config.overrides import is_sweep
+        from effbench.config.start import split_words
         from effbench.runner.local import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
@@ -147,14 +160,22 @@ def _stage(
             "--dry-run and --print-key are for one run, not for a grid.",
             "Leave -m out and give one value for each key.",
         )
-    if (multirun or is_sweep(words)) and not (dry_run or print_key):
+    several = multirun or is_sweep(words)
+    if several and (like or split_words(words)[0]):
+        raise UserError(
+            "A file or --like says what one run is, not a grid.",
+            "Leave -m out, or write what the runs share as configs of your own: --config-dir.",
+        )
+    if several and not (dry_run or print_key):
         _grid(stage, words, extra, fresh)
         return
     with Progress(sys.stderr.isatty()).during(f"{stage}: reading the configs"):
-        job = compose(stage, words, extra)
+        job = compose(stage, words, extra, like)
     if print_key:
         typer.echo(job.spec.key)
         return
+    for note in job.notes:
+        _say(note)
     if dry_run:
         _plan(job)
         _first_row(job)
@@ -202,6 +223,7 @@ def _show_record(record: Any, full: bool = False) -> None:
 @app.command()
 def plan(
     overrides: Overrides = None,
+    like: Like = "",
     config_dir: ConfigDirs = None,
 ) -> None:
     """Say what a run will need before it runs: memory by component, work, least time.
@@ -214,7 +236,7 @@ def plan(
     """
     from effbench.config.compose import compose
 
-    _plan(compose(None, list(overrides or []), list(config_dir or [])))
+    _plan(compose(None, list(overrides or []), list(config_dir or []), like))
 
 
 def _first_row(job: Any) -> None:
@@ -222,6 +244,16 @@ def _first_row(job: Any) -> None:
 
     if shown := first_row(job.spec.dataset):
         typer.echo(f"First row  {shown}")
+    if stages.trains(job.spec.stage) and job.spec.dataset.source == "file":
+        from effbench.cli.rows import first
+        from effbench.models.load import tokenizer_at_hand
+
+        if tokenizer_at_hand(job.spec.model):
+            typer.echo(first(job.spec, sys.stdout.isatty(), _width()))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def _plan(job: Any) -> None:
@@ -551,18 +583,47 @@ def show(
         typer.Argument(help="What it is."),
     ],
     name: Annotated[str, typer.Argument(help="Its name.")],
+    overrides: Overrides = None,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Of a dataset: so many training rows as a model sees them.")
+    ] = 0,
     config_dir: ConfigDirs = None,
 ) -> None:
     """Explain one method, model, dataset or evaluator: source, settings, operating points.
+
+    With --rows it shows rows of a dataset in their template, as tokens of the model, and which of
+    them count in the loss: coloured in a terminal, in brackets elsewhere.
 
     \b
     Examples:
       effbench show method qdylora
       effbench show model llama2-7b
+      effbench show dataset gsm8k-test --rows 3
+      effbench show dataset file dataset.files.all=my.jsonl --rows 3
     """
     from effbench.cli.show import describe
 
-    typer.echo(describe(kind, name, list(config_dir or [])))
+    words, extra = list(overrides or []), list(config_dir or [])
+    if not rows and not words:
+        typer.echo(describe(kind, name, extra))
+        return
+    if kind != "dataset" or not rows:
+        raise UserError(
+            "Settings and --rows show rows of a dataset.",
+            "Leave them out, or say: effbench show dataset NAME KEY=VALUE --rows 3",
+        )
+    _show_rows([f"dataset={name}", "evaluator=[]", *words], extra, rows)
+
+
+def _show_rows(words: list[str], extra: list[Path], count: int) -> None:
+    from effbench.cli.rows import rows
+    from effbench.config.compose import compose
+
+    job = compose("eval", words, extra)
+    for note in job.notes:
+        _say(note)
+    for row in rows(job.spec, count, sys.stdout.isatty(), _width()):
+        typer.echo(row)
 
 
 @app.command()

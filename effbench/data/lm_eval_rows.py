@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.data.readers import Row, read_rows
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.hashes import hash_of, hashes_of
+from effbench.util.hashes import hashes_of
 
 if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec
@@ -458,9 +458,12 @@ def overlaps(entry: Entry, dataset: DatasetSpec, files: Files) -> bool:
     ours = "all" if dataset.cut else "train"
     given = files.get(entry.name, {})
     if dataset.source == "file":
-        trained = dataset.files.get(ours)
-        places = [Path(f).expanduser() for f in ((trained, *given.values()) if trained else ())]
-        return bool(places) and hash_of(places[0]) in hashes_of(places[1:])
+        named = dataset.files.get(ours) or []
+        trained = [named] if isinstance(named, str) else named
+        own, asked = (
+            hashes_of([Path(f).expanduser() for f in files]) for files in (trained, given.values())
+        )
+        return not set(own).isdisjoint(asked)
     theirs = dataset.splits.get(ours, "")
     if dataset.source == "hub":
         subset = dataset.subset.lower().replace("-", "_")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from string import Formatter
 from typing import Any
@@ -16,6 +16,16 @@ from effbench.util.errors import UserError, did_you_mean
 
 Turn = tuple[str, str]
 """Who speaks (`system`, `user` or `assistant`), and what."""
+Message = Mapping[str, Any]
+"""A turn as chat templates take it: `role`, `content`, perhaps `tool_calls`."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and the tools that the assistant may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Text:
     right: int = 0
     turns: tuple[Turn, ...] = ()
     """The prompt as a conversation, where the row has one."""
+    conversation: Conversation | None = None
+    """All of the row, where it is a conversation that ends with the answer."""
     columns: Mapping[str, float] = field(default_factory=dict)
     """Further values of the row by name."""
     rendered: str = field(default="", compare=False)
@@ -48,6 +60,12 @@ class Text:
     def answered(self) -> tuple[str, ...]:
         """The same of the answers."""
         return traces(self.sources[1])
+
+    def asked_in_chat(self) -> str | tuple[Turn, ...] | Conversation:
+        """Return what a model is asked with, as `chat_prompt` takes it."""
+        if self.conversation is None:
+            return self.turns or self.prompt
+        return replace(self.conversation, messages=self.conversation.messages[:-1])
 
     def shown(self, room: int = 100) -> str:
         """Return it on one line, where line ends can be told from other text."""

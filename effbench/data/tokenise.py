@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from effbench.api.examples import Example, Tokens
+from effbench.api.examples import Example, Tokens, Turns
 from effbench.api.schema import digest, plain
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
@@ -35,7 +35,7 @@ def tokenise(
             "texts": [
                 [t.id, t.rendered, t.right, *([t.columns] if t.columns else ())] for t in texts
             ],
-            "form": [spec.kind, spec.max_length, spec.chat, spec.version],
+            "form": [spec.kind, spec.max_length, spec.chat, spec.version, *_later(spec)],
             "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
             "version": 4,
             **({"documents": [prefix_token(tokenizer)]} if whole else {}),
@@ -53,7 +53,19 @@ def tokenise(
     return examples
 
 
+def _later(spec: DatasetSpec) -> list[str]:
+    """Return what else decides which tokens count, where it is not as it always was."""
+    return [] if spec.turns == "all" else [spec.turns]
+
+
 def _example(values: dict[str, Any]) -> Example:
     for name in ("sequences", "choices"):
-        values[name] = tuple(Tokens(**{**t, "cut": tuple(t["cut"])}) for t in values[name])
+        values[name] = tuple(map(_tokens, values[name]))
     return Example(**values)
+
+
+def _tokens(values: dict[str, Any]) -> Tokens:
+    values = {**values, "cut": tuple(values["cut"])}
+    if "silent" not in values:
+        return Tokens(**values)
+    return Turns(**{**values, "silent": tuple((a, b) for a, b in values["silent"])})

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from effbench.api.examples import Tokens
-from effbench.data.render import Turn
+from effbench.data.render import Conversation, Turn
 from effbench.util.errors import UserError
 
-WITHOUT_CHAT = "Set dataset.chat=false, or chat=false of the evaluator."
+WITHOUT_CHAT = (
+    "Give one: dataset.template=zephyr or a FILE; or go without: dataset.chat=false, or chat=false "
+    "of the evaluator."
+)
+WITHOUT_SYSTEM = (
+    "Put it before what the user says first: dataset.system=user, or leave it out: "
+    "dataset.system=none"
+)
 TEMPLATE_DATE = datetime(2024, 7, 26, 12)
 """The date that chat templates are told: that of Llama 3's own, where it cannot ask for one."""
 TEMPLATE_CODES = [f"%{sign}{code}" for code in "dmyYIHMSjFTDR" for sign in ("-", "")]
@@ -158,7 +167,7 @@ def ended(tokens: Tokens, limit: int, tokenizer: Any) -> Tokens:
     return Tokens([*tokens.ids, end], tokens.prompt_length, tokens.answer_bytes, tokens.cut)
 
 
-def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
+def chat_prompt(prompt: str | Sequence[Turn] | Conversation, tokenizer: Any) -> str:
     """Return a prompt in the model's chat template, ready for an answer.
 
     Args:
@@ -168,22 +177,58 @@ def chat_prompt(prompt: str | Sequence[Turn], tokenizer: Any) -> str:
     Raises:
         UserError: When the model has no chat template, or one that fails.
     """
+    if not isinstance(prompt, Conversation):
+        turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+        prompt = Conversation(tuple({"role": who, "content": what} for who, what in turns))
+    rendered: str = in_template(prompt, tokenizer, asks=True)
+    return rendered
+
+
+def in_template(
+    conversation: Conversation, tokenizer: Any, asks: bool = False, masks: bool = False
+) -> Any:
+    """Return a conversation in the model's chat template.
+
+    Args:
+        conversation: Any.
+        tokenizer: Of the model.
+        asks: Whether it ends with what the assistant's answer begins with.
+        masks: Whether to return `input_ids` and `assistant_masks`, by the template's own marks, and
+            not the text.
+
+    Raises:
+        UserError: When the model has no chat template, or one that fails.
+    """
     from jinja2.exceptions import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("The model has no chat template.", WITHOUT_CHAT)
-    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
-    messages = [{"role": who, "content": what} for who, what in turns]
+    messages = list(conversation.messages)
+    form = {"return_dict": True, "return_assistant_tokens_mask": True} if masks else {}
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **_dated(tokenizer)
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=list(conversation.tools) or None,
+            tokenize=masks,
+            add_generation_prompt=asks,
+            **form,
+            **_dated(tokenizer),
         )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        system = any(message["role"] == "system" for message in messages)
         raise UserError(
-            f"The model's chat template cannot be used: {reason}.", WITHOUT_CHAT
+            f"The model's chat template cannot be used: {reason}.",
+            WITHOUT_SYSTEM if system and "system" in reason.lower() else WITHOUT_CHAT,
         ) from error
-    return rendered
+
+
+def template_of(tokenizer: Any, conversation: Conversation) -> str:
+    """Return the chat template that a conversation is put into; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    template: str = tokenizer.get_chat_template(tools=list(conversation.tools) or None)
+    return template
 
 
 def _dated(tokenizer: Any) -> dict[str, str]:
@@ -198,6 +243,52 @@ def _dated(tokenizer: Any) -> dict[str, str]:
     filled = "form" + "".join((*words, *answers))
     macro = "{% macro strftime_now(form) %}{{ " + filled + " }}{% endmacro %}{{ '' }}"
     return {"chat_template": macro + tokenizer.get_chat_template()}
+
+
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + eos_token }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""The chat template of Zephyr (Tunstall et al., 2023), which needs no token but the end of text."""
+TEMPLATES = {"zephyr": ZEPHYR}
+
+
+def template_text(template: str) -> str:
+    """Return a chat template as it goes into a spec: a name, or the text of a file.
+
+    Args:
+        template: As `DatasetSpec.template`.
+
+    Raises:
+        UserError: When it is no name and no file, or holds no template.
+    """
+    if not template or template in TEMPLATES or "{{" in template:
+        return template
+    path = Path(template).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(
+            f"dataset.template={template} is no file with a chat template, nor the name of one.",
+            f"Known: {', '.join(TEMPLATES)}; or give a Jinja file.",
+        ) from None
+    if "{{" not in text:
+        raise UserError(
+            f"{path} holds no chat template: nothing in it stands for messages.",
+            "A chat template is Jinja, such as {% for message in messages %}{{ ... }}{% endfor %}.",
+        )
+    return text
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """Return a tokenizer with another chat template, or itself where none is given."""
+    if not template:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATES.get(template, template)
+    return tokenizer
 
 
 def prefix_token(tokenizer: Any) -> int:

@@ -81,7 +81,7 @@ def of_dataset(data: Data, split: str, limit: int | None, pattern: str) -> Quest
                 "Correct the pattern, or leave it out.",
             )
     prompts = [
-        chat_prompt(r.turns or r.prompt, data.tokenizer) if chat else moved(r.prompt, "")[0]
+        chat_prompt(r.asked_in_chat(), data.tokenizer) if chat else moved(r.prompt, "")[0]
         for r in rows
     ]
     asked = [

@@ -67,8 +67,9 @@ def cut(examples: Sequence[Example], window: int, stride: int) -> list[Window]:
     return [
         Window(row, start, first, stop)
         for row, example in enumerate(examples)
-        for start, first, stop in spans(len(example.ids), window, stride)
-        if stop > max(first, example.prompt_length)
+        for labels in [example.labels()]
+        for start, first, stop in spans(len(labels), window, stride)
+        if any(label != IGNORED for label in labels[first:stop])
     ]
 
 

@@ -158,6 +158,13 @@ def import_libraries() -> None:
     )
 
 
+def tokenizer_at_hand(spec: ModelSpec) -> bool:
+    """Whether the tokenizer of a model is on this machine."""
+    if spec.source == "package" or (spec.source == "random" and spec.id in assets.ASSETS):
+        return assets.path_of(spec.id) is not None
+    return spec.source != "hub"
+
+
 def load_tokenizer(spec: ModelSpec) -> Any:
     """Return the model's tokenizer, which always has a padding token.
 

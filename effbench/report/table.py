@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape as as_html
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import ABSENT, labels
@@ -127,6 +128,20 @@ class Table:
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return without_html("\n".join(lines) + "\n")
+
+    def html(self) -> str:
+        """Return the table as HTML, for notebooks."""
+        right = ' style="text-align: right"'
+        forms = [right if numeric else "" for numeric in self._numeric()]
+        head = "".join(f"<th>{as_html(name)}</th>" for name in self.columns)
+        rows = (
+            "".join(f"<td{f}>{as_html(show(c))}</td>" for f, c in zip(forms, row, strict=True))
+            for row in self.rows
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        title = f"<caption>{as_html(self.title)}</caption>" if self.title else ""
+        notes = "".join(f"<p>{as_html(note)}</p>" for note in self.notes)
+        return f"<table>{title}<tr>{head}</tr>{body}</table>{notes}"
 
     def csv(self) -> str:
         """Return the table as CSV with plain numbers; an interval takes two more columns."""

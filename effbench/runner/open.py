@@ -232,7 +232,7 @@ def _account(run: Run, data: Data, asked_before: Mapping[str, int]) -> None:
         for split, whole in sorted(used.items())
     }
     run.data = {
-        "sources": {name: plain(reading) for name, reading in data.readings.items()},
+        "sources": {name: reading.kept() for name, reading in data.readings.items()},
         "splits": {name: plain(account) for name, account in splits.items()},
     }
     for line in lines(run.data):

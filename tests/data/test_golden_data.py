@@ -20,6 +20,7 @@ from effbench.data.dataset import read
 from effbench.data.kinds.base import names
 from effbench.data.readers import GENERATORS
 from effbench.data.tokenise import tokenise
+from effbench.data.tokens import with_template
 from effbench.models.load import load, load_tokenizer
 
 ROWS = [
@@ -31,6 +32,15 @@ ROWS = [
         "rejected": f"It is {n + 100}.",
         "options": [f"{n}", f"{n + n % 7 + 1}", f"{n + n % 7}"],
         "label": 2,
+        "instruction": f"Add {n % 7} to {n}.",
+        "output": f"{n + n % 7}",
+        "messages": [
+            {"role": "system", "content": "You add up."},
+            {"role": "user", "content": f"What is {n} plus {n % 7}?"},
+            {"role": "assistant", "content": f"{n + n % 7}"},
+            {"role": "user", "content": "Really?"},
+            {"role": "assistant", "content": "Yes."},
+        ],
     }
     for n in range(1, 25)
 ]
@@ -59,6 +69,7 @@ def test_rows_become_what_they_became(
         known_by=known_by,
     )
     tokenizer = load_tokenizer(compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model)
+    tokenizer = with_template(tokenizer, "zephyr")
     found = {
         f"{split}{' whole' if whole else ''}": digest(
             [plain(e) for e in tokenise(texts, spec, tokenizer, whole=whole)]

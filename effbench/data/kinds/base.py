@@ -25,6 +25,8 @@ class Kind:
     """Whether its examples have wrong answers beside the right one."""
     packs: ClassVar[bool] = False
     """Whether rows are packed to train on, so that `documents` differs from `examples`."""
+    talks: ClassVar[bool] = False
+    """Whether its rows always go through the chat template."""
     templates: ClassVar[tuple[str, ...]] = ()
     """Settings of `DatasetSpec` that decide what the text of a row is."""
     columns: ClassVar[tuple[str, ...]] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from effbench.api.spec import DatasetSpec
@@ -54,12 +55,18 @@ def _right(place: Place, spec: DatasetSpec, count: int) -> int:
     if right is None:
         raise UserError(f"{place.where}: label {label!r} is no index.", "Set dataset.label_names.")
     if not 0 <= right < count:
-        raise UserError(f"{place.where}: label {right} is not one of {count} answers.")
+        raise UserError(f"{place.where}: label {label} is not one of {count} answers.")
     return right
 
 
+LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]?\s*")
+"""A letter that names an answer: B, (B), b."""
+
+
 def _index(label: Any) -> int | None:
-    """Return a label as a whole number; None where it is none."""
+    """Return a label as a whole number, A is 0; None where it is none."""
+    if isinstance(label, str) and (letter := LETTER.fullmatch(label)):
+        return ord(letter[1].upper()) - ord("A")
     try:
         right = int(label)
     except (TypeError, ValueError, OverflowError):

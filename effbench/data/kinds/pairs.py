@@ -32,7 +32,7 @@ class Pairs(Kind):
         encoder, limit = Encoder(tokenizer), spec.max_length
         examples = []
         for text in texts:
-            prompt = chat_prompt(text.prompt, tokenizer) if spec.chat else text.prompt
+            prompt = chat_prompt(text.asked_in_chat(), tokenizer) if spec.chat else text.prompt
             right, *choices = (
                 answered(encoder, prompt, answer, limit, special=not spec.chat)
                 for answer in (text.answer, *text.choices)

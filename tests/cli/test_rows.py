@@ -1,0 +1,74 @@
+"""Rows of a dataset as a model sees them: their text, their tokens, and which of them count."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effbench.api.examples import Example, Turns
+from effbench.cli.rows import BRACKETS, COUNTS, shown
+from effbench.models.random import byte_tokenizer
+from effbench.testing.models import tiny_shape
+
+SAID = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo\nyo"},
+    {"role": "user", "content": "So?"},
+    {"role": "assistant", "content": "No"},
+]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": SAID}) + "\n")
+    return ["dataset.files.train=chat.jsonl", "dataset.template=zephyr", "model=tiny"]
+
+
+def test_rows_are_shown_with_what_counts_in_brackets(cli: Any, words: list[str]) -> None:
+    status, out, said = cli("show", "dataset", "file", *words, "--rows", "2")
+    assert status == 0
+    assert "conversations (messages), so dataset.kind=chat" in said
+    assert re.search(r"^row 1 of train, \w{16}: \d+ tokens, 9 of them count$", out, re.M)
+    assert "  | <|user|>\n  | Hi<eos>\n  | <|assistant|>\n  | [Yo]\n  | [yo<eos>]\n" in out
+    assert "  | [No<eos>]\n  # " in out
+    assert "row 2" not in out
+
+
+def test_a_dry_run_of_a_training_shows_the_first(cli: Any, words: list[str]) -> None:
+    words = ["dataset=file", *words, "evaluator=[]"]
+    status, out, _ = cli("train", *words, "--dry-run")
+    assert status == 0
+    assert "  | [No<eos>]\n" in out
+    assert "the first row" not in cli("eval", *words, "--dry-run")[1]
+
+
+@pytest.mark.parametrize("width", [30, 60, 400])
+def test_colours_close_at_each_line_and_hide_no_token(width: int) -> None:
+    ids = list(range(40, 90))
+    tokens = Turns(ids, 5, 0, silent=((20, 30),))
+    tokenizer = byte_tokenizer(tiny_shape())
+    example = Example("x", (tokens,))
+    plain, coloured = (
+        shown("row", example, tokenizer, marks, width) for marks in (BRACKETS, COUNTS)
+    )
+    for line in coloured.splitlines():
+        assert line.count(COUNTS[0]) == line.count(COUNTS[1])
+        bare = line.replace(COUNTS[0], "").replace(COUNTS[1], "")
+        assert len(bare) <= width or not line.startswith("  #")
+    numbers = " ".join(line[4:] for line in coloured.splitlines() if line.startswith("  # "))
+    counted = re.findall(r"\033\[1;32m([\d ]*)\033\[0m", numbers)
+    assert " ".join(counted).split() == [str(i) for i in (*ids[5:20], *ids[30:])]
+    assert re.findall(r"\d+", " ".join(p[4:] for p in plain.splitlines() if p[:4] == "  # ")) == [
+        str(i) for i in ids
+    ]
+
+
+@pytest.mark.parametrize("words", [["method", "lora", "--rows", "1"], ["dataset", "file", "a=1"]])
+def test_only_datasets_have_rows(cli: Any, words: list[str]) -> None:
+    status, _, said = cli("show", *words)
+    assert status == 2
+    assert "KEY=VALUE --rows 3" in said
