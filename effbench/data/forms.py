@@ -49,6 +49,8 @@ def recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return {**values, "kind": "pairs"}, ""
     row = first_row_of(path, values)
     form = form_of(row)
+    if form is None and {"prompt", "answer"} & row.keys():  # the other is missing, or misspelt
+        return {**values, "kind": "pairs"}, ""
     if form is None:
         raise _unknown(path, row)
     words = "".join(f" dataset.{key}={value!r}" for key, value in form.settings.items())

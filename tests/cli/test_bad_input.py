@@ -222,7 +222,11 @@ def rows(count: int = 40) -> str:
         ("a.csv", "prompt,answer\na,b\nc\n", ["a.csv, line 3", "number of fields"]),
         ("a.parquet", "PAR1 no", ["a.parquet cannot be read"]),
         ("a.xlsx", "x", ["no known kind", ".jsonl"]),
-        ("a.txt", "one\n\ntwo\n", ["no field 'prompt'", "text"]),
+        (
+            "a.jsonl",
+            '{"a": "x", "b": "y"}',
+            ["no form that is known", "'a', 'b'", "dataset.prompt="],
+        ),
     ],
 )
 def test_a_broken_data_file_is_named(cli, inline, tmp_path, name, text, parts) -> None:

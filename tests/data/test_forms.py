@@ -120,6 +120,15 @@ def test_what_could_mean_several_things_is_not_guessed(tmp_path: Path, row: Any)
     assert "dataset.prompt=" in caught.value.hint
 
 
+def test_half_of_a_pair_is_a_pair_with_a_mistake(tmp_path: Path) -> None:
+    row = {"prompt": "a", "anwser": "b"}
+    spec, line = spec_of(tmp_path / "rows.jsonl", row)
+    assert (spec.kind, line) == ("pairs", "")
+    with pytest.raises(UserError, match="no field 'answer'") as caught:
+        list(render([row], spec, "train"))
+    assert "'anwser'" in caught.value.hint
+
+
 def test_templates_say_the_kind_and_a_given_kind_stays(tmp_path: Path) -> None:
     path, row = tmp_path / "rows.jsonl", {"prompt": "a", "answer": "b", "text": "c"}
     for words, kind in (
