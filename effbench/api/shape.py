@@ -355,6 +355,10 @@ class ModelShape(AnyShape):
         """Return the model with its adapters added to dense weights."""
         return self.map_linears(lambda _, x: replace(x, adapter=None, format=COMPUTE))
 
+    def dense(self) -> ModelShape:
+        """Return the frozen model with its adapters added, all weights in the compute dtype."""
+        return self.merged()._weights(lambda _: COMPUTE, trains=False)
+
     def used(self) -> ModelShape:
         """Return the model as it is used: masters are cast to the compute dtype."""
         return self._weights(lambda held: held.used())

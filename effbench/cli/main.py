@@ -779,6 +779,65 @@ def export(
     _say(f"Written: {folder}")
 
 
+PointName = Annotated[str, typer.Option("--point", help="Operating point; else the last one.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Share of the likely tokens.")]
+DrawnFrom = Annotated[int, typer.Option("--draws", min=0, help="Seed of what is drawn.")]
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from stdin.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the chat template out.")] = False,
+    point: PointName = "",
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    draws: DrawnFrom = 0,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Go on from a prompt with what a run made, or with a model as it is.
+
+    The prompt goes through the model's chat template, where it has one.
+
+    \b
+    Examples:
+      effbench generate from=latest --prompt "2 + 2 ="
+      effbench generate from=latest --point r4 --prompt "2 + 2 =" --temperature 0.7
+      effbench generate model=smollm2-135m --prompt "Why is the sky blue?"
+    """
+    from effbench.cli.talk import Wish, generate_once
+
+    wish = Wish(point, max_new_tokens, temperature, top_p, draws)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    generate_once(list(overrides or []), list(config_dir or []), text, raw, wish)
+
+
+@app.command()
+def chat(
+    overrides: Overrides = None,
+    point: PointName = "",
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    draws: DrawnFrom = 0,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Talk with what a run made, or with a model as it is: /clear begins anew, /quit ends.
+
+    \b
+    Examples:
+      effbench chat from=latest
+      effbench chat from=latest --point r4
+    """
+    from effbench.cli.talk import Wish, talk
+
+    wish = Wish(point, max_new_tokens, temperature, top_p, draws)
+    talk(list(overrides or []), list(config_dir or []), wish)
+
+
 def _say(text: str) -> None:
     write(text)
 

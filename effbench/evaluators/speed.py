@@ -123,7 +123,7 @@ class Speed(Evaluator):
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         *before, last = methods
         if shape:
-            last = resolved(last, [shape, *chain_shapes(before, shape)][-1])
+            last = resolved(last, [shape, *chain_shapes(before, shape, then=last)][-1])
         asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
         own = [point for point in last.points() if asked - last.engines(point)]
         if own:

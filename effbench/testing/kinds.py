@@ -50,7 +50,7 @@ def left_kind(name: str) -> tuple[Any, ...]:
     method, base = resolved(given(name), tiny_shape()), tiny_shape()
     left = shape_of(method, base)
     kept = list(left.linears()) == list(base.linears())
-    return method.produces, is_packed(method.weights), left.uniform, kept
+    return method.produces, method.merges, is_packed(method.weights), left.uniform, kept
 
 
 @cache
