@@ -62,6 +62,15 @@ def evaluation_kind(name: str) -> tuple[Any, ...]:
     return (*left_kind(name), *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
 
 
+@cache
+def decoding_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides how the usual point of a method decodes, and what its cache holds."""
+    method = resolved(given(name), tiny_shape())
+    way, left = method.decoder(method.default_point()), shape_of(method, tiny_shape())
+    parts = (type(part).__name__ for part in (way.cache, way.route, way.driver))
+    return *parts, is_packed(method.weights) or is_packed(method.produces), left.uniform
+
+
 def _ways(method: Method) -> list[Any]:
     """Return how the points of a method decode, each way once, and whether they are several."""
     decoders = [method.decoder(point) for point in method.points()]
