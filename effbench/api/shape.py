@@ -27,7 +27,7 @@ from effbench.api.parts import (
     Readout,
     low_rank,
 )
-from effbench.api.schema import PositiveInt
+from effbench.api.schema import Layers, PositiveInt
 from effbench.api.weights import COMPUTE, MASTERS, WeightFormat
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -180,7 +180,7 @@ class Shape(AnyShape):
     """Width d of the residual stream."""
     intermediate_size: PositiveInt
     """Inner width of the gated MLP."""
-    num_layers: PositiveInt
+    num_layers: Layers
     """Number of decoder blocks L."""
     num_heads: PositiveInt
     """Query heads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
 from effbench.runner.progress import Progress
@@ -18,8 +20,24 @@ from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import places
 from effbench.util.wrap import write
 
+
+class _Words(TyperGroup):
+    """The words of a command; one with a stray dash is named whole, where click names a letter."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        for word in () if ctx.resilient_parsing else options:
+            if re.match(r"-[a-zA-Z_]{2}", word):
+                raise UserError(
+                    f"No such option: {word}",
+                    "Options have two dashes (--dry-run), overrides none (train.max_steps=3).",
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="effbench",
+    cls=_Words,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -447,6 +465,7 @@ def compare(
     from effbench.report.comparison.select import Selection, criterion_of, select_points
     from effbench.report.terminal import print_comparison
     from effbench.results.records import find, read_all
+    from effbench.results.sweeps import tunings
 
     if select and same_points:
         raise UserError(
@@ -459,7 +478,12 @@ def compare(
     if select:
         chosen = select_points(records, criterion_of(select), known)
     found = compare_records(
-        chosen.records, known, margins_of(margin or []), chosen.words, same_points=same_points
+        chosen.records,
+        known,
+        margins_of(margin or []),
+        chosen.words,
+        same_points=same_points,
+        tunings=tunings(results),
     )
     if form == "text":
         print_comparison(found, full)
