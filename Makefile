@@ -37,8 +37,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Train QDyLoRA on a real model, compare it with QLoRA and the untouched model
 	@BIN=$(BIN) scripts/demo.sh
 
-# One process a core, each with one thread: most tests are too small for two.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# One process a core, each with one thread: most tests are too small for two. Files are begun in the
+# order of tests/conftest.py, those that take longest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) ## Run the tests (real-model smoke runs included)
 	$(PYTEST) -m "not slow and not gpu"

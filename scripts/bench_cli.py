@@ -21,6 +21,7 @@ COMMANDS = {
 
 def cpu_seconds(words: list[str] | None) -> float:
     environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode
     if words is None:
         words = []
         environment |= {

@@ -21,6 +21,26 @@ from effbench.testing.bench import Bench, forget_accelerator
 
 collect_ignore = ["plugin_example"]
 
+HEAVIEST = (
+    "methods/test_contract.py",
+    "test_real.py",
+    "nn/test_engine.py",
+    "nn/test_sharing.py",
+    "runner/test_train.py",
+    "cli/test_accounting.py",
+    "test_docs.py",
+    "fault/test_fault.py",
+    "evaluators/test_generation.py",
+    "cli/test_bundle.py",
+)
+"""What takes more than about half a minute, begun first: else the last one runs alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: n for n, name in enumerate(HEAVIEST)}
+    assert all(path.is_file() for path in places), "HEAVIEST names a file that is gone"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from effbench.cli.selfcheck.accounting import PEAK_BOUND
 from effbench.config.compose import compose
 from effbench.models import load as models
 from effbench.nn.llama.surgery import decoder_linears
@@ -53,6 +54,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         "+dataset.limit.train=2",  # the same rows in every step, so that their loss must fall
         "dataset.limit.test=4",
         "method.eval_ranks=[16]",
+        "run.exact_memory=true",
     )
     steps = list(read_events(tmp_path / "results/runs" / record.key / "events.jsonl", "step"))
     assert [s["step"] for s in steps] == [1, 2, 3]
@@ -64,6 +66,9 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     size = 2 if record.spec["hardware"]["dtype"] == "bfloat16" else 4
     expected = LINEAR_BYTES + size * (embedding + norms) + adapters
     assert value(record, "resident_bytes") == expected
+    errors = {phase: found["error"] for phase, found in record.plan["phases"].items()}
+    assert errors.keys() >= {"load", "train", "evaluate"}
+    assert max(map(abs, errors.values())) <= PEAK_BOUND
     assert [(o.metric, len(o.values)) for o in record.outcomes] == [
         ("loss", 4),
         ("bits_per_byte", 4),

@@ -20,10 +20,14 @@ T = TypeVar("T")
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 """What pydantic calls an unknown key; often the reason why another one is missing."""
 
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST = 2**53
+"""Integers below are the same in every reader of JSON."""
+PositiveInt = Annotated[int, Interval(gt=0, lt=LARGEST)]
+NonNegativeInt = Annotated[int, Interval(ge=0, lt=LARGEST)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 """What every random generator takes."""
+Layers = Annotated[int, Interval(gt=0, le=2**16)]
+Threads = Annotated[int, Interval(ge=0, le=4096)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]

@@ -27,7 +27,7 @@ from effbench.api.parts import (
     Readout,
     low_rank,
 )
-from effbench.api.schema import PositiveInt
+from effbench.api.schema import Layers, PositiveInt
 from effbench.api.weights import COMPUTE, MASTERS, WeightFormat
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -180,7 +180,7 @@ class Shape(AnyShape):
     """Width d of the residual stream."""
     intermediate_size: PositiveInt
     """Inner width of the gated MLP."""
-    num_layers: PositiveInt
+    num_layers: Layers
     """Number of decoder blocks L."""
     num_heads: PositiveInt
     """Query heads."""
@@ -354,6 +354,10 @@ class ModelShape(AnyShape):
     def merged(self) -> ModelShape:
         """Return the model with its adapters added to dense weights."""
         return self.map_linears(lambda _, x: replace(x, adapter=None, format=COMPUTE))
+
+    def dense(self) -> ModelShape:
+        """Return the frozen model with its adapters added, all weights in the compute dtype."""
+        return self.merged()._weights(lambda _: COMPUTE, trains=False)
 
     def used(self) -> ModelShape:
         """Return the model as it is used: masters are cast to the compute dtype."""

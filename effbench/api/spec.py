@@ -18,6 +18,7 @@ from effbench.api.schema import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Threads,
     digest,
 )
 from effbench.api.shape import Shape
@@ -210,7 +211,7 @@ class HardwareSpec:
     """`auto` in a config becomes one of these when it is composed."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Compute dtype; `auto` is bfloat16 where the hardware multiplies it natively."""
-    threads: NonNegativeInt = 0
+    threads: Threads = 0
     """CPU threads; 0 takes all cores."""
 
 
@@ -233,7 +234,7 @@ class Spec:
     evaluators: list[Plugin]
     train: TrainSpec
     hardware: HardwareSpec
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     parent: str = ""
     """Key of the run this one goes on from."""
     version: int = SPEC_VERSION

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
 from effbench.runner.progress import Progress
@@ -17,8 +20,24 @@ from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import places
 from effbench.util.wrap import write
 
+
+class _Words(TyperGroup):
+    """The words of a command; one with a stray dash is named whole, where click names a letter."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        for word in () if ctx.resilient_parsing else options:
+            if re.match(r"-[a-zA-Z_]{2}", word):
+                raise UserError(
+                    f"No such option: {word}",
+                    "Options have two dashes (--dry-run), overrides none (train.max_steps=3).",
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="effbench",
+    cls=_Words,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -446,6 +465,7 @@ def compare(
     from effbench.report.comparison.select import Selection, criterion_of, select_points
     from effbench.report.terminal import print_comparison
     from effbench.results.records import find, read_all
+    from effbench.results.sweeps import tunings
 
     if select and same_points:
         raise UserError(
@@ -458,7 +478,12 @@ def compare(
     if select:
         chosen = select_points(records, criterion_of(select), known)
     found = compare_records(
-        chosen.records, known, margins_of(margin or []), chosen.words, same_points=same_points
+        chosen.records,
+        known,
+        margins_of(margin or []),
+        chosen.words,
+        same_points=same_points,
+        tunings=tunings(results),
     )
     if form == "text":
         print_comparison(found, full)
@@ -778,6 +803,65 @@ def export(
     _say(f"Written: {folder}")
 
 
+PointName = Annotated[str, typer.Option("--point", help="Operating point; else the last one.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Share of the likely tokens.")]
+DrawnFrom = Annotated[int, typer.Option("--draws", min=0, help="Seed of what is drawn.")]
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from stdin.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the chat template out.")] = False,
+    point: PointName = "",
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    draws: DrawnFrom = 0,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Go on from a prompt with what a run made, or with a model as it is.
+
+    The prompt goes through the model's chat template, where it has one.
+
+    \b
+    Examples:
+      effbench generate from=latest --prompt "2 + 2 ="
+      effbench generate from=latest --point r4 --prompt "2 + 2 =" --temperature 0.7
+      effbench generate model=smollm2-135m --prompt "Why is the sky blue?"
+    """
+    from effbench.cli.talk import Wish, generate_once
+
+    wish = Wish(point, max_new_tokens, temperature, top_p, draws)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    generate_once(list(overrides or []), list(config_dir or []), text, raw, wish)
+
+
+@app.command()
+def chat(
+    overrides: Overrides = None,
+    point: PointName = "",
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    draws: DrawnFrom = 0,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Talk with what a run made, or with a model as it is: /clear begins anew, /quit ends.
+
+    \b
+    Examples:
+      effbench chat from=latest
+      effbench chat from=latest --point r4
+    """
+    from effbench.cli.talk import Wish, talk
+
+    wish = Wish(point, max_new_tokens, temperature, top_p, draws)
+    talk(list(overrides or []), list(config_dir or []), wish)
+
+
 def _say(text: str) -> None:
     write(text)
 
@@ -810,6 +894,21 @@ def _guarded(command: Callable[[], Any]) -> int:
     return 0
 
 
+def _only(words: Sequence[str]) -> typer.Typer:
+    """Return the command line with no other command than the one that is given.
+
+    Typer looks into the signature of each, which would take half of the time of a list.
+    """
+    one, name = copy(app), words[0] if words else ""
+    one.registered_groups = [g for g in app.registered_groups if g.name == name]
+    one.registered_commands = [
+        c
+        for c in app.registered_commands
+        if name == (c.name or getattr(c.callback, "__name__", ""))
+    ]
+    return one if one.registered_commands or one.registered_groups else app
+
+
 def main() -> None:
     """Run the command line."""
     import os
@@ -817,9 +916,9 @@ def main() -> None:
     # Looking for plug-ins of pydantic reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:
-        app()
+        _only(os.environ.get("COMP_WORDS", "").split()[1:-1])()
     if {"--install-completion", "--show-completion"} & {*sys.argv}:
         from effbench.cli.completion import leave_room_for_values
 
         leave_room_for_values()
-    sys.exit(_guarded(app))
+    sys.exit(_guarded(_only(sys.argv[1:])))

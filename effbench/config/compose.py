@@ -120,17 +120,35 @@ def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, 
     Raises:
         UserError: When it cannot be composed, with the reason.
     """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.errors import ConfigCompositionException, HydraException
+    from hydra.errors import HydraException
 
     register_plugin_configs()
+
+    def composes(words: Sequence[str]) -> bool:
+        try:
+            _with_values(words, extra)
+        except HydraException:
+            return False
+        return True
+
     try:
-        choices, values = _choices_and_values(overrides, groups(extra))
-        config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        return to_plain(config)
-    except (ConfigCompositionException, HydraException) as error:
-        raise explain(error, overrides) from None
+        return to_plain(_with_values(overrides, extra))
+    except HydraException as error:
+        raise explain(error, overrides, composes) from None
+
+
+def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
+    """Return Hydra's config of some words.
+
+    Raises:
+        HydraException: When it cannot be composed.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    choices, values = _choices_and_values(words, groups(extra))
+    config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    return config
 
 
 def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
@@ -179,7 +197,11 @@ def to_plain(config: Any) -> dict[str, Any]:
             raise UserError(f"{first} has no value.", f"Give one: {first}=VALUE.")
         values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore
     except OmegaConfBaseException as error:
-        raise UserError(f"The config cannot be resolved: {str(error).splitlines()[0]}.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{error.full_key or 'The config'} cannot be resolved: {reason}.",
+            "Write ${train.max_steps} for another setting, ${oc.env:NAME} for a variable.",
+        ) from None
     return values
 
 

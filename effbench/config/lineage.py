@@ -79,7 +79,8 @@ class Lineage:
         Args:
             base: Of the base model.
         """
-        shapes = chain_shapes(self.methods[:-1], base, self.artefacts)
+        *before, own = self.methods
+        shapes = chain_shapes(before, base, self.artefacts, own)
         return [ModelShape.of(base), *shapes][-1]
 
     def left(self, base: AnyShape) -> ModelShape:

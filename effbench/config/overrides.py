@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,10 +102,15 @@ def parse(text: str) -> Any:
 
     Raises:
         HydraException: When it is no override.
+        UserError: When it holds a number with thousands of digits.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_override(text)
+    try:
+        return OverridesParser.create().parse_override(text)
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        key = text.partition("=")[0]
+        raise UserError(f"{key} has a number that is too long.", "Write it as 1e6.") from None
 
 
 # -- text that looks like a number -------------------------------------------------------------
@@ -243,9 +248,17 @@ def _check_option(group: str, name: str, extra: Sequence[Path]) -> None:
         )
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> UserError:
-    """Return what Hydra's error about these overrides means for the user."""
-    reason = str(error.__cause__ or error).splitlines()[0]
+def explain(
+    error: Exception, overrides: Sequence[str], composes: Callable[[Sequence[str]], bool]
+) -> UserError:
+    """Return what Hydra's error about these overrides means for the user.
+
+    Args:
+        error: What Hydra raised.
+        overrides: The words that it could not compose.
+        composes: Whether it can compose some of them.
+    """
+    reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
     launcher = re.search(r"hydra/launcher/(\w+)", str(error))
     if launcher:
         name = launcher[1].removeprefix("submitit_")
@@ -253,12 +266,29 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
             f"The launcher plug-in {launcher[1]!r} is not installed.",
             f"pip install 'effbench[{name}]'",
         )
-    for text in overrides:
-        group, _, rest = text.split("=")[0].partition(".")
-        name = rest.split(".")[0]
-        if group in SEVERAL and name:
-            return _explain_member(group, name, text)
-    return UserError(f"The config cannot be composed: {reason.rstrip('.')}.")
+    text = _culprit(overrides, composes)
+    if text is None:
+        return UserError(f"The config cannot be composed: {reason}.")
+    group, _, rest = text.split("=")[0].lstrip("+~").partition(".")
+    name = rest.split(".")[0]
+    if group in SEVERAL and name:
+        return _explain_member(group, name, text)
+    return UserError(
+        f"{text} cannot be composed: {reason}.", "Write group=name or group.key=value."
+    )
+
+
+def _culprit(overrides: Sequence[str], composes: Callable[[Sequence[str]], bool]) -> str | None:
+    """Return the word without which the others compose, or else the first that does not after them.
+
+    Words that choose files come first, as the others need them.
+    """
+    for place, text in enumerate(overrides):
+        if composes([*overrides[:place], *overrides[place + 1 :]]):
+            return text
+    words = sorted(overrides, key=lambda text: "." in text.partition("=")[0])
+    counts = range(1, len(words) + 1)
+    return next((words[n - 1] for n in counts if not composes(words[:n])), None)
 
 
 def _explain_member(group: str, name: str, text: str) -> UserError:

@@ -23,7 +23,7 @@ from effbench.api.schema import digest
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
-from effbench.data.render import MissingError, Place, Text, content_hash, traces
+from effbench.data.render import MissingError, Place, Text, content_hash
 from effbench.data.tokenise import tokenise
 from effbench.data.tokens import with_template
 from effbench.util.errors import UserError, did_you_mean
@@ -353,7 +353,7 @@ def render(
 def _known(text: Text, place: Place, spec: DatasetSpec) -> Text:
     """Return a row's text with what the row is known by."""
     asked, answered = find(spec.kind).source(place, spec)
-    text = replace(text, rendered=text.id, asked=traces(asked), answered=traces(answered))
+    text = replace(text, rendered=text.id, sources=(asked, answered))
     if spec.known_by == "source":
         group = content_hash(*(asked or answered).values())
         id_ = content_hash(*asked.values(), "", *answered.values())

@@ -45,9 +45,12 @@ def recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if kind := _by_templates(values):
         return {**values, "kind": kind}, ""
     path = _first_file(values)
-    if path is None:  # what is wrong is said where the files are read
+    try:
+        row = first_row_of(path, values) if path else None
+    except UserError:
+        row = None
+    if path is None or row is None:  # what is wrong is said where the files are read
         return {**values, "kind": "pairs"}, ""
-    row = first_row_of(path, values)
     form = form_of(row)
     if form is None and {"prompt", "answer"} & row.keys():  # the other is missing, or misspelt
         return {**values, "kind": "pairs"}, ""
@@ -87,7 +90,11 @@ _SEEN: dict[tuple[str, int, int], Row] = {}
 
 
 def first_row_of(path: Path, values: Mapping[str, Any]) -> Row:
-    """Return the first row of a file; kept while the file stays as it is."""
+    """Return the first row of a file; kept while the file stays as it is.
+
+    Raises:
+        UserError: When the file cannot be read.
+    """
     facts = path.stat()
     key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size)
     if key not in _SEEN:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from string import Formatter
 from typing import Any
 
@@ -47,10 +48,18 @@ class Text:
     """Hash of its texts; empty where that is what it is known by."""
     group: str = field(default="", compare=False)
     """Rows with the same are never dealt into different splits; empty for none but itself."""
-    asked: tuple[str, ...] = field(default=(), compare=False)
-    """Hashes of the values of the row that the prompt, or a text, is made of; see `traces`."""
-    answered: tuple[str, ...] = field(default=(), compare=False)
-    """The same of the answers."""
+    sources: tuple[Mapping[str, str], Mapping[str, str]] = field(default=({}, {}), compare=False)
+    """The values of the row that the prompt, or a text, is made of, by field; and the answers'."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Hashes of the values that the prompt, or a text, is made of; see `traces`."""
+        return traces(self.sources[0])
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The same of the answers."""
+        return traces(self.sources[1])
 
     def asked_in_chat(self) -> str | tuple[Turn, ...] | Conversation:
         """Return what a model is asked with, as `chat_prompt` takes it."""
@@ -106,7 +115,7 @@ class Place:
         found = {}
         for template in templates:
             for name in _fields_in(template):
-                found[name] = clean(str(_Strict(self, template).get_field(name, (), self.row)[0]))
+                found[name] = clean(str(self._value(name, self.row, template)))
         return dict(sorted(found.items()))
 
     def require(self, text: str, what: str) -> None:
@@ -162,9 +171,43 @@ class Place:
 
     def _filled(self, template: str, row: Row) -> str:
         try:
-            return clean(_Strict(self, template).vformat(template, (), row))
+            if (parts := _parts(template)) is None:
+                return clean(_Strict(self, template).vformat(template, (), row))
+            text = "".join(
+                [p if f is None else p + format(self._value(f, row, template)) for p, f in parts]
+            )
         except (ValueError, IndexError) as error:
             raise UserError(f"{template!r} is no template: {error}.", "Double {{ and }}.") from None
+        return clean(text)
+
+    def _value(self, name: str, row: Any, template: str) -> Any:
+        """Return the value at `field` or `field[key][0]` of a row, which a template needs."""
+        first, *keys = _path(name)
+        value = self._inside(row, first, row, template)
+        for key in keys:
+            value = self._inside(value, key, value, template)
+        if isinstance(value, str):
+            return value
+        if _is_missing(value):
+            if self.missing != "empty":
+                raise self._missing(name)
+            return ""
+        if hasattr(value, "__iter__"):
+            raise UserError(
+                f"{self.where}: the field {name!r} is {_shown(value)}, which is no text.",
+                "Name what is inside it, as in {field[0]} or {field[name]}.",
+            )
+        return value
+
+    def _inside(self, value: Any, key: str, known: Any, template: str) -> Any:
+        if isinstance(value, Mapping) and key in value:
+            return value[key]
+        if isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
+            return value[int(key)]
+        raise UserError(
+            f"{self.where} has no field {key!r}, which {template!r} needs.",
+            did_you_mean(key, known if isinstance(known, Mapping) else self.row),
+        )
 
 
 class _Strict(Formatter):
@@ -175,38 +218,31 @@ class _Strict(Formatter):
 
     def get_field(self, name: str, args: Any, row: Any) -> Any:
         """Return the value at `field` or `field[key][0]`, and the field."""
-        first, *keys = (part.removesuffix("]") for part in name.split("["))
-        value = self._inside(row, first, row)
-        for key in keys:
-            value = self._inside(value, key, value)
-        if _is_missing(value):
-            if self.place.missing != "empty":
-                raise self.place._missing(name)
-            value = ""
-        if hasattr(value, "__iter__") and not isinstance(value, str):
-            raise UserError(
-                f"{self.place.where}: the field {name!r} is {_shown(value)}, which is no text.",
-                "Name what is inside it, as in {field[0]} or {field[name]}.",
-            )
-        return value, first
-
-    def _inside(self, value: Any, key: str, known: Any) -> Any:
-        if isinstance(value, Mapping) and key in value:
-            return value[key]
-        if isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
-            return value[int(key)]
-        raise UserError(
-            f"{self.place.where} has no field {key!r}, which {self.template!r} needs.",
-            did_you_mean(key, known if isinstance(known, Mapping) else self.place.row),
-        )
+        return self.place._value(name, row, self.template), _path(name)[0]
 
 
-def _fields_in(template: str) -> list[str]:
+@cache
+def _parts(template: str) -> tuple[tuple[str, str | None], ...] | None:
+    """Return a template's texts, each with the field after it; None where a field has a form."""
+    parsed = list(Formatter().parse(template))
+    if any(name == "" or form or conversion for _, name, form, conversion in parsed):
+        return None
+    return tuple((text, name) for text, name, _, _ in parsed)
+
+
+@cache
+def _path(name: str) -> tuple[str, ...]:
+    """Return the field and the keys in `field[key][0]`."""
+    return tuple(part.removesuffix("]") for part in name.split("["))
+
+
+@cache
+def _fields_in(template: str) -> tuple[str, ...]:
     """Return the names of fields in a template, those in forms of other fields included."""
-    found = []
+    found = list[str]()
     for _, name, form, _ in Formatter().parse(template):
-        found += ([name] if name else []) + (_fields_in(form) if form else [])
-    return found
+        found += ([name] if name else []) + ([*_fields_in(form)] if form else [])
+    return tuple(found)
 
 
 def _is_missing(value: Any) -> bool:

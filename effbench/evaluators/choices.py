@@ -15,6 +15,7 @@ from effbench.api.schema import NonNegativeInt, PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result, check_splits, exponential
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.nn.scoring import prefix_tree
 from effbench.results.records import Metric, Outcomes
 from effbench.util.errors import UserError, did_you_mean
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
-    from effbench.nn.scoring.prefix_tree import Score
 
 KINDS = ("multiple_choice", "loglikelihood")
 """lm-eval's output types that need no generated text."""
@@ -135,9 +135,9 @@ class Choices(Evaluator):
 
     def _scores(self, subject: Subject, split: str, choices: Sequence[Tokens]) -> list[float]:
         """Return the summed log-likelihood of each answer."""
-        from effbench.nn.scoring.prefix_tree import Request
-
-        requests = [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices]
+        requests = [
+            prefix_tree.Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in choices
+        ]
         scores = subject.score(requests, split, self.batch_tokens)
         return [s.loglikelihood for s in scores]
 
@@ -184,7 +184,9 @@ class Choices(Evaluator):
             )
 
 
-def _outcomes(task: BenchmarkTask, scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:
+def _outcomes(
+    task: BenchmarkTask, scores: Sequence[Sequence[prefix_tree.Score]]
+) -> dict[str, list[float]]:
     """Return lm-eval's value of each metric for every row."""
     values: dict[str, list[float]] = {}
     for index, row in enumerate(scores):
@@ -239,7 +241,7 @@ def _add_loglikelihoods(
     split: str,
     name: str,
     ids: Sequence[str],
-    scores: Sequence[Sequence[Score]],
+    scores: Sequence[Sequence[prefix_tree.Score]],
 ) -> None:
     """Keep the log-likelihood of every answer, for other estimates from the same run."""
     places = [(i, j) for i, row in enumerate(scores) for j in range(len(row))]

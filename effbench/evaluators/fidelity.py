@@ -17,6 +17,8 @@ from effbench.api.schema import NonNegativeInt, PositiveInt, build
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.nn.losses import divergence
+from effbench.nn.scoring import prefix_tree
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
-    from effbench.nn.scoring.prefix_tree import Request
 
 BOUNDS = {
     "agreement": (0.0, 1.0),
@@ -154,11 +155,10 @@ class Fidelity(Evaluator):
     def _add_tokens(
         self, result: Result, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> None:
-        from effbench.nn.losses.divergence import FIELDS
 
         rows = self._row_sums(subject, other, examples)
         counts, ids = [row[-1] for row in rows], [e.id for e in examples]
-        for place, name in enumerate(FIELDS):
+        for place, name in enumerate(divergence.FIELDS):
             result.add_ratio(
                 subject,
                 "fidelity",
@@ -176,7 +176,6 @@ class Fidelity(Evaluator):
     ) -> list[list[float]]:
         """Return each row's sums of `divergence.FIELDS` and its number of positions."""
         from effbench.evaluators.windows import cut, groups, sizes
-        from effbench.nn.losses.divergence import FIELDS, row_sums
 
         limit = subject.data.spec.max_length
         windows = cut(examples, *sizes(self.window, self.stride, limit))
@@ -184,11 +183,13 @@ class Fidelity(Evaluator):
         for group in journal.pending(groups(windows, self.batch_tokens)):
             batch = subject.batch([windows[i].sequence(examples[windows[i].row]) for i in group])
             with torch.inference_mode():
-                found = row_sums(other.logits(batch), subject.logits(batch), batch.labels)
+                found = divergence.row_sums(
+                    other.logits(batch), subject.logits(batch), batch.labels
+                )
             journal.add(dict(zip(group, found.tolist(), strict=True)))
             subject.progress("fidelity", len(journal), len(windows))
 
-        rows = [[0.0] * (len(FIELDS) + 1) for _ in examples]
+        rows = [[0.0] * (len(divergence.FIELDS) + 1) for _ in examples]
         for window, values in zip(windows, journal.values(), strict=True):
             rows[window.row] = [a + b for a, b in zip(rows[window.row], values, strict=True)]
         return rows
@@ -198,10 +199,12 @@ class Fidelity(Evaluator):
     def _add_answers(
         self, result: Result, subject: Subject, other: Subject, examples: Sequence[Example]
     ) -> None:
-        from effbench.nn.scoring.prefix_tree import Request
 
         rows = [
-            [Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices]
+            [
+                prefix_tree.Request(c.ids[: c.prompt_length], c.ids[c.prompt_length :])
+                for c in e.choices
+            ]
             for e in examples
         ]
         ours, theirs = self._scores(subject, other, rows, self.split)
@@ -233,7 +236,11 @@ class Fidelity(Evaluator):
         self._add_outcomes(result, subject, ours, theirs, right, ids, name, loaded[0].split)
 
     def _scores(
-        self, subject: Subject, other: Subject, rows: Sequence[Sequence[Request]], name: str
+        self,
+        subject: Subject,
+        other: Subject,
+        rows: Sequence[Sequence[prefix_tree.Request]],
+        name: str,
     ) -> tuple[list[list[float]], list[list[float]]]:
         """Return each answer's log-likelihood under the model and under the reference."""
         flat = [request for row in rows for request in row]
@@ -279,13 +286,13 @@ def answer_loyalty(reference: Sequence[float], model: Sequence[float]) -> float:
         reference: Log-likelihood of each answer under the reference.
         model: The same under the model.
     """
-    from effbench.nn.losses.divergence import FIELDS, divergences
-
     p, q = (torch.tensor([list(s)], dtype=torch.float64) for s in (reference, model))
-    return float(divergences(p, q)[0, FIELDS.index("probability_loyalty")])
+    return float(divergence.divergences(p, q)[0, divergence.FIELDS.index("probability_loyalty")])
 
 
-def check_lengths(subject: Subject, name: str, rows: Sequence[Sequence[Request]]) -> None:
+def check_lengths(
+    subject: Subject, name: str, rows: Sequence[Sequence[prefix_tree.Request]]
+) -> None:
     """Refuse a task whose questions are longer than the model's positions.
 
     Raises:

@@ -17,6 +17,8 @@ from effbench.api.batch import by_length
 from effbench.api.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
+from effbench.nn.decode import generate
+from effbench.nn.scoring import finite
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from effbench.data.dataset import Data
     from effbench.evaluators.questions import Questions
     from effbench.methods.base import Method
-    from effbench.nn.decode.generate import Generated, Prompt, Sampling
 
 
 TASK_PROMPT = 1024
@@ -165,10 +166,8 @@ class Generation(Evaluator):
 
     # -- answers -------------------------------------------------------------------------------
 
-    def _answers(self, subject: Subject, questions: Questions) -> list[Generated]:
+    def _answers(self, subject: Subject, questions: Questions) -> list[generate.Generated]:
         """Return the answer to each question, finished ones from the journal."""
-        from effbench.nn.decode.generate import Generated
-
         prompts = self._prompts(subject, questions)
         sampling = self._sampling(questions)
         ids = [
@@ -181,22 +180,20 @@ class Generation(Evaluator):
             made = self._generate(subject, [prompts[i] for i in group], sampling)
             journal.add({i: [g.ids, g.text, g.ended] for i, g in zip(group, made, strict=True)})
             subject.progress(f"generation {name}", len(journal), len(prompts))
-        return [Generated(*value) for value in journal.values()]
+        return [generate.Generated(*value) for value in journal.values()]
 
     def _generate(
-        self, subject: Subject, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> list[Generated]:
-        from effbench.nn.decode.generate import generate
-        from effbench.nn.scoring.finite import require_finite
+        self, subject: Subject, prompts: Sequence[generate.Prompt], sampling: generate.Sampling
+    ) -> list[generate.Generated]:
 
         def check(logits: torch.Tensor) -> None:
             batch = subject.batch([(p.ids, p.ids) for p in prompts])
             method, model, point = subject.method, subject.model, subject.point
-            require_finite(model, logits, lambda: method.logits(model, batch, point))
+            finite.require_finite(model, logits, lambda: method.logits(model, batch, point))
 
         tokenizer = subject.data.tokenizer
         with torch.inference_mode():
-            return generate(
+            return generate.generate(
                 subject.session(),
                 prompts,
                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
@@ -206,17 +203,15 @@ class Generation(Evaluator):
                 check=check,
             )
 
-    def _sampling(self, questions: Questions) -> Sampling:
-        from effbench.nn.decode.generate import Sampling
+    def _sampling(self, questions: Questions) -> generate.Sampling:
 
         temperature = self.temperature
         if temperature is None:
             temperature = questions.asked[0].temperature
-        return Sampling(temperature, self.top_k, self.top_p)
+        return generate.Sampling(temperature, self.top_k, self.top_p)
 
-    def _prompts(self, subject: Subject, questions: Questions) -> list[Prompt]:
+    def _prompts(self, subject: Subject, questions: Questions) -> list[generate.Prompt]:
         from effbench.data.tokens import Encoder
-        from effbench.nn.decode.generate import Prompt
 
         tokenizer = subject.data.tokenizer
         ends, added, encoder = end_tokens(subject), tokenizer.get_added_vocab(), Encoder(tokenizer)
@@ -224,7 +219,7 @@ class Generation(Evaluator):
         for q in questions.asked:
             stop = (*q.until, *self.until)
             prompts.append(
-                Prompt(
+                generate.Prompt(
                     encoder.context(q.prompt, q.special),
                     self.max_new_tokens or q.max_new_tokens,
                     ends | {added[s] for s in stop if s in added},
@@ -236,7 +231,7 @@ class Generation(Evaluator):
         return prompts
 
     def _check_positions(
-        self, subject: Subject, questions: Questions, prompts: Sequence[Prompt]
+        self, subject: Subject, questions: Questions, prompts: Sequence[generate.Prompt]
     ) -> None:
         longest = max(prompts, key=lambda p: len(p.ids) + p.max_new_tokens)
         needed = len(longest.ids) + longest.max_new_tokens
@@ -252,7 +247,11 @@ class Generation(Evaluator):
     # -- metrics -------------------------------------------------------------------------------
 
     def _add(
-        self, result: Result, subject: Subject, questions: Questions, answers: Sequence[Generated]
+        self,
+        result: Result,
+        subject: Subject,
+        questions: Questions,
+        answers: Sequence[generate.Generated],
     ) -> None:
         grades = [questions.grade(i, a.text) for i, a in enumerate(answers)]
         for grade, answer in zip(grades, answers, strict=True):

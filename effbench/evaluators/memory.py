@@ -17,6 +17,7 @@ from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
+from effbench.nn.quant import linears
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -100,7 +101,6 @@ class Memory(Evaluator):
 
     def _predicted(self, subject: Subject, phase: str, tokens: int) -> dict[str, float]:
         from effbench.api.shape import DTYPE_BYTES
-        from effbench.nn.quant.linears import PackedLinear
         from effbench.resources.peaks import Peaks
 
         assert subject.cost is not None
@@ -110,15 +110,15 @@ class Memory(Evaluator):
         on_cpu = not str(subject.device).startswith("cuda")
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
-        expands = on_cpu or any(isinstance(m, PackedLinear) for m in subject.model.modules())
+        expands = on_cpu or any(
+            isinstance(m, linears.PackedLinear) for m in subject.model.modules()
+        )
         return peaks.inference(subject.cost, one, trained=trained, expands=expands)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:
         """Count weights and cache from their tensors."""
-        from effbench.nn.quant.linears import storage_bytes
-
         for name, value in (
-            ("weights_bytes", storage_bytes(subject.model)),
+            ("weights_bytes", linears.storage_bytes(subject.model)),
             ("kv_cache_bytes", session.kv_bytes()),
         ):
             result.metrics.append(

@@ -13,12 +13,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from effbench.util.errors import UserError
+from effbench.util.errors import UserError, says_out_of_memory
 
 OUT_OF_MEMORY = 97
 """Exit status of a trial that ran out of memory."""
-SIGNS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
-"""How C++ libraries say that an allocation failed, in lower case."""
 
 
 def succeeds_under(cap: int, work: Mapping[str, Any], device: str) -> bool:
@@ -45,12 +43,6 @@ def succeeds_under(cap: int, work: Mapping[str, Any], device: str) -> bool:
         return False
     last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
     raise UserError(f"A trial of the smallest cap failed, and not for memory: {last}")
-
-
-def says_out_of_memory(text: str) -> bool:
-    """Return whether an error message speaks of memory that could not be had."""
-    lowered = text.lower()
-    return any(sign in lowered for sign in SIGNS)
 
 
 def cap_here(cap: int, device: str) -> None:

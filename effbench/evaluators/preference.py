@@ -15,6 +15,7 @@ from effbench.api.batch import by_length, collate
 from effbench.api.schema import PositiveInt
 from effbench.evaluators.base import Evaluator, Result, check_splits
 from effbench.evaluators.subject import Subject
+from effbench.nn.scoring import finite
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -84,8 +85,6 @@ class Preference(Evaluator):
 
     def _scores(self, subject: Subject, units: Sequence[Example], split: str) -> list[list[float]]:
         """Return the score of each answer, the right one first."""
-        from effbench.nn.scoring.finite import require_finite
-
         journal = subject.journal(split, [e.id for e in units])
         for group in journal.pending(_groups(units, self.batch_tokens)):
             batch = collate([units[i] for i in group], subject.pad_token_id).to(subject.device)
@@ -93,7 +92,7 @@ class Preference(Evaluator):
             run = partial(subject.method.scores, subject.model, batch, subject.point)
             with torch.inference_mode():
                 scores = run()
-                require_finite(subject.model, scores, run)
+                finite.require_finite(subject.model, scores, run)
             rows = scores.double().split(batch.sizes)
             journal.add({i: row.tolist() for i, row in zip(group, rows, strict=True)})
             subject.progress("preference", len(journal), len(units))

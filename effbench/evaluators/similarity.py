@@ -18,6 +18,7 @@ from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
+from effbench.nn.sharing import ranking, similarity
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.lazy import torch
 
@@ -74,10 +75,8 @@ class Similarity(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return the means over layers, and keep the matrices in the run folder."""
-        from effbench.nn.sharing.ranking import joined
-
         rows = (e.ids for e in subject.data.examples(self.split))
-        texts = joined(rows, self.tokens, self.samples)
+        texts = ranking.joined(rows, self.tokens, self.samples)
         if not texts:
             raise UserError(
                 f"Split {self.split!r} has fewer than {self.tokens} tokens.",
@@ -94,12 +93,11 @@ class Similarity(Evaluator):
     def _measured(
         self, subject: Subject, texts: Sequence[list[int]], ids: Sequence[str]
     ) -> list[dict[str, Any]]:
-        from effbench.nn.sharing.similarity import layer_similarity
 
         journal = subject.journal(self.split, ids)
         for (index,) in journal.pending([[i] for i in range(len(texts))]):
             tokens = torch.tensor(texts[index], device=subject.device)
-            measured = layer_similarity(subject.model, tokens)
+            measured = similarity.layer_similarity(subject.model, tokens)
             journal.add({index: {name: t.tolist() for name, t in vars(measured).items()}})
             subject.progress("similarity", len(journal), len(texts))
         return journal.values()
@@ -107,11 +105,9 @@ class Similarity(Evaluator):
 
 def means(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Return one value per text and metric: means over pairs of layers, or over layers."""
-    from effbench.nn.sharing.ranking import scores
-
     names = {"attention": "attention", "keys": "key", "values": "value"}
     result = {
-        f"{name}_similarity": [statistics.fmean(scores(sample[matrix])) for sample in found]
+        f"{name}_similarity": [statistics.fmean(ranking.scores(sample[matrix])) for sample in found]
         for matrix, name in names.items()
     }
     result["block_influence"] = [1 - statistics.fmean(sample["passed"]) for sample in found]
@@ -128,9 +124,7 @@ def layer_rows(found: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any
         found: What was measured on each text, as plain values.
         seed: Of the resampling.
     """
-    from effbench.nn.sharing.ranking import scores
-
-    by_text = [scores(sample["attention"]) for sample in found]
+    by_text = [ranking.scores(sample["attention"]) for sample in found]
     layers = range(len(found[0]["passed"]))
 
     def row(matrix: str, layer: int) -> list[float]:

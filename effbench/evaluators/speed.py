@@ -25,6 +25,7 @@ from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes, inference_cost, resolved
+from effbench.nn.adapters import merge
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -122,7 +123,7 @@ class Speed(Evaluator):
             raise UserError("The grid of evaluator.speed is empty.", "Give at least one number.")
         *before, last = methods
         if shape:
-            last = resolved(last, [shape, *chain_shapes(before, shape)][-1])
+            last = resolved(last, [shape, *chain_shapes(before, shape, then=last)][-1])
         asked = {self.engine, self.baseline} & {"static", "eager", "generate"}
         own = [point for point in last.points() if asked - last.engines(point)]
         if own:
@@ -169,8 +170,6 @@ class Speed(Evaluator):
 
         Yields the subject and what is counted of it, by name.
         """
-        from effbench.nn.adapters.merge import merged
-
         shape, whole = subject.shape, subject.whole
         layers = getattr(subject.model.config, "num_hidden_layers", None)
         if shape and layers not in (None, shape.num_layers):
@@ -178,7 +177,7 @@ class Speed(Evaluator):
         if self.engine != "merged":
             yield subject, {}
             return
-        with merged(subject.model) as linears:
+        with merge.merged(subject.model) as linears:
             if linears and shape and subject.shape and subject.cost and whole:
                 cost, whole = (cost_of(x.merged(), subject.dtype) for x in (subject.shape, shape))
                 plain = replace(cost, kv_bytes_per_token=subject.cost.kv_bytes_per_token)

@@ -14,6 +14,7 @@ from effbench.api.points import Point
 from effbench.api.schema import digest
 from effbench.api.spec import Machine
 from effbench.methods.base import Method
+from effbench.nn.scoring import finite, multi_point, prefix_tree
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from effbench.api.shape import ModelShape
     from effbench.data.dataset import Data
     from effbench.nn.decode.decoder import Engine
-    from effbench.nn.scoring.prefix_tree import Plan, Request, Score
     from effbench.results.journal import Journal
 
 
@@ -102,13 +102,12 @@ class Subject:
             UserError: When one is not a finite number; it names the first layer that gave such a
                 number.
         """
-        from effbench.nn.scoring.finite import require_finite
 
         def run() -> torch.Tensor:
             return self.method.token_nll(self.model, batch, self.point)
 
         nll = run()
-        require_finite(self.model, nll, run)
+        finite.require_finite(self.model, nll, run)
         return nll
 
     def token_nlls(self, batch: Batch, points: Sequence[Point]) -> list[torch.Tensor]:
@@ -117,19 +116,16 @@ class Subject:
         Raises:
             UserError: As `token_nll` does.
         """
-        from effbench.nn.scoring.finite import require_finite
-        from effbench.nn.scoring.multi_point import nll_at
-
         if list(points) == [self.point]:
             return [self.token_nll(batch)]
 
         def run(some: Sequence[Point]) -> list[torch.Tensor]:
             inputs = batch.input_ids, batch.attention_mask, batch.labels
-            return nll_at(self.model, self._at(some), *inputs)
+            return multi_point.nll_at(self.model, self._at(some), *inputs)
 
         found = run(points)
         for point, nll in zip(points, found, strict=True):
-            require_finite(self.model, nll, partial(run, [point]))
+            finite.require_finite(self.model, nll, partial(run, [point]))
         return found
 
     def journals(self, name: str, items: Sequence[str]) -> dict[Point, Journal]:
@@ -140,18 +136,17 @@ class Subject:
         return opened
 
     def _in_one_pass(self) -> bool:
-        from effbench.nn.scoring.multi_point import can_walk
 
         points = (self.point, *self.beside)
         plain = all(self.method.forward(point).shares_prefixes for point in points)
-        return self.method.in_one_pass and plain and can_walk(self.model)
+        return self.method.in_one_pass and plain and multi_point.can_walk(self.model)
 
     def _at(self, points: Sequence[Point]) -> list[Callable[[], AbstractContextManager[Any]]]:
         return [partial(self.method.at, self.model, point) for point in points]
 
     def score(
-        self, requests: Sequence[Request], name: str, batch_tokens: int = 2048
-    ) -> list[Score]:
+        self, requests: Sequence[prefix_tree.Request], name: str, batch_tokens: int = 2048
+    ) -> list[prefix_tree.Score]:
         """Return the log-likelihood of each continuation after its context.
 
         What requests share is computed once, unless the method has logits of its own or the model
@@ -166,25 +161,26 @@ class Subject:
             UserError: When a result is not a finite number; it names the first layer that gave
                 such a number.
         """
-        from effbench.nn.scoring.prefix_tree import Score, has_trees, padded_scores
-
         ids = [digest([r.context, r.continuation]) for r in requests]
-        if self.method.forward(self.point).shares_prefixes and has_trees(self.model):
+        if self.method.forward(self.point).shares_prefixes and prefix_tree.has_trees(self.model):
             return self._score_trees(requests, ids, name, batch_tokens)
         journal = self.journal(name, ids)
         lengths = [len(r.context) + len(r.continuation) for r in requests]
         pending = journal.pending(list(by_length(lengths, batch_tokens)))
-        for scores in padded_scores(self.logits, self.batch, requests, pending):
+        for scores in prefix_tree.padded_scores(self.logits, self.batch, requests, pending):
             journal.add(_plain_scores(scores))
             self.progress(name, len(journal), len(requests))
-        return [Score(*value) for value in journal.values()]
+        return [prefix_tree.Score(*value) for value in journal.values()]
 
     def _score_trees(
-        self, requests: Sequence[Request], ids: Sequence[str], name: str, batch_tokens: int
-    ) -> list[Score]:
-        from effbench.nn.scoring.prefix_tree import Plan, Score
+        self,
+        requests: Sequence[prefix_tree.Request],
+        ids: Sequence[str],
+        name: str,
+        batch_tokens: int,
+    ) -> list[prefix_tree.Score]:
 
-        plan = Plan(requests, batch_tokens)
+        plan = prefix_tree.Plan(requests, batch_tokens)
         stems = any(g.stem for g in plan.groups)  # whose caches would be there once for each point
         journals = {self.point: self.journal(name, ids)} if stems else self.journals(name, ids)
         own = journals[self.point]
@@ -192,26 +188,26 @@ class Subject:
             for point, scores in found.items():
                 journals[point].add(_plain_scores(scores))
             self.progress(name, len(own), len(requests))
-        return [Score(*value) for value in own.values()]
+        return [prefix_tree.Score(*value) for value in own.values()]
 
     def _tree_passes(
-        self, plan: Plan, journals: Mapping[Point, Journal]
-    ) -> Iterator[dict[Point, dict[int, Score]]]:
+        self, plan: prefix_tree.Plan, journals: Mapping[Point, Journal]
+    ) -> Iterator[dict[Point, dict[int, prefix_tree.Score]]]:
         """Yield the scores of each group of a plan, by the points whose journals lack it."""
-        from effbench.nn.scoring.multi_point import scores_at
-        from effbench.nn.scoring.prefix_tree import tree_scores
         from effbench.results.journal import pending
 
         todo = pending(journals, [g.requests for g in plan.groups])
         if len(journals) == 1:
             groups = plan.of(asked for asked, _ in todo)
-            for scores in tree_scores(self.model, plan, groups, self.device):
+            for scores in prefix_tree.tree_scores(self.model, plan, groups, self.device):
                 yield {self.point: scores}
             return
         for asked, points in todo:
             [group] = plan.of([asked])
             with torch.inference_mode():
-                found = scores_at(self.model, self._at(points), plan, group, self.device)
+                found = multi_point.scores_at(
+                    self.model, self._at(points), plan, group, self.device
+                )
             yield dict(zip(points, found, strict=True))
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -220,15 +216,14 @@ class Subject:
         Raises:
             UserError: When one is not a finite number, as `token_nll` does.
         """
-        from effbench.nn.scoring.finite import require_finite
 
         def run() -> torch.Tensor:
             return self.method.logits(self.model, batch, self.point)
 
         logits = run()
-        require_finite(self.model, logits, run)
+        finite.require_finite(self.model, logits, run)
         return logits
 
 
-def _plain_scores(scores: Mapping[int, Score]) -> dict[int, list[Any]]:
+def _plain_scores(scores: Mapping[int, prefix_tree.Score]) -> dict[int, list[Any]]:
     return {i: [s.loglikelihood, s.greedy] for i, s in scores.items()}

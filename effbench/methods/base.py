@@ -47,6 +47,9 @@ class Method(Decodes):
     """Kinds of linear layers it can start from: `dense`, `adapted`, `packed`, one packed format."""
     produces: ClassVar[str] = "dense"
     """The kind of linear layers that its artefact has."""
+    merges: ClassVar[bool] = False
+    """Whether its adapters can be added to the weights, so that nothing else of it is left: what
+    does not accept `adapted` linears starts from the dense sum."""
     identity: ClassVar[dict[str, Any] | None] = {}
     """Settings under which the method, put in but not trained, gives the base's own logits bit for
     bit; None where there are none. A contract test holds every method to it."""
@@ -92,13 +95,21 @@ class Method(Decodes):
         Raises:
             UserError: Before any weight is loaded.
         """
-        kind = earlier[-1].produces if earlier else "dense"
+        kind = earlier[-1].leaves(self) if earlier else "dense"
         if not kinds(kind) & self.accepts:
             raise UserError(
                 f"{self.name} cannot go on from what {earlier[-1].name} left: "
                 f"it needs {' or '.join(sorted(self.accepts))} linear layers, not {kind} ones.",
                 "Run it first and the other one after it, or choose another method.",
             )
+
+    def leaves(self, then: Method) -> str:
+        """Return the kind of linear layers that a method which follows finds."""
+        return "dense" if self.merges_for(then) else self.produces
+
+    def merges_for(self, then: Method) -> bool:
+        """Whether its adapters are added to the weights before another method starts from it."""
+        return self.merges and not kinds(self.produces) & then.accepts
 
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse a dataset that it cannot train on.

@@ -85,7 +85,10 @@ def shape_of(
 
 
 def chain_shapes(
-    methods: Sequence[Method], shape: AnyShape, folders: Sequence[Path] = ()
+    methods: Sequence[Method],
+    shape: AnyShape,
+    folders: Sequence[Path] = (),
+    then: Method | None = None,
 ) -> list[ModelShape]:
     """Return what each method of a chain leaves to the next one, frozen, with all that it has.
 
@@ -93,12 +96,15 @@ def chain_shapes(
         methods: First to last.
         shape: The base model's shape.
         folders: Artefacts of the methods, as far as there are any.
+        then: What comes after the last of them.
     """
     found, base = [], ModelShape.of(shape)
-    for place, method in enumerate(methods):
+    for place, (method, after) in enumerate(zip(methods, [*methods[1:], then], strict=False)):
         folder = folders[place] if place < len(folders) else None
         left = shape_of(method, base, UNNAMED, "use", folder)
         base = shape_of(method, base, method.full_point(left), "use", folder).used().frozen()
+        if after is not None and method.merges_for(after):
+            base = base.dense()
         found.append(base)
     return found
 
@@ -114,7 +120,7 @@ def last_shape(
     The last method's weights are as it trains them, those of the earlier ones as they are used.
     """
     *first, own = methods
-    base = [ModelShape.of(shape), *chain_shapes(first, shape, folders)][-1]
+    base = [ModelShape.of(shape), *chain_shapes(first, shape, folders, own)][-1]
     folder = folders[len(first)] if len(first) < len(folders) else None
     return shape_of(own, base, point, "use", folder)
 

@@ -10,6 +10,7 @@ import io
 import sys
 from contextlib import redirect_stderr
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from effbench.util.cache import cache_dir, intact, make_once
@@ -50,7 +51,8 @@ def _folder(name: str) -> Path:
 
 
 def _origin(sha256: str) -> dict[str, str | int]:
-    return {"gguf": sha256, "converter": CONVERTER}
+    # What a file becomes is up to transformers' reader, tokenizer and names of tensors.
+    return {"gguf": sha256, "converter": CONVERTER, "transformers": version("transformers")}
 
 
 def _convert(gguf: Path, folder: Path) -> None:

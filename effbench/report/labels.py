@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from effbench.api.stages.base import trains
-from effbench.results.records import Record
 
 if TYPE_CHECKING:
+    from effbench.results.records import Record
     from effbench.stats import Better
 
 ABSENT = "—"

@@ -55,7 +55,7 @@ def _text(card: Card) -> Iterator[str]:
     base = spec.model.id or spec.model.path or spec.model.name
     at = f", operating point `{card.point}`" if card.point else ""
     yield from ("---", f"library_name: {card.kind}", f"base_model: {json.dumps(base)}")
-    yield from ("tags: [effbench]", "---", "", f"# {spec.model.name}, {spec.method.name}", "")
+    yield from ("tags: [effbench]", "---", "", f"# {Path(base).name}, {spec.method.name}", "")
     yield f"Made by effbench from `{base}`{at}."
     yield from (f"\n{note}" for note in card.notes)
     yield from ("", "```python", LOAD[card.kind].format(folder=card.folder), "```", "")
@@ -104,7 +104,7 @@ def _metrics(card: Card) -> Iterator[str]:
 
 def _told_of(metric: Metric, point: str) -> bool:
     counted = metric.name in ("params", "weight_bytes")
-    return metric.point == point and (counted or bool(metric.n))
+    return metric.point == point and (counted or bool(metric.split or metric.task))
 
 
 def _interval(metric: Metric) -> str:

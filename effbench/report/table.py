@@ -13,10 +13,11 @@ from html import escape as as_html
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import ABSENT, labels
-from effbench.results.records import Metric, Record
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+    from effbench.results.records import Metric, Record
 
 HEADLINES = (
     "accuracy",

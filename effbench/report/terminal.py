@@ -17,7 +17,6 @@ from effbench.report.table import (
     run_row,
     tasks_table,
 )
-from effbench.results.records import Metric, Record
 from effbench.util.errors import UserError
 from effbench.util.wrap import write
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from effbench.report.comparison.result import Comparison
     from effbench.results.query import Rows
+    from effbench.results.records import Metric, Record
 
 
 EVALUATED = (

@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effbench.results import migrations, records
-from effbench.results.records import Record, files, read
-from effbench.results.store import Store, keep_out_of_git
+from effbench.results import records
+from effbench.results.store import Store, keep_out_of_git, record_files
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.seals import sealed, unsealed
+
+if TYPE_CHECKING:
+    from effbench.results.records import Record
+
+READERS = [Path(__file__).with_name(f"{name}.py") for name in ("records", "migrations")]
+"""The code that reads records, which is imported when there is one to read."""
 
 SETTLED_SECONDS = 2.0
 """Age from which a file that has changed once more has another time, on any file system."""
@@ -38,20 +43,19 @@ def summaries(
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    code = _digest(*(Path(m.__file__ or "").read_bytes() for m in (records, migrations)))
-    code = _digest(code.encode(), *(path.read_bytes() for path in made_by))
+    code = _digest(*(path.read_bytes() for path in (*READERS, *made_by)))
     known = _kept(store.index, code)
     found, settled, now = dict[str, list[Any]](), dict[str, list[Any]](), time.time()
-    for path in files(store.records):
+    for path in record_files(store.records):
         try:
             stat = path.stat()
         except OSError:
-            read(path)  # says what is wrong with it
+            records.read(path)  # says what is wrong with it
             raise
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         entry = known.get(path.name)
         if entry is None or entry[0] != mark:
-            record = read(path, outcomes=False)
+            record = records.read(path, outcomes=False)
             entry = [mark, [record.started, record.key], list(summarise(record))]
         found[path.name] = entry
         if now - stat.st_mtime > SETTLED_SECONDS:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
+from effbench.results.store import record_files
 from effbench.util.errors import CONTROL, NewerVersionError, UserError, did_you_mean, printable
 from effbench.util.files import write_atomic
 from effbench.util.seals import seal_of
@@ -166,7 +167,7 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    records = [read(path, outcomes) for path in files(folder)]
+    records = [read(path, outcomes) for path in record_files(folder)]
     return sorted(records, key=lambda r: (r.started, r.key))
 
 
@@ -180,7 +181,7 @@ def find(folder: Path, ref: str) -> Record:
     Raises:
         UserError: When none or several fit, with the keys that come near.
     """
-    paths = {path.stem: path for path in files(folder)}
+    paths = {path.stem: path for path in record_files(folder)}
     if not paths:
         raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
     if ref == "latest":
@@ -206,12 +207,6 @@ def as_now(records: Sequence[Record]) -> list[Record]:
     from effbench.api.spec import Spec
 
     return [replace(record, spec=completed(Spec, migrated_spec(record.spec))) for record in records]
-
-
-def files(folder: Path) -> list[Path]:
-    """Return the files of the records in a folder, sorted by key."""
-    found = (path for path in folder.glob("*.json") if not path.name.startswith("."))
-    return sorted(found, key=lambda path: path.name)
 
 
 # -- reading and writing one line --------------------------------------------------------------

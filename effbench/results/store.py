@@ -233,6 +233,12 @@ class RunFolder:
             yield
 
 
+def record_files(folder: Path) -> list[Path]:
+    """Return the files of the records in a folder, sorted by key."""
+    found = (path for path in folder.glob("*.json") if not path.name.startswith("."))
+    return sorted(found, key=lambda path: path.name)
+
+
 def keep_out_of_git(runs: Path) -> None:
     """Have git pass over the folder of all runs, which are large and can be made again."""
     ignore = runs / ".gitignore"

@@ -16,9 +16,10 @@ from typing import Any
 from effbench.api.points import find_point
 from effbench.api.schema import build
 from effbench.api.spec import Job
-from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here, says_out_of_memory
+from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here
 from effbench.results.store import Store
 from effbench.runner.signals import end_with_parent
+from effbench.util.errors import ran_out_of_memory
 
 
 def main() -> int:
@@ -27,9 +28,9 @@ def main() -> int:
     try:
         decode(work)
     except (MemoryError, RuntimeError, OSError) as error:
-        if not isinstance(error, MemoryError) and not says_out_of_memory(str(error)):
-            raise
-        return OUT_OF_MEMORY
+        if ran_out_of_memory(error):
+            return OUT_OF_MEMORY
+        raise
     return 0
 
 

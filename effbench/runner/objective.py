@@ -35,6 +35,12 @@ class Objective(NamedTuple):
         """
         return value_of(record, self.criterion)
 
+    def declared(self) -> dict[str, str]:
+        """Return it in words, as it is kept with the grid."""
+        return {"metric": f"{self.criterion.metric}@{self.criterion.split}"} | {
+            "direction": self.direction
+        }
+
     def for_sweeper(self, words: Sequence[str]) -> list[str]:
         """Return the words that tell Optuna's sweeper of the direction, unless they stand there."""
         drawn = any(w.startswith("hydra/sweeper=optuna") for w in words)

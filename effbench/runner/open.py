@@ -26,6 +26,8 @@ from effbench.data.overlap import Trained, kept
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes, resolved
 from effbench.models import load as models
+from effbench.nn.adapters.merge import merge_for_good
+from effbench.nn.llama.weights import cast_parameters
 from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.store import RunFolder, Store
@@ -76,6 +78,8 @@ def open_model(run: Run) -> Opened:
         )
         model = _put_in(run, loaded.model, loaded.shape)
         trains = stages.find(spec.stage).trains
+        if is_packed(weights) and trains and own.weights == "float32":
+            cast_parameters(model, torch.float32)
         if lineage.earlier and trains and is_packed(own.weights):
             pack_linears(model, find(own.weights)(), run.dtype)
     models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
@@ -106,13 +110,20 @@ def _import_all(run: Run, own: Method) -> int | None:
 def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Module:
     """Return the base model turned into what the earlier methods made of it, frozen."""
     lineage = run.lineage
-    shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts)]
+    count = len(lineage.earlier)
+    after = [*lineage.earlier[1:], *lineage.methods[count:], None]
+    shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts, after[count - 1])]
     for place, (method, made_by) in enumerate(zip(lineage.earlier, lineage.made_by, strict=True)):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
         artefact = made_by.check_artefact(whole=True)
         model = resolved(method, shapes[place]).load(model, artefact, context(run))
         model.requires_grad_(False)
+        then = after[place]
+        if then is not None and method.merges_for(then):
+            with method.at(model, method.full_point(shapes[place])):
+                done = merge_for_good(model)
+            run.progress.say(f"{done} adapters of {made_by.key} added to their weights")
     return model
 
 

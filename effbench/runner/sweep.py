@@ -19,14 +19,13 @@ from effbench.config.code import checked
 from effbench.config.compose import commanded, hydra_compose, job_from, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
+from effbench.results.sweeps import OUTCOME, declare_tuning, outcomes_in
 from effbench.runner.local import execute
 from effbench.runner.objective import objective_in
 from effbench.runner.worker import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import mendable
 from effbench.util.package_data import conf_dir
-
-OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ def sweep(
     folder = results / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
+        if objective:
+            declare_tuning(folder, objective.declared())
 
     def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> float:
         key, error, value = "", "", None
@@ -92,8 +93,7 @@ def sweep(
     else:  # here, one after another: no need to have Hydra compose each of them from its files
         for number, point in enumerate(points):
             run(partial(hydra_compose, point, extra), point, folder / str(number))
-    files = sorted(folder.glob(f"*/{OUTCOME}"), key=lambda p: int(p.parent.name))
-    return [Outcome(**json.loads(p.read_text())) for p in files]
+    return [Outcome(**found) for found in outcomes_in(folder)]
 
 
 def _hand_to_hydra(

@@ -18,12 +18,17 @@ from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
 from effbench.runner.signals import end_with_parent, interrupt_when_asked
-from effbench.util.errors import StoppedError, UserError
+from effbench.util.errors import StoppedError, UserError, ran_out_of_memory
 from effbench.util.files import places
 from effbench.util.wrap import write
 
 INTERRUPTED = 130
 """Exit status of a run that was asked to stop."""
+FITTING = (
+    "`effbench plan` says what it needs; a smaller batch needs less. The same command goes on from "
+    "the last checkpoint."
+)
+"""What to do when a run does not fit into memory."""
 
 
 def main() -> int:
@@ -59,9 +64,13 @@ def run_here(job: Job) -> None:
             folder.write_json("environment.json", {"command": job.command})
             try:
                 _run(job, folder, store)
-            except Exception:
+            except Exception as error:
                 with suppress(OSError), (folder.path / "log.txt").open("a") as log:
                     log.write(traceback.format_exc())
+                if ran_out_of_memory(error):
+                    raise UserError(
+                        f"Memory ran out: {str(error).strip().splitlines()[0][:200]}", FITTING
+                    ) from error
                 raise
 
 

@@ -56,10 +56,15 @@ def _letter(number: int) -> str:
     return alphabet[number] if number < 26 else f"({number + 1})"
 
 
+TOO_LITTLE = "too little to compare"
+"""Finding of a difference that has no interval: of one item, or of items that are one group."""
+
+
 def finding(difference: Difference, p: float | None = None) -> str:
     """Return `lower`, `higher` or `cannot be told apart` for a difference a - b.
 
-    A direction is named only when the p-value is at most `ALPHA` and the interval lacks zero.
+    A direction is named only when the p-value is at most `ALPHA` and the interval lacks zero; an
+    interval without bounds is `TOO_LITTLE`.
 
     Args:
         difference: Of a and b.
@@ -68,6 +73,8 @@ def finding(difference: Difference, p: float | None = None) -> str:
     p = difference.p if p is None else p
     if not math.isfinite(difference.value):
         return "cannot be compared"
+    if math.isinf(difference.high - difference.low):
+        return TOO_LITTLE
     if p > ALPHA or difference.low <= 0 <= difference.high:
         return "cannot be told apart"
     return "lower" if difference.value < 0 else "higher"
@@ -87,8 +94,9 @@ def verdict(a: str, b: str, difference: Difference, unit: str = "", p: float | N
     low, high, tail = difference.low, difference.high, f" {unit}" if unit else ""
     if found == "cannot be compared":
         return f"{a} and {b} {found}: an outcome is not a finite number"
-    if found == "cannot be told apart" and math.isinf(low):
-        return f"{a} and {b} {found}: one item is too little"
+    if found == TOO_LITTLE:
+        few = "one item" if difference.n == 1 else f"{difference.n} items in one group"
+        return f"{a} and {b}: {few}, {found}"
     if found == "cannot be told apart":
         return f"{a} and {b} {found}: the difference is in {span(low, high)}{tail}"
     if found == "lower":

@@ -7,11 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-from effbench.api.spec import Job, Stage
+from effbench.api.schema import canonical
+from effbench.api.spec import DatasetSpec, Job, Stage
 from effbench.config.compose import compose
+from effbench.data import dataset
 from effbench.results.events import EventLog, read_events
 from effbench.results.records import Record, read
 from effbench.results.store import RunFolder, Store
@@ -56,7 +61,8 @@ class Bench:
         from effbench.runner.worker import run_here
 
         forget_accelerator()
-        run_here(job)
+        with mock.patch.object(dataset, "read", partial(_read_once, dataset.read)):
+            run_here(job)
 
     def spec_file(self, key: str) -> dict[str, Any]:
         """Return what the folder of a run says about it."""
@@ -70,6 +76,20 @@ class Bench:
     def artefact(self, job: Job) -> dict[str, bytes]:
         """Return the content of each file of a run's artefact."""
         return contents(self.folder(job).artefact)
+
+
+_generated: dict[tuple[Any, str], Any] = {}
+
+
+def _read_once(read: Callable[[DatasetSpec], Any], spec: DatasetSpec) -> Any:
+    """Return what a generator gives, rendered once for all tests of a process."""
+    if spec.source != "generator":
+        return read(spec)
+    place = read, canonical(spec)
+    if place not in _generated:
+        _generated[place] = read(spec)
+    texts, readings = _generated[place]
+    return {name: list(rows) for name, rows in texts.items()}, deepcopy(readings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -50,7 +50,7 @@ def left_kind(name: str) -> tuple[Any, ...]:
     method, base = resolved(given(name), tiny_shape()), tiny_shape()
     left = shape_of(method, base)
     kept = list(left.linears()) == list(base.linears())
-    return method.produces, is_packed(method.weights), left.uniform, kept
+    return method.produces, method.merges, is_packed(method.weights), left.uniform, kept
 
 
 @cache
@@ -60,6 +60,15 @@ def evaluation_kind(name: str) -> tuple[Any, ...]:
     own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
     skips = any(point.skips_layers for point in method.points())
     return (*left_kind(name), *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
+
+
+@cache
+def decoding_kind(name: str) -> tuple[Any, ...]:
+    """Return all that decides how the usual point of a method decodes, and what its cache holds."""
+    method = resolved(given(name), tiny_shape())
+    way, left = method.decoder(method.default_point()), shape_of(method, tiny_shape())
+    parts = (type(part).__name__ for part in (way.cache, way.route, way.driver))
+    return *parts, is_packed(method.weights) or is_packed(method.produces), left.uniform
 
 
 def _ways(method: Method) -> list[Any]:

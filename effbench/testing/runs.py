@@ -29,6 +29,7 @@ SMALL = [
     "train.batch_size=2",
     "train.checkpoint_every=2",
     "+dataset.limit.train=16",
+    "dataset.limit.test=8",
     *HARDWARE,
 ]
 CHEAP = "evaluator=[perplexity]"

@@ -48,6 +48,29 @@ class RunFailedError(Exception):
         self.status = status
 
 
+MEMORY_SIGNS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "out of memory",
+    "storage size calculation overflowed",
+)
+"""How C++ libraries say that an allocation failed, in lower case."""
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Return whether an error message speaks of memory that could not be had."""
+    lowered = text.lower()
+    return any(sign in lowered for sign in MEMORY_SIGNS)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that there was too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and says_out_of_memory(str(error))
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known words nearest to `word`, best first."""
     words = sorted(set(known))

@@ -328,4 +328,4 @@ def test_every_setting_of_a_plugin_is_in_the_key(kind: Any, name: str) -> None:
 
 def test_nothing_of_a_job_beside_its_spec_is_in_the_key() -> None:
     fields = {f.name for f in dataclasses.fields(Job)}
-    assert fields == {"spec", "runtime"}
+    assert fields == {"spec", "runtime", "command", "notes"}

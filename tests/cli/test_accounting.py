@@ -67,10 +67,8 @@ def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "name",
-    ["full", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qlora", "structured", "apt"))],
-)
+@pytest.mark.slow  # tests/test_real.py holds the peaks of a run to the same bound
+@pytest.mark.parametrize("name", ["full", "qlora", "structured", "apt"])
 def test_peaks_of_runs_on_the_real_model(name: str) -> None:
     checks: list[Check] = list(accounting._peaks(name))
     work = "compress" if name == "structured" else "train"

@@ -105,6 +105,20 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["method.targets=[q_prj]"], ["'q_prj'", "'q_proj'"]),
         (["dataset.cut.train=2"], ["dataset.cut.train=2"]),
         (["dataset.max_length=9999"], ["512 positions", "dataset.max_length=512"]),
+        (["seed=" + "9" * 5000], ["seed has a number that is too long"]),
+        (["hardware.threads=9999"], ["hardware.threads=9999", "less than or equal to 4096"]),
+        (["model.shape.num_layers=2147483648"], ["num_layers=2147483648", "65536"]),
+        (["train.max_steps=9007199254740992"], ["train.max_steps=9007199254740992", "less than"]),
+        (["-train.max_steps=3"], ["No such option: -train.max_steps=3", "overrides none"]),
+        (["train.warmup=${nope}"], ["train.warmup cannot be resolved", "nope"]),
+        (
+            ["evaluator=perplexity", "evaluator.perplexity.split=test", "method/rank=3"],
+            ["method/rank=3 cannot be composed", "group.key=value"],
+        ),
+        (
+            ["evaluator=speed", "evaluator.sped.repeats=3", "evaluator.speed.repeats=2"],
+            ["no evaluator called 'sped'", "'speed'"],
+        ),
         (["hardware.device=tpu"], ["hardware.device='tpu'", "'cpu'"]),
         (["run.tracker=other"], ["run.tracker='other'", "'wandb'"]),
         (["hello"], ["'hello' is not an override", "key=value"]),
@@ -353,6 +367,18 @@ def test_a_full_disk_leaves_nothing_and_the_same_command_ends_it(bench, monkeypa
     full[0] = False
     assert bench.run(*words).key == job.spec.key
     assert folder.finished
+
+
+def test_too_little_memory_is_said_and_leaves_what_was_saved(bench, monkeypatch) -> None:
+    from effbench.runner import worker
+
+    def full(job, folder, store) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 549 bytes")
+
+    monkeypatch.setattr(worker, "_run", full)
+    with pytest.raises(UserError, match=r"Memory ran out: .*549 bytes") as caught:
+        bench.run("train", *RUN, *STEPS)
+    assert "effbench plan" in caught.value.hint
 
 
 def test_a_full_disk_is_known_however_it_is_said(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from effbench.cli.main import _only, app
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
 STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
@@ -244,15 +248,11 @@ def test_an_export_is_a_new_folder_or_an_error(cli, two, keys, tmp_path: Path) -
 
 
 def test_what_cannot_be_exported_says_so_and_leaves_no_folder(cli, inline) -> None:
-    assert cli("compress", *RUN, "method.group_size=32")[0] == 0
-    status, _, said = cli("export", "latest", "out")
-    assert status == 2
-    assert "rtn has no export" in said
-    assert not Path("out").exists()
     assert cli("eval", *RUN)[0] == 0
     status, _, said = cli("export", "latest", "out")
     assert status == 2
     assert "made nothing to export" in said
+    assert not Path("out").exists()
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
@@ -262,3 +262,11 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
         ["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", [*get_command(app).commands, "no-such", "--help"])  # type: ignore[attr-defined]
+def test_a_command_is_the_same_without_the_others(name: str) -> None:
+    alone, beside = (CliRunner().invoke(it, [name, "--help"]) for it in (_only([name, "x"]), app))
+    assert (alone.exit_code, alone.output) == (beside.exit_code, beside.output)
+    others = {c for c in get_command(_only([name])).commands if c != name}  # type: ignore[attr-defined]
+    assert bool(others) == (name in ("no-such", "--help"))

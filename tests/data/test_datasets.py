@@ -14,7 +14,7 @@ from effbench.data import readers
 from effbench.data.dataset import Data, render, split_names, splits
 from effbench.data.kinds import pairs as pairs_kind
 from effbench.data.kinds import text as text_kind
-from effbench.data.render import Text
+from effbench.data.render import Place, Text
 from effbench.data.tokenise import tokenise
 from effbench.data.tokens import prefix_token
 from effbench.models.random import byte_tokenizer
@@ -363,3 +363,11 @@ def test_rows_are_made_once_and_are_the_same_list_each_time(tmp_path: Path, toke
     data = Data(text, tokenizer)
     assert data.documents("train") is data.documents("train")
     assert data.documents("train") != data.examples("train")
+
+
+@pytest.mark.parametrize(
+    "template", ["", "as {{it}} is", "{a} {n}", "{l[1]}{d[k]} {f}", "{n:>5}", "{a!r}", "{n:{w}}"]
+)
+def test_a_template_gives_what_pythons_own_gives(template: str) -> None:
+    row = {"a": "x y", "n": 3, "l": ["p", "q"], "d": {"k": "v"}, "f": 0.1, "w": 4}
+    assert Place(row, "here").fill(template) == template.format(**row)

@@ -1,8 +1,8 @@
 """All fault checks in their long form: `make fault`. Prints a table; fails when anything is wrong.
 
 Kills before every file operation of trainings, compressions and evaluations, kills at random
-moments, full disks, damaged files, hostile folders and configs. Everything runs in this process
-and its forks, on a tiny model, in a temporary folder.
+moments, full disks, damaged files, hostile folders and configs, mistyped commands and extreme
+values. Everything runs in this process and its forks, on a tiny model, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from commands import try_commands, try_extremes
 from crashes import End, Tally, random_kills, try_crash_points, try_full_disks
 from damages import build_site, try_damages
 from hostile import try_hostile
@@ -25,8 +26,8 @@ from scenes import RUNS, SHORT
 
 from effbench.testing.bench import Bench
 
-FAMILIES = ("kills", "full", "damage", "hostile")
-SHORT_FORM = {"kills": 61, "full": 131, "damage": 37, "hostile": 15}
+FAMILIES = ("kills", "full", "damage", "hostile", "commands", "extremes")
+SHORT_FORM = {"kills": 61, "full": 131, "damage": 37, "hostile": 15, "extremes": 43}
 """Every how many points each family is tried in the form that takes seconds."""
 SHORT_RUNS = ("train", "compress", "eval")
 
@@ -35,6 +36,7 @@ def main() -> int:
     """Run what is asked for and print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000, help="kills in all, at least")
+    parser.add_argument("--commands", type=int, default=2000, help="mistyped commands")
     parser.add_argument("--every", type=int, default=1, help="take only every n-th point or file")
     parser.add_argument("--short", action="store_true", help="the form that takes seconds")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="FAMILY")
@@ -64,6 +66,12 @@ def tallies(scratch: Path, chosen: argparse.Namespace) -> Iterator[Tally]:
         yield try_damages(build_site(scratch / "results", chosen.short), some("damage"))
     if "hostile" in chosen.families:
         yield try_hostile(scratch / "hostile", some("hostile"))
+    if "commands" in chosen.families:
+        count, every = (200, 7) if chosen.short else (chosen.commands, 1)
+        yield from try_commands(scratch / "commands", count, every)
+    if "extremes" in chosen.families:
+        every = 19 if chosen.short else 1
+        yield try_extremes(scratch / "extremes", some("extremes"), every)
 
 
 def _kills(

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from effbench.testing.bench import TINY, forget_accelerator
@@ -41,6 +43,16 @@ class Said:
     err: str
 
 
+@cache
+def _app() -> Any:
+    """Return the command line, made once in a process."""
+    from typer.main import get_command
+
+    from effbench.cli.main import app
+
+    return get_command(app)
+
+
 def command(words: Sequence[str], root: Path) -> Said:
     """Give a command in this process, with runs in it too.
 
@@ -48,8 +60,6 @@ def command(words: Sequence[str], root: Path) -> Said:
         words: After `effbench`.
         root: The results folder.
     """
-    from typer.main import get_command
-
     from effbench.cli import main as module
 
     def process(command: Sequence[str], text: str) -> int:
@@ -61,7 +71,7 @@ def command(words: Sequence[str], root: Path) -> Said:
 
     def call() -> None:
         try:
-            get_command(module.app).main(list(words), prog_name="effbench", standalone_mode=True)
+            _app().main(list(words), prog_name="effbench", standalone_mode=True)
         except SystemExit as stop:
             statuses.append(int(stop.code or 0))
 

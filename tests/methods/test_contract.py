@@ -13,8 +13,8 @@ from goldens import PUBLIC, Golden
 from effbench.api import registry
 from effbench.results.records import Record
 from effbench.results.store import RunFolder
-from effbench.testing.contract import MethodContract, applies, for_each_kind, no_part_is_made_twice
-from effbench.testing.kinds import makes
+from effbench.testing.contract import MethodContract, applies, for_each, no_part_is_made_twice
+from effbench.testing.kinds import evaluation_kind, makes
 from effbench.testing.runs import Made
 
 
@@ -33,7 +33,7 @@ class TestMethods(MethodContract):
         golden("methods.json").check(name, found, PUBLIC, grows=3)
 
     @pytest.mark.golden
-    @for_each_kind
+    @for_each(evaluation_kind)
     def test_the_names_that_evaluators_leave_stay(
         self,
         name: str,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from effbench.api import registry
 from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
@@ -18,12 +19,14 @@ from effbench.api.shape import ModelShape
 from effbench.api.spec import Plugin
 from effbench.api.weights import find
 from effbench.methods.chain import resolved, shape_of
+from effbench.models.load import shape_in
 from effbench.models.survey import empty_model, require_causal, survey
 from effbench.models.written import decoded, encoded
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.llama.stack import as_linears
 from effbench.nn.quant.linears import pack_linears, storage_bytes
 from effbench.resources.counting import flops, parameters
+from effbench.testing.models import given
 from effbench.util.errors import UserError
 
 SIZES = {
@@ -195,5 +198,54 @@ def row(name: str) -> str:
 
 def test_the_table_of_architectures_is_what_was_counted() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = [line for line in text.splitlines() if line.endswith(("| yes |", "| no |"))]
+    first = text.partition("## Methods and architectures")[0]
+    rows = [line for line in first.splitlines() if line.endswith(("| yes |", "| no |"))]
     assert rows == [row(name) for name in sorted(MODELS)]
+
+
+KINDS = {
+    "Llama": ("llama",),
+    "Llama's blocks, biased": ("llama, biased", "mistral", "qwen2"),
+}
+"""Columns of the matrix, before those of all other architectures."""
+
+
+def experts(name: str) -> bool:
+    return any(x.bare and x.copies > 1 for x in shape(name).layers[0].linears)
+
+
+@cache
+def cell(method: str, name: str) -> str:
+    """Return whether a method works on an architecture, or what is in its way."""
+    try:
+        resolved(given(method), shape_in(config(name), name) if name == "llama" else shape(name))
+    except UserError as error:
+        if "single tensors" in error.message:
+            return "with `method.targets`"
+        if "is one tensor" in error.message:
+            return "no: experts are one tensor"
+        if "blocks" in error.message:
+            return "no: other blocks" if "made as" in error.message else "no: biases"
+        assert error.message.startswith("method."), error  # a size of this tiny model
+    return "yes"
+
+
+def matrix() -> list[str]:
+    """Return the rows of the documented matrix."""
+    own = [n for n in MODELS if not any(n in names for names in KINDS.values())]
+    columns = [*KINDS.items(), ("own blocks", tuple(n for n in own if not experts(n)))]
+    columns += [("own blocks, experts", tuple(filter(experts, own)))]
+    titles = " | ".join(title for title, _ in columns)
+    rows = [f"| method | {titles} |", "|---|---|---|---|---|"]
+    for method in registry.names("methods"):
+        cells = []
+        for _, names in columns:
+            [found] = {cell(method, name) for name in names}  # one for all of the kind
+            cells.append(found)
+        rows.append(f"| `{method}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_matrix_of_methods_and_architectures_is_what_they_say() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert "\n".join(matrix()) in text, "\n".join(matrix())

@@ -477,6 +477,7 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if native.kernels() is None:
         pytest.skip(native.why_not())
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "NATIVE", ("-O0",))  # compiled in a moment
     calls = []
     run = subprocess.run
 

@@ -31,6 +31,7 @@ from effbench.report.table import (
     tasks_table,
 )
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
+from effbench.results.sweeps import OUTCOME, declare_tuning, tunings
 from effbench.stats import mean_interval
 from effbench.util.errors import UserError
 
@@ -591,6 +592,35 @@ def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None
     assert tuning_trials(other, [*tried, longer, other]) == 1
     (trials,) = [b for b in compare([tried[0], other], tried).budgets if b.name == "tuning trials"]
     assert trials.values == [3, 1] and trials.equal is False
+
+
+def test_tuning_trials_are_those_of_the_grids_that_were_declared_to_tune(tmp_path) -> None:
+    tried = [run("lora", {}, number=60 + r, settings={"rank": r}) for r in (2, 4, 8, 16)]
+    ablation, seed = tried[-1], run("lora", {}, number=90, settings={"rank": 4}, seed=1)
+    for name, records in (("tuning", tried[:3]), ("ablation", tried[3:])):
+        for number, record in enumerate(records):
+            place = tmp_path / "sweeps" / name / str(number)
+            place.mkdir(parents=True)
+            (place / OUTCOME).write_text(json.dumps({"key": record.key}))
+    declare_tuning(tmp_path / "sweeps" / "tuning", {"metric": "loss@validation"})
+    (tmp_path / "sweeps" / "tuning" / "2" / OUTCOME).write_text("{")
+    declared = tunings(tmp_path)
+    assert declared == [{tried[0].key, tried[1].key}]
+    assert tuning_trials(tried[0], tried, declared) == 2
+    assert tuning_trials(seed, [*tried, seed], declared) == 2
+    assert tuning_trials(ablation, tried, declared) == 4, "of no declared grid: all at its budget"
+    found = compare([tried[0], ablation], tried, tunings=declared).budgets
+    assert [b.values for b in found if b.name == "tuning trials"] == [[2, 4]]
+
+
+def test_few_items_of_a_ratio_are_said_in_the_table() -> None:
+    rows = [run(name, {"": 0.0}, number=95 + i) for i, name in enumerate(("lora", "full"))]
+    said = "items: where they differ much in length"
+    assert said not in compare(rows).markdown()
+    few = [
+        replace(r, outcomes=[replace(o, values=o.values[:12])]) for r in rows for o in r.outcomes
+    ]
+    assert f"12 {said}" in compare(few).markdown()
 
 
 def test_forms_agree_on_seeds_and_margins() -> None:

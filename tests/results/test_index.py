@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from effbench.results import index
+from effbench.results import records
 from effbench.results.index import summaries
 from effbench.results.records import SCHEMA, Record, read, write
 from effbench.results.store import Store
@@ -42,7 +42,7 @@ def listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], in
         parsed.append(path)
         return read(path, outcomes)
 
-    monkeypatch.setattr(index, "read", counted)
+    monkeypatch.setattr(records, "read", counted)
     rows = summaries(store, lambda r: (f"{r.key[-1]} {r.label}",), CODE)
     return [row[0] for row in rows], len(parsed)
 

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
+from effbench.results.sweeps import tunings
 from effbench.runner import sweep
 from effbench.runner.objective import objective_in
 from effbench.util.errors import UserError
@@ -160,6 +161,7 @@ def test_a_grid_returns_its_objective(cli, inline, monkeypatch: pytest.MonkeyPat
     assert Drawing.returned == values and all(3 < v < 9 for v in values)
     assert f"{values[0]:.5g}" in out
     assert "Best by loss on validation" in said + out
+    assert tunings(Path("results")) == [{o["key"] for o in outcomes()}]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def test_the_median_lies_in_its_interval_and_ratios_are_paired() -> None:
 
 def test_one_item_has_no_bounds_and_none_is_refused() -> None:
     assert mean_interval([2.5]) == (2.5, -math.inf, math.inf)
-    assert "one item is too little" in verdict("A", "B", paired_difference([2.5], [1.0]))
+    assert verdict("A", "B", paired_difference([2.5], [1.0])) == (
+        "A and B: one item, too little to compare"
+    )
     with pytest.raises(ValueError, match="no items"):
         mean_interval([])
     with pytest.raises(ValueError, match="as many"):
@@ -415,3 +417,20 @@ def test_the_variance_over_groups_against_the_matrices_of_its_definition() -> No
     alone = mean_of(x)
     assert (alone.variance, alone.df) == pytest.approx((x.var(ddof=1) / n, n - 1))
     assert isinstance(alone.student().interval(), Interval)
+
+
+@pytest.mark.parametrize("answers", [[1, 1, 0, 1], [1, 1, 1, 1], [0.5, 2, 3, 1]])
+def test_items_of_one_group_are_too_little_whatever_they_are(answers) -> None:
+    difference = paired_difference(answers, [0, 0, 0, 0], clusters=[7] * 4)
+    assert finding(difference) == "too little to compare"
+    assert "4 items in one group" in verdict("A", "B", difference)
+
+
+def test_two_seeds_that_differ_more_than_their_items_cover_less_often() -> None:
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(200):
+        share = np.clip(0.5 + 0.15 * rng.standard_normal((2, 1)), 0, 1)
+        found = seeds_interval((rng.random((2, 300)) < share).astype(float))
+        hits += found.low <= 0.5 <= found.high
+    assert 0.8 < hits / 200 < 0.94, "what the sentence below a comparison says of two seeds"

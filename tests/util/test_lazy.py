@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -58,3 +59,13 @@ def test_every_family_of_nn_hands_out_its_modules_lazily() -> None:
             family = import_module(f"effbench.nn.{folder.name}")
             some = next(p.stem for p in folder.glob("[a-z]*.py"))
             assert isinstance(vars(family)["__getattr__"](some), LazyModule), folder.name
+
+
+@pytest.mark.parametrize("room", ["methods", "evaluators"])
+def test_what_is_used_of_nn_is_named_at_the_top(room: str) -> None:
+    for path in (Path(effbench.nn.__path__[0]).parent / room).rglob("*.py"):
+        functions = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+        ]
+        inside = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.ImportFrom)]
+        assert not [n.lineno for n in inside if (n.module or "").startswith("effbench.nn")], path

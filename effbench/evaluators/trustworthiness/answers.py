@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from effbench.data.tokens import chat_prompt
 from effbench.evaluators.trustworthiness.base import Item, find
 from effbench.evaluators.trustworthiness.replies import Reply
+from effbench.nn.decode import session as sessions
+from effbench.nn.scoring import prefix_tree
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
     from effbench.evaluators.subject import Subject
-    from effbench.nn.scoring.prefix_tree import Request
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,18 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
     return ids
 
 
-def _request(tokenizer: Any, prompt: str, answer: str, chat: bool) -> Request:
+def _request(tokenizer: Any, prompt: str, answer: str, chat: bool) -> prefix_tree.Request:
     """Tokenise prompt and answer together where that leaves the prompt's tokens as they are."""
-    from effbench.nn.scoring.prefix_tree import Request
-
     start = _tokens(tokenizer, prompt, chat)
     whole = _tokens(tokenizer, prompt + answer, chat)
     if whole[: len(start)] != start or len(whole) == len(start):
-        return Request(start, tokenizer(answer, add_special_tokens=False)["input_ids"])
-    return Request(start, whole[len(start) :])
+        return prefix_tree.Request(start, tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return prefix_tree.Request(start, whole[len(start) :])
 
 
-def _refuse_long(subject: Subject, requests: Sequence[Request], new_tokens: int) -> None:
+def _refuse_long(
+    subject: Subject, requests: Sequence[prefix_tree.Request], new_tokens: int
+) -> None:
     longest = max(len(r.context) + max(len(r.continuation), new_tokens) for r in requests)
     if subject.shape is not None and longest > subject.shape.max_positions:
         raise UserError(
@@ -128,13 +129,13 @@ def _generated(
     name: str,
 ) -> list[Reply]:
     """Let the model write an answer to each question, greedily, and return what it says."""
-    from effbench.nn.decode.session import greedy
-
     journal = subject.journal(name, [q.item.id for q in questions])
     for (index,) in journal.pending([[i] for i in range(len(questions))]):
         ids = torch.tensor([contexts[index]], device=subject.device)
         session = subject.session()
-        text = _first_line(subject.tokenizer, greedy(session, ids, how.new_tokens)[0].tolist())
+        text = _first_line(
+            subject.tokenizer, sessions.greedy(session, ids, how.new_tokens)[0].tolist()
+        )
         reply = find(questions[index].dimension).reply(questions[index].item, text)
         journal.add({index: asdict(reply)})
         subject.progress(name, len(journal), len(questions))

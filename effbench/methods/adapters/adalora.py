@@ -62,6 +62,7 @@ class AdaLoRA(Trains):
     learning_rate: ClassVar[float] = 5e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
+    merges: ClassVar[bool] = True
 
     rank: PositiveInt = 16
     """Ranks per layer that are left in the end, on average."""

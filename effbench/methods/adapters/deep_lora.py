@@ -63,6 +63,7 @@ class DeepLoRA(Trains):
     """2: the frames come from all rows of the first step, and not from its first micro-batch."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
+    merges: ClassVar[bool] = True
     identity: ClassVar[dict[str, Any] | None] = {"init_scale": 1e-30}
 
     form: Literal["narrow", "full", "compressed"] = "compressed"

@@ -59,6 +59,7 @@ class DyLoRA(Trains):
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
+    merges: ClassVar[bool] = True
     eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks"})
     in_one_pass: ClassVar[bool] = True
 

@@ -58,6 +58,7 @@ class LoRA(Trains):
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
+    merges: ClassVar[bool] = True
     eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_ranks", "truncation"})
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
 

@@ -46,6 +46,7 @@ class SortedLoRA(SortedFull):
     learning_rate: ClassVar[float] = 5e-4
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
+    merges: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("peft",)
     shallowest: ClassVar[float] = 0.6
 

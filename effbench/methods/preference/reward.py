@@ -50,6 +50,7 @@ class Reward(LoRA):
         "2203.02155",
     )
     learning_rate: ClassVar[float] = 2e-4
+    merges: ClassVar[bool] = False
 
     trains: Literal["lora", "full"] = "lora"
     """Adapters on a frozen base, or every weight; the head learns in both."""

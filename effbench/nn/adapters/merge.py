@@ -81,6 +81,52 @@ def merged(model: torch.nn.Module) -> Iterator[int]:
             replace_module(model, name, module)
 
 
+def merge_for_good(model: torch.nn.Module) -> int:
+    """Make every linear with an adapter or packed weights a plain one, in the dtype of the
+    embedding; return how many adapters there were.
+
+    A last norm that is held in another dtype, or watched, becomes a plain one too.
+
+    Args:
+        model: Changed in place, one linear after the other, and frozen.
+    """
+    root: Any = model
+    dtype = root.get_input_embeddings().weight.dtype
+    count, inside = 0, "\n"
+    for name, linear in list(model.named_modules()):
+        mine = is_adapted(linear) or isinstance(linear, QuantisedLinear)
+        if name.startswith(inside) or not mine:
+            continue
+        inside = f"{name}."
+        count += is_adapted(linear)
+        replace_module(model, name, _dense_linear(linear, dtype))
+    last = getattr(getattr(model, "model", None), "norm", None)
+    if count and hasattr(last, "variance_epsilon"):
+        norm = _plain_norm(model)
+        if norm is not None:
+            replace_module(model, "model.norm", norm)
+    return count
+
+
+def bias_of(linear: Any) -> torch.Tensor | None:
+    """Return the bias [d_out] of a linear, under whatever adapters it has; None without one."""
+    while is_adapted(linear):
+        found = update_of(linear)
+        assert found is not None
+        linear = found[0]
+    bias: torch.Tensor | None = linear.bias
+    return bias
+
+
+def _dense_linear(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Linear:
+    weight, bias = merged_weight(linear).to(dtype), bias_of(linear)
+    new = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        new.bias = torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return new.train(linear.training)
+
+
 def _plain_linear(name: str, linear: torch.nn.Module) -> torch.nn.Linear:
     found = update_of(linear)
     assert found is not None

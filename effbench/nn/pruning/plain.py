@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from effbench.api.parts import LayerSize
-from effbench.nn.adapters.merge import is_adapted, merged_weight, update_of
+from effbench.nn.adapters.merge import bias_of, is_adapted, merged_weight, update_of
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
 from effbench.nn.quant.linears import QuantisedLinear
@@ -103,18 +103,9 @@ def _tensors(
             yield name, parameter.detach().to("cpu", dtype)
     for name, linear in linears.items():
         yield f"{name}.weight", merged_weight(linear).to("cpu", dtype)
-        bias = _bias(linear)
+        bias = bias_of(linear)
         if bias is not None:
             yield f"{name}.bias", bias.detach().to("cpu", dtype)
-
-
-def _bias(linear: Any) -> torch.Tensor | None:
-    while is_adapted(linear):
-        found = update_of(linear)
-        assert found is not None
-        linear = found[0]
-    bias: torch.Tensor | None = linear.bias
-    return bias
 
 
 def _config(model: Any, dtype: torch.dtype) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,12 +40,17 @@ class Budget:
         return " against ".join(dict.fromkeys(show(v) for v in self.values))
 
 
-def budgets(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[Budget]:
+def budgets(
+    groups: Sequence[Group],
+    known: Sequence[Record] = (),
+    tunings: Sequence[Collection[str]] = (),
+) -> list[Budget]:
     """Return what a fair comparison of groups holds equal.
 
     Args:
         groups: What is compared.
         known: All finished runs of the folder, among which the tuning trials are counted.
+        tunings: Keys of the runs of each grid that was declared to tune.
     """
     rows: dict[str, Callable[[Record], float | str | None]] = {
         "training tokens": lambda r: _metric(r, "train_tokens"),
@@ -56,7 +61,7 @@ def budgets(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[Budge
     dataset = partial(_dataset, all(trains(group.records[0].stage) for group in groups))
     found = [_content("base model", groups, _model), _content("dataset", groups, dataset)]
     found += [Budget(name, [_common(value, g) for g in groups]) for name, value in rows.items()]
-    tried = [float(tuning_trials(g.records[0], known)) for g in groups]
+    tried = [float(tuning_trials(g.records[0], known, tunings)) for g in groups]
     seeds = [float(len(g.records)) for g in groups]
     return [*found, Budget("tuning trials", [*tried]), Budget("seeds", [*seeds])]
 
@@ -100,17 +105,26 @@ def _dataset(limited: bool, record: Record) -> Content:
     return record.name_of("dataset"), digest([parts, limit])
 
 
-def tuning_trials(record: Record, known: Sequence[Record]) -> int:
-    """Return how many settings were tried to get a run: itself, and those that differ from it
-    in settings of the method or of the training alone, at the same rows of training.
+def tuning_trials(
+    record: Record, known: Sequence[Record], tunings: Sequence[Collection[str]] = ()
+) -> int:
+    """Return how many settings were tried to get a run, itself among them; seeds do not count.
 
-    Seeds do not count; nor do runs whose records are not in the folder.
+    They are those of the grids with an objective that the run's settings were part of. Where no
+    such grid declares them, all runs count that differ from it in settings of the method or of the
+    training alone, at the same rows of training: ablations too.
 
     Args:
         record: The run.
-        known: All finished runs of the folder.
+        known: All finished runs of the folder; others are not counted.
+        tunings: Keys of the runs of each grid that was declared to tune.
     """
-    return len({_tuned(r) for r in [record, *known] if _frame(r) == _frame(record)})
+    tried = [record, *known]
+    own = {r.key for r in tried if _frame(r) == _frame(record) and _tuned(r) == _tuned(record)}
+    declared = {key for keys in tunings if own & {*keys} for key in keys}
+    if declared:
+        return len({_tuned(record), *(_tuned(r) for r in tried if r.key in declared)})
+    return len({_tuned(r) for r in tried if _frame(r) == _frame(record)})
 
 
 def _frame(record: Record) -> str:

@@ -9,7 +9,7 @@ table. What was measured, counted and modelled never shares a column.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -48,6 +48,7 @@ def compare(
     *,
     names: Mapping[str, str] | None = None,
     same_points: bool = False,
+    tunings: Sequence[Collection[str]] = (),
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -58,6 +59,7 @@ def compare(
         said: Sentences to begin with, such as how an operating point was chosen.
         names: Names for rows instead of those made from the specs, by their keys joined by `+`.
         same_points: Whether each row is held against the first run at the same point instead.
+        tunings: Keys of the runs of each grid that was declared to tune.
 
     Raises:
         UserError: For one run at one point alone, for a margin of a metric that is not compared,
@@ -93,7 +95,7 @@ def compare(
         )
     _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
-    equal = budgets(groups, known)
+    equal = budgets(groups, known, tunings)
     return Comparison(
         labels,
         [group.keys for group in groups],

@@ -29,6 +29,10 @@ class Kind(NamedTuple):
         return f"{self.metric}{where}{when}"
 
 
+FEW_ITEMS = 60
+"""Items below which the interval of a ratio, such as a loss per token, is said to be rough."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One run, or group of seeds, at one operating point, beside the row it is held against."""
@@ -152,6 +156,10 @@ class MetricTable:
         own = {"margin": self.margin, "same_points": self.same_points, "rows": rows}
         return {**self.kind._asdict(), **own}
 
+    @property
+    def _items(self) -> int:
+        return max((row.difference.n for row in self.rows if row.difference), default=0)
+
     def _notes(self, seeds: bool) -> tuple[str, ...]:
         if not self.tested:
             return ("Value: mean over seeds, 95 % interval over seeds and items.",)
@@ -160,6 +168,11 @@ class MetricTable:
         notes = [f"Difference: against {self.against}, mean over items, 95 % interval"]
         notes[0] += f" over {' or '.join(covers)}." if covers else "."
         notes += [f"p: {' and '.join(tests)}, adjusted after Holm."] if tests else []
+        if self.kind.evaluator and "/" in self.rows[0].value.unit and self._items < FEW_ITEMS:
+            notes.append(
+                f"{self._items} items: where they differ much in length, such intervals of a ratio "
+                "cover less often than stated."
+            )
         if any(row.letters for row in self.rows):
             notes.append("Letters: rows that share one cannot be told apart (all pairs, Holm).")
         if seeds:

@@ -1,0 +1,62 @@
+"""`effbench generate` and `effbench chat`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+
+from effbench.runner.try_out import _pieces
+
+Cli = Callable[..., tuple[int, str, str]]
+TINY = ("model=tiny", "dataset=arithmetic", "hardware.threads=1")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr("effbench.cli.talk.write", lines.append)
+    return lines
+
+
+def test_it_goes_on_from_a_prompt_and_says_how_fast(cli: Cli, said: list[str]) -> None:
+    status, out, _ = cli("generate", *TINY, "--prompt", "2 + 2", "--max-new-tokens", "5")
+    assert status == 0 and out.endswith("\n")
+    assert said[0].startswith("[5 tokens, ") and "after a prompt of 5" in said[0]
+
+
+def test_a_chat_remembers_and_begins_anew(
+    cli: Cli, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = "ab\ncd\n/clear\n\nef\n/quit\nnever\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    lines = iter(typed.splitlines())
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, _, _ = cli("chat", *TINY, "--max-new-tokens", "2")
+    assert status == 0 and "no chat template" in said[0]
+    prompts = [line.partition("prompt of ")[2].partition(",")[0] for line in said if "[" in line]
+    assert prompts[0] == prompts[2] == "2" and int(prompts[1]) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--prompt", " "], "There is no prompt"),
+        (["--prompt", "2", "--point", "r4"], "has no point 'r4'"),
+        (["--prompt", "2", "--max-new-tokens", "100000"], "positions"),
+    ],
+)
+def test_what_cannot_be_is_said(cli: Cli, words: list[str], why: str) -> None:
+    status, _, err = cli("generate", *TINY, *words)
+    assert status == 2 and why in err
+
+
+def test_no_character_is_broken() -> None:
+    text = "a€é".encode()
+
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    assert list(_pieces(iter(text), decode)) == ["a", "€", "é"]
+    assert list(_pieces(iter(text[:-1]), decode)) == ["a", "€", "�"]
