@@ -112,7 +112,8 @@ class Stage:
 
         print("+ effbench", *words, flush=True)
         stage, *overrides = words
-        job = compose(stage, [*overrides, f"run.results={self.out / 'results'}"])  # type: ignore
+        # Named from the stage's folder, in which it runs: a record holds its command.
+        job = compose(stage, [*overrides, "run.results=results"])  # type: ignore
         if self.tiny:
             run_here(job)
             _forget_accelerator()
