@@ -204,11 +204,14 @@ def in_template(
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("The model has no chat template.", WITHOUT_CHAT)
     messages = list(conversation.messages)
-    form = {"return_dict": True, "return_assistant_tokens_mask": True} if masks else {}
+    form: dict[str, Any] = {}
+    if masks:
+        form |= {"return_dict": True, "return_assistant_tokens_mask": True}
+    if conversation.tools:
+        form["tools"] = list(conversation.tools)
     try:
         return tokenizer.apply_chat_template(
             messages,
-            tools=list(conversation.tools) or None,
             tokenize=masks,
             add_generation_prompt=asks,
             **form,

@@ -18,11 +18,11 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.depth.reading import Depth
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.full import Full
+from effbench.methods.quant.rtn import RTN
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)
@@ -101,5 +101,5 @@ def test_transformers_loads_an_exported_depth(tmp_path):
 
 def test_it_starts_on_dense_layers_alone():
     with pytest.raises(UserError, match="cannot go on"):
-        SortedFull().check_start([LoRA()])
+        SortedFull().check_start([RTN()])
     SortedFull().check_start([Full()])

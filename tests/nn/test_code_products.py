@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effbench.nn.decode import native
+from effbench.nn.decode import native, native_step
 from effbench.nn.quant import linears, nf4
 
 
@@ -38,18 +38,20 @@ def test_products_of_codes_are_those_of_the_expanded_weight(
     if kernels is None:
         pytest.skip(native.why_not())
     linear = packed(kind, *shape)
-    assert native.readable(linear, torch.float32)
+    assert native_step.readable(linear, torch.float32)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1))
     x[:, 3] *= 1000  # an activation as large as some models have
     weight = linear.dense_weight(torch.float64)
     expected = x.double() @ weight.T
-    found = kernels.product(linear, x)
+    found = native_step.product(kernels, linear, x)
     # Half of a block's largest number / 8191 is lost of each number, at most.
     steps = x.abs().view(rows, -1, 32).amax(2) / 8191
     bound = 0.51 * steps.double().repeat_interleave(32, 1) @ weight.abs().T
     rounding = x.double().abs() @ weight.abs().T * (2e-4 if kind == "nf4" else 1e-5)
     assert ((found.double() - expected).abs() <= bound + rounding).all()
-    assert found[:1].equal(kernels.product(linear, x[:1])), "a sum depends on the batch"
+    assert found[:1].equal(native_step.product(kernels, linear, x[:1])), (
+        "a sum depends on the batch"
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -60,7 +62,7 @@ def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
     x = torch.ones(1, 96)
     x[0, 40] = bad
     for kind in ("nf4", "4 32 asymmetric", "8 32 symmetric"):
-        assert not kernels.product(packed(kind, 5, 96), x)[0, 1:].isfinite().any()
+        assert not native_step.product(kernels, packed(kind, 5, 96), x)[0, 1:].isfinite().any()
 
 
 def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
@@ -73,8 +75,8 @@ def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
         assert packed(kind, 5, columns).layout() is None
     moved = packed("4 32 symmetric", 5, 96)
     moved.register_forward_hook(lambda *_: None)
-    assert not native.readable(moved, torch.float32)
-    assert not native.readable(packed("nf4", 5, 96), torch.bfloat16)  # its bias is float32
+    assert not native_step.readable(moved, torch.float32)
+    assert not native_step.readable(packed("nf4", 5, 96), torch.bfloat16)  # its bias is float32
 
 
 def test_the_kernels_levels_are_those_of_nf4() -> None:

@@ -27,12 +27,12 @@ def test_a_later_phase_does_not_inherit_an_earlier_peak() -> None:
         block = touched(128 * MIB)
         del block
     with PeakMemory(phase="small") as small:
-        block = touched(32 * MIB)
+        block = touched(48 * MIB)  # more than malloc ever takes from its heap
         del block
     assert large.peak.method == small.peak.method == "resident"
     assert (large.peak.phase, small.peak.phase) == ("large", "small")
     assert 110 * MIB < large.peak.added_bytes < 150 * MIB
-    assert 24 * MIB < small.peak.added_bytes < 60 * MIB
+    assert 40 * MIB < small.peak.added_bytes < 76 * MIB
 
 
 @needs_reset

@@ -122,8 +122,7 @@ def test_a_quantised_base_that_was_trained_first_stays_quantised(
 @pytest.mark.parametrize(
     ("first", "stage", "second"),
     [
-        ("dylora", "compress", "rtn"),
-        ("lora", "train", "dylora"),
+        ("lora_drop", "compress", "rtn"),
         ("lora_drop", "train", "lora"),
         ("rtn", "compress", "rtn"),
         ("rtn", "train", "lora_drop"),

@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 
 from effbench.api.schema import digest
-from effbench.nn.llama.walk import plain, untouched
-from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.cache import cache_dir, make_once
 from effbench.util.errors import UserError
 from effbench.util.hardware import cpu_flags, cpu_name
@@ -118,50 +116,17 @@ class Kernels:
         """Run one step; everything that it reads and writes is in the two structures."""
         self._decode[str(dtype)](ctypes.addressof(model), ctypes.addressof(step))
 
-    def product(self, linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return x W^T, [B, N], for a linear that `readable` admits and x [B, K] in its dtype.
-
-        The bias is left out.
-        """
-        rows, columns = linear.out_features, linear.in_features
-        return self._multiplied(matrix_of(linear), x.contiguous(), rows, columns)
-
     def gemv(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return W x, [N], for a contiguous W [N, K] and x [K] of the same dtype on the CPU."""
         matrix = Matrix(weight=weight.data_ptr())
-        return self._multiplied(matrix, x.contiguous()[None], *weight.shape)[0]
+        return self.product(matrix, x.contiguous()[None], *weight.shape)[0]
 
-    def _multiplied(self, matrix: Matrix, x: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    def product(self, matrix: Matrix, x: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        """Return x W^T, [B, N], for a contiguous x [B, K] and a W [N, K] as it lies."""
         out = torch.empty(len(x), n, dtype=x.dtype)
         addresses = ctypes.addressof(matrix), x.data_ptr(), out.data_ptr()
         self._product[str(x.dtype)](*addresses, len(x), n, k, torch.get_num_threads())
         return out
-
-
-def readable(linear: torch.nn.Module, dtype: torch.dtype) -> bool:
-    """Whether the kernels read a linear as it lies: dense in `dtype`, or packed in some formats."""
-    if plain(linear, dtype):
-        return linear.weight.device.type == "cpu"
-    if not isinstance(linear, QuantisedLinear) or not untouched(linear):
-        return False
-    codes = linear.layout()
-    return (
-        codes is not None
-        and linear.codes.device.type == "cpu"
-        and linear.compute_dtype in (None, dtype)
-        and linear.in_features <= LARGEST_WIDTH
-        and (linear.bias is None or linear.bias.dtype == dtype)
-    )
-
-
-def matrix_of(linear: torch.nn.Linear) -> Matrix:
-    """Return where the numbers of a linear lie that is `readable`."""
-    found = Matrix(weight=linear.weight.data_ptr(), bias=address(linear.bias))
-    if isinstance(linear, QuantisedLinear) and (codes := linear.layout()) is not None:
-        found.bits, found.group, found.groups = codes.bits, codes.group, codes.scales.numel()
-        found.scales, found.zeros = codes.scales.data_ptr(), address(codes.zeros)
-        found.levels, found.offset = address(codes.levels), address(codes.offset)
-    return found
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
-from effbench.nn.llama.walk import untouched
+from effbench.nn.llama.walk import plain, untouched
 from effbench.nn.quant.linears import QuantisedLinear
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class NativeStep:
         fits = (
             session.device.type == "cpu"
             and untouched(inner.norm)
-            and all(native.readable(linear, session.dtype) for linear in linears)
+            and all(readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
             and type(inner.embed_tokens) is torch.nn.Embedding
             and untouched(inner.embed_tokens)
@@ -129,7 +129,7 @@ class NativeStep:
         logits = torch.empty(len(given), vocab, dtype=session.dtype)
         sizes = native.Model.from_buffer_copy(self.sizes)
         sizes.norm, sizes.eps = norm.weight.data_ptr(), norm.variance_epsilon
-        sizes.head, sizes.vocab = native.matrix_of(head), vocab
+        sizes.head, sizes.vocab = matrix_of(head), vocab
         step = native.Step(len(given), logits=logits.data_ptr(), width=1, inputs=given.data_ptr())
         self._call(session, sizes, step, session.every)
         return logits
@@ -172,6 +172,38 @@ class NativeStep:
         for index, stand_in in session.stand_ins.items():
             _fill_stand_in(self.blocks[index], stand_in)
         self.sizes.cos, self.sizes.sin = session.cos.data_ptr(), session.sin.data_ptr()
+
+
+def product(kernels: native.Kernels, linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return x W^T, [B, N], for a linear that is `readable` and x [B, K]; the bias is left out."""
+    size = linear.out_features, linear.in_features
+    return kernels.product(matrix_of(linear), x.contiguous(), *size)
+
+
+def readable(linear: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels read a linear as it lies: dense in `dtype`, or packed in some formats."""
+    if plain(linear, dtype):
+        return linear.weight.device.type == "cpu"
+    if not isinstance(linear, QuantisedLinear) or not untouched(linear):
+        return False
+    codes = linear.layout()
+    return (
+        codes is not None
+        and linear.codes.device.type == "cpu"
+        and linear.compute_dtype in (None, dtype)
+        and linear.in_features <= native.LARGEST_WIDTH
+        and (linear.bias is None or linear.bias.dtype == dtype)
+    )
+
+
+def matrix_of(linear: torch.nn.Linear) -> native.Matrix:
+    """Return where the numbers of a linear lie that is `readable`."""
+    found = native.Matrix(weight=linear.weight.data_ptr(), bias=native.address(linear.bias))
+    if isinstance(linear, QuantisedLinear) and (codes := linear.layout()) is not None:
+        found.bits, found.group, found.groups = codes.bits, codes.group, codes.scales.numel()
+        found.scales, found.zeros = codes.scales.data_ptr(), native.address(codes.zeros)
+        found.levels, found.offset = native.address(codes.levels), native.address(codes.offset)
+    return found
 
 
 def _fits(block: Block, session: StepSession) -> bool:
@@ -235,7 +267,7 @@ def _fill_linears(pointers: native.Layer, part: Attention | MLP, names: tuple[st
     for name in names:
         linear = getattr(part, name)
         if linear is not None:
-            setattr(pointers, name, native.matrix_of(linear))
+            setattr(pointers, name, matrix_of(linear))
 
 
 def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
@@ -259,5 +291,5 @@ def _sizes(session: StepSession) -> native.Model:
         scale=session.scaling,
         embedding=model.model.embed_tokens.weight.data_ptr(),
         norm=model.model.norm.weight.data_ptr(),
-        head=native.matrix_of(model.lm_head),
+        head=matrix_of(model.lm_head),
     )

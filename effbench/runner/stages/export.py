@@ -122,15 +122,13 @@ def _maker(store: Store, ref: str) -> tuple[str, Spec]:
 
 def _auto(work: Exporting, new: Path, base: Any) -> str:
     """Write what suits the method; return what it is."""
-    if work.method.as_peft(work.model, work.point) is not None:
-        if work.run.lineage.earlier:
-            work.said.append("The adapter stands on what earlier runs made: see --to peft.")
-        work.method.export(work.model, work.point, new)
-        return "peft"
+    adapter = work.method.as_peft(work.model, work.point) is not None
+    if adapter and work.run.lineage.earlier:
+        work.said.append("The adapter stands on what earlier runs made: see --to peft.")
     work.method.export(work.model, work.point, new)
     if (new / "config.json").is_file():  # a whole model is of use with its tokenizer alone
         work.run.tokenizer.save_pretrained(new)
-    return "transformers"
+    return "peft" if adapter else "transformers"
 
 
 def _plain(work: Exporting, new: Path, base: Any) -> str:
