@@ -1,7 +1,7 @@
 """The C++ kernels of `kernels/`: compiled once for this machine, then loaded.
 
 They are plain C functions over pointers, so they need a compiler but no headers of torch, and they
-are there in about two seconds. The library lies in effbench's cache under the hash of its source,
+are there in some ten seconds. The library lies in effbench's cache under the hash of its source,
 the compiler's version and the CPU's features, so that a cache that several machines share never
 gives one of them instructions that it lacks. It uses OpenMP as torch does: both share one pool of
 threads.
