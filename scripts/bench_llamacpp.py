@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -306,9 +307,12 @@ def main() -> int:
         else:
             serve_theirs(given.serve, given.threads[0], given.site)
         return 0
-    from effbench.data.assets import path_of
+    from effbench.data.assets import fetch
 
-    like = next(Path(str(path_of("smollm2-135m"))).rglob("*.gguf"))
+    if not given.site and not find_spec("xllamacpp"):
+        print("llama.cpp is not here: pip install xllamacpp --target DIR, then --site DIR.")
+        return 1
+    like = next(fetch("smollm2-135m").rglob("*.gguf"))
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 40000, max(CONTEXTS)).tolist()
     reached = True

@@ -68,7 +68,7 @@ def decoding_kind(name: str) -> tuple[Any, ...]:
     method = resolved(given(name), tiny_shape())
     way, left = method.decoder(method.default_point()), shape_of(method, tiny_shape())
     parts = (type(part).__name__ for part in (way.cache, way.route, way.driver))
-    return *parts, is_packed(method.weights) or is_packed(method.produces), left.uniform
+    return *parts, is_packed(method.weights), is_packed(method.produces), left.uniform
 
 
 def _ways(method: Method) -> list[Any]:

@@ -12,6 +12,8 @@ HUGE = 2**21
 """Bytes of a huge page."""
 MADV_COLLAPSE = 25
 """Advice of Linux 6.1 on: make huge pages of what is there, now; madvise(2)."""
+MOST = 2**30
+"""Most bytes that are moved: more of them would take longer than what is decoded may."""
 MAPS = Path("/proc/self/maps")
 
 
@@ -29,9 +31,11 @@ def use_huge_pages(buffers: Iterable[Buffer]) -> int:
 
     Reading all weights of a model for each token then misses fewer addresses. It copies what it
     moves once, at a few ms a page where memory is new to a virtual machine. No content changes,
-    and where it cannot be done nothing happens: other systems, older kernels, pages of files.
+    and where it cannot be done nothing happens: other systems, older kernels, pages of files, more
+    than `MOST` bytes.
     """
-    if sys.platform != "linux" or not MAPS.exists():
+    buffers = list(buffers)
+    if sys.platform != "linux" or not MAPS.exists() or sum(b.nbytes for b in buffers) > MOST:
         return 0
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -23,16 +24,17 @@ def touched(size: int) -> bytearray:
 
 @needs_reset
 def test_a_later_phase_does_not_inherit_an_earlier_peak() -> None:
+    gc.collect()  # what earlier tests left must not be freed inside of a phase
     with PeakMemory(phase="large") as large:
         block = touched(128 * MIB)
         del block
     with PeakMemory(phase="small") as small:
-        block = touched(48 * MIB)  # more than malloc ever takes from its heap
+        block = touched(32 * MIB)
         del block
     assert large.peak.method == small.peak.method == "resident"
     assert (large.peak.phase, small.peak.phase) == ("large", "small")
     assert 110 * MIB < large.peak.added_bytes < 150 * MIB
-    assert 40 * MIB < small.peak.added_bytes < 76 * MIB
+    assert 24 * MIB < small.peak.added_bytes < 60 * MIB
 
 
 @needs_reset

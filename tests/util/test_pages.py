@@ -26,6 +26,12 @@ def test_what_is_read_again_lies_on_huge_pages_and_keeps_its_content() -> None:
     assert huge_bytes() >= min(size + pages.HUGE, made * pages.HUGE)
 
 
+def test_what_would_take_long_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = torch.ones(4 * pages.HUGE, dtype=torch.uint8)
+    monkeypatch.setattr(pages, "MOST", held.nbytes - 1)
+    assert pages.use_huge_pages([held]) == 0
+
+
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pages, "MAPS", tmp_path / "none")
     assert pages.use_huge_pages([torch.zeros(2 * pages.HUGE, dtype=torch.uint8)]) == 0

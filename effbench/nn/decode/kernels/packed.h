@@ -2,9 +2,9 @@
 //
 // The formats are those of effbench/nn/quant: `groupwise` (codes of 4 or 8 bits, a float16 scale and
 // perhaps a zero point per group of a row) and `nf4` (4-bit codes of 16 levels, a doubly quantised
-// scale per 64 weights). Vectors are held in blocks of 32 numbers as 14-bit integers with a scale
-// each, so that products of codes and numbers are exact sums of integers: what is lost is half of a
-// block's largest number / 8191, a tenth of what bfloat16 loses.
+// scale per 64 weights). Vectors are held in blocks of 32 numbers as 16-bit integers (14-bit ones for
+// NF4) with a scale each, so that products of codes and numbers are exact sums of integers: what is
+// lost is half of a block's largest number / 32767 (8191), far less than bfloat16 loses.
 
 #pragma once
 
@@ -34,7 +34,8 @@ namespace {
 
 constexpr int64_t kNF4 = 104;
 constexpr int64_t kBlock = 32;    // numbers that share a scale
-constexpr float kLargest = 8191;  // of the integers: 8 products with a 16-bit level fit 32 bits
+// Largest integer of a number: 8 products with a code, or with a 16-bit level, fit 32 bits.
+inline float largest_integer(int64_t bits) { return bits == kNF4 ? 8191 : 32767; }
 constexpr int64_t kWidest = 32768;  // columns
 constexpr int64_t kMostBlocks = kWidest / kBlock;
 
@@ -62,6 +63,7 @@ inline int64_t place(int64_t bits, int64_t i) {
 inline void packable(const float* x, int64_t K, int64_t bits, const Packable& out) {
   int16_t plain[64];
   uint8_t order[64];
+  const float most = largest_integer(bits);
   for (int64_t i = 0; i < 64; ++i) order[i] = uint8_t(place(bits, i));
   for (int64_t start = 0; start < K; start += 64) {
     const int64_t here = K - start < 64 ? K - start : 64;
@@ -78,8 +80,8 @@ inline void packable(const float* x, int64_t K, int64_t bits, const Packable& ou
         largest = size > largest ? size : largest;
         poison += from[i] * 0.0f;  // what is not finite makes the whole block so
       }
-      const float scale = largest / kLargest;
-      const float by = largest > 0 ? kLargest / largest : 0.0f;
+      const float scale = largest / most;
+      const float by = largest > 0 ? most / largest : 0.0f;
       if (poison != 0 || poison != poison) {
         std::memset(plain + block, 0, kBlock * sizeof(int16_t));
         out.scales[(start + block) / kBlock] = out.totals[(start + block) / kBlock] = poison;
