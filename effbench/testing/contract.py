@@ -518,23 +518,12 @@ class MethodContract:
     def test_a_fresh_process_gives_the_same_numbers(
         self, made: Callable[[str], Made], evaluated: Callable[[str], Record]
     ) -> None:
-        """One process loads what the first method of each kind made, and evaluates it.
-
-        Each evaluator whose items are scored one by one has its turn, beside perplexity.
-        """
+        """One process loads what the first method of each kind made, and evaluates it."""
         names = first_of_each([n for n in self.methods if makes(n)], evaluation_kind)
         if not names:
             pytest.skip("none of them makes anything")
-        itemwise = [
-            e for e in registry.names("evaluators") if registry.find("evaluators", e).itemwise
-        ]
-
-        def words_of(number: int, name: str) -> list[str]:
-            turn = {"perplexity", *itemwise[number % len(itemwise) :: len(names)]}
-            chosen = every_evaluator(lambda cls: cls.name in turn)
-            return made(name).reading(*chosen, "run.exact_memory=false")
-
-        commands = [words_of(*place) for place in enumerate(names)]
+        itemwise = every_evaluator(lambda cls: cls.itemwise)
+        commands = [made(name).reading(*itemwise, "run.exact_memory=false") for name in names]
         done = subprocess.run(
             [sys.executable, "-c", EVALUATE],
             input=json.dumps(commands),
