@@ -15,6 +15,18 @@ import typer
 from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
+from effbench.cli import runs
+from effbench.cli.arguments import (
+    ConfigDirs,
+    DryRun,
+    Fresh,
+    Like,
+    Multirun,
+    Overrides,
+    PrintKey,
+    Results,
+    complete_run,
+)
 from effbench.runner.progress import Progress
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import places
@@ -78,61 +90,6 @@ def _print_version(asked: bool) -> None:
 
         typer.echo(f"effbench {__version__}")
         raise typer.Exit
-
-
-def complete_override(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete `group=`, `group=name` and `group.key=`."""
-    from effbench.cli.completion import complete_after
-
-    return complete_after(context.params.get("overrides") or [], incomplete)
-
-
-def complete_run(incomplete: str) -> list[str]:
-    """Complete run keys."""
-    from effbench.cli.completion import run_keys
-
-    return run_keys(incomplete)
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[FILE.yaml] [KEY=VALUE]...",
-        help="A file with a spec; overrides: group=name or group.key=value.",
-        autocompletion=complete_override,
-        show_default=False,
-    ),
-]
-ConfigDirs = Annotated[
-    list[Path] | None,
-    typer.Option("--config-dir", help="Folder with your own configs, laid out like conf/."),
-]
-Multirun = Annotated[
-    bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
-]
-Like = Annotated[
-    str,
-    typer.Option(
-        "--like",
-        metavar="RUN",
-        help="Start from the spec of an earlier run.",
-        autocompletion=complete_run,
-    ),
-]
-PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
-Results = Annotated[
-    Path,
-    typer.Option(
-        "--results",
-        help="Folder of runs and records.",
-        envvar="EFFBENCH_RESULTS",
-        callback=Path.expanduser,
-    ),
-]
 
 
 def _command_of(stage: str) -> Callable[..., None]:
@@ -335,74 +292,7 @@ def similarity(
     _say(f"Heat map: {path}")
 
 
-runs_app = typer.Typer(
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    help="List runs, show one, or print its folder.",
-)
-app.add_typer(runs_app, name="runs")
-
-
-@runs_app.callback()
-def runs(context: typer.Context, results: Results = Path("results")) -> None:
-    """List runs (also: runs show KEY, runs path KEY, runs query SQL).
-
-    \b
-    Examples:
-      effbench runs
-      effbench runs show latest
-      cd $(effbench runs path latest)
-      effbench runs query "select method, point, value from metrics where name = 'loss'"
-    """
-    if context.invoked_subcommand is None:
-        from effbench.report.terminal import print_runs
-
-        print_runs(results)
-
-
-@runs_app.command(name="show")
-def runs_show(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-    spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Show every metric of every operating point.")
-    ] = False,
-) -> None:
-    """Show the metrics of a finished run."""
-    from effbench.results.records import find
-
-    record = find(results / "records", run)
-    if spec:
-        import json
-
-        typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
-    else:
-        _show_record(record, full)
-
-
-@runs_app.command(name="path")
-def runs_path(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-) -> None:
-    """Print the folder of a run."""
-    from effbench.results.store import Store
-
-    store = Store(results)
-    typer.echo(store.run(store.resolve(run)).path)
-
-
-@runs_app.command(name="query")
-def runs_query(
-    sql: Annotated[str, typer.Argument(help="DuckDB SQL over `records` and `metrics`.")],
-    results: Results = Path("results"),
-) -> None:
-    """Answer an SQL query over all records."""
-    from effbench.report.terminal import print_rows
-    from effbench.results.query import query
-
-    print_rows(query(results / "records", sql))
+app.add_typer(runs.app, name="runs")
 
 
 @app.command()
