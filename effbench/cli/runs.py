@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from effbench.cli.arguments import Results, complete_run
+from effbench.cli.options import Results, complete_run
 from effbench.util.errors import UserError
 from effbench.util.wrap import write
 

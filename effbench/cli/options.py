@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, with their completion."""
+"""Arguments and options that several commands have, and how a shell completes them."""
 
 from __future__ import annotations
 
