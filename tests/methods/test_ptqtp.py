@@ -61,7 +61,7 @@ def chosen(w: torch.Tensor, scales: torch.Tensor, orders: list[tuple[int, ...]])
     return rows
 
 
-PINNED = {
+PINNED: dict[int, list[tuple[int, ...]]] = {
     1: [(0,), (1,), (-1,)],
     2: [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)],
 }
