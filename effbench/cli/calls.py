@@ -169,7 +169,7 @@ def train(*words: str, like: str = "", fresh: bool = False, config_dir: str = ""
 
     Raises:
         UserError: For anything that you can mend; what is wrong and what to do are in its text.
-        RunFailedError: When the run's process failed; it has said why on standard error.
+        RunFailedError: When the run's process failed; its text is the reason.
     """
     return _made("train", words, like, fresh, config_dir)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.results.records import Record, read
 from effbench.results.store import Store
 from effbench.runner.signals import ASKED, passed_on
-from effbench.runner.worker import INTERRUPTED
+from effbench.runner.worker import INTERRUPTED, REASON
 from effbench.util.errors import RunFailedError, UserError
 
 REFUSED = 2
@@ -49,14 +51,17 @@ def execute(job: Job, fresh: bool = False) -> Record:
         return record
     # -P: a stray file in the current folder is no module of ours.
     command = [sys.executable, "-P", "-m", "effbench.runner.worker"]
-    status = _run_process(command, json.dumps(plain(job)))
+    with TemporaryFile() as told:
+        status = _run_process(command, json.dumps(plain(job)), told.fileno())
+        told.seek(0)
+        reason = told.read().decode()
     if status == REFUSED:
         with store.run(job.spec.key).locked():
             store.run(job.spec.key).discard_unless_begun()
     if status < 0:
         raise _ended_by(-status)
     if status:
-        raise RunFailedError(status)
+        raise RunFailedError(status, reason)
     record = record_of(job)
     if record is None:
         raise UserError(
@@ -89,9 +94,22 @@ def _ended_by(number: int) -> Exception:
     )
 
 
-def _run_process(command: Sequence[str], text: str) -> int:
-    """Run a command with `text` on its standard input; signals let it save before it ends."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process, passed_on(process):
+def _run_process(command: Sequence[str], text: str, reason: int) -> int:
+    """Run a command with `text` on its standard input; signals let it save before it ends.
+
+    Args:
+        command: The words of it.
+        text: What it reads.
+        reason: Number of an open file that the reason of a failure is written to.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        text=True,
+        pass_fds=[reason],
+        env={**os.environ, REASON: str(reason)},
+    )
+    with process, passed_on(process):
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, and says why itself
             process.stdin.write(text)

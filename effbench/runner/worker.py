@@ -24,6 +24,8 @@ from effbench.util.wrap import write
 
 INTERRUPTED = 130
 """Exit status of a run that was asked to stop."""
+REASON = "EFFBENCH_REASON_FD"
+"""Variable with the number of an open file for the reason of a failure, besides standard error."""
 FITTING = (
     "`effbench plan` says what it needs; a smaller batch needs less. The same command goes on from "
     "the last checkpoint."
@@ -90,7 +92,10 @@ def _run(job: Job, folder: RunFolder, store: Store) -> None:
 
 
 def _fail(error: UserError) -> int:
-    _say(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+    reason = error.message + (f"\n{error.hint}" if error.hint else "")
+    _say(f"Error: {reason}")
+    if place := os.environ.get(REASON):
+        os.write(int(place), reason.encode())
     return 2
 
 

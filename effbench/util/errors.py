@@ -41,10 +41,15 @@ class StoppedError(Exception):
 
 
 class RunFailedError(Exception):
-    """A run's process ended with another exit status than zero; it has said why itself."""
+    """A run's process ended with another exit status than zero; it has said why itself.
 
-    def __init__(self, status: int) -> None:
-        super().__init__(f"exit status {status}")
+    Args:
+        status: Its exit status.
+        reason: What it said, as far as it is known.
+    """
+
+    def __init__(self, status: int, reason: str = "") -> None:
+        super().__init__(reason or f"exit status {status}")
         self.status = status
 
 

@@ -22,6 +22,7 @@ from effbench.api.spec import Job
 from effbench.resources.memory import PeakMemory
 from effbench.results.events import EventLog, read_events
 from effbench.results.store import Store
+from effbench.runner import local
 from effbench.runner.local import execute
 from effbench.runner.signals import stop_signal
 from effbench.testing.bench import TINY
@@ -250,13 +251,31 @@ def test_a_finished_run_keeps_nothing_of_its_making(bench: Bench) -> None:
     assert (run.path / "spec.json").exists()
 
 
+def test_a_failure_carries_the_reason_that_the_process_gave(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = (
+        "from effbench.runner.worker import _fail\n"
+        "from effbench.util.errors import UserError\n"
+        "raise SystemExit(_fail(UserError('No room.', 'Make some.')))"
+    )
+    run = local._run_process
+    monkeypatch.setattr(
+        local, "_run_process", lambda _, *rest: run([sys.executable, "-c", fails], *rest)
+    )
+    with pytest.raises(RunFailedError) as caught:
+        execute(bench.job("eval"))
+    assert str(caught.value) == "No room.\nMake some."
+    assert caught.value.status == local.REFUSED
+
+
 def test_the_launcher_writes_nothing_of_the_run(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = bench.job("eval")
     seen: list[bool] = []
 
-    def look(command: list[str], text: str) -> int:
+    def look(command: list[str], text: str, reason: int) -> int:
         assert json.loads(text) == plain(job)
         seen.append(bench.folder(job).path.exists())
         return 1
