@@ -13,8 +13,8 @@ and up, the rows of v before o, the rows of up before down. So nothing is added 
 
 Our choices: the error is that of the linears themselves, not of the attention around them; v is
 scaled with grouped queries too, where the heads that read one head of values share its scales, from
-the mean of their m; nothing is clipped; calibration rows are the first of the train split, whole; and
-by `propagate` they come through the blocks as they are rounded. At α = 0 it is `rtn`.
+the mean of their m; no weight is clipped; calibration rows are the first of the train split,
+whole; and by `propagate` they come through the blocks as they are rounded. At α = 0 it is `rtn`.
 """
 
 from __future__ import annotations
