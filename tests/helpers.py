@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import Batch
@@ -189,3 +192,35 @@ def storage_hash(model: torch.nn.Module) -> str:
         if "lora_" not in name:
             digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+class HeldBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that come and go, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in inputs and storage._cdata not in self.known:
+                self._hold(storage)
+        return out
+
+    def _hold(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.known.pop(key, 0)
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    yield from (x for x in tree_leaves(tree) if isinstance(x, torch.Tensor))

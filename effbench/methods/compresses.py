@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context
+from effbench.api.shape import AnyShape
 from effbench.api.spec import Stage
 from effbench.methods.base import Method
 from effbench.nn.llama import surgery, weights
@@ -37,11 +38,24 @@ class Compresses(Method):
 
     stage: ClassVar[Stage] = "compress"
     identity: ClassVar[dict[str, object] | None] = None
+    replays: ClassVar[bool] = False
+    """Whether an interrupted run sends calibration rows through its finished parts once more, in
+    `put`, so that no activation has to be kept on disk."""
 
     @property
     def calibrates(self) -> bool:
         """Whether compression runs the model on training rows."""
         return False
+
+    def held(self, shape: AnyShape, tokens: int, element: int) -> int:
+        """Return the bytes that it holds beside the model while it compresses, at the most.
+
+        Args:
+            shape: Of the model that it compresses.
+            tokens: Of all calibration rows.
+            element: Bytes of an element in the compute dtype.
+        """
+        return 0
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return how many parts `compress` will yield, for progress; 0 where it is not known."""
@@ -91,7 +105,13 @@ class CompressesLinears(Compresses):
         linear: torch.nn.Linear,
         stored: Mapping[str, torch.Tensor],
     ) -> None:
-        surgery.replace_module(model, name, with_buffers(self.empty(linear), stored))
+        surgery.replace_module(model, name, self.holding(linear, stored))
+
+    def holding(
+        self, linear: torch.nn.Linear, stored: Mapping[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        """Return what takes the place of a linear, with buffers that were computed for it."""
+        return with_buffers(self.empty(linear), stored)
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the buffers of every linear."""

@@ -123,7 +123,9 @@ class Peaks:
             **self._around(_code(kernels), trained=True),
         }
 
-    def compress(self, weights: int, read: Pass | None = None, kernels: int = 0) -> Components:
+    def compress(
+        self, weights: int, read: Pass | None = None, kernels: int = 0, held: int = 0
+    ) -> Components:
         """Return the peak of compressing one linear after the other, from `weights` bytes.
 
         Args:
@@ -131,12 +133,13 @@ class Peaks:
             read: The longest row that is read to calibrate; None where nothing is read. Its widest
                 input is squared in float32 on the way.
             kernels: Sizes of products that the process has computed (`kernels`).
+            held: Bytes of activations and statistics that the method holds all the while.
         """
         reading: float = 0
         if read is not None:
             d, m = self.shape.hidden_size, self.shape.intermediate_size
             reading = read.size * (transient(self.shape, self.element, False) + 8 * max(d, m))
-        highest = max(reading, self.expanded)
+        highest = max(reading, self.expanded) + held
         return {"weights": weights, **self._around(highest + _code(kernels))}
 
     def kernels(self, passes: Collection[Pass], products: int = 1, lengths: int = 0) -> int:

@@ -292,11 +292,13 @@ def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Ph
         found["train"] = max(steps, key=_total)
     if spec.stage == "compress":
         weights = course.before.resident_bytes if course.before else course.start.params * size
-        longest = None
+        longest, held = None, 0
         if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
-        found["compress"] = start.compress(weights, longest, kernels)
+            tokens = CALIBRATION_ROWS * (longest.size if longest else 0)
+            held = own.held(course.start, tokens, size)
+        found["compress"] = start.compress(weights, longest, kernels, held)
     if spec.evaluators:
         every = not all(own.forward(point).shares_prefixes for point in own.points())
         passes = work.evaluate or (Pass("score", 1, 1, 1),)

@@ -335,7 +335,8 @@ class MethodContract:
             if trains(name):
                 assert bench.folder(job).checkpoint.is_file() == (interrupted > 1)
         assert bench.folder(job).finished
-        assert interrupted == 4
+        parts = len(list(read_events(bench.folder(job).path / "events.jsonl", "part")))
+        assert interrupted == (min(4, parts - 1) if compresses(name) else 4)
         assert bench.losses(job) == run.losses
         assert bench.artefact(job) == run.artefact
 
@@ -618,27 +619,38 @@ def no_part_is_made_twice(
 ) -> None:
     """Kill a compression before every third of its parts, and count what is computed.
 
+    Rows that a method `replays` through finished parts do not count, what makes a part does.
+
     Raises:
         AssertionError: When it is more than in a compression that nobody kills.
     """
     without_evaluation(monkeypatch)
     cls, words = method_class(name), overrides(name, **settings)
     compress_, made, passes = cls.compress, list[str](), list[int]()
-    kills, every = 0, 0
+    kills, every, making = 0, 0, not cls.replays
+
+    def passed(*_: Any) -> None:
+        if making:
+            passes.append(1)
 
     def watched(*arguments: Any) -> Iterator[Part]:
         for part in compress_(*arguments):
 
             def make(part: Part = part) -> dict[str, torch.Tensor]:
+                nonlocal making
                 if every and len(made) == every * (kills + 1):
                     raise HardKill
                 made.append(part.name)
-                return part.make()
+                making = True
+                try:
+                    return part.make()
+                finally:
+                    making = not cls.replays
 
             yield with_changes(part, make=make)
 
     monkeypatch.setattr(cls, "compress", watched)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: passes.append(1))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(passed)
     try:
         whole = bench.job("compress", *words)
         bench.go(whole)

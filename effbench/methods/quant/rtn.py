@@ -20,50 +20,22 @@ is not, as each product first expands its weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.method_types import Paper
-from effbench.api.points import Point
-from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import Anatomy, ModelShape, Phase
 from effbench.methods.compresses import CompressesLinears
-from effbench.nn.quant.formats.grouped import Grouped
+from effbench.methods.quant.groups import PacksGroups
 from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
-class RTN(CompressesLinears):
+class RTN(PacksGroups, CompressesLinears):
     """Rounds every decoder weight to the nearest of 2^bits levels of its group."""
 
     paper: ClassVar[Paper | None] = Paper(
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
-    anatomy: ClassVar[Anatomy] = "other"
-    produces: ClassVar[str] = "grouped"
-
-    bits: Bits = 4
-    """Bits per weight, scales not counted."""
-    group_size: PositiveInt = 128
-    """Neighbouring weights of a row that share one scale."""
-    symmetric: bool = False
-    """Levels around zero, without a zero point of each group."""
-
-    @property
-    def format(self) -> Grouped:
-        """What weights become."""
-        return Grouped(self.bits, self.group_size, self.symmetric)
 
     def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a linear rounded to the nearest codes."""
         return self.format.quantise(linear)
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return a packed linear without codes."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)

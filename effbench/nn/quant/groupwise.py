@@ -36,6 +36,17 @@ class Groups(NamedTuple):
     """[⌈d_out · G · b / 8⌉] uint8, packed row after row; None when symmetric."""
 
 
+class Codes(NamedTuple):
+    """Codes that are not packed."""
+
+    codes: torch.Tensor
+    """[d_out, d_in] uint8."""
+    scales: torch.Tensor
+    """[d_out, G] float16."""
+    zeros: torch.Tensor
+    """[d_out, G] whole numbers in the dtype that was computed in; all the same when symmetric."""
+
+
 def grouped_bytes(d_in: int, d_out: int, bits: int, group_size: int, symmetric: bool) -> int:
     """Return the exact bytes of a [d_out, d_in] matrix: codes, scales and zero points."""
     groups = d_out * -(d_in // -group_size)
@@ -66,23 +77,60 @@ def empty(
 
 def quantise(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> Groups:
     """Return `weight`, [d_out, d_in] of any floating dtype, rounded to the nearest codes."""
+    return packed(rounded(weight.detach().float(), bits, group_size, symmetric), bits, symmetric)
+
+
+def rounded(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> Codes:
+    """Return the nearest codes of `weight`, [d_out, d_in] float32 or float64."""
     d_out, d_in = weight.shape
-    grouped = _grouped(weight.detach().float(), group_size)
+    grouped = _grouped(weight, group_size)
+    scales, zeros = levels(grouped, bits, symmetric)
+    codes = nearest(grouped, scales[..., None], zeros[..., None], top_code(bits, symmetric))
+    return Codes(codes.to(torch.uint8).view(d_out, -1)[:, :d_in], scales, zeros)
+
+
+def levels(groups: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales, float16, and the zero points, whole numbers in the dtype of the weights.
+
+    Args:
+        groups: Weights [..., g], a group in the last dimension, which the results lack.
+        bits: Of a code.
+        symmetric: Whether the zero point is in the middle.
+    """
     if symmetric:
         middle = 2 ** (bits - 1) - 1
-        scales = _scales(grouped.abs().amax(2), middle)
-        zeros = torch.full_like(scales, middle, dtype=torch.float32)
-        top = 2 * middle
-    else:
-        top = 2**bits - 1
-        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-        scales = _scales(high - low, top)
-        zeros = (-low / scales.float()).round_().clamp_(0, top)
-    codes = (grouped / scales.float()[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
-    codes = codes.to(torch.uint8).view(d_out, -1)[:, :d_in]
-    return Groups(
-        pack(codes, bits), scales, None if symmetric else pack(zeros.to(torch.uint8), bits)
-    )
+        scales = _scales(groups.abs().amax(-1), middle)
+        return scales, torch.full_like(scales, middle, dtype=groups.dtype)
+    top = top_code(bits, symmetric)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = _scales(high - low, top)
+    return scales, (-low / scales.to(low.dtype)).round_().clamp_(0, top)
+
+
+def nearest(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+) -> torch.Tensor:
+    """Return the codes of weights as whole numbers in their dtype; all are of one shape."""
+    return (weight / scales.to(weight.dtype)).round_().add_(zeros).clamp_(0, top)
+
+
+def top_code(bits: int, symmetric: bool) -> int:
+    """Return the largest code."""
+    return 2**bits - 2 if symmetric else 2**bits - 1
+
+
+def packed(found: Codes, bits: int, symmetric: bool) -> Groups:
+    """Return codes as they are stored."""
+    zeros = None if symmetric else pack(found.zeros.to(torch.uint8), bits)
+    return Groups(pack(found.codes, bits), found.scales, zeros)
+
+
+def expanded(found: Codes, group_size: int) -> torch.Tensor:
+    """Return the weights that codes stand for, [d_out, d_in] in the dtype of the zero points."""
+    d_out, d_in = found.codes.shape
+    values = _grouped(found.codes, group_size).to(found.zeros.dtype)
+    values.sub_(found.zeros[..., None]).mul_(found.scales[..., None])
+    return values.view(d_out, -1)[:, :d_in]
 
 
 def dequantise(
