@@ -128,11 +128,12 @@ def _norm(norm: Norm, element: int, reads: Share) -> Piece:
 def _linear(linear: Linear, element: int, runs: Share, reads: Share) -> tuple[Piece, Piece]:
     """Return what the weight adds and what the bias does."""
     held = linear.format.bytes(linear.d_in, linear.d_out, element)
+    read = linear.format.read_bytes(linear.d_in, linear.d_out, element)
     weight = Piece(
         linear.params,
         linear.params * linear.trains,
         linear.copies * held,
-        reads * linear.active * held,
+        reads * linear.active * read,
         2 * runs * linear.active * linear.d_in * linear.d_out,
     )
     if not linear.bias:

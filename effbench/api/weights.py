@@ -43,6 +43,10 @@ class WeightFormat:
         """
         raise NotImplementedError
 
+    def read_bytes(self, d_in: int, d_out: int, element: int) -> int:
+        """Return the bytes of such a matrix that one product reads. Default: all of them."""
+        return self.bytes(d_in, d_out, element)
+
     def used(self) -> WeightFormat:
         """Return the format in which the weights are once nothing trains any more."""
         return self

@@ -1,0 +1,162 @@
+"""Any-Precision LLM: one nested artefact that holds the model at every width from 3 to 8 bits.
+
+Park et al., Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs, ICML 2024,
+arXiv 2402.10517; the seed is that of SqueezeLLM (Kim et al., ICML 2024, arXiv 2306.07629).
+
+For each row of W [N, K], with F = sum over sequences of (dL / dW)^2 on calibration rows:
+
+    seed      2^s intervals of the sorted weights with the least sum of F (w - mean)^2
+    upscale   s -> s + 1 -> ... -> B: the best cut of each interval in two; codes 2c and 2c + 1
+    at b      code_b = code_B >> (B - b),  ŵ = table_b[n, code_b],  y = ŵ x
+
+F = 0 where W = 0; a row without any F has ones. Per linear: bit planes [B, N, ⌈K / 8⌉] uint8 and
+tables [N, 2^b] float16 for every width b from s to B.
+
+Our choices: seed and cuts are optima, by dynamic programming and by trying every cut, where the
+authors' are local ones; equal weights share a code; L is the mean over all tokens of a training
+row after the first, its prompt too; planes lie as `effbench.nn.quant.planes` says, in another order
+than the authors'. All linears of the decoder blocks are quantised; embeddings, norms and head are
+not. The memory is what planes and all tables take; time is not saved, as each product first
+expands its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
+from effbench.api.schema import Bits
+from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.methods.compresses import CompressesLinears, Part
+from effbench.nn.quant import linears, nested_linear, sensitivity
+from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+
+@dataclass(frozen=True)
+class Width(Point):
+    """The leading bits of every code alone."""
+
+    bits: int
+    """How many."""
+
+    @property
+    def name(self) -> str:
+        """`b<bits>`."""
+        return f"b{self.bits}"
+
+
+@dataclass(frozen=True)
+class AnyPrecision(CompressesLinears):
+    """Quantises every decoder weight to codes that can be read at several widths."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs",
+        "ICML 2024",
+        "2402.10517",
+    )
+    anatomy: ClassVar[Anatomy] = "other"
+    produces: ClassVar[str] = "any_precision"
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_bits"})
+    in_one_pass: ClassVar[bool] = True
+    nested_points: ClassVar[bool] = True
+
+    bits: Bits = 8
+    """Width B of the widest codes."""
+    seed_bits: Bits = 3
+    """Lowest width s, whose clusters are found together; the time grows with 2^s."""
+    eval_bits: tuple[Bits, ...] = ()
+    """Widths to evaluate; empty for all from `seed_bits` to `bits`."""
+
+    def __post_init__(self) -> None:
+        if self.seed_bits > self.bits:
+            raise UserError(
+                f"method.seed_bits={self.seed_bits} is more than method.bits={self.bits}.",
+                "Seed with at most as many bits as the widest codes have.",
+            )
+        if out := [b for b in self.eval_bits if not self.seed_bits <= b <= self.bits]:
+            raise UserError(
+                f"method.eval_bits={list(self.eval_bits)} holds {out[0]}, which is not built.",
+                f"Choose from {self.seed_bits} to {self.bits}.",
+            )
+
+    @property
+    def format(self) -> AnyPrecisionCodes:
+        """What weights become."""
+        return AnyPrecisionCodes(self.bits, self.seed_bits)
+
+    @property
+    def calibrates(self) -> bool:
+        """Gradients of training rows say what an error costs."""
+        return True
+
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return the pass over the rows and the dense linears."""
+        return 1 + super().num_parts(model, calibration)
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[Part]:
+        """Take the gradients of all rows, then quantise one linear after the other.
+
+        The rows are one part, since each alone would leave a number for every weight on disk.
+        """
+        _require_storable(model)
+        found: dict[str, torch.Tensor] = {}
+        yield Part(
+            "sensitivity",
+            partial(sensitivity.squared_gradients, model, calibration),
+            found.update,
+        )
+        for name, linear in linears.dense_linears(model):
+            make = partial(self._nested, linear, found.pop(name))
+            yield Part(name, make, partial(self._put, model, name, linear))
+
+    def _nested(self, linear: torch.nn.Linear, sensitive: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the buffers of a linear in nested codes."""
+        made = nested_linear.NestedLinear.quantise(linear, self.seed_bits, self.bits, sensitive)
+        return dict(made.named_buffers())
+
+    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return a nested linear without codes."""
+        return self.format.empty(linear)
+
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each width to evaluate."""
+        return tuple(map(Width, self.eval_bits or range(self.seed_bits, self.bits + 1)))
+
+    def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[Any]:
+        """Read at the width of `point`; any that was built is one, listed or not."""
+        return nested_linear.read_at(model, self._width(point))
+
+    def _width(self, point: Point) -> int:
+        return point.bits if isinstance(point, Width) else self.bits
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Pack every decoder linear; all widths are in memory, that of `point` is read."""
+        return base.packed(self.format.at(self._width(point)))
+
+
+def _require_storable(model: torch.nn.Module) -> None:
+    """Refuse weights that no float16 table can hold.
+
+    Raises:
+        UserError: Naming the layer.
+    """
+    for name, linear in linears.dense_linears(model):
+        largest = float(linear.weight.detach().abs().max())
+        if not largest <= nested_linear.LARGEST:
+            raise UserError(
+                f"{name} has a weight that no float16 table can hold: {largest:g}.",
+                "Start from a model whose weights are finite.",
+            )

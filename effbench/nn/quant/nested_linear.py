@@ -1,0 +1,117 @@
+"""A linear that holds nested codes as bit planes, and is read at one of several widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+
+from effbench.nn.quant import nested, planes
+from effbench.nn.quant.linears import QuantisedLinear
+
+LARGEST = torch.finfo(torch.float16).max
+"""Largest weight that a table can hold."""
+
+
+class NestedLinear(QuantisedLinear):
+    """A linear with the codes of `effbench.nn.quant.nested`, at the width `bits` of the moment.
+
+    Buffers: `planes` [B, N, ⌈K / 8⌉] uint8 (`effbench.nn.quant.planes` says how they lie), and for
+    each width b a `table_<b>` [N, 2^b] float16. A product at b bits reads the first b planes and
+    one table, and nothing else.
+
+    Args:
+        linear: The layer it stands for.
+        seed_bits: Lowest width.
+        parent_bits: Highest width B, at which it is read at first.
+    """
+
+    planes: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear, seed_bits: int, parent_bits: int) -> None:
+        super().__init__(linear)
+        self.seed_bits = seed_bits
+        self.parent_bits = self.bits = parent_bits
+
+    @classmethod
+    def quantise(
+        cls,
+        linear: torch.nn.Linear,
+        seed_bits: int,
+        parent_bits: int,
+        sensitivity: torch.Tensor | None = None,
+    ) -> Self:
+        """Return `linear` with its weight in nested codes; the bias is shared.
+
+        Args:
+            linear: Its weight [N, K] is finite and within float16.
+            seed_bits: Lowest width.
+            parent_bits: Highest width.
+            sensitivity: [N, K], what an error of each weight costs; None for all alike.
+        """
+        found = nested.quantise(linear.weight.detach(), sensitivity, seed_bits, parent_bits)
+        tables = ((f"table_{b}", table.half()) for b, table in found.tables.items())
+        stored = ("planes", planes.pack(found.codes, parent_bits)), *tables
+        return cls(linear, seed_bits, parent_bits)._set(stored)
+
+    @classmethod
+    def empty(cls, linear: torch.nn.Linear, seed_bits: int, parent_bits: int) -> Self:
+        """Return a layer in the place of `linear` that waits for a state dict."""
+        rows, device = linear.out_features, linear.weight.device
+        bytes_ = planes.plane_bytes(linear.in_features)
+        codes = torch.zeros(parent_bits, rows, bytes_, dtype=torch.uint8, device=device)
+        tables = (
+            (f"table_{b}", torch.zeros(rows, 2**b, dtype=torch.float16, device=device))
+            for b in range(seed_bits, parent_bits + 1)
+        )
+        return cls(linear, seed_bits, parent_bits)._set((("planes", codes), *tables))
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The bit planes, uint8."""
+        return self.planes
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The levels of the current width, [N, 2^bits] float16."""
+        return self.get_buffer(f"table_{self.bits}")
+
+    def use(self, bits: int) -> None:
+        """Read at another width from now on.
+
+        Raises:
+            ValueError: For a width that was not built.
+        """
+        if not self.seed_bits <= bits <= self.parent_bits:
+            raise ValueError(f"There is no width {bits} of {self.seed_bits} to {self.parent_bits}.")
+        if self._kept and bits != self.bits:
+            self._kept.clear()
+        self.bits = bits
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W at the current width, [d_out, d_in] in `dtype`."""
+        codes = planes.unpack(self.planes[: self.bits], self.in_features)
+        return self.table.to(dtype).gather(1, codes.long())
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
+        return f"{super().extra_repr()}, bits={self.bits} of {self.seed_bits}-{self.parent_bits}"
+
+
+@contextmanager
+def read_at(model: torch.nn.Module, bits: int) -> Iterator[None]:
+    """Read all nested linears of a model at one width inside the context.
+
+    Raises:
+        ValueError: For a width that was not built.
+    """
+    before = [(m, m.bits) for m in model.modules() if isinstance(m, NestedLinear)]
+    try:
+        for layer, _ in before:
+            layer.use(bits)
+        yield
+    finally:
+        for layer, width in before:
+            layer.use(width)

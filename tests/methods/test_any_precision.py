@@ -1,0 +1,192 @@
+"""Any-Precision: sensitivities, widths, bytes and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SHAPE, batch_of, context, tiny_model
+
+from effbench.api.batch import make_batch
+from effbench.api.points import UNNAMED, find_point
+from effbench.methods.chain import chain_cost
+from effbench.methods.compresses import compress_whole
+from effbench.methods.quant.any_precision import AnyPrecision, Width
+from effbench.nn.quant import planes
+from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
+from effbench.nn.quant.linears import dense_linears, expanded_once, storage_bytes
+from effbench.nn.quant.nested_linear import NestedLinear
+from effbench.nn.quant.sensitivity import squared_gradients
+from effbench.util.errors import UserError
+
+IDS = torch.arange(3, 23).view(2, 10)
+WIDTHS = range(3, 9)
+
+
+def compressed(method: AnyPrecision, dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_model(dtype=dtype).requires_grad_(False).eval()
+    compress_whole(method, model, [batch_of()], context())
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compressed(AnyPrecision())
+
+
+def logits(model: Any, bits: int) -> torch.Tensor:
+    with AnyPrecision().at(model, Width(bits)), torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def layer_of(d_in: int = 100, seed: int = 0) -> NestedLinear:
+    torch.manual_seed(seed)
+    return NestedLinear.quantise(torch.nn.Linear(d_in, 6, bias=False), 3, 8)
+
+
+# -- sensitivity -----------------------------------------------------------------------------------
+
+
+def test_sensitivities_are_the_squares_of_each_sequence_s_own_gradient() -> None:
+    model, batch = tiny_model().eval(), batch_of(rows=2)
+    weights = {n: x.weight for n, x in dense_linears(model)}
+    expected = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        real = ids[mask.bool()][None]
+        loss = model(real, labels=real).loss
+        for name, grad in zip(
+            weights, torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
+            expected[name] += grad**2
+    found = squared_gradients(model, [batch])
+    assert found.keys() == weights.keys()
+    for name, total in found.items():
+        torch.testing.assert_close(total, expected[name], rtol=1e-4, atol=1e-10)
+
+
+def test_no_gradient_stays_and_padding_is_nothing() -> None:
+    model, row = tiny_model().requires_grad_(False).eval(), [5, 9, 4, 7]
+    alone = squared_gradients(model, [make_batch([(row, row)], 0)])
+    padded = squared_gradients(model, [make_batch([(row, row), ([1] * 9, [1] * 9)], 0)])
+    ones = squared_gradients(model, [make_batch([([1] * 9, [1] * 9)], 0)])
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    for name, total in padded.items():
+        torch.testing.assert_close(total, alone[name] + ones[name])
+
+
+def test_rows_without_a_prediction_are_refused() -> None:
+    model = tiny_model().eval()
+    for batches in ([], [make_batch([([5], [5])], 0)]):
+        with pytest.raises(UserError, match="no calibration row"):
+            squared_gradients(model, batches)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 1e5])
+def test_a_weight_that_no_table_can_hold_is_refused_before_anything_is_done(bad: float) -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = bad
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj .*float16"):
+        next(AnyPrecision().compress(model, [batch_of()], context()))
+
+
+# -- widths ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_in", [32, 100, 576, 1120])
+def test_a_width_is_the_leading_bits_and_their_table(d_in: int) -> None:
+    layer = layer_of(d_in)
+    codes = planes.unpack(layer.planes, d_in).long()
+    for bits in WIDTHS:
+        layer.use(bits)
+        table = layer.get_buffer(f"table_{bits}").float()
+        assert layer.dense_weight(torch.float32).equal(table.gather(1, codes >> (8 - bits)))
+
+
+def test_planes_below_the_width_are_not_read() -> None:
+    layer, spoilt = layer_of(), layer_of()
+    for bits in range(3, 8):
+        for each in (layer, spoilt):
+            each.use(bits)
+        spoilt.planes[bits:] = 170
+        assert spoilt.dense_weight(torch.float32).equal(layer.dense_weight(torch.float32))
+        spoilt.planes.copy_(layer.planes)
+
+
+def test_points_leave_no_trace_and_can_be_nested(model: Any) -> None:
+    method = AnyPrecision()
+    first = {b: logits(model, b) for b in WIDTHS}
+    assert len({x.numpy().tobytes() for x in first.values()}) == len(WIDTHS)
+    with method.at(model, Width(3)):
+        assert logits(model, 5).equal(first[5])
+        with torch.no_grad():
+            assert model(IDS).logits.equal(first[3])
+    with torch.no_grad():
+        assert model(IDS).logits.equal(first[8])
+    with pytest.raises(RuntimeError, match="broken"), method.at(model, Width(4)):
+        raise RuntimeError("broken")
+    assert {m.bits for m in model.modules() if isinstance(m, NestedLinear)} == {8}
+
+
+def test_an_expanded_weight_is_not_kept_for_another_width(model: Any) -> None:
+    expected = {b: logits(model, b) for b in (3, 8)}
+    with expanded_once(model):
+        for bits in (8, 3, 3, 8):
+            assert logits(model, bits).equal(expected[bits])
+
+
+def test_a_width_that_was_not_built_is_refused(model: Any) -> None:
+    with pytest.raises(UserError, match="no point 'b2'"):
+        find_point(AnyPrecision().points(), "b2", "any_precision")
+    with pytest.raises(ValueError, match="no width 2"), AnyPrecision().at(model, Width(2)):
+        pass
+    assert {m.bits for m in model.modules() if isinstance(m, NestedLinear)} == {8}
+    with pytest.raises(UserError, match="eval_bits"):
+        AnyPrecision(eval_bits=(2,))
+    with pytest.raises(UserError, match="seed_bits"):
+        AnyPrecision(seed_bits=5, bits=4)
+
+
+def test_widths_are_those_asked_for() -> None:
+    assert [p.name for p in AnyPrecision().points()] == ["b3", "b4", "b5", "b6", "b7", "b8"]
+    assert AnyPrecision(eval_bits=(3, 8)).points() == (Width(3), Width(8))
+    assert [p.name for p in AnyPrecision(bits=4, seed_bits=4).points()] == ["b4"]
+
+
+def test_eight_bits_are_close_to_the_model(model: Any) -> None:
+    with torch.no_grad():
+        base = tiny_model().eval()(IDS).logits.softmax(-1)
+    apart = [float((logits(model, b).softmax(-1) - base).abs().sum(-1).mean()) for b in (3, 5, 8)]
+    assert apart[0] > apart[1] > apart[2]
+    assert apart[2] < 0.02
+
+
+# -- bytes and artefact ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_widths_are_resident_and_one_is_read(dtype: str) -> None:
+    method = AnyPrecision(bits=6)
+    held = storage_bytes(compressed(method, getattr(torch, dtype)))
+    costs = [chain_cost([method], SHAPE, dtype, p) for p in (*method.points(), UNNAMED)]
+    assert {c.resident_bytes for c in costs} == {held}
+    read = [c.bytes_per_token for c in costs]
+    assert read[:-1] == sorted(set(read[:-1]))
+    assert read[-1] == read[-2]
+
+
+def test_bytes_are_planes_and_tables() -> None:
+    """The six tables of a row of 4096 weights are 1.97 bits a weight."""
+    codes = AnyPrecisionCodes()
+    assert codes.bytes(4096, 4096, 2) == 4096 * 4096 + 4096 * (8 + 16 + 32 + 64 + 128 + 256) * 2
+    assert codes.at(3).read_bytes(4096, 4096, 2) == 3 * 4096 * 512 + 4096 * 8 * 2
+    assert codes.at(3).bytes(4096, 4096, 2) == codes.bytes(4096, 4096, 2)
+
+
+def test_the_artefact_gives_the_same_logits_at_every_width(model: Any, tmp_path: Path) -> None:
+    method = AnyPrecision()
+    method.save(model, tmp_path)
+    loaded = method.load(tiny_model().eval(), tmp_path, context())
+    assert all(logits(loaded, b).equal(logits(model, b)) for b in WIDTHS)
