@@ -73,6 +73,16 @@ def test_help_lists_and_runs_load_neither_models_nor_configs(folder, line, said)
 
 @pytest.mark.parametrize(
     "line, said",
+    [("gate default 8148 --against 39c1", "NO-GO"), ("table lora_drop_tuning", "Asked: ")],
+)
+def test_verdicts_and_tables_load_no_models(line: str, said: str) -> None:
+    out, packages = loaded(ROOT, *line.split())
+    assert said in out
+    assert not packages & HEAVY
+
+
+@pytest.mark.parametrize(
+    "line, said",
     [
         ("train method=q", "method=qdylora"),
         ("train model=", "model=tiny"),
