@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
-from effbench.cli import comparing
+from effbench.cli import comparing, runs
 from effbench.cli.options import (
     ConfigDirs,
     DryRun,
@@ -292,74 +292,7 @@ def similarity(
     _say(f"Heat map: {path}")
 
 
-runs_app = typer.Typer(
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    help="List runs, show one, or print its folder.",
-)
-app.add_typer(runs_app, name="runs")
-
-
-@runs_app.callback()
-def runs(context: typer.Context, results: Results = Path("results")) -> None:
-    """List runs (also: runs show KEY, runs path KEY, runs query SQL).
-
-    \b
-    Examples:
-      effbench runs
-      effbench runs show latest
-      cd $(effbench runs path latest)
-      effbench runs query "select method, point, value from metrics where name = 'loss'"
-    """
-    if context.invoked_subcommand is None:
-        from effbench.report.terminal import print_runs
-
-        print_runs(results)
-
-
-@runs_app.command(name="show")
-def runs_show(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-    spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Show every metric of every operating point.")
-    ] = False,
-) -> None:
-    """Show the metrics of a finished run."""
-    from effbench.results.records import find
-
-    record = find(results / "records", run)
-    if spec:
-        import json
-
-        typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
-    else:
-        _show_record(record, full)
-
-
-@runs_app.command(name="path")
-def runs_path(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-) -> None:
-    """Print the folder of a run."""
-    from effbench.results.store import Store
-
-    store = Store(results)
-    typer.echo(store.run(store.resolve(run)).path)
-
-
-@runs_app.command(name="query")
-def runs_query(
-    sql: Annotated[str, typer.Argument(help="DuckDB SQL over `records` and `metrics`.")],
-    results: Results = Path("results"),
-) -> None:
-    """Answer an SQL query over all records."""
-    from effbench.report.terminal import print_rows
-    from effbench.results.query import query
-
-    print_rows(query(results / "records", sql))
+app.add_typer(runs.app, name="runs")
 
 
 comparing.add_to(app)
