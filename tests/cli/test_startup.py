@@ -12,6 +12,7 @@ from results.test_records import record
 
 from effbench.results.records import write
 
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib"}
 CONFIG = {"hydra", "omegaconf", "pydantic"}
 NUMBERS = {"numpy", "duckdb", "pyarrow"}

@@ -26,7 +26,7 @@ words: {how: method=lora}
 paper: [{claim: It is, source: Table 1, sure: recalled}]
 overturn: A larger model.
 arms:
-  The one: [train {how}]
+  The one: ["train {how}"]
   The_other: [train method=full]
 """
 
@@ -62,8 +62,8 @@ def test_the_finding_is_that_of_the_test(campaign: Campaign, tmp_path: Path) -> 
 
 def test_the_short_form_has_one_metric_in_six_columns(campaign: Campaign, tmp_path: Path) -> None:
     head = rendered(campaign, tmp_path, "csv").splitlines()[0]
-    assert head == "arm,seeds,loss on test,loss on test low,loss on test high,difference," + (
-        "difference low,difference high,p,finding"
+    assert head == "arm,seeds,loss on test,loss on test_low,loss on test_high,difference," + (
+        "difference_low,difference_high,p,finding"
     )
     full = rendered(campaign, tmp_path, full=True)
     assert "peak_bytes" in full and "What was held equal" in full
@@ -104,14 +104,14 @@ def test_a_missing_record_names_the_command(campaign: Campaign, tmp_path: Path) 
         ("seed: [0]", "Did you mean 'seeds'"),
         ("paper: [{claim: a, source: b, sure: maybe}]", "sure"),
         ("arms: {a: 3}", "arms"),
+        ("arms: {a: ['train {who}']}", "does not have: 'who'"),
         ("metrics: [los]", "no test of los"),
         ("arms: [", "cannot be read as YAML: line"),
     ],
 )
 def test_mistakes_are_named(campaign: Campaign, tmp_path: Path, line: str, said: str) -> None:
-    kept = [
-        part for part in re.split(r"\n(?=\w)", TEXT) if part.split(":")[0] != line.split(":")[0]
-    ]
+    key = line.partition(":")[0]
+    kept = [part for part in re.split(r"\n(?=\w)", TEXT) if part.partition(":")[0] != key]
     (tmp_path / "ab.yaml").write_text("\n".join([*kept, line]))
     with pytest.raises(UserError) as caught:
         rendered(campaign_in(tmp_path / "ab.yaml"), tmp_path)
