@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
-CAMPAIGNS := $(subst _,-,$(patsubst scripts/campaigns/%.yaml,campaign-%,$(sort $(wildcard scripts/campaigns/*.yaml))))
+CAMPAIGNS := $(subst _,-,$(patsubst conf/table/%.yaml,campaign-%,$(sort $(wildcard conf/table/*.yaml))))
 .PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS)
 
 help: ## Show this list
@@ -15,7 +15,7 @@ help: ## Show this list
 	@for script in scripts/bench_*.py; do \
 	  name=$$(basename $$script .py | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
-	@for file in scripts/campaigns/*.yaml; do \
+	@for file in conf/table/*.yaml; do \
 	  name=campaign-$$(basename $$file .yaml | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/# //p' $$file)"; done
 
@@ -74,7 +74,7 @@ $(BENCHES): bench-%: $(READY)
 	$(BIN)/python scripts/bench_$(subst -,_,$*).py
 
 $(CAMPAIGNS): campaign-%: $(READY)
-	$(BIN)/python scripts/campaign.py $(subst -,_,$*)
+	$(BIN)/effbench table $(subst -,_,$*) --run
 
 # On a machine without a network there is no .venv: see docs/gpu.md.
 GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
@@ -91,7 +91,6 @@ selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracl
 
 tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/tables.py
-	$(BIN)/python scripts/campaign.py --tables
 
 clean: ## Remove the environment and caches (not results)
 	rm -rf $(VENV) .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis build dist

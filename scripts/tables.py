@@ -1,9 +1,14 @@
-"""Make results/tables/runs.md from results/records: every run, newest last."""
+"""Make results/tables from results/records: every run, newest last, and all campaigns.
+
+python scripts/tables.py
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from effbench.cli.tables import campaign_named
+from effbench.report.campaign import write_tables
 from effbench.report.table import RUN_COLUMNS, Table, run_row
 from effbench.results.records import read_all
 
@@ -21,6 +26,9 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(runs_text(RESULTS))
     print(path)
+    for keys in sorted((RESULTS / "campaigns").glob("*.json")):
+        for written in write_tables(campaign_named(keys.stem), RESULTS):
+            print(written)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from effbench.util.wrap import write
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file to a command line."""
-    for command in (compare, gate, power):
+    for command in (compare, gate, power, table):
         app.command()(command)
 
 
@@ -55,6 +55,15 @@ def compare(
         bool,
         typer.Option("--same-points", help="Hold rows against the first run at the same point."),
     ] = False,
+    flips: Annotated[
+        int | None,
+        typer.Option(
+            "--flips",
+            min=0,
+            metavar="N",
+            help="Instead: items right in one of two RUN[@POINT] alone, N of each way.",
+        ),
+    ] = None,
 ) -> None:
     """Compare runs on the same items: differences with intervals, and what cannot be told apart.
 
@@ -70,6 +79,7 @@ def compare(
       effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
       effbench compare 3f2a 91bc --select loss@validation
       effbench compare 3f2a 91bc --same-points
+      effbench compare 3f2a 91bc@r8 --flips 5
       effbench compare 3f2a 91bc --plot curve.png
     """
     from effbench.report.comparison.compare import compare as compare_records
@@ -79,6 +89,11 @@ def compare(
     from effbench.results.records import find, read_all
     from effbench.results.sweeps import tunings
 
+    if flips is not None:
+        from effbench.cli.gate import flips_of
+
+        typer.echo(flips_of(runs, results, flips))
+        return
     if select and same_points:
         raise UserError(
             "--select leaves each run with one point, and --same-points compares at all of them.",
@@ -221,3 +236,40 @@ def gate(
         for line in found.lines():
             typer.echo(line)
     raise typer.Exit(STATUS[found.verdict])
+
+
+def table(
+    name: Annotated[str, typer.Argument(help="Its name, or a file; none lists them.")] = "",
+    form: Annotated[
+        Literal["terminal", "markdown", "latex", "csv"],
+        typer.Option("--format", help="Form of the table."),
+    ] = "terminal",
+    full: Annotated[
+        bool, typer.Option("--full", help="Every metric with its tests, budgets and settings.")
+    ] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="First run what is missing, and write results/tables.")
+    ] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Show a table of several methods with several seeds, from records alone.
+
+    It ends with what was asked, what the paired tests found, and what would overturn it.
+
+    \b
+    Examples:
+      effbench table
+      effbench table qdylora
+      effbench table qdylora --format latex
+      effbench table qdylora --run
+    """
+    from effbench.cli.tables import campaign_named, listed, run_campaign
+    from effbench.report.campaign_table import rendered
+
+    if not name:
+        typer.echo(listed())
+        return
+    campaign = campaign_named(name)
+    if run:
+        run_campaign(campaign, results, write)
+    typer.echo(rendered(campaign, results, form, full), nl=False)

@@ -1,15 +1,19 @@
-"""What `effbench gate` reads before it judges."""
+"""What is read before two runs, each at one operating point, are held against each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from effbench.api import registry
 from effbench.config.files import options
+from effbench.report.flips import flips, flips_text
 from effbench.report.gate.arms import arm
 from effbench.report.gate.policy import policy_in
 from effbench.report.gate.verdict import Judgement, judge
 from effbench.results.records import read_all
+from effbench.results.store import Store
+from effbench.util.errors import UserError
 
 
 def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
@@ -29,6 +33,25 @@ def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
     known = read_all(folder, outcomes=False)
     sides = arm(run, folder, known), arm(base, folder, known)
     return judge(rules, sides[0], sides[1], lambda metric: evaluator_of(metric, folder))
+
+
+def flips_of(runs: Sequence[str], results: Path, most: int) -> str:
+    """Return the items that changed sides between two runs.
+
+    Args:
+        runs: Two names, as `gate.arms.arm` reads them.
+        results: Folder of runs and records.
+        most: Items to show of each way.
+
+    Raises:
+        UserError: Unless there are two, with items in common that are right or wrong.
+    """
+    if len(runs) != 2:
+        raise UserError("--flips is between two runs.", "For example: compare 3f2a 91bc --flips 5")
+    known = read_all(results / "records", outcomes=False)
+    first, second = (arm(ref, results / "records", known) for ref in runs)
+    found = flips(first, second)
+    return "\n\n".join(flips_text(f, first, second, Store(results), most) for f in found)
 
 
 def evaluator_of(metric: str, folder: Path) -> str:

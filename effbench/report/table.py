@@ -143,6 +143,15 @@ class Table:
         notes = "".join(f"<p>{as_html(note)}</p>" for note in self.notes)
         return f"<table>{title}<tr>{head}</tr>{body}</table>{notes}"
 
+    def latex(self) -> str:
+        """Return the table as LaTeX with the rules of booktabs, texts escaped."""
+        columns = "".join("r" if numeric else "l" for numeric in self._numeric())
+        head = [f"% {' '.join(self.title.split())}"] if self.title else []
+        rows = [_latex_row([show(cell) for cell in row]) for row in self.rows]
+        lines = [*head, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(self.columns)]
+        lines += [r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+        return "\n".join([*lines, *(f"% {' '.join(note.split())}" for note in self.notes)]) + "\n"
+
     def csv(self) -> str:
         """Return the table as CSV with plain numbers; an interval takes two more columns."""
         wide = [any(isinstance(row[i], Value) for row in self.rows) for i in self._indices()]
@@ -165,6 +174,23 @@ class Table:
             and not any(isinstance(row[i], str) for row in self.rows)
             for i in self._indices()
         ]
+
+
+LATEX: dict[str, str | int | None] = {c: f"\\{c}" for c in "&%$#_{}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}"}
+LATEX |= {"—": "---", "–": "--", "×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "…": r"\ldots{}"}
+"""What stands in LaTeX for a character that means something else there; a bracket at the start of a
+row would be read as the option of the line break before it."""
+
+
+def as_latex(text: str) -> str:
+    """Return a text whose characters LaTeX prints as they are."""
+    return " ".join(text.split()).translate(str.maketrans(LATEX))
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(as_latex, cells)) + r" \\"
 
 
 RUN_COLUMNS = ("key", "started (UTC)", "stage", "method", "model", "dataset", "seed", "result")

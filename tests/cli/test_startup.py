@@ -12,6 +12,7 @@ from results.test_records import record
 
 from effbench.results.records import write
 
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib"}
 CONFIG = {"hydra", "omegaconf", "pydantic"}
 NUMBERS = {"numpy", "duckdb", "pyarrow"}
@@ -69,6 +70,16 @@ def test_help_lists_and_runs_load_neither_models_nor_configs(folder, line, said)
     out, packages = loaded(folder, *line.split())
     assert said in out
     assert not packages & (HEAVY | CONFIG | NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [("gate default 8148 --against 39c1", "NO-GO"), ("table lora_drop_tuning", "Asked: ")],
+)
+def test_verdicts_and_tables_load_no_models(line: str, said: str) -> None:
+    out, packages = loaded(ROOT, *line.split())
+    assert said in out
+    assert not packages & HEAVY
 
 
 @pytest.mark.parametrize(

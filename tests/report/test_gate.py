@@ -148,6 +148,7 @@ def test_seeds_are_joined(judged: Judge, tmp_path: Path) -> None:
         (">= 1.2x", SAME, "kept"),
         (">= 1.4x", SAME, "broken"),
         (">= 1.3x", SAME, "open"),
+        (">= 1.25x", SAME, "open"),
         (">= 120", WORSE, "open"),
         (">= 100 tokens/s", WORSE, "kept"),
         ("< 110", WORSE, "broken"),
@@ -155,7 +156,7 @@ def test_seeds_are_joined(judged: Judge, tmp_path: Path) -> None:
     ],
 )
 def test_limits_take_the_interval(judged: Judge, limit: str, ref: str, state: str) -> None:
-    """130 [126, 134] and 121 [110, 132] tokens/s, of 100 [98, 102]."""
+    """130 [126, 134] and 121 [110, 132] tokens/s, of 100 [98, 102]: 1.26 times 98, 1.24 of 102."""
     [check] = judged({"limits": {"decode_tokens_per_second": limit}}, ref).checks
     assert check.state == state
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import runpy
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,8 @@ import numpy as np
 import pytest
 from test_report import run, text_of
 
+from effbench.cli.tables import campaign_named
+from effbench.report.campaign import campaign_in, write_tables
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.entries import NO_POINT
 from effbench.report.comparison.metric_table import MetricTable, Row
@@ -25,7 +25,6 @@ from effbench.results.records import Metric, Record, find, write
 from effbench.stats import holm
 from effbench.util.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 AGAINST = "against the first run (lora) at the same point"
 
 
@@ -279,29 +278,25 @@ def test_the_command(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -
 
 
 @pytest.fixture
-def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def campaign(tmp_path: Path) -> Callable[[str], Any]:
     """Return a function that makes the tables of a campaign with a line of its own in its file."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "scripts" / "campaigns"
-    folder.mkdir(parents=True)
-    script = shutil.copy(ROOT / "scripts" / "campaign.py", tmp_path / "scripts")
     for record in (FIRST, SECOND):
-        write(record, tmp_path / "results" / "records")
-    (tmp_path / "results" / "campaigns").mkdir()
+        write(record, tmp_path / "records")
+    (tmp_path / "campaigns").mkdir()
     keys = {"The one": [FIRST.key], "The other": [SECOND.key]}
-    (tmp_path / "results" / "campaigns" / "ab.json").write_text(json.dumps(keys))
+    (tmp_path / "campaigns" / "ab.json").write_text(json.dumps(keys))
 
     def tables(line: str) -> Any:
         arms = "arms:\n  The one:\n    - train\n  The other:\n    - train\n"
-        (folder / "ab.yaml").write_text(f"# One against another\nseeds: [0]\n{line}\n{arms}")
-        runpy.run_path(script)["Campaign"].read("ab").tables()
-        return {path.name for path in (tmp_path / "results" / "tables").iterdir()}
+        (tmp_path / "ab.yaml").write_text(f"# One against another\nseeds: [0]\n{line}\n{arms}")
+        write_tables(campaign_in(tmp_path / "ab.yaml"), tmp_path)
+        return {path.name for path in (tmp_path / "tables").iterdir()}
 
     return tables
 
 
 def test_a_campaign_has_a_second_table_where_it_asks(campaign: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "results" / "tables"
+    folder = tmp_path / "tables"
     assert campaign("") == {"ab.md", "ab.csv", "ab_loss.png"}
     first = {name: (folder / name).read_text() for name in ("ab.md", "ab.csv")}
     made = campaign("points: same")
@@ -313,10 +308,9 @@ def test_a_campaign_has_a_second_table_where_it_asks(campaign: Any, tmp_path: Pa
     assert "against the first run (The one) at the same point, mean over items" in text
     lines = list(csv.DictReader(io.StringIO((folder / "ab_points.csv").read_text())))
     assert {r["against"] for r in lines if r["point"] == "r8"} == {"", "The one r8"}
-    with pytest.raises(UserError, match="points: equal"):
+    with pytest.raises(UserError, match=r"ab\.yaml\.points"):
         campaign("points: equal")
 
 
 def test_the_campaign_of_depths_asks_for_both_tables() -> None:
-    read = runpy.run_path(str(ROOT / "scripts" / "campaign.py"))["Campaign"].read
-    assert read("sorted_lora").same_points and not read("apt").same_points
+    assert campaign_named("sorted_lora").points and not campaign_named("apt").points

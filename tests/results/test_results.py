@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from effbench.api.keys import earlier_keys, versions_of
 from effbench.api.schema import build
 from effbench.api.spec import Spec
+from effbench.cli.tables import campaign_named
 from effbench.config.compose import compose
 from effbench.report.comparison.compare import compare
 from effbench.results.migrations import present_spec
 from effbench.results.records import find, read_all
+from effbench.runner.campaign import done
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "results" / "records"
 GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text()
 DEMO = ("39c18473706785f1", "0e7476789214e33f", "8148650c7705b238")
 MANIFESTS = sorted((ROOT / "results" / "campaigns").glob("*.json"))
-CAMPAIGNS = sorted(path.stem for path in (ROOT / "scripts" / "campaigns").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def campaigns() -> Any:
-    return runpy.run_path(str(ROOT / "scripts" / "campaign.py"))["Campaign"]
+CAMPAIGNS = sorted(path.stem for path in (ROOT / "conf" / "table").glob("*.yaml"))
 
 
 def test_the_records_of_the_demo_can_be_compared():
@@ -52,8 +47,8 @@ def test_the_committed_records_come_from_committed_code():
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_a_campaign_has_all_its_records(path: Path, campaigns) -> None:
-    campaign = campaigns.read(path.stem)
+def test_a_campaign_has_all_its_records(path: Path) -> None:
+    campaign = campaign_named(path.stem)
     noted = json.loads(path.read_text())
     assert list(noted) == list(campaign.arms)
     assert all((RECORDS / f"{key}.json").is_file() for keys in noted.values() for key in keys)
@@ -61,10 +56,10 @@ def test_a_campaign_has_all_its_records(path: Path, campaigns) -> None:
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
 def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
-    name: str, campaigns, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    campaign = campaigns.read(name)
+    campaign = campaign_named(name)
     path = ROOT / "results" / "campaigns" / f"{name}.json"
     noted = json.loads(path.read_text()) if path.is_file() else {}
     for arm, (first, *later) in campaign.arms.items():
@@ -73,5 +68,5 @@ def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
         words += [] if stage == "eval" else [f"seed={campaign.seeds[0]}"]
         spec = compose(stage, [*settings, *words]).spec
         if not later and arm in noted:
-            assert campaign._done(spec, alone=True) == noted[arm][0], arm
+            assert done(spec, ROOT / "results", True, print) == noted[arm][0], arm
             assert noted[arm][0] in (spec.key, *earlier_keys(spec)), arm

@@ -23,7 +23,7 @@ def in_words(
         budgets: What a fair comparison holds equal.
     """
     tested = [t for t in tables if t.tested]
-    lines = [line for table in tested for line in _metric(table)]
+    lines = [line for table in tested for line in (findings(table), *_margin(table))]
     lines += _coverage(groups) if tested else []
     if len(groups) == 1 and len(groups[0].records) > 1 and not tested:
         seeds = len(groups[0].records)
@@ -31,19 +31,24 @@ def in_words(
     return lines + (_budgets(budgets) if len(groups) > 1 else [])
 
 
-def _metric(table: MetricTable) -> list[str]:
-    """Return the findings of a metric, rows with the same one together."""
+def findings(table: MetricTable, numbers: bool = True) -> str:
+    """Return the findings of a metric, rows with the same one together.
+
+    Args:
+        table: Of the metric.
+        numbers: Whether to say by how much, with the interval.
+    """
     rows = [row for row in table.rows if row.finding]
     unit = table.rows[0].value.unit
     parts = []
     for found in dict.fromkeys(row.finding for row in rows):
         members = [row for row in rows if row.finding == found]
-        values = found in ("lower", "higher", APART)
+        values = numbers and found in ("lower", "higher", APART)
         names = [f"{row.name}, by {_difference(row)}" if values else row.name for row in members]
         parts.append(f"{found}: {'; '.join(names)}")
     head = f"{table.kind}{f' ({unit})' if unit else ''}, against {table.against}. "
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
-    return [f"{head}{text}.", *_margin(table)]
+    return f"{head}{text}."
 
 
 def _difference(row: Row) -> str:

@@ -1,0 +1,40 @@
+"""What `effbench table` shows and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from effbench.config.files import options, summary
+from effbench.report.campaign import Campaign, campaign_in, write_tables
+from effbench.util.errors import UserError, did_you_mean
+
+
+def campaign_named(name: str) -> Campaign:
+    """Return the campaign of a name or file.
+
+    Raises:
+        UserError: When there is none.
+    """
+    known = options("table")
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        hint = did_you_mean(name, known)
+        raise UserError(f"There is no table {name!r}.", f"{hint} See: effbench table")
+    return campaign_in(path)
+
+
+def listed() -> str:
+    """Return the tables that come with effbench, with their questions."""
+    known = {name: summary(path) for name, path in options("table").items() if path}
+    width = max(map(len, known))
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in known.items())
+
+
+def run_campaign(campaign: Campaign, results: Path, say: Callable[[str], None]) -> None:
+    """Run what a campaign lacks, and write its whole tables and plots."""
+    from effbench.runner.campaign import run
+
+    run(campaign, results, say)
+    for path in write_tables(campaign, results):
+        say(f"Written: {path}")

@@ -1,0 +1,154 @@
+"""A table of finished runs: arms with their seeds, named in a file of conf/table.
+
+The file says by which commands each arm is made; `results/campaigns/NAME.json` which runs they
+were. From these records alone come the table, its findings and what would overturn them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from effbench.api.schema import build
+from effbench.report.comparison.compare import compare
+from effbench.report.comparison.result import Comparison
+from effbench.report.plots.curves import comparison_plot
+from effbench.results.records import Record, read, read_all
+from effbench.util import yamls
+from effbench.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper reports about the question of a table."""
+
+    claim: str
+    """In a sentence, with its numbers."""
+    source: str
+    """Paper, table or section."""
+    sure: Literal["read", "recalled"]
+    """Whether it was read there, or is from memory."""
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What is run and compared."""
+
+    name: str
+    title: str
+    """The question, from the first line of the file."""
+    seeds: list[int]
+    arms: dict[str, list[str]]
+    """Commands of each arm; each goes on from the one before it. The first arm is the one
+    compared with."""
+    experiment: str
+    """Config of conf/experiment that all arms share."""
+    metrics: list[str] = field(default_factory=lambda: ["loss"])
+    """What is shown and drawn; the first one is tested in the short form."""
+    points: Literal["", "same"] = ""
+    """`same` for a second table that holds each arm against the first one at the same point."""
+    paper: list[Claim] = field(default_factory=list)
+    overturn: str = ""
+    """What would overturn the finding, beside other seeds and items."""
+
+    def manifest(self, results: Path) -> Path:
+        """Return where the keys of its runs are."""
+        return results / "campaigns" / f"{self.name}.json"
+
+    def records(self, results: Path) -> dict[str, list[Record]]:
+        """Return the records of each arm, from the keys that were noted.
+
+        Raises:
+            UserError: When one is missing, with the command that makes it.
+        """
+        path, again = self.manifest(results), f"Make it: effbench table {self.name} --run"
+        if not path.is_file():
+            raise UserError(f"The runs of {self.name} were not made here.", again)
+        keys: dict[str, list[str]] = json.loads(path.read_text())
+        folder = results / "records"
+        for arm in self.arms:
+            gone = [key for key in keys.get(arm, []) if not (folder / f"{key}.json").is_file()]
+            if gone or not keys.get(arm):
+                said = f"Record {gone[0]} of {arm}" if gone else f"A run of {arm}"
+                raise UserError(f"{said} is not here, for table {self.name}.", again)
+        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in self.arms}
+
+    def compared(self, results: Path, same_points: bool = False) -> Comparison:
+        """Return its arms side by side.
+
+        Args:
+            results: Folder of runs and records.
+            same_points: Whether each arm is held against the first one at the same point.
+
+        Raises:
+            UserError: When a record is missing.
+        """
+        arms = self.records(results)
+        names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
+        known = read_all(results / "records", outcomes=False)
+        runs = [record for records in arms.values() for record in records]
+        return compare(runs, known, names=names, same_points=same_points)
+
+
+def campaign_in(path: Path) -> Campaign:
+    """Return the campaign of a file.
+
+    Raises:
+        UserError: When it cannot be read or has unknown keys.
+    """
+    values = yamls.read(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys.", "It needs seeds: and arms:.")
+    words, arms = values.pop("words", {}), values.get("arms")
+    if isinstance(arms, dict):
+        values["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
+    own = {"name": path.stem, "title": _title(path)}
+    return build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+
+
+def _filled(steps: Any, words: Any, path: Path) -> Any:
+    """Return the commands of an arm with the words that they name; other values as they are."""
+    if not (isinstance(steps, list) and isinstance(words, dict)):
+        return steps
+    try:
+        return [str(step).format(**words) for step in steps]
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"{path} names words that it does not have: {error}.", "Add it to words:."
+        ) from None
+
+
+def _title(path: Path) -> str:
+    """Return the first line of a file, as a sentence or question."""
+    first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return first if first.endswith("?") else f"{first}."
+
+
+def write_tables(campaign: Campaign, results: Path) -> list[Path]:
+    """Write the whole comparison as Markdown and CSV, and a plot of each metric; return the files.
+
+    Raises:
+        UserError: When a record is missing.
+    """
+    found, name, tables = campaign.compared(results), campaign.name, results / "tables"
+    files = _write(found, tables / name, campaign, campaign.title)
+    for metric in campaign.metrics:
+        files.append(comparison_plot(found, metric, tables / f"{name}_{metric}.png"))
+    if campaign.points:
+        first = next(iter(campaign.arms))
+        about = f"[{name}]({name}.md), each arm against {first} at the same operating point."
+        same = campaign.compared(results, same_points=True)
+        files += _write(same, tables / f"{name}_points", campaign, about)
+    return files
+
+
+def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    made = f"Made by `make campaign-{campaign.name.replace('_', '-')}`."
+    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{found.markdown()}"
+    files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
+    for path, content in zip(files, (text, found.csv()), strict=True):
+        path.write_text(content)
+    return files

@@ -1,0 +1,69 @@
+"""Items that changed sides between two runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_report import run
+
+from effbench.cli.gate import flips_of
+from effbench.results.records import Outcomes, Record, write
+from effbench.stats import mcnemar_exact
+from effbench.util.errors import UserError
+
+FIRST, SECOND = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+
+
+def answered(number: int, values: list[float], ids: str = "aa") -> Record:
+    kept = Outcomes("generation", "exact_match", "", "test", ids, values)
+    return replace(run("none", {"": 0.0}, number=number), outcomes=[kept])
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for number, values in enumerate((FIRST, SECOND)):
+        write(answered(number, values), tmp_path / "records")
+    write(answered(2, SECOND, "bb"), tmp_path / "records")
+    return tmp_path
+
+
+def test_both_ways_are_counted_and_tested(results: Path) -> None:
+    said = flips_of(["0000", "0001"], results, 0)
+    p = mcnemar_exact(FIRST, SECOND)
+    assert said == (
+        "exact_match on test: 2 of 6 items are right in 0000 alone, 1 in 0001 alone, "
+        f"p = {p:.3g} (McNemar, exact)"
+    )
+
+
+def test_items_are_named_and_how_to_get_their_texts(results: Path) -> None:
+    lines = flips_of(["0000", "0001"], results, 1).splitlines()
+    assert lines[1:5] == ["right in 0000 alone:", "  item 1", "right in 0001 alone:", "  item 4"]
+    assert "effbench eval from=00000000 evaluator=generation" in lines[5]
+
+
+def test_texts_are_those_of_the_run_folder(results: Path) -> None:
+    folder = results / "runs" / "0001".ljust(16, "0") / "evaluations"
+    folder.mkdir(parents=True)
+    rows = [{"id": f"q{i}", "prompt": f"{i} + 1 =\n", "text": str(i)} for i in range(6)]
+    (folder / "generation.test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    said = flips_of(["0000", "0001"], results, 5).splitlines()
+    assert said[2:4] == ["  item 1, q0: 0 + 1 =", "    0001: 0"]
+    assert len(said) == 3 + 2 * 3, "three items, two lines each"
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (["0000"], "between two runs"),
+        (["0000", "0002"], "share no items that are right or wrong"),
+    ],
+)
+def test_what_cannot_be_held_against_each_other_is_refused(
+    results: Path, runs: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        flips_of(runs, results, 1)
