@@ -497,6 +497,43 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runs; all of them by default.", autocompletion=complete_run),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path(
+        "report.html"
+    ),
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Run that others are held against; else the first one that is named.",
+            autocompletion=complete_run,
+        ),
+    ] = "",
+    results: Results = Path("results"),
+) -> None:
+    """Write runs as one HTML file: a table to filter and sort, charts, differences, commands.
+
+    It opens from disk in a browser and reaches no network. With a run to hold others against, it
+    has the tests of compare, which take a few seconds where there are hundreds of runs.
+
+    \b
+    Examples:
+      effbench report
+      effbench report --against 3f2a -o all.html
+      effbench report 3f2a 91bc 07de
+    """
+    from effbench.report.page.write import write_report
+
+    with Progress(sys.stderr.isatty()).during("report"):
+        count = write_report(results, runs or [], against, output)
+    _say(f"Written: {output} ({count} run{'' if count == 1 else 's'})")
+
+
+@app.command()
 def power(
     runs: Annotated[
         list[str] | None,

@@ -68,9 +68,13 @@ def _text(card: Card) -> Iterator[str]:
 
 def command_of(record: Record) -> str:
     """Return the command of a run; of one from before it was kept, its choice of parts."""
-    kept = record.environment.get("command")
     parts = (f"{part}={record.name_of(part)}" for part in ("method", "model", "dataset"))
-    return str(kept or " ".join(("effbench", record.stage, *parts, "...")))
+    return kept_command(record) or " ".join(("effbench", record.stage, *parts, "..."))
+
+
+def kept_command(record: Record) -> str:
+    """Return the command of a run; empty of one from before it was kept."""
+    return str(record.environment.get("command") or "")
 
 
 def _data(card: Card) -> Iterator[str]:
