@@ -15,7 +15,6 @@ from typing import Any
 
 from effbench.api.stages import base as stages
 from effbench.report.labels import better, flatten
-from effbench.report.model_card import kept_command
 from effbench.report.table import COMPARED, HEADLINES, metric_column, metric_head, points
 from effbench.results.records import Metric, Record
 
@@ -154,7 +153,8 @@ def rows_of(records: Iterable[Record]) -> Rows:
 
 def command_of(record: Record) -> str:
     """Return the command that runs a run again; of one from before it was kept, by its key."""
-    return kept_command(record) or f"effbench {record.stage} --like {record.key} --fresh"
+    again = f"effbench {record.stage} --like {record.key} --fresh"
+    return str(record.environment.get("command") or again)
 
 
 def artefact_of(record: Record) -> str:
