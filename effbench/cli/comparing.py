@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from effbench.cli.options import Results, complete_run
+from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
 from effbench.util.wrap import write
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file to a command line."""
-    for command in (compare, gate, power, table):
+    for command in (compare, report, gate, power, table):
         app.command()(command)
 
 
@@ -188,6 +190,42 @@ def power(
 
         power_plot(case, wanted, plot)
         write(f"Plot: {plot}")
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runs; all of them by default.", autocompletion=complete_run),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path(
+        "report.html"
+    ),
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Run that others are held against; else the first one that is named.",
+            autocompletion=complete_run,
+        ),
+    ] = "",
+    results: Results = Path("results"),
+) -> None:
+    """Write runs as one HTML file: a table to filter and sort, charts, differences, commands.
+
+    It opens from disk in a browser and reaches no network. With a run to hold others against, it
+    has the tests of compare, which take a few seconds where there are hundreds of runs.
+
+    \b
+    Examples:
+      effbench report
+      effbench report --against 3f2a -o all.html
+      effbench report 3f2a 91bc 07de
+    """
+    from effbench.report.page.write import write_report
+
+    with Progress(sys.stderr.isatty()).during("report"):
+        count = write_report(results, runs or [], against, output)
+    write(f"Written: {output} ({count} run{'' if count == 1 else 's'})")
 
 
 def gate(

@@ -238,15 +238,15 @@ def comparison(records: Sequence[Record], metrics: Sequence[str] = ()) -> Table:
         metrics: Names of metrics; empty takes the usual ones among those that are there.
     """
     wanted = metrics or COMPARED
-    found = {_column(m): m for record in records for m in record.metrics if m.name in wanted}
+    found = {metric_column(m): m for record in records for m in record.metrics if m.name in wanted}
     columns = sorted(found, key=lambda c: wanted.index(c[0]))
     rows: list[tuple[Cell, ...]] = []
     for record, label in zip(records, labels(records), strict=True):
-        cells = {(*_column(m), m.point): as_value(m) for m in record.metrics}
+        cells = {(*metric_column(m), m.point): as_value(m) for m in record.metrics}
         for point in points(record):
             values = (cells.get((*c, point)) or cells.get((*c, "")) for c in columns)
             rows.append((label, point, *values))
-    heads = tuple(_head(found[c]) for c in columns)
+    heads = tuple(metric_head(found[c]) for c in columns)
     table = Table("", ("run", "point", *heads), rows)
     return table if any(row[1] for row in rows) else _without(table, 1)
 
@@ -314,11 +314,13 @@ def _digits(width: float, value: float) -> int:
     return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
 
 
-def _column(metric: Metric) -> tuple[str, ...]:
+def metric_column(metric: Metric) -> tuple[str, ...]:
+    """Return what two metrics must have in common to share a column."""
     return metric.name, metric.task, metric.split, metric.phase, metric.obtained
 
 
-def _head(metric: Metric) -> str:
+def metric_head(metric: Metric) -> str:
+    """Return the head of a metric's column."""
     place = " ".join(p for p in (metric.task, metric.split, metric.phase) if p)
     unit = "" if metric.unit.startswith("bytes") else metric.unit
     details = [d for d in (place, unit, modelled(metric.obtained)) if d]

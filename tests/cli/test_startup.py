@@ -115,6 +115,7 @@ def test_completion_loads_neither_models_nor_configs(folder, line, said) -> None
         ("train model=tiny --dry-run", "peak"),
         ("train model=tiny --print-key", ""),
         ("runs query 'select 1'", ""),
+        ("report --against aaaa", ""),
     ],
 )
 def test_plans_and_pages_load_no_model_library(folder, line, said) -> None:

@@ -49,6 +49,7 @@ def compare(
     names: Mapping[str, str] | None = None,
     same_points: bool = False,
     tunings: Sequence[Collection[str]] = (),
+    all_pairs: bool = True,
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -60,6 +61,8 @@ def compare(
         names: Names for rows instead of those made from the specs, by their keys joined by `+`.
         same_points: Whether each row is held against the first run at the same point instead.
         tunings: Keys of the runs of each grid that was declared to tune.
+        all_pairs: Whether rows get letters, for which each is tested against every other: work
+            that grows with the square of the rows.
 
     Raises:
         UserError: For one run at one point alone, for a margin of a metric that is not compared,
@@ -87,7 +90,7 @@ def compare(
             for number, (group, found) in enumerate(zip(groups, kinds, strict=True))
             for point, metrics in found.get(kind, {}).items()
         ]
-        tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points))
+        tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points, all_pairs))
     if not tables and len(records) == 1:
         raise UserError(
             f"{records[0].key} is one run at one operating point, which has nothing beside it.",
@@ -189,7 +192,11 @@ def _check_margins(margins: Margins, tables: Sequence[MetricTable]) -> None:
 
 
 def _table(
-    kind: Kind, entries: Sequence[Entry], margin: float | None, same_points: bool
+    kind: Kind,
+    entries: Sequence[Entry],
+    margin: float | None,
+    same_points: bool,
+    all_pairs: bool,
 ) -> MetricTable:
     places = references(entries, same_points)
     rows = [_plain(entry, entries, at) for entry, at in zip(entries, places, strict=True)]
@@ -208,7 +215,8 @@ def _table(
             rows[i] = replace(rows[i], finding=OTHER_ITEMS, verdict=OTHER_ITEMS)
     _judge(rows, found)
     # Letters are about all pairs of rows, whatever their points.
-    marks = _letters(rows, sides, found) if len(rows) > 2 and not same_points else {}
+    lettered = all_pairs and len(rows) > 2 and not same_points
+    marks = _letters(rows, sides, found) if lettered else {}
     rows = [replace(row, letters=marks.get(i, "")) for i, row in enumerate(rows)]
     return MetricTable(kind, rows, margin if found else None, same_points)
 

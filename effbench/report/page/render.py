@@ -1,0 +1,173 @@
+"""The HTML file of a report.
+
+Sentences, environment and the first rows are plain HTML, readable without JavaScript and on paper;
+the script puts a table of all rows and charts in their place. Data is gzipped JSON in base64. A
+policy lets nothing in but the style and the script of the file itself, by their hashes
+(https://www.w3.org/TR/CSP3/), and the data stands where no text of a record can end it.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from effbench.report.page.columns import Column, rows_of
+from effbench.report.page.evidence import Evidence
+from effbench.report.table import Value, readable
+from effbench.results.records import Record, strict
+
+PLAIN_ROWS = 200
+"""Rows of the table for readers without JavaScript."""
+PLAIN_METRICS = 8
+"""Its columns of metrics."""
+SHOWN = 20
+"""Values of a fact of the environment."""
+LONG = 400
+"""Characters from which a sentence is folded."""
+TOLD = ("key", "started", "stage", "method", "model", "dataset", "seed", "point")
+"""Its first columns."""
+
+
+def page(
+    records: Sequence[Record],
+    found: Evidence | None = None,
+    curves: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Return the report of runs, the same bytes for the same input.
+
+    Args:
+        records: The runs, in the order of the rows.
+        found: What they show against one of them, if there is a reference.
+        curves: Loss curves, as `curves.curves` returns them.
+    """
+    rows = rows_of(records)
+    columns = rows.columns
+    data = {
+        "rows": rows.count,
+        "columns": [column.plain() for column in columns],
+        "forest": strict(found.forest if found else []),
+        "curves": strict(list(curves)),
+    }
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
+    policy += "base-uri 'none'; form-action 'none'"
+    body = "\n".join([_head(len(records), rows.count), _words(found), _table(columns, records)])
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>effbench report</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"{body}\n{CHARTS}\n{_environment(columns)}\n</main>\n"
+        '<dialog id="details" aria-label="One run at one operating point"></dialog>\n'
+        f'<script type="application/octet-stream" id="data">{_compressed(data)}</script>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+CHARTS = """<div id="charts" hidden></div>"""
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    """Return an inline style or script as a source of a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _compressed(data: dict[str, Any]) -> str:
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+# -- what is readable without JavaScript -------------------------------------------------------
+
+
+def _head(runs: int, rows: int) -> str:
+    count = f"{runs:,} run{'' if runs == 1 else 's'}, {rows:,} row{'' if rows == 1 else 's'}"
+    return (
+        f"<header><h1>effbench report</h1><p>{count}: one for each operating point.</p></header>"
+        '\n<nav id="sections" aria-label="Sections" hidden></nav>\n<main>'
+    )
+
+
+def _words(found: Evidence | None) -> str:
+    if found is None:
+        text = "<p>No reference: name one with <code>--against RUN</code> to see differences.</p>"
+    else:
+        lines = "".join(f"<li>{_folded(line)}</li>" for line in found.words)
+        notes = "".join(f"<p>{_folded(note)}</p>" for note in found.notes)
+        text = f"<ul>{lines}</ul>{notes}"
+    return f'<section id="words"><h2>In words</h2>{text}</section>'
+
+
+def _folded(line: str) -> str:
+    """Return a sentence; a long one, which lists many rows, is a heading over its parts."""
+    if len(line) <= LONG:
+        return escape(line)
+    head, _, rest = line.partition(". ")
+    parts = rest.split("; ")
+    listed = "".join(f"<li>{escape(part)}</li>" for part in parts)
+    summary = f"<summary>{escape(head)}: {len(parts)} parts</summary>"
+    return f"<details>{summary}<ul>{listed}</ul></details>"
+
+
+def _table(columns: Sequence[Column], records: Sequence[Record]) -> str:
+    """Return the section of rows, with the first of them as a table."""
+    names = {column.name: column for column in columns if column.group == "run"}
+    told = [names[name] for name in TOLD if name in names]
+    told += [c for c in columns if c.group == "usual"][:PLAIN_METRICS]
+    told += [names["command"]] if "command" in names else []
+    rows = len(told[0].values) if told else 0
+    head = "".join(f'<th scope="col">{escape(column.name)}</th>' for column in told)
+    body = "\n".join(
+        f"<tr>{''.join(_cell(column, row) for column in told)}</tr>"
+        for row in range(min(rows, PLAIN_ROWS))
+    )
+    more = f"<p>The first {PLAIN_ROWS} of {rows:,} rows.</p>" if rows > PLAIN_ROWS else ""
+    return (
+        '<section id="runs"><h2>Runs and points</h2>\n'
+        '<div id="plain" tabindex="0" role="region" aria-label="Table of runs">\n'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>{more}\n"
+        '</div>\n<div id="grid" hidden></div></section>'
+    )
+
+
+def _cell(column: Column, row: int) -> str:
+    value = column.values[row]
+    if value is None:
+        return "<td></td>"
+    if column.group in ("usual", "metrics"):
+        shown = str(Value(value, column.unit, *column.bounds.get(row, (None, None))))
+        return f'<td class="number">{escape(shown)}</td>'
+    text = escape(readable(value) if isinstance(value, float) else str(value))
+    return f"<td><code>{text}</code></td>" if column.name == "command" else f"<td>{text}</td>"
+
+
+def _environment(columns: Iterable[Column]) -> str:
+    """Return on what the runs ran: each value, with the number of its rows where it varies."""
+    facts = [column for column in columns if column.group == "environment"]
+    lines = "\n".join(
+        f'<tr><th scope="row">{escape(c.name)}</th><td>{_counted(Counter(c.values))}</td></tr>'
+        for c in facts
+    )
+    return (
+        '<section id="environment"><h2>Environment</h2>\n'
+        f"<details><summary>{len(facts)} facts</summary><table>{lines}</table></details></section>"
+    )
+
+
+def _counted(found: Counter[Any]) -> str:
+    if len(found) == 1:
+        return escape(str(next(iter(found))))
+    kinds = [f"{escape(str(v))} ({n:,})" for v, n in found.most_common(SHOWN) if v is not None]
+    return ", ".join([*kinds, *(["…"] if len(found) > SHOWN else [])])
