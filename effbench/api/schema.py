@@ -10,7 +10,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -118,14 +118,23 @@ def _explain(cls: type, error: Any, where: str) -> UserError:
 
 
 def _names_in(cls: type, path: list[str]) -> list[str]:
-    """Return the fields of the dataclass that stands at a path of field names in another."""
+    """Return the fields of the dataclass that stands at a path in another.
+
+    Args:
+        cls: The other one.
+        path: Names of fields; after one that holds several, a key or an index.
+    """
+    several = False
     for name in path:
+        if several:
+            several = False
+            continue
         hint = get_type_hints(cls).get(name)
         parts = (hint, *getattr(hint, "__args__", ()))
         inner = [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
         if not inner:
             return []
-        cls = inner[0]
+        cls, several = inner[0], get_origin(hint) in (dict, list, tuple)
     return [f.name for f in dataclasses.fields(cls)]
 
 

@@ -15,6 +15,18 @@ import typer
 from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
+from effbench.cli import comparing, runs
+from effbench.cli.options import (
+    ConfigDirs,
+    DryRun,
+    Fresh,
+    Like,
+    Multirun,
+    Overrides,
+    PrintKey,
+    Results,
+    complete_run,
+)
 from effbench.runner.progress import Progress
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.files import places
@@ -78,61 +90,6 @@ def _print_version(asked: bool) -> None:
 
         typer.echo(f"effbench {__version__}")
         raise typer.Exit
-
-
-def complete_override(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete `group=`, `group=name` and `group.key=`."""
-    from effbench.cli.completion import complete_after
-
-    return complete_after(context.params.get("overrides") or [], incomplete)
-
-
-def complete_run(incomplete: str) -> list[str]:
-    """Complete run keys."""
-    from effbench.cli.completion import run_keys
-
-    return run_keys(incomplete)
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[FILE.yaml] [KEY=VALUE]...",
-        help="A file with a spec; overrides: group=name or group.key=value.",
-        autocompletion=complete_override,
-        show_default=False,
-    ),
-]
-ConfigDirs = Annotated[
-    list[Path] | None,
-    typer.Option("--config-dir", help="Folder with your own configs, laid out like conf/."),
-]
-Multirun = Annotated[
-    bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
-]
-Like = Annotated[
-    str,
-    typer.Option(
-        "--like",
-        metavar="RUN",
-        help="Start from the spec of an earlier run.",
-        autocompletion=complete_run,
-    ),
-]
-PrintKey = Annotated[bool, typer.Option("--print-key", help="Print the run key and run nothing.")]
-Results = Annotated[
-    Path,
-    typer.Option(
-        "--results",
-        help="Folder of runs and records.",
-        envvar="EFFBENCH_RESULTS",
-        callback=Path.expanduser,
-    ),
-]
 
 
 def _command_of(stage: str) -> Callable[..., None]:
@@ -335,234 +292,10 @@ def similarity(
     _say(f"Heat map: {path}")
 
 
-runs_app = typer.Typer(
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    help="List runs, show one, or print its folder.",
-)
-app.add_typer(runs_app, name="runs")
+app.add_typer(runs.app, name="runs")
 
 
-@runs_app.callback()
-def runs(context: typer.Context, results: Results = Path("results")) -> None:
-    """List runs (also: runs show KEY, runs path KEY, runs query SQL).
-
-    \b
-    Examples:
-      effbench runs
-      effbench runs show latest
-      cd $(effbench runs path latest)
-      effbench runs query "select method, point, value from metrics where name = 'loss'"
-    """
-    if context.invoked_subcommand is None:
-        from effbench.report.terminal import print_runs
-
-        print_runs(results)
-
-
-@runs_app.command(name="show")
-def runs_show(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-    spec: Annotated[bool, typer.Option("--spec", help="Print the whole spec as JSON.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Show every metric of every operating point.")
-    ] = False,
-) -> None:
-    """Show the metrics of a finished run."""
-    from effbench.results.records import find
-
-    record = find(results / "records", run)
-    if spec:
-        import json
-
-        typer.echo(json.dumps(record.spec, indent=1, sort_keys=True))
-    else:
-        _show_record(record, full)
-
-
-@runs_app.command(name="path")
-def runs_path(
-    run: Annotated[str, typer.Argument(help="Key, prefix or latest.", autocompletion=complete_run)],
-    results: Results = Path("results"),
-) -> None:
-    """Print the folder of a run."""
-    from effbench.results.store import Store
-
-    store = Store(results)
-    typer.echo(store.run(store.resolve(run)).path)
-
-
-@runs_app.command(name="query")
-def runs_query(
-    sql: Annotated[str, typer.Argument(help="DuckDB SQL over `records` and `metrics`.")],
-    results: Results = Path("results"),
-) -> None:
-    """Answer an SQL query over all records."""
-    from effbench.report.terminal import print_rows
-    from effbench.results.query import query
-
-    print_rows(query(results / "records", sql))
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Two or more runs; the first is the one compared with.",
-            autocompletion=complete_run,
-        ),
-    ],
-    results: Results = Path("results"),
-    form: Annotated[
-        Literal["text", "md", "csv", "json"], typer.Option("--format", help="Form of the table.")
-    ] = "text",
-    full: Annotated[
-        bool, typer.Option("--full", help="Show every number (other formats always do).")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw a metric over operating points.")
-    ] = None,
-    metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
-    margin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X or METRIC=X",
-            help="Difference that still counts as none, in the metric's unit; may be repeated.",
-        ),
-    ] = None,
-    select: Annotated[
-        str,
-        typer.Option(
-            metavar="METRIC@SPLIT",
-            help="Of each run only the operating point that is best there; shown on other splits.",
-        ),
-    ] = "",
-    same_points: Annotated[
-        bool,
-        typer.Option("--same-points", help="Hold rows against the first run at the same point."),
-    ] = False,
-) -> None:
-    """Compare runs on the same items: differences with intervals, and what cannot be told apart.
-
-    Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
-    says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
-    is there at one point, chosen on validation data. With --same-points each rank, depth or other
-    point is compared with that of the first run, and not with the first run's first.
-
-    \b
-    Examples:
-      effbench compare latest 3f2a
-      effbench compare 3f2a 91bc 07de --format md
-      effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
-      effbench compare 3f2a 91bc --select loss@validation
-      effbench compare 3f2a 91bc --same-points
-      effbench compare 3f2a 91bc --plot curve.png
-    """
-    from effbench.report.comparison.compare import compare as compare_records
-    from effbench.report.comparison.compare import margins_of
-    from effbench.report.comparison.select import Selection, criterion_of, select_points
-    from effbench.report.terminal import print_comparison
-    from effbench.results.records import find, read_all
-    from effbench.results.sweeps import tunings
-
-    if select and same_points:
-        raise UserError(
-            "--select leaves each run with one point, and --same-points compares at all of them.",
-            "Leave one of the two out.",
-        )
-    records = [find(results / "records", r) for r in runs]
-    known = read_all(results / "records", outcomes=False)
-    chosen = Selection(records, [])
-    if select:
-        chosen = select_points(records, criterion_of(select), known)
-    found = compare_records(
-        chosen.records,
-        known,
-        margins_of(margin or []),
-        chosen.words,
-        same_points=same_points,
-        tunings=tunings(results),
-    )
-    if form == "text":
-        print_comparison(found, full)
-    else:
-        typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
-    if plot:
-        from effbench.report.plots.curves import comparison_plot
-
-        comparison_plot(found, metric, plot)
-        _say(f"Plot: {plot}")
-
-
-@app.command()
-def power(
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Further runs to estimate from.", autocompletion=complete_run),
-    ] = None,
-    from_: Annotated[
-        list[str] | None,
-        typer.Option("--from", help="Runs to estimate from.", autocompletion=complete_run),
-    ] = None,
-    metric: Annotated[str, typer.Option(help="Metric of the runs.")] = "accuracy",
-    task: Annotated[str, typer.Option(help="Benchmark task of the metric.")] = "",
-    difference: Annotated[
-        list[float] | None,
-        typer.Option(help="To be seen: points for shares, else in the metric's unit; repeatable."),
-    ] = None,
-    items: Annotated[int | None, typer.Option(min=2, help="Items there are.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds there are.")] = None,
-    accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Of the first.")] = None,
-    discordance: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of items only one gets right.")
-    ] = None,
-    sd: Annotated[float | None, typer.Option(min=0, help="Of the difference, over items.")] = None,
-    seed_sd: Annotated[float | None, typer.Option(min=0, help="Of a run, over seeds.")] = None,
-    power: Annotated[float, typer.Option(min=0.06, max=0.999, help="Wanted.")] = 0.8,
-    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Two-sided.")] = 0.05,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the smallest difference over items.")
-    ] = None,
-    form: Annotated[
-        Literal["text", "md", "csv"], typer.Option("--format", help="Form of the table.")
-    ] = "text",
-    results: Results = Path("results"),
-) -> None:
-    """Say how many items and seeds it takes to see a difference, and what a number can show.
-
-    Two runs on the same items tell how much their answers differ. One run, or an accuracy, tells
-    it only as if the other answered independently: more items than needed. Several seeds of a run
-    tell the spread over seeds.
-
-    \b
-    Examples:
-      effbench power --from 3f2a 91bc --metric loss --difference 0.02
-      effbench power --accuracy 0.45 --difference 1
-      effbench power --discordance 0.08 --items 1319 --difference 1 --difference 2
-      effbench power --discordance 0.08 --seed-sd 0.004 --items 1319 --difference 1
-      effbench power --discordance 0.08 --plot power.png
-    """
-    from effbench.report.power import Wanted, estimate, render, stated
-    from effbench.results.records import find, read_all
-
-    wanted = Wanted(tuple(difference or ()), items, seeds, power, alpha)
-    keys = [*(from_ or []), *(runs or [])]
-    folder = results / "records"
-    if keys:
-        known = read_all(folder, outcomes=False)
-        case = estimate([find(folder, key) for key in keys], metric, task, known)
-        case = case.override(discordance, sd, seed_sd)
-    else:
-        case = stated(accuracy, discordance, sd, seed_sd)
-    typer.echo(render(case, wanted, form))
-    if plot:
-        from effbench.report.plots.power import power_plot
-
-        power_plot(case, wanted, plot)
-        _say(f"Plot: {plot}")
-
+comparing.add_to(app)
 
 Kind = Literal[
     "methods",

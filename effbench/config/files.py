@@ -8,10 +8,14 @@ from pathlib import Path
 from effbench.api import registry
 from effbench.util.package_data import conf_dir
 
+READ_ALONE = frozenset({"policy", "table"})
+"""Folders of files about finished runs, which no spec takes."""
+
 
 def groups(extra: Sequence[Path] = ()) -> list[str]:
     """Return the config groups, sorted."""
-    return sorted({p.name for d in (conf_dir(), *extra) for p in d.iterdir() if p.is_dir()})
+    folders = {p.name for d in (conf_dir(), *extra) for p in d.iterdir() if p.is_dir()}
+    return sorted(folders - READ_ALONE)
 
 
 def options(group: str, extra: Sequence[Path] = ()) -> dict[str, Path | None]:

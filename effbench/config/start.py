@@ -6,7 +6,6 @@ out, name a config alone (`model: tiny`), and give settings of a method beside i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from effbench.api import registry
 from effbench.api.stages import base as stages
 from effbench.config.files import options
 from effbench.results.migrations import migrated_spec
+from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
 
 ENDINGS = (".yaml", ".yml", ".json")
@@ -130,34 +130,7 @@ def start_of(
 
         record = find(results / "records", like)
         return start(record.spec, f"run {record.key}", stage, extra)
-    return start(_read(files[0]), str(files[0]), stage, extra) if files else None
-
-
-def _read(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there.", "Correct the path.") from None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as YAML: {reason[:200]}", "Mend it.") from None
-
-
-NUMBER = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+")
-"""What JSON and people write as a number and YAML 1.1 reads as text: 1e-05."""
-
-
-def _loader() -> Any:
-    """Return a loader of plain values that reads numbers as JSON does."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Of plain values."""
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
-    return Loader
+    return start(yamls.read(files[0]), str(files[0]), stage, extra) if files else None
 
 
 def start(values: Any, where: str, stage: str | None, extra: Sequence[Path] = ()) -> Start:

@@ -90,3 +90,10 @@ def _settings(records: list[Record]) -> list[str]:
         " ".join(f"{key.rpartition('.')[2]}={values[i]}" for key, values in found)
         for i in range(len(records))
     ]
+
+
+def command_of(record: Record) -> str:
+    """Return the command of a run; of one from before it was kept, its choice of parts."""
+    kept = record.environment.get("command")
+    parts = (f"{part}={record.name_of(part)}" for part in ("method", "model", "dataset"))
+    return str(kept or " ".join(("effbench", record.stage, *parts, "...")))

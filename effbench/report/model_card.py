@@ -10,6 +10,7 @@ from pathlib import Path
 from effbench.api.account import lines
 from effbench.api.schema import plain
 from effbench.api.spec import DatasetSpec, Spec
+from effbench.report.labels import command_of
 from effbench.report.table import Value, readable
 from effbench.results.records import Metric, Record
 from effbench.util.package_data import conf_dir
@@ -64,13 +65,6 @@ def _text(card: Card) -> Iterator[str]:
     yield from ("", "## Data", "", *_data(card), "")
     yield from _metrics(card)
     yield from ("## Spec", "", "```json", json.dumps(plain(spec), indent=1, sort_keys=True), "```")
-
-
-def command_of(record: Record) -> str:
-    """Return the command of a run; of one from before it was kept, its choice of parts."""
-    kept = record.environment.get("command")
-    parts = (f"{part}={record.name_of(part)}" for part in ("method", "model", "dataset"))
-    return str(kept or " ".join(("effbench", record.stage, *parts, "...")))
 
 
 def _data(card: Card) -> Iterator[str]:

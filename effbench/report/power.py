@@ -242,10 +242,10 @@ def needed(case: Case, wanted: Wanted) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for difference in differences:
         inside = _inside(case, difference)
-        count = least(lambda n, d=inside: case.over_items(n, d, wanted.alpha), wanted.power)  # type: ignore[misc]
+        count = items_needed(case, wanted, inside)
         row: list[Cell] = [f"{difference:g}", _count(count)]
         if case.seed_sd is not None:
-            seeds = _seeds(case, wanted, inside, items or math.inf)
+            seeds = seeds_needed(case, wanted, inside, items or math.inf)
             row.append(_count(seeds, "too few items"))
         rows.append(tuple(row))
     title = f"To see a difference of {case.metric} in {wanted.power:.0%} of cases"
@@ -296,8 +296,26 @@ def smallest_difference(
     return smallest(power, wanted.power, most)
 
 
-def _seeds(case: Case, wanted: Wanted, difference: float, items: float) -> int | None:
-    """Return the seeds that a difference takes; None when no number of seeds makes up for items."""
+def items_needed(case: Case, wanted: Wanted, difference: float) -> int | None:
+    """Return the items that one pair of runs takes; None when more than `MOST`.
+
+    Args:
+        case: How much the methods vary.
+        wanted: Power and alpha.
+        difference: To be seen, as a share or in the metric's unit, above zero.
+    """
+    return least(lambda n: case.over_items(n, difference, wanted.alpha), wanted.power)
+
+
+def seeds_needed(case: Case, wanted: Wanted, difference: float, items: float) -> int | None:
+    """Return the seeds of each method that a difference takes; None when none make up for items.
+
+    Args:
+        case: How much the methods and their seeds vary.
+        wanted: Power and alpha.
+        difference: To be seen, as a share or in the metric's unit, above zero.
+        items: Items there are.
+    """
     if case.over_seeds(10_000, items, difference, wanted.alpha) < wanted.power:
         return None
     power = partial(case.over_seeds, n=items, difference=difference, alpha=wanted.alpha)

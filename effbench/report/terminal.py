@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effbench.api.account import lines
 from effbench.report.table import (
-    RUN_COLUMNS,
     Cell,
     Table,
     as_value,
     comparison,
-    run_row,
     tasks_table,
 )
-from effbench.util.errors import UserError
 from effbench.util.wrap import write
 
 if TYPE_CHECKING:
@@ -120,27 +116,6 @@ def _shown(record: Record) -> int:
     """Return how many metrics are printed without `full`."""
     names = {*EVALUATED, "params", "weight_bytes"}
     return sum(bool(m.task) or _is_other(m) or m.name in names for m in record.metrics)
-
-
-def print_runs(results: Path) -> None:
-    """Print one line per finished run, and what is unfinished.
-
-    Raises:
-        UserError: When there is nothing to list.
-    """
-    from effbench.report import table
-    from effbench.results.index import summaries
-    from effbench.results.store import Store
-
-    store = Store(results)
-    rows = summaries(store, run_row, [Path(table.__file__)])
-    unfinished = [k for k in store.run_keys() if not store.run(k).finished]
-    if not rows and not unfinished:
-        raise UserError(f"There are no runs in {results}.", "Start with: effbench train")
-    if rows:
-        print(Table("", RUN_COLUMNS, [*rows]).text())
-    for key in unfinished:
-        print(f"unfinished: {key} (the same command goes on from where it stopped)")
 
 
 def print_rows(rows: Rows) -> None:

@@ -29,8 +29,16 @@ from typing import TYPE_CHECKING, Any
 from effbench.api.stages import base as stages
 from effbench.results.manifest import ANEW, Manifest, damaged
 from effbench.util.errors import NewerVersionError, UserError, did_you_mean
-from effbench.util.files import atomic_path, mendable, remove, scratch_in, sweep_stale, write_atomic
-from effbench.util.locks import locked
+from effbench.util.files import (
+    atomic_path,
+    mendable,
+    remove,
+    scratch_in,
+    sweep_stale,
+    tree_bytes,
+    write_atomic,
+)
+from effbench.util.locks import is_held, locked
 from effbench.util.seals import seal_of
 
 if TYPE_CHECKING:
@@ -166,6 +174,10 @@ class RunFolder:
             self.manifest.check(name, whole)
         return self.artefact
 
+    @property
+    def _lock(self) -> Path:
+        return self.path.parent / f".{self.key}.lock"
+
     def _check_marker(self) -> None:
         if self.finished:
             _ = self.finished_at
@@ -213,9 +225,30 @@ class RunFolder:
 
     def discard_unless_begun(self) -> None:
         """Drop an unfinished run that has nothing to go on from."""
-        kept = (MARKER, "checkpoint.pt", "artefact", "parts/*", "evaluations/*")
-        if not any(any(self.path.glob(name)) for name in kept):
+        if not self.can_go_on():
             self.clear()
+
+    def can_go_on(self) -> bool:
+        """Whether there is anything of the run that the same command would not do again."""
+        kept = (MARKER, "checkpoint.pt", "artefact", "parts/*", "evaluations/*")
+        return any(any(self.path.glob(name)) for name in kept)
+
+    def parent(self) -> str:
+        """Return the key of the run that this one started from; empty without, or if damaged."""
+        try:
+            spec = self.read_json("spec.json")
+        except UserError:
+            return ""
+        return str(spec.get("parent") or "") if isinstance(spec, dict) else ""
+
+    def bytes_on_disk(self) -> int:
+        """Return the bytes of all files of the run."""
+        return tree_bytes(self.path)
+
+    @property
+    def held(self) -> bool:
+        """Whether a process is on the run."""
+        return is_held(self._lock)
 
     @contextmanager
     def locked(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
@@ -224,7 +257,7 @@ class RunFolder:
         Args:
             on_wait: Called once with the holder's description before waiting.
         """
-        lock = self.path.parent / f".{self.key}.lock"
+        lock = self._lock
         with ExitStack() as held:
             with mendable(lock):
                 lock.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,9 @@ class Equivalence:
     """Of a difference as large as the margin (two one-sided tests; Schuirmann, 1987)."""
     p_worse: float | None
     """Of a being worse than b by the margin; None when no direction is the good one."""
+    p_beyond: float = 1.0
+    """Of a not being worse than b by more than the margin, in either direction when none is the
+    good one: small when a is shown to be."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,15 @@ def equivalence(estimate: Estimate, margin: float, better: Better = "") -> Equiv
     above, below = estimate.p_above(-margin), estimate.p_below(margin)
     worse = {"higher": above, "lower": below, "": None}[better]
     p = max(above, below) if math.isfinite(estimate.value) else 1.0
-    return Equivalence(margin, low, high, p, worse)
+    return Equivalence(margin, low, high, p, worse, _beyond(estimate, margin, better))
+
+
+def _beyond(estimate: Estimate, margin: float, better: Better) -> float:
+    """Return the p-value of a not being worse than b by more than the margin."""
+    if not math.isfinite(estimate.value):
+        return 1.0
+    less, more = estimate.p_below(-margin), estimate.p_above(margin)
+    return {"higher": less, "lower": more, "": min(1.0, 2 * min(less, more))}[better]
 
 
 def _paired_shares(x: Floats, y: Floats, mean: Mean) -> PairedShares:

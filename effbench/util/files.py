@@ -166,6 +166,15 @@ def remove(place: Path) -> None:
         place.unlink(missing_ok=True)
 
 
+def tree_bytes(place: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder; what vanishes meanwhile has none."""
+    total = 0
+    for path in [place, *place.rglob("*")] if place.is_dir() else [place]:
+        with suppress(OSError):
+            total += path.lstat().st_size if not path.is_dir() else 0
+    return total
+
+
 def _sync(place: Path) -> None:
     """Have the system write a file, or the list of a folder's entries, to the disk."""
     descriptor = os.open(place, os.O_RDONLY)

@@ -39,6 +39,24 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock `path`; it is taken for an instant where none does."""
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    marker = path.with_name(f"{path.name}.held")
+    if marker.exists():
+        path, kind = marker, SoftFileLock
+    elif path.exists():
+        kind = FileLock
+    else:
+        return False
+    try:
+        with kind(path, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
 def _acquired(path: Path, on_wait: Callable[[str], None] | None) -> BaseFileLock:
     from filelock import FileLock, SoftFileLock
 

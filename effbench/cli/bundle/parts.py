@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from effbench.util.errors import UserError
+from effbench.util.sizes import UNITS
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 LEAST_BYTES = 1 << 20
 """The smallest size of a part."""
 MOST_PARTS = 999

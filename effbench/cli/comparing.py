@@ -1,0 +1,223 @@
+"""Commands that hold finished runs against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from effbench.cli.options import Results, complete_run
+from effbench.util.errors import UserError
+from effbench.util.wrap import write
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this file to a command line."""
+    for command in (compare, gate, power):
+        app.command()(command)
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more runs; the first is the one compared with.",
+            autocompletion=complete_run,
+        ),
+    ],
+    results: Results = Path("results"),
+    form: Annotated[
+        Literal["text", "md", "csv", "json"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    full: Annotated[
+        bool, typer.Option("--full", help="Show every number (other formats always do).")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a metric over operating points.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X or METRIC=X",
+            help="Difference that still counts as none, in the metric's unit; may be repeated.",
+        ),
+    ] = None,
+    select: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC@SPLIT",
+            help="Of each run only the operating point that is best there; shown on other splits.",
+        ),
+    ] = "",
+    same_points: Annotated[
+        bool,
+        typer.Option("--same-points", help="Hold rows against the first run at the same point."),
+    ] = False,
+) -> None:
+    """Compare runs on the same items: differences with intervals, and what cannot be told apart.
+
+    Runs of one spec with several seeds make one row, tested over seeds and items. With --margin it
+    says too what is equivalent, or at least not worse. With --select each run, or group of seeds,
+    is there at one point, chosen on validation data. With --same-points each rank, depth or other
+    point is compared with that of the first run, and not with the first run's first.
+
+    \b
+    Examples:
+      effbench compare latest 3f2a
+      effbench compare 3f2a 91bc 07de --format md
+      effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
+      effbench compare 3f2a 91bc --select loss@validation
+      effbench compare 3f2a 91bc --same-points
+      effbench compare 3f2a 91bc --plot curve.png
+    """
+    from effbench.report.comparison.compare import compare as compare_records
+    from effbench.report.comparison.compare import margins_of
+    from effbench.report.comparison.select import Selection, criterion_of, select_points
+    from effbench.report.terminal import print_comparison
+    from effbench.results.records import find, read_all
+    from effbench.results.sweeps import tunings
+
+    if select and same_points:
+        raise UserError(
+            "--select leaves each run with one point, and --same-points compares at all of them.",
+            "Leave one of the two out.",
+        )
+    records = [find(results / "records", r) for r in runs]
+    known = read_all(results / "records", outcomes=False)
+    chosen = Selection(records, [])
+    if select:
+        chosen = select_points(records, criterion_of(select), known)
+    found = compare_records(
+        chosen.records,
+        known,
+        margins_of(margin or []),
+        chosen.words,
+        same_points=same_points,
+        tunings=tunings(results),
+    )
+    if form == "text":
+        print_comparison(found, full)
+    else:
+        typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
+    if plot:
+        from effbench.report.plots.curves import comparison_plot
+
+        comparison_plot(found, metric, plot)
+        write(f"Plot: {plot}")
+
+
+def power(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    from_: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Runs to estimate from.", autocompletion=complete_run),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the runs.")] = "accuracy",
+    task: Annotated[str, typer.Option(help="Benchmark task of the metric.")] = "",
+    difference: Annotated[
+        list[float] | None,
+        typer.Option(help="To be seen: points for shares, else in the metric's unit; repeatable."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Items there are.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds there are.")] = None,
+    accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Of the first.")] = None,
+    discordance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of items only one gets right.")
+    ] = None,
+    sd: Annotated[float | None, typer.Option(min=0, help="Of the difference, over items.")] = None,
+    seed_sd: Annotated[float | None, typer.Option(min=0, help="Of a run, over seeds.")] = None,
+    power: Annotated[float, typer.Option(min=0.06, max=0.999, help="Wanted.")] = 0.8,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Two-sided.")] = 0.05,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the smallest difference over items.")
+    ] = None,
+    form: Annotated[
+        Literal["text", "md", "csv"], typer.Option("--format", help="Form of the table.")
+    ] = "text",
+    results: Results = Path("results"),
+) -> None:
+    """Say how many items and seeds it takes to see a difference, and what a number can show.
+
+    Two runs on the same items tell how much their answers differ. One run, or an accuracy, tells
+    it only as if the other answered independently: more items than needed. Several seeds of a run
+    tell the spread over seeds.
+
+    \b
+    Examples:
+      effbench power --from 3f2a 91bc --metric loss --difference 0.02
+      effbench power --accuracy 0.45 --difference 1
+      effbench power --discordance 0.08 --items 1319 --difference 1 --difference 2
+      effbench power --discordance 0.08 --seed-sd 0.004 --items 1319 --difference 1
+      effbench power --discordance 0.08 --plot power.png
+    """
+    from effbench.report.power import Wanted, estimate, render, stated
+    from effbench.results.records import find, read_all
+
+    wanted = Wanted(tuple(difference or ()), items, seeds, power, alpha)
+    keys = [*(from_ or []), *(runs or [])]
+    folder = results / "records"
+    if keys:
+        known = read_all(folder, outcomes=False)
+        case = estimate([find(folder, key) for key in keys], metric, task, known)
+        case = case.override(discordance, sd, seed_sd)
+    else:
+        case = stated(accuracy, discordance, sd, seed_sd)
+    typer.echo(render(case, wanted, form))
+    if plot:
+        from effbench.report.plots.power import power_plot
+
+        power_plot(case, wanted, plot)
+        write(f"Plot: {plot}")
+
+
+def gate(
+    policy: Annotated[Path, typer.Argument(help="YAML with margins and limits: docs/gate.md.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[@POINT]",
+            help="What is to be let through; seeds of one run are joined by +.",
+            autocompletion=complete_run,
+        ),
+    ],
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            metavar="BASE[@POINT]",
+            help="What it is held against.",
+            autocompletion=complete_run,
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Let a run through, or not: one verdict over the metrics and limits of a policy.
+
+    Metrics are held against their margin by the paired tests of compare, adjusted for each other.
+    The exit status is 0 for GO, 1 for NO-GO, 3 for INCONCLUSIVE, and 2 for a mistake in what was
+    given.
+
+    \b
+    Examples:
+      effbench gate default latest --against 3f2a
+      effbench gate policy.yaml 91bc@r8 --against 3f2a
+      effbench gate policy.yaml 91bc+07de@r8 --against 3f2a --json
+    """
+    from effbench.cli.gate import judgement_of
+    from effbench.report.gate.verdict import STATUS
+    from effbench.report.terminal import print_table
+
+    found = judgement_of(policy, run, against, results)
+    if as_json:
+        typer.echo(found.json(), nl=False)
+    else:
+        print_table(found.table())
+        for line in found.lines():
+            typer.echo(line)
+    raise typer.Exit(STATUS[found.verdict])

@@ -1,0 +1,1 @@
+"""A release gate: one verdict over several metrics, from a policy."""

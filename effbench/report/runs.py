@@ -1,0 +1,186 @@
+"""What there is in a results folder: finished runs, and those that are at work or were stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effbench.report import labels, table
+from effbench.report.labels import ABSENT, command_of
+from effbench.report.table import RUN_COLUMNS, Cell, Table, readable, run_row
+from effbench.results.index import summaries
+from effbench.results.store import RunFolder, Store
+from effbench.util.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from effbench.results.records import Record
+
+FILTERS = ("key", "stage", "method", "model", "dataset", "seed", "state")
+"""What runs are chosen by."""
+STATES = ("finished", "running", "interrupted")
+AGES = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One run as a list shows it; all are texts that are empty where nothing is known."""
+
+    key: str
+    started: str
+    """UTC, ISO 8601."""
+    stage: str
+    method: str
+    model: str
+    dataset: str
+    seed: str
+    result: str
+    command: str
+    state: str
+
+    def row(self, now: float) -> tuple[str, ...]:
+        """Return the texts of `COLUMNS`."""
+        result = self.result if self.state == "finished" else self.state
+        what = self.stage, self.method, self.model, self.dataset, self.seed
+        return self.key[:8], age(self.started, now), *(w or ABSENT for w in what), result
+
+
+COLUMNS = (RUN_COLUMNS[0], "age", *RUN_COLUMNS[2:])
+
+
+def listed(store: Store, filters: Sequence[str] = ()) -> list[Listed]:
+    """Return the runs that fit all filters, oldest first.
+
+    Args:
+        store: Runs and records.
+        filters: `NAME=VALUE` with a name of `FILTERS`; several values stand with commas between
+            them, and `*` is any text.
+
+    Raises:
+        UserError: For a filter that is none.
+    """
+    wanted = [_filter(word) for word in filters]
+    found = [*_finished(store), *_unfinished(store)]
+    fits = [r for r in found if all(_fits(getattr(r, n), values, n) for n, values in wanted)]
+    return sorted(fits, key=lambda r: (r.started, r.key))
+
+
+def listing(store: Store, filters: Sequence[str] = (), full: bool = False) -> Table:
+    """Return the table of the runs that fit all filters.
+
+    Args:
+        store: Runs and records.
+        filters: As for `listed`.
+        full: Also show the bytes on disk and the command of each.
+
+    Raises:
+        UserError: For a filter that is none, and when no run fits.
+    """
+    runs, now = listed(store, filters), time.time()
+    if not runs:
+        fit = f" with {' '.join(filters)}" if filters else ""
+        hint = "See all: effbench runs" if filters else "Start with: effbench train"
+        raise UserError(f"There are no runs{fit} in {store.root}.", hint)
+    if not full:
+        return Table("", COLUMNS, [(*run.row(now),) for run in runs])
+    more = [(_size(store.run(run.key)), run.command or ABSENT) for run in runs]
+    rows: list[tuple[Cell, ...]] = [
+        (*run.row(now), *texts) for run, texts in zip(runs, more, strict=True)
+    ]
+    return Table("", (*COLUMNS, "on disk", "command"), rows)
+
+
+def age(started: str, now: float) -> str:
+    """Return how long ago an ISO 8601 time of UTC was, in its largest whole unit.
+
+    Args:
+        started: The time.
+        now: Seconds since the epoch.
+    """
+    if not started:
+        return ABSENT
+    when = datetime.fromisoformat(started)
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    seconds = max(0.0, now - when.timestamp())
+    for size, unit in AGES:
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(folder: RunFolder) -> str:
+    return readable(folder.bytes_on_disk(), "bytes") if folder.path.is_dir() else ABSENT
+
+
+# -- filters -----------------------------------------------------------------------------------
+
+
+def _filter(word: str) -> tuple[str, list[str]]:
+    name, equals, value = word.partition("=")
+    values = value.split(",")
+    if name not in FILTERS:
+        raise UserError(f"Runs have no {name!r}.", did_you_mean(name, FILTERS))
+    if not equals or not all(values):
+        raise UserError(f"{name} has no value.", f"For example: {name}=NAME or {name}=A,B.")
+    if name == "state":
+        for state in values:
+            if not any(fnmatchcase(known, state) for known in STATES):
+                raise UserError(f"There is no state {state!r}.", did_you_mean(state, STATES))
+    return name, values
+
+
+def _fits(text: str, values: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(text, f"{v}*" if name == "key" else v) for v in values)
+
+
+# -- where it is read --------------------------------------------------------------------------
+
+
+def _finished(store: Store) -> list[Listed]:
+    code = [Path(module.__file__ or "") for module in (table, labels)]
+    kept = summaries(store, _summary, [Path(__file__), *code])
+    return [Listed(*(*texts, "finished")) for texts in kept]
+
+
+def _summary(record: Record) -> tuple[str, ...]:
+    row = ("" if text == ABSENT else text for text in run_row(record)[2:])
+    return record.key, record.started, *row, command_of(record)
+
+
+def _unfinished(store: Store) -> Iterator[Listed]:
+    for key in store.run_keys():
+        folder = store.run(key)
+        if not folder.finished:
+            yield _unfinished_run(folder)
+
+
+def _unfinished_run(folder: RunFolder) -> Listed:
+    spec = _read(folder, "spec.json")
+    parts = (spec.get(part) for part in ("method", "model", "dataset"))
+    method, model, dataset = (p.get("name", "") if isinstance(p, dict) else "" for p in parts)
+    begun = (folder.path / "spec.json").stat().st_mtime
+    return Listed(
+        folder.key,
+        datetime.fromtimestamp(begun, UTC).isoformat(timespec="seconds"),
+        str(spec.get("stage", "")),
+        str(method),
+        str(model),
+        str(dataset),
+        str(spec.get("seed", "")),
+        result="",
+        command=str(_read(folder, "environment.json").get("command") or ""),
+        state="running" if folder.held else "interrupted",
+    )
+
+
+def _read(folder: RunFolder, name: str) -> dict[str, object]:
+    """Return a JSON object of a run; nothing of one that is damaged or is being written."""
+    try:
+        found = folder.read_json(name)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,46 @@
+"""YAML of people: plain values alone, numbers as JSON has them, mistakes with their line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from effbench.util.errors import UserError
+
+NUMBER = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+")
+"""What JSON and people write as a number and YAML 1.1 reads as text: 1e-05."""
+
+
+def read(path: Path) -> Any:
+    """Return the plain values in a YAML file.
+
+    Raises:
+        UserError: When it is not there, or is no YAML; with line and column where they are known.
+    """
+    import yaml
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _loader())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there.", "Correct the path.") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {_reason(error)}", "Mend it.") from None
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())[:200]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}."
+
+
+def _loader() -> Any:
+    """Return a loader of plain values that reads numbers as JSON does."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Of plain values."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+    return Loader
