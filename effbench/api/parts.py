@@ -168,6 +168,8 @@ class Cache:
     """Most tokens that are kept; None keeps all."""
     element: float = 0
     """Bytes of an element; 0 takes the compute dtype's."""
+    recent: int = 0
+    """Last tokens whose elements are in the compute dtype all the same."""
 
     @property
     def per_token(self) -> Share:
@@ -181,7 +183,9 @@ class Cache:
     def bytes(self, tokens: int, element: int) -> float:
         """Return the bytes of one sequence of so many tokens."""
         kept = tokens if self.window is None else min(tokens, self.window)
-        return float((self.per_token * kept + self.constant) * (self.element or element))
+        held = self.element or element
+        late = self.per_token * min(kept, self.recent) * (element - held)
+        return float((self.per_token * kept + self.constant) * held + late)
 
 
 @dataclass(frozen=True)

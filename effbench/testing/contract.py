@@ -578,11 +578,15 @@ for words in json.load(sys.stdin):
 def decoded(
     method: Method, model: torch.nn.Module, point: Point, counts: bool
 ) -> tuple[float, float]:
-    """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token."""
+    """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token.
+
+    They are means over tokens after which the cache has grown evenly.
+    """
     session = method.session(model, point)
-    session.prefill(torch.arange(8)[None])
+    settled, period = method.decoder(point).cache.cycle()
+    session.prefill(torch.arange(max(8, settled))[None])
     before, spent = session.kv_bytes(), 0.0
-    steps = CYCLE if cycles(method) else 2
+    steps = max(CYCLE if cycles(method) else 2, period)
 
     def decode() -> None:
         for token in range(steps):

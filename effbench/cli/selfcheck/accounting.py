@@ -155,16 +155,23 @@ def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: Po
 
 
 def _cache(where: str, method: Method, model: Any, cost: Cost, point: Point) -> Check:
-    """Return the check of the cache: what the tokens after the prompt add to it, cycles whole."""
+    """Return the check of the cache: what the tokens after the prompt add to it, cycles whole.
+
+    Tokens before it grows evenly do not count.
+    """
     import torch
 
     session = method.session(model, point)
+    settled, period = method.decoder(point).cache.cycle()
+    steps = -(CYCLES // -period) * period
     token = session.prefill(_batch().input_ids).argmax(-1, keepdim=True)
-    before = session.kv_bytes()
     with torch.inference_mode():
-        for _ in range(CYCLES):
+        for _ in range(settled - TOKENS):
             token = session.step(token).argmax(-1, keepdim=True)
-    expected = cost.kv_bytes_per_token * ROWS * CYCLES
+        before = session.kv_bytes()
+        for _ in range(steps):
+            token = session.step(token).argmax(-1, keepdim=True)
+    expected = cost.kv_bytes_per_token * ROWS * steps
     return _near(f"bytes of cache, {where}", expected, session.kv_bytes() - before, 0)
 
 

@@ -18,16 +18,14 @@ tokens fit, the model computes what it always does, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import Anatomy, AnyShape
-from effbench.methods.base import Method
-from effbench.methods.none import Unchanged
+from effbench.api.shape import AnyShape
+from effbench.methods.caches import Caches
 from effbench.nn.decode import sinks, view
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import CachePolicy
@@ -57,13 +55,12 @@ class SinkWindow(CachePolicy):
 
 
 @dataclass(frozen=True)
-class Streaming(Unchanged):
+class Streaming(Caches):
     """Changes nothing but what the cache keeps."""
 
     paper: ClassVar[Paper | None] = Paper(
         "Efficient Streaming Language Models with Attention Sinks", "ICLR 2024", "2309.17453"
     )
-    anatomy: ClassVar[Anatomy] = "llama"
 
     sinks: NonNegativeInt = 4
     """First tokens of each sequence that stay in the cache, n."""
@@ -77,6 +74,7 @@ class Streaming(Unchanged):
         Raises:
             UserError: For more places than the model has positions, and layers that share states.
         """
+        super().resolve(shape)
         most = max(1, shape.max_positions - self.sinks)
         method = replace(self, window=self.window or min(PAPER_WINDOW, most))
         if self.sinks + (method.window or 0) > shape.max_positions:
@@ -85,24 +83,7 @@ class Streaming(Unchanged):
                 f"{shape.max_positions} positions of the model.",
                 f"Set method.window={most} or less.",
             )
-        if shape.shares:
-            raise UserError(
-                "Some layers of this model take states from others, whose cache is not theirs.",
-                "Choose a model whose layers do not share.",
-            )
         return method
-
-    def check_start(self, earlier: Sequence[Method]) -> None:
-        """Refuse an artefact that decodes in a way of its own."""
-        super().check_start(earlier)
-        for point in earlier[-1].points() if earlier else ():
-            if earlier[-1].decoder(point) != Decoder():
-                where = f" at {point}" if point.name else ""
-                raise UserError(
-                    f"{earlier[-1].name} decodes in a way of its own{where}, "
-                    "which streaming would leave out.",
-                    "Evaluate it without method=, through its own operating points.",
-                )
 
     def decoder(self, point: Point) -> Decoder:
         """Return ordinary decoding with sinks and a window in the cache."""

@@ -35,6 +35,10 @@ class CachePolicy:
         """Return how many places there are after so many tokens."""
         return length
 
+    def cycle(self) -> tuple[int, int]:
+        """Return after how many tokens the cache grows evenly, and over how many at a time."""
+        return 0, 1
+
     def require(self, model: Any) -> None:
         """Refuse a model whose modules would not attend to what the policy shows.
 

@@ -47,6 +47,9 @@ class View:
     chosen: torch.Tensor | None = None
     """For each of the last U queries the columns that it sees, [B or 1, U, T], the last one its
     own; columns that are empty are not seen. Earlier queries see all up to their own."""
+    seen: torch.Tensor | None = None
+    """Which columns each query sees, [B or 1, W, S] bool; nothing else then says so. Keys are
+    turned already, and may lie in any order."""
 
     def of_whole(self) -> View:
         """Return the part of the queries that see all columns up to their own."""
@@ -141,6 +144,9 @@ def attend(
         [B, W, H, D], and no weights.
     """
     view, width = stretch.view_of(key), query.shape[2]
+    if view.seen is not None:
+        seen = as_mask(view.seen[:, None], stretch.kind, query.dtype)
+        return _plain(module, query, view.keys, view.values, seen, stretch, context), None
     later = 0 if view.chosen is None else view.chosen.shape[1]
     parts = []
     if later < width:

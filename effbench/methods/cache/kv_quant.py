@@ -1,0 +1,116 @@
+"""A quantised key/value cache: all but the last tokens in 8, 4 or 2 bits.
+
+Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024, arXiv
+2402.02750.
+
+    K [T, D] of a head:  a range for each channel, over g tokens      x̂ = l + s q,  q in b bits
+    V [T, D]:            ranges for each token, over c channels each
+
+A few channels of keys are far larger than the others, and are so for all tokens: a range for each
+channel keeps the error of one from the others. Values have no such channels, and are mixed token
+by token. Held after T tokens: n = ⌊max(T - w, 0) / g⌋ groups of keys and values in codes, with s
+and l in float16, and the other tokens, w to w + g - 1 of them, as they came. One token in codes
+takes 2 D b / 8 + 4 D / g + 4 D / c bytes in each head.
+
+Keys are stored after the rotary turn, as in the authors' code: no token ever moves to another place
+in this cache, so what is expanded can be looked at, and whatever turn a model makes is right.
+Before the turn channels would be steadier over a group (Hooper et al., KVQuant, arXiv 2401.18079),
+at the price of turning all keys at every step.
+
+From the paper: 2 bits (4 in its comparisons), groups of 32, 128 last tokens. Ours: c is the
+largest common divisor of g and D; values go into codes together with the keys of their tokens,
+where the authors keep exactly w; prompts are read as if they came token by token, so that each
+query sees codes where decoding would (the authors quantise a prompt after it is read). Nothing is
+trained. While nothing is in codes the model computes what it always does, bit for bit. The memory
+is saved for real; time is not, as every step expands all codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from effbench.api.method_types import Paper
+from effbench.api.parts import LayerShape
+from effbench.api.points import Point
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.methods.caches import Caches
+from effbench.nn.decode import quantised, view
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.quant.ranges import RANGE_BYTES, channels_of
+from effbench.util.errors import UserError
+
+CodeBits = Literal[2, 4, 8]
+
+
+@dataclass(frozen=True)
+class QuantisedCache(CachePolicy):
+    """Keeps the last tokens as they are, and all others in few bits."""
+
+    bits: CodeBits
+    """Bits of a code, b."""
+    group: int
+    """Tokens that go into codes together, g."""
+    window: int
+    """Last tokens that stay as they are, w."""
+
+    def layer(self, undo: int) -> view.LayerCache:
+        """Return a layer's empty entry."""
+        return quantised.QuantisedLayer(self.bits, self.group, self.window, undo)
+
+    def cycle(self) -> tuple[int, int]:
+        """Return after how many tokens the cache grows evenly, and over how many at a time."""
+        return self.window, self.group
+
+
+@dataclass(frozen=True)
+class KVQuant(Caches):
+    """Changes nothing but how the cache holds keys and values."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "ICML 2024", "2402.02750"
+    )
+
+    bits: CodeBits = 4
+    """Bits of a key's or value's element, ranges not counted, b."""
+    group_size: PositiveInt = 32
+    """Tokens over which a channel of keys has one range, g. Values have one over as many channels,
+    or over the largest common divisor with a head's width."""
+    window: PositiveInt = 128
+    """Last tokens that stay in full precision, w, the token that looks among them."""
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method.
+
+        Raises:
+            UserError: For layers that share states, and groups that fill no whole bytes.
+        """
+        method = super().resolve(shape)
+        if ModelShape.of(shape).head_dim * self.group_size * self.bits % 8:
+            raise UserError(
+                f"method.group_size={self.group_size} fills no whole bytes.",
+                f"Set method.group_size={4 * -(self.group_size // -4)}.",
+            )
+        return method
+
+    def decoder(self, point: Point) -> Decoder:
+        """Return ordinary decoding with codes in the cache."""
+        return Decoder(cache=QuantisedCache(self.bits, self.group_size, self.window))
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Return the model with caches in which a token is in codes once it has left the window."""
+        return base.map(lambda _, layer: self._coded(layer))
+
+    def _coded(self, layer: LayerShape) -> LayerShape:
+        if layer.mixer is None:
+            return layer
+        cache = layer.mixer.cache
+        sizes = self.group_size, channels_of(self.group_size, cache.width)
+        ranges = sum(RANGE_BYTES / size for size in sizes) / 2  # of keys and of values
+        coded = replace(cache, element=self.bits / 8 + ranges, recent=self.window)
+        return replace(layer, mixer=replace(layer.mixer, cache=coded))

@@ -1,0 +1,204 @@
+"""A layer's cache of a few last tokens as they are, and of all before them in few bits.
+
+Tokens of a sequence are counted from its first one, padding aside. After T tokens there are
+
+    n = ⌊max(T - w, 0) / g⌋
+
+groups of g tokens in codes (`nn.quant.ranges`), and the other tokens, the last w among them, as
+they came. A group of keys has a range for each channel, a group of values ranges for each token,
+over c channels each, the largest common divisor of g and D (Liu et al., arXiv 2402.02750). A query
+sees the cache as it is when its own token has come in, whatever comes in together with it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from effbench.nn.decode.view import LayerCache, View
+from effbench.nn.quant.ranges import Ranges, channels_of, decode, encode
+
+
+class QuantisedLayer(LayerCache):
+    """Keeps the last tokens of each sequence as [B, G, F, D], and earlier ones in groups of codes.
+
+    Args:
+        bits: Of a code.
+        group: Tokens of a group, g.
+        window: w, a query's own token among them.
+        undo: Tokens that `crop` can take back: what went into codes since then is kept as it came
+            too.
+    """
+
+    def __init__(self, bits: int, group: int, window: int, undo: int = 0) -> None:
+        super().__init__()
+        self.bits, self.group, self.window, self.undo = bits, group, window, undo
+        self.length = 0
+        """Columns that came in, padding included; `keys` and `values` are the last of them."""
+        self.counts = torch.zeros(1, dtype=torch.long)
+        """Groups of each sequence, n, [B]; [1] where none is padded."""
+        self.packed: tuple[Ranges, Ranges] | None = None
+        """Keys [B, G, N, D groups of g] and values [B, G, N, g, D / c groups of c], N the most."""
+
+    def get_seq_length(self) -> int:
+        """Return the columns that came in."""
+        return self.length
+
+    def kv_bytes(self) -> int:
+        """Return the bytes of codes, ranges, and what is kept as it came."""
+        return super().kv_bytes() + sum(part.bytes for part in self.packed or ())
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in keys and values [B, G, W, D] and return what their queries see."""
+        assert self.keys is not None and self.values is not None
+        self.length += keys.shape[2]
+        self.keys = torch.cat([self.keys, keys], dim=-2)
+        self.values = torch.cat([self.values, values], dim=-2)
+        self._pack()
+        view = self._view(keys.shape[2])
+        self._forget()
+        return view
+
+    # -- places --------------------------------------------------------------------------------
+
+    def _starts(self) -> torch.Tensor:
+        """Return the column of each sequence's first token, [B], or [1] where none is padded."""
+        assert self.keys is not None
+        empty = torch.zeros(1, dtype=torch.long) if self.empty is None else self.empty
+        return empty.to(self.keys.device)
+
+    def _groups(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return n after so many tokens."""
+        return (tokens - self.window).clamp(min=0) // self.group
+
+    @property
+    def first(self) -> int:
+        """The column that `keys` begins with."""
+        assert self.keys is not None
+        return self.length - self.keys.shape[-2]
+
+    # -- codes ---------------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        """Put the groups into codes that the window has left."""
+        starts = self._starts()
+        before, counts = self.counts.to(starts.device), self._groups(self.length - starts)
+        self.counts = counts
+        if not (counts > before).any():
+            return
+        begin, end = int(before.min()), int(counts.max())
+        slots = torch.arange(begin, end, device=starts.device)
+        fresh = (slots >= before[:, None]) & (slots < counts[:, None])
+        tokens = torch.arange(begin * self.group, end * self.group, device=starts.device)
+        made = self._encoded(starts[:, None] + tokens - self.first)
+        old = self.packed or tuple(Ranges(*(t[:, :, :0] for t in part)) for part in made)
+        keys, values = (
+            Ranges(*(_merged(a, b, begin, fresh) for a, b in zip(*pair, strict=True)))
+            for pair in zip(old, made, strict=True)
+        )
+        self.packed = keys, values
+
+    def _encoded(self, places: torch.Tensor) -> tuple[Ranges, Ranges]:
+        """Return the tokens at places [B or 1, N g] of `keys` in codes.
+
+        Places where there is none give codes that mean nothing.
+        """
+        assert self.keys is not None and self.values is not None
+        rows, heads, kept, size = self.keys.shape
+        index = places.clamp(0, kept - 1)[:, None, :, None].expand(rows, heads, -1, size)
+        keys, values = (
+            t.gather(2, index).view(rows, heads, -1, self.group, size)
+            for t in (self.keys, self.values)
+        )
+        values = values.unflatten(-1, (-1, channels_of(self.group, size)))
+        return encode(keys.transpose(3, 4), self.bits, 3), encode(values, self.bits, 3)
+
+    def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all groups, [B, G, N g, D]."""
+        assert self.packed is not None and self.keys is not None
+        keys = decode(self.packed[0], self.bits, self.group, self.dtype)
+        channels = channels_of(self.group, self.keys.shape[3])
+        values = decode(self.packed[1], self.bits, channels, self.dtype)
+        return keys.transpose(3, 4).flatten(2, 3), values.flatten(4).flatten(2, 3)
+
+    # -- what is seen --------------------------------------------------------------------------
+
+    def _view(self, width: int) -> View:
+        """Return what the last `width` queries see."""
+        assert self.keys is not None and self.values is not None
+        if self.packed is None:
+            return View(self.keys, self.values, self.empty)
+        keys, values = (
+            torch.cat([old, new], dim=2)
+            for old, new in zip(self._decoded(), (self.keys, self.values), strict=True)
+        )
+        seen = self._seen(width)
+        return View(keys, values, seen=None if seen.all() else seen)
+
+    def _seen(self, width: int) -> torch.Tensor:
+        """Return which codes and which columns each query sees, [B or 1, W, N g + F].
+
+        A query of padding sees itself, for a row of attention with nothing in it is NaN.
+        """
+        assert self.packed is not None
+        starts = self._starts()[:, None]
+        own = torch.arange(self.length - width, self.length, device=starts.device)
+        coded = self._groups(own + 1 - starts)[..., None] * self.group
+        slots = torch.arange(self.packed[0].codes.shape[2] * self.group, device=starts.device)
+        columns = torch.arange(self.first, self.length, device=starts.device)
+        later = ((columns - starts)[:, None] >= coded) & (columns <= own[:, None])
+        return torch.cat([slots < coded, later | (columns == own[:, None])], dim=2)
+
+    def _forget(self) -> None:
+        """Keep of what came as it is what is in no code, or `crop` may need again."""
+        assert self.keys is not None and self.values is not None
+        if self.packed is None:
+            return
+        starts = self._starts()
+        needed = starts + self.group * self._groups(self.length - self.undo - starts)
+        drop = max(0, int(needed.min()) - self.first)
+        # Copies, so that what is dropped is freed.
+        self.keys, self.values = (t[:, :, drop:].clone() for t in (self.keys, self.values))
+
+    # -- changes -------------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: When tokens would have to be as they came again that are in codes alone.
+        """
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        length, starts = self.length + tokens_to_remove, self._starts()
+        counts = self._groups(length - starts)
+        if self.packed is not None and int((starts + self.group * counts).min()) < self.first:
+            raise ValueError(f"only the last {self.undo} tokens can be taken back")
+        super().crop(tokens_to_remove)
+        self.length, self.counts, most = length, counts, int(counts.max())
+        if self.packed is not None:
+            keys, values = (Ranges(*(t[:, :, :most] for t in part)) for part in self.packed)
+            self.packed = (keys, values) if most else None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the sequences `beam_idx`, in this order."""
+        if self.empty is not None:
+            self.counts = self.counts[beam_idx]
+        super().reorder_cache(beam_idx)
+        if self.packed is not None:
+            keys, values = (Ranges(*(t[beam_idx] for t in part)) for part in self.packed)
+            self.packed = keys, values
+
+
+def _merged(old: torch.Tensor, made: torch.Tensor, begin: int, fresh: torch.Tensor) -> torch.Tensor:
+    """Return groups [B, G, N, ...] with those that are fresh, [B or 1, M], put in from `begin` on.
+
+    Args:
+        old: [B, G, N', ...], N' at least `begin`.
+        made: [B, G, M, ...].
+        begin: Where the first of `made` belongs.
+        fresh: Which of `made` are to be taken.
+    """
+    kept = torch.zeros_like(made)
+    kept[:, :, : old.shape[2] - begin] = old[:, :, begin:]
+    chosen = fresh.view(fresh.shape[0], 1, -1, *[1] * (made.ndim - 3))
+    return torch.cat([old[:, :, :begin], torch.where(chosen, made, kept)], dim=2)
