@@ -95,6 +95,13 @@ class Packed(WeightFormat):
         """Return a layer in the place of `linear` that waits for a state dict."""
         raise NotImplementedError
 
+    def measured(self, layer: torch.nn.Linear) -> Packed:
+        """Return the format as it is in a layer, where the bytes depend on the weights' values.
+
+        `bytes` of a format that has seen no weights is an estimate then.
+        """
+        return self
+
 
 COMPUTE = Dense()
 """Weights in the compute dtype."""

@@ -57,7 +57,7 @@ def _python() -> Check:
 
 
 def _compiler() -> Check:
-    from effbench.nn.decode.native import compiler
+    from effbench.util.cpp import compiler
 
     if program := compiler():
         return Check("C++ compiler", "ok", f"{program}: decoding on the CPU takes its C++ step")

@@ -156,9 +156,9 @@ def test_every_problem_has_advice_and_torch_stays_out() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_compiler_of_the_decoding_step(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from effbench.nn.decode import native
+    from effbench.util import cpp
 
-    monkeypatch.setattr(native, "compiler", lambda: "/usr/bin/c++" if there else None)
+    monkeypatch.setattr(cpp, "compiler", lambda: "/usr/bin/c++" if there else None)
     check = found("C++ compiler")
     assert check.status == ("ok" if there else "warn")
     assert "C++ step" in check.found if there else "slower" in check.found

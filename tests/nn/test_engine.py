@@ -38,6 +38,8 @@ from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import QuantisedLinear, pack_linears
+from effbench.util import cpp
+from effbench.util.hardware import cpu_flags
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -369,9 +371,9 @@ def test_other_instruction_sets_give_the_same(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The portable loops, which a machine without AVX-512 runs."""
-    if native.kernels() is None or not {"avx2", "fma"} <= native.cpu_flags():
+    if native.kernels() is None or not {"avx2", "fma"} <= cpu_flags():
         pytest.skip("needs an x86 CPU with AVX2 and a compiler")
-    monkeypatch.setattr(native, "NATIVE", options)
+    monkeypatch.setattr(cpp, "NATIVE", options)
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
     for dtype, tolerance in TOLERANCES.items():
         model, ids = random_model(FAMILIES["llama"], dtype), some_ids(2, 16)
@@ -462,12 +464,12 @@ def test_without_a_compiler_there_is_the_walk(
 ) -> None:
     model = random_model(FAMILIES["llama"])
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(cpp, "compiler", lambda: None)
     assert native.why_not() == "there is no C++ compiler"
     assert StaticSession(model).engine == "walk"
-    monkeypatch.setattr(native, "compiler", lambda: "false")
+    monkeypatch.setattr(cpp, "compiler", lambda: "false")
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(native, "_version", lambda program: "")
+    monkeypatch.setattr(cpp, "_version", lambda program: "")
     assert "false cannot compile them" in native.why_not()
     monkeypatch.setenv("EFFBENCH_NATIVE", "0")
     assert native.why_not() == "EFFBENCH_NATIVE=0"
@@ -477,7 +479,7 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if native.kernels() is None:
         pytest.skip(native.why_not())
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "NATIVE", ("-O0",))  # compiled in a moment
+    monkeypatch.setattr(cpp, "NATIVE", ("-O0",))  # compiled in a moment
     calls = []
     run = subprocess.run
 

@@ -1,36 +1,24 @@
-"""The C++ kernels of `kernels/`: compiled once for this machine, then loaded.
+"""The C++ kernels of `kernels/`: compiled once for this machine (`util.cpp`), then loaded.
 
-They are plain C functions over pointers, so they need a compiler but no headers of torch, and they
-are there in some ten seconds. The library lies in effbench's cache under the hash of its source,
-the compiler's version and the CPU's features, so that a cache that several machines share never
-gives one of them instructions that it lacks. It uses OpenMP as torch does: both share one pool of
-threads.
+They are there in some ten seconds.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 import threading
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-from effbench.api.schema import digest
-from effbench.util.cache import cache_dir, make_once
-from effbench.util.errors import UserError
-from effbench.util.hardware import cpu_flags, cpu_name
+from effbench.util import cpp
+from effbench.util.cache import cache_dir
 from effbench.util.lazy import torch
 
 SOURCES = Path(__file__).with_name("kernels")
 SOURCE = SOURCES / "decode.cpp"
 """What is compiled; it includes the rest."""
-LIBRARY = "decode.so"
-OPTIONS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
-NATIVE = ("-march=native",)
-"""Left out where the compiler does not know this CPU."""
+OPTIONS = cpp.OPTIONS
 SUFFIXES = {"torch.bfloat16": "bf16", "torch.float32": "f32"}
 """Endings of the functions' names, by dtype."""
 LARGEST_BATCH = 16
@@ -150,59 +138,19 @@ def why_not() -> str:
 
 
 def _found() -> Kernels | str:
-    if os.environ.get("EFFBENCH_NATIVE") == "0":
-        return "EFFBENCH_NATIVE=0"
+    if reason := cpp.why_off():
+        return reason
     with _lock:
         return _load(str(cache_dir()))
 
 
 @cache
-def compiler() -> str | None:
-    """Return the C++ compiler: CXX, else c++, g++ or clang++; None where there is none."""
-    own = os.environ.get("CXX", "").split()
-    found = (shutil.which(name) for name in (*own[:1], "c++", "g++", "clang++"))
-    return next((path for path in found if path), None)
-
-
-@cache
 def _load(cache_folder: str) -> Kernels | str:
     """Return the kernels, or why they cannot be had."""
-    program = compiler()
-    if program is None:
-        return "there is no C++ compiler"
-    origin = {
-        "source": digest([path.read_text() for path in sorted(SOURCES.iterdir())]),
-        "compiler": _version(program),
-        "options": [*OPTIONS, *NATIVE],
-        "cpu": [cpu_name(), *sorted(cpu_flags())],
-    }
-    folder = Path(cache_folder) / "kernels" / digest(origin)
+    found = cpp.library(SOURCE, OPTIONS)
+    if isinstance(found, str):
+        return found
     try:
-        make_once(folder, origin, lambda place: _compile(program, place), "compiling kernels")
-        return Kernels(folder / LIBRARY)
-    except subprocess.SubprocessError as error:
-        return f"{program} cannot compile them ({error})"
-    except UserError as error:
-        return error.message
+        return Kernels(found)
     except OSError as error:
         return f"they cannot be loaded ({error})"
-
-
-def _compile(program: str, folder: Path) -> None:
-    """Compile into `folder`, for this CPU if the compiler knows it.
-
-    Raises:
-        subprocess.CalledProcessError: When the compiler refuses.
-    """
-    target = str(folder / LIBRARY)
-    for options in (OPTIONS + NATIVE, OPTIONS):
-        command = [program, *options, str(SOURCE), "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        if done.returncode == 0:
-            return
-    done.check_returncode()
-
-
-def _version(program: str) -> str:
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
