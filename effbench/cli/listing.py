@@ -8,13 +8,10 @@ from pathlib import Path
 
 from effbench.api import registry
 from effbench.config import files as conf_files
-from effbench.results.store import results_dir
 
 
 def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[str, str]]:
     """Return `(name, one line)` of everything of a kind whose name fits the pattern."""
-    if kind == "tables":
-        return _tables(pattern)
     if kind == "tasks":
         return _tasks(pattern)
     group = kind.removesuffix("s") if kind != "hardware" else kind
@@ -24,11 +21,6 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
             line = conf_files.summary(path) if path else registry.summary("methods", name)
             found.append((name, line))
     return found
-
-
-def _tables(pattern: str) -> list[tuple[str, str]]:
-    folder = results_dir() / "tables"
-    return [(p.name, "") for p in sorted(folder.glob("*")) if fnmatch(p.stem, pattern)]
 
 
 def _tasks(pattern: str) -> list[tuple[str, str]]:

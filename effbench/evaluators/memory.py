@@ -110,9 +110,8 @@ class Memory(Evaluator):
         on_cpu = not str(subject.device).startswith("cuda")
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
-        expands = on_cpu or any(
-            isinstance(m, linears.PackedLinear) for m in subject.model.modules()
-        )
+        packed = [m for m in subject.model.modules() if isinstance(m, linears.QuantisedLinear)]
+        expands = on_cpu or not all(m.fused for m in packed)
         return peaks.inference(subject.cost, one, trained=trained, expands=expands)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:

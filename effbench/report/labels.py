@@ -93,7 +93,6 @@ def _settings(records: list[Record]) -> list[str]:
 
 
 def command_of(record: Record) -> str:
-    """Return the command of a run; of one from before it was kept, its choice of parts."""
-    kept = record.environment.get("command")
-    parts = (f"{part}={record.name_of(part)}" for part in ("method", "model", "dataset"))
-    return str(kept or " ".join(("effbench", record.stage, *parts, "...")))
+    """Return the command that runs a run again; of one from before it was kept, by its key."""
+    again = f"effbench {record.stage} --like {record.key} --fresh"
+    return str(record.environment.get("command") or again)

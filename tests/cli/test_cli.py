@@ -202,6 +202,7 @@ def test_a_run_that_is_not_there(cli, two, words) -> None:
         ("hardware", "cpu"),
         ("launchers", "slurm"),
         ("experiments", "qdylora_paper"),
+        ("tables", "apt"),
     ],
 )
 def test_every_kind_can_be_listed_with_a_line_each(cli, kind, name) -> None:
@@ -211,13 +212,6 @@ def test_every_kind_can_be_listed_with_a_line_each(cli, kind, name) -> None:
     assert name in [words[0] for words in lines]
     assert all(len(words) == 2 for words in lines), "a config without a line about it"
     assert cli("list", kind, name)[1].split()[0] == name
-
-
-def test_tables_are_listed_where_there_are_any(cli) -> None:
-    assert cli("list", "tables")[0] == 2
-    Path("results/tables").mkdir(parents=True)
-    Path("results/tables/one.md").touch()
-    assert cli("list", "tables")[1].split() == ["one.md"]
 
 
 def test_a_page_says_source_settings_and_points(cli) -> None:

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from effbench.api.spec import Job
 from effbench.cli import main
-from effbench.cli.listing import entries
 from effbench.config.compose import compose
 from effbench.results.store import Store, results_dir
 from effbench.runner import sweep
@@ -68,9 +67,6 @@ def test_every_way_leads_to_one_folder(
     assert Path(job.runtime.results).resolve() == right
     if not words:
         assert results_dir().resolve() == right
-        (right / "tables").mkdir(parents=True)
-        (right / "tables" / "mine.md").touch()
-        assert entries("tables", "*") == [("mine.md", "")]
     run = Store(right).run(KEY)
     run.create(job.spec)
     run.finish()

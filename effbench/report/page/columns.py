@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effbench.api.stages import base as stages
-from effbench.report.labels import better, flatten
+from effbench.report.labels import better, command_of, flatten
 from effbench.report.table import COMPARED, HEADLINES, metric_column, metric_head, points
 from effbench.results.records import Metric, Record
 
@@ -149,12 +149,6 @@ def rows_of(records: Iterable[Record]) -> Rows:
     for record in records:
         rows.add(record)
     return rows
-
-
-def command_of(record: Record) -> str:
-    """Return the command that runs a run again; of one from before it was kept, by its key."""
-    again = f"effbench {record.stage} --like {record.key} --fresh"
-    return str(record.environment.get("command") or again)
 
 
 def artefact_of(record: Record) -> str:
