@@ -83,13 +83,29 @@ def _clashes(names: list[str]) -> list[list[int]]:
     ]
 
 
+TELLING = ("method", "train", "dataset", "model", "hardware")
+"""Parts of a spec, the one first that tells runs apart best; any other one comes after them."""
+
+
 def _settings(records: list[Record]) -> list[str]:
-    """Return the first two settings that are different, as `rank=8 alpha=16`."""
-    found = list(differences(records).items())[:2]
+    """Return the two most telling settings that are different, as `rank=8 alpha=16`."""
+    found = sorted(differences(records).items(), key=lambda item: _order(item[0]))[:2]
     return [
-        " ".join(f"{key.rpartition('.')[2]}={values[i]}" for key, values in found)
+        " ".join(f"{key.rpartition('.')[2]}={_brief(values[i])}" for key, values in found)
         for i in range(len(records))
     ]
+
+
+def _order(key: str) -> int:
+    part = key.partition(".")[0]
+    return TELLING.index(part) if part in TELLING else len(TELLING)
+
+
+def _brief(value: Any) -> str:
+    """Return a setting in few characters; of parts that have names, the names."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_brief, value))}]"
+    return str(value.get("name", value)) if isinstance(value, dict) else str(value)
 
 
 def command_of(record: Record) -> str:

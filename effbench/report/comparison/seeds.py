@@ -45,11 +45,7 @@ class Group:
 
         That of an evaluation is not among them, unless it is all that its runs differ in.
         """
-        first = self.records[0]
-        if not first.parent or stages.find(first.stage).makes:
-            return self.seeds
-        made = [seeds[1:] for seeds in self.seeds]
-        return made if all(made) and len(set(made)) == len(made) else self.seeds
+        return _made_with(self.records[0], self.seeds)
 
 
 def grouped(records: Sequence[Record], known: Sequence[Record] = ()) -> list[Group]:
@@ -112,11 +108,18 @@ def settings(record: Record) -> dict[str, Any]:
     return spec
 
 
-def _representative(members: Sequence[Record], seeds: Sequence[Seeds]) -> Record:
-    """Return the first run with all the seeds in the place of its own."""
+def _made_with(first: Record, seeds: list[Seeds]) -> list[Seeds]:
+    if not first.parent or stages.find(first.stage).makes:
+        return seeds
+    made = [own[1:] for own in seeds]
+    return made if all(made) and len(set(made)) == len(made) else seeds
+
+
+def _representative(members: Sequence[Record], seeds: list[Seeds]) -> Record:
+    """Return the first run with the seeds that tell them apart in the place of its own."""
     if len(members) == 1:
         return members[0]
-    own = sorted(s[0] for s in seeds)
+    own = sorted(s[0] for s in _made_with(members[0], seeds))
     whole = own == list(range(own[0], own[-1] + 1))
     shown = f"{own[0]}–{own[-1]}" if whole and own[-1] > own[0] else ", ".join(map(str, own))
     return replace(members[0], spec={**members[0].spec, "seed": shown})

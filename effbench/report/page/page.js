@@ -360,7 +360,7 @@
     rows.forEach((r, i) => {
       const [name, value, low, high, p, finding] = r, y = i * step + (wide ? 13 : 28), differsHere = finding === "lower" || finding === "higher";
       const good = differsHere && f.better ? (finding === f.better ? 2 : 1) : 0, long = Math.floor((wide ? L : W) / 6.6);
-      svg.append(draw("text", { x: wide ? L - 10 : 8, y: wide ? y + 4 : y - 12, "text-anchor": wide ? "end" : "start" }, name.length > long ? `${name.slice(0, long - 1)}…` : name, draw("title", {}, name)),
+      svg.append(draw("text", { x: wide ? L - 10 : 8, y: wide ? y + 4 : y - 12, "text-anchor": wide ? "end" : "start" }, name.length > long ? `${name.slice(0, long - 15)}…${name.slice(-14)}` : name, draw("title", {}, name)),
         draw("line", { class: `stroke k${good}`, x1: px(low), x2: px(high), y1: y, y2: y, "stroke-width": 2 }));
       const dot = mark(good, px(value), y);
       if (!differsHere) { dot.setAttribute("class", `stroke k${good}`); dot.setAttribute("fill", "none"); }

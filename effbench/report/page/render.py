@@ -114,11 +114,11 @@ def _folded(line: str) -> str:
     """Return a sentence; a long one, which lists many rows, is a heading over its parts."""
     if len(line) <= LONG:
         return escape(line)
-    head, _, rest = line.partition(". ")
-    parts = rest.split("; ")
-    listed = "".join(f"<li>{escape(part)}</li>" for part in parts)
-    summary = f"<summary>{escape(head)}: {len(parts)} parts</summary>"
-    return f"<details>{summary}<ul>{listed}</ul></details>"
+    head, mark, rest = min((line.partition(m) for m in (". ", ": ")), key=lambda p: len(p[0]))
+    if not mark or len(head) > LONG:
+        head, rest = f"{line[: LONG // 2].rpartition(' ')[0]} …", line
+    listed = "".join(f"<li>{escape(part)}</li>" for part in rest.split("; "))
+    return f"<details><summary>{escape(head)}</summary><ul>{listed}</ul></details>"
 
 
 def _table(columns: Sequence[Column], records: Sequence[Record]) -> str:
