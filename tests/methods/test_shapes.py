@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_the_shape_that_is_left_is_the_model_that_is_left(name: str, tmp_path: P
     point = method.full_point(left)
     left = shape_of(method, shape, point, "use", made)
     with method.at(model, point):
-        assert stated_of(left, 2) == tree(model)
+        there = tree(model)
+    assert stated_of(left, 2, [layer[2] for layer in there["layers"]]) == there
 
 
 def test_what_the_next_method_starts_from_trains_nothing_and_has_no_masters() -> None:
@@ -73,13 +75,19 @@ def test_what_the_next_method_starts_from_trains_nothing_and_has_no_masters() ->
 # -- what is stated ----------------------------------------------------------------------------
 
 
-def stated_of(shape: ModelShape, element: int) -> dict[str, Any]:
-    """Return what a shape says of the modules, in the form of `tree`."""
+def stated_of(shape: ModelShape, element: int, shared: Sequence[int] = ()) -> dict[str, Any]:
+    """Return what a shape says of the modules, in the form of `tree`.
+
+    Args:
+        shape: The shape.
+        element: Bytes of a compute element.
+        shared: By layer, bytes above 0 where its linears are held as one.
+    """
     layers = []
-    for layer in shape.layers:
+    for i, layer in enumerate(shape.layers):
         matrices = {x.name: _stated(x, element) for x in layer.linears}
         norms = [_norm(n, element) for n in layer.norms]
-        layers.append((matrices, norms))
+        layers.append(_as_one(matrices, norms) if any(shared[i : i + 1]) else (matrices, norms, 0))
     bypasses = [x.bypass for x in shape.layers if x.bypass]
     exits = [(x.norm, x.head) for x in shape.exits]
     more = sum(a.params for a in bypasses) + sum(n.size + h.params for n, h in exits)
@@ -103,6 +111,12 @@ def _stated(linear: Linear, element: int) -> Matrix:
     return linear.d_in, linear.d_out, held, linear.trains, *beside
 
 
+def _as_one(matrices: dict[str, Matrix], norms: list[Any]) -> tuple[dict[str, Any], list[Any], int]:
+    """Return a layer whose linears are held as one: bytes of all, none of each."""
+    each = {name: (*m[:2], 0, *m[3:]) for name, m in matrices.items()}
+    return each, norms, sum(m[2] for m in matrices.values())
+
+
 def _norm(norm: Norm, element: int) -> tuple[int, int, bool]:
     return norm.size, norm.format.bytes(1, norm.size, element), norm.trains
 
@@ -115,13 +129,18 @@ def tree(model: Any) -> dict[str, Any]:
     seen: Counter[int] = Counter()
     layers = []
     for layer in model.model.layers:
-        matrices = {}
+        matrices, owns = {}, []
         for part in (layer.self_attn, layer.mlp):
             for name, found in part.named_children():
                 if hasattr(found, "in_features"):
                     matrices[name] = _matrix(found, seen)
+                    owns.append(_own(found))
         norms = [_norm_of(n, seen) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        layers.append((matrices, norms))
+        whole = storage_bytes(torch.nn.ModuleList(owns))
+        if whole == sum(matrix[2] for matrix in matrices.values()):
+            layers.append((matrices, norms, 0))
+        else:
+            layers.append((_as_one(matrices, norms)[0], norms, whole))
     embed, head = model.model.embed_tokens.weight, model.lm_head.weight
     seen.update({id(embed), id(head)})
     norm = _norm_of(model.model.norm, seen)
