@@ -49,6 +49,12 @@ def layer_of(d_in: int = 100, seed: int = 0) -> NestedLinear:
 # -- sensitivity -----------------------------------------------------------------------------------
 
 
+def test_the_plan_counts_the_sensitivities() -> None:
+    found = squared_gradients(tiny_model().eval(), [batch_of()])
+    held = sum(f.numel() * f.element_size() for f in found.values())
+    assert AnyPrecision().held(SHAPE, 0, 4) == held
+
+
 def test_sensitivities_are_the_squares_of_each_sequence_s_own_gradient() -> None:
     model, batch = tiny_model().eval(), batch_of(rows=2)
     weights = {n: x.weight for n, x in dense_linears(model)}

@@ -10,6 +10,7 @@ import pytest
 from effbench.resources import energy
 from effbench.resources.energy import Energy, Meter, total
 from effbench.results.fold import energy_name
+from effbench.util.files import write_atomic
 
 
 def zone(root: Path, name: str, kind: str, joules: float, largest: float = 1000.0) -> Path:
@@ -22,7 +23,8 @@ def zone(root: Path, name: str, kind: str, joules: float, largest: float = 1000.
 
 
 def spend(folder: Path, reading: float) -> None:
-    (folder / "energy_uj").write_text(f"{int(reading * 1e6)}\n")
+    """Set a counter, at once: a meter may read it at any time."""
+    write_atomic(folder / "energy_uj", f"{int(reading * 1e6)}\n")
 
 
 @pytest.fixture

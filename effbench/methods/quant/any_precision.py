@@ -33,7 +33,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import Bits
-from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.compresses import CompressesLinears, Part
 from effbench.nn.quant import linears, nested_linear, sensitivity
 from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
@@ -97,6 +97,10 @@ class AnyPrecision(CompressesLinears):
     def calibrates(self) -> bool:
         """Gradients of training rows say what an error costs."""
         return True
+
+    def held(self, shape: AnyShape, tokens: int, element: int) -> int:
+        """Return the bytes of the sensitivities, which are float32."""
+        return 4 * shape.linear_params
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return the pass over the rows and the dense linears."""
