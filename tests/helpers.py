@@ -91,6 +91,25 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def some_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Return tokens [rows, length], none of them a special one."""
+    return torch.randint(3, 128, (rows, length), generator=generator(seed))
+
+
+def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
+    """Return the logits from the end of the prompt on, [B, T - P + 1, V].
+
+    Args:
+        session: What decodes.
+        ids: Tokens [B, T], given one after the other.
+        prompt: How many go in together at first, P.
+        mask: Of the prompt, [B, P], 0 on padding.
+    """
+    steps = [session.prefill(ids[:, :prompt], mask)]
+    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
+    return torch.stack(steps, dim=1)
+
+
 def context(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,

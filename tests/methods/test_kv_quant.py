@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, generator, tiny_model
+from helpers import SHAPE, decoded, generator, some_ids, tiny_model
 
 from effbench.api.cost import cache_bytes, cost_of
 from effbench.api.points import UNNAMED
@@ -31,16 +31,6 @@ def model_of(dtype: torch.dtype = torch.float64, attention: str = "sdpa", **size
     model = tiny_model(dtype=dtype, shape=replace(SHAPE, **sizes)).eval().requires_grad_(False)
     model.config._attn_implementation = attention
     return model
-
-
-def some_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, length), generator=generator(seed))
-
-
-def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
-    steps = [session.prefill(ids[:, :prompt], mask)]
-    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(steps, dim=1)
 
 
 # -- codes -----------------------------------------------------------------------------------------
@@ -191,44 +181,6 @@ def test_its_bytes_are_those_of_its_tensors_and_as_counted(
     ranges = 4 / group + 4 / min(group, 16)
     assert per_token.kv_bytes_per_token == 2 * 2 * 16 * (2 * bits / 8 + ranges)
     assert per_token.saving == "physical"
-
-
-@pytest.mark.parametrize("prompt", [5, 21])
-def test_padded_rows_decode_as_alone_and_are_reordered(prompt: int) -> None:
-    model, ids = model_of(), some_ids(3, 40)
-    pads = [3, 0, prompt - 1]
-    mask = torch.tensor([[0] * p + [1] * (prompt - p) for p in pads])
-    session = WholeSession(model, POLICY)
-    found = decoded(session, ids[:, :32], prompt, mask)
-    alone = [WholeSession(model, POLICY) for _ in pads]
-    for row, start in enumerate(pads):
-        expected = decoded(alone[row], ids[row : row + 1, start:32], prompt - start)
-        torch.testing.assert_close(found[row], expected[0], **EXACT)
-    rows = torch.tensor([2, 0, 2])
-    session.reorder(rows)
-    for t in range(32, 40):
-        expected = torch.cat([s.step(ids[r : r + 1, t : t + 1]) for r, s in enumerate(alone)])
-        torch.testing.assert_close(session.step(ids[rows, t : t + 1]), expected[rows], **EXACT)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_what_is_taken_back_was_never_read(padded: bool) -> None:
-    model, ids = model_of(), some_ids(2, 30)
-    mask = torch.ones(2, 5, dtype=torch.long)
-    mask[0, :3] = 1 - int(padded)
-    whole = decoded(WholeSession(model, POLICY), ids, 5, mask)
-    staged = StagedDecoder(model, [2], POLICY, undo=4)
-    staged.read(ids[:, :5], mask)
-    staged.run(0)
-    for t in range(5, 30):
-        staged.read(some_ids(2, 1 + t % 4, seed=t))
-        staged.run(0)
-        staged.crop(t)
-        staged.read(ids[:, t : t + 1])
-        found = staged.logits(0, staged.run(0))[:, -1]
-        torch.testing.assert_close(found, whole[:, t - 4], **EXACT)
-    with pytest.raises(ValueError, match="only the last 4 tokens"):
-        staged.crop(12)
 
 
 def test_drafts_work_with_it() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import decoded
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api import registry
@@ -117,13 +118,6 @@ def batch_of(ids: torch.Tensor, prompt: int = 1) -> Batch:
     labels[:, :prompt] = -100
     batch = Batch(ids, torch.ones_like(ids), labels, list(range(len(ids))))
     return dataclasses.replace(batch, window_tokens=batch.loss_tokens)
-
-
-def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
-    """Return the logits of every position from the end of the prompt on, [B, T - P + 1, V]."""
-    out = [session.prefill(ids[:, :prompt], mask)]
-    out += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(out, dim=1)
 
 
 def digest(model: Any) -> str:

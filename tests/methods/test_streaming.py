@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from helpers import SHAPE, context, generator
+from helpers import SHAPE, context, decoded, some_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import make_batch
@@ -23,7 +23,7 @@ from effbench.methods.depth.reading import Depth, Mixed
 from effbench.nn.decode.decoder import CopiedMaps, Decoder, Drafts, Drops, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.session import CachedSession, greedy
-from effbench.nn.decode.staged import StagedDecoder, WholeSession, whole_logits
+from effbench.nn.decode.staged import WholeSession, whole_logits
 from effbench.results.store import RunFolder
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
@@ -49,16 +49,6 @@ def model_of(
         attn_implementation=attention,
     )
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-
-
-def some_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, length), generator=generator(seed))
-
-
-def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
-    steps = [session.prefill(ids[:, :prompt], mask)]
-    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(steps, dim=1)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -166,47 +156,6 @@ def test_its_bytes_are_constant_once_it_is_full(sinks: int, window: int, prompt:
         expected = 2 * min(t + 1, sinks + window) * per_token
         assert session.kv_bytes() == held(session) == expected
     assert all(layer.view is None for layer in session.staged.cache.layers)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("sinks", "window"), CASES)
-@pytest.mark.parametrize("prompt", [9, 30])
-def test_padded_rows_decode_as_alone_and_are_reordered(
-    sinks: int, window: int, prompt: int
-) -> None:
-    model, ids, policy = model_of(), some_ids(3, 44), SinkWindow(sinks, window)
-    pads = [4, 0, prompt - 1]
-    mask = torch.tensor([[0] * p + [1] * (prompt - p) for p in pads])
-    session = WholeSession(model, policy)
-    found = decoded(session, ids[:, :36], prompt, mask)
-    alone = [WholeSession(model, policy) for _ in pads]
-    for row, start in enumerate(pads):
-        expected = decoded(alone[row], ids[row : row + 1, start:36], prompt - start)
-        close(found[row], expected[0])
-    rows = torch.tensor([2, 0, 2])
-    session.reorder(rows)
-    for t in range(36, 44):
-        expected = torch.cat([s.step(ids[r : r + 1, t : t + 1]) for r, s in enumerate(alone)])
-        close(session.step(ids[rows, t : t + 1]), expected[rows])
-
-
-@pytest.mark.parametrize(("sinks", "window"), CASES)
-@pytest.mark.parametrize("padded", [False, True])
-def test_what_is_taken_back_was_never_read(sinks: int, window: int, padded: bool) -> None:
-    model, ids, policy = model_of(), some_ids(2, 30), SinkWindow(sinks, window)
-    mask = torch.ones(2, 5, dtype=torch.long)
-    mask[0, :3] = 1 - int(padded)
-    whole = decoded(WholeSession(model, policy), ids, 5, mask)
-    staged = StagedDecoder(model, [3], policy, undo=4)
-    staged.read(ids[:, :5], mask)
-    staged.run(0)
-    for t in range(5, 30):
-        staged.read(some_ids(2, 1 + t % 4, seed=t))
-        staged.run(0)
-        staged.crop(t)
-        staged.read(ids[:, t : t + 1])
-        close(staged.logits(0, staged.run(0))[:, -1], whole[:, t - 4])
-    with pytest.raises(ValueError, match="only the last 4 tokens"):
-        staged.crop(20)
 
 
 # -- with other ways of decoding -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
+from helpers import decoded
 from transformers import (
     GemmaConfig,
     LlamaConfig,
@@ -24,7 +25,6 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from effbench.api import weights
-from effbench.api.session import Session
 from effbench.config.compose import compose
 from effbench.models import load as models
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl
@@ -86,13 +86,6 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
 
 def some_ids(rows: int, length: int) -> torch.Tensor:
     return torch.randint(1, 131, (rows, length), generator=torch.Generator().manual_seed(rows))
-
-
-def decoded(session: Session, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Return the logits at every position from the last one of the prompt on, [B, T, V]."""
-    steps = [session.prefill(ids[:, :prompt])]
-    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(steps, dim=1)
 
 
 @pytest.fixture(params=["native", "walk"])

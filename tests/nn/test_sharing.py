@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, batch_of, context, generator, logits, tiny_model
+from helpers import SHAPE, batch_of, context, decoded, generator, logits, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from effbench.api.cost import cost_of
@@ -432,15 +432,6 @@ def test_reentrant_checkpointing_is_refused() -> None:
 # -- decoding ----------------------------------------------------------------------------------
 
 
-def decoded(
-    session: Any, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int
-) -> torch.Tensor:
-    first = mask[:, :prompt] if mask is not None else None
-    steps = [session.prefill(ids[:, :prompt], first)]
-    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(steps, 1)
-
-
 def sessions(model: Any) -> list[Any]:
     assert isinstance(session_for(model), StaticSession)
     return [session_for(model), SharedSession(model), CachedSession(model)]
@@ -462,7 +453,7 @@ def test_decoding_gives_what_one_pass_gives(
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 5:]
     shape = shape_shared(model, DEEP)
     for session in sessions(model):
-        found = decoded(session, ids, mask if padded else None, 6)
+        found = decoded(session, ids, 6, mask[:, :6] if padded else None)
         near: Any = EAGER if attention == "eager" else {"atol": 1e-9, "rtol": 1e-9}
         torch.testing.assert_close(found, expected, **near)
         element = expected.element_size()
@@ -479,11 +470,12 @@ def test_the_kernel_takes_what_others_made(
     if padded:
         mask = torch.ones_like(ids)
         mask[1, :4] = 0
+    first = None if mask is None else mask[:, :6]
     session = StaticSession(model)
     session.reserve(*ids.shape)
     assert session.engine == ("native" if native.kernels() else "walk")
-    found = decoded(session, ids, mask, 6)
-    expected = decoded(StaticSession(model, use_native=False), ids, mask, 6)
+    found = decoded(session, ids, 6, first)
+    expected = decoded(StaticSession(model, use_native=False), ids, 6, first)
     near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
     torch.testing.assert_close(found, expected, **near)
     bytes_held = shape_shared(model, DEEP).kv_bytes_per_token(dtype.itemsize) * ids.numel()
@@ -516,7 +508,7 @@ def test_queries_of_an_earlier_source_are_left_to_the_walk() -> None:
     ids = tokens()
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, 5:]
-    torch.testing.assert_close(decoded(session, ids, None, 6), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoded(session, ids, 6), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_half_converted_is_decoded_by_its_forward_pass() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from helpers import SHAPE, batch_of, begun, generator, tiny_model
+from helpers import SHAPE, batch_of, begun, decoded, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
 from effbench.api.footprint import Pass, step_flops, training_of
@@ -61,13 +61,6 @@ def sliced(sizes: list[LayerSize], dtype: torch.dtype = torch.float64, dims: int
     resize(model, dims, sizes)
     assert list(layer_sizes(model)) == sizes
     return model.eval().requires_grad_(False)
-
-
-def decoded(session: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Return the logits after each token from the prompt's last on, [B, T - P + 1, V]."""
-    found = [session.prefill(ids[:, :prompt])]
-    found += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(found, 1)
 
 
 def tokens() -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import decoded
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -72,12 +73,6 @@ def model_of(kind: str = "llama", attention: str = "sdpa", **sizes: Any) -> Any:
 
 def some_ids(rows: int, length: int) -> torch.Tensor:
     return torch.randint(128, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def decoded(session: Any, ids: torch.Tensor, prompt: int, mask: Any = None) -> torch.Tensor:
-    steps = [session.prefill(ids[:, :prompt], mask)]
-    steps += [session.step(ids[:, t : t + 1]) for t in range(prompt, ids.shape[1])]
-    return torch.stack(steps, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

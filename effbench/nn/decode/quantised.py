@@ -174,18 +174,21 @@ class QuantisedLayer(LayerCache):
         if self.packed is not None and int((starts + self.group * counts).min()) < self.first:
             raise ValueError(f"only the last {self.undo} tokens can be taken back")
         super().crop(tokens_to_remove)
-        self.length, self.counts, most = length, counts, int(counts.max())
-        if self.packed is not None:
-            keys, values = (Ranges(*(t[:, :, :most] for t in part)) for part in self.packed)
-            self.packed = (keys, values) if most else None
+        self.length, self.counts = length, counts
+        self._keep_packed(slice(None))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep the sequences `beam_idx`, in this order."""
         if self.empty is not None:
             self.counts = self.counts[beam_idx]
         super().reorder_cache(beam_idx)
+        self._keep_packed(beam_idx)
+
+    def _keep_packed(self, rows: torch.Tensor | slice) -> None:
+        """Keep the codes of some sequences, as many groups as the longest of them has."""
         if self.packed is not None:
-            keys, values = (Ranges(*(t[beam_idx] for t in part)) for part in self.packed)
+            most = int(self.counts.max())
+            keys, values = (Ranges(*(t[rows, :, :most] for t in part)) for part in self.packed)
             self.packed = keys, values
 
 

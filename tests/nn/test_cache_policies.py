@@ -1,0 +1,73 @@
+"""What every cache policy holds to: rows decode as alone, and what is taken back was never read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import decoded, some_ids, tiny_model
+
+from effbench.methods.cache.kv_quant import QuantisedCache
+from effbench.methods.cache.streaming import SinkWindow
+from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.staged import StagedDecoder, WholeSession
+
+POLICIES = [
+    SinkWindow(4, 8),
+    SinkWindow(0, 7),
+    SinkWindow(1, 1),
+    SinkWindow(3, 2),
+    QuantisedCache(4, 4, 6),
+    QuantisedCache(2, 3, 1),
+]
+"""All of them leave something out or change it within a few tokens."""
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+
+
+def model_of() -> Any:
+    return tiny_model(dtype=torch.float64).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("steps", [0, 11])
+@pytest.mark.parametrize("prompt", [5, 9, 21, 30])
+def test_padded_rows_decode_as_alone_and_are_reordered(
+    policy: CachePolicy, prompt: int, steps: int
+) -> None:
+    """Reordered rows are the short ones: the longest, which holds the most, is dropped."""
+    model, ids, end = model_of(), some_ids(3, prompt + steps + 8), prompt + steps
+    pads = [3, 0, prompt - 1]
+    mask = torch.tensor([[0] * p + [1] * (prompt - p) for p in pads])
+    session = WholeSession(model, policy)
+    found = decoded(session, ids[:, :end], prompt, mask)
+    alone = [WholeSession(model, policy) for _ in pads]
+    for row, start in enumerate(pads):
+        expected = decoded(alone[row], ids[row : row + 1, start:end], prompt - start)
+        torch.testing.assert_close(found[row], expected[0], **EXACT)
+    rows = torch.tensor([2, 0, 2])
+    session.reorder(rows)
+    for t in range(end, end + 8):
+        expected = torch.cat([s.step(ids[r : r + 1, t : t + 1]) for r, s in enumerate(alone)])
+        torch.testing.assert_close(session.step(ids[rows, t : t + 1]), expected[rows], **EXACT)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_taken_back_was_never_read(policy: CachePolicy, padded: bool) -> None:
+    model, ids = model_of(), some_ids(2, 30)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, :3] = 1 - int(padded)
+    whole = decoded(WholeSession(model, policy), ids, 5, mask)
+    staged = StagedDecoder(model, [model.config.num_hidden_layers], policy, undo=4)
+    staged.read(ids[:, :5], mask)
+    staged.run(0)
+    for t in range(5, 30):
+        staged.read(some_ids(2, 1 + t % 4, seed=t))
+        staged.run(0)
+        staged.crop(t)
+        staged.read(ids[:, t : t + 1])
+        found = staged.logits(0, staged.run(0))[:, -1]
+        torch.testing.assert_close(found, whole[:, t - 4], **EXACT)
+    with pytest.raises(ValueError, match="only the last 4 tokens"):
+        staged.crop(12)
