@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +74,12 @@ def runs(
       effbench runs query "select method, point, value from metrics where name = 'loss'"
     """
     if context.invoked_subcommand is None:
-        from effbench.report.runs import listing
+        from effbench.report.runs import fitted, listing
         from effbench.results.store import Store
 
         table = listing(Store(results), context.meta.get("filters", ()), full)
-        typer.echo(f"{table.text()}\n")
+        width = shutil.get_terminal_size().columns
+        typer.echo(fitted(table, width) if sys.stdout.isatty() else table.text() + "\n")
 
 
 @app.command(name="show")

@@ -110,8 +110,7 @@ class Memory(Evaluator):
         on_cpu = not str(subject.device).startswith("cuda")
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
-        packed = [m for m in subject.model.modules() if isinstance(m, linears.QuantisedLinear)]
-        expands = on_cpu or not all(m.fused for m in packed)
+        expands = on_cpu or not all(x.fused for x in subject.shape.formats)
         return peaks.inference(subject.cost, one, trained=trained, expands=expands)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:

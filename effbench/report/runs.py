@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from effbench.report import labels, table
@@ -50,6 +51,9 @@ class Listed:
 
 
 COLUMNS = (RUN_COLUMNS[0], "age", *RUN_COLUMNS[2:])
+SHARED = range(2, 7)
+"""Columns of which one value may stand for all runs: stage, method, model, dataset, seed."""
+BELOW = ("result", "command")
 
 
 def listed(store: Store, filters: Sequence[str] = ()) -> list[Listed]:
@@ -92,6 +96,52 @@ def listing(store: Store, filters: Sequence[str] = (), full: bool = False) -> Ta
         (*run.row(now), *texts) for run, texts in zip(runs, more, strict=True)
     ]
     return Table("", (*COLUMNS, "on disk", "command"), rows)
+
+
+def fitted(table: Table, width: int) -> str:
+    """Return a table of runs in lines that a terminal can hold, no word of them broken.
+
+    What is the same for all is said once, above; where lines are too long all the same, what comes
+    of a run, and its command, stand below it.
+
+    Args:
+        table: A `listing`.
+        width: Characters of a line.
+    """
+    rows = [[str(cell) for cell in row] for row in table.rows]
+    same = [i for i in SHARED if len(rows) > 1 and len({row[i] for row in rows}) == 1]
+    told = ", ".join(f"{table.columns[i]} {rows[0][i]}" for i in same)
+    kept = [i for i in range(len(table.columns)) if i not in same]
+    lines = _lines(table, rows, kept)
+    if max(map(len, lines)) > width:
+        below = [i for i in kept if table.columns[i] in BELOW]
+        lines = _lines(table, rows, [i for i in kept if i not in below])
+        head, lines = lines[:2], lines[2:]
+        pairs = zip(lines, rows, strict=True)
+        lines = head + [x for own, row in pairs for x in (own, *_below(row, below, width))]
+    return "\n".join([*([f"All: {told}", ""] if told else []), *lines])
+
+
+def _lines(table: Table, rows: Sequence[Sequence[str]], kept: Sequence[int]) -> list[str]:
+    cells: list[tuple[Cell, ...]] = [tuple(row[i] for i in kept) for row in rows]
+    text = Table("", tuple(table.columns[i] for i in kept), cells).text()
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def _below(row: Sequence[str], columns: Sequence[int], width: int) -> list[str]:
+    """Return what stands under the line of a run."""
+    return [line for i in columns for line in _wrapped(row[i], width)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(
+        text,
+        width,
+        initial_indent="    ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def age(started: str, now: float) -> str:

@@ -196,3 +196,13 @@ def test_the_artefact_gives_the_same_logits_at_every_width(model: Any, tmp_path:
     method.save(model, tmp_path)
     loaded = method.load(tiny_model().eval(), tmp_path, context())
     assert all(logits(loaded, b).equal(logits(model, b)) for b in WIDTHS)
+
+
+def test_planes_beyond_the_width_need_not_be_there() -> None:
+    layer = layer_of()
+    for bits in WIDTHS:
+        layer.use(bits)
+        whole = layer.dense_weight(torch.float32)
+        layer.planes, every = layer.planes[:bits], layer.planes
+        assert layer.dense_weight(torch.float32).equal(whole)
+        layer.planes = every

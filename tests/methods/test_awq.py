@@ -161,3 +161,11 @@ def test_in_memory_are_two_blocks_and_the_activations_at_the_most() -> None:
     block = 4 * sum(p.numel() for p in frozen().model.layers[0].parameters())
     states = 4 * 64 * sum(batch.input_ids.numel() for batch in ROWS)
     assert block < counted.peak <= 2 * block + 2 * states
+
+
+def test_scales_are_balanced_around_one() -> None:
+    found = list(scaling.candidates(torch.tensor([0.01, 0.5, 3.0])))
+    assert len(found) == 20 and found[0].equal(torch.ones(3))
+    for step, scales in enumerate(found):
+        assert float(scales.max() * scales.min()) == pytest.approx(1)
+        assert float(scales[2] / scales[0]) == pytest.approx(300 ** (step / 20), rel=1e-5)

@@ -350,3 +350,33 @@ def test_it_needs_dense_layers() -> None:
         compress_whole(DFloat11(), made(), [], context())
     linear = made().model.layers[0].self_attn.q_proj
     assert isinstance(linear, DFloat11Linear) and linear.layout() is None
+
+
+def units_of(count: int) -> list[Unit]:
+    """Return units of one linear each that share a buffer."""
+    scratch = dfloat11.Scratch()
+    sizes = [(20, 30)]
+    codes = [dfloat11.encode({"w": normal(600, seed=seed)}) for seed in range(count)]
+    return [Unit(encoded, sizes, scratch) for encoded in codes]
+
+
+def test_a_buffer_is_of_no_use_once_the_codes_are_others() -> None:
+    one, other = units_of(2)
+    before = one.weight(0, BF16).clone()
+    one.load_state_dict(other.state_dict())
+    assert one.weight(0, BF16).equal(normal(600, seed=1).view(20, 30))
+    one.load_state_dict(units_of(1)[0].state_dict())
+    assert one.weight(0, BF16).equal(before)
+    one._apply(lambda t: t.clone())
+    assert one.scratch.holds is None
+
+
+def test_a_unit_that_cannot_be_decoded_leaves_the_others_whole() -> None:
+    one, other = units_of(2)
+    before = one.weight(0, BF16).clone()
+    other.get_buffer("codes").fill_(255)
+    other.get_buffer("tables").zero_()
+    with pytest.raises(UserError, match="damaged"):
+        other.weight(0, BF16)
+    one.scratch.buffer.zero_()  # what a decoder may have written before it noticed
+    assert one.weight(0, BF16).equal(before)

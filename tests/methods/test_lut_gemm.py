@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +257,18 @@ def test_weights_that_are_not_finite_are_refused(source: str) -> None:
 
 def test_a_layer_has_no_layout_yet() -> None:
     assert BinaryLinear.quantise(torch.nn.Linear(16, 4), 2, 8).layout() is None
+
+
+def test_no_round_of_refinement_loses_in_any_group() -> None:
+    weight = drawn(64, 128)
+    groups = weight.reshape(-1, 32).T.contiguous()
+    codes, scales = binary.greedy(groups, 3)
+    ends = [binary.refined(groups, codes, scales, rounds) for rounds in (1, 2, 3, 5, 8)]
+    losses = [binary._error(groups, binary.nearest(groups, end), end) for end in ends]
+    for before, after in pairwise(losses):
+        assert (after <= before).all()
+
+
+def test_the_sign_of_zero_is_plus() -> None:
+    codes, scales = binary.greedy(torch.zeros(8, 2), 2)
+    assert (codes == 3).all() and not scales.any()

@@ -237,3 +237,24 @@ def test_a_layer_is_printed_with_its_sizes() -> None:
     layer = TritLinear.quantise(torch.nn.Linear(16, 4), 2, 8)
     assert "planes=2, group_size=8" in repr(layer)
     assert layer.layout() is None
+
+
+@COUNTS
+def test_trits_are_the_nearest_at_the_scales_that_are_stored(count: int) -> None:
+    weight = drawn(256, 128)
+    found = trits.quantise(weight, count, 64)
+    groups = weight.reshape(-1, 64).T.contiguous()
+    scales = found.scales.float().reshape(count, -1)
+    expected = trits.nearest(groups, scales).transpose(1, 2).reshape(count, 256, 128)
+    assert trits.trits_of(found.planes, 128).equal(expected.to(torch.int8))
+
+
+def test_the_ridge_is_the_least_power_of_ten_that_is_enough() -> None:
+    """Planes that are the same have a singular matrix of normal equations."""
+    w = drawn(64, 3)
+    plane = w.sign()
+    found = alternating.best_scales(torch.stack([plane, plane]), w, 1e6)
+    for column in range(3):
+        rows = plane[:, column].double().repeat(2, 1)
+        expected = ridge(rows, w[:, column].double(), 1e6)
+        torch.testing.assert_close(found[:, column], expected, atol=0, rtol=1e-9)

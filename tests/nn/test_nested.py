@@ -183,3 +183,9 @@ def test_seed_and_cuts_lose_at_most_what_the_authors_do() -> None:
         )
         lost = errors(found.values, theirs[b + 1].gather(1, found.order), found.mass)
         assert (kept <= lost * (1 + 1e-6)).all()
+
+
+def test_what_cannot_be_cut_is_the_left_child() -> None:
+    weight = torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 5.0, 5.0]])
+    found = nested.quantise(weight, None, 1, 4)
+    assert not (found.codes & 7).any()  # what three cuts add to the seed's one bit

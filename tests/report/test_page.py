@@ -23,7 +23,7 @@ from effbench.report.labels import command_of
 from effbench.report.page.columns import artefact_of, rows_of
 from effbench.report.page.curves import thinned
 from effbench.report.page.evidence import evidence
-from effbench.report.page.render import PLAIN_ROWS, page
+from effbench.report.page.render import PLAIN_ROWS, _folded, page
 from effbench.results.records import Metric, Outcomes, Record, read_all, write
 from effbench.util.errors import UserError
 
@@ -254,3 +254,18 @@ def test_bad_input_is_named_and_leaves_the_older_file(
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(app, ["report", *words], catch_exceptions=False)
     assert Path("report.html").read_text() == "older"
+
+
+@pytest.mark.parametrize(
+    ("line", "summary"),
+    [
+        (f"Seeds: {'lora, rank=8: 3; ' * 40}", "Seeds"),
+        (f"loss, against none. Higher: {'lora; ' * 90}", "loss, against none"),
+        ("word " * 200, f"{'word ' * 39}word …"),
+    ],
+)
+def test_a_long_sentence_is_folded_under_a_short_line(line: str, summary: str) -> None:
+    folded = _folded(line)
+    assert f"<summary>{summary}</summary>" in folded
+    assert all(folded.count(word) >= line.count(word) for word in ("lora", "word", "Higher"))
+    assert _folded("short: a. b") == "short: a. b"

@@ -103,6 +103,25 @@ def test_what_is_open_says_what_would_settle_it(judged: Judge) -> None:
     assert int(said.replace(",", "")) > 120
 
 
+def test_more_metrics_that_must_be_kept_take_more_items(judged: Judge) -> None:
+    def wanted(**rules: Any) -> int:
+        [check] = [c for c in judged(metrics(**rules)).checks if c.name.startswith("accuracy")]
+        return int(re.findall(r"about ([\d,]+) items", check.settles)[0].replace(",", ""))
+
+    assert wanted(accuracy=0.01) < wanted(accuracy=0.01, loss=1.0)
+
+
+def test_a_limit_is_on_the_point_that_is_named(tmp_path: Path) -> None:
+    family = run("dylora", {"r1": 0.0, "r8": 0.0})
+    speeds = [
+        Metric("decode_tokens_per_second", v, "tokens/s", p, phase="decode")
+        for p, v in (("r1", 200.0), ("r8", 100.0))
+    ]
+    write(replace(family, metrics=[*family.metrics, *speeds]), tmp_path)
+    found = [arm(f"0000@{p}", tmp_path).values("decode_tokens_per_second") for p in ("r1", "r8")]
+    assert [[m.value for m in own] for (own,) in found] == [[200.0], [100.0]]
+
+
 def test_only_what_must_be_kept_decides(judged: Judge) -> None:
     soft = {"margin": 0.01, "tier": "should"}
     found = judged(metrics(loss={"margin": 1.0}, accuracy=soft), WORSE)

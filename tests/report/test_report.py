@@ -98,6 +98,14 @@ def test_labels_say_only_what_tells_runs_apart() -> None:
     assert labels([LORA, run("lora", {"": 0}, seed=1)]) == ["lora, seed 0", "lora, seed 1"]
     small, large = (run("lora", {"": 0}, settings={"rank": r}) for r in (4, 8))
     assert labels([small, large]) == ["lora, rank=4", "lora, rank=8"]
+    parts = [{"name": "choices", "settings": {"split": "test"}}]
+    more = replace(large, spec={**large.spec, "evaluators": parts, "train": {"max_steps": 9}})
+    spec = {"evaluators": [], **small.spec}  # first in the spec, and last in what is told
+    told = labels([replace(small, spec=spec), more])
+    assert told == ["lora, rank=4 max_steps=60", "lora, rank=8 max_steps=9"]
+    spec = {**large.spec, "evaluators": []}
+    told = labels([replace(large, spec=spec), replace(more, spec={**spec, "evaluators": parts})])
+    assert told == ["lora, evaluators=[]", "lora, evaluators=[choices]"]
     again = labels([LORA, run("lora", {"": 0}, number=7)])
     assert again == ["lora, 00000000", "lora, 00070000"]
 
@@ -435,6 +443,9 @@ def test_seeds_of_earlier_runs_do_not_count_either() -> None:
     ]
     (group,) = grouped(children, parents)
     assert group.seeds == [(0, 0), (0, 1)]
+    evaluations = [replace(child, stage="eval") for child in children]
+    (group, other) = grouped([*evaluations, run("rtn", {}, number=40)], parents)
+    assert (group.label, other.label) == ("rtn, seed 0–1, eval", "rtn, seed 0, train")
     assert len(grouped(children)) == 2
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from effbench.report.runs import age, listed, listing
+from effbench.report.runs import age, fitted, listed, listing
 from effbench.results import records
 from effbench.results.housekeeping import leftovers, removal_of
 from effbench.results.records import SCHEMA, Metric, Record
@@ -87,6 +87,20 @@ def test_the_full_list_has_size_and_command(store: Store) -> None:
     size = store.run(STOPPED).bytes_on_disk()
     assert size == sum(p.stat().st_size for p in store.run(STOPPED).path.rglob("*") if p.is_file())
     assert re.search(rf"interrupted +{size} B +effbench train method=dora", text)
+
+
+def test_a_list_fits_a_terminal_and_breaks_no_word(store: Store) -> None:
+    table = listing(store, ["state=finished"], full=True)
+    wide, narrow = fitted(table, 200), fitted(table, 60)
+    assert wide.splitlines()[0] == "All: stage train, model tiny, dataset —"
+    assert "qlora" in wide and len(wide.splitlines()) == 2 + 2 + 2
+    assert max(map(len, narrow.splitlines())) <= 60
+    lines = [line.strip() for line in narrow.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith(SECOND[:8]))
+    assert lines[at + 1 : at + 3] == ["loss 1.500 nats/token", "effbench train method=qlora"]
+    assert not {*narrow.split()} - {*wide.split()}
+    (alone,) = listing(store, ["method=dora"]).rows
+    assert fitted(listing(store, ["method=dora"]), 200).splitlines()[2].split()[-1] == alone[-1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,6 @@ class QuantisedLinear(torch.nn.Linear):
         compute_dtype: What W is expanded to and x is cast to; None takes the dtype of x.
     """
 
-    fused: ClassVar[bool] = False
-    """Whether a GPU multiplies the packed weight in one kernel, which never expands it."""
     codes: torch.Tensor
     _kept: dict[torch.dtype, torch.Tensor] | None = None
     """The dense weight while it is kept."""
@@ -151,7 +149,6 @@ class NF4Linear(QuantisedLinear):
     bitsandbytes elsewhere, where a fused kernel multiplies without expanding.
     """
 
-    fused: ClassVar[bool] = True
     absmax: torch.Tensor
     absmax_scales: torch.Tensor
     offset: torch.Tensor
