@@ -260,8 +260,7 @@ def test_a_layer_has_no_layout_yet() -> None:
 
 
 def test_no_round_of_refinement_loses_in_any_group() -> None:
-    weight = drawn(64, 128)
-    groups = weight.reshape(-1, 32).T.contiguous()
+    groups = drawn(256, 32).T.contiguous()
     codes, scales = binary.greedy(groups, 3)
     ends = [binary.refined(groups, codes, scales, rounds) for rounds in (1, 2, 3, 5, 8)]
     losses = [binary._error(groups, binary.nearest(groups, end), end) for end in ends]
