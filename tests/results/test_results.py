@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from effbench.api.keys import earlier_keys, versions_of
 from effbench.api.schema import build
@@ -58,13 +59,18 @@ def test_a_campaign_has_all_its_records(path: Path) -> None:
 def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In bfloat16, with which they were made, where the experiment leaves the dtype open."""
     monkeypatch.chdir(ROOT)
     campaign = campaign_named(name)
     path = ROOT / "results" / "campaigns" / f"{name}.json"
+    said = yaml.safe_load(
+        (ROOT / "conf" / "experiment" / f"{campaign.experiment}.yaml").read_text()
+    )
+    dtype = said.get("hardware", {}).get("dtype", "bfloat16")
     noted = json.loads(path.read_text()) if path.is_file() else {}
     for arm, (first, *later) in campaign.arms.items():
         stage, *words = first.split()
-        settings = [f"experiment={campaign.experiment}", "hardware=cpu", "hardware.dtype=bfloat16"]
+        settings = [f"experiment={campaign.experiment}", "hardware=cpu", f"hardware.dtype={dtype}"]
         words += [] if stage == "eval" else [f"seed={campaign.seeds[0]}"]
         spec = compose(stage, [*settings, *words]).spec
         if not later and arm in noted:
