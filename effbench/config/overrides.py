@@ -72,7 +72,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
             raise UserError(
                 f"{text!r} is not an override.",
                 "Write key=value, for example method=qdylora or train.max_steps=100; "
-                "quote values with spaces or commas.",
+                "quote values with spaces, commas or braces: 'dataset.prompt=\"{question}\"'.",
             ) from None
         key = override.key_or_group
         refuse_code_in_word(f"{key}{'@' if override.package else ''}", text)
