@@ -1,7 +1,7 @@
 """Products of weights as codes beside those of dense bfloat16 weights, one vector, on a CPU.
 
-Codes and scales are drawn by lot: the time of a product does not depend on them. Formats take turns;
-times are relative to bfloat16 of the same round, median of the rounds [least, most].
+Codes and scales are drawn by lot: the time of a product does not depend on them. Formats take
+turns; times are relative to bfloat16 of the same round, median of the rounds [least, most].
 """
 
 from __future__ import annotations
