@@ -23,6 +23,10 @@ class Evolution:
             window: The micro-batches of the first step.
         """
 
+    def notes(self) -> list[str]:
+        """Return what the record says of `begin`, in sentences; asked once, after it."""
+        return []
+
     def before_step(self) -> None:
         """Set what the coming step's passes depend on."""
 

@@ -259,6 +259,8 @@ def _loop(trainer: Trainer) -> None:
     first = done.step
     if first == 0:
         trainer.ctx.evolution.begin(window_of(trainer, 0))
+        for sentence in trainer.ctx.evolution.notes():
+            trainer.run.note(sentence)
     begun = time.perf_counter()
     trainer.run.progress.bar("step", first, settings.max_steps)
     with stop_signal() as stop:
