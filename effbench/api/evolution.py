@@ -23,10 +23,6 @@ class Evolution:
             window: The micro-batches of the first step.
         """
 
-    def notes(self) -> list[str]:
-        """Return what the record says of `begin`, in sentences; asked once, after it."""
-        return []
-
     def before_step(self) -> None:
         """Set what the coming step's passes depend on."""
 
@@ -47,6 +43,13 @@ class Evolution:
 
     def metrics(self) -> dict[str, float]:
         """Return what the event of each training step says besides loss and time."""
+        return {}
+
+    def costs(self) -> dict[str, tuple[float, str]]:
+        """Return what the training took beside computing, with units: labels, judgements.
+
+        Each is a count of the record.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_over_answers_it_is_that_of_the_classes() -> None:
     )
     eps = torch.tensor(EPS, dtype=torch.float64)
     expected = perturbed_kl(log_t, log_s, eps, groups_of(log_t, "class")).mean()
-    assert found.item() == pytest.approx(float(expected), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_without_coefficients_it_is_kd_bit_for_bit() -> None:
@@ -209,13 +209,20 @@ def test_the_teacher_is_read_on_labelled_rows_alone_and_once() -> None:
 @pytest.mark.parametrize("fit", ["eps", "temperature", "vector"])
 def test_a_resumed_run_goes_on_with_what_was_fitted(fit: Any) -> None:
     method = classes(labels=12, fit=fit)
-    _, ctx, _ = started(method, questions(12))
+    _, ctx, _ = started(method, questions(12), begin=False)
+    noted: list[str] = []
+    ctx.evolution.note = noted.append
+    ctx.evolution.begin([])
     found = ctx.evolution.fit
     assert found.labels == 12
-    [note] = ctx.evolution.notes()
+    [note] = noted
     assert "12 labels, 36 sequences read by the teacher" in note
+    assert ctx.evolution.costs() == {
+        "fitted_labels": (12, "labels"),
+        "fit_passes": (36, "sequences"),
+    }
     _, again, _ = started(method, questions(12), begin=False)
-    assert again.evolution.fit != found and not again.evolution.notes()
+    assert again.evolution.fit != found and not again.evolution.costs()
     again.evolution.load_state_dict(ctx.evolution.state_dict())
     assert again.evolution.fit == found
 
@@ -239,6 +246,15 @@ def test_the_search_of_tokens_looks_at_as_many_of_each_row() -> None:
         assert float(p) == pytest.approx(float(expected[2, right]), rel=1e-5)
     ctx.evolution.begin([])
     assert ctx.evolution.fit.labels == 30
+
+
+def test_labels_of_another_split_are_of_rows_that_nothing_trains_on() -> None:
+    method, ctx = classes(label_split="validation", labels=10, beta=1.0), context()
+    assert method.splits() == ("validation",) and classes().splits() == ()
+    ctx.splits = {"validation": [question(100 + i) for i in range(12)]}
+    chosen = method.dataset(questions(5), tiny_model(), ctx)
+    assert {row.columns["label"] for row in chosen} == {-1}
+    assert {row.id for row in ctx.state["labelled"]} < {r.id for r in ctx.splits["validation"]}
 
 
 def test_what_was_fitted_is_saved_with_the_weights(tmp_path: Any) -> None:

@@ -152,13 +152,14 @@ class PTLoss(Teaches):
             UserError: For questions whose answers are no classes, and too few labels.
         """
         if self.groups == "class" or self.fit == "vector" or self.bias:
-            self._check_classes(examples)
-        if self.fits and min(self.labels, len(examples)) < FEWEST:
+            self._check_classes([*examples, *ctx.splits.get(self.label_split, [])])
+        rows = super().dataset(examples, model, ctx)
+        if self.fits and (count := len(ctx.state[LABELLED])) < FEWEST:
             raise UserError(
-                f"{min(self.labels, len(examples))} labelled rows are too few to fit to.",
-                f"Raise method.labels to {FEWEST} or more, or the training rows.",
+                f"{count} labelled rows are too few to fit to.",
+                f"Raise method.labels to {FEWEST} or more, or the rows of {self.label_split}.",
             )
-        return super().dataset(examples, model, ctx)
+        return rows
 
     def _check_classes(self, examples: Sequence[Example]) -> None:
         first, *rest = ([c.ids[c.prompt_length :] for c in e.choices] for e in examples)
@@ -180,7 +181,8 @@ class PTLoss(Teaches):
         start = fitting.Fit(
             self.eps or fitting.zeros(GROUPS.get(self.groups, classes), self.orders)
         )
-        return fitting.Fitting(start, partial(self._fit, rows, start, ctx) if self.fits else None)
+        how = partial(self._fit, rows, start, ctx) if self.fits else None
+        return fitting.Fitting(start, how, ctx.note)
 
     def _fit(self, rows: Sequence[Example], start: fitting.Fit, ctx: Context) -> fitting.Fit:
         passes = sum(len(self.unit(row).sequences) for row in rows)

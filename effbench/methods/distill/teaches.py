@@ -47,8 +47,10 @@ class Teaches(Trains):
     over: Literal["tokens", "answers"] = "tokens"
     """What p is over: next tokens, or the answers of a question (`dataset.kind=choices`)."""
     labels: PositiveInt = 200
-    """Training rows, drawn by the seed, whose label may be known. All rows are trained on, these
-    as well, without it."""
+    """Rows, drawn by the seed, whose label may be known."""
+    label_split: str = "train"
+    """The split that they are of. Rows of `train` are trained on all the same, without their label;
+    those of another split are not."""
     search_tokens: PositiveInt = 500
     """Tokens of these rows that are looked at, where distributions are over tokens."""
     beta: NonNegativeFloat = 0.0
@@ -83,17 +85,23 @@ class Teaches(Trains):
         self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
     ) -> list[Example]:
         """Return all rows, with the labels of a few; `ctx.state` has those few."""
+        own = self.label_split == "train"
+        source = examples if own else ctx.splits[self.label_split]
         draws = torch.Generator().manual_seed(ctx.seed)
-        order = torch.randperm(len(examples), generator=draws)[: self.labels].tolist()
-        ctx.state[LABELLED] = [examples[i] for i in sorted(order)]
+        order = torch.randperm(len(source), generator=draws)[: self.labels].tolist()
+        ctx.state[LABELLED] = [source[i] for i in sorted(order)]
         if self.over == "tokens":
             return list(examples)
-        known = set(order)
+        known = set(order) if own else set()
         places = [e.right if i in known else UNKNOWN for i, e in enumerate(examples)]
         return [
             replace(e, columns={**e.columns, LABEL: place})
             for e, place in zip(examples, places, strict=True)
         ]
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the split of the labelled rows, where it is another one."""
+        return () if self.label_split == "train" else (self.label_split,)
 
     def unit(self, example: Example) -> Example:
         """Return a question with all its answers, in the order of the classes."""

@@ -111,19 +111,31 @@ class Fitting(Evolution):
     Args:
         fit: What holds without looking at labels.
         how: Fits to labels; None where nothing has to be.
+        note: Takes a sentence for the record.
     """
 
-    def __init__(self, fit: Fit, how: Callable[[], Fit] | None = None) -> None:
-        self.fit, self.how = fit, how
+    def __init__(
+        self,
+        fit: Fit,
+        how: Callable[[], Fit] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.fit, self.how, self.note = fit, how, note
 
     def begin(self, window: Sequence[Batch]) -> None:
-        """Fit."""
+        """Fit, and say what was found."""
         if self.how is not None:
             self.fit = self.how()
+            self.note(self.fit.told())
 
-    def notes(self) -> list[str]:
-        """Return what was fitted, if anything was."""
-        return [self.fit.told()] if self.fit.labels else []
+    def costs(self) -> dict[str, tuple[float, str]]:
+        """Return the labels and the passes of the teacher that fitting took, if any."""
+        if not self.fit.labels:
+            return {}
+        return {
+            "fitted_labels": (self.fit.labels, "labels"),
+            "fit_passes": (self.fit.teacher_passes, "sequences"),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was fitted, as plain values."""
