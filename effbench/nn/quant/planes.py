@@ -70,4 +70,5 @@ def _columns(plane: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _spread(block: torch.Tensor) -> torch.Tensor:
     """Return the bits of bytes [N, M, c / 8], [N, M c]."""
-    return torch.stack([block >> k & 1 for k in range(8)], 2).flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=block.device).view(8, 1)
+    return (block.unsqueeze(2) >> places).bitwise_and_(1).flatten(1)
