@@ -102,6 +102,8 @@ class Training:
     """Whether the head runs on all positions, not only on those that count."""
     forwards: int = 0
     """Forward passes of a step without a backward pass; 0 has one."""
+    passes: int = 1
+    """Passes forward and backward of a step, one after the other."""
     noise: int = 0
     """Parameters of the largest tensor that trains: what a perturbation of it takes."""
     chunking: float = 0
@@ -148,6 +150,7 @@ def training_of(shape: AnyShape, dtype: str) -> Training:
         head_gradients=count.head_gradients * loss.reads_out * backward,
         every=loss.every or any(x.bypass and x.bypass.active for x in model.layers),
         forwards=model.forwards,
+        passes=model.passes,
         noise=largest_trained(model) if model.forwards else 0,
         chunking=2.0 * sum(x.chunking for x in count.recurrences(0)),
         stepping=2.0 * sum(x.stepping for x in count.recurrences(0)),
@@ -410,7 +413,7 @@ def step_flops(
     passes = layers * times + backward
     heads = training.heads * max(1, training.forwards) + training.head_gradients
     constant = training.forward_constant * times + training.gradient_constant
-    return one.size * passes + head * heads + constant
+    return training.passes * (one.size * passes + head * heads + constant)
 
 
 def transient(shape: AnyShape, element: int, adapted: bool) -> int:

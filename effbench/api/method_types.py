@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effbench.api.evolution import Evolution
+from effbench.api.examples import Example
 from effbench.util.lazy import torch
 
 Weights = str
@@ -46,6 +47,10 @@ class Context:
     """What was found out about the data before the structure went in; kept in checkpoints."""
     evolution: Any = field(default_factory=Evolution)
     """What changes the model while it trains: the method's own `Evolution`."""
+    splits: dict[str, list[Example]] = field(default_factory=dict)
+    """Rows of the splits that the method asks for beside `train`, by name; see `Trains.splits`."""
+    note: Callable[[str], None] = lambda text: None
+    """Adds a sentence to the run's record."""
     aux: dict[str, torch.nn.Module] = field(default_factory=dict)
     """The method's auxiliary models by name, frozen; they are no part of the model."""
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()

@@ -245,6 +245,8 @@ class ModelShape(AnyShape):
     """Whether gradients reach the embedding, though nothing may train there."""
     forwards: int = 0
     """Forward passes of a step that estimates its gradient without a backward pass; 0 has one."""
+    passes: int = 1
+    """Passes forward and backward of a step, each over as many rows as a step has."""
     held_bytes: int = 0
     """Bytes of what else training holds beside the weights."""
     grown: int = 0

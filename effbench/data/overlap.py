@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from effbench.data.render import Text
+from effbench.util.errors import UserError
 
 
 class Shared(NamedTuple):
@@ -55,6 +56,29 @@ class Trained:
         """Whether one row that was trained on is made of all these values, and perhaps of more."""
         found = sorted((self._rows.get(value, set()) for value in values), key=len)
         return bool(found) and bool(set.intersection(*found))
+
+
+def require_apart(train: Sequence[Text], rows: Sequence[Text], split: str) -> None:
+    """Refuse a split that is learnt from beside `train` and asks what `train` asks.
+
+    Args:
+        train: The training rows.
+        rows: Those of the other split.
+        split: Its name.
+
+    Raises:
+        UserError: With the number of such rows, in whatever template they stand.
+    """
+    trained = Trained()
+    trained.add(kept(train))
+    shared = sum(trained.shared(rows))
+    if shared:
+        raise UserError(
+            f"{shared} prompts of split {split!r}, by which training is judged, stand in split "
+            "'train' too.",
+            "Deal rows by what they ask (dataset.known_by=source), remove them from one, or say "
+            "dataset.allow_overlap=true.",
+        )
 
 
 def kept(texts: Sequence[Text]) -> dict[str, Any]:

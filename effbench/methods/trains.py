@@ -44,6 +44,14 @@ class Trains(Method):
         """
         return {}
 
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits beside `train` that training learns from or decides by.
+
+        Their rows are in `ctx.splits` from before `dataset` on. None of their prompts may stand in
+        `train`, and no evaluator may read them. Default: none.
+        """
+        return ()
+
     def dataset(
         self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
     ) -> list[Example]:

@@ -22,9 +22,10 @@ from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
 from effbench.config.compose import check_lengths, compose
 from effbench.data.dataset import Data
-from effbench.data.overlap import Trained, kept
+from effbench.data.overlap import Trained, kept, require_apart
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes, resolved
+from effbench.methods.trains import Trains
 from effbench.models import load as models
 from effbench.nn.adapters.merge import merge_for_good
 from effbench.nn.llama.weights import cast_parameters
@@ -136,6 +137,7 @@ def context(run: Run) -> Context:
         generator=torch.Generator().manual_seed(run.spec.seed),
         load_model=partial(load_frozen, run),
         tokenizer=run.tokenizer,
+        note=run.note,
     )
 
 
@@ -220,8 +222,31 @@ def open_data(run: Run) -> Data:
         own.add(kept(data.rows("train")))
         for split in asked_before:
             asked_before[split] += own.shared(data.rows(split)).prompts
+        _check_splits(spec, data)
     _account(run, data, asked_before)
     return data
+
+
+def further_splits(spec: Spec) -> tuple[str, ...]:
+    """Return the splits beside `train` that the training of a spec learns from."""
+    method = make_method(spec.method)
+    return method.splits() if isinstance(method, Trains) else ()
+
+
+def _check_splits(spec: Spec, data: Data) -> None:
+    """Refuse further splits of a training whose rows it trains on, or is evaluated on.
+
+    Raises:
+        UserError: Unless `dataset.allow_overlap`.
+    """
+    evaluated = {s for e in map(make_evaluator, spec.evaluators) for s in e.splits()}
+    for split in further_splits(spec) if not spec.dataset.allow_overlap else ():
+        if split in evaluated:
+            raise UserError(
+                f"method {spec.method.name} learns from split {split!r}, on which it is evaluated.",
+                "Evaluate on another split, or say dataset.allow_overlap=true.",
+            )
+        require_apart(data.rows("train"), data.rows(split), split)
 
 
 def _account(run: Run, data: Data, asked_before: Mapping[str, int]) -> None:
@@ -238,6 +263,8 @@ def _account(run: Run, data: Data, asked_before: Mapping[str, int]) -> None:
         used["validation"] = False
     if stage.makes:
         used["train"] = False
+    if stage.trains:
+        used |= dict.fromkeys(further_splits(run.spec), False)
     splits = {
         split: replace(data.account(split, whole), asked_before=asked_before.get(split, 0))
         for split, whole in sorted(used.items())

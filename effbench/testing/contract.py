@@ -442,11 +442,17 @@ class MethodContract:
         assert isinstance(method, Trains)
         point = method.validation_point(shape)
         model = begun(method, base, ctx)
-        with method.at(model, point):
-            before = logits(method, model, point)
+
+        @torch.no_grad()
+        def seen() -> torch.Tensor:
+            """What it predicts, and what it finds texts worth: some have an opinion alone."""
+            with method.at(model, point):
+                found = logits(method, model, point), method.scores(model, probe(), point)
+            return torch.cat([part.float().flatten() for part in found])
+
+        before = seen()
         move(model)
-        with method.at(model, point):
-            assert not logits(method, model, point).equal(before)
+        assert not seen().equal(before)
 
     # -- other tools -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from conftest import Bench
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
 from effbench.data.dataset import read, splits
-from effbench.data.overlap import Shared, Trained, kept
+from effbench.data.overlap import Shared, Trained, kept, require_apart
 from effbench.util.errors import UserError
 
 QUESTIONS = [f"How many legs do {n} dogs and {n + 1} hens have together?" for n in range(60)]
@@ -179,3 +179,22 @@ def test_tokens_of_another_template_are_not_taken_from_the_cache(file: Path) -> 
     )
     assert [e.id for e in one] == [e.id for e in other]
     assert all(a.ids != b.ids for a, b in zip(one, other, strict=True))
+
+
+# -- splits that training is judged by -----------------------------------------------------------
+
+
+def test_a_split_that_judges_may_ask_nothing_that_is_trained_on(file: Path) -> None:
+    rows = splits(spec(file))
+    require_apart(rows["train"], rows["validation"], "validation")
+    reworded = splits(spec(file, prompt="Q: {question} A:"))["train"][:1]
+    answered = [replace(t, answer="no", id="other", rendered="") for t in reworded]
+    for shared in (reworded, answered):
+        with pytest.raises(UserError, match="1 prompts of split 'validation'"):
+            require_apart(rows["train"], [*rows["validation"], *shared], "validation")
+
+
+def test_a_training_is_not_evaluated_on_what_judges_it(bench: Bench) -> None:
+    words = ["method=dorm", "evaluator=preference", "evaluator.preference.split=validation"]
+    with pytest.raises(UserError, match="learns from split 'validation', on which it is evaluated"):
+        bench.run("train", *words)

@@ -111,14 +111,8 @@ class Reward(LoRA):
 
     def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return each sequence's reward, [B] float32, wherever the padding is."""
-        decoder: Any = getattr(model, str(model.base_model_prefix))
-        states = decoder(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
-        last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(1).argmax(1)
         head: Any = model.get_submodule(HEAD)
-        rows = torch.arange(len(last), device=last.device)
-        found: torch.Tensor = head(states[rows, last].to(head.weight.dtype))
+        found: torch.Tensor = head(last_states(model, batch).to(head.weight.dtype))
         return found.squeeze(1).float()
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
@@ -165,3 +159,13 @@ class Reward(LoRA):
         head = Linear(HEAD, base.hidden_size, 1, MASTERS if full else FLOAT32, trains=True)
         objective = Objective(logit_bytes=0, reads_out=False)
         return replace(model, more=(head,), objective=objective)
+
+
+def last_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the hidden state of each sequence's last token, after the last norm, [B, d]."""
+    decoder: Any = getattr(model, str(model.base_model_prefix))
+    states: torch.Tensor = decoder(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    last = batch.attention_mask.shape[1] - 1 - batch.attention_mask.flip(1).argmax(1)
+    return states[torch.arange(len(last), device=last.device), last]

@@ -103,6 +103,8 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
         count_trained(run, trainer.model)
         _count_state(trainer)
         model = method.finalize(trainer.model, trainer.ctx)
+    for name, (amount, unit) in trainer.ctx.evolution.costs().items():
+        run.count(name, amount, unit)
     count_model(run, model)
     save_artefact(run, method, model)
     note_made(run)
@@ -141,8 +143,10 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     ctx.autocast = accelerator.autocast
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
-    run.folder.write_json("data.json", kept(data.rows("train")))
-    chosen = method.dataset(data.examples("train"), model, ctx)
+    ctx.splits = {name: data.examples(name) for name in method.splits()}
+    rows = [row for name in ("train", *ctx.splits) for row in data.rows(name)]
+    run.folder.write_json("data.json", kept(rows))
+    chosen = _chosen(run, method, data, model, ctx)
     if not chosen:
         raise UserError(f"{method.name} chose no training rows.", "Raise its budget.")
     settings = spec.train.over(len(chosen))
@@ -174,6 +178,17 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         point=method.validation_point(opened.start),
         settings=settings,
     )
+
+
+def _chosen(
+    run: Run, method: Trains, data: Data, model: torch.nn.Module, ctx: Context
+) -> list[Example]:
+    """Return the rows to train on; a choice that a method makes is a phase of its own."""
+    rows = data.examples("train")
+    if type(method).dataset is Trains.dataset:
+        return method.dataset(rows, model, ctx)
+    with run.phase("select"):
+        return method.dataset(rows, model, ctx)
 
 
 def _work(run: Run, examples: Sequence[Example], settings: TrainSpec) -> dict[str, Any]:

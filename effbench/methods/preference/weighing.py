@@ -1,0 +1,188 @@
+"""Reward models on pairs that do not count alike: what DORM and its baselines share.
+
+    weigh_by     omega_i of stage 1 (`proxies`), pairs that most proxies agree with (`agreement`),
+                 sources alike (`sources`), pairs alike (`uniform`)
+    fraction     a subset, drawn one pair after the other in proportion to the weights
+    apply        pairs repeated as often as they weigh (systematic sampling), or weighted losses
+    learn_from   the training rows; the validation rows alone, or both, weighted alike
+
+Proxies are linear heads on the base's last states, which are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from effbench.api.batch import Batch
+from effbench.api.examples import Example
+from effbench.api.method_types import Context
+from effbench.api.schema import NonNegativeFloat, PositiveInt
+from effbench.api.spec import DatasetSpec
+from effbench.methods.preference import pairs
+from effbench.methods.preference.reward import Reward
+from effbench.nn.weighting import grouping, linear, table
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+WEIGHT = "importance"
+"""Column of a pair's weight in the loss. `weight` would also be in the loss's denominator."""
+KEPT = "pairs"
+"""What a run keeps its table under, in `Context.state`."""
+
+
+@dataclass(frozen=True)
+class Weighs(Reward):
+    """A reward model whose training pairs have weights."""
+
+    weigh_by: Literal["bilevel", "proxies", "agreement", "sources", "uniform"] = "bilevel"
+    """Validation; stage 1 alone; pairs that most proxies agree with; sources alike; pairs alike."""
+    learn_from: Literal["train", "validation", "both"] = "train"
+    """The rows trained on; the last two are baselines with `weigh_by=uniform`."""
+    split: str = "validation"
+    """Name of the validation split."""
+    groups: Literal["clusters", "sources", "pairs"] = "clusters"
+    """What has a weight: source x tercile of uncertainty x agreement, a source, or each pair."""
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of the pairs to train on, drawn in proportion to their weights."""
+    apply: Literal["draw", "loss"] = "draw"
+    """Whether pairs stand in training as often as they weigh, or their losses are weighted."""
+    folds: Annotated[int, Interval(ge=2, le=1000)] = 5
+    """Folds, F."""
+    proxies: PositiveInt = 3
+    """Proxies that score each pair out of fold, E."""
+    uncertainty: NonNegativeFloat = 1.0
+    """Weight a of the uncertainty in a pair's score."""
+    disagreement: NonNegativeFloat = 3.0
+    """Weight b of the disagreement."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split in ("train", "test"):
+            use = "trained on" if self.split == "train" else "for the last evaluation"
+            raise UserError(
+                f"method.split={self.split} cannot judge weights: it is {use}.",
+                "Name a split of its own, as method.split=validation.",
+            )
+        if self.learn_from != "train" and self.weigh_by != "uniform":
+            raise UserError(
+                f"method.learn_from={self.learn_from} is a baseline without weights.",
+                "Set method.weigh_by=uniform too.",
+            )
+
+    def check_dataset(self, dataset: DatasetSpec) -> None:
+        """Refuse what `Reward` does, and pairs that have weights already."""
+        super().check_dataset(dataset)
+        if "weight" in dataset.columns:
+            raise UserError(
+                f"{self.name} makes weights of its own, and dataset.columns.weight gives others.",
+                "Leave out one of them; method=reward takes given weights.",
+            )
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the validation split, where it is used."""
+        used = self.weigh_by == "bilevel" or self.learn_from != "train"
+        return (self.split,) if used else ()
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def dataset(
+        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
+    ) -> list[Example]:
+        """Return the pairs to train on, as often as they weigh, or with their weights."""
+        if self.learn_from != "train":
+            own = examples if self.learn_from == "both" else []
+            return [*own, *ctx.splits[self.split]]
+        if self.weigh_by == "uniform":
+            return self.applied(examples, torch.ones(len(examples)), ctx)
+        units = [self.unit(e) for e in examples]
+        found = self.weighed(units, pairs.states_of(model, units, ctx.device), model, ctx)
+        ctx.state[KEPT] = found.state()
+        return self.applied(examples, found.weights, ctx)
+
+    def weighed(
+        self,
+        examples: Sequence[Example],
+        states: torch.Tensor,
+        model: torch.nn.Module,
+        ctx: Context,
+    ) -> table.PairTable:
+        """Return stage 1: evidence, groups and weights of the pairs.
+
+        Args:
+            examples: With all answers as sequences.
+            states: Of the pairs, [n, d].
+            model: The base.
+            ctx: Of the run.
+
+        """
+        scaled = linear.scaled(states)
+        margins = pairs.margins_of(scaled, examples, self.folds, self.proxies, ctx.seed)
+        evidence, sources = grouping.Evidence.of(margins), [pairs.source_of(e) for e in examples]
+        by = "sources" if self.weigh_by == "sources" else self.groups
+        dealt = grouping.grouped(grouping.labels_of(sources, evidence, by))
+        weights = self.first_weights(evidence, dealt)
+        return table.PairTable([e.id for e in examples], sources, evidence, dealt, weights)
+
+    def first_weights(self, evidence: grouping.Evidence, dealt: grouping.Groups) -> torch.Tensor:
+        """Return the weights of pairs before validation is looked at, [n] with mean 1.
+
+        Raises:
+            UserError: When proxies agree with no pair at all, and only those count.
+        """
+        if self.weigh_by == "sources":
+            return grouping.pair_weights(1 / torch.full_like(dealt.sizes, len(dealt.names)), dealt)
+        if self.weigh_by != "agreement":
+            return grouping.first_weights(evidence, self.uncertainty, self.disagreement)
+        agreed = evidence.agreed.double()
+        if not agreed.any():
+            raise UserError(
+                "Proxies are against every label, so that no pair is left.",
+                "Check which answer is the chosen one, or raise method.proxies.",
+            )
+        return agreed / agreed.mean()
+
+    def applied(
+        self, examples: Sequence[Example], weights: torch.Tensor, ctx: Context
+    ) -> list[Example]:
+        """Return the pairs as training sees them, in the order of the data.
+
+        Args:
+            examples: All pairs.
+            weights: Of each, [n]; those of weight 0 are left out.
+            ctx: Of the run.
+        """
+        draws = torch.Generator().manual_seed(ctx.seed)
+        count = min(int((weights > 0).sum()), max(1, round(self.fraction * len(examples))))
+        if count < len(examples):
+            return [examples[i] for i in grouping.subset(weights, count, draws)]
+        if self.apply == "draw":
+            return [examples[i] for i in grouping.repeated(weights, draws)]
+        return pairs.with_column(examples, WEIGHT, weights)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
+        """Return the losses of a micro-batch's pairs, weighted, over the pairs of the window."""
+        losses, _ = self.validation(model, batch)
+        if WEIGHT in batch.columns:
+            losses = losses * batch.columns[WEIGHT]
+        return losses.sum() / batch.window_examples
+
+    # -- artefact ------------------------------------------------------------------------------
+
+    def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Let the table of weights ride along until it is saved, and tell of it."""
+        if KEPT in ctx.state:
+            found = table.PairTable.of(ctx.state[KEPT])
+            model.add_module(table.NAME, found)
+            ctx.note(found.told())
+        return model
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the weights of the model, and those of the pairs."""
+        super().save(model, folder)
+        if table.NAME in model._modules:
+            model.get_submodule(table.NAME).write(folder)  # type: ignore[operator]
