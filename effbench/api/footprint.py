@@ -228,10 +228,14 @@ class Counted:
         return self.element * (output + states) + 4 * layer.mixer.heads
 
     def _recurred(self, layer: LayerShape, own: Recurrence) -> int:
-        """Return the bytes of a recurrence, of its gate before and after silu, and its output."""
-        gate = layer.linear("g_proj")
-        width = own.heads * own.width * (3 if gate else 1)
-        return self.element * width + own.kept
+        """Return the bytes of a recurrence, of its gate before and after silu, and its output.
+
+        What comes out of its norm, which counts with the norms, is kept for the gate alone.
+        """
+        width = own.heads * own.width
+        if layer.linear("g_proj"):
+            return self.element * 3 * width + own.kept
+        return (self.element - FLOAT32.element) * width + own.kept
 
     def _inputs(self, layer: LayerShape, names: Sequence[str], size: int) -> float:
         """Return the bytes of what some linears read, cast to `size` bytes.
