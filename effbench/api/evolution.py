@@ -45,6 +45,13 @@ class Evolution:
         """Return what the event of each training step says besides loss and time."""
         return {}
 
+    def costs(self) -> dict[str, tuple[float, str]]:
+        """Return what the training took beside computing, with units: labels, judgements.
+
+        Each is a count of the record.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint must keep: tensors and plain values."""
         return {}

@@ -101,6 +101,13 @@ class Example:
         return self.sequences[0].labels()
 
     def compared(self) -> Example:
-        """Return the example with all its choices as sequences, the right one first."""
-        others = (c for place, c in enumerate(self.choices) if place != self.right)
-        return replace(self, sequences=(self.choices[self.right], *others))
+        """Return the example with all its choices as sequences, the right one first.
+
+        Each has its place among the choices as the column `choice`.
+        """
+        known = [
+            replace(c, columns={**c.columns, "choice": place})
+            for place, c in enumerate(self.choices)
+        ]
+        others = (c for place, c in enumerate(known) if place != self.right)
+        return replace(self, sequences=(known[self.right], *others))

@@ -595,6 +595,21 @@ def chat(
     talk(list(overrides or []), list(config_dir or []), wish)
 
 
+@app.command()
+def judge(rules: Annotated[Path, typer.Argument(help="File of rules in JSON lines.")]) -> None:
+    """Accept or reject the rules that wait in a file, each with its evidence, one by one.
+
+    Each decision is in the file at once: quit when you like, the same command goes on.
+
+    \b
+    Example:
+      effbench judge rules.jsonl
+    """
+    from effbench.cli.judging import judge_file
+
+    judge_file(rules, input, typer.echo)
+
+
 def _say(text: str) -> None:
     write(text)
 

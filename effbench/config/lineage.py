@@ -209,7 +209,7 @@ def plugin(kind: registry.Kind, name: str, settings: dict[str, Any], where: str)
     """
     cls = registry.find(kind, name)
     made = build(cls, settings, where)
-    return Plugin(name, plain(made.sealed() if kind == "evaluators" else made))
+    return Plugin(name, plain(made.sealed()))
 
 
 def model_spec(values: Mapping[str, Any]) -> ModelSpec:

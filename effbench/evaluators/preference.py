@@ -70,7 +70,7 @@ class Preference(Evaluator):
         return found
 
     def run(self, subject: Subject) -> Result:
-        """Return `pair_accuracy` (ties count half) and `score_margin`, each item kept."""
+        """Return `pair_accuracy` (ties count half), `top_accuracy` and `score_margin`, by item."""
         result = Result()
         for split in self.splits():
             examples = subject.data.examples(split)
@@ -78,6 +78,7 @@ class Preference(Evaluator):
             ids = [e.id for e in examples]
             for name, values in (
                 ("pair_accuracy", [_won(row) for row in scores]),
+                ("top_accuracy", [float(row[0] > max(row[1:])) for row in scores]),
                 ("score_margin", [row[0] - sum(row[1:]) / len(row[1:]) for row in scores]),
             ):
                 result.add_items(subject, "preference", name, values, ids, split=split)

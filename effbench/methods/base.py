@@ -74,6 +74,14 @@ class Method(Decodes):
         """How the base is held: in the compute dtype, as float32 masters, or as NF4."""
         return "compute"
 
+    def sealed(self) -> Self:
+        """Return itself with a hash of the local files that it reads, so that they are in the key.
+
+        Raises:
+            UserError: When a file is missing.
+        """
+        return self
+
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method with the defaults filled in that depend on the model's shape.
 

@@ -40,6 +40,7 @@ from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import peft_lora
 from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.policy import EVERYTHING
 from effbench.nn.depth.submodel import keep_layers
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters, read_tensors
@@ -442,11 +443,17 @@ class MethodContract:
         assert isinstance(method, Trains)
         point = method.validation_point(shape)
         model = begun(method, base, ctx)
-        with method.at(model, point):
-            before = logits(method, model, point)
+
+        @torch.no_grad()
+        def seen() -> torch.Tensor:
+            """What it predicts, and what it finds texts worth: some have an opinion alone."""
+            with method.at(model, point):
+                found = logits(method, model, point), method.scores(model, probe(), point)
+            return torch.cat([part.float().flatten() for part in found])
+
+        before = seen()
         move(model)
-        with method.at(model, point):
-            assert not logits(method, model, point).equal(before)
+        assert not seen().equal(before)
 
     # -- other tools -------------------------------------------------------------------------------
 
@@ -581,11 +588,14 @@ def decoded(
 ) -> tuple[float, float]:
     """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token.
 
-    They are means over tokens after which the cache has grown evenly.
+    They are means over tokens after which the cache has grown evenly. What a token costs the more,
+    the more there are before it, is taken off its FLOPs: they are those at context 0.
     """
     session = method.session(model, point)
-    settled, period = method.decoder(point).cache.cycle()
-    session.prefill(torch.arange(max(8, settled))[None])
+    policy = method.decoder(point).cache
+    settled, period = policy.cycle()
+    prompt = max(8, settled)
+    session.prefill(torch.arange(prompt)[None])
     before, spent = session.kv_bytes(), 0.0
     steps = max(CYCLE if cycles(method) else 2, period)
 
@@ -597,7 +607,11 @@ def decoded(
         spent = flops(decode)
     else:
         decode()
-    return (session.kv_bytes() - before) / steps, spent / steps
+    grown = (session.kv_bytes() - before) / steps
+    if counts and policy != EVERYTHING:
+        each = (flops(decode) - spent) / steps**2  # for each token in the cache
+        spent -= each * steps * (prompt + (steps + 1) / 2)
+    return grown, spent / steps
 
 
 @torch.no_grad()

@@ -103,6 +103,8 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
         count_trained(run, trainer.model)
         _count_state(trainer)
         model = method.finalize(trainer.model, trainer.ctx)
+    for name, (amount, unit) in trainer.ctx.evolution.costs().items():
+        run.count(name, amount, unit)
     count_model(run, model)
     save_artefact(run, method, model)
     note_made(run)

@@ -1,0 +1,385 @@
+"""PRBoost on a tiny model whose texts say their class in a word of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench
+from helpers import SHAPE, adamw, context, tiny_model
+
+from effbench.api.batch import collate
+from effbench.api.examples import Example, Tokens
+from effbench.api.spec import DatasetSpec
+from effbench.config.compose import compose
+from effbench.methods.data.classifiers import heads_of
+from effbench.methods.data.prboost import RULES, PRBoost
+from effbench.methods.trains import begin_training
+from effbench.nn.weak_labels import boosting, rules
+from effbench.nn.weak_labels.judging import Judge
+from effbench.nn.weak_labels.pool import HIDDEN, Pool
+from effbench.nn.weak_labels.reading import Reader
+from effbench.runner.stages.batching import rows_of_step, window
+from effbench.util.errors import UserError
+
+CPU = torch.device("cpu")
+SIGNS = (30, 31)
+"""A token for each class, which most of its texts have."""
+STEPS = 12
+
+
+class Words:
+    """A tokenizer whose every token is a word of its own."""
+
+    def __len__(self) -> int:
+        return SHAPE.vocab_size
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return ["Ġ" + "".join(chr(97 + int(d)) for d in f"{i:03}") + "ox" for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.convert_ids_to_tokens(ids)).replace("Ġ", " ")
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [3 + ord(letter) % 20 for letter in text][:6]
+
+
+NAMED = [Words().decode([sign]).strip() for sign in SIGNS]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def row_of(seed: int, right: int | None = None, swapped: bool = False) -> Example:
+    draw = Random(seed)
+    place = draw.randrange(2)
+    prompt = [draw.randrange(40, SHAPE.vocab_size) for _ in range(draw.randrange(5, 9))]
+    prompt[draw.randrange(len(prompt))] = SIGNS[place if draw.random() < 0.9 else 1 - place]
+    place = place if right is None else right
+    answers = ([8], [9])[:: -1 if swapped else 1]
+    place = 1 - place if swapped else place
+    choices = tuple(Tokens(prompt + a, len(prompt), 1) for a in answers)
+    return Example(str(seed), (choices[place],), choices, place)
+
+
+ROWS = [row_of(seed) for seed in range(60)]
+
+
+def method_of(**settings: Any) -> PRBoost:
+    chosen: dict[str, Any] = {"labelled": 0.4, "rounds": 2, "source": "text", "min_matches": 2}
+    return PRBoost(**{**chosen, "self_training": 0.25, **settings}).sealed()
+
+
+def begun(
+    method: PRBoost, rows: Sequence[Example] = ROWS, seed: int = 0
+) -> tuple[Any, Any, list[Example]]:
+    """Return the model with the method in it, the context, and the rows to train on."""
+    ctx = context(seed)
+    ctx.tokenizer, ctx.total_steps = Words(), STEPS
+    model = tiny_model().eval()
+    dealt = method.dataset(rows, model, ctx)
+    return begin_training(method, model, ctx), ctx, dealt
+
+
+def trained(
+    method: PRBoost, rows: Sequence[Example] = ROWS, seed: int = 0, until: int = STEPS
+) -> tuple[Any, Any, list[Example]]:
+    """Return the same after a training."""
+    model, ctx, dealt = begun(method, rows, seed)
+    optimizer = adamw(model, lr=0.05)
+    for step in range(until):
+        ctx.step = step
+        ctx.evolution.before_step()
+        chosen = rows_of_step(len(dealt), seed, step, 32)
+        method.update(model, optimizer, window(dealt, chosen, 8, 0, CPU), ctx)
+    return method.finalize(model, ctx), ctx, dealt
+
+
+def made(model: Any, method: PRBoost, folder: Path) -> dict[str, bytes]:
+    """Return the files of the artefact."""
+    folder.mkdir()
+    method.save(model, folder)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def test_no_hidden_label_changes_a_byte(tmp_path: Path) -> None:
+    method = method_of()
+    model, ctx, dealt = trained(method)
+    hidden = Pool(**ctx.state["pool"]).unlabelled.nonzero()[:, 0].tolist()
+    assert len(hidden) == 36
+    lies = [row_of(i, 1 - row.right) if i in hidden else row for i, row in enumerate(ROWS)]
+    other, _, again = trained(method, lies)
+    assert again == dealt
+    assert made(model, method, tmp_path / "a") == made(other, method, tmp_path / "b")
+    seen = next(i for i in range(60) if i not in hidden)
+    lies[seen] = row_of(seen, 1 - ROWS[seen].right)
+    assert made(trained(method, lies)[0], method, tmp_path / "c") != made(
+        model, method, tmp_path / "d"
+    )
+
+
+def test_rows_to_train_on_have_no_answer_and_no_label() -> None:
+    _, _, dealt = begun(method_of())
+    for place, (row, stand_in) in enumerate(zip(ROWS, dealt, strict=True)):
+        assert stand_in.columns == {"place": place} and not stand_in.choices
+        assert stand_in.sequences[0].ids == row.ids[:1] * 2
+        assert method_of().unit(stand_in) is stand_in
+
+
+def test_boosting_weighs_rows_that_no_classifier_learns_from() -> None:
+    _, ctx, _ = begun(method_of())
+    evolution, pool = ctx.evolution, Pool(**ctx.state["pool"])
+    assert len(pool.weighed) == len(pool.learnt) == 12
+    evolution.before_step()
+    assert evolution.targets[pool.weighed].eq(HIDDEN).all()
+    assert evolution.targets[pool.learnt].equal(pool.labels[pool.learnt])
+    assert not (set(pool.weighed) & set(evolution._unmatched.nonzero()[:, 0].tolist()))
+
+
+def test_without_rounds_all_labelled_rows_are_learnt_from() -> None:
+    model, ctx, _ = trained(method_of(rounds=0, bought=3))
+    pool = Pool(**ctx.state["pool"])
+    assert not pool.weighed and len(pool.learnt) == 27
+    assert heads_of(model).votes.tolist() == [1.0]
+    assert ctx.evolution.costs()["labelled_rows"] == (27, "rows")
+    assert ctx.evolution.costs()["judgements"] == (0, "decisions")
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+def test_rules_of_the_words_that_tell_classes_apart_are_found_and_used() -> None:
+    model, ctx, _ = trained(method_of())
+    kept = {(r.words[0], r.label) for r in rules.accepted(ctx.evolution.judged)}
+    assert kept >= {(word, label) for label, word in enumerate(NAMED)}
+    pool = Pool(**ctx.state["pool"])
+    targets, hidden = ctx.evolution.targets, pool.unlabelled
+    truth = torch.tensor([row.right for row in ROWS])
+    labelled = hidden & (targets != HIDDEN)
+    assert labelled.sum() > 18
+    assert (targets == truth)[labelled].float().mean() > 0.75
+    assert ctx.evolution.costs()["judgements"] == (len(ctx.evolution.judged), "decisions")
+    assert ctx.evolution.metrics()["coverage"] == pytest.approx(float(labelled.sum() / 36))
+    assert heads_of(model).rules == ctx.evolution.judged
+
+
+def test_a_judge_who_accepts_nothing_leaves_the_first_classifier() -> None:
+    model, ctx, _ = trained(method_of(judge="none"))
+    heads = heads_of(model)
+    assert not any(r.accepted for r in ctx.evolution.judged)
+    assert not heads.votes[1:].any() and not heads.heads[1].weight.any()
+    states = torch.randn(9, SHAPE.hidden_size)
+    alone = heads.heads[0](heads.standardised(states)).softmax(1)
+    torch.testing.assert_close(heads.probabilities(states, "probability"), alone)
+
+
+def test_decisions_of_an_oracle_replayed_give_the_same_to_the_bit(tmp_path: Path) -> None:
+    model, _, _ = trained(method_of())
+    first = made(model, method_of(), tmp_path / "a")
+    path = str(tmp_path / "a" / RULES)
+    replay = method_of(judge="recorded", files={"decisions": path})
+    again = made(trained(replay)[0], replay, tmp_path / "b")
+    assert again == first and b'"accepted": true' in first[RULES]
+
+
+def test_an_edited_file_labels_anew_and_no_text_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, _ = trained(method_of())
+    made(model, method_of(), tmp_path / "a")
+    kept = [r for r in rules.accepted(rules.read(tmp_path / "a" / RULES)) if r.words[0] in NAMED]
+    monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("a text was read again"))
+    found = []
+    for number, some in enumerate((kept, kept[1:])):
+        path = tmp_path / f"{number}.jsonl"
+        rules.write(path, some)
+        _, ctx, _ = trained(method_of(rounds=0, files={"rules": str(path)}))
+        found.append(ctx.evolution.metrics()["coverage"])
+        assert ctx.evolution.costs()["judgements"] == (0, "decisions")
+        assert ctx.evolution.costs()["kept_rules"] == (len(some), "rules")
+    assert found[0] > found[1]
+
+
+def test_another_order_of_the_classes_permutes_everything() -> None:
+    first, ctx, _ = trained(method_of())
+    second, other, _ = trained(method_of(), [row_of(seed, swapped=True) for seed in range(60)])
+    for one, two in zip(heads_of(first).heads, heads_of(second).heads, strict=True):
+        torch.testing.assert_close(one.weight.flip(0), two.weight, atol=1e-5, rtol=1e-4)
+    said = [[(r.words, r.label, r.accepted) for r in c.evolution.judged] for c in (ctx, other)]
+    assert said[1] == [(w, 1 - label, accepted) for w, label, accepted in said[0]]
+
+
+def test_random_rows_are_other_rows_and_follow_from_the_seed() -> None:
+    anchors = [
+        [r.anchor for r in trained(method_of(pick=pick, anchors=3))[1].evolution.judged]
+        for pick in ("boosting", "random", "random")
+    ]
+    assert anchors[0] != anchors[1] == anchors[2]
+
+
+def test_boosting_picks_from_the_cluster_that_was_missed() -> None:
+    draws = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [-8.0, 8.0]])  # the third is of class 0
+    cluster = torch.arange(60) % 3
+    features = centres[cluster] + 0.3 * torch.randn(60, 2, generator=draws)
+    labels = torch.tensor([0, 1, 0])[cluster]
+    learnt = [i for i in range(30) if cluster[i] != 2]
+    texts = [f"t{i}" for i in range(60)]
+    pool = Pool(features, texts, [["w"]] * 60, labels, list(range(30, 60)), learnt, ["a", "b"])
+    ctx = context()
+    ctx.total_steps = 2
+    heads = PRBoost(rounds=1).prepare(tiny_model(), context())
+    heads_of(heads).__init__(2, 2, 2)
+    settings = boosting.Settings(10, 1, "boosting", "", 0.5, None, 0.8, 0.0, Judge("all"))
+    evolution = boosting.Boosting(settings, pool, heads_of(heads), ctx)
+    evolution.before_step()
+    with torch.no_grad():
+        heads_of(heads).heads[0].weight[:, 0] = torch.tensor([5.0, -5.0])
+    ctx.step = 1
+    evolution.before_step()
+    assert cluster[evolution._picked(1)].tolist() == [2] * 10
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_words_are_those_that_the_text_makes_likelier_than_no_text_does() -> None:
+    reader = Reader(tiny_model().eval(), Words(), "it is", 5)
+    own, neutral = torch.zeros(SHAPE.vocab_size), torch.zeros(1, SHAPE.vocab_size)
+    own[50:60] = 5.0
+    own[51] = neutral[0, 51] = 9.0
+    reader.neutral = neutral.log_softmax(1)
+    found = reader._expected(own)
+    assert len(found) == 5 and "afbox" not in found  # 051, which the template alone expects
+    assert set(found) <= {f"af{chr(97 + i)}ox" for i in range(10)}
+
+
+def test_reading_is_the_same_whatever_stands_in_the_batch_and_leaves_the_model_alone() -> None:
+    model = tiny_model()
+    reader = Reader(model, Words(), "it is", 5)
+    prompts = [row.ids[: row.prompt_length] for row in ROWS[:6]]
+    together, alone = reader.read(prompts), [reader.read([p]) for p in prompts]
+    assert model.training
+    torch.testing.assert_close(together.features, torch.cat([a.features for a in alone]))
+    assert together.words == [a.words[0] for a in alone]
+    states = model.eval().model(input_ids=torch.tensor(prompts[:1])).last_hidden_state
+    torch.testing.assert_close(together.features[0], states[0].mean(0))
+
+
+def test_a_long_text_loses_its_end_and_never_the_template() -> None:
+    model = tiny_model().eval()
+    model.config.max_position_embeddings = 10
+    reader = Reader(model, Words(), "it is", 5)
+    long, cut = reader.read([list(range(40, 60))]), reader.read([[*range(40, 45)]])
+    assert len(reader.tail) == 5
+    assert long.features.equal(cut.features) and long.words == cut.words
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def test_scores_are_of_the_prompt_alone_whatever_the_answers_and_the_padding() -> None:
+    method = method_of()
+    model, ctx, _ = trained(method)
+    batch = collate([row.compared() for row in ROWS[:8]], 0)
+    found = method.scores(model, batch).view(8, 2)
+    states = Pool(**ctx.state["pool"]).features[:8]
+    expected = heads_of(model).probabilities(states, "probability").log()
+    for row, one, two in zip(ROWS[:8], found, expected, strict=True):
+        torch.testing.assert_close(one, two[[row.right, 1 - row.right]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(8))
+
+
+def test_validation_is_the_likelihood_of_the_class() -> None:
+    method = method_of()
+    model, _, _ = trained(method)
+    units = [method.unit(row) for row in ROWS[:8]]
+    losses, count = method.validation(model, collate(units, 0))
+    scores = method.scores(model, collate([row.compared() for row in ROWS[:8]], 0))
+    torch.testing.assert_close(losses, -scores[::2], atol=1e-4, rtol=1e-4)
+    assert count == 8
+
+
+def test_a_state_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    _, ctx, _ = trained(method_of(), until=7)
+    state = ctx.evolution.state_dict()
+    torch.save(state, tmp_path / "state")
+    _, other, _ = begun(method_of())
+    other.evolution.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    again = other.evolution.state_dict()
+    for name, value in state.items():
+        assert torch.equal(value, again[name]) if torch.is_tensor(value) else value == again[name]
+
+
+# -- what cannot be --------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 answers, but method\.classes=3"):
+        begun(method_of(classes=3))
+    with pytest.raises(UserError, match="all of one class"):
+        begun(method_of(), [row_of(seed, 1) for seed in range(60)])
+    with pytest.raises(UserError, match="kind 'pairs'"):
+        PRBoost().check_dataset(DatasetSpec("mine", "file", "pairs"))
+    with pytest.raises(UserError, match=r"files\.rule is no file"):
+        PRBoost(files={"rule": "x"})
+    with pytest.raises(UserError, match="reads decisions from a file"):
+        PRBoost(judge="recorded")
+    with pytest.raises(UserError, match="is not a file"):
+        PRBoost(files={"rules": str(tmp_path / "none")}).sealed()
+    model, _ = trained(method_of())[:2]
+    three = replace(ROWS[0], choices=(*ROWS[0].choices, ROWS[0].choices[0])).compared()
+    with pytest.raises(UserError, match="more answers than the 2 classes"):
+        method_of().scores(model, collate([three], 0))
+
+
+def test_a_rule_of_no_class_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rules.jsonl"
+    path.write_text('{"words": ["a"], "class": 2, "accepted": true}\n')
+    with pytest.raises(UserError, match="class 2"):
+        begun(method_of(files={"rules": str(path)}))
+
+
+def test_what_files_say_is_in_the_key_and_where_they_lie_is_not(tmp_path: Path) -> None:
+    words = ["method=prboost", "model=tiny", "dataset=arithmetic", "method.judge=recorded"]
+
+    def key(name: str, text: str | None) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        if text is not None:
+            path.write_text(text)
+        return compose("train", [*words, f"+method.files.decisions={path}"]).spec.key
+
+    line = '{"words": ["a"], "class": 1}\n'
+    assert key("a", line) == key("b", line) != key("c", "") != key("d", None)
+
+
+def test_files_that_changed_since_the_command_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rules.jsonl"
+    path.write_text('{"words": ["a"], "class": 1}\n')
+    method = method_of(files={"rules": str(path)})
+    path.write_text('{"words": ["b"], "class": 1}\n')
+    with pytest.raises(UserError, match="changed"):
+        begun(method)
+
+
+def test_a_run_counts_judgements_and_is_evaluated_by_its_own_score(bench: Bench) -> None:
+    words = ["method.classes=4", "method.labelled=0.5", "method.source=text", "method.judge=all"]
+    record = bench.run(
+        "train", "method=prboost", *words, "+dataset.limit.train=16", "evaluator=[preference]"
+    )
+    found = {m.name: m.value for m in record.metrics}
+    assert found["judgements"] > 0 and found["labelled_rows"] == 8
+    assert 0 <= found["top_accuracy"] <= found["pair_accuracy"] <= 1
