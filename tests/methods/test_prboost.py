@@ -140,10 +140,10 @@ def test_rows_to_train_on_have_no_answer_and_no_label() -> None:
 
 
 def test_boosting_weighs_rows_that_no_classifier_learns_from() -> None:
-    _, ctx, _ = begun(method_of())
+    _, ctx, _ = trained(method_of(judge="all", sigma=0.0))
     evolution, pool = ctx.evolution, Pool(**ctx.state["pool"])
     assert len(pool.weighed) == len(pool.learnt) == 12
-    evolution.before_step()
+    assert evolution.metrics()["coverage"] > 0.5
     assert evolution.targets[pool.weighed].eq(HIDDEN).all()
     assert evolution.targets[pool.learnt].equal(pool.labels[pool.learnt])
     assert not (set(pool.weighed) & set(evolution._unmatched.nonzero()[:, 0].tolist()))
