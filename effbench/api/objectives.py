@@ -18,3 +18,13 @@ def distilled_in_chunks(vocab_size: int) -> Objective:
     """Return logits made a chunk at a time, and made again; those of the teacher are whole."""
     chunk = CHUNK * CHUNK_BYTES * vocab_size
     return Objective(logit_bytes=None, fixed=chunk, again=True)
+
+
+PERTURBED_BYTES = 40
+"""Bytes per logit of a chunk of a perturbed loss: ten float32 tensors at its peak, both models'
+logits among them."""
+
+
+def perturbed_in_chunks(vocab_size: int) -> Objective:
+    """Return both models' logits made a chunk at a time, and made again; none is whole."""
+    return Objective(logit_bytes=0, fixed=CHUNK * PERTURBED_BYTES * vocab_size, again=True)

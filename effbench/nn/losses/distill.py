@@ -109,12 +109,27 @@ def logit_terms(
     def piece(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return torch.stack(_terms(head(states), wanted, direction))
 
-    total = torch.zeros(2, device=hidden.device)
-    for states, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        total = total + checkpoint(
-            piece, states, wanted, use_reentrant=False, preserve_rng_state=False
-        )
+    total = in_chunks(piece, hidden, target, chunk=chunk)
     return total[0], total[1]
+
+
+def in_chunks(
+    piece: Callable[..., torch.Tensor], *parts: torch.Tensor, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Return the sum of what `piece` gives of a few rows at a time.
+
+    Each is computed once more in the backward pass, so that nothing of it is kept.
+
+    Args:
+        piece: Takes as many tensors as there are parts.
+        *parts: With N rows each.
+        chunk: Rows at a time.
+    """
+    total = torch.zeros((), device=parts[0].device)
+    for rows in zip(*(part.split(chunk) for part in parts), strict=True):
+        found = checkpoint(piece, *rows, use_reentrant=False, preserve_rng_state=False)
+        total = total + found
+    return total
 
 
 def _terms(

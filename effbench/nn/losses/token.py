@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,39 @@ def answer_nll(
         return token_nll(causal(**inputs).logits, labels)
     decoder = getattr(causal, causal.base_model_prefix)
     return head_nll(causal, decoder(**inputs).last_hidden_state, labels)
+
+
+class Readout(NamedTuple):
+    """States of the positions that predict a counted token, and what makes logits of them."""
+
+    states: torch.Tensor
+    """[N, d] last hidden states, or [N, V] logits where the model's head is more than a product."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """[n, d] to logits [n, V]."""
+
+
+def counted_readout(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> Readout:
+    """Return what the logits of the positions that count are made of, row by row; see `answer_nll`.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: [B, T].
+        attention_mask: [B, T].
+        labels: [B, T], not shifted; -100 where a token does not count.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    counted = labels[:, 1:] != IGNORED
+    causal: Any = model
+    if causal.config.model_type not in PLAIN_HEADS:
+        return Readout(causal(**inputs).logits[:, :-1][counted], lambda logits: logits)
+    decoder = getattr(causal, causal.base_model_prefix)
+    states = decoder(**inputs).last_hidden_state[:, :-1][counted]
+    return Readout(states, causal.get_output_embeddings())
 
 
 def head_nll(model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
