@@ -40,6 +40,7 @@ from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import peft_lora
 from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.policy import EVERYTHING
 from effbench.nn.depth.submodel import keep_layers
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters, read_tensors
@@ -587,11 +588,14 @@ def decoded(
 ) -> tuple[float, float]:
     """Return the bytes of cache and, where they are counted, the FLOPs of a decoded token.
 
-    They are means over tokens after which the cache has grown evenly.
+    They are means over tokens after which the cache has grown evenly. What a token costs the more,
+    the more there are before it, is taken off its FLOPs: they are those at context 0.
     """
     session = method.session(model, point)
-    settled, period = method.decoder(point).cache.cycle()
-    session.prefill(torch.arange(max(8, settled))[None])
+    policy = method.decoder(point).cache
+    settled, period = policy.cycle()
+    prompt = max(8, settled)
+    session.prefill(torch.arange(prompt)[None])
     before, spent = session.kv_bytes(), 0.0
     steps = max(CYCLE if cycles(method) else 2, period)
 
@@ -603,7 +607,11 @@ def decoded(
         spent = flops(decode)
     else:
         decode()
-    return (session.kv_bytes() - before) / steps, spent / steps
+    grown = (session.kv_bytes() - before) / steps
+    if counts and policy != EVERYTHING:
+        each = (flops(decode) - spent) / steps**2  # for each token in the cache
+        spent -= each * steps * (prompt + (steps + 1) / 2)
+    return grown, spent / steps
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 class CachePolicy:
     """What each layer keeps of the tokens read; on its own, all keys and values.
 
-    Any other policy is a subclass with a `layer`.
+    Any other policy is a subclass with a `layer`, or with `layers` where these differ.
     """
 
     turns_at_places: ClassVar[bool] = False
@@ -30,6 +32,15 @@ class CachePolicy:
             undo: Most tokens that will have to be taken back at a time.
         """
         raise NotImplementedError
+
+    def layers(self, model: Any, undo: int) -> Sequence[LayerCache]:
+        """Return the empty entries of all layers of a model.
+
+        Args:
+            model: What decodes; the policy applies to it.
+            undo: Most tokens that will have to be taken back at a time.
+        """
+        return [self.layer(undo) for _ in stack.decoder_layers(model)]
 
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""

@@ -82,7 +82,7 @@ class StagedDecoder:
         self.cache: Cache = DynamicCache() if self.engine is None else self.engine.cache
         if policy != EVERYTHING:
             policy.require(model)
-            self.cache = Cache(layers=[policy.layer(undo) for _ in decoder_layers(model)])
+            self.cache = Cache(layers=list(policy.layers(model, undo)))
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         """Cosine and sine of every place in the cache, where keys are turned at their places."""
         self.done = [0] * len(self.stages)

@@ -11,9 +11,9 @@ Then the modules turn by an angle of zero, which changes no bit, and `attend` do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class View:
     keys: torch.Tensor
     """[B, G, S, D]."""
     values: torch.Tensor
-    """[B, G, S, D]."""
+    """[B, G, S, D], or [B, G, S, r] where they are coordinates."""
     empty: torch.Tensor | None = None
     """Columns on the left with nothing in them, [B]; None where there are none."""
     chosen: torch.Tensor | None = None
@@ -50,6 +50,9 @@ class View:
     seen: torch.Tensor | None = None
     """Which columns each query sees, [B or 1, W, S] bool; nothing else then says so. Keys are
     turned already, and may lie in any order."""
+    expand: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
+    """From mixed coordinates [B, W, H, r] to mixed values [B, W, H, D]; None where values are no
+    coordinates."""
 
     def of_whole(self) -> View:
         """Return the part of the queries that see all columns up to their own."""
@@ -143,10 +146,24 @@ def attend(
     Returns:
         [B, W, H, D], and no weights.
     """
-    view, width = stretch.view_of(key), query.shape[2]
+    view = stretch.view_of(key)
+    mixed = _mixed(module, query, view, attention_mask, stretch, context)
+    return (mixed if view.expand is None else view.expand(mixed)), None
+
+
+def _mixed(
+    module: Any,
+    query: torch.Tensor,
+    view: View,
+    attention_mask: torch.Tensor | None,
+    stretch: Stretch,
+    context: dict[str, Any],
+) -> torch.Tensor:
+    """Return the values that each query sees, mixed, [B, W, H, D]."""
+    width = query.shape[2]
     if view.seen is not None:
         seen = as_mask(view.seen[:, None], stretch.kind, query.dtype)
-        return _plain(module, query, view.keys, view.values, seen, stretch, context), None
+        return _plain(module, query, view.keys, view.values, seen, stretch, context)
     later = 0 if view.chosen is None else view.chosen.shape[1]
     parts = []
     if later < width:
@@ -157,7 +174,7 @@ def attend(
         parts.append(_whole(module, first, view, stretch, mask, context))
     if view.chosen is not None and later:
         parts.append(_chosen(module, query[:, :, width - later :], view, stretch, context))
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _whole(

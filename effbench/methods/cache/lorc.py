@@ -1,0 +1,217 @@
+"""LoRC: a key/value cache of coordinates in few directions, fewer the deeper a layer is.
+
+Zhang et al., LoRC: Low-Rank Compression for LLMs KV Cache with a Progressive Compression Strategy,
+2024, arXiv 2410.03111.
+
+For the projections W_k, W_v [D, d] of a layer, D = kv_heads * head_dim, with W = U diag(s) V^T:
+
+    C = U_r^T W = diag(s_r) V_r^T      z = C x,  cached: [r_k] and [r_v] a token and layer
+    K = turn(U_k z_k + b_k)            made of all tokens at every step, each turned at its place
+    o_h = U_v[g] (sum_s p_s z_s) + b_v[g]      values themselves are not made
+
+Ranks follow from condition numbers (`effbench.nn.decode.ranks`): an error made early goes through
+all later layers, so early ones keep more. No data is used unless `whiten` asks for it, and nothing
+is trained.
+
+Ours: shares of the cache are set, and the least rank follows from them; ranks are multiples of
+`multiple` that add up to the share exactly; s below 1e-6 of the largest counts as that; keys and
+values have shares of their own; one artefact has the directions of its largest ranks, of which
+each operating point reads the first; U_v is not multiplied into W_o; a matrix with all directions
+at every point stays as it is. `whiten` takes the directions of W S^{1/2}, S = sum of x x^T over
+calibration rows, as ASVD and Palu do. A new token costs U_k^T and U_v^T besides, since z is taken
+from what the projections give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from annotated_types import Interval
+
+from effbench.api import latents
+from effbench.api.batch import Batch
+from effbench.api.method_types import Context, Paper
+from effbench.api.points import Point
+from effbench.api.schema import NonNegativeInt, PositiveInt
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.api.sharing import require_own_states
+from effbench.methods.compresses import Compresses, Part
+from effbench.nn.decode import latent_cache, latent_plan, ranks
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.llama import factorised, stack, weights
+from effbench.nn.quant import calibration as calibrating
+from effbench.util.errors import UserError
+from effbench.util.lazy import torch
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Kept(Point):
+    """Shares of the cache of keys and of values that are kept, over all layers."""
+
+    keys: float
+    values: float
+
+    @property
+    def name(self) -> str:
+        """`k<percent>-v<percent>`."""
+        return f"k{100 * self.keys:g}-v{100 * self.values:g}"
+
+
+@dataclass(frozen=True)
+class LoRC(Compresses):
+    """Factorises the projections of keys and values, and caches what lies between the factors."""
+
+    paper: ClassVar[Paper | None] = Paper(
+        "LoRC: Low-Rank Compression for LLMs KV Cache with a Progressive Compression Strategy",
+        "",
+        "2410.03111",
+    )
+    produces: ClassVar[str] = "factorised"
+    replays: ClassVar[bool] = True
+
+    kept_keys: tuple[Share, ...] = (0.9, 0.75, 0.6)
+    """Shares of the cache of keys that stay, over all layers; an operating point for each. 1 keeps
+    keys as they are."""
+    kept_values: tuple[Share, ...] | None = None
+    """The same of values: one for each share of keys, or one of either for all of the other. Null
+    is as many as of keys."""
+    order: ranks.Order = "progressive"
+    """Which layers keep more: by condition numbers the early ones (`progressive`), the same ranks
+    the other way round (`reversed`), all the same (`uniform`), or by a relative error that is the
+    same for all (`error`)."""
+    protect: NonNegativeInt = 0
+    """First layers that keep all."""
+    multiple: PositiveInt = 8
+    """What ranks are multiples of, or of its largest common divisor with the full rank."""
+    whiten: bool = False
+    """Whether directions are those of what calibration rows make of the weights."""
+
+    def __post_init__(self) -> None:
+        counts = {len(self.kept_keys), len(self.kept_values or self.kept_keys)}
+        if 0 in counts or len(counts - {1}) > 1:
+            raise UserError(
+                f"method.kept_keys has {len(self.kept_keys)} shares, method.kept_values "
+                f"{len(self.kept_values or ())}.",
+                "Give as many of both, or one of one of them.",
+            )
+
+    def points(self) -> tuple[Kept, ...]:
+        """Return a point for each pair of shares."""
+        keys, values = self.kept_keys, self.kept_values or self.kept_keys
+        count = max(len(keys), len(values))
+        pairs = zip(*(s * count if len(s) == 1 else s for s in (keys, values)), strict=True)
+        return tuple(Kept(*pair) for pair in pairs)
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Refuse models whose layers share states or differ, and shares that cannot be met."""
+        model = ModelShape.of(shape)
+        require_own_states(model, self.name)
+        if not model.uniform:
+            raise UserError(*LAYERS_DIFFER)
+        if self.protect >= model.num_layers:
+            raise UserError(
+                f"method.protect={self.protect} leaves no layer of {model.num_layers}.",
+                f"Set method.protect={model.num_layers - 1} or less.",
+            )
+        self._planned(model)
+        return self
+
+    def _plan(self, spectra: ranks.Spectra) -> latent_plan.Plan:
+        """Return the ranks of every point."""
+        layers, width = len(spectra.keys), len(spectra.keys[0])
+        sizes = ranks.Sizes(layers, width, math.gcd(self.multiple, width), self.protect)
+        shares = {p.name: (p.keys, p.values) for p in self.points()}
+        return latent_plan.planned(self.order, spectra, sizes, shares)
+
+    def _planned(self, base: ModelShape) -> latent_plan.Plan:
+        """Return ranks whose sums are what they will be; which layers, only weights tell."""
+        width = base.num_kv_heads * base.head_dim
+        return self._plan(ranks.Spectra.unknown(base.num_layers, width))
+
+    # -- compression ---------------------------------------------------------------------------
+
+    @property
+    def calibrates(self) -> bool:
+        """Only to whiten."""
+        return self.whiten
+
+    def held(self, shape: AnyShape, tokens: int, element: int) -> int:
+        """Return the bytes of all directions, and of the rows' activations and a gram matrix."""
+        model = ModelShape.of(shape)
+        width, wide = model.num_kv_heads * model.head_dim, model.hidden_size
+        rows = tokens * wide * element + 4 * wide**2 if self.whiten else 0
+        return 2 * 4 * model.num_layers * (width + 1) * width + rows
+
+    def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
+        """Return the number of blocks."""
+        return len(stack.decoder_layers(model))
+
+    def compress(
+        self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context
+    ) -> Iterator[Part]:
+        """Find the directions of one block after the other; factorise when all are known."""
+        walk = calibrating.Walk(model, calibration) if self.whiten else None
+        found: list[Mapping[str, torch.Tensor]] = []
+
+        def put(stored: Mapping[str, torch.Tensor]) -> None:
+            found.append(stored)
+            if walk:
+                walk.advance()
+
+        for index, block in enumerate(stack.decoder_layers(model)):
+            yield Part(f"blocks.{index}", partial(_bases, block, walk), put)
+        latent_cache.hold(model, self._plan(ranks.Spectra.of(found)), found)
+
+    # -- the artefact --------------------------------------------------------------------------
+
+    def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return both factors of every projection that has some."""
+        return dict(factorised.factors(model))
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write factors and ranks."""
+        super().save(model, folder)
+        config: Any = model.config
+        config.latent_plan.write(folder)
+
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the factors of `folder`."""
+        latent_cache.hold(model, latent_plan.Plan.read(folder))
+        weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        return model
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def decoder(self, point: Point) -> Decoder:
+        """Return decoding with coordinates in the cache; what is kept whole is as ever."""
+        points = [point] if isinstance(point, Kept) else self.points()
+        if max(p.keys for p in points) < 1:
+            return Decoder(cache=latent_cache.LatentCache(point.name))
+        if max(p.values for p in points) < 1:
+            return Decoder(cache=latent_cache.LatentValues(point.name))
+        return Decoder()
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Narrow the cache; which layers have which ranks, only an artefact tells."""
+        made = folder is not None and (folder / latent_plan.FILE).exists()
+        plan = latent_plan.Plan.read(folder) if folder and made else self._planned(base)
+        own, held = list(plan.at(point.name).by_layer()), list(plan.factors().by_layer())
+        return base.map(lambda i, layer: latents.latent_layer(layer, own[i], held[i]))
+
+
+def _bases(block: Any, walk: calibrating.Walk | None) -> dict[str, torch.Tensor]:
+    """Return the directions of the block's keys and values, and their sizes."""
+    gram = None
+    if walk:
+        [group] = (g for g in walk.groups() if "self_attn.k_proj" in g)
+        gram = walk.inputs(group).gram
+    return factorised.bases(block.self_attn, gram)

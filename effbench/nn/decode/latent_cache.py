@@ -1,0 +1,49 @@
+"""Which caches keep coordinates, as values without torch, and models that they apply to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from effbench.nn.decode import latent, view
+from effbench.nn.decode.latent_plan import Plan
+from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.llama import factorised, stack
+from effbench.util.lazy import torch
+
+
+@dataclass(frozen=True)
+class LatentCache(CachePolicy):
+    """Keeps coordinates; keys before their turn, which no direction outlives."""
+
+    turns_at_places: ClassVar[bool] = True
+
+    point: str
+    """The operating point whose ranks the model's config tells."""
+
+    def layers(self, model: Any, undo: int) -> Sequence[view.LayerCache]:
+        """Return an empty entry for each layer."""
+        own = model.config.latent_plan.at(self.point).by_layer()
+        blocks = stack.decoder_layers(model)
+        return [latent.LatentLayer(b.self_attn, *r) for b, r in zip(blocks, own, strict=True)]
+
+
+@dataclass(frozen=True)
+class LatentValues(LatentCache):
+    """Keeps keys whole, as they are turned, and coordinates of values."""
+
+    turns_at_places: ClassVar[bool] = False
+
+
+def hold(model: Any, plan: Plan, found: Sequence[Mapping[str, torch.Tensor]] = ()) -> None:
+    """Factorise a model's projections, and let its config tell the ranks to who decodes.
+
+    Args:
+        model: Of Llama's family, dense.
+        plan: Ranks of all operating points.
+        found: The `nn.llama.factorised.bases` of each layer; without them, factors wait for their
+            weights.
+    """
+    model.config.latent_plan = plan
+    factorised.factorise(model, plan.factors(), found)
