@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def given(name: str, **settings: Any) -> Method:
     return method
 
 
+@cache
 def tiny_shape() -> Shape:
     """Return the shape of the model `tiny`."""
     shape = compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model.shape

@@ -16,7 +16,6 @@ from effbench.methods.quant.lut_gemm import LUTGEMM
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.quant import binary, groupwise, planes
 from effbench.nn.quant.linears import storage_bytes
-from effbench.nn.quant.plane_linears import BinaryLinear
 from effbench.util.errors import UserError
 
 AUTHORS = Path(__file__).parents[3] / "shared" / "truth" / "lut_gemm_bcq.npz"
@@ -253,10 +252,6 @@ def test_weights_that_are_not_finite_are_refused(source: str) -> None:
         linear.weight[1, 2] = float("nan")
     with pytest.raises(UserError, match=r"1 of 64 weights of a \(4, 16\) matrix are not finite"):
         LUTGEMM(source=source).compressed(linear)  # type: ignore[arg-type]
-
-
-def test_a_layer_has_no_layout_yet() -> None:
-    assert BinaryLinear.quantise(torch.nn.Linear(16, 4), 2, 8).layout() is None
 
 
 def test_no_round_of_refinement_loses_in_any_group() -> None:

@@ -236,7 +236,6 @@ def test_two_planes_of_groups_of_128_take_four_bits_and_a_quarter() -> None:
 def test_a_layer_is_printed_with_its_sizes() -> None:
     layer = TritLinear.quantise(torch.nn.Linear(16, 4), 2, 8)
     assert "planes=2, group_size=8" in repr(layer)
-    assert layer.layout() is None
 
 
 @COUNTS

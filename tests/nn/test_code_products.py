@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 
 from effbench.nn.decode import native, native_step
-from effbench.nn.quant import linears, nf4
+from effbench.nn.quant import linears, nested_linear, nf4, plane_linears
 
 
+@cache
 def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
     """A packed linear with a bias and, in its weight, rows of very different sizes."""
     generator = torch.Generator().manual_seed(rows)
@@ -18,18 +22,58 @@ def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
     linear.weight.data[0, : columns // 2] = 0.0
     if kind == "nf4":
         return linears.NF4Linear.quantise(linear)
+    if kind.startswith("nested"):
+        return nested(linear, int(kind.split()[1]), generator)
+    if kind.startswith("trits"):
+        return plane_linears.TritLinear.quantise(linear, *map(int, kind.split()[1:]))
+    if kind.startswith("signs"):
+        bits, group, *offset = kind.split()[1:]
+        return plane_linears.BinaryLinear.quantise(linear, int(bits), int(group), bool(offset))
     bits, group, symmetric = kind.split()
     return linears.PackedLinear.quantise(linear, int(bits), int(group), symmetric == "symmetric")
 
 
+def nested(
+    linear: torch.nn.Linear, bits: int, generator: torch.Generator
+) -> nested_linear.NestedLinear:
+    """A layer with codes and levels by lot, which a fit to weights would take long to find."""
+    layer = nested_linear.NestedLinear.empty(linear, 2, 8)
+    layer.planes.random_(generator=generator)
+    layer.use(bits)
+    sizes = linear.weight.data.abs().amax(1, keepdim=True)
+    layer.table.copy_(sizes * torch.randn(layer.table.shape, generator=generator))
+    return layer
+
+
+PLANES = [
+    *(f"nested {b}" for b in (2, 3, 4, 5, 6, 8)),
+    *(f"trits {p} {g}" for p in (1, 2, 3) for g in (32, 4096)),
+    *(f"signs {b} {g}" for b in (1, 3, 4, 5, 8) for g in ("32", "64 offset", "4096")),
+]
 KINDS = [
+    *PLANES,
     "nf4",
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
 ]
 
 
+def lost(linear: linears.QuantisedLinear, weight: torch.Tensor) -> torch.Tensor:
+    """What is lost of each weight at most where levels are integers, [N, K]."""
+    if isinstance(linear, linears.PackedLinear):
+        return torch.zeros_like(weight)
+    if isinstance(linear, linears.NF4Linear):
+        return weight.abs() * 2e-4
+    if isinstance(linear, plane_linears.PlaneLinear):  # two tables, each rounded once
+        largest = linear.scales.double().sum(0) * (1 + (linear.kind == linears.TRITS))
+        per = largest.repeat_interleave(linear.group_size, 1)[:, : weight.shape[1]]
+        return per * 1.02 / 32766
+    return weight.abs().amax(1, keepdim=True).expand_as(weight) * 0.51 / 32766
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 32), (5, 96), (7, 160), (33, 576), (3, 1504)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 32), (5, 96), (7, 160), (33, 576), (3, 1504), (4, 448)], ids=str
+)
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_products_of_codes_are_those_of_the_expanded_weight(
     kind: str, shape: tuple[int, int], rows: int
@@ -44,10 +88,10 @@ def test_products_of_codes_are_those_of_the_expanded_weight(
     weight = linear.dense_weight(torch.float64)
     expected = x.double() @ weight.T
     found = native_step.product(kernels, linear, x)
-    # Half of a block's largest number / 32767 (NF4: 8191) is lost of each number, at most.
-    steps = x.abs().view(rows, -1, 32).amax(2) / (8191 if kind == "nf4" else 32767)
+    # Half of a block's largest number / 32767 (levels: 8191) is lost of each number, at most.
+    steps = x.abs().view(rows, -1, 32).amax(2) / (32767 if kind[0].isdigit() else 8191)
     bound = 0.51 * steps.double().repeat_interleave(32, 1) @ weight.abs().T
-    rounding = x.double().abs() @ weight.abs().T * (2e-4 if kind == "nf4" else 1e-5)
+    rounding = x.double().abs() @ (weight.abs() * 1e-5 + lost(linear, weight)).T
     assert ((found.double() - expected).abs() <= bound + rounding).all()
     assert found[:1].equal(native_step.product(kernels, linear, x[:1])), (
         "a sum depends on the batch"
@@ -61,7 +105,14 @@ def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
         pytest.skip(native.why_not())
     x = torch.ones(1, 96)
     x[0, 40] = bad
-    for kind in ("nf4", "4 32 asymmetric", "8 32 symmetric"):
+    for kind in (
+        "nf4",
+        "4 32 asymmetric",
+        "8 32 symmetric",
+        "nested 3",
+        "trits 2 32",
+        "signs 3 32",
+    ):
         assert not native_step.product(kernels, packed(kind, 5, 96), x)[0, 1:].isfinite().any()
 
 
@@ -71,9 +122,12 @@ def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
         ("4 16 symmetric", 96),
         ("4 32 symmetric", 72),
         ("nf4", 72),
+        ("nested 3", 72),
+        ("trits 2 16", 96),
+        ("signs 3 32", 72),
     ):
         assert packed(kind, 5, columns).layout() is None
-    moved = packed("4 32 symmetric", 5, 96)
+    moved = copy.deepcopy(packed("4 32 symmetric", 5, 96))
     moved.register_forward_hook(lambda *_: None)
     assert not native_step.readable(moved, torch.float32)
     assert not native_step.readable(packed("nf4", 5, 96), torch.bfloat16)  # its bias is float32

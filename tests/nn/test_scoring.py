@@ -220,11 +220,11 @@ def test_a_method_with_logits_of_its_own_is_scored_by_them(model: Any) -> None:
     assert abs(own[0].loglikelihood - plain[0].loglikelihood) > 0.1
 
 
-@pytest.mark.parametrize("method", [Method(), OwnLogits()])
+@pytest.mark.parametrize(("method", "items"), [(Method(), 30), (OwnLogits(), 4)])
 def test_interrupted_scoring_goes_on_bit_for_bit(
-    model: Any, tmp_path: Path, method: Method
+    model: Any, tmp_path: Path, method: Method, items: int
 ) -> None:
-    requests = benchmark(random.Random(6), 30, 60, 9, 4)
+    requests = benchmark(random.Random(6), items, 60, 9, 4)
 
     def journal(name: str) -> Callable[..., Journal]:
         return lambda _, items: Journal(place(name), items)

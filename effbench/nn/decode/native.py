@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *((n, c_void_p) for n in ("weight", "bias", "scales", "zeros", "levels", "offset")),
-        *((n, c_int64) for n in ("bits", "group", "groups")),
+        *((n, c_int64) for n in ("bits", "group", "groups", "planes", "stride")),
     ]
 
 

@@ -189,7 +189,7 @@ def readable(linear: torch.nn.Module, dtype: torch.dtype) -> bool:
     codes = linear.layout()
     return (
         codes is not None
-        and linear.codes.device.type == "cpu"
+        and linear.weight.device.type == "cpu"
         and linear.compute_dtype in (None, dtype)
         and linear.in_features <= native.LARGEST_WIDTH
         and (linear.bias is None or linear.bias.dtype == dtype)
@@ -203,6 +203,7 @@ def matrix_of(linear: torch.nn.Linear) -> native.Matrix:
         found.bits, found.group, found.groups = codes.bits, codes.group, codes.scales.numel()
         found.scales, found.zeros = codes.scales.data_ptr(), native.address(codes.zeros)
         found.levels, found.offset = native.address(codes.levels), native.address(codes.offset)
+        found.planes, found.stride = codes.planes, codes.stride
     return found
 
 

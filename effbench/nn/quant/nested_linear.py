@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from effbench.nn.quant import nested, planes
-from effbench.nn.quant.linears import QuantisedLinear
+from effbench.nn.quant.linears import ALIGNED, NESTED, Layout, QuantisedLinear
 
 LARGEST = torch.finfo(torch.float16).max
 """Largest weight that a table can hold."""
@@ -94,6 +94,13 @@ class NestedLinear(QuantisedLinear):
         """Return W at the current width, [d_out, d_in] in `dtype`."""
         codes = planes.unpack(self.planes[: self.bits], self.in_features)
         return self.table.to(dtype).gather(1, codes.long())
+
+    def layout(self) -> Layout | None:
+        """Return how the planes of the current width lie; None where rows do not fill blocks."""
+        if self.in_features % ALIGNED:
+            return None
+        stride = self.planes[0].numel()
+        return Layout(NESTED, self.in_features, self.table, planes=self.bits, stride=stride)
 
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
 from effbench.nn.quant import binary, groupwise, trits
 from effbench.nn.quant.alternating import refuse_not_finite
-from effbench.nn.quant.linears import QuantisedLinear
+from effbench.nn.quant.linears import ALIGNED, SIGNS, TRITS, Layout, QuantisedLinear
 
 
 class PlaneLinear(QuantisedLinear):
@@ -19,12 +19,22 @@ class PlaneLinear(QuantisedLinear):
         group_size: Neighbouring weights of a row that share their scales.
     """
 
+    kind: ClassVar[int]
+    """What the planes are for kernels."""
     planes: torch.Tensor
     scales: torch.Tensor
 
     def __init__(self, linear: torch.nn.Linear, group_size: int) -> None:
         super().__init__(linear)
         self.group_size = group_size
+
+    def layout(self) -> Layout | None:
+        """Return how the planes lie; None where a block of columns ends within a group."""
+        group = min(self.group_size, self.in_features)
+        if self.in_features % ALIGNED or group % ALIGNED:
+            return None
+        count, stride = len(self.planes), self.planes[0].numel()
+        return Layout(self.kind, group, self.scales, planes=count, stride=stride)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -38,6 +48,8 @@ class PlaneLinear(QuantisedLinear):
 
 class TritLinear(PlaneLinear):
     """A linear with weights of scaled trits; its buffers are those of `trits.Trits`."""
+
+    kind: ClassVar[int] = TRITS
 
     @classmethod
     def quantise(
@@ -68,6 +80,7 @@ class TritLinear(PlaneLinear):
 class BinaryLinear(PlaneLinear):
     """A linear with weights of scaled signs; its buffers are those of `binary.Binary`."""
 
+    kind: ClassVar[int] = SIGNS
     offsets: torch.Tensor | None
 
     @classmethod
@@ -109,3 +122,8 @@ class BinaryLinear(PlaneLinear):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""
         return binary.dequantise(self.stored, self.in_features, self.group_size, dtype)
+
+    def layout(self) -> Layout | None:
+        """Return how the planes lie, with what is added to each group."""
+        found = super().layout()
+        return None if found is None else found._replace(zeros=self.offsets)

@@ -21,6 +21,7 @@
 #include "numbers.h"
 #include "packed.h"
 #include "phases.h"
+#include "planes.h"
 #include "products.h"
 
 namespace {
@@ -111,22 +112,25 @@ struct Inputs {
 
   // sums[b] = <row, x[b]>.
   void dots(const Matrix& m, int64_t row, float* sums) const {
-    if (m.bits)
-      packed_dots(m, row, columns_, forms_[form_of(m.bits)].vectors.data(), int(batch_), sums);
+    const Packable* packed = m.bits ? forms_[form_of(m.bits)].vectors.data() : nullptr;
+    if (in_planes(m.bits))
+      plane_dots(m, row, columns_, packed, int(batch_), sums);
+    else if (m.bits)
+      packed_dots(m, row, columns_, packed, int(batch_), sums);
     else
       ::dots<T>(static_cast<const T*>(m.weight) + row * columns_, dense.data(), columns_,
                 columns_, int(batch_), sums);
   }
 
-  std::vector<X> dense;
+  Array<X> dense;
 
  private:
-  static constexpr int kForms = 3;
-  static int form_of(int64_t bits) { return bits == kNF4 ? 2 : bits == 8; }
+  static constexpr int kForms = 4;
+  static int form_of(int64_t bits) { return in_planes(bits) ? 3 : bits == kNF4 ? 2 : bits == 8; }
 
   struct Form {
-    std::vector<int16_t> ints;
-    std::vector<float> factors;
+    Array<int16_t> ints;
+    Array<float> factors;
     std::vector<Packable> vectors;
   };
 
@@ -146,7 +150,7 @@ struct Inputs {
   }
 
   int64_t batch_, columns_ = 0;
-  std::vector<float> wide_;
+  Array<float> wide_;
   Form forms_[kForms];
 };
 
@@ -185,7 +189,8 @@ struct Work {
   }
   // Bytes of a row, of about K numbers.
   static int64_t row_bytes(const Matrix& matrix, int64_t K) {
-    return matrix.bits ? K * (matrix.bits == 8 ? 9 : 5) / 8 + 1 : K * int64_t(sizeof(T));
+    const int64_t bits = in_planes(matrix.bits) ? matrix.planes : matrix.bits == 8 ? 8 : 4;
+    return matrix.bits ? K * (bits + 1) / 8 + 1 : K * int64_t(sizeof(T));
   }
 
   // RMS-normed hidden states, [batch, hidden].
@@ -392,7 +397,7 @@ struct Work {
     Walk walk;
     int64_t count;
     Inputs<T> inputs;
-    std::vector<T> own;  // normed hidden states
+    Array<T> own;  // normed hidden states
 
     int64_t pieces(int64_t n, int64_t bytes) const { return grain(n, bytes, count); }
   };
@@ -465,7 +470,7 @@ struct Work {
     int64_t widest = m.hidden > m.inner ? m.hidden : m.inner;
     if (m.heads * m.head_dim > widest) widest = m.heads * m.head_dim;
     Thread t{Walk(phases, self, count), count, Inputs<T>(s.batch, widest),
-             std::vector<T>(size_t(s.batch * m.hidden))};
+             Array<T>(size_t(s.batch * m.hidden))};
     t.walk.run(s.batch, 1, [&](Range r) {
       for (int64_t b = r.begin; b < r.end; ++b) {
         const T* from = s.inputs ? at(s.inputs, b * m.hidden)

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +17,24 @@ namespace {
 struct bf16 {
   uint16_t bits;
 };
+
+// Memory that begins with a line of the cache, so that no register is loaded across two of them.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <typename U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+};
+template <typename T>
+using Array = std::vector<T, Lines<T>>;
 
 inline float value(float x) { return x; }
 inline float value(bf16 x) {

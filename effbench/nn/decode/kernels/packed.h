@@ -3,11 +3,13 @@
 // The formats are those of effbench/nn/quant: `groupwise` (codes of 4 or 8 bits, a float16 scale and
 // perhaps a zero point per group of a row) and `nf4` (4-bit codes of 16 levels, a doubly quantised
 // scale per 64 weights). Vectors are held in blocks of 32 numbers as 16-bit integers (14-bit ones for
-// NF4) with a scale each, so that products of codes and numbers are exact sums of integers: what is
+// NF4 and for what planes.h has) with a scale each, so that products of codes and numbers are exact sums of integers: what is
 // lost is half of a block's largest number / 32767 (8191), far less than bfloat16 loses.
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -20,22 +22,30 @@ extern "C" {
 struct Matrix {
   const void* weight;  // null: the layer is not there
   const void* bias;    // [rows], or null
-  const void* scales;  // groupwise: float16 [rows, groups]; nf4: uint8 [blocks of 64]
-  const void* zeros;   // groupwise: packed zero points, null if symmetric; nf4: float [blocks / 256]
+  // groupwise: float16 [rows, groups]; nf4: uint8 [blocks of 64]; signs, trits: float16 [planes or
+  // half of them, rows, groups]; nested: float16 [rows, 2^planes], the levels
+  const void* scales;
+  // groupwise: packed zero points, null if symmetric; nf4: float [blocks / 256]; signs: float [rows,
+  // groups], null if nothing is added
+  const void* zeros;
   const float* levels;  // nf4: the 256 levels of its scales
   const float* offset;  // nf4: added to each scale
-  int64_t bits;         // 0: dense; 4 or 8: groupwise; kNF4
-  int64_t group;        // groupwise: weights that share a scale
-  int64_t groups;       // groupwise: scales of the whole matrix
+  int64_t bits;         // 0: dense; 4 or 8: groupwise; kNF4, kSigns, kTrits, kNested
+  int64_t group;        // weights that share a scale
+  int64_t groups;       // scales of the whole matrix
+  int64_t planes;       // bit planes
+  int64_t stride;       // bytes from one plane to the next
 };
 }
 
 namespace {
 
 constexpr int64_t kNF4 = 104;
+constexpr int64_t kSigns = 105, kTrits = 106, kNested = 107;  // see planes.h
+inline bool in_planes(int64_t bits) { return bits >= kSigns; }
 constexpr int64_t kBlock = 32;    // numbers that share a scale
 // Largest integer of a number: 8 products with a code, or with a 16-bit level, fit 32 bits.
-inline float largest_integer(int64_t bits) { return bits == kNF4 ? 8191 : 32767; }
+inline float largest_integer(int64_t bits) { return bits >= kNF4 ? 8191 : 32767; }
 constexpr int64_t kWidest = 32768;  // columns
 constexpr int64_t kMostBlocks = kWidest / kBlock;
 
@@ -51,52 +61,120 @@ struct Packable {
 };
 
 // Where number i of 64 stands in the registers: with nibbles, number 4 j + q is lane j of register q
-// for groupwise codes; NF4's are looked up bytewise, the even ones in the high halves.
+// for groupwise codes; NF4's are looked up bytewise, the even ones in the high halves, and so are
+// those of planes, in the order of columns.
 inline int64_t place(int64_t bits, int64_t i) {
   if (bits == 4) return i % 4 * 16 + i / 4;
   if (bits == 8) return i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
+  if (in_planes(bits)) return i / 32 * 32 + i / 8 % 2 * 16 + i / 16 % 2 * 8 + i % 8;
   const int64_t pair = i / 2, lane = pair / 16, in = pair % 16;  // of its parity
   return i % 2 * 32 + in / 8 * 16 + lane * 8 + in % 8;
 }
 
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+// Sixteen 16-bit integers of each parity, of 32 in a row.
+inline void by_parity(__m256i first, __m256i second, __m256i* even, __m256i* odd) {
+  const __m256i a = _mm256_srai_epi32(_mm256_slli_epi32(first, 16), 16);
+  const __m256i b = _mm256_srai_epi32(_mm256_slli_epi32(second, 16), 16);
+  *even = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+  *odd = _mm256_permute4x64_epi64(
+      _mm256_packs_epi32(_mm256_srai_epi32(first, 16), _mm256_srai_epi32(second, 16)), 0xd8);
+}
+
+// The integers of 64 numbers, at their places.
+inline void placed(int64_t bits, const int16_t* plain, int16_t* to) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(plain);
+  __m256i n[4], even[2], odd[2], out[4];
+  for (int i = 0; i < 4; ++i) n[i] = _mm256_load_si256(from + i);
+  if (in_planes(bits)) {
+    for (int i = 0; i < 4; ++i)
+      out[i] = i % 2 ? _mm256_permute2x128_si256(n[i - 1], n[i], 0x31)
+                     : _mm256_permute2x128_si256(n[i], n[i + 1], 0x20);
+  } else {
+    for (int i = 0; i < 2; ++i) by_parity(n[2 * i], n[2 * i + 1], even + i, odd + i);
+    if (bits == 8) {
+      for (int i = 0; i < 4; ++i) out[i] = i % 2 ? odd[i / 2] : even[i / 2];
+    } else if (bits == 4) {
+      by_parity(even[0], even[1], out, out + 2);
+      by_parity(odd[0], odd[1], out + 1, out + 3);
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        const __m256i* one = i < 2 ? even : odd;
+        out[i] = i % 2 ? _mm256_permute2x128_si256(one[0], one[1], 0x31)
+                       : _mm256_permute2x128_si256(one[0], one[1], 0x20);
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, out[i]);
+}
+
+// Integers of a block of numbers, and their sum.
+inline int32_t whole_numbers(const float* from, float by, int16_t* to) {
+  const __m256 times = _mm256_set1_ps(by);
+  __m256i n[4];
+  for (int i = 0; i < 4; ++i)
+    n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8 * i), times));
+  for (int i = 0; i < 2; ++i)
+    _mm256_store_si256(
+        reinterpret_cast<__m256i*>(to) + i,
+        _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2 * i], n[2 * i + 1]), 0xd8));
+  const __m256i sum =
+      _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
+}
+
+#else
+
+inline void placed(int64_t bits, const int16_t* plain, int16_t* to) {
+  for (int64_t i = 0; i < 64; ++i) to[place(bits, i)] = plain[i];
+}
+
+inline int32_t whole_numbers(const float* from, float by, int16_t* to) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int32_t whole = int32_t(std::nearbyint(from[i] * by));
+    to[i] = int16_t(whole);
+    total += whole;
+  }
+  return total;
+}
+
+#endif
+
+// Makes integers of a block of numbers; `scale` and `total` become those of it.
+inline void whole_block(const float* from, float most, int16_t* to, float* scale, float* total) {
+  float largest = 0, poison = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const float size = from[i] < 0 ? -from[i] : from[i];
+    largest = size > largest ? size : largest;
+    poison += from[i] * 0.0f;  // what is not finite makes the whole block so
+  }
+  if (poison != 0 || poison != poison) {
+    std::memset(to, 0, kBlock * sizeof(int16_t));
+    *scale = *total = poison;
+    return;
+  }
+  *scale = largest / most;
+  *total = *scale * float(whole_numbers(from, largest > 0 ? most / largest : 0.0f, to));
+}
+
 // Makes integers of K float32 numbers, K a multiple of 32.
 inline void packable(const float* x, int64_t K, int64_t bits, const Packable& out) {
-  int16_t plain[64];
-  uint8_t order[64];
+  alignas(32) int16_t plain[64];
   const float most = largest_integer(bits);
-  for (int64_t i = 0; i < 64; ++i) order[i] = uint8_t(place(bits, i));
   for (int64_t start = 0; start < K; start += 64) {
-    const int64_t here = K - start < 64 ? K - start : 64;
     for (int64_t block = 0; block < 64; block += kBlock) {
-      if (block >= here) {
+      const int64_t i = (start + block) / kBlock;
+      if (start + block < K)
+        whole_block(x + start + block, most, plain + block, out.scales + i, out.totals + i);
+      else
         std::memset(plain + block, 0, kBlock * sizeof(int16_t));
-        continue;
-      }
-      const float* from = x + start + block;
-      float largest = 0, poison = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const float size = from[i] < 0 ? -from[i] : from[i];
-        largest = size > largest ? size : largest;
-        poison += from[i] * 0.0f;  // what is not finite makes the whole block so
-      }
-      const float scale = largest / most;
-      const float by = largest > 0 ? most / largest : 0.0f;
-      if (poison != 0 || poison != poison) {
-        std::memset(plain + block, 0, kBlock * sizeof(int16_t));
-        out.scales[(start + block) / kBlock] = out.totals[(start + block) / kBlock] = poison;
-        continue;
-      }
-      int32_t total = 0;
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const int32_t whole = int32_t(std::nearbyint(from[i] * by));
-        plain[block + i] = int16_t(whole);
-        total += whole;
-      }
-      out.scales[(start + block) / kBlock] = scale;
-      out.totals[(start + block) / kBlock] = scale * float(total);
     }
-    for (int64_t i = 0; i < 64; ++i) out.ints[start + order[i]] = plain[i];
+    placed(bits, plain, out.ints + start);
   }
 }
 
@@ -149,7 +227,7 @@ inline void group_scale(const Matrix& m, int64_t i, float* scale, float* zero) {
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 // Scales and zero points of groups i to i + 7; those beyond the last group are what lies there, or 0.
-inline void eight_scales(const Matrix& m, int64_t i, __m256* scale, __m256* zero) {
+__attribute__((always_inline)) inline void eight_scales(const Matrix& m, int64_t i, __m256* scale, __m256* zero) {
   const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + i;
   const uint8_t* zeros = static_cast<const uint8_t*>(m.zeros);
   if (i + 16 > m.groups) {  // near the end of what may be read
@@ -177,32 +255,63 @@ inline void eight_scales(const Matrix& m, int64_t i, __m256* scale, __m256* zero
       _mm256_and_si256(_mm256_srlv_epi32(all, shifts), _mm256_set1_epi32(15)));
 }
 
+// The scales and zero points of a row's groups, one after the other.
+inline void row_scales(const Matrix& m, int64_t first, int64_t groups, float* scales, float* zeros) {
+  for (int64_t i = 0; i < groups; i += 8) {
+    __m256 scale, zero;
+    eight_scales(m, first + i, &scale, &zero);
+    _mm256_storeu_ps(scales + i, scale);
+    _mm256_storeu_ps(zeros + i, zero);
+  }
+}
+
+// Those of the groups in which blocks b to b + 7 are, of `per` blocks each.
+struct Spread {
+  int64_t per;
+  int shift;    // per is two to its power, or it is negative
+  __m256i lanes;
+
+  explicit Spread(int64_t per_) : per(per_), shift(-1), lanes(_mm256_setzero_si256()) {
+    if (per & (per - 1)) return;
+    shift = __builtin_ctzll(uint64_t(per));
+    lanes = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(shift));
+  }
+  __m256 of(const float* groups, int64_t b) const {
+    if (shift >= 0)
+      return _mm256_permutevar8x32_ps(_mm256_loadu_ps(groups + (b >> shift)), lanes);
+    alignas(32) float eight[8];
+    for (int64_t e = 0; e < 8; ++e) eight[e] = groups[(b + e) / per];
+    return _mm256_load_ps(eight);
+  }
+};
+
 // What each block of a row is multiplied by, for B vectors, and what is taken from their sums.
 template <int B>
 void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
              float (*by)[kMostBlocks + 8], float* less) {
   const int64_t blocks = K / kBlock, per = m.group / kBlock;
-  const int64_t first = row * ((K + m.group - 1) / m.group);
-  float scales[kMostBlocks + 8], zeros[kMostBlocks + 8];
+  const int64_t groups = (K + m.group - 1) / m.group;
+  float scales[kMostBlocks + 16], zeros[kMostBlocks + 16];
   const bool nf4 = m.bits == kNF4;
   if (nf4) {
     nf4_scales(m, row, K, scales);
     for (int64_t b = blocks; b % 8; ++b) scales[b] = 0.0f;
   } else if (per != 1) {
-    for (int64_t b = 0, i = first; b < blocks; ++i) {
-      float scale, zero;
-      group_scale(m, i, &scale, &zero);
-      for (const int64_t end = b + per; b < end && b < blocks; ++b)
-        scales[b] = scale, zeros[b] = zero;
-    }
-    for (int64_t b = blocks; b % 8; ++b) scales[b] = zeros[b] = 0.0f;
+    row_scales(m, row * groups, groups, scales, zeros);
   }
+  const Spread spread(per);
   __m256 shift[B];
   for (int b = 0; b < B; ++b) shift[b] = _mm256_setzero_ps();
   for (int64_t i = 0; i < blocks; i += 8) {
     __m256 scale, zero = _mm256_setzero_ps();
-    if (!nf4 && per == 1) eight_scales(m, first + i, &scale, &zero);
-    else scale = _mm256_loadu_ps(scales + i), zero = nf4 ? zero : _mm256_loadu_ps(zeros + i);
+    if (nf4) {
+      scale = _mm256_loadu_ps(scales + i);
+    } else if (per == 1) {
+      eight_scales(m, row * groups + i, &scale, &zero);
+    } else {
+      scale = spread.of(scales, i);
+      zero = spread.of(zeros, i);
+    }
     const __m256 both = _mm256_mul_ps(scale, zero);
     for (int b = 0; b < B; ++b) {
       _mm256_storeu_ps(by[b] + i, _mm256_mul_ps(scale, _mm256_loadu_ps(x[b].scales + i)));
