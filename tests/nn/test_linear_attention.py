@@ -112,7 +112,7 @@ def test_directions_are_a_scaled_basis() -> None:
 
 
 def test_features_are_of_the_inverse_transform() -> None:
-    """x P is w times what an inverse transform by FFT gives; the transform itself is another map."""
+    """x P is w times what an inverse transform by FFT gives, not of the transform itself."""
     p = features.directions("softmax", "dct", True, 16, generator(1))
     phi = features.FeatureMap("softmax", p).double()
     x = torch.randn(5, 16, generator=generator(), dtype=torch.float64)
