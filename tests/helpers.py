@@ -204,6 +204,46 @@ def flops(model: torch.nn.Module) -> int:
     return counter.get_total_flops()
 
 
+def full_batch(shape: Shape, rows: int, length: int) -> Batch:
+    """Return random tokens, none of them padding, all of which count."""
+    ids = torch.randint(3, shape.vocab_size, (rows, length), generator=generator(0))
+    batch = Batch(ids, torch.ones_like(ids), ids.clone(), list(range(rows)))
+    batch.window_tokens = batch.loss_tokens
+    return batch
+
+
+def kept_bytes(method: Method, dtype: str, shape: Shape, rows: int, length: int) -> int:
+    """Return the bytes that a step's forward pass keeps, parameters and loss left out."""
+    compute = getattr(torch, dtype)
+    masters = method.weights == "float32"
+    model = tiny_model(dtype=torch.float32 if masters else compute, shape=shape)
+    if is_packed(method.weights):
+        pack_linears(model, find(method.weights)(), compute)
+    cast = torch.autocast("cpu", compute, enabled=masters and dtype != "float32")
+    ctx = Context(
+        0,
+        torch.device("cpu"),
+        compute,
+        generator(0),
+        lambda name: tiny_model(dtype=compute, shape=shape),
+    )
+    model = begun(method, model, ctx).train()
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        logits = tensor.shape[-1:] == (shape.vocab_size,) and tensor.shape[0] != shape.hidden_size
+        if place not in own and not logits:
+            seen[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), cast:
+        loss = method.loss(model, full_batch(shape, rows, length), ctx)
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
 def storage_hash(model: torch.nn.Module) -> str:
     """Return a hash of all that is not an adapter."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Share
+from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Recurrence, Share
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import COMPUTE
 
@@ -30,8 +30,14 @@ class Cost:
     """Forward FLOPs of one token at context 0, matrix products only."""
     kv_bytes_per_token: float
     """Bytes that one more token adds to the key/value cache, on average."""
+    kv_bytes_per_sequence: float = 0
+    """Bytes of cache that a sequence has however long it is: those of states."""
     saving: Saving = "none"
     """Whether smaller figures here are real on the device or only modelled."""
+
+    def cached(self, tokens: float, sequences: int = 1) -> float:
+        """Return the bytes of the caches of some sequences that have so many tokens in all."""
+        return tokens * self.kv_bytes_per_token + sequences * self.kv_bytes_per_sequence
 
 
 class Piece(NamedTuple):
@@ -61,6 +67,7 @@ def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
         bytes_per_token=_plain(sum(p.read for p in pieces)),
         flops_per_token=_plain(sum(p.flops for p in pieces)),
         kv_bytes_per_token=model.kv_bytes_per_token(element),
+        kv_bytes_per_sequence=model.kv_bytes_per_sequence(element),
     )
     return replace(cost, saving=_saving(model, cost, cost_of(base, dtype))) if base else cost
 
@@ -108,6 +115,8 @@ def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
             yield from _linear(linear, element, runs, reads)
             if linear.adapter:
                 yield _adapter(linear.adapter, element, runs, reads)
+    if layer.mixer and layer.mixer.recurrence:
+        yield _recurrence(layer.mixer.recurrence, layer.mixer.runs)
     if layer.bypass:
         yield _adapter(layer.bypass, element, 1, 1)
 
@@ -158,6 +167,11 @@ def _adapter(adapter: Adapter, element: int, runs: Share, reads: Share) -> Piece
         reads * adapter.active * (products + adapter.scales + adapter.gains) * each,
         2 * runs * adapter.active * products,
     )
+
+
+def _recurrence(own: Recurrence, runs: Share) -> Piece:
+    flops = 2 * runs * (own.mapping + own.stepping)
+    return Piece(resident=own.held, read=runs * own.held, flops=flops)
 
 
 def _plain(number: Share) -> float:

@@ -21,15 +21,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from effbench.api.parts import Adapter, LayerShape, Linear, Share
+from effbench.api.parts import Adapter, LayerShape, Linear, Recurrence, Share, stretches
+from effbench.api.recurrent import CHUNK
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import FLOAT32, MASTERS
 
 Kind = Literal["train", "score", "prefill", "decode"]
 
-READERS = ("q_proj", "k_proj", "v_proj")
+READERS = ("q_proj", "k_proj", "v_proj", "g_proj")
 """The linears of a layer of Llama that read what enters it."""
-SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+SHARED_INPUT = {
+    "k_proj": "q_proj",
+    "v_proj": "q_proj",
+    "g_proj": "q_proj",
+    "up_proj": "gate_proj",
+}
 """Linears that read what another one reads."""
 POINTS_AT_ONCE = 8
 """Most operating points that go through a model side by side. More would save little: the work
@@ -100,6 +106,12 @@ class Training:
     """Passes forward and backward of a step, one after the other."""
     noise: int = 0
     """Parameters of the largest tensor that trains: what a perturbation of it takes."""
+    chunking: float = 0
+    """FLOPs of the forward pass per token and position of its stretch, in linear attention."""
+    stepping: float = 0
+    """FLOPs of the forward pass per token behind the first stretch: those of the states."""
+    recurrent_gradient: float = 0
+    """Share of these two that a gradient passes, times 2."""
 
 
 def training_of(shape: AnyShape, dtype: str) -> Training:
@@ -140,6 +152,9 @@ def training_of(shape: AnyShape, dtype: str) -> Training:
         forwards=model.forwards,
         passes=model.passes,
         noise=largest_trained(model) if model.forwards else 0,
+        chunking=2.0 * sum(x.chunking for x in count.recurrences(0)),
+        stepping=2.0 * sum(x.stepping for x in count.recurrences(0)),
+        recurrent_gradient=count.recurrent_gradient * backward,
     )
 
 
@@ -171,7 +186,7 @@ class Counted:
         self.lowest = 0
         """The first layer that a gradient passes."""
         self.bottom: int | None = None
-        """It, where nothing has a use for the gradient of what it reads."""
+        """It, where nothing below has a use for the gradient of what it reads."""
         if not self.reaches:
             self._look_for_lowest()
 
@@ -205,10 +220,22 @@ class Counted:
         """Return the bytes of queries, keys, values, output and log-sum-exp."""
         if layer.mixer is None:
             return 0
+        if layer.mixer.recurrence:
+            return self._recurred(layer, layer.mixer.recurrence)
         output = layer.mixer.head_dim * layer.mixer.heads
         # What a layer takes from another one is kept there.
         states = sum(x.d_out for x in layer.mixer.linears if x.name in readers(layer))
         return self.element * (output + states) + 4 * layer.mixer.heads
+
+    def _recurred(self, layer: LayerShape, own: Recurrence) -> int:
+        """Return the bytes of a recurrence, of its gate before and after silu, and its output.
+
+        What comes out of its norm, which counts with the norms, is kept for the gate alone.
+        """
+        width = own.heads * own.width
+        if layer.linear("g_proj"):
+            return self.element * 3 * width + own.kept
+        return (self.element - FLOAT32.element) * width + own.kept
 
     def _inputs(self, layer: LayerShape, names: Sequence[str], size: int) -> float:
         """Return the bytes of what some linears read, cast to `size` bytes.
@@ -253,7 +280,8 @@ class Counted:
         """Bytes of the compute copies of masters."""
         if not self.cast:
             return 0
-        run = sum(x.params for layer in self.model.layers if layer.runs for x in layer.linears)
+        layers = (layer for layer in self.model.layers if layer.runs)
+        run = sum(x.params for layer in layers for x in layer.linears if x.active)
         return self.element * (run + self.model.vocab_size * self.model.hidden_size)
 
     # -- work ----------------------------------------------------------------------------------
@@ -269,6 +297,17 @@ class Counted:
         mixer = self.model.layers[index].mixer
         return 4 * float(mixer.runs) * mixer.heads * mixer.head_dim if mixer else 0.0
 
+    def recurrences(self, first: int) -> list[Recurrence]:
+        """Return what layers from one on have in the place of attention."""
+        mixers = (layer.mixer for layer in self.model.layers[first:])
+        return [x.recurrence for x in mixers if x and x.recurrence]
+
+    @property
+    def recurrent_gradient(self) -> float:
+        """How often the backward pass makes the products of recurrences, a mean over layers."""
+        every = sum(x.stepping for x in self.recurrences(0))
+        return 2 * sum(x.stepping for x in self.recurrences(self.lowest)) / max(1, every)
+
     def forward(self, index: int) -> float:
         """Return the FLOPs of a layer's products."""
         layer = self.model.layers[index]
@@ -276,6 +315,8 @@ class Counted:
         if layer.bypass and layer.bypass.active:
             adapters.append((1, layer.bypass))
         own = sum(x.runs * x.products for x in _each(layer))
+        if layer.mixer and (state := layer.mixer.recurrence):
+            own += layer.mixer.runs * state.mapping
         beside = sum(runs * a.active * f.products for runs, a in adapters for f in a.factors)
         return 2 * float(own + beside)
 
@@ -284,10 +325,13 @@ class Counted:
         layer = self.model.layers[index]
         found: Share = self._bypass_gradient(index)
         for x in _each(layer) if index >= self.lowest else ():
-            unneeded = index == self.bottom and x.linear.name in readers(layer)
+            unread = index == self.bottom and not layer.norms[0].trains
+            unneeded = unread and x.linear.name in readers(layer)
             found += x.runs * x.products * (x.linear.trains + (not unneeded))
             if x.linear.adapter and x.linear.adapter.trains:
                 found += x.runs * _adapter_gradient(x.linear.adapter, unneeded)
+        if index >= self.lowest and layer.mixer and (state := layer.mixer.recurrence):
+            found += layer.mixer.runs * state.mapping
         return 2 * float(found)
 
     def _bypass_gradient(self, index: int) -> Share:
@@ -363,8 +407,11 @@ def step_flops(
             counter has it; else half of that.
     """
     context = one.tokens if square else one.tokens / 2
-    layers = training.forward + training.attention * context
+    met, later = stretches(one.tokens, CHUNK)
+    recurrent = training.chunking * met + training.stepping * later
+    layers = training.forward + training.attention * context + recurrent
     backward = training.gradient + training.attention_gradient * context
+    backward += training.recurrent_gradient * recurrent
     head = training.head * (one.size if training.every else one.counted)
     times = training.forwards or (2 if recompute else 1)
     passes = layers * times + backward

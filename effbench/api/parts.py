@@ -188,6 +188,77 @@ class Cache:
         return float((self.per_token * kept + self.constant) * held + late)
 
 
+def stretches(tokens: int, chunk: int) -> tuple[float, float]:
+    """Return how many positions a token of a pass meets in its stretch, as a mean, and the share of
+    tokens behind the first stretch.
+    """
+    whole, rest = divmod(tokens, chunk)
+    return (whole * chunk**2 + rest**2) / max(1, tokens), max(0.0, 1 - chunk / max(1, tokens))
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Linear attention: a state [kv heads, d, d] in the place of keys and values.
+
+    Each query and key may first be multiplied with a fixed float32 matrix [d, d] of the layer.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    """Of a head, d."""
+    mapped: bool
+    """Whether there is such a matrix."""
+    chunk: int
+    """Positions that a pass over many compares with each other directly."""
+    features: int = 1
+    """Tensors that a gradient needs of the features of a query or key."""
+    learned: bool = False
+    """Whether its rates of decay train."""
+
+    @property
+    def state(self) -> int:
+        """Elements of the state."""
+        return self.kv_heads * self.width**2
+
+    @property
+    def held(self) -> int:
+        """Bytes of the fixed matrix."""
+        return FLOAT32.element * self.width**2 * self.mapped
+
+    @property
+    def mapping(self) -> int:
+        """Multiply-adds per token with the fixed matrix."""
+        return (self.heads + self.kv_heads) * self.width**2 * self.mapped
+
+    @property
+    def stepping(self) -> int:
+        """Multiply-adds per token that put a key into the state and read it with the queries."""
+        return (self.heads + self.kv_heads) * self.width**2
+
+    @property
+    def chunking(self) -> int:
+        """Multiply-adds per token and position of its stretch: scores, and what they weigh."""
+        return 2 * self.heads * self.width
+
+    def passing(self, tokens: int) -> float:
+        """Return the multiply-adds per token of a pass over so many, the fixed matrix left out."""
+        met, later = stretches(tokens, self.chunk)
+        return self.chunking * met + self.stepping * later
+
+    @property
+    def kept(self) -> int:
+        """Bytes per token that a pass over many keeps for its gradient, all in float32.
+
+        Features; keys and values, once faded and once as they are; queries likewise; scores within
+        a stretch, before their decay too where that trains; means and deviations of the norm.
+        """
+        q, k = self.heads * self.width, self.kv_heads * self.width
+        own = self.features * (q + k) + 3 * k + 2 * q
+        scores = self.chunk * (1 + self.learned)
+        return FLOAT32.element * (own + self.heads * (scores + 2))
+
+
 @dataclass(frozen=True)
 class Mixer:
     """What lets tokens see each other: attention, or a recurrence in its place."""
@@ -206,6 +277,8 @@ class Mixer:
     """How often its weights are read per token; None is `runs`."""
     norms: tuple[Norm, ...] = ()
     """Norms inside it or after it, beside the one that it reads through."""
+    recurrence: Recurrence | None = None
+    """What it has in the place of attention."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +382,11 @@ class LayerShape:
 
         quiet = self.map(frozen).map_norms(lambda norm: replace(norm, trains=False))
         return replace(quiet, bypass=_still(self.bypass))
+
+    def training(self) -> LayerShape:
+        """Return the layer with all of its weights training."""
+        moving = self.map(lambda linear: replace(linear, trains=True))
+        return moving.map_norms(lambda norm: replace(norm, trains=True))
 
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:
         """Return the layer computed `runs` times per token, its weights read `reads` times."""

@@ -162,14 +162,27 @@ class AnyShape:
         found = sum(c.per_token * (c.element or element_bytes) for c in caches)
         return float(found) if isinstance(found, Fraction) else found
 
+    def kv_bytes_per_sequence(self, element_bytes: int) -> float:
+        """Return the bytes of cache that a sequence has however long it is."""
+        caches = (x.mixer.cache for x in self.layers if x.mixer)
+        return sum(c.constant * (c.element or element_bytes) for c in caches)
+
     def flops_per_token(self, context: int = 0) -> int:
         """Return forward FLOPs of one token that attends to `context` positions.
 
         Matrix products only (multiply-adds times two), the head included; every layer runs.
         """
         linears = sum(x.d_in * x.d_out * x.active for layer in self.layers for x in layer.linears)
+        states = (x.mixer.recurrence for x in self.layers if x.mixer and x.mixer.recurrence)
+        linears += sum(x.mapping + x.stepping for x in states)
         products = 2 * (int(linears) + self.vocab_size * self.hidden_size)
         return products + 4 * self.attention_width * context
+
+    def pass_flops_per_token(self, tokens: int) -> float:
+        """Return forward FLOPs of one token of a pass over `tokens`, attention as a full square."""
+        states = [x.mixer.recurrence for x in self.layers if x.mixer and x.mixer.recurrence]
+        more = sum(x.passing(tokens) - x.stepping for x in states)
+        return self.flops_per_token(tokens) + 2 * more
 
 
 @dataclass(frozen=True)

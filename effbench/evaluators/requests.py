@@ -71,6 +71,8 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
     from transformers import DynamicCache
     from transformers.generation.streamers import BaseStreamer
 
+    from effbench.nn.decode.cache import held_bytes
+
     clock = Clock(device)
 
     class Watch(BaseStreamer):
@@ -97,10 +99,7 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
         past_key_values=cache,
         streamer=watch,
     )
-    layers: list[Any] = list(cache.layers)
-    kept = [t for layer in layers for t in (layer.keys, layer.values)]
-    kv_bytes = sum(t.numel() * t.element_size() for t in kept)
-    return _times(watch.marks, kv_bytes, out[:, prompt.shape[1] :])
+    return _times(watch.marks, held_bytes(cache), out[:, prompt.shape[1] :])
 
 
 def _times(marks: Sequence[float], kv_bytes: int, tokens: torch.Tensor) -> Times:

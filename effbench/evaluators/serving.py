@@ -196,7 +196,7 @@ class Serving(Simulator):
         if not self.memory_gib:
             return self.max_batch
         room = self.memory_gib * 2**30 - scene.whole.resident_bytes
-        request = scene.cost.kv_bytes_per_token * (self.prompt_tokens + self.new_tokens)
+        request = scene.cost.cached(self.prompt_tokens + self.new_tokens)
         found = min(self.max_batch, int(room / request)) if request else self.max_batch
         if room <= 0 or not found:
             raise UserError(

@@ -275,7 +275,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyS
 
     dtype = spec.hardware.dtype
     cost = inference_cost(methods, shape, dtype, methods[-1].full_point(shape))
-    cache = cell.batch * (cell.prompt + cell.new) * cost.kv_bytes_per_token
+    cache = cost.cached(cell.batch * (cell.prompt + cell.new), cell.batch)
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":
         have = memory_bytes()[1]

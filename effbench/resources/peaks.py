@@ -191,7 +191,7 @@ class Peaks:
         room = self.expanded if packed and expands else 0
         return {
             "weights": cost.resident_bytes,
-            "kv cache": one.size * cost.kv_bytes_per_token if cached else 0,
+            "kv cache": cost.cached(one.size, one.rows) if cached else 0,
             **({"activations": running} if running > residual + logits else last),
             "other points": others * residual + kept,
             **self._around(room + _code(kernels), trained=trained),

@@ -209,7 +209,9 @@ class Course:
             training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
             used=replace(
-                used, kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values())
+                used,
+                kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values()),
+                kv_bytes_per_sequence=max(c.kv_bytes_per_sequence for c in costs.values()),
             ),
         )
 

@@ -195,10 +195,11 @@ def decode_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int, tokens: i
 def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
     """Return the bytes that `tokens` steps have to read: all weights each, and the cache so far.
 
-    The rows of the embedding and all activations are left out.
+    States are read and written. The rows of the embedding and all activations are left out.
     """
     cached = batch * cost.kv_bytes_per_token * _contexts(prompt, tokens)
-    return tokens * cost.bytes_per_token + cached
+    states = 2 * batch * tokens * cost.kv_bytes_per_sequence
+    return tokens * cost.bytes_per_token + cached + states
 
 
 def _attention_flops(shape: AnyShape) -> int:

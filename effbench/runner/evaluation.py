@@ -146,3 +146,5 @@ def count_cost(run: Run, cost: Cost, point: Point, held: int | None = None) -> N
     run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point.name)
     run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point.name)
     run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point.name)
+    if cost.kv_bytes_per_sequence:
+        run.count("kv_bytes_per_sequence", cost.kv_bytes_per_sequence, "bytes", point.name)

@@ -7,12 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import SHAPE as TINY
-from helpers import adamw, begun, generator, tiny_model
+from helpers import adamw, full_batch, kept_bytes, tiny_model
 
-from effbench.api.batch import Batch
 from effbench.api.footprint import Pass, logit_bytes, step_flops, training_of
-from effbench.api.method_types import Context
-from effbench.api.weights import find, is_packed
 from effbench.methods.adapters.adalora import AdaLoRA
 from effbench.methods.adapters.deep_lora import DeepLoRA
 from effbench.methods.adapters.dora import DoRA
@@ -30,7 +27,6 @@ from effbench.methods.full import Full
 from effbench.methods.pruning.apt import APT
 from effbench.methods.sharing.echo_llama import EchoLLaMA
 from effbench.methods.sharing.echoatt import EchoAtt
-from effbench.nn.quant.linears import pack_linears
 from effbench.resources.peaks import OPTIMIZER_BYTES
 
 SHAPE = replace(TINY, vocab_size=500)
@@ -65,57 +61,18 @@ METHODS = [
 ]
 
 
-def full_batch() -> Batch:
-    ids = torch.randint(3, SHAPE.vocab_size, (ROWS, LENGTH), generator=generator(0))
-    batch = Batch(ids, torch.ones_like(ids), ids.clone(), list(range(ROWS)))
-    batch.window_tokens = batch.loss_tokens
-    return batch
-
-
-def kept_bytes(method: Method, dtype: str) -> int:
-    """Return the bytes that a step's forward pass keeps, parameters and loss left out."""
-    compute = getattr(torch, dtype)
-    masters = method.weights == "float32"
-    model = tiny_model(dtype=torch.float32 if masters else compute, shape=SHAPE)
-    if is_packed(method.weights):
-        pack_linears(model, find(method.weights)(), compute)
-    cast = torch.autocast("cpu", compute, enabled=masters and dtype != "float32")
-    ctx = Context(
-        0,
-        torch.device("cpu"),
-        compute,
-        generator(0),
-        lambda name: tiny_model(dtype=compute, shape=SHAPE),
-    )
-    model = begun(method, model, ctx).train()
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        logits = tensor.shape[-1:] == (SHAPE.vocab_size,) and tensor.shape[0] != SHAPE.hidden_size
-        if place not in own and not logits:
-            seen[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), cast:
-        loss = method.loss(model, full_batch(), ctx)
-    assert loss.requires_grad
-    return sum(t.untyped_storage().nbytes() for t in seen.values())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_activations_are_what_autograd_keeps(method: Method, dtype: str) -> None:
     training = training_of(shape_of(method, SHAPE, phase="train"), dtype)
     counted = training.layers * ROWS * LENGTH + training.fixed
-    assert counted == pytest.approx(kept_bytes(method, dtype), rel=0.06)
+    assert counted == pytest.approx(kept_bytes(method, dtype, SHAPE, ROWS, LENGTH), rel=0.06)
 
 
 def test_stand_ins_keep_what_is_above_the_first_one() -> None:
     method = LoRADrop(rank=4, layers=(1,))
     training = training_of(shape_of(method, SHAPE, phase="train"), "float32")
-    kept = kept_bytes(method, "float32")
+    kept = kept_bytes(method, "float32", SHAPE, ROWS, LENGTH)
     counted = training.layers * ROWS * LENGTH + training.quadratic * ROWS * LENGTH**2
     assert (
         counted
@@ -168,7 +125,7 @@ def test_products_of_weights_do_not_depend_on_the_tokens() -> None:
 def test_optimiser_state_is_what_the_plan_counts() -> None:
     model = tiny_model(shape=SHAPE)
     optimizer = adamw(model)
-    model(input_ids=full_batch().input_ids).logits.sum().backward()
+    model(input_ids=full_batch(SHAPE, ROWS, LENGTH).input_ids).logits.sum().backward()
     optimizer.step()
     states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     held = sum(t.numel() * t.element_size() for t in states if t.ndim)

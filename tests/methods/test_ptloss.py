@@ -123,7 +123,7 @@ def test_labels_that_are_not_known_do_not_reach_the_loss() -> None:
         losses = []
         for some in (rows, other):
             model, ctx, made = started(method, some)
-            losses.append([float(method.loss(model, b, ctx)) for b in one_window(made, 1)])
+            losses.append([method.loss(model, b, ctx).item() for b in one_window(made, 1)])
         equal = [a == b for a, b in zip(*losses, strict=True)]
         assert equal.count(False) == (0 if same else 4)
 
@@ -132,7 +132,7 @@ def test_padding_and_micro_batches_change_nothing() -> None:
     method = classes(eps=EPS)
     model, ctx, rows = started(method, [question(0), question(1), question(2)])
     whole, single = (
-        sum(float(method.loss(model, b, ctx)) for b in one_window(rows, most)) for most in (8, 1)
+        sum(method.loss(model, b, ctx).item() for b in one_window(rows, most)) for most in (8, 1)
     )
     assert whole == pytest.approx(single, rel=1e-5)
     tokens = PTLoss(teacher="big", eps=((0.3, -0.2),))
@@ -152,11 +152,11 @@ def test_weights_of_rows_count(over: str) -> None:
     def loss(weights: list[float]) -> float:
         weighted = [replace(r, columns={"weight": w}) for r, w in zip(rows, weights, strict=True)]
         units = [method.unit(r) for r in weighted]
-        return sum(float(method.loss(model, b, ctx)) for b in one_window(units))
+        return sum(method.loss(model, b, ctx).item() for b in one_window(units))
 
     assert loss([2.0] * 4) == pytest.approx(loss([1.0] * 4), rel=1e-5)
     assert loss([1.0, 0.0, 0.0, 0.0]) == pytest.approx(
-        sum(float(method.loss(model, b, ctx)) for b in one_window([method.unit(rows[0])])), rel=1e-5
+        sum(method.loss(model, b, ctx).item() for b in one_window([method.unit(rows[0])])), rel=1e-5
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -359,16 +360,25 @@ def test_the_guard_judges_on_rows_that_chose_nothing(monkeypatch: pytest.MonkeyP
     """Every winner is chosen without the fold that it is scored on."""
     truth = logs(54, 30, 3)
     data = sampled(truth, truth, 2)
-    chosen, best = [], proxy_search._best
+    seen, refined = [], proxy_search.refined
 
-    def watched(data, tried, scores, mask, by):
-        chosen.append(mask)
-        return best(data, tried, scores, mask, by)
+    def watched(data, tried, scores, sets, by):
+        seen.append(sets)
+        return refined(data, tried, scores, sets, by)
 
-    monkeypatch.setattr(proxy_search, "_best", watched)
+    monkeypatch.setattr(proxy_search, "refined", watched)
     search(data)
-    left_out = torch.stack([~mask for mask in chosen[: proxy_search.FOLDS]])
-    assert left_out.sum(0).eq(1).all()
+    [sets] = seen
+    assert (~sets[:-1]).sum(0).eq(1).all()
+    assert sets[-1].all()
+    for part in range(2):  # what a set chooses does not depend on what it leaves out
+        spoiled = replace(data, labels=torch.where(sets[part], data.labels, 0))
+        both = []
+        for some in (data, spoiled):
+            tried = coefficients(58, 3, 2, 9)
+            scores = some.proxy_brier(tried, "class")
+            both.append(refined(some, tried, scores, sets[part : part + 1], "class")[0])
+        assert both[0].equal(both[1])
 
 
 def test_tokens_of_one_row_are_in_one_fold_and_count_as_one() -> None:

@@ -146,7 +146,7 @@ def _parallel(method: Method, shape: AnyShape, model: Any, cost: Cost, point: Po
     """
     dense = shape.flops_per_token()
     layers = len(model.model.layers)
-    attention = (shape.flops_per_token(TOKENS) - dense) * layers / shape.num_layers
+    attention = (shape.pass_flops_per_token(TOKENS) - dense) * layers / shape.num_layers
     if cost.flops_per_token < dense and not method.forward(point).shares_prefixes:
         head = 2 * shape.vocab_size * shape.hidden_size
         working = training_of(shape_of(method, SHAPE, phase="train"), "float32")

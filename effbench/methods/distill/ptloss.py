@@ -116,14 +116,11 @@ class PTLoss(Teaches):
         if self.over == "tokens":
             self._check_tokens()
         if self.perturbs and self.divergence != "kl":
-            raise UserError(
-                f"method.divergence={self.divergence} has no coefficients.",
-                "It is a baseline: method.fit=none",
-            )
+            stated = f"method.divergence={self.divergence} has no coefficients."
+            raise UserError(stated, "It is a baseline: method.fit=none")
         if self.fits and (self.temperature != 1 or self.smoothing):
             raise UserError(
-                "What is fitted to labels is a distribution at method.temperature=1 without "
-                "method.smoothing.",
+                "Labels are fitted to at method.temperature=1, without method.smoothing.",
                 "Leave both out, or fit nothing: method.fit=none",
             )
         convexity.check(self.eps, GROUPS.get(self.groups))

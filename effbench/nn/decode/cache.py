@@ -6,10 +6,25 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 BLOCK = 128
 """Positions by which the cache is larger than the prompt."""
+
+
+def held_bytes(cache: Cache) -> int:
+    """Return the bytes of all that a cache of transformers holds.
+
+    An entry that holds something else than keys and values has a `kv_bytes` of its own.
+    """
+    return sum(_entry_bytes(entry) for entry in cache.layers)
+
+
+def _entry_bytes(entry: Any) -> int:
+    if hasattr(entry, "kv_bytes"):
+        return int(entry.kv_bytes())
+    tensors = [t for t in (entry.keys, entry.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class StaticLayer(DynamicLayer):

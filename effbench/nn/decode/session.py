@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from effbench.api.session import Session
+from effbench.nn.decode.cache import held_bytes
 
 
 class CachedSession:
@@ -52,11 +53,8 @@ class CachedSession:
             self.mask = self.mask[rows]
 
     def kv_bytes(self) -> int:
-        """Return the bytes of all cached keys and values."""
-        tensors = [
-            getattr(layer, name) for layer in self.cache.layers for name in ("keys", "values")
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        """Return the bytes of all cached keys, values and states."""
+        return held_bytes(self.cache)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
 from effbench.nn.llama.parts import Attention, attention_of
+from effbench.nn.llama.stack import require_no_states
 from effbench.util.errors import UserError
 
 
@@ -23,6 +24,7 @@ def require_llama(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be sliced: its blocks are not Llama's.",
             "Choose a model of the Llama family.",
         )
+    require_no_states(model)
     if getattr(model.config, "layer_sources", None):
         raise UserError(
             "Some layers of this model take states from others, so their heads cannot go alone.",

@@ -32,11 +32,32 @@ def require_plain_layers(model: torch.nn.Module) -> None:
             "Some layers of this model take states from others, which may not be left out.",
             "Choose another method, or a model whose layers do not share.",
         )
+    require_no_states(model)
     if slides(config):
         raise UserError(
             "Layers with a sliding attention window cannot be left out: their cache would have "
             "gaps that the window does not know of.",
             "Choose a model whose layers attend to the whole context.",
+        )
+
+
+def keeps_states(model: torch.nn.Module) -> bool:
+    """Whether some layer of a model keeps a state in the place of keys and values."""
+    config: Any = model.config
+    return bool(getattr(config, "state_layers", None))
+
+
+def require_no_states(model: torch.nn.Module) -> None:
+    """Refuse a model some of whose layers keep states.
+
+    Raises:
+        UserError: When there are such layers.
+    """
+    if keeps_states(model):
+        raise UserError(
+            "Some layers of this model keep a state in the place of keys and values, from which "
+            "no token can be taken back or left out.",
+            "Use the method first, and linear attention afterwards.",
         )
 
 

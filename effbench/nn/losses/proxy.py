@@ -88,7 +88,7 @@ class _Problem:
         shrink = torch.where(p > 0, -step / p, 0.0).amax(-1, keepdim=True)
         share = (TO_BOUNDARY / shrink.clamp(min=TO_BOUNDARY)).clamp(max=1)
         before = self.value(p)
-        room = 1e-13 * (1 + before.abs())
+        room = 1e-11 * (1 + before.abs())  # rounding
         for _ in range(MOST_HALVINGS):
             worse = self.value(p + share * step) > before + room
             if not bool(worse.any()):

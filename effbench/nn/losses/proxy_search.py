@@ -72,21 +72,18 @@ def search(
     tried = candidates(shape, draws, generator).to(data.log_t.device)
     scores = torch.cat([data.proxy_brier(part, by) for part in tried.split(_at_once(data))])
     fold = folds(data.rows, generator)
-    best = [_best(data, tried, scores, fold != f, by) for f in range(FOLDS)]
-    gains = torch.zeros_like(scores[0])
-    for f, eps in enumerate(best):
-        held_out = data.only(fold == f)
-        gains[fold == f] = scores[0, fold == f] - held_out.proxy_brier(eps[None], by)[0]
-    gain, error = clustered(gains, data.rows)
-    eps = _best(data, tried, scores, fold >= 0, by) if gain > error else torch.zeros_like(tried[0])
-    moved = (FOLDS + (gain > error)) * SWEEPS * math.prod(shape) * len(MOVES)
+    every = torch.arange(FOLDS + 1, device=fold.device)  # the last leaves nothing out
+    best, tests = refined(data, tried, scores, fold != every[:, None], by)
+    held_out = data.proxy_brier(best[:FOLDS], by).gather(0, fold[None])[0]
+    gain, error = clustered(scores[0] - held_out, data.rows)
+    eps = best[-1] if gain > error else torch.zeros_like(best[-1])
     return Found(
         eps,
         teacher=float(scores[0].mean()),
         proxy=float(data.proxy_brier(eps[None], by).mean()),
         gain=gain,
         error=error,
-        candidates=len(tried) + moved,
+        candidates=len(tried) + tests,
     )
 
 
@@ -127,25 +124,37 @@ def _at_once(data: Labelled) -> int:
     return max(1, AT_ONCE // data.log_t.numel())
 
 
-def _best(
-    data: Labelled, tried: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor, by: Groups
-) -> torch.Tensor:
-    """Return the refined best candidate on the chosen examples, [G, M]."""
-    means = scores[:, chosen].mean(-1)
-    place = int(means.argmin())
-    best, eps = float(means[place]), tried[place]
-    part = data.only(chosen)
-    for place in list(range(eps.numel())) * SWEEPS:
+def refined(
+    data: Labelled, tried: torch.Tensor, scores: torch.Tensor, sets: torch.Tensor, by: Groups
+) -> tuple[torch.Tensor, int]:
+    """Return the refined best candidate on each of some sets of examples, and how many were tried.
+
+    Args:
+        data: All examples.
+        tried: Candidates [K, G, M].
+        scores: Of each candidate and example, [K, N].
+        sets: Which examples count, [S, N].
+        by: Which classes share coefficients.
+
+    Returns:
+        [S, G, M], and a count.
+    """
+    weights = sets / sets.sum(-1, keepdim=True)
+    best, first = (weights.to(scores.dtype) @ scores.T).min(-1)
+    eps, tests = tried[first], 0
+    for place in list(range(eps[0].numel())) * SWEEPS:
         moved = within(_moved(eps, place))
-        found = part.proxy_brier(moved, by).mean(-1)
-        if float(found.min()) < best:
-            best, eps = float(found.min()), moved[found.argmin()]
-    return eps
+        found = data.proxy_brier(moved.flatten(0, 1), by).unflatten(0, moved.shape[:2])
+        value, move = (weights * found).sum(-1).min(0)
+        chosen = moved[move, torch.arange(len(eps), device=eps.device)]
+        eps = torch.where((value < best)[:, None, None], chosen, eps)
+        best, tests = torch.minimum(best, value), tests + found[..., 0].numel()
+    return eps, tests
 
 
 def _moved(eps: torch.Tensor, place: int) -> torch.Tensor:
-    """Return copies with one coefficient changed, [moves, G, M]."""
-    copies = eps.repeat(len(MOVES), 1, 1)
+    """Return copies of coefficients [S, G, M] with one changed in each, [moves, S, G, M]."""
+    copies = eps.repeat(len(MOVES), 1, 1, 1)
     factors = torch.tensor(MOVES, dtype=eps.dtype, device=eps.device)
-    copies.flatten(1)[:, place] *= factors
+    copies.flatten(2)[..., place] *= factors[:, None]
     return copies

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.api.parts import LayerSize
 from effbench.nn.adapters.merge import bias_of, is_adapted, merged_weight, update_of
+from effbench.nn.llama.stack import keeps_states
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
 from effbench.nn.quant.linears import QuantisedLinear
@@ -60,6 +61,12 @@ def plain_model(model: Any, dtype: torch.dtype | None = None) -> Plain:
     Raises:
         UserError: When transformers' class has no place for some part of it.
     """
+    if keeps_states(model):
+        raise UserError(
+            "Some layers of this model keep a state in the place of keys and values, and no class "
+            "of transformers has this one.",
+            "Its artefact can be used through `effbench eval from=RUN` and `effbench generate`.",
+        )
     linears = dict(_changed(model))
     packed = {n: x for n, x in linears.items() if isinstance(x, QuantisedLinear)}
     if dtype is None:

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from effbench.nn.llama.head import PLAIN_HEADS
-from effbench.nn.llama.stack import slides
+from effbench.nn.llama.stack import keeps_states, slides
 from effbench.nn.scoring.attention import in_pieces
 from effbench.nn.scoring.finite import require_finite
 
@@ -315,13 +315,14 @@ def has_trees(model: Any) -> bool:
     """Whether a model takes a mask of our own and sees all that it shows.
 
     It has to be one whose logits are the head of its last hidden states, whose attention takes any
-    mask, and none of whose layers sees a window only.
+    mask, and none of whose layers sees a window only or keeps a state, which no mask divides.
     """
     config = model.config
     return (
         config.model_type in PLAIN_HEADS
         and config._attn_implementation in ("sdpa", "eager")
         and not slides(config)
+        and not keeps_states(model)
     )
 
 
