@@ -49,6 +49,7 @@ def test_a_random_score_is_right_half_of_the_time(subject: Subject) -> None:
 def test_a_tie_is_half(subject: Subject) -> None:
     result = Preference().run(judged_by(subject, lambda ids: 1.0))
     assert by_name(result)["pair_accuracy"].value == 0.5
+    assert by_name(result)["top_accuracy"].value == 0
     assert by_name(result)["score_margin"].value == 0
     assert set(result.outcomes[0].values) == {0.5}
 
@@ -59,6 +60,7 @@ def test_who_knows_the_answer_is_always_right(subject: Subject) -> None:
     best = judged_by(subject, lambda ids: float(tuple(ids) in right))
     worst = judged_by(subject, lambda ids: -float(tuple(ids) in right))
     assert by_name(Preference().run(best))["pair_accuracy"].value == 1
+    assert by_name(Preference().run(best))["top_accuracy"].value == 1
     assert by_name(Preference().run(best))["score_margin"].value == 1
     assert by_name(Preference().run(worst))["pair_accuracy"].value == 0
 

@@ -217,6 +217,8 @@ def test_its_bytes_are_those_of_its_tensors_and_as_planned(order: Any, tmp_path:
             shape = method.shape(ModelShape.of(deep), point, "use", folder)
             assert 2 * cache_bytes(shape, "float32", 9, 2) == session.kv_bytes()
             assert cost_of(shape, "float32", deep).saving == "physical"
+        held = [x.mixer.cache for x in shape.layers if x.mixer]
+        assert [x.keys for x in held] == plan.keys and [x.values for x in held] == plan.values
         assert session.kv_bytes() == 8 * 18 * (planned - planned % 4)
 
 

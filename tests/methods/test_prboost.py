@@ -140,10 +140,10 @@ def test_rows_to_train_on_have_no_answer_and_no_label() -> None:
 
 
 def test_boosting_weighs_rows_that_no_classifier_learns_from() -> None:
-    _, ctx, _ = begun(method_of())
+    _, ctx, _ = trained(method_of(judge="all", sigma=0.0))
     evolution, pool = ctx.evolution, Pool(**ctx.state["pool"])
     assert len(pool.weighed) == len(pool.learnt) == 12
-    evolution.before_step()
+    assert evolution.metrics()["coverage"] > 0.5
     assert evolution.targets[pool.weighed].eq(HIDDEN).all()
     assert evolution.targets[pool.learnt].equal(pool.labels[pool.learnt])
     assert not (set(pool.weighed) & set(evolution._unmatched.nonzero()[:, 0].tolist()))
@@ -222,6 +222,13 @@ def test_another_order_of_the_classes_permutes_everything() -> None:
     assert said[1] == [(w, 1 - label, accepted) for w, label, accepted in said[0]]
 
 
+def test_each_round_asks_something_new_as_long_as_a_row_has_it() -> None:
+    _, ctx, _ = trained(method_of(anchors=1, words=2, judge="all", rounds=5))
+    judged = ctx.evolution.judged
+    assert {rule.round for rule in judged} == {1, 2, 3, 4, 5}
+    assert len({(rule.words, rule.label) for rule in judged}) == len(judged) <= 10
+
+
 def test_random_rows_are_other_rows_and_follow_from_the_seed() -> None:
     anchors = [
         [r.anchor for r in trained(method_of(pick=pick, anchors=3))[1].evolution.judged]
@@ -250,7 +257,7 @@ def test_boosting_picks_from_the_cluster_that_was_missed() -> None:
         heads_of(heads).heads[0].weight[:, 0] = torch.tensor([5.0, -5.0])
     ctx.step = 1
     evolution.before_step()
-    assert cluster[evolution._picked(1)].tolist() == [2] * 10
+    assert cluster[evolution._picked(1, set())].tolist() == [2] * 10
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ POLICIES = [
     LatentValues("values"),
 ]
 """All of them leave something out or change it within a few tokens."""
-PLAN = Plan(32, {"few": Ranks([32, 20], [8, 20]), "values": Ranks([32, 32], [12, 16])})
-"""Ranks of the caches of coordinates."""
+PLAN = Plan(32, {"few": Ranks([32, 20], [8, 28]), "values": Ranks([32, 32], [12, 16])})
+"""Ranks of the caches of coordinates; with 28, values are made for a long prompt."""
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 
 

@@ -111,6 +111,17 @@ def test_directions_are_a_scaled_basis() -> None:
     assert features.directions("elu", "dct", True, 16, generator(1)) is None
 
 
+def test_features_are_of_the_inverse_transform() -> None:
+    """x P is w times what an inverse transform by FFT gives, not of the transform itself."""
+    p = features.directions("softmax", "dct", True, 16, generator(1))
+    phi = features.FeatureMap("softmax", p).double()
+    x = torch.randn(5, 16, generator=generator(), dtype=torch.float64)
+    w = features.normal_quantiles(16, generator(1))
+    back, there = (torch.from_numpy(f(x.numpy(), norm="ortho")) for f in (idct, dct))
+    torch.testing.assert_close(phi(x), (w * back).softmax(-1), atol=1e-6, rtol=1e-6)
+    assert not phi(x).allclose((w * there).softmax(-1), atol=1e-2)
+
+
 def test_quantiles_are_normal_and_finite() -> None:
     w = features.normal_quantiles(20_000, generator())
     assert abs(float(w.mean())) < 0.02 and abs(float(w.std()) - 1) < 0.02

@@ -13,13 +13,12 @@ Ranks follow from condition numbers (`effbench.nn.decode.ranks`): an error made 
 all later layers, so early ones keep more. No data is used unless `whiten` asks for it, and nothing
 is trained.
 
-Ours: shares of the cache are set, and the least rank follows from them; ranks are multiples of
-`multiple` that add up to the share exactly; s below 1e-6 of the largest counts as that; keys and
-values have shares of their own; one artefact has the directions of its largest ranks, of which
-each operating point reads the first; U_v is not multiplied into W_o; a matrix with all directions
-at every point stays as it is. `whiten` takes the directions of W S^{1/2}, S = sum of x x^T over
-calibration rows, as ASVD and Palu do. A new token costs U_k^T and U_v^T besides, since z is taken
-from what the projections give.
+Ours: shares of the cache are set, the least rank follows; ranks are multiples of `multiple` that
+add up to the share exactly; s below 1e-6 of the largest counts as that; an artefact has its largest
+ranks, of which each point reads the first; U_v is not multiplied into W_o; a matrix with all
+directions at every point stays as it is; z is taken from what the projections give, which costs a
+token U_k^T and U_v^T. `whiten` takes the directions of W S^{1/2}, S = sum of x x^T over calibration
+rows, as ASVD and Palu do.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class LoRC(Compresses):
                 f"method.protect={self.protect} leaves no layer of {model.num_layers}.",
                 f"Set method.protect={model.num_layers - 1} or less.",
             )
-        self._planned(model)
+        self._plan(ranks.Spectra.unknown(model))
         return self
 
     def _plan(self, spectra: ranks.Spectra) -> latent_plan.Plan:
@@ -129,13 +128,6 @@ class LoRC(Compresses):
         sizes = ranks.Sizes(layers, width, math.gcd(self.multiple, width), self.protect)
         shares = {p.name: (p.keys, p.values) for p in self.points()}
         return latent_plan.planned(self.order, spectra, sizes, shares)
-
-    def _planned(self, base: ModelShape) -> latent_plan.Plan:
-        """Return ranks whose sums are what they will be; which layers, only weights tell."""
-        width = base.num_kv_heads * base.head_dim
-        return self._plan(ranks.Spectra.unknown(base.num_layers, width))
-
-    # -- compression ---------------------------------------------------------------------------
 
     @property
     def calibrates(self) -> bool:
@@ -166,10 +158,8 @@ class LoRC(Compresses):
                 walk.advance()
 
         for index, block in enumerate(stack.decoder_layers(model)):
-            yield Part(f"blocks.{index}", partial(_bases, block, walk), put)
+            yield Part(f"blocks.{index}", partial(latent_cache.bases_of, block, walk), put)
         latent_cache.hold(model, self._plan(ranks.Spectra.of(found)), found)
-
-    # -- the artefact --------------------------------------------------------------------------
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return both factors of every projection that has some."""
@@ -187,8 +177,6 @@ class LoRC(Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    # -- use -----------------------------------------------------------------------------------
-
     def decoder(self, point: Point) -> Decoder:
         """Return decoding with coordinates in the cache; what is kept whole is as ever."""
         points = [point] if isinstance(point, Kept) else self.points()
@@ -203,15 +191,7 @@ class LoRC(Compresses):
     ) -> ModelShape:
         """Narrow the cache; which layers have which ranks, only an artefact tells."""
         made = folder is not None and (folder / latent_plan.FILE).exists()
-        plan = latent_plan.Plan.read(folder) if folder and made else self._planned(base)
+        unknown = ranks.Spectra.unknown(base)
+        plan = latent_plan.Plan.read(folder) if folder and made else self._plan(unknown)
         own, held = list(plan.at(point.name).by_layer()), list(plan.factors().by_layer())
         return base.map(lambda i, layer: latents.latent_layer(layer, own[i], held[i]))
-
-
-def _bases(block: Any, walk: calibrating.Walk | None) -> dict[str, torch.Tensor]:
-    """Return the directions of the block's keys and values, and their sizes."""
-    gram = None
-    if walk:
-        [group] = (g for g in walk.groups() if "self_attn.k_proj" in g)
-        gram = walk.inputs(group).gram
-    return factorised.bases(block.self_attn, gram)

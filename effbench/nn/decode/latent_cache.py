@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.nn.decode import latent, view
 from effbench.nn.decode.latent_plan import Plan
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.llama import factorised, stack
 from effbench.util.lazy import torch
+
+if TYPE_CHECKING:
+    from effbench.nn.quant.calibration import Walk
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,18 @@ def hold(model: Any, plan: Plan, found: Sequence[Mapping[str, torch.Tensor]] = (
     """
     model.config.latent_plan = plan
     factorised.factorise(model, plan.factors(), found)
+
+
+def bases_of(block: Any, walk: Walk | None) -> dict[str, torch.Tensor]:
+    """Return the directions of a block's keys and values, and their sizes.
+
+    Args:
+        block: With dense projections.
+        walk: Before the block, for directions of what its rows make of the weights; None for those
+            of the weights.
+    """
+    gram = None
+    if walk:
+        [group] = (g for g in walk.groups() if "self_attn.k_proj" in g)
+        gram = walk.inputs(group).gram
+    return factorised.bases(block.self_attn, gram)

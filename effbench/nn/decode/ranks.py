@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from effbench.api.latents import PROJECTIONS
+from effbench.api.shape import ModelShape
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -41,9 +42,12 @@ class Spectra(NamedTuple):
         return cls(*([own[f"{n}.singular"].tolist() for own in found] for n in PROJECTIONS))
 
     @classmethod
-    def unknown(cls, layers: int, width: int) -> Spectra:
-        """Return spectra that are alike, for ranks that are planned before a weight is loaded."""
-        alike = [[2.0, *[1.0] * (width - 1)]] * layers
+    def unknown(cls, model: ModelShape) -> Spectra:
+        """Return spectra that are alike in all layers: ranks of the same sums follow from them as
+        from those of the weights, which are not loaded yet.
+        """
+        width = model.num_kv_heads * model.head_dim
+        alike = [[2.0, *[1.0] * (width - 1)]] * model.num_layers
         return cls(alike, alike)
 
     def log_conditions(self) -> list[float]:

@@ -10,7 +10,7 @@ Source: Zhang et al., PRBoost, ACL 2022, arXiv 2203.09735; see `methods/data/prb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -225,16 +225,20 @@ class Boosting(Evolution):
     def _candidates(self, member: int) -> Iterator[Rule]:
         """Yield a rule for each hard row and word; none that was judged before for another row."""
         known = {(r.words, r.label) for r in self.judged}
-        for row in self._picked(member):
-            label = int(self.pool.labels[row])
-            for word in self.pool.words[row][: self.settings.words]:
-                if ((word,), label) not in known:
-                    known.add(((word,), label))
-                    yield self._rule(member, row, label, word)
+        for row in self._picked(member, known):
+            for said, label in self._sayings(row):
+                if (said, label) not in known:
+                    known.add((said, label))
+                    yield self._rule(member, row, label, said)
 
-    def _rule(self, member: int, row: int, label: int, word: str) -> Rule:
+    def _sayings(self, row: int) -> list[tuple[tuple[str, ...], int]]:
+        """Return the words of the rules that a labelled row gives, each with its class."""
+        label = int(self.pool.labels[row])
+        return [((word,), label) for word in self.pool.words[row][: self.settings.words]]
+
+    def _rule(self, member: int, row: int, label: int, said: tuple[str, ...]) -> Rule:
         return Rule(
-            words=(word,),
+            words=said,
             label=label,
             anchor=self.pool.texts[row],
             template=self.settings.template,
@@ -244,14 +248,17 @@ class Boosting(Evolution):
         )
 
     @torch.no_grad()
-    def _picked(self, member: int) -> list[int]:
-        """Return the rows that give anchors."""
-        rows, count = self.pool.weighed, self.settings.anchors
+    def _picked(self, member: int, known: Collection[tuple[tuple[str, ...], int]]) -> list[int]:
+        """Return the rows that give anchors, of those that have something new to ask."""
+        weighed, count = self.pool.weighed, self.settings.anchors
         if self.settings.pick == "random":
             draws = torch.Generator().manual_seed(self.ctx.seed * 1_000_003 + member)
-            return [rows[i] for i in torch.randperm(len(rows), generator=draws).tolist()[:count]]
-        sure = self.ensemble.probabilities(self.features[rows], "probability").amax(1).cpu()
-        return [rows[i] for i in samme.hardest(self.weights, sure, count)]
+            order = torch.randperm(len(weighed), generator=draws).tolist()
+        else:
+            sure = self.ensemble.probabilities(self.features[weighed], "probability")
+            order = samme.hardest(self.weights, sure.amax(1).cpu(), len(weighed))
+        rows = (weighed[place] for place in order)
+        return [row for row in rows if set(self._sayings(row)) - set(known)][:count]
 
     def _with_evidence(self, candidates: Sequence[Rule]) -> list[Rule]:
         scores = self.matcher.scores(candidates)
