@@ -5,13 +5,14 @@ itself or p* spoiled in one of four ways. From it and 200 labels, each way makes
 (softmax of a quadratic in x) learns the target on 3,000 points without labels. Distances are to p*
 on 4,000 further points. All ways of a seed have the same points, labels and teacher.
 
-    python scripts/bench_ptloss.py [SEEDS]
+    python scripts/bench_ptloss.py [SEEDS [PROCESSES]]
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from effbench.nn.losses.perturbed import Groups, groups_of
 from effbench.nn.losses.proxy import proxy
 from effbench.nn.losses.recalibration import Recalibration
 from effbench.nn.losses.teaching import Teaching
-from effbench.report.table import Table
+from effbench.report.table import Cell, Table
 
 CLASSES, LABELS, UNLABELLED, TEST, ORDERS, DRAWS = 3, 200, 3000, 4000, 5, 400
 Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -170,24 +171,36 @@ class Seed:
 
         return (features(self.test) @ trained(loss, x)).log_softmax(-1)
 
-    def measured(self, teacher: str, way: Way) -> tuple[float, float, float]:
-        """Return a student's squared L2 distance to p*, its excess NLL and its accuracy."""
+    def measured(self, teacher: str, way: Way) -> tuple[float, float, float, float]:
+        """Return a student's squared L2 distance to p*, its excess NLL, its accuracy, and whether
+        it learnt by coefficients other than 0.
+        """
         log_s, p = self.student(teacher, way), self.truth.exp()
         apart = (log_s.exp() - p).square().sum(-1).mean()
         excess = (p * (self.truth - log_s)).sum(-1).mean()
         right = p.gather(-1, log_s.argmax(-1, keepdim=True)).mean()
-        return float(apart), float(excess), float(right)
+        accepted = any(map(any, self.fit(teacher, way).eps))
+        return float(apart), float(excess), float(right), float(accepted)
+
+
+def measured(number: int) -> dict[tuple[str, str], tuple[float, float, float, float]]:
+    """Return what is measured in one seed, by teacher and way."""
+    torch.set_num_threads(1)
+    seed = Seed(number)
+    return {
+        (teacher, name): seed.measured(teacher, way)
+        for teacher in seed.teachers
+        for name, way in WAYS.items()
+    }
 
 
 def main() -> None:
     """Print a table for each measure: a row for each way, a column for each teacher."""
-    torch.set_num_threads(1)
-    seeds = [Seed(s) for s in range(int(sys.argv[1]) if len(sys.argv) > 1 else 10)]
-    found = {
-        (teacher, name): torch.tensor([s.measured(teacher, way) for s in seeds])
-        for teacher in seeds[0].teachers
-        for name, way in WAYS.items()
-    }
+    count, workers = map(int, (*sys.argv[1:], *("10", "2")[len(sys.argv) - 1 :]))
+    with ProcessPoolExecutor(workers) as pool:
+        results = list(pool.map(measured, range(count)))
+    found = {key: torch.tensor([r[key] for r in results]) for key in results[0]}
+    teachers = dict.fromkeys(teacher for teacher, _ in found)
     cells: dict[str, Callable[[str, str], str]] = {
         "squared L2 to the truth, thousandths": lambda t, n: (
             f"{1000 * found[t, n][:, 0].mean():.1f}"
@@ -197,15 +210,15 @@ def main() -> None:
         ),
         "excess NLL, thousandths of a nat": lambda t, n: f"{1000 * found[t, n][:, 1].mean():.1f}",
         "accuracy, %": lambda t, n: f"{100 * found[t, n][:, 2].mean():.1f}",
-        "seeds in which coefficients were accepted": lambda t, n: kept(seeds, t, WAYS[n]),
+        "seeds in which coefficients were accepted": lambda t, n: (
+            f"{found[t, n][:, 3].sum():.0f}" if WAYS[n].what == "eps" else ""
+        ),
     }
     for title, cell in cells.items():
-        rows: list[Sequence[str]] = [
-            (name, *(cell(t, name) for t in seeds[0].teachers)) for name in WAYS
-        ]
+        rows: list[tuple[Cell, ...]] = [(name, *(cell(t, name) for t in teachers)) for name in WAYS]
         shown = [row for row in rows if any(row[1:])]
-        head = ("student learns by", *seeds[0].teachers)
-        print(Table(f"{len(seeds)} seeds, {LABELS} labels: {title}", head, shown).markdown())
+        head = ("student learns by", *teachers)
+        print(Table(f"{count} seeds, {LABELS} labels: {title}", head, shown).markdown())
 
 
 def difference(found: torch.Tensor) -> str:
@@ -214,13 +227,6 @@ def difference(found: torch.Tensor) -> str:
     if not values.any():
         return ""
     return f"{values.mean():+.1f} ({values.std() / len(values) ** 0.5:.1f})"
-
-
-def kept(seeds: list[Seed], teacher: str, way: Way) -> str:
-    """Return in how many seeds the guard let coefficients through."""
-    if way.what != "eps":
-        return ""
-    return str(sum(any(map(any, s.fit(teacher, way).eps)) for s in seeds))
 
 
 if __name__ == "__main__":
