@@ -33,6 +33,7 @@ class Preference(Evaluator):
     """Pair accuracy on a split of preference pairs, or of questions with choices."""
 
     headline: ClassVar[str] = "pair_accuracy"
+    version: ClassVar[int] = 2
 
     split: str | tuple[str, ...] = "test"
     """Which split, or a list of several."""

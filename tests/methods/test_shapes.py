@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from helpers import SHAPE
 
 from effbench.api import registry
 from effbench.api.cost import cost_of
-from effbench.api.parts import LayerShape, Linear, Norm
+from effbench.api.parts import Adapter, LayerShape, Linear, Norm
 from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost, chain_shapes, shape_of
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.reading import Depth
 from effbench.methods.full import Full
+from effbench.nn.adapters import twin
 from effbench.nn.quant.linears import QuantisedLinear, storage_bytes
 from effbench.testing.kinds import trains
 from effbench.testing.models import begun, changed, fresh, saved
@@ -49,7 +51,8 @@ def test_the_shape_that_trains_is_the_model_that_trains(name: str, dtype: str) -
     method, model, shape, ctx = fresh(name, dtype)
     model = begun(method, model, ctx)
     stated = shape_of(method, shape, phase="train")
-    assert stated_of(stated, getattr(torch, dtype).itemsize) == tree(model)
+    found = stated_of(stated, getattr(torch, dtype).itemsize, apart=twin.has_twin(model))
+    assert found == tree(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,15 +78,22 @@ def test_what_the_next_method_starts_from_trains_nothing_and_has_no_masters() ->
 # -- what is stated ----------------------------------------------------------------------------
 
 
-def stated_of(shape: ModelShape, element: int, shared: Sequence[int] = ()) -> dict[str, Any]:
+def stated_of(
+    shape: ModelShape, element: int, shared: Sequence[int] = (), apart: bool = False
+) -> dict[str, Any]:
     """Return what a shape says of the modules, in the form of `tree`.
 
     Args:
         shape: The shape.
         element: Bytes of a compute element.
         shared: By layer, bytes above 0 where its linears are held as one.
+        apart: Whether copies of adapters after the first lie beside the layers.
     """
-    layers = []
+    layers, copies = [], (0, 0)
+    if apart:
+        whole = shape
+        shape = whole.map_linears(lambda _, x: replace(x, adapter=_single(x.adapter)))
+        copies = tuple(a - b for a, b in zip(_adapted(whole), _adapted(shape), strict=True))
     for i, layer in enumerate(shape.layers):
         matrices = {x.name: _stated(x, element) for x in layer.linears}
         norms = [_norm(n, element) for n in layer.norms]
@@ -103,8 +113,18 @@ def stated_of(shape: ModelShape, element: int, shared: Sequence[int] = ()) -> di
         "embed": shape.embed.params,
         "head": (head.d_in * head.d_out, head.trains),
         "norm": _norm(readout.norm, element),
-        "beside": (more, trains),
+        "beside": (more + copies[0], trains + copies[1]),
     }
+
+
+def _single(adapter: Adapter | None) -> Adapter | None:
+    return adapter and replace(adapter, copies=1)
+
+
+def _adapted(shape: ModelShape) -> tuple[int, int]:
+    """Return the parameters of adapters on linears of the blocks, and how many of them train."""
+    adapters = [x.adapter for layer in shape.layers for x in layer.linears if x.adapter]
+    return sum(a.params for a in adapters), sum(a.trainable for a in adapters)
 
 
 def _stated(linear: Linear, element: int) -> Matrix:
