@@ -420,6 +420,18 @@ def step_flops(
     return training.passes * (one.size * passes + head * heads + constant)
 
 
+def held_flops(held: AnyShape, of: ModelShape, tokens: int) -> float:
+    """Return the FLOPs per token of another model that training holds, all of whose tokens count.
+
+    Args:
+        held: The other model.
+        of: The model that trains.
+        tokens: Position that attention counts as.
+    """
+    again = 2 * held.vocab_size * held.hidden_size if of.objective.held_again else 0
+    return held.flops_per_token(tokens) + again
+
+
 def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     """Return the bytes per token that a layer needs while it runs and nothing is kept.
 

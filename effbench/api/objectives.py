@@ -27,4 +27,6 @@ logits among them."""
 
 def perturbed_in_chunks(vocab_size: int) -> Objective:
     """Return both models' logits made a chunk at a time, and made again; none is whole."""
-    return Objective(logit_bytes=0, fixed=CHUNK * PERTURBED_BYTES * vocab_size, again=True)
+    return Objective(
+        logit_bytes=0, fixed=CHUNK * PERTURBED_BYTES * vocab_size, again=True, held_again=True
+    )

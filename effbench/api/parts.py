@@ -427,6 +427,8 @@ class Objective:
     """Bytes whatever the batch is."""
     again: bool = False
     """Whether logits are made anew in the backward pass."""
+    held_again: bool = False
+    """Whether those of other models that training holds are, too."""
     reads_out: bool = True
     """Whether the head runs at all."""
     exits: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from effbench.nn.decode import cache
 from effbench.resources.timing import Clock
 from effbench.util.lazy import torch
 
@@ -71,8 +72,6 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
     from transformers import DynamicCache
     from transformers.generation.streamers import BaseStreamer
 
-    from effbench.nn.decode.cache import held_bytes
-
     clock = Clock(device)
 
     class Watch(BaseStreamer):
@@ -88,7 +87,7 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
         def end(self) -> None:
             pass
 
-    cache, watch = DynamicCache(), Watch()
+    held, watch = DynamicCache(), Watch()
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -96,10 +95,10 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
         min_new_tokens=new + 1,
         do_sample=False,
         pad_token_id=0,
-        past_key_values=cache,
+        past_key_values=held,
         streamer=watch,
     )
-    return _times(watch.marks, held_bytes(cache), out[:, prompt.shape[1] :])
+    return _times(watch.marks, cache.held_bytes(held), out[:, prompt.shape[1] :])
 
 
 def _times(marks: Sequence[float], kv_bytes: int, tokens: torch.Tensor) -> Times:

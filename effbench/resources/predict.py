@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from effbench.api.cost import Cost, cost_of
-from effbench.api.footprint import POINTS_AT_ONCE, Pass, step_flops, training_of
+from effbench.api.footprint import POINTS_AT_ONCE, Pass, held_flops, step_flops, training_of
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
@@ -356,7 +356,9 @@ def _flops_per_trained_token(spec: Spec, course: Course) -> float:
     work = training_of(course.working, spec.hardware.dtype)
     batch = Pass("train", rows, length, rows * length)
     own = step_flops(work, batch, spec.train.gradient_checkpointing)
-    others = (s.flops_per_token(length // 2) for s in _other_shapes(course.own, course.start))
+    others = (
+        held_flops(s, course.working, length // 2) for s in _other_shapes(course.own, course.start)
+    )
     return own / batch.size + sum(others)
 
 

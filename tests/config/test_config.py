@@ -27,7 +27,6 @@ NEEDS = {
     "model=folder": ["model.path={folder}"],
     "model=gguf": None,  # needs a real file; tests/models/test_models.py
     "dataset=file": ["dataset.files.all={folder}/rows.jsonl"],
-    "method=kd": ["method.teacher=tiny"],
 }
 NAMED = [f"{g}={n}" for g in ("model", "method", "dataset", "hardware") for n in options(g)]
 
@@ -47,6 +46,9 @@ def test_every_named_config_composes(word: str, folder: Path) -> None:
     if needs is None:
         pytest.skip("needs a file that is no text")
     own = [] if word.startswith("model=") else ["model=tiny"]
+    if word.startswith("method="):
+        wanted = registry.find("methods", word.removeprefix("method=")).needs
+        own += [f"method.{k}={json.dumps(v)}" for k, v in wanted.items()]
     long = [] if word.startswith("dataset=") else ["dataset=arithmetic"]
     if word.startswith("dataset="):
         long = ["dataset.max_length=64"]

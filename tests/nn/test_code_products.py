@@ -88,8 +88,8 @@ def test_products_of_codes_are_those_of_the_expanded_weight(
     weight = linear.dense_weight(torch.float64)
     expected = x.double() @ weight.T
     found = native_step.product(kernels, linear, x)
-    # Half of a block's largest number / 32767 (levels: 8191) is lost of each number, at most.
-    steps = x.abs().view(rows, -1, 32).amax(2) / (32767 if kind[0].isdigit() else 8191)
+    # Half of a block's largest number / 32767 (NF4: 8191) is lost of each number, at most.
+    steps = x.abs().view(rows, -1, 32).amax(2) / (8191 if kind == "nf4" else 32767)
     bound = 0.51 * steps.double().repeat_interleave(32, 1) @ weight.abs().T
     rounding = x.double().abs() @ (weight.abs() * 1e-5 + lost(linear, weight)).T
     assert ((found.double() - expected).abs() <= bound + rounding).all()

@@ -28,7 +28,7 @@ from effbench.api import weights
 from effbench.config.compose import compose
 from effbench.models import load as models
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl
-from effbench.nn.decode import native
+from effbench.nn.decode import native, native_step
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession, greedy
@@ -36,6 +36,7 @@ from effbench.nn.decode.static import StaticSession, session_for
 from effbench.nn.llama.stack import at_layers
 from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
+from effbench.nn.quant import nested_linear, plane_linears
 from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import QuantisedLinear, pack_linears
 from effbench.util import cpp
@@ -378,6 +379,15 @@ def test_other_instruction_sets_give_the_same(
     found = decoded(session_of(model, "native"), ids, 7)
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=CODES, rtol=0)
+    linear = torch.nn.Linear(448, 5, bias=False)
+    for layer in (
+        plane_linears.TritLinear.quantise(linear, 2, 64),
+        plane_linears.BinaryLinear.quantise(linear, 5, 64, offset=True),
+        nested_linear.NestedLinear.quantise(linear, 3, 6),
+    ):
+        x = torch.randn(2, 448)
+        found = native_step.product(native.kernels(), layer, x)
+        torch.testing.assert_close(found, layer(x), atol=2e-3, rtol=0)
 
 
 CODES = 3e-3

@@ -16,11 +16,11 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.batch import Batch
 from effbench.api.cost import Cost
-from effbench.api.footprint import Pass, step_flops, training_of
+from effbench.api.footprint import Pass, held_flops, step_flops, training_of
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.points import Point
-from effbench.api.shape import AnyShape, Shape
+from effbench.api.shape import AnyShape, ModelShape, Shape
 from effbench.api.spec import Plugin
 from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check
@@ -77,7 +77,8 @@ def _counts(name: str) -> Iterator[Check]:
     method = resolved(make_method(Plugin(name, registry.find("methods", name).needs)), SHAPE)
     model, ctx = _model(method)
     if isinstance(method, Trains):
-        yield _step(name, method, model, ctx)
+        if runs_blocks(method):
+            yield _step(name, method, model, ctx)
         model = method.finalize(model, ctx)
     model.eval().requires_grad_(False)
     with TemporaryDirectory() as folder:
@@ -105,6 +106,12 @@ def _in_use(name: str, method: Method, model: Any, folder: Path) -> Iterator[Che
     yield _near(f"bytes of weights, {where}", whole.resident_bytes, held, 0)
 
 
+def runs_blocks(method: Trains) -> bool:
+    """Whether a training step runs any block; else it learns from states that are there."""
+    layers = ModelShape.of(shape_of(method, SHAPE, phase="train")).layers
+    return any(layer.runs for layer in layers)
+
+
 def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     """Return the check of a training step's FLOPs."""
     import torch
@@ -112,13 +119,14 @@ def _step(name: str, method: Trains, model: Any, ctx: Context) -> Check:
     from effbench.resources.counting import flops
 
     batch = _batch()
-    training = training_of(shape_of(method, SHAPE, phase="train"), "float32")
+    shape = shape_of(method, SHAPE, phase="train")
+    training = training_of(shape, "float32")
     one = Pass("train", ROWS, TOKENS, batch.loss_tokens)
     expected = step_flops(training, one, square=True)
-    others = SHAPE.flops_per_token(TOKENS) * one.size * len(method.holds())
+    others = held_flops(SHAPE, shape, TOKENS) * one.size * len(method.holds())
 
     def step() -> None:
-        if not training.forwards:
+        for _ in range(0 if training.forwards else training.passes):
             method.loss(model, batch, ctx).backward()
         with torch.no_grad():
             for _ in range(training.forwards):

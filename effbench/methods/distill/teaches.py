@@ -110,7 +110,6 @@ class Teaches(Trains):
         columns = {LABEL: example.right, **example.columns}
         return replace(example, sequences=example.choices, columns=columns)
 
-    @torch.no_grad()
     def known(self, rows: Sequence[Example], ctx: Context) -> labelled.Labelled:
         """Return the teacher's distributions on rows whose label is known.
 
@@ -122,7 +121,8 @@ class Teaches(Trains):
         parts = []
         for number, row in enumerate(rows):
             batch = collate([self.unit(row)], pad_token_id=0).to(ctx.device)  # alone: not padded
-            log_t, labels = find(ctx.aux["teacher"], batch, most)
+            with torch.no_grad():
+                log_t, labels = find(ctx.aux["teacher"], batch, most)
             parts.append((log_t, labels, torch.full_like(labels, number)))
         return labelled.joined([labelled.labelled(*part, entries=ENTRIES) for part in parts])
 

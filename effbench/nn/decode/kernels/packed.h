@@ -3,7 +3,7 @@
 // The formats are those of effbench/nn/quant: `groupwise` (codes of 4 or 8 bits, a float16 scale and
 // perhaps a zero point per group of a row) and `nf4` (4-bit codes of 16 levels, a doubly quantised
 // scale per 64 weights). Vectors are held in blocks of 32 numbers as 16-bit integers (14-bit ones for
-// NF4 and for what planes.h has) with a scale each, so that products of codes and numbers are exact sums of integers: what is
+// NF4) with a scale each, so that products of codes and numbers are exact sums of integers: what is
 // lost is half of a block's largest number / 32767 (8191), far less than bfloat16 loses.
 
 #pragma once
@@ -45,7 +45,7 @@ constexpr int64_t kSigns = 105, kTrits = 106, kNested = 107;  // see planes.h
 inline bool in_planes(int64_t bits) { return bits >= kSigns; }
 constexpr int64_t kBlock = 32;    // numbers that share a scale
 // Largest integer of a number: 8 products with a code, or with a 16-bit level, fit 32 bits.
-inline float largest_integer(int64_t bits) { return bits >= kNF4 ? 8191 : 32767; }
+inline float largest_integer(int64_t bits) { return bits == kNF4 ? 8191 : 32767; }
 constexpr int64_t kWidest = 32768;  // columns
 constexpr int64_t kMostBlocks = kWidest / kBlock;
 
@@ -429,7 +429,7 @@ void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kM
   for (int b = 0; b < B; ++b) {
     float total = 0;
     for (int64_t block = 0; block < K / kBlock; ++block) {
-      int32_t sum = 0;
+      int64_t sum = 0;
       for (int64_t i = block * kBlock; i < (block + 1) * kBlock; ++i) {
         const uint8_t byte = kBits == 8 ? codes[i] : codes[i / 2];
         const bool high = (i % 2 == 1) != (kBits == kNF4);

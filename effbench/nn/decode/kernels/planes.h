@@ -5,7 +5,7 @@
 //   signs, trits  w = base + sum over planes i of c_i bit_i, with a c_i for each group of a row:
 //                 two tables of 16 sums, one for each half of the code
 //   nested        w = level of the code, 2^b of them for each row
-// Vectors are those of packed.h, with 14 bits. Of a weight half of the largest sum / 32766 is lost.
+// Vectors are those of packed.h. Of a weight half of the largest sum / 32766 is lost.
 
 #pragma once
 
@@ -203,9 +203,11 @@ struct Sum {
   __m256 v = _mm256_setzero_ps();
   void add(const Looked& w, const int16_t* ints, float by) {
     const __m256i* x = reinterpret_cast<const __m256i*>(ints);
-    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(w.first, _mm256_loadu_si256(x)),
-                                         _mm256_madd_epi16(w.second, _mm256_loadu_si256(x + 1)));
-    v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(by), v);
+    // Two products fit 32 bits, four do not.
+    const __m256i first = _mm256_madd_epi16(w.first, _mm256_loadu_si256(x));
+    const __m256i second = _mm256_madd_epi16(w.second, _mm256_loadu_si256(x + 1));
+    const __m256 sum = _mm256_add_ps(_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second));
+    v = _mm256_fmadd_ps(sum, _mm256_set1_ps(by), v);
   }
   float value() const { return folded(v); }
 };
@@ -249,8 +251,8 @@ inline Looked added_up(const Table& low, const Table& high, const uint8_t* codes
 struct Sum {
   float v = 0;
   void add(const Looked& w, const int16_t* ints, float by) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlock; ++i) sum += w.weights[i] * ints[place(kNested, i)];
+    int64_t sum = 0;
+    for (int64_t i = 0; i < kBlock; ++i) sum += int64_t(1) * w.weights[i] * ints[place(kNested, i)];
     v += float(sum) * by;
   }
   float value() const { return v; }
