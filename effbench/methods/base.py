@@ -61,6 +61,9 @@ class Method(Decodes):
     eval_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """
+    answers_with: ClassVar[str] = ""
+    """What stands beside the language model's head and gives the answers, in words: the model has
+    no plain form. Empty where there is no such thing."""
     in_one_pass: ClassVar[bool] = False
     """Whether an evaluation may compute a batch at several points side by side, block by block.
     `at` must then take next to no time and change nothing but what the blocks compute."""
@@ -207,6 +210,11 @@ class Method(Decodes):
             UserError: When transformers' class has no place for some part of it, or does not decode
                 as the point does.
         """
+        if self.answers_with:
+            raise UserError(
+                f"{self.name} answers with {self.answers_with}, which a causal model cannot hold.",
+                "Its artefact can be used through `effbench eval from=RUN`.",
+            )
         if self.decoder(point) != Decoder():
             where = f"{self.name} at {point.name}" if point.name else self.name
             raise UserError(

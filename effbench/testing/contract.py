@@ -32,6 +32,7 @@ from effbench.api.batch import make_batch
 from effbench.api.cost import cost_of
 from effbench.api.plugins import make_method
 from effbench.api.points import Point
+from effbench.api.shape import ModelShape
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method
@@ -445,15 +446,17 @@ class MethodContract:
         model = begun(method, base, ctx)
 
         @torch.no_grad()
-        def seen() -> torch.Tensor:
-            """What it predicts, and what it finds texts worth: some have an opinion alone."""
+        def seen() -> list[torch.Tensor]:
+            """What it finds texts worth and, where a step runs any block, what it predicts."""
+            working = ModelShape.of(shape_of(method, shape, phase="train"))
             with method.at(model, point):
-                found = logits(method, model, point), method.scores(model, probe(), point)
-            return torch.cat([part.float().flatten() for part in found])
+                worth = method.scores(model, probe(), point)
+                predicts = any(layer.runs for layer in working.layers)
+                return [worth, logits(method, model, point)] if predicts else [worth]
 
         before = seen()
         move(model)
-        assert not seen().equal(before)
+        assert not any(now.equal(then) for now, then in zip(seen(), before, strict=True))
 
     # -- other tools -------------------------------------------------------------------------------
 

@@ -10,7 +10,11 @@ from helpers import SHAPE, adamw, base_for, context, counted, prepared, stated, 
 
 from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example, Tokens
+from effbench.api.points import UNNAMED
 from effbench.api.spec import DatasetSpec
+from effbench.methods.base import Method
+from effbench.methods.data.prboost import PRBoost
+from effbench.methods.preference.dorm import DORM
 from effbench.methods.preference.reward import HEAD, Reward
 from effbench.nn.losses.preference import bradley_terry
 from effbench.runner.stages.batching import window
@@ -239,3 +243,10 @@ def test_the_base_is_held_as_it_learns() -> None:
     assert Reward().weights == "compute"
     assert Reward(trains="full").weights == "float32"
     assert base_for(Reward()).dtype == tiny_model().dtype
+
+
+@pytest.mark.parametrize("method", [Reward(), DORM(), PRBoost()], ids=lambda m: m.name)
+def test_a_model_that_answers_with_something_beside_it_has_no_plain_form(method: Method) -> None:
+    with pytest.raises(UserError, match=f"{method.name} answers with .* cannot hold") as error:
+        method.as_plain(tiny_model(), UNNAMED)
+    assert error.value.hint

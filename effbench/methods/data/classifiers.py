@@ -22,7 +22,6 @@ from effbench.api.spec import DatasetSpec
 from effbench.api.weights import FLOAT32
 from effbench.data.kinds import base as kinds
 from effbench.methods.trains import Trains
-from effbench.nn.pruning import plain
 from effbench.nn.weak_labels import ensemble
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -38,6 +37,7 @@ class Classifiers(Trains):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     anatomy: ClassVar[Anatomy] = "other"
+    answers_with: ClassVar[str] = "classifiers of its own"
     eval_settings: ClassVar[frozenset[str]] = frozenset({"vote"})
 
     classes: Annotated[int, Ge(2)] = 2
@@ -97,19 +97,6 @@ class Classifiers(Trains):
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return heads, votes and moments."""
         return {f"{HEADS}.{n}": p.detach() for n, p in heads_of(model).named_parameters()}
-
-    def as_plain(
-        self, model: torch.nn.Module, point: Point, dtype: torch.dtype | None = None
-    ) -> plain.Plain:
-        """Refuse: a causal model has no place for the classifiers.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(
-            f"{self.name} labels texts with classifiers that a causal model cannot hold.",
-            "Its artefact can be used through `effbench eval from=RUN`.",
-        )
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

@@ -32,7 +32,6 @@ from effbench.methods.adapters.lora import LoRA
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import peft_lora
 from effbench.nn.losses import preference
-from effbench.nn.pruning import plain
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -51,6 +50,7 @@ class Reward(LoRA):
     )
     learning_rate: ClassVar[float] = 2e-4
     merges: ClassVar[bool] = False
+    answers_with: ClassVar[str] = "a head of its own"
 
     trains: Literal["lora", "full"] = "lora"
     """Adapters on a frozen base, or every weight; the head learns in both."""
@@ -134,19 +134,6 @@ class Reward(LoRA):
     def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
         """Return None: an adapter alone would lose the head."""
         return None
-
-    def as_plain(
-        self, model: torch.nn.Module, point: Point, dtype: torch.dtype | None = None
-    ) -> plain.Plain:
-        """Refuse: a causal model has no place for the head.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(
-            f"{self.name} scores texts with a head of its own, which a causal model cannot hold.",
-            "Its artefact can be used through `effbench eval from=RUN`.",
-        )
 
     # -- accounting ----------------------------------------------------------------------------
 
