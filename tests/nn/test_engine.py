@@ -38,7 +38,7 @@ from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant import nested_linear, plane_linears
 from effbench.nn.quant.formats.nf4 import NF4Format
-from effbench.nn.quant.linears import QuantisedLinear, pack_linears
+from effbench.nn.quant.linears import NF4Linear, QuantisedLinear, pack_linears
 from effbench.util import cpp
 from effbench.util.hardware import cpu_flags
 
@@ -380,12 +380,16 @@ def test_other_instruction_sets_give_the_same(
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=CODES, rtol=0)
     linear = torch.nn.Linear(448, 5, bias=False)
+    linear.weight.data[0] = (
+        0.05  # the largest levels, which the largest numbers are multiplied with
+    )
     for layer in (
+        NF4Linear.quantise(linear),
         plane_linears.TritLinear.quantise(linear, 2, 64),
         plane_linears.BinaryLinear.quantise(linear, 5, 64, offset=True),
         nested_linear.NestedLinear.quantise(linear, 3, 6),
     ):
-        x = torch.randn(2, 448)
+        x = torch.stack([torch.randn(448), torch.ones(448)])
         found = native_step.product(native.kernels(), layer, x)
         torch.testing.assert_close(found, layer(x), atol=2e-3, rtol=0)
 
