@@ -15,7 +15,9 @@ from effbench.api.schema import build
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
+from effbench.report.tuning import Tuning, chosen, sentence, with_words
 from effbench.results.records import Record, read, read_all
+from effbench.results.tunings import Trials, read_trials, trials_file, tuned_together
 from effbench.util import yamls
 from effbench.util.errors import UserError
 
@@ -52,6 +54,10 @@ class Campaign:
     paper: list[Claim] = field(default_factory=list)
     overturn: str = ""
     """What would overturn the finding, beside other seeds and items."""
+    start: str = ""
+    """Experiment whose run all arms go on from; it is made when it is missing."""
+    tune: Tuning | None = None
+    """What is tuned for each arm that trains and does not set it itself."""
 
     def manifest(self, results: Path) -> Path:
         """Return where the keys of its runs are."""
@@ -89,7 +95,40 @@ class Campaign:
         names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
         known = read_all(results / "records", outcomes=False)
         runs = [record for records in arms.values() for record in records]
-        return compare(runs, known, names=names, same_points=same_points)
+        tunings = tuned_together(results)
+        return compare(runs, known, names=names, same_points=same_points, tunings=tunings)
+
+    def tuned(self, results: Path) -> list[str]:
+        """Return what was chosen by tuning and what that cost, in words; nothing without.
+
+        Raises:
+            UserError: When the trials or the record of one are missing.
+        """
+        return [sentence(self.tune, *self._tried(results))] if self.tune else []
+
+    def tuned_arms(self, results: Path) -> dict[str, list[str]]:
+        """Return the commands of each arm with the best words of its tuning.
+
+        Raises:
+            UserError: When the trials or the record of one are missing.
+        """
+        if self.tune is None:
+            return self.arms
+        tried, found = self._tried(results)
+        best = {arm: chosen(self.tune, trials, found) for arm, trials in tried.arms.items()}
+        return {a: with_words(s, best[a]) if a in best else s for a, s in self.arms.items()}
+
+    def _tried(self, results: Path) -> tuple[Trials, dict[str, Record]]:
+        """Return the trials, and their records by key."""
+        path, again = trials_file(results, self.name), f"Make it: effbench table {self.name} --run"
+        if not path.is_file():
+            raise UserError(f"The trials of {self.name} were not made here.", again)
+        tried, found = read_trials(path), dict[str, Record]()
+        for key in tried.runs():
+            if not (record := results / "records" / f"{key}.json").is_file():
+                raise UserError(f"Record {key} of a trial of {self.name} is not here.", again)
+            found[key] = read(record)
+        return tried, found
 
 
 def campaign_in(path: Path) -> Campaign:
@@ -147,7 +186,8 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     made = f"Made by `make campaign-{campaign.name.replace('_', '-')}`."
-    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{found.markdown()}"
+    tuned = "".join(f"{line}\n\n" for line in campaign.tuned(stem.parents[1]))
+    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{tuned}{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
         path.write_text(content)

@@ -33,7 +33,8 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     if form == "csv":
         return found.csv() if full else tables[0].csv()
     lines = [*found.notes, *found.words] if full else _held(found)
-    lines = [*lines, *_paper(campaign), *sentences(campaign, found, campaign.records(results))]
+    lines += [*campaign.tuned(results), *_paper(campaign)]
+    lines += sentences(campaign, found, campaign.records(results))
     if form == "latex":
         return "\n".join([*(table.latex() for table in tables), *latex_comments(lines)]) + "\n"
     if form == "markdown":
