@@ -11,7 +11,7 @@ from typing import Literal
 from effbench.api.spec import Job
 from effbench.config.compose import commanded, compose
 from effbench.config.overrides import check_overrides, parse
-from effbench.report.tuning import Tuning, chosen, cost
+from effbench.report.tuning import Tuning, at_end, chosen, cost
 from effbench.results.records import Record
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.local import execute
@@ -65,7 +65,8 @@ def tune(
     winner = records[trials[best]]
     command = shlex.join(["effbench", winner.stage, *fixed, *best.split()])
     return [
-        f"Best by {tuning.metric}: {best} ({abs(tuning.score(winner)):.5g})",
+        f"Best by {tuning.metric}: {best} ({abs(tuning.score(winner)):.5g})"
+        + at_end(tuning, trials, records),
         cost(records.values()),
         f"Run it: {command}",
     ]

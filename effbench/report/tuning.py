@@ -154,7 +154,7 @@ def sentence(tuning: Tuning, tried: Trials, records: Mapping[str, Record]) -> st
     counts = sorted({len(trials) for trials in tried.arms.values()})
     each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     taken = [
-        f"{arm} {chosen(tuning, trials, records)}" + _at_end(tuning, trials, records)
+        f"{arm} {chosen(tuning, trials, records)}" + at_end(tuning, trials, records)
         for arm, trials in tried.arms.items()
     ]
     how = "" if tuning.at == "best" else ", mean over operating points"
@@ -164,7 +164,7 @@ def sentence(tuning: Tuning, tried: Trials, records: Mapping[str, Record]) -> st
     )
 
 
-def _at_end(tuning: Tuning, trials: Mapping[str, str], records: Mapping[str, Record]) -> str:
+def at_end(tuning: Tuning, trials: Mapping[str, str], records: Mapping[str, Record]) -> str:
     """Say that the best trial is at an end of what was tried: a better one may lie beyond."""
     points = [_point(words) for words in trials]
     best = zip(_point(chosen(tuning, trials, records)), zip(*points, strict=True), strict=True)
