@@ -11,7 +11,8 @@ from typing import Literal
 from effbench.api.spec import Job
 from effbench.config.compose import commanded, compose
 from effbench.config.overrides import check_overrides, parse
-from effbench.report.tuning import Tuning, at_end, chosen, cost
+from effbench.report.tuned import at_end, chosen, cost
+from effbench.report.tuning import Tuning
 from effbench.results.records import Record
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.local import execute

@@ -9,7 +9,7 @@ records alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -18,7 +18,6 @@ from effbench.api.schema import NonNegativeInt, Seed
 from effbench.report.comparison.select import criterion_of, value_of
 from effbench.report.labels import better
 from effbench.results.records import Record
-from effbench.results.tunings import Trials
 from effbench.util.errors import UserError
 
 Point = tuple[float, ...]
@@ -133,57 +132,3 @@ def trial_of(tuning: Tuning, steps: Sequence[str], words: str) -> list[str]:
     """Return the commands of one trial: an arm up to its training, judged on rows of the tuning."""
     judged = f"{words} evaluator.perplexity.split={tuning.split}"
     return with_words(steps[: last_training(steps) + 1], judged)
-
-
-# -- what came of it ---------------------------------------------------------------------------
-
-
-def chosen(tuning: Tuning, trials: Mapping[str, str], records: Mapping[str, Record]) -> str:
-    """Return the words of the best trial; of equal ones the first.
-
-    Args:
-        tuning: Says by what.
-        trials: Keys of the trials of one arm, by their words.
-        records: By key.
-    """
-    return min(trials, key=lambda words: tuning.score(records[trials[words]]))
-
-
-def sentence(tuning: Tuning, tried: Trials, records: Mapping[str, Record]) -> str:
-    """Return what was chosen for each arm, among how many trials, and what all of them cost."""
-    counts = sorted({len(trials) for trials in tried.arms.values()})
-    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    taken = [
-        f"{arm} {chosen(tuning, trials, records)}" + at_end(tuning, trials, records)
-        for arm, trials in tried.arms.items()
-    ]
-    how = "" if tuning.at == "best" else ", mean over operating points"
-    return (
-        f"Tuned: {each} trials each, by {criterion_of(tuning.metric)}{how}, seed {tuning.seed}: "
-        f"{'; '.join(taken)}. {cost([records[key] for key in tried.runs()])}"
-    )
-
-
-def at_end(tuning: Tuning, trials: Mapping[str, str], records: Mapping[str, Record]) -> str:
-    """Say that the best trial is at an end of what was tried: a better one may lie beyond."""
-    points = [_point(words) for words in trials]
-    best = zip(_point(chosen(tuning, trials, records)), zip(*points, strict=True), strict=True)
-    ends = any(value in (min(tried), max(tried)) for value, tried in best)
-    return " (at the end of the grid)" if ends else ""
-
-
-def _point(words: str) -> Point:
-    """Return the values in the words of a trial."""
-    return tuple(float(word.partition("=")[2]) for word in words.split())
-
-
-def cost(records: Iterable[Record]) -> str:
-    """Return what some runs took to train, in words."""
-    runs = list(records)
-    tokens = sum(m.value for r in runs for m in r.metrics if m.name == "train_tokens")
-    seconds = sum(
-        m.value for r in runs for m in r.metrics if (m.name, m.phase) == ("phase_seconds", "train")
-    )
-    return (
-        f"Cost of tuning: {len(runs)} runs, {tokens:,.0f} tokens, {seconds / 60:.1f} min training."
-    )

@@ -14,7 +14,8 @@ from effbench.cli.tuning import tuning_in
 from effbench.report.campaign import Campaign, campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.comparison.budgets import tuning_trials
-from effbench.report.tuning import Point, Tuning, chosen, trial_of, tunes
+from effbench.report.tuned import chosen
+from effbench.report.tuning import Point, Tuning, trial_of, tunes
 from effbench.results.records import Metric, Record, write
 from effbench.results.tunings import Trials, read_trials, trials_file, tuned_together
 from effbench.runner.tuning import search
