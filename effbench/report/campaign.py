@@ -77,7 +77,13 @@ class Campaign:
             raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
         own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
         name = f"{self.name}{AT}{scale}"
-        bare = {"scales": {}, "verdict": None, "points": "", "start": "", "tune": None}
+        bare: dict[str, Any] = {
+            "scales": {},
+            "verdict": None,
+            "points": "",
+            "start": "",
+            "tune": None,
+        }
         return replace(self, name=name, scale=scale, **bare, **own)
 
     @property
