@@ -145,13 +145,13 @@ def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-    choices, values = _choices_and_values(words, groups(extra))
-    config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
+    choices, values = choices_and_values(words, groups(extra))
+    config = deepcopy(files_composed(tuple(choices), tuple(extra), files_now(extra)))
     ConfigLoaderImpl._apply_overrides_to_config(values, config)
     return config
 
 
-def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
+def choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
     """Return the words that choose files, and the parsed rest, which only set values in them."""
     choices, values = [], []
     for word in words:
@@ -166,7 +166,7 @@ def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[lis
 
 
 @lru_cache(maxsize=128)
-def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
+def files_composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
     """Return Hydra's config of a choice of files, as they were at the time that `files` tells."""
     from hydra import compose, initialize_config_dir
 
@@ -175,7 +175,7 @@ def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> 
         return compose("config", overrides=[*paths, *choices])
 
 
-def _files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+def files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     """Return the path, time and size of every config file there is."""
     files = (p for folder in (conf_dir(), *extra) for p in folder.rglob("*.yaml"))
     return tuple((str(p), s.st_mtime_ns, s.st_size) for p in files if (s := p.stat()))
