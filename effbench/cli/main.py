@@ -237,15 +237,10 @@ def _width() -> int:
 
 def _plan(job: Any) -> None:
     from effbench.cli.plan_text import render
-    from effbench.resources.planned import planned
+    from effbench.resources.planned import predicted
 
-    found = planned(job)
-    if found is None:
-        raise UserError(
-            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
-            "Give it as model.shape.*, or fetch the model first.",
-        )
-    typer.echo(render(found.prediction, job.spec, job.runtime.machine, found.rows))
+    found, rows = predicted(job)
+    typer.echo(render(found, job.spec, job.runtime.machine, rows))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from effbench.data.dataset import known_rows
 from effbench.models.load import known_shape
 from effbench.resources.predict import Prediction, predict
 from effbench.results.store import Store
+from effbench.util.errors import UserError
 
 
 class Planned(NamedTuple):
@@ -21,16 +22,20 @@ class Planned(NamedTuple):
     rows: int
 
 
-def planned(job: Job) -> Planned | None:
-    """Return what a job is predicted to need; None where the shape of its model is not known here.
+def predicted(job: Job) -> Planned:
+    """Return what a job is predicted to need.
 
     Raises:
-        UserError: When what it goes on from is damaged, or its rows cannot be read.
+        UserError: When the shape of its model is not known here, what it goes on from is damaged,
+            or its rows cannot be read.
     """
     spec = job.spec
     shape = known_shape(spec.model)
     if shape is None:
-        return None
+        raise UserError(
+            f"The shape of {spec.model.id or spec.model.name} is not known here.",
+            "Give it as model.shape.*, or fetch the model first.",
+        )
     lineage = Lineage.of(spec, Store(Path(job.runtime.results)))
     rows = known_rows(spec.dataset, "train") if stages.trains(spec.stage) else 0
     earlier, folders = lineage.earlier, lineage.artefacts

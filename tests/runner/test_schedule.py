@@ -155,7 +155,7 @@ def test_what_a_run_needs_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) ->
     found = room.need_of(job)
     assert found and found.device is None
     assert 0 < found.memory - room.PROCESS_BYTES < GIB
-    monkeypatch.setattr(room, "planned", lambda job: None)
+    monkeypatch.setattr("effbench.resources.planned.known_shape", lambda spec: None)
     assert room.need_of(job) is None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from effbench.api.spec import Job, Spec, Stage
 from effbench.config.compose import commanded, job_from
 from effbench.config.vary import Composer
-from effbench.resources.planned import planned
+from effbench.resources.planned import predicted
 from effbench.results.sweeps import Cell
 from effbench.runner.local import is_done
 from effbench.util.errors import UserError
@@ -81,7 +81,6 @@ def kind_of(spec: Spec) -> str:
 def work_of(job: Job) -> float:
     """Return the planned FLOPs of a run's training; 0 where they are not known."""
     try:
-        found = planned(job)
+        return predicted(job).prediction.flops
     except UserError:
         return 0.0
-    return found.prediction.flops if found else 0.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from effbench.api.spec import Job
-from effbench.resources.planned import planned
+from effbench.resources.planned import predicted
 from effbench.util.errors import UserError
 from effbench.util.hardware import cores, gpus, memory_bytes
 
@@ -109,10 +109,8 @@ def devices_here() -> dict[str, int]:
 def need_of(job: Job) -> Need | None:
     """Return what a run is predicted to take; None where that cannot be said."""
     try:
-        found = planned(job)
+        found = predicted(job)
     except UserError:
-        return None
-    if found is None:
         return None
     if job.spec.hardware.device == "cuda":
         return Need(CUDA_PROCESS_BYTES, found.prediction.peak)
