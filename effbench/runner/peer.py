@@ -16,12 +16,18 @@ from effbench.api.spec import Job
 from effbench.results.store import RunFolder, Store
 from effbench.runner.signals import ASKED, end_with_parent
 from effbench.runner.worker import quiet_libraries
-from effbench.util.errors import UserError
+from effbench.util.errors import StoppedError, UserError
 
 
-def main(folder: Path, rank: int) -> int:
-    """Help with the job on standard input and return the exit status."""
-    job = build(Job, json.loads(sys.stdin.read()), "job")
+def main(folder: Path, rank: int, text: str) -> int:
+    """Help with a job and return the exit status.
+
+    Args:
+        folder: Where the processes meet; the reason of a failure goes there.
+        rank: Which one this is.
+        text: The job.
+    """
+    job = build(Job, json.loads(text), "job")
     quiet_libraries()
     from effbench.runner.peers import UNKNOWN, reason_name
 
@@ -30,6 +36,8 @@ def main(folder: Path, rank: int) -> int:
     except UserError as error:
         (folder / reason_name(rank)).write_text(error.message)
         return 2
+    except StoppedError:
+        return 0
     except Exception:
         (folder / reason_name(rank)).write_text(traceback.format_exc())
         return UNKNOWN
@@ -58,4 +66,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, *ASKED):
         signal.signal(number, signal.SIG_IGN)  # the run's own process decides, and tells
     end_with_parent(signal.SIGKILL)
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()))

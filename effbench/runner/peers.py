@@ -55,11 +55,12 @@ def spread(run: Run) -> Iterator[None]:
         try:
             join(run, 0, Path(folder))
             yield
-            dist.destroy_process_group()
         except RuntimeError as error:
             raise peers.lost(GRACE) or error from error
         finally:
             peers.end()
+            if dist.is_initialized():
+                dist.destroy_process_group()
             run.group = Group()
             torch.set_num_threads(threads)
 

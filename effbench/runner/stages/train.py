@@ -320,7 +320,8 @@ def _note_devices(trainer: Trainer) -> None:
     """
     run, done = trainer.run, trainer.done
     if run.group.size != done.devices:
-        run.note(f"trained on {run.group.size} devices from step {done.step + 1} on")
+        count = f"{run.group.size} devices" if run.group.size > 1 else "one device"
+        run.note(f"trained on {count} from step {done.step + 1} on")
         done.devices = run.group.size
     if run.group.rank:
         torch.manual_seed((run.spec.seed * 1_000_003 + done.step * 1009 + run.group.rank) % 2**63)
