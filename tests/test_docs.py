@@ -214,7 +214,8 @@ def test_make_targets() -> None:
     campaigns = (ROOT / "conf" / "table").glob("*.yaml")
     strays = [*(ROOT / "scripts").glob("campaigns/*.yaml")]
     assert not strays, "campaigns are in conf/table"
-    targets |= {f"campaign-{p.stem.replace('_', '-')}" for p in campaigns}
+    names = [p.stem.replace("_", "-") for p in campaigns]
+    targets |= {f"{kind}-{name}" for name in names for kind in ("campaign", "table")}
     used = {word for _, c in shell_lines("make") for word in shlex.split(c)[1:] if "=" not in word}
     assert used <= targets
     assert {"demo", "test"} <= used

@@ -232,25 +232,10 @@ def _width() -> int:
 
 
 def _plan(job: Any) -> None:
-    from effbench.cli.plan_text import render
-    from effbench.config.lineage import Lineage
-    from effbench.data.dataset import known_rows
-    from effbench.models.load import known_shape
-    from effbench.resources.predict import predict
-    from effbench.results.store import Store
+    from effbench.cli.plan_text import predicted, render
 
-    shape = known_shape(job.spec.model)
-    if shape is None:
-        raise UserError(
-            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
-            "Give it as model.shape.*, or fetch the model first.",
-        )
-    machine = job.runtime.machine
-    lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
-    rows = known_rows(job.spec.dataset, "train") if stages.trains(job.spec.stage) else 0
-    folders = lineage.artefacts
-    found = predict(job.spec, shape, machine, lineage.earlier, folders=folders, rows=rows)
-    typer.echo(render(found, job.spec, machine, rows))
+    found, rows = predicted(job)
+    typer.echo(render(found, job.spec, job.runtime.machine, rows))
 
 
 @app.command()
