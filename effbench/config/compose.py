@@ -23,6 +23,7 @@ from effbench.api.spec import (
     HardwareSpec,
     Job,
     Machine,
+    Parallelism,
     Runtime,
     Spec,
     Stage,
@@ -33,6 +34,7 @@ from effbench.config.code import checked
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
@@ -248,8 +250,8 @@ def job_from(
     for part in ("hardware", "run", "method", "model", "dataset", "train"):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
-    hardware, machine = _hardware(config["hardware"])
-    runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
+    hardware, around = _hardware(config["hardware"])
+    runtime = build(Runtime, {**config["run"], **around}, "run")
     runtime = dataclasses.replace(runtime, results=str(results_of(config)))
     store = Store(Path(runtime.results))
 
@@ -282,6 +284,7 @@ def job_from(
     sources = sources_of(spec, lineage.methods)
     spec = dataclasses.replace(spec, versions=versions_of(spec), sources=sources)
     _check_methods(spec, lineage)
+    check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
@@ -365,21 +368,21 @@ def _start(ref: Any, chosen: set[str], store: Store) -> str:
 
 
 def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
+    """Return what of the hardware is in the key, and the parts of `Runtime` by name."""
     from effbench.util.hardware import default_device, default_dtype
 
-    machine_keys = {f.name for f in dataclasses.fields(Machine)}
-    machine = {k: v for k, v in values.items() if k in machine_keys}
-    rest = {k: v for k, v in values.items() if k not in machine_keys}
-    known = {f.name for f in dataclasses.fields(HardwareSpec)}
-    if unknown := sorted(rest.keys() - known):
-        raise UserError(
-            f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known | machine_keys)
-        )
+    kinds = {"": HardwareSpec, "machine": Machine, "parallelism": Parallelism}
+    known = {f.name: part for part, cls in kinds.items() for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise UserError(f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known))
+    parts = {part: {k: v for k, v in values.items() if known[k] == part} for part in kinds}
+    rest, around = parts.pop(""), parts
     if rest.get("device") == "auto":
         rest["device"] = default_device()
     if rest.get("dtype") == "auto":
         rest["dtype"] = default_dtype(str(rest.get("device")))
-    return build(HardwareSpec, rest, "hardware"), machine
+    around["parallelism"] = plain(build(Parallelism, around["parallelism"], "hardware"))
+    return build(HardwareSpec, rest, "hardware"), around
 
 
 def _check_methods(spec: Spec, lineage: Lineage) -> None:

@@ -164,7 +164,7 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
         "model": [spec.ModelSpec],
         "dataset": [spec.DatasetSpec],
         "train": [spec.TrainSpec],
-        "hardware": [spec.HardwareSpec, spec.Machine],
+        "hardware": [spec.HardwareSpec, spec.Machine, spec.Parallelism],
         "run": [spec.Runtime],
     }
     if top == "evaluator" and path and path[0] in registry.names("evaluators"):

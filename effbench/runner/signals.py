@@ -61,10 +61,10 @@ def interrupt_when_asked() -> None:
         signal.signal(number, interrupt)
 
 
-def end_with_parent() -> None:
-    """Have this process asked to stop when the one that started it is gone (on Linux)."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have this process sent a signal when the one that started it is gone (on Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PARENT_DEATH, number)
 
 
 def _heeded() -> tuple[int, ...]:
