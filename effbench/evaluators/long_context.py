@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from effbench.api.cost import cache_bytes
 from effbench.api.footprint import Pass
 from effbench.api.schema import NonNegativeInt, PositiveInt, digest
-from effbench.evaluators import needles
+from effbench.evaluators import answers, needles, windows
 from effbench.evaluators.base import Evaluator, Result, exponential
 from effbench.evaluators.subject import Subject
-from effbench.nn.scoring import finite
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -68,12 +67,8 @@ class LongContext(Evaluator):
         """Return the dataset's split, if a loss is taken."""
         return (self.split,) if self.scored_tokens else ()
 
-    def context(self) -> int:
-        """Return the longest context, in tokens."""
-        return max(self.lengths, default=0)
-
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
-        """Refuse lists that are empty or name something twice, and texts with nothing before."""
+        """Refuse empty lists, what is named twice, and lengths that are too short or too long."""
         if not self.lengths or not (self.tasks or self.scored_tokens):
             raise UserError(
                 f"{HERE} has nothing to do.",
@@ -82,16 +77,22 @@ class LongContext(Evaluator):
         for name, listed in (("lengths", self.lengths), ("tasks", self.tasks)):
             if len(set(listed)) < len(listed):
                 raise UserError(f"{HERE}.{name} names something twice.", "Once will do.")
+        if shape and max(self.lengths) > shape.max_positions:
+            raise UserError(
+                f"{HERE}.lengths: {max(self.lengths)} tokens are more than the "
+                f"{shape.max_positions} positions of the model.",
+                f"Lower it, to {shape.max_positions} or less.",
+            )
         if self.scored_tokens >= min(self.lengths):
             raise UserError(
                 f"{HERE}.scored_tokens={self.scored_tokens} leaves no context in "
                 f"{min(self.lengths)} tokens.",
-                f"Lower it: {HERE}.scored_tokens={max(0, min(self.lengths) // 2)}",
+                f"Lower it: {HERE}.scored_tokens={min(self.lengths) // 2}",
             )
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return a full batch of the longest questions, and one of the longest texts."""
-        length = self.context()
+        length = max(self.lengths)
         rows = min(self.items, self._rows(length))
         found = [Pass("prefill", rows, length, rows), Pass("decode", rows, length, rows)]
         scored = rows * self.scored_tokens
@@ -132,7 +133,7 @@ class LongContext(Evaluator):
         name = f"{task}-{length}"
         journal = subject.journal(name, [item.id for item in asked])
         for group in journal.pending(list(self._groups(len(asked), length))):
-            texts, held = _answers(subject, [asked[i].ids for i in group], new)
+            texts, held = answers.answers(subject, [asked[i].ids for i in group], new)
             journal.add({i: [text, held] for i, text in zip(group, texts, strict=True)})
             subject.progress(f"long_context {name}", len(journal), len(asked))
         found = list(journal.values())
@@ -170,59 +171,22 @@ class LongContext(Evaluator):
             split=self.split,
             task=name,
         )
-        numbers = (exponential(x) for x in (head.value, head.low, head.high))
-        value, low, high = numbers
+        value, low, high = map(exponential, (head.value, head.low, head.high))
         result.metrics.append(
             Metric("perplexity", value, "", head.point, head.split, head.n, low, high, task=name)
         )
 
     def _texts(self, subject: Subject) -> list[list[int]]:
-        """Return texts of the longest length, whose last tokens are the same at every length.
-
-        They end at even distances in the split's rows, one after the other.
-        """
-        longest = self.context()
+        """Return texts of the longest length, whose last tokens are the same at every length."""
         stream = [token for row in subject.data.documents(self.split) for token in row.ids]
-        spare = (len(stream) - longest) // self.scored_tokens
-        if spare < 0:
+        longest = max(self.lengths)
+        if len(stream) < longest:
             raise UserError(
                 f"Split {self.split!r} has {len(stream)} tokens, and {HERE}.lengths asks for texts "
                 f"of {longest}.",
                 f"Give it more rows, dataset.limit.{self.split}; or {HERE}.scored_tokens=0.",
             )
-        count = min(self.items, spare + 1)
-        ends = [
-            longest + (i * spare // max(1, count - 1)) * self.scored_tokens for i in range(count)
-        ]
-        return [stream[end - longest : end] for end in ends]
-
-
-def _answers(subject: Subject, prompts: Sequence[list[int]], new: int) -> tuple[list[str], float]:
-    """Return the most likely continuations, and the most bytes of cache of a sequence.
-
-    Args:
-        subject: What answers.
-        prompts: Of one length.
-        new: Tokens to decode.
-    """
-    ids = torch.tensor(list(prompts), device=subject.device)
-    session, found, held = subject.session(), [], 0
-    with torch.inference_mode():
-        logits = session.prefill(ids)
-        for step in range(new):
-            finite.require_finite(subject.model, logits, lambda: _whole(subject, prompts))
-            held = max(held, session.kv_bytes())
-            found.append(logits.argmax(-1, keepdim=True))
-            if step + 1 < new:
-                logits = session.step(found[-1])
-    rows = torch.cat(found, dim=1).tolist()
-    texts = [str(subject.data.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    return texts, max(held, session.kv_bytes()) / len(prompts)
-
-
-def _whole(subject: Subject, prompts: Sequence[list[int]]) -> torch.Tensor:
-    batch = subject.batch([(list(p), list(p)) for p in prompts])
-    return subject.method.logits(subject.model, batch, subject.point)
+        return windows.spread(stream, longest, self.scored_tokens, self.items)
 
 
 def _add_bytes(result: Result, subject: Subject, length: int, held: float) -> None:

@@ -1,9 +1,9 @@
 """Generated questions about one place in a long text, of exactly so many tokens.
 
 After RULER (Hsieh et al., 2024, arXiv 2404.06654), whose haystack of repeated sentences this is;
-the wording of needles and questions is ours. A text is a filler from which the start is cut, so that
-prompt and answer together have the length asked for, with sentences of the task at seeded places
-between those of the filler, in order, and a question whose answer is a number:
+the wording of needles and questions is ours. A text is a filler from which the start is cut, so
+that prompt and answer together have the length asked for, with sentences of the task at seeded
+places between those of the filler, in order, and a question whose answer is a number:
 
     needle      one sentence that names a number
     keys        several of different names; one is asked for

@@ -163,7 +163,7 @@ def test_an_interrupted_evaluation_goes_on(subject: Subject, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("lengths=[513]", "513"),
+        ("lengths=[513]", "513 tokens are more than the 512 positions"),
         ("lengths=[]", "nothing to do"),
         ("lengths=[200,200]", "lengths names something twice"),
         ("lengths=[64]", "scored_tokens=64 leaves no context"),

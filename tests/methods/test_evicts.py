@@ -20,7 +20,7 @@ from effbench.methods.cache.streaming import SinkWindow
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.evicts import Evicts, EvictsPrompt, EvictsSteadily
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
-from effbench.nn.decode.eviction import best
+from effbench.nn.decode.selection import best
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession
 from effbench.util.errors import UserError
