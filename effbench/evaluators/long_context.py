@@ -9,10 +9,11 @@ are those of the cache's own tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from effbench.api.batch import by_length
 from effbench.api.cost import cache_bytes
 from effbench.api.footprint import Pass
 from effbench.api.schema import NonNegativeInt, PositiveInt, digest
@@ -93,7 +94,7 @@ class LongContext(Evaluator):
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return a full batch of the longest questions, and one of the longest texts."""
         length = max(self.lengths)
-        rows = min(self.items, self._rows(length))
+        rows = min(self.items, max(1, self.batch_tokens // length))
         found = [Pass("prefill", rows, length, rows), Pass("decode", rows, length, rows)]
         scored = rows * self.scored_tokens
         return found * bool(self.tasks) + [Pass("score", rows, length, scored)] * bool(scored)
@@ -113,15 +114,6 @@ class LongContext(Evaluator):
                 self._score(result, subject, length)
         return result
 
-    def _rows(self, length: int) -> int:
-        return max(1, self.batch_tokens // length)
-
-    def _groups(self, count: int, length: int) -> Iterator[list[int]]:
-        """Yield which of some rows of one length are computed together."""
-        rows = self._rows(length)
-        for start in range(0, count, rows):
-            yield list(range(start, min(start + rows, count)))
-
     # -- questions -----------------------------------------------------------------------------
 
     def _ask(self, result: Result, subject: Subject, task: needles.Task, length: int) -> float:
@@ -131,14 +123,9 @@ class LongContext(Evaluator):
             task, length, self.items, subject.data.tokenizer, sizes=sizes, seed=self.seed
         )
         name = f"{task}-{length}"
-        journal = subject.journal(name, [item.id for item in asked])
-        for group in journal.pending(list(self._groups(len(asked), length))):
-            texts, held = answers.answers(subject, [asked[i].ids for i in group], new)
-            journal.add({i: [text, held] for i, text in zip(group, texts, strict=True)})
-            subject.progress(f"long_context {name}", len(journal), len(asked))
-        found = list(journal.values())
-        right = [item.right(text) for item, (text, _) in zip(asked, found, strict=True)]
-        ids, values = [item.id for item in asked], [float(x) for x in right]
+        found = self._answers(subject, name, asked, new)
+        values = [float(item.right(text)) for item, (text, _) in zip(asked, found, strict=True)]
+        ids = [item.id for item in asked]
         result.add_items(subject, "long_context", "exact_match", values, ids, task=name)
         rows = [
             {"id": x.id, "depth": x.depth, "answer": x.answer, "text": text, "exact_match": value}
@@ -147,26 +134,29 @@ class LongContext(Evaluator):
         subject.keep(name, rows)
         return max(held for _, held in found)
 
+    def _answers(
+        self, subject: Subject, name: str, asked: Sequence[needles.Item], new: int
+    ) -> list[tuple[str, float]]:
+        """Return each answer, and the most bytes of cache that a sequence of its batch had."""
+        sizes = [len(item.ids) + new for item in asked]
+        journal = subject.journal(name, [item.id for item in asked])
+        for group in journal.pending(list(by_length(sizes, self.batch_tokens))):
+            texts, held = answers.answers(subject, [asked[i].ids for i in group], new)
+            journal.add({i: [text, held] for i, text in zip(group, texts, strict=True)})
+            subject.progress(f"long_context {name}", len(journal), len(asked))
+        return [(text, held) for text, held in journal.values()]
+
     # -- loss ----------------------------------------------------------------------------------
 
     def _score(self, result: Result, subject: Subject, length: int) -> None:
         """Add the loss of the last tokens of texts of one length."""
-        texts = [ids[-length:] for ids in self._texts(subject)]
-        ids, name, scored = [digest(text) for text in texts], f"text-{length}", self.scored_tokens
-        journal = subject.journal(name, ids)
-        for group in journal.pending(list(self._groups(len(texts), length))):
-            rows = [(texts[i], [-100] * (length - scored) + texts[i][-scored:]) for i in group]
-            with torch.inference_mode():
-                sums = subject.token_nll(subject.batch(rows)).double().sum(1).tolist()
-            journal.add(dict(zip(group, sums, strict=True)))
-            subject.progress(f"long_context {name}", len(journal), len(texts))
-        values = [nll / scored for nll in journal.values()]
+        texts, name = [ids[-length:] for ids in self._texts(subject)], f"text-{length}"
         head = result.add_items(
             subject,
             "long_context",
             "loss",
-            values,
-            ids,
+            self._losses(subject, name, texts),
+            [digest(text) for text in texts],
             unit="nats/token",
             split=self.split,
             task=name,
@@ -175,6 +165,19 @@ class LongContext(Evaluator):
         result.metrics.append(
             Metric("perplexity", value, "", head.point, head.split, head.n, low, high, task=name)
         )
+
+    def _losses(self, subject: Subject, name: str, texts: Sequence[list[int]]) -> list[float]:
+        """Return the mean loss of each text's last tokens, in nats per token."""
+        length, scored = len(texts[0]), self.scored_tokens
+        ids = [digest(text) for text in texts]
+        journal = subject.journal(name, ids)
+        for group in journal.pending(list(by_length(list(map(len, texts)), self.batch_tokens))):
+            rows = [(texts[i], [-100] * (length - scored) + texts[i][-scored:]) for i in group]
+            with torch.inference_mode():
+                sums = subject.token_nll(subject.batch(rows)).double().sum(1).tolist()
+            journal.add(dict(zip(group, sums, strict=True)))
+            subject.progress(f"long_context {name}", len(journal), len(texts))
+        return [nll / scored for nll in journal.values()]
 
     def _texts(self, subject: Subject) -> list[list[int]]:
         """Return texts of the longest length, whose last tokens are the same at every length."""

@@ -105,7 +105,8 @@ def test_it_is_what_decoding_and_plain_passes_give(subject: Subject) -> None:
         [items] = [o for o in result.outcomes if o.task == loss.task]
         assert items.values == pytest.approx(losses, rel=1e-4)
         held = found["kv_bytes", f"length-{length}"].value
-        assert held >= (length - 1) * 2 * 4 * _kv_width(subject)
+        assert held == (length - 1) * 2 * 4 * _kv_width(subject)
+        assert found["kv_saved", f"length-{length}"].value == 0
         assert found["exact_match", f"keys-{length}"].n == 3
     [asked, *_], new = made_as(SMALL, "needle", 200, subject)
     with torch.no_grad():

@@ -133,6 +133,20 @@ def test_its_bytes_are_those_of_its_tensors_and_as_counted(cls: type[Evicts]) ->
 
 
 @every
+def test_a_layer_is_freed_before_the_next_one_reads_the_prompt(cls: type[Evicts]) -> None:
+    session, found = WholeSession(exact_model(), policy_of(small(cls))), list[int]()
+
+    def look(*_: Any) -> None:
+        layer: Any = session.staged.cache.layers[0]
+        found.append(layer.get_seq_length() if layer.view is None else -1)
+
+    hook = session.staged.decoder.layers[1].register_forward_pre_hook(look)
+    session.prefill(some_ids(1, 20))
+    hook.remove()
+    assert found == [BUDGET]
+
+
+@every
 def test_exits_see_in_one_pass_what_decoding_sees(cls: type[Evicts]) -> None:
     """Tokens that left early are read later, behind the prompt or together with it."""
     model, ids, policy = exact_model(), some_ids(1, 24), policy_of(small(cls))
