@@ -176,13 +176,19 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
     return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]
 
 
+@lru_cache(maxsize=256)
+def _hints_of(kind: type) -> dict[str, Any]:
+    """Return the annotations of a class, evaluated once."""
+    return get_type_hints(kind)
+
+
 def _inside(hint: Any, path: Sequence[str]) -> list[Any]:
     """Return the annotations at a path of names in an annotation."""
     if not path:
         return [hint]
     found = []
     for kind in (hint, *get_args(hint)):
-        if is_dataclass(kind) and path[0] in (hints := get_type_hints(kind)):
+        if is_dataclass(kind) and path[0] in (hints := _hints_of(kind)):
             found += _inside(hints[path[0]], path[1:])
         elif get_origin(kind) is dict:
             found += _inside(get_args(kind)[1], path[1:])
