@@ -7,29 +7,23 @@ were. From these records alone come the table, its findings and what would overt
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from effbench.api.schema import build
+from effbench.report.claims import Claim, Verdict
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
+from effbench.report.scales import SCALES, Cells, Scale
 from effbench.results.records import Record, read, read_all
 from effbench.util import yamls
-from effbench.util.errors import UserError
+from effbench.util.errors import UserError, did_you_mean
 
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper reports about the question of a table."""
-
-    claim: str
-    """In a sentence, with its numbers."""
-    source: str
-    """Paper, table or section."""
-    sure: Literal["read", "recalled"]
-    """Whether it was read there, or is from memory."""
+AT = "@"
+"""Between the name of a table and the scale of its cells."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +46,63 @@ class Campaign:
     paper: list[Claim] = field(default_factory=list)
     overturn: str = ""
     """What would overturn the finding, beside other seeds and items."""
+    ceiling: str = ""
+    """The most that the method can give, by arithmetic."""
+    verdict: Verdict | None = None
+    """What the records say of the paper's claim."""
+    scale: Scale = "offline"
+    """That of its arms."""
+    scales: dict[Scale, Cells] = field(default_factory=dict)
+    """Its cells at other scales."""
+
+    def at(self, scale: str) -> Campaign:
+        """Return its cells at a scale as a campaign of their own; itself for its own or none.
+
+        Raises:
+            UserError: When there is no such scale, or it has no cells there.
+        """
+        if scale in ("", self.scale):
+            return self
+        if scale not in SCALES:
+            raise UserError(f"There is no scale {scale!r}.", did_you_mean(scale, SCALES))
+        if scale not in self.scales:
+            has = ", ".join([self.scale, *self.scales])
+            raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
+        own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
+        name = f"{self.name}{AT}{scale}"
+        return replace(self, name=name, scale=scale, scales={}, verdict=None, points="", **own)
+
+    @property
+    def command(self) -> str:
+        """The command that makes what is missing of it."""
+        name, _, scale = self.name.partition(AT)
+        return f"effbench table {name}{f' --scale {scale}' if scale else ''} --run"
 
     def manifest(self, results: Path) -> Path:
         """Return where the keys of its runs are."""
         return results / "campaigns" / f"{self.name}.json"
 
-    def records(self, results: Path) -> dict[str, list[Record]]:
+    def records(self, results: Path, arms: Sequence[str] = ()) -> dict[str, list[Record]]:
         """Return the records of each arm, from the keys that were noted.
+
+        Args:
+            results: Folder of runs and records.
+            arms: Names of those that are wanted; none for all.
 
         Raises:
             UserError: When one is missing, with the command that makes it.
         """
-        path, again = self.manifest(results), f"Make it: effbench table {self.name} --run"
+        path, again = self.manifest(results), f"Make it: {self.command}"
         if not path.is_file():
             raise UserError(f"The runs of {self.name} were not made here.", again)
         keys: dict[str, list[str]] = json.loads(path.read_text())
-        folder = results / "records"
-        for arm in self.arms:
+        folder, wanted = results / "records", arms or list(self.arms)
+        for arm in wanted:
             gone = [key for key in keys.get(arm, []) if not (folder / f"{key}.json").is_file()]
             if gone or not keys.get(arm):
                 said = f"Record {gone[0]} of {arm}" if gone else f"A run of {arm}"
                 raise UserError(f"{said} is not here, for table {self.name}.", again)
-        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in self.arms}
+        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in wanted}
 
     def compared(self, results: Path, same_points: bool = False) -> Comparison:
         """Return its arms side by side.
@@ -96,16 +125,22 @@ def campaign_in(path: Path) -> Campaign:
     """Return the campaign of a file.
 
     Raises:
-        UserError: When it cannot be read or has unknown keys.
+        UserError: When it cannot be read, has unknown keys, a claim without a source, or a verdict
+            that rests on nothing.
     """
     values = yamls.read(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys.", "It needs seeds: and arms:.")
-    words, arms = values.pop("words", {}), values.get("arms")
-    if isinstance(arms, dict):
-        values["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
-    own = {"name": path.stem, "title": _title(path)}
-    return build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+    words = values.pop("words", {})
+    scales = values.get("scales")
+    for part in (values, *(scales.values() if isinstance(scales, dict) else ())):
+        if isinstance(part, dict) and isinstance(arms := part.get("arms"), dict):
+            part["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
+    own = {"name": path.stem, "title": title_of(path)}
+    campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+    if campaign.verdict:
+        campaign.verdict.check(campaign.arms, path.name)
+    return campaign
 
 
 def _filled(steps: Any, words: Any, path: Path) -> Any:
@@ -120,7 +155,7 @@ def _filled(steps: Any, words: Any, path: Path) -> Any:
         ) from None
 
 
-def _title(path: Path) -> str:
+def title_of(path: Path) -> str:
     """Return the first line of a file, as a sentence or question."""
     first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     return first if first.endswith("?") else f"{first}."
@@ -146,9 +181,15 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    made = f"Made by `make campaign-{campaign.name.replace('_', '-')}`."
+    made = f"Made by `{_target(campaign.name)}`."
     text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
         path.write_text(content)
     return files
+
+
+def _target(name: str) -> str:
+    """Return the command of make that writes the files of a table."""
+    name, _, scale = name.replace("_", "-").partition(AT)
+    return f"make table-{name} SCALE={scale} RUN=1" if scale else f"make campaign-{name}"

@@ -42,6 +42,10 @@ class CachePolicy:
         """
         return [self.layer(undo) for _ in stack.decoder_layers(model)]
 
+    def reads_prompts(self, length: int) -> bool:
+        """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
+        return False
+
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""
         return length
