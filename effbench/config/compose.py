@@ -148,7 +148,7 @@ def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     choices, values = choices_and_values(words, groups(extra))
-    config = pickle.loads(files_composed(tuple(sorted(choices)), tuple(extra), files_now(extra)))
+    config = pickle.loads(files_composed(tuple(choices), tuple(extra), files_now(extra)))
     ConfigLoaderImpl._apply_overrides_to_config(values, config)
     return config
 
