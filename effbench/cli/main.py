@@ -133,7 +133,7 @@ def _stage(
         from effbench.runner.local import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
-    if multirun and (dry_run or print_key):
+    if (multirun or any(w.startswith("sweep=") for w in words)) and (dry_run or print_key):
         raise UserError(
             "--dry-run and --print-key are for one run, not for a grid.",
             "Leave -m out and give one value for each key.",
@@ -197,6 +197,34 @@ def _show_record(record: Any, full: bool = False) -> None:
     from effbench.report.terminal import print_record
 
     print_record(record, full)
+
+
+@app.command()
+def tune(
+    overrides: Overrides = None,
+    at: Annotated[
+        Literal["best", "mean"],
+        typer.Option(help="Of several operating points: the best one, or the mean over them."),
+    ] = "best",
+    extend: Annotated[
+        int, typer.Option(min=0, help="How often the grid goes on where its end is best.")
+    ] = 2,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Try a method at several settings, chosen on rows that are not reported; say what it cost.
+
+    Numbers alone are tuned. The trials are kept, so that compare and table count them.
+
+    \b
+    Examples:
+      effbench tune method=qdylora train.learning_rate=3e-4,1e-3,3e-3
+      effbench tune method=lora train.learning_rate=1e-3,3e-3 method.alpha=16,32 --extend 0
+      effbench tune method=lora train.learning_rate=1e-3,3e-3 sweep.metric=loss@validation
+    """
+    from effbench.cli.tuning import tune as tried
+
+    for line in tried(list(overrides or []), list(config_dir or []), at, extend, typer.echo):
+        typer.echo(line)
 
 
 @app.command()
