@@ -7,8 +7,9 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
-CAMPAIGNS := $(subst _,-,$(patsubst conf/table/%.yaml,campaign-%,$(sort $(wildcard conf/table/*.yaml))))
-TABLES := $(CAMPAIGNS:campaign-%=table-%)
+TABLES := $(subst _,-,$(patsubst conf/table/%.yaml,table-%,$(sort $(wildcard conf/table/*.yaml))))
+# A grand table gathers others and runs nothing.
+CAMPAIGNS := $(filter-out campaign-grand,$(TABLES:table-%=campaign-%))
 .PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
 
 help: ## Show this list
@@ -16,7 +17,7 @@ help: ## Show this list
 	@for script in scripts/bench_*.py; do \
 	  name=$$(basename $$script .py | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
-	@for file in conf/table/*.yaml; do \
+	@for file in $$(grep -L '^gathers:' conf/table/*.yaml); do \
 	  name=campaign-$$(basename $$file .yaml | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/# //p' $$file)"; done
 

@@ -309,12 +309,30 @@ def table(
       effbench table qdylora --format latex
       effbench table qdylora --run
       effbench table qdylora --scale paper
+      effbench table grand
     """
-    from effbench.cli.tables import campaign_named, is_planned, listed, run_campaign
+    from effbench.cli.tables import (
+        campaign_named,
+        gathers,
+        grand_named,
+        is_planned,
+        listed,
+        run_campaign,
+    )
     from effbench.report.campaign_table import rendered
 
     if not name:
         typer.echo(listed())
+        return
+    if gathers(name):
+        from effbench.report.grand_table import rendered as whole
+
+        if run or scale:
+            raise UserError(
+                f"{name} gathers other tables as they are: it runs nothing, and has no scale.",
+                "Name one of them: effbench table qdylora --run",
+            )
+        typer.echo(whole(grand_named(name, results), form, full), nl=False)
         return
     campaign = campaign_named(name, scale)
     if run:
