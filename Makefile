@@ -10,7 +10,7 @@ BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard s
 TABLES := $(subst _,-,$(patsubst conf/table/%.yaml,table-%,$(sort $(wildcard conf/table/*.yaml))))
 # A grand table gathers others and runs nothing.
 CAMPAIGNS := $(filter-out campaign-grand,$(TABLES:table-%=campaign-%))
-.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
+.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables figures gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,11 @@ selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracl
 
 tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/tables.py
+
+SIZE ?= page
+
+figures: $(READY) ## Draw every table into build/figures, in SIZE (column, page, screen)
+	$(BIN)/python scripts/figures.py $(SIZE)
 
 clean: ## Remove the environment and caches (not results)
 	rm -rf $(VENV) .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis build dist
