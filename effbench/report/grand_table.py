@@ -161,17 +161,20 @@ def _bytes(row: Row) -> Value | None:
 
 def _systems(systems: Sequence[System], whole: bool) -> Table:
     """Return what became of the claims; `whole` adds what was claimed, the ceiling and why."""
-    rows: list[tuple[Cell, ...]] = [
-        (s.campaign.name, s.state, s.ours, *((_claims(s), *_why(s)) if whole else (_scale(s),)))
-        for s in systems
-    ]
-    more = ("the paper's claim", "ceiling", "why") if whole else ("paper",)
-    return Table("" if not whole else "Claims", ("system", "verdict", "ours", *more), rows)
+    own = [(s.campaign.name, s.state, s.ours) for s in systems]
+    if whole:
+        columns = ("system", "verdict", "ours", "the paper's claim", "ceiling", "why")
+        rows = [(*cells, _claims(s), *_why(s)) for cells, s in zip(own, systems, strict=True)]
+        return Table("Claims", columns, [*rows])
+    taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True)) if own else 0
+    scales = [textwrap.shorten(_scale(s), WIDTH - taken, placeholder=" …") for s in systems]
+    narrow = [(*cells, scale) for cells, scale in zip(own, scales, strict=True)]
+    return Table("", ("system", "verdict", "ours", "paper"), [*narrow])
 
 
 def _scale(system: System) -> str:
-    told = system.campaign.paper[0].scale if system.campaign.paper else ""
-    return textwrap.shorten(told, 30, placeholder=" …")
+    """Return the scale of the paper's first claim."""
+    return system.campaign.paper[0].scale if system.campaign.paper else ""
 
 
 def _claims(system: System) -> str:
