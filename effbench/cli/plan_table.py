@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from effbench.cli.plan_text import predicted
 from effbench.config.compose import compose
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_table import Form, paper_lines, with_lines
 from effbench.report.table import Cell, Table, Value
+from effbench.resources.planned import predicted
 
 FITS = {True: "yes", False: "NO", None: "not known"}
 HOUR = 3600
@@ -40,7 +40,7 @@ def _rows(campaign: Campaign, arm: str, first: str, *later: str) -> list[tuple[C
     """Return a row for the first command of an arm, and one for each that goes on from it."""
     stage, *words = first.split()
     job = compose(stage, [f"experiment={campaign.experiment}", *words])
-    found, machine = predicted(job)[0], job.runtime.machine
+    found, machine = predicted(job).prediction, job.runtime.machine
     hours = None if found.seconds is None else found.seconds / HOUR
     flops = f"{found.flops:.3g}" if found.flops else "—"
     whole = (arm, Value(found.peak, "bytes"), flops, hours, machine.name, FITS[found.fits])

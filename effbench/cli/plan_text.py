@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from effbench.api.spec import Job, Machine, Spec
+from effbench.api.spec import Machine, Spec
 from effbench.api.stages.base import trains
-from effbench.config.lineage import Lineage
-from effbench.data.dataset import known_rows
-from effbench.models.load import known_shape
-from effbench.resources.predict import Phase, Prediction, predict
+from effbench.resources.predict import Phase, Prediction
 from effbench.resources.usage import gib
-from effbench.results.store import Store
-from effbench.util.errors import UserError
-
-
-def predicted(job: Job) -> tuple[Prediction, int]:
-    """Return what a run will need, and its training rows, 0 where not known.
-
-    Raises:
-        UserError: When the shape of its model is not known.
-    """
-    shape = known_shape(job.spec.model)
-    if shape is None:
-        raise UserError(
-            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
-            "Give it as model.shape.*, or fetch the model first.",
-        )
-    machine = job.runtime.machine
-    lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
-    rows = known_rows(job.spec.dataset, "train") if trains(job.spec.stage) else 0
-    folders = lineage.artefacts
-    found = predict(job.spec, shape, machine, lineage.earlier, folders=folders, rows=rows)
-    return found, rows
 
 
 def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) -> str:

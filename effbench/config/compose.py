@@ -31,7 +31,7 @@ from effbench.api.spec import (
 )
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
-from effbench.config.files import groups
+from effbench.config.files import groups, options
 from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
 from effbench.config.parallelism import check_parallelism
@@ -147,13 +147,13 @@ def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-    choices, values = _choices_and_values(words, groups(extra))
-    config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
+    choices, values = choices_and_values(words, groups(extra))
+    config = deepcopy(files_composed(tuple(choices), tuple(extra), files_now(extra)))
     ConfigLoaderImpl._apply_overrides_to_config(values, config)
     return config
 
 
-def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
+def choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
     """Return the words that choose files, and the parsed rest, which only set values in them."""
     choices, values = [], []
     for word in words:
@@ -168,7 +168,7 @@ def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[lis
 
 
 @lru_cache(maxsize=128)
-def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
+def files_composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
     """Return Hydra's config of a choice of files, as they were at the time that `files` tells."""
     from hydra import compose, initialize_config_dir
 
@@ -177,7 +177,7 @@ def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> 
         return compose("config", overrides=[*paths, *choices])
 
 
-def _files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+def files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     """Return the path, time and size of every config file there is."""
     files = (p for folder in (conf_dir(), *extra) for p in folder.rglob("*.yaml"))
     return tuple((str(p), s.st_mtime_ns, s.st_size) for p in files if (s := p.stat()))
@@ -364,7 +364,22 @@ def _start(ref: Any, chosen: set[str], store: Store) -> str:
         return ""
     if not isinstance(ref, str):
         raise UserError(f"from={ref} is no text.", "In a file, write the key in quotes.")
-    return store.resolve(ref)
+    return _run_of_experiment(ref, store) if ref in options("experiment") else store.resolve(ref)
+
+
+def _run_of_experiment(name: str, store: Store) -> str:
+    """Return the key of the run of an experiment as it is, such as `mini`.
+
+    Raises:
+        UserError: When it was not made here, or not to its end.
+    """
+    spec = compose(None, [f"experiment={name}"]).spec
+    if not store.run(spec.key).finished:
+        raise UserError(
+            f"The run of experiment={name} ({spec.key}) is not in {store.root}.",
+            f"Make it: effbench {spec.stage} experiment={name}",
+        )
+    return spec.key
 
 
 def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:

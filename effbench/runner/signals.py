@@ -37,7 +37,7 @@ def stop_signal() -> Iterator[Stop]:
         stop.requested = True
         signal.signal(signal.SIGINT, usual)
 
-    with _handled((signal.SIGINT, *_heeded()), request):
+    with handled((signal.SIGINT, *_heeded()), request):
         yield stop
 
 
@@ -47,7 +47,7 @@ def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is told of signals
         return
-    with _handled(_heeded(), lambda number, frame: process.send_signal(number)):
+    with handled(_heeded(), lambda number, frame: process.send_signal(number)):
         yield
 
 
@@ -73,7 +73,8 @@ def _heeded() -> tuple[int, ...]:
 
 
 @contextmanager
-def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
+def handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
+    """Have a function called for some signals, in place of what is usual."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, handler)
