@@ -298,9 +298,9 @@ def _phases(
         several = work.micro_batches > 1
         kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
         shared = course.training, course.working, dtype, spread
-        held, around = held_by_one(*shared), Spread(bucket_bytes(*shared), gathered_bytes(*shared))
+        cost, around = held_by_one(*shared), Spread(bucket_bytes(*shared), gathered_bytes(*shared))
         steps = (
-            start.step(spec.train, held, saved, p, others, several, kernels, around)
+            start.step(spec.train, cost, saved, p, others, several, kernels, around)
             for p in work.train
         )
         found["train"] = max(steps, key=_total)
