@@ -17,7 +17,7 @@ from effbench.resources import predict as plan
 from effbench.resources.parallel import held_by_one
 from effbench.resources.peaks import KERNEL_BYTES, Peaks
 from effbench.resources.predict import Prediction, Workload, at_most, predict
-from effbench.resources.usage import Taken, gib
+from effbench.resources.usage import PhaseUsage, format_bytes
 
 LLAMA = ["model=llama2-7b", "dataset=arithmetic", "hardware=cpu", "hardware.dtype=bfloat16"]
 
@@ -175,7 +175,7 @@ def test_the_summary_holds_the_prediction_against_what_was_taken() -> None:
     phase = found.phase("train")
     assert phase is not None
     base = 2**30
-    taken = Taken(base + 2 * phase.peak, seconds=10.0)
+    taken = PhaseUsage(base + 2 * phase.peak, seconds=10.0)
     summary = found.summary({"train": taken}, base)
     one = summary["phases"]["train"]
     assert one["own_error"] == pytest.approx(-0.5)
@@ -212,7 +212,7 @@ def test_the_real_batches_take_the_place_of_the_largest_possible_ones() -> None:
 
 @pytest.mark.parametrize("size, said", [(2**30, "1.00 GiB"), (3 * 2**20, "3.0 MiB")])
 def test_sizes_for_people(size: int, said: str) -> None:
-    assert gib(size) == said
+    assert format_bytes(size) == said
 
 
 def test_each_size_of_a_bfloat16_product_brings_its_code() -> None:
