@@ -117,6 +117,16 @@ def test_the_untouched_model_is_what_others_are_held_against(table: Any, gather:
     assert grand.groups[0].rows[0].value.value == pytest.approx(bare.metrics[0].value)
 
 
+def test_versions_that_made_the_rows_are_named(table: Any, gather: Any, tmp_path: Path) -> None:
+    tables = [table("A", 1), table("B", 4)]
+    record = run("full", {"": 0.1}, number=5)
+    newer = {**record.spec, "versions": {"train": 2}}
+    write(replace(record, spec=newer), tmp_path / "records")
+    said = "Rows come from different versions of train: 1 (A: Base, A: A, B: Base); 2 (B: B)."
+    assert gather(*tables).groups[0].versions == [said]
+    assert said in rendered(gather(*tables), "markdown")
+
+
 def test_other_models_are_left_out(table: Any, gather: Any, tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text("# What?\ngathers: {model: llama2-7b}\n")
     grand = gather(table("A", 1))
