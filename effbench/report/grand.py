@@ -19,6 +19,7 @@ from effbench.report.claims import split_row
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
+from effbench.report.comparison.versions import of_versions
 from effbench.report.table import Value, as_value, points
 from effbench.report.verdicts import Tested, earlier, retested
 from effbench.results.records import Outcomes, Record
@@ -96,6 +97,8 @@ class Group:
     ground: Ground
     rows: list[Row]
     """The first one is what the others are held against."""
+    versions: list[str]
+    """A sentence for each part of effbench that made the rows in different versions."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +230,11 @@ def _group(ground: Ground, members: Sequence[Member], results: Path) -> Group:
     """Return the rows of a group, held against its first one, with letters for all pairs."""
     runs = [_only(record, ground, m.points) for m in members for record in m.records]
     known = earlier(runs, results / "records")
-    names = {"+".join(r.key for r in m.records): str(i) for i, m in enumerate(members)}
-    table = _tested(compare(runs, known, names=names, held=False).metrics)
-    rows = [_row(row, members[int(row.label)], known) for row in table.rows]
-    return Group(ground, rows)
+    by_name = {f"{m.table}: {m.arm}": m for m in members}
+    names = {"+".join(r.key for r in m.records): name for name, m in by_name.items()}
+    found = compare(runs, known, names=names, held=False)
+    rows = [_row(row, by_name[row.label], known) for row in _tested(found.metrics).rows]
+    return Group(ground, rows, of_versions(found.notes))
 
 
 def _tested(tables: Sequence[MetricTable]) -> MetricTable:

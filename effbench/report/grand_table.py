@@ -149,6 +149,7 @@ def _notes(group: Group) -> tuple[str, ...]:
     unit = f"{first.value.unit} " if first.value.unit else ""
     return (
         f"Difference: {unit}against {first.name}, 95 % intervals; a shared letter: not told apart.",
+        *group.versions,
     )
 
 
