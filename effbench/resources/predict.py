@@ -17,7 +17,7 @@ from effbench.api.footprint import POINTS_AT_ONCE, Pass, held_flops, step_flops,
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
-from effbench.api.spec import Machine, Spec
+from effbench.api.spec import Machine, Parallelism, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
@@ -30,7 +30,8 @@ from effbench.methods.chain import (
 )
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
-from effbench.resources.peaks import Components, Peaks
+from effbench.resources.parallel import bucket_bytes, gathered_bytes, held_by_one
+from effbench.resources.peaks import Components, Peaks, Spread
 from effbench.resources.usage import PhaseUsage
 from effbench.util.hardware import memory_bytes
 
@@ -229,6 +230,7 @@ def predict(
     exact: bool = False,
     folders: Sequence[Path] = (),
     rows: int = 0,
+    parallelism: Parallelism | None = None,
 ) -> Prediction:
     """Return what a run will need.
 
@@ -241,19 +243,25 @@ def predict(
         exact: Whether the allocator gives blocks back at once.
         folders: Artefacts of the earlier methods.
         rows: Training rows; 0 where their number is not known, and so not how long epochs are.
+        parallelism: Over how many devices it trains; bytes are then those of one of them, and the
+            ceilings of the machine too. None is one.
     """
     train = spec.stage == "train" and (rows > 0 or not spec.train.epochs)
     spec = replace(spec, train=spec.train.over(rows or MANY_ROWS))
     shapes = RunShapes.of(spec, shape, earlier, folders)
-    work = workload or at_most(spec)
+    spread = parallelism or Parallelism()
+    work = workload or at_most(spec, spread.devices)
     total = spec.train.max_steps * spec.train.rows_per_step
     tokens = total * spec.dataset.max_length if train else 0
     flops = tokens * _flops_per_trained_token(spec, shapes) if train else 0.0
-    seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
+    ceiling = machine.tflops * 1e12 * spread.devices
+    seconds = flops / ceiling if ceiling and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
+    if spec.hardware.device == "cpu":
+        available //= spread.devices  # they share the main memory
     return Prediction(
         shapes.cost,
-        _phases(spec, shapes, work, exact),
+        _phases(spec, shapes, work, exact, spread),
         flops,
         tokens,
         seconds,
@@ -263,9 +271,9 @@ def predict(
     )
 
 
-def at_most(spec: Spec) -> Workload:
-    """Return the largest work that the settings of a run allow."""
-    rows, tokens = spec.train.batch_size, spec.dataset.max_length
+def at_most(spec: Spec, devices: int = 1) -> Workload:
+    """Return the largest work that the settings of a run allow one of several devices."""
+    rows, tokens = -(-spec.train.batch_size // devices), spec.dataset.max_length
     passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
     steps = spec.train.max_steps * spec.train.accumulation
     return Workload(
@@ -277,7 +285,9 @@ def at_most(spec: Spec) -> Workload:
     )
 
 
-def _phases(spec: Spec, shapes: RunShapes, work: Workload, exact: bool) -> tuple[Phase, ...]:
+def _phases(
+    spec: Spec, shapes: RunShapes, work: Workload, exact: bool, spread: Parallelism
+) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
     dtype, own = spec.hardware.dtype, shapes.own
     cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
@@ -291,8 +301,10 @@ def _phases(spec: Spec, shapes: RunShapes, work: Workload, exact: bool) -> tuple
         saved, others = training_of(shapes.working, dtype), _others(own, shapes.start, size)
         several = work.micro_batches > 1
         kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
+        shared = shapes.training, shapes.working, dtype, spread
+        cost, around = held_by_one(*shared), Spread(bucket_bytes(*shared), gathered_bytes(*shared))
         steps = (
-            start.step(spec.train, shapes.training, saved, p, others, several, kernels)
+            start.step(spec.train, cost, saved, p, others, several, kernels, around)
             for p in work.train
         )
         found["train"] = max(steps, key=_total)

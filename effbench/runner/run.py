@@ -121,7 +121,7 @@ class Run:
 
     def know(self, **parts: Any) -> None:
         """Put what was found out about the run's batches in the place of what is possible."""
-        self.workload = replace(self.workload or at_most(self.spec), **parts)
+        self.workload = replace(self.workload or at_most(self.spec, self.group.size), **parts)
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
@@ -190,6 +190,7 @@ def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
         run.workload,
         runtime.exact_memory and exact_blocks(),
         lineage.artefacts,
+        parallelism=runtime.parallelism,
     )
     took = {name: taken(facts) for name, facts in run.so_far().phases.items()}
     plan = prediction.summary(took, base_bytes)
