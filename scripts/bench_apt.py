@@ -41,6 +41,7 @@ from effbench.runner.local import execute
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
+from effbench.runner.stages.trainer import build_trainer
 
 KEEP = 0.75
 PROMPT, NEW, PAIRS = 128, 32, 9
@@ -154,7 +155,7 @@ def salience_cost(results: str) -> None:
     folder = store.run(job.spec.key)
     folder.create(job.spec)
     run = open_run(job, folder, store)
-    trainer = stage.build_trainer(run, open_model(run), open_data(run))
+    trainer = build_trainer(run, open_model(run), open_data(run))
     model, method, ctx = trainer.model, trainer.method, trainer.ctx
     batches = stage.window_of(trainer, 0)
     pruning = Pruning.of(model)

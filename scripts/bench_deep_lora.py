@@ -30,6 +30,7 @@ from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
 from effbench.runner.stages.export import export
+from effbench.runner.stages.trainer import Trainer, build_trainer
 
 matplotlib.use("agg")
 
@@ -107,7 +108,7 @@ PAIRS, LIMIT = 15, 1.03
 STEP = ["train.batch_size=4", "train.max_steps=1000", "train.checkpoint_every=1000"]
 
 
-def trainer(method: str, results: str) -> stage.Trainer:
+def trainer(method: str, results: str) -> Trainer:
     """Return the training loop of a method at rank 8 on the seven linears, not yet begun."""
     words = [f"method={method}", "method.rank=8", *STEP, "run.progress=false"]
     job = compose("train", [*words, f"run.results={results}", *sys.argv[1:]])
@@ -115,7 +116,7 @@ def trainer(method: str, results: str) -> stage.Trainer:
     folder = store.run(job.spec.key)
     folder.create(job.spec)
     run = open_run(job, folder, store)
-    return stage.build_trainer(run, open_model(run), open_data(run))
+    return build_trainer(run, open_model(run), open_data(run))
 
 
 def steps(results: str) -> bool:

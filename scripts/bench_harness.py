@@ -20,13 +20,14 @@ from effbench.results.store import Store
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
+from effbench.runner.stages.trainer import Trainer, build_trainer
 from effbench.stats import ratio_interval
 
 LIMIT = 1.02
 PAIRS = 40
 
 
-def trainer(results: str) -> stage.Trainer:
+def trainer(results: str) -> Trainer:
     job = compose(
         "train",
         [
@@ -42,7 +43,7 @@ def trainer(results: str) -> stage.Trainer:
     folder = Store(Path(results)).run(job.spec.key)
     folder.create(job.spec)
     run = open_run(job, folder, Store(Path(results)))
-    return stage.build_trainer(run, open_model(run), open_data(run))
+    return build_trainer(run, open_model(run), open_data(run))
 
 
 def bare_step(model: Any, optimizer: Any, batches: list[Any], parameters: list[Any]) -> float:

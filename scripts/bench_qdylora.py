@@ -23,6 +23,7 @@ from effbench.results.store import Store
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train as stage
+from effbench.runner.stages.trainer import Trainer, build_trainer
 from effbench.stats import ratio_interval
 
 LIMIT = 1.15
@@ -30,7 +31,7 @@ PAIRS = 16
 BATCHES = 6
 
 
-def trainer(method: str, results: str) -> stage.Trainer:
+def trainer(method: str, results: str) -> Trainer:
     words = [f"method={method}", f"run.results={results}", "run.progress=false"]
     words += ["train.batch_size=4", "train.max_steps=1000", "train.checkpoint_every=1000"]
     job = compose("train", [*words, *sys.argv[1:]])
@@ -45,11 +46,11 @@ def trainer(method: str, results: str) -> stage.Trainer:
         f"{method}: base storage {counted:,} bytes counted, {formula:,} by the formula, "
         f"{counted / weights:.5f} bytes a weight"
     )
-    return stage.build_trainer(run, opened, open_data(run))
+    return build_trainer(run, opened, open_data(run))
 
 
 @torch.inference_mode()
-def evaluation(arm: stage.Trainer) -> None:
+def evaluation(arm: Trainer) -> None:
     """Print what one pass over all ranks takes of the time of separate passes."""
     method, model = arm.method, arm.model.eval().requires_grad_(False)
     points = method.points()

@@ -22,6 +22,7 @@ from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train
 from effbench.runner.stages.export import export
+from effbench.runner.stages.trainer import Trainer
 from effbench.util.errors import StoppedError, UserError
 
 SMALL = [
@@ -123,7 +124,7 @@ def test_an_unfinished_run_is_refused(
 ) -> None:
     job = bench.job("train", "method=lora", *SMALL)
 
-    def stop(trainer: train.Trainer) -> float:
+    def stop(trainer: Trainer) -> float:
         raise StoppedError("step 1")
 
     monkeypatch.setattr(train, "one_step", stop)

@@ -30,6 +30,7 @@ from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train
 from effbench.runner.stages.batching import micro_batches, rows_of_step
+from effbench.runner.stages.trainer import Trainer, build_trainer, rate_at
 from effbench.runner.worker import run_here
 from effbench.util.errors import StoppedError, UserError
 
@@ -55,12 +56,12 @@ def job(bench: Bench, method: str, *overrides: str) -> Job:
     return bench.job("train", f"method={method}", *small, *overrides)
 
 
-def trainer(bench: Bench, method: str, *overrides: str) -> train.Trainer:
+def trainer(bench: Bench, method: str, *overrides: str) -> Trainer:
     made = job(bench, method, *overrides)
     folder = bench.folder(made)
     folder.create(made.spec)
     work = open_run(made, folder, bench.store)
-    return train.build_trainer(work, open_model(work), open_data(work))
+    return build_trainer(work, open_model(work), open_data(work))
 
 
 def events(bench: Bench, made: Job, kind: str = "step") -> list[dict[str, Any]]:
@@ -117,7 +118,7 @@ def one_thread() -> None:
 )
 def test_learning_rate(schedule: Any, expected: list[float]) -> None:
     settings = TrainSpec(max_steps=10, warmup=0.2, schedule=schedule)
-    assert [train.rate_at(settings, s) for s in range(10)] == pytest.approx(expected)
+    assert [rate_at(settings, s) for s in range(10)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_run_of_epochs_goes_once_over_its_rows(bench: Bench) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_learning_rate_is_never_zero_or_above_the_peak(warmup: float, steps: int) -> None:
     settings = TrainSpec(max_steps=steps, warmup=warmup)
-    assert all(0 < train.rate_at(settings, s) <= 1 for s in range(steps))
+    assert all(0 < rate_at(settings, s) <= 1 for s in range(steps))
 
 
 def test_the_rate_on_the_record_is_the_rate_that_is_used(
@@ -159,7 +160,7 @@ def test_the_rate_on_the_record_is_the_rate_that_is_used(
     without_evaluation(monkeypatch)
     run_here(made)
     assert [e["learning_rate"] for e in events(bench, made)] == used
-    assert used == pytest.approx([0.01 * train.rate_at(made.spec.train, s) for s in range(5)])
+    assert used == pytest.approx([0.01 * rate_at(made.spec.train, s) for s in range(5)])
 
 
 @pytest.mark.parametrize(("count", "size"), [(64, 8), (50, 8), (5, 8), (1, 3), (127, 2)])
@@ -281,7 +282,7 @@ def test_early_stopping_keeps_the_best_weights(
     held: dict[int, dict[str, torch.Tensor]] = {}
     validate = train._validate
 
-    def watched(work: train.Trainer) -> None:
+    def watched(work: Trainer) -> None:
         tensors = work.method.trained_tensors(work.model)
         held[work.done.step] = {n: t.clone() for n, t in tensors.items()}
         validate(work)
