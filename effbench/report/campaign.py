@@ -7,29 +7,19 @@ were. From these records alone come the table, its findings and what would overt
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from effbench.api.schema import build
+from effbench.report.claims import Claim, Verdict
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
 from effbench.results.records import Record, read, read_all
 from effbench.util import yamls
 from effbench.util.errors import UserError
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper reports about the question of a table."""
-
-    claim: str
-    """In a sentence, with its numbers."""
-    source: str
-    """Paper, table or section."""
-    sure: Literal["read", "recalled"]
-    """Whether it was read there, or is from memory."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +42,21 @@ class Campaign:
     paper: list[Claim] = field(default_factory=list)
     overturn: str = ""
     """What would overturn the finding, beside other seeds and items."""
+    ceiling: str = ""
+    """The most that the method can give, by arithmetic."""
+    verdict: Verdict | None = None
+    """What the records say of the paper's claim."""
 
     def manifest(self, results: Path) -> Path:
         """Return where the keys of its runs are."""
         return results / "campaigns" / f"{self.name}.json"
 
-    def records(self, results: Path) -> dict[str, list[Record]]:
+    def records(self, results: Path, arms: Sequence[str] = ()) -> dict[str, list[Record]]:
         """Return the records of each arm, from the keys that were noted.
+
+        Args:
+            results: Folder of runs and records.
+            arms: Names of those that are wanted; none for all.
 
         Raises:
             UserError: When one is missing, with the command that makes it.
@@ -67,13 +65,13 @@ class Campaign:
         if not path.is_file():
             raise UserError(f"The runs of {self.name} were not made here.", again)
         keys: dict[str, list[str]] = json.loads(path.read_text())
-        folder = results / "records"
-        for arm in self.arms:
+        folder, wanted = results / "records", arms or list(self.arms)
+        for arm in wanted:
             gone = [key for key in keys.get(arm, []) if not (folder / f"{key}.json").is_file()]
             if gone or not keys.get(arm):
                 said = f"Record {gone[0]} of {arm}" if gone else f"A run of {arm}"
                 raise UserError(f"{said} is not here, for table {self.name}.", again)
-        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in self.arms}
+        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in wanted}
 
     def compared(self, results: Path, same_points: bool = False) -> Comparison:
         """Return its arms side by side.
@@ -96,7 +94,8 @@ def campaign_in(path: Path) -> Campaign:
     """Return the campaign of a file.
 
     Raises:
-        UserError: When it cannot be read or has unknown keys.
+        UserError: When it cannot be read, has unknown keys, a claim without a source, or a verdict
+            that rests on nothing.
     """
     values = yamls.read(path)
     if not isinstance(values, dict):
@@ -105,7 +104,10 @@ def campaign_in(path: Path) -> Campaign:
     if isinstance(arms, dict):
         values["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
     own = {"name": path.stem, "title": _title(path)}
-    return build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+    campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+    if campaign.verdict:
+        campaign.verdict.check(campaign.arms, path.name)
+    return campaign
 
 
 def _filled(steps: Any, words: Any, path: Path) -> Any:

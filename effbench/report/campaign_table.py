@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from effbench.report import verdicts
 from effbench.report.campaign import Campaign
 from effbench.report.comparison.metric_table import MetricTable, Row
 from effbench.report.comparison.result import Comparison
@@ -33,7 +34,8 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     if form == "csv":
         return found.csv() if full else tables[0].csv()
     lines = [*found.notes, *found.words] if full else _held(found)
-    lines = [*lines, *_paper(campaign), *sentences(campaign, found, campaign.records(results))]
+    lines += [*_paper(campaign), *verdicts.line(campaign, results)]
+    lines += sentences(campaign, found, campaign.records(results))
     if form == "latex":
         return "\n".join([*(table.latex() for table in tables), *latex_comments(lines)]) + "\n"
     if form == "markdown":
@@ -125,4 +127,7 @@ def _held(found: Comparison) -> list[str]:
 
 
 def _paper(campaign: Campaign) -> list[str]:
-    return [f"Paper: {c.claim} ({c.source}; {c.sure})" for c in campaign.paper]
+    return [
+        f"Paper: {c.claim} ({'; '.join(filter(None, (c.source, c.sure, c.scale, c.held)))})"
+        for c in campaign.paper
+    ]

@@ -13,10 +13,11 @@ from effbench.api.cost import cache_bytes, cost_of
 from effbench.api.points import UNNAMED
 from effbench.api.shape import ModelShape
 from effbench.api.sharing import listed_map, shared_shape
-from effbench.methods.cache.kv_quant import KVQuant, QuantisedCache
+from effbench.methods.cache.kv_quant import KVQuant
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.nn.decode.decoder import Decoder, Drafts
 from effbench.nn.decode.quantised import QuantisedLayer
+from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession, whole_logits
 from effbench.nn.quant.ranges import decode, encode

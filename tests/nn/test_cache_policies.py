@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import decoded, some_ids, tiny_model
 
-from effbench.methods.cache.kv_quant import QuantisedCache
 from effbench.methods.cache.streaming import SinkWindow
 from effbench.nn.decode.latent_cache import LatentCache, LatentValues, hold
 from effbench.nn.decode.latent_plan import Plan, Ranks
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.staged import StagedDecoder, WholeSession
 from effbench.nn.llama.factorised import bases
 

@@ -102,12 +102,13 @@ def is_own(socket, host) -> bool:
 
 def attempts() -> str:
     """Return what was noted since the last call, a line for each attempt."""
-    if not os.path.exists(os.environ[TRIED]):
+    if not os.access(os.environ[TRIED], os.F_OK):
         return ""
     from pathlib import Path
 
-    told = Path(os.environ[TRIED]).read_text()
-    Path(os.environ[TRIED]).unlink()
+    place = Path(os.environ[TRIED])
+    told = place.read_text()
+    place.unlink()
     return told
 
 

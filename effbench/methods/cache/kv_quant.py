@@ -27,43 +27,17 @@ is saved for real; time is not, as every step expands all codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from effbench.api.method_types import Paper
-from effbench.api.parts import LayerShape
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.caches import Caches
-from effbench.nn.decode import quantised, view
 from effbench.nn.decode.decoder import Decoder
-from effbench.nn.decode.policy import CachePolicy
-from effbench.nn.quant.ranges import RANGE_BYTES, channels_of
-from effbench.util.errors import UserError
-
-CodeBits = Literal[2, 4, 8]
-
-
-@dataclass(frozen=True)
-class QuantisedCache(CachePolicy):
-    """Keeps the last tokens as they are, and all others in few bits."""
-
-    bits: CodeBits
-    """Bits of a code, b."""
-    group: int
-    """Tokens that go into codes together, g."""
-    window: int
-    """Last tokens that stay as they are, w."""
-
-    def layer(self, undo: int) -> view.LayerCache:
-        """Return a layer's empty entry."""
-        return quantised.QuantisedLayer(self.bits, self.group, self.window, undo)
-
-    def cycle(self) -> tuple[int, int]:
-        """Return after how many tokens the cache grows evenly, and over how many at a time."""
-        return self.window, self.group
+from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
 
 
 @dataclass(frozen=True)
@@ -89,28 +63,20 @@ class KVQuant(Caches):
             UserError: For layers that share states, and groups that fill no whole bytes.
         """
         method = super().resolve(shape)
-        if ModelShape.of(shape).head_dim * self.group_size * self.bits % 8:
-            raise UserError(
-                f"method.group_size={self.group_size} fills no whole bytes.",
-                f"Set method.group_size={4 * -(self.group_size // -4)}.",
-            )
+        self.cache.require_bytes(shape)
         return method
+
+    @property
+    def cache(self) -> QuantisedCache:
+        """What the cache keeps."""
+        return QuantisedCache(self.bits, self.group_size, self.window)
 
     def decoder(self, point: Point) -> Decoder:
         """Return ordinary decoding with codes in the cache."""
-        return Decoder(cache=QuantisedCache(self.bits, self.group_size, self.window))
+        return Decoder(cache=self.cache)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
         """Return the model with caches in which a token is in codes once it has left the window."""
-        return base.map(lambda _, layer: self._coded(layer))
-
-    def _coded(self, layer: LayerShape) -> LayerShape:
-        if layer.mixer is None:
-            return layer
-        cache = layer.mixer.cache
-        sizes = self.group_size, channels_of(self.group_size, cache.width)
-        ranges = sum(RANGE_BYTES / size for size in sizes) / 2  # of keys and of values
-        coded = replace(cache, element=self.bits / 8 + ranges, recent=self.window)
-        return replace(layer, mixer=replace(layer.mixer, cache=coded))
+        return self.cache.shape(base)

@@ -64,6 +64,11 @@ class Route:
 
         def run(model: Any, batch: Batch) -> torch.Tensor:
 
+            def alone(ids: torch.Tensor, prompt: int) -> torch.Tensor:
+                return staged.whole_logits(model, cache, ids, prompt=prompt)
+
+            if cache.reads_prompts:
+                return by_prompts(alone, batch)
             return staged.whole_logits(model, cache, batch.input_ids, batch.attention_mask)
 
         return run
@@ -182,7 +187,15 @@ class Exits(Route):
                     lambda: self.session(model, cache), *inputs, prompts
                 )
             exits = exits_of(model, self.depths)
-            return early_exit.exit_logits(model, exits, self.rule(len(exits)), *inputs, cache)[0]
+            rule = self.rule(len(exits))
+
+            def alone(ids: torch.Tensor, prompt: int) -> torch.Tensor:
+                all_real = torch.ones_like(ids)
+                return early_exit.exit_logits(model, exits, rule, ids, all_real, cache, prompt)[0]
+
+            if cache.reads_prompts:
+                return by_prompts(alone, batch)
+            return early_exit.exit_logits(model, exits, rule, *inputs, cache)[0]
 
         return run
 
@@ -286,6 +299,12 @@ def exits_of(model: Any, depths: Sequence[int]) -> tuple[int, ...]:
 
     full = len(stack.decoder_layers(model))
     return (*(depth for depth in depths if depth < full), full)
+
+
+def by_prompts(logits: Callable[[torch.Tensor, int], torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Return logits of a batch whose rows go in alone, each with the length of its prompt."""
+    prompts = droppable.prompt_lengths(batch.labels)
+    return staged.row_by_row(logits, batch.input_ids, batch.attention_mask, prompts)
 
 
 def forward_logits(model: Any, batch: Batch) -> torch.Tensor:

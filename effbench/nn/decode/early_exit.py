@@ -135,6 +135,7 @@ def exit_logits(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     policy: CachePolicy = EVERYTHING,
+    prompt: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what decoding with recomputation gives, in one pass: logits [B, T, V], depths [B, T].
 
@@ -145,10 +146,11 @@ def exit_logits(
         input_ids: [B, T], padded on the right.
         attention_mask: [B, T].
         policy: What the cache keeps.
+        prompt: First tokens that are the prompt, for a policy that asks; None for all.
     """
     if policy != EVERYTHING:
         staged = StagedDecoder(model, exits, policy)
-        staged.read(input_ids)
+        staged.read(input_ids, prompt=prompt)
         return _first_exit(exits, rule, lambda number: staged.logits(number, staged.run(number)))
     states = exit_states(model, exits, input_ids, attention_mask)
 

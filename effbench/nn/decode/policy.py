@@ -24,6 +24,8 @@ class CachePolicy:
     """Whether keys are kept as they were projected, and turned at their places in the cache."""
     takes_back: ClassVar[bool] = True
     """Whether the last tokens can be forgotten again."""
+    reads_prompts: ClassVar[bool] = False
+    """Whether what a token sees depends on where the prompt before it ended."""
 
     def layer(self, undo: int) -> LayerCache:
         """Return a layer's empty entry.

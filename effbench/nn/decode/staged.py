@@ -17,7 +17,7 @@ not keep everything, the modules attend to what it shows (`effbench.nn.decode.vi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,6 +95,8 @@ class StagedDecoder:
         """Whether it is a token and not padding, [B, T]."""
         self.starts = torch.empty(0, dtype=torch.long)
         """Padding on the left of each sequence, [B]."""
+        self.prompt = 0
+        """Columns of the prompt, padding included."""
         self.work = Work()
 
     @property
@@ -102,8 +104,16 @@ class StagedDecoder:
         """Tokens read, padding included."""
         return self.positions.shape[-1]
 
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
-        """Take in tokens [B, W]; a mask [B, W] says which are padding, on the left of a prompt."""
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt: int | None = None,
+    ) -> None:
+        """Take in tokens [B, W]; a mask [B, W] says which are padding, on the left of a prompt.
+
+        What comes in first is the prompt, or its first `prompt` tokens are.
+        """
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.length:
             positions = self.positions[:, -1:] + real.cumsum(1)
@@ -113,6 +123,7 @@ class StagedDecoder:
             self.positions = (real.cumsum(1) - 1).clamp(min=0)
             self.real = real.bool()
             self.starts = (~self.real).sum(1)
+            self.prompt = input_ids.shape[1] if prompt is None else prompt
         self._hand_on(0, self.decoder.embed_tokens(input_ids))
 
     def run(self, stage: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -165,8 +176,10 @@ class StagedDecoder:
             self._make_angles(hidden)
             rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
         layers: Any = [self.cache.layers[index] for index in self.stages[stage]]
-        if self.starts.any():
-            for layer in layers:
+        padded = bool(self.starts.any())
+        for layer in layers:
+            layer.prompt = self.prompt
+            if padded:
                 layer.pad(self.starts)
         with looking(self.root) as kind:
             hidden = self._through_layers(
@@ -370,6 +383,7 @@ def whole_logits(
     policy: CachePolicy,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    prompt: int | None = None,
 ) -> torch.Tensor:
     """Return the logits that decoding under a policy gives, in one pass, [B, T, V].
 
@@ -378,11 +392,35 @@ def whole_logits(
         policy: What the cache keeps.
         input_ids: [B, T], padded on the right.
         attention_mask: [B, T], 1 for real tokens; None for all.
+        prompt: First tokens that are the prompt; None for all.
     """
     staged = StagedDecoder(model, [len(decoder_layers(model))], policy)
-    staged.read(input_ids)
+    staged.read(input_ids, prompt=prompt)
     mask = None
     if attention_mask is not None and not attention_mask.all():
         hidden = staged.decoder.embed_tokens(input_ids)
         mask = causal_mask(staged.root.config, hidden, attention_mask, staged.positions)
     return staged.logits(0, staged.run(0, mask))
+
+
+def row_by_row(
+    logits: Callable[[torch.Tensor, int], torch.Tensor],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    prompts: torch.Tensor,
+) -> torch.Tensor:
+    """Return logits of rows whose prompts end at places of their own, [B, T, V].
+
+    Args:
+        logits: From tokens [1, T'] and the length of their prompt to logits [1, T', V].
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T]; logits after a row's end are zero.
+        prompts: Prompt length of each row, [B], at least 1.
+    """
+    ends = attention_mask.sum(1).tolist()
+    rows = [
+        logits(ids[None, :end], min(prompt, end))[0]
+        for ids, end, prompt in zip(input_ids, ends, prompts.tolist(), strict=True)
+    ]
+    width = input_ids.shape[1]
+    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, width - len(x))) for x in rows])

@@ -24,6 +24,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 
 from effbench.util.errors import UserError
 
+Own = Callable[[torch.Tensor, "View"], torch.Tensor]
+"""From queries [B, H, W, D] and what they see to what the model's attention makes, [B, W, H, D]."""
+Answer = Callable[[torch.Tensor, Own], torch.Tensor]
+"""From queries [B, H, W, D] and that attention to what they are given, [B, W, H, D]."""
 NAME = "effbench_view"
 """Under which transformers knows `attend`."""
 GATHERED = 1 << 22
@@ -53,6 +57,9 @@ class View:
     expand: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
     """From mixed coordinates [B, W, H, r] to mixed values [B, W, H, D]; None where values are no
     coordinates."""
+    answer: Answer | None = field(default=None, kw_only=True)
+    """What an entry makes of the queries themselves, where these decide what it keeps; None where
+    the columns say all."""
 
     def of_whole(self) -> View:
         """Return the part of the queries that see all columns up to their own."""
@@ -73,6 +80,8 @@ class LayerCache(DynamicLayer):
         """What the last keys and values to come in see, as long as the pass lasts."""
         self.empty: torch.Tensor | None = None
         """Columns on the left of each sequence with nothing in them, [B]; None for none at all."""
+        self.prompt = 0
+        """Columns of the prompt, padding included, all of which come in together."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
         """Take in keys and values [B, G, W, D] and return what their queries see."""
@@ -160,6 +169,8 @@ def _mixed(
     context: dict[str, Any],
 ) -> torch.Tensor:
     """Return the values that each query sees, mixed, [B, W, H, D]."""
+    if view.answer is not None:
+        return view.answer(query, lambda q, v: _mixed(module, q, v, None, stretch, context))
     width = query.shape[2]
     if view.seen is not None:
         seen = as_mask(view.seen[:, None], stretch.kind, query.dtype)

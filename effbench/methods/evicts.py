@@ -1,0 +1,141 @@
+"""Methods of evaluation whose cache evicts entries: an operating point for each budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from effbench.api.parts import LayerShape
+from effbench.api.points import Point
+from effbench.api.schema import PositiveInt
+from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.methods.caches import Caches
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.eviction_cache import PromptEviction, SteadyEviction
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
+from effbench.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget(Point):
+    """Entries that a head keeps."""
+
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """`b<tokens>`."""
+        return f"b{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Evicts(Caches):
+    """A cache of at most so many entries a head; at the unnamed point it keeps everything."""
+
+    budget: tuple[PositiveInt, ...] = (1024,)
+    """Entries that stay in each head of keys and values; an operating point for each."""
+
+    def points(self) -> tuple[Point, ...]:
+        """Return a point for each budget."""
+        return tuple(Budget(tokens) for tokens in self.budget)
+
+    @property
+    def pinned(self) -> int:
+        """Entries that always stay."""
+        return 0
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method.
+
+        Raises:
+            UserError: For no budget, one that what always stays does not fit, and layers that share
+                states.
+        """
+        method = super().resolve(shape)
+        if not self.budget:
+            raise UserError("method.budget names no budget.", "Give one: 'method.budget=[1024]'")
+        if min(self.budget) < self.pinned:
+            raise UserError(
+                f"method.budget={min(self.budget)} is less than the {self.pinned} tokens that "
+                f"{self.name} always keeps.",
+                f"Set 'method.budget=[{self.pinned}]' or more, or let fewer always stay.",
+            )
+        return method
+
+    def policy(self, budget: int) -> CachePolicy:
+        """Return what the cache keeps with so many entries."""
+        raise NotImplementedError
+
+    def decoder(self, point: Point) -> Decoder:
+        """Return ordinary decoding with a budget in the cache."""
+        return Decoder(cache=self.policy(point.tokens)) if isinstance(point, Budget) else Decoder()
+
+
+@dataclass(frozen=True)
+class EvictsSteadily(Evicts):
+    """Evicts at every token; `policy` gives a `SteadyEviction`."""
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Return the model with caches that stop growing."""
+        policy = self.decoder(point).cache
+
+        def bounded(index: int, layer: LayerShape) -> LayerShape:
+            if (
+                not layer.mixer
+                or not isinstance(policy, SteadyEviction)
+                or not policy.evicts(index)
+            ):
+                return layer
+            cache = replace(layer.mixer.cache, window=policy.budget)
+            return replace(layer, mixer=replace(layer.mixer, cache=cache))
+
+        return base.map(bounded)
+
+
+@dataclass(frozen=True)
+class EvictsPrompt(Evicts):
+    """Evicts when the prompt has been read; what stays, and later tokens, may be held in few bits.
+
+    `evicting` gives the `PromptEviction`.
+    """
+
+    bits: CodeBits | None = None
+    """Bits of an element of what stays and of later tokens, as `kv_quant` holds them; null for
+    the compute dtype."""
+    group_size: PositiveInt = 32
+    """With `bits`: entries over which a channel of keys has one range."""
+    recent: PositiveInt = 128
+    """With `bits`: last entries that stay in full precision."""
+
+    @property
+    def codes(self) -> QuantisedCache | None:
+        """How entries are held in few bits; None where they are not."""
+        return QuantisedCache(self.bits, self.group_size, self.recent) if self.bits else None
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Return the method.
+
+        Raises:
+            UserError: For groups that fill no whole bytes, and as `Evicts.resolve` does.
+        """
+        if self.codes:
+            self.codes.require_bytes(shape)
+        return super().resolve(shape)
+
+    def evicting(self, budget: int) -> PromptEviction:
+        """Return what evicts down to so many entries."""
+        raise NotImplementedError
+
+    def policy(self, budget: int) -> CachePolicy:
+        """Return what the cache keeps with so many entries of a prompt."""
+        return replace(self.evicting(budget), then=self.codes or EVERYTHING)
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Return the model, with codes in its cache where there are some."""
+        return self.codes.shape(base) if self.codes else base

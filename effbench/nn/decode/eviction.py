@@ -1,0 +1,216 @@
+"""A layer's cache from which entries are evicted by a score of each head's own.
+
+A prompt is read as ever: each of its tokens sees all before it. Then the queries that asked score
+what is there, and the best entries stay, in the order of time, as they were stored: keys keep the
+rotary positions that they were turned at, and later tokens go on with true ones. What is evicted is
+freed and never comes back.
+
+    kept = the k entries with the largest scores, [B, G, k];   K' = K[kept],   V' = V[kept]
+
+Rows of a batch that are padded keep as many real entries as they would alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from effbench.nn.decode.importance import Score
+from effbench.nn.decode.view import LayerCache, Own, View
+
+
+class KeepingLayer(LayerCache):
+    """Keeps all keys and values, [B, G, S, D]."""
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in keys and values [B, G, W, D] and return what their queries see."""
+        assert self.keys is not None and self.values is not None
+        if self.get_seq_length():
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return View(keys, values, self.empty)
+
+
+class PromptLayer(LayerCache):
+    """Evicts once, when the prompt has been read, and hands what stays to another entry.
+
+    Whatever that entry makes of it, a prompt sees itself as it is.
+
+    Args:
+        budget: Most entries that stay of the prompt.
+        score: See `effbench.nn.decode.importance`.
+        inner: Holds what stays, and takes in later tokens.
+    """
+
+    def __init__(self, budget: int, score: Score, inner: LayerCache) -> None:
+        super().__init__()
+        self.budget, self.score, self.inner = budget, score, inner
+        self.kept = 0
+        """Columns of the prompt that stay, once it has been handed on."""
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in keys and values [B, G, W, D] and return what their queries see."""
+        whole = self.prompt <= self.budget and isinstance(self.inner, KeepingLayer)
+        if whole or self.inner.is_initialized:
+            return self._later(keys, values, self.empty)
+        return View(keys, values, answer=partial(self._answer, keys, values))
+
+    def _answer(
+        self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor, own: Own
+    ) -> torch.Tensor:
+        """Return what a prompt's queries [B, H, P, D], and those after them, are given."""
+        cut = self.prompt
+        asked, view = query[:, :, :cut], View(keys[:, :, :cut], values[:, :, :cut], self.empty)
+        mixed = own(asked, view)
+        stay, empty = (view.keys, view.values), view.empty
+        if cut > self.budget:
+            stay, empty = evicted(self.score, self.budget, asked, view)
+        self.kept, self.view = min(cut, self.budget), None
+        self._later(*stay, empty)
+        if query.shape[2] == cut:
+            return mixed
+        later = self._later(keys[:, :, cut:], values[:, :, cut:], None)
+        return torch.cat([mixed, own(query[:, :, cut:], later)], dim=1)
+
+    def _later(self, keys: torch.Tensor, values: torch.Tensor, empty: torch.Tensor | None) -> View:
+        """Hand keys and values on; `empty` is that of what comes first."""
+        if not self.inner.is_initialized:
+            self.inner.lazy_initialization(keys, values)
+            self.inner.empty = empty
+        return self.inner.append(keys, values)
+
+    def get_seq_length(self) -> int:
+        """Return the columns that are held."""
+        return self.inner.get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: When the prompt would have to be there again, which has been evicted from.
+        """
+        if self.get_seq_length() + min(0, tokens_to_remove) < self.kept:
+            raise ValueError("only tokens after the prompt can be taken back")
+        self.inner.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the sequences `beam_idx`, in this order."""
+        self.inner.reorder_cache(beam_idx)
+
+    def kv_bytes(self) -> int:
+        """Return the bytes of all that is held."""
+        return self.inner.kv_bytes()
+
+
+class SteadyLayer(LayerCache):
+    """Holds at most so many entries: evicts after the prompt, and after each later token.
+
+    A token sees what was held before it, and itself; what it evicts, it has seen.
+
+    Args:
+        budget: Most entries.
+        score: See `effbench.nn.decode.importance`.
+    """
+
+    def __init__(self, budget: int, score: Score) -> None:
+        super().__init__()
+        self.budget, self.score = budget, score
+        self.lost = False
+        """Whether something has been evicted."""
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in keys and values [B, G, W, D] and return what their queries see."""
+        assert self.keys is not None and self.values is not None
+        before = self.get_seq_length()
+        if before:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        if keys.shape[2] > self.budget:
+            return View(keys, values, answer=partial(self._answer, before, keys, values))
+        self.keys, self.values = keys, values
+        return View(keys, values, self.empty)
+
+    def _answer(
+        self,
+        before: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        query: torch.Tensor,
+        own: Own,
+    ) -> torch.Tensor:
+        """Return what queries [B, H, W, D] are given: all that fit at once, then one by one."""
+        self.view, held = None, (keys[:, :, :before], values[:, :, :before])
+        fits = max(self.budget, 0 if before else self.prompt)
+        at_once = max(0, min(fits, keys.shape[2]) - before)
+        mixed, begin = [], before
+        for count in [at_once] * (at_once > 0) + [1] * (query.shape[2] - at_once):
+            new = slice(begin, begin + count)
+            view = View(
+                torch.cat([held[0], keys[:, :, new]], dim=2),
+                torch.cat([held[1], values[:, :, new]], dim=2),
+                self.empty,
+            )
+            asked = query[:, :, begin - before : begin - before + count]
+            mixed.append(own(asked, view))
+            held, begin = self._kept(asked, view), begin + count
+        self.keys, self.values = held
+        return torch.cat(mixed, dim=1)
+
+    def _kept(self, query: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of a view that the queries of its last columns leave."""
+        if view.keys.shape[2] <= self.budget:
+            return view.keys, view.values
+        self.lost = True
+        stay, self.empty = evicted(self.score, self.budget, query, view)
+        return stay
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: When something has been evicted since, which would have to come back.
+        """
+        if self.lost and tokens_to_remove:
+            raise ValueError("what was evicted cannot come back")
+        super().crop(tokens_to_remove)
+
+
+def evicted(
+    score: Score,
+    budget: int,
+    query: torch.Tensor,
+    view: View,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """Return the keys and values that stay, [B, G, k, D], and how many columns of them are empty.
+
+    Args:
+        score: See `effbench.nn.decode.importance`.
+        budget: k, less than S.
+        query: Of the last W columns, [B, H, W, D].
+        view: What is there, S columns.
+    """
+    keys, values, empty = view.keys, view.values, view.empty
+    columns = best(score(query, keys, values, empty), budget, empty)
+    index = columns[..., None].expand(-1, keys.shape[1], -1, keys.shape[3])
+    if empty is not None:
+        empty = (empty - (keys.shape[2] - budget)).clamp(min=0)
+        empty = empty if empty.any() else None
+    return (keys.gather(2, index), values.gather(2, index)), empty
+
+
+def best(scores: torch.Tensor, count: int, empty: torch.Tensor | None) -> torch.Tensor:
+    """Return the columns of the largest scores, ascending, [B, G, count]; earlier ones of equals.
+
+    Args:
+        scores: [B, G, S].
+        count: At most S.
+        empty: Columns on the left with nothing in them, [B], which come last.
+    """
+    if empty is not None:
+        columns = torch.arange(scores.shape[2], device=scores.device)
+        nothing = (columns < empty[:, None])[:, None]
+        scores = scores.masked_fill(nothing, -torch.inf)
+    order = scores.sort(dim=2, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=2).values

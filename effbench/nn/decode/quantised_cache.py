@@ -1,0 +1,60 @@
+"""Which caches hold entries in few bits, as values without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from effbench.api.parts import LayerShape
+from effbench.api.shape import AnyShape, ModelShape
+from effbench.nn.decode import quantised, view
+from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.quant.ranges import RANGE_BYTES, channels_of
+from effbench.util.errors import UserError
+
+CodeBits = Literal[2, 4, 8]
+
+
+@dataclass(frozen=True)
+class QuantisedCache(CachePolicy):
+    """Keeps the last tokens as they are, and all others in few bits."""
+
+    bits: CodeBits
+    """Bits of a code, b."""
+    group: int
+    """Tokens that go into codes together, g."""
+    window: int
+    """Last tokens that stay as they are, w."""
+
+    def layer(self, undo: int) -> view.LayerCache:
+        """Return a layer's empty entry."""
+        return quantised.QuantisedLayer(self.bits, self.group, self.window, undo)
+
+    def cycle(self) -> tuple[int, int]:
+        """Return after how many tokens the cache grows evenly, and over how many at a time."""
+        return self.window, self.group
+
+    def require_bytes(self, shape: AnyShape) -> None:
+        """Refuse groups that fill no whole bytes in a model's heads.
+
+        Raises:
+            UserError: With the next number of tokens that does.
+        """
+        if ModelShape.of(shape).head_dim * self.group * self.bits % 8:
+            raise UserError(
+                f"method.group_size={self.group} fills no whole bytes.",
+                f"Set method.group_size={4 * -(self.group // -4)}.",
+            )
+
+    def shape(self, base: ModelShape) -> ModelShape:
+        """Return a model with caches in which a token is in codes once it has left the window."""
+        return base.map(lambda _, layer: self._coded(layer))
+
+    def _coded(self, layer: LayerShape) -> LayerShape:
+        if layer.mixer is None:
+            return layer
+        cache = layer.mixer.cache
+        sizes = self.group, channels_of(self.group, cache.width)
+        ranges = sum(RANGE_BYTES / size for size in sizes) / 2  # of keys and of values
+        coded = replace(cache, element=self.bits / 8 + ranges, recent=self.window)
+        return replace(layer, mixer=replace(layer.mixer, cache=coded))
