@@ -8,7 +8,8 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
 CAMPAIGNS := $(subst _,-,$(patsubst conf/table/%.yaml,campaign-%,$(sort $(wildcard conf/table/*.yaml))))
-.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS)
+TABLES := $(CAMPAIGNS:campaign-%=table-%)
+.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +76,10 @@ $(BENCHES): bench-%: $(READY)
 
 $(CAMPAIGNS): campaign-%: $(READY)
 	$(BIN)/effbench table $(subst -,_,$*) --run
+
+# make table-qdylora SCALE=paper shows the plan of the paper's cells, with RUN=1 it runs them.
+$(TABLES): table-%: $(READY)
+	$(BIN)/effbench table $(subst -,_,$*) $(if $(SCALE),--scale $(SCALE)) $(if $(RUN),--run)
 
 # On a machine without a network there is no .venv: see docs/gpu.md.
 GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))

@@ -154,7 +154,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let commands run their jobs in this process; holds the exit status of each."""
     statuses: list[int] = []
 
-    def process(command: list[str], text: str, reason: int) -> int:
+    def process(command: list[str], text: str, *_: object) -> int:
         from effbench.runner import worker
 
         forget_accelerator()

@@ -27,6 +27,8 @@ from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses
 from effbench.methods.trains import Trains
 from effbench.results.store import MARKER, Store
+from effbench.runner.grid.words import points as expanded
+from effbench.runner.grid.words import spelled_out
 from effbench.testing.own import write_chats, write_model
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +165,7 @@ def test_command(command: str, at_desk: Path, keys: dict[str, str]) -> None:
     context = parsed(words)
     if words[0] in STAGES and context.params["overrides"]:
         own = ["evaluator=similarity"] if words[0] == "similarity" else []
-        for point in points([*context.params["overrides"], *own], context.params):
+        for point in points(words[0], [*context.params["overrides"], *own], context.params):
             assert compose(STAGES[words[0]], point).spec.key  # type: ignore[arg-type]
 
 
@@ -179,19 +181,17 @@ def parsed(words: list[str]) -> Any:
         name, command, words = command.resolve_command(context, rest)
 
 
-def points(words: list[str], options: dict[str, Any]) -> list[list[str]]:
+def points(stage: str, words: list[str], options: dict[str, Any]) -> list[list[str]]:
     """Return the first and the last run of a grid, for the launcher of this machine."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
+    _, words = spelled_out(stage, words)
     elsewhere = [w for w in words if w.startswith("launcher=")]
     check_overrides(elsewhere)
     words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher.", "sweep."))]
     if not (options.get("multirun") or elsewhere):
         return [words]
-    parser = OverridesParser.create()
-    grid = BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
-    return [list(grid[0]), list(grid[-1])]
+    grid = expanded(words)
+    assert grid
+    return [grid[0], grid[-1]]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -214,7 +214,8 @@ def test_make_targets() -> None:
     campaigns = (ROOT / "conf" / "table").glob("*.yaml")
     strays = [*(ROOT / "scripts").glob("campaigns/*.yaml")]
     assert not strays, "campaigns are in conf/table"
-    targets |= {f"campaign-{p.stem.replace('_', '-')}" for p in campaigns}
+    names = [p.stem.replace("_", "-") for p in campaigns]
+    targets |= {f"{kind}-{name}" for name in names for kind in ("campaign", "table")}
     used = {word for _, c in shell_lines("make") for word in shlex.split(c)[1:] if "=" not in word}
     assert used <= targets
     assert {"demo", "test"} <= used

@@ -26,6 +26,7 @@ from effbench.api.spec import (
     HardwareSpec,
     Machine,
     ModelSpec,
+    Parallelism,
     Plugin,
     Runtime,
     Spec,
@@ -96,7 +97,7 @@ def settings() -> dict[str, dict[str, str]]:
         "model.shape": fields(Shape),
         "dataset": fields(DatasetSpec),
         "train": fields(TrainSpec),
-        "hardware": fields(HardwareSpec) | fields(Machine),
+        "hardware": fields(HardwareSpec) | fields(Machine) | fields(Parallelism),
         "run": fields(Runtime),
     }
     for kind in ("methods", "evaluators"):

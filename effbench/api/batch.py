@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +91,10 @@ class Batch:
     has one value for each example."""
     sizes: list[int] = field(default_factory=list)
     """Sequences of each example; empty when each has one."""
+    whole: int = 0
+    """Sequences of the micro-batch that several processes share; 0 where this is all of it."""
+    places: list[int] = field(default_factory=list)
+    """Where this one's sequences stand among them."""
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further values by name: [E, ...] of examples, [B] of sequences, [B, T] of tokens."""
 
@@ -108,6 +112,16 @@ class Batch:
     def loss_tokens(self) -> int:
         """Positions that count in the loss (the first of a sequence predicts nothing)."""
         return int((self.labels[:, 1:] != -100).sum())
+
+    def drawn(self, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return random numbers of each sequence, [B, ...].
+
+        Processes that share a micro-batch draw for all of it, and so agree.
+
+        Args:
+            draw: Returns those of so many sequences.
+        """
+        return draw(self.whole)[self.places] if self.whole else draw(len(self.rows))
 
     @property
     def weights(self) -> torch.Tensor | None:

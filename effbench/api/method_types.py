@@ -57,5 +57,7 @@ class Context:
     """Back-propagates a loss (accelerate's, when a training loop runs)."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Context of a forward pass (mixed precision on float32 masters)."""
+    reduce: Callable[[Sequence[torch.nn.Parameter], torch.Tensor], None] = lambda *_: None
+    """Sums gradients and a step's loss over the processes of a run, in place."""
     clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
     """Clips gradients in place."""

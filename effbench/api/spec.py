@@ -274,9 +274,28 @@ class Machine:
     """Thermal design power of the device, where energy is modelled; 0 takes 7 W per CPU core."""
 
 
+Sharding = Literal["none", "fsdp"]
+"""How the devices of one training hold the model: each all of it, or each a part (FSDP)."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Over how many devices of one machine a training is spread.
+
+    The losses are those of one device but for rounding, so that a run may go on with another
+    number; the record says on how many its steps were made.
+    """
+
+    devices: PositiveInt = 1
+    """Processes, each with a device of its own, or with a share of the CPU's threads."""
+    sharding: Sharding = "none"
+    """`none`: each holds the whole model, and gradients are summed. `fsdp`: each holds a part of
+    the parameters, gradients and optimiser states."""
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """What cannot change a result."""
+    """What cannot change a result, or by rounding alone."""
 
     results: str = "results"
     """Folder of `runs/` and `records/`."""
@@ -288,6 +307,7 @@ class Runtime:
     """On a CPU, give every large block of memory back at once: peaks are those of the tensors, but
     each block costs time."""
     machine: Machine = field(default_factory=Machine)
+    parallelism: Parallelism = field(default_factory=Parallelism)
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,14 @@ def table(
     run: Annotated[
         bool, typer.Option("--run", help="First run what is missing, and write results/tables.")
     ] = False,
+    scale: Annotated[
+        str,
+        typer.Option(
+            "--scale",
+            metavar="mechanism|offline|gpu|paper",
+            help="Its cells at that scale: their plan until they have run. Else its own.",
+        ),
+    ] = "",
     results: Results = Path("results"),
 ) -> None:
     """Show a table of several methods with several seeds, from records alone.
@@ -300,14 +308,20 @@ def table(
       effbench table qdylora
       effbench table qdylora --format latex
       effbench table qdylora --run
+      effbench table qdylora --scale paper
     """
-    from effbench.cli.tables import campaign_named, listed, run_campaign
+    from effbench.cli.tables import campaign_named, is_planned, listed, run_campaign
     from effbench.report.campaign_table import rendered
 
     if not name:
         typer.echo(listed())
         return
-    campaign = campaign_named(name)
+    campaign = campaign_named(name, scale)
     if run:
         run_campaign(campaign, results, write)
+    if is_planned(campaign, results):
+        from effbench.cli.plan_table import planned
+
+        typer.echo(planned(campaign, form), nl=False)
+        return
     typer.echo(rendered(campaign, results, form, full), nl=False)

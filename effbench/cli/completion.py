@@ -13,6 +13,8 @@ from effbench.util.package_data import conf_dir
 
 PARTS = ("train", "run")
 """Parts of the top config that are no groups."""
+GRID = "sweep"
+"""What names the config of a grid."""
 
 
 def leave_room_for_values() -> None:
@@ -50,13 +52,13 @@ def complete(incomplete: str, results: str = "") -> list[str]:
         if key == "from":
             known = ["latest", *run_keys(value, results)]
             return [f"from={k}" for k in known if k.startswith(value)]
-        if key in groups():
+        if key in (*groups(), GRID):
             return [f"{key}={n}" for n in options(key) if n.startswith(value)]
         return []
     group, dot, _ = key.partition(".")
     if dot:
         return [f"{k}=" for k in _keys_in(group) if k.startswith(key)]
-    words = [*groups(), *(TOP_LEVEL - {"hydra"})]
+    words = [*groups(), GRID, *(TOP_LEVEL - {"hydra"})]
     return sorted(f"{w}{'.' if w in PARTS else '='}" for w in words if w.startswith(key))
 
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from effbench.api.stages import base as stages
-from effbench.cli import comparing, runs
+from effbench.cli import comparing, runs, sweeps
 from effbench.cli.options import (
     ConfigDirs,
     DryRun,
@@ -25,6 +25,7 @@ from effbench.cli.options import (
     Overrides,
     PrintKey,
     Results,
+    Yes,
     complete_run,
 )
 from effbench.runner.progress import Progress
@@ -103,8 +104,9 @@ def _command_of(stage: str) -> Callable[..., None]:
         print_key: PrintKey = False,
         like: Like = "",
         config_dir: ConfigDirs = None,
+        yes: Yes = False,
     ) -> None:
-        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key, like)
+        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key, like, yes)
 
     return command
 
@@ -122,6 +124,7 @@ def _stage(
     fresh: bool,
     print_key: bool,
     like: str,
+    yes: bool,
 ) -> None:
     with Progress(sys.stderr.isatty()).during(f"{stage}: starting"):
         from effbench.config.compose import compose
@@ -142,7 +145,7 @@ def _stage(
             "Leave -m out, or write what the runs share as configs of your own: --config-dir.",
         )
     if several and not (dry_run or print_key):
-        _grid(stage, words, extra, fresh)
+        _grid(stage, words, extra, fresh, yes)
         return
     with Progress(sys.stderr.isatty()).during(f"{stage}: reading the configs"):
         job = compose(stage, words, extra, like)
@@ -161,16 +164,17 @@ def _stage(
     _show_record(before or execute(job, fresh))
 
 
-def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool) -> None:
+def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool, yes: bool) -> None:
+    from effbench.runner.grid.words import spelled_out
     from effbench.runner.sweep import sweep
 
-    outcomes = sweep(stage, words, extra, fresh)
+    outcomes = sweep(stage, words, extra, fresh, yes)
     failed = [o for o in outcomes if o.error]
     for outcome in outcomes:
         state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"
         value = "" if outcome.value is None else f"  {outcome.value:.5g}"
         typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}{value}")
-    _best_of(words, outcomes)
+    _best_of(spelled_out(stage, words, extra)[1], outcomes)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(outcomes)} runs failed.",
@@ -233,24 +237,10 @@ def _width() -> int:
 
 def _plan(job: Any) -> None:
     from effbench.cli.plan_text import render
-    from effbench.config.lineage import Lineage
-    from effbench.data.dataset import known_rows
-    from effbench.models.load import known_shape
-    from effbench.resources.predict import predict
-    from effbench.results.store import Store
+    from effbench.resources.planned import predicted
 
-    shape = known_shape(job.spec.model)
-    if shape is None:
-        raise UserError(
-            f"The shape of {job.spec.model.id or job.spec.model.name} is not known here.",
-            "Give it as model.shape.*, or fetch the model first.",
-        )
-    machine = job.runtime.machine
-    lineage = Lineage.of(job.spec, Store(Path(job.runtime.results)))
-    rows = known_rows(job.spec.dataset, "train") if stages.trains(job.spec.stage) else 0
-    folders = lineage.artefacts
-    found = predict(job.spec, shape, machine, lineage.earlier, folders=folders, rows=rows)
-    typer.echo(render(found, job.spec, machine, rows))
+    found, rows = predicted(job)
+    typer.echo(render(found, job.spec, job.runtime.machine, rows))
 
 
 @app.command()
@@ -293,6 +283,7 @@ def similarity(
 
 
 app.add_typer(runs.app, name="runs")
+app.add_typer(sweeps.app, name="sweep")
 
 
 comparing.add_to(app)
@@ -305,6 +296,7 @@ Kind = Literal[
     "hardware",
     "launchers",
     "experiments",
+    "sweeps",
     "tables",
     "tasks",
 ]
@@ -336,7 +328,7 @@ def list_(
 @app.command()
 def show(
     kind: Annotated[
-        Literal["method", "model", "dataset", "evaluator", "hardware"],
+        Literal["method", "model", "dataset", "evaluator", "hardware", "sweep"],
         typer.Argument(help="What it is."),
     ],
     name: Annotated[str, typer.Argument(help="Its name.")],
@@ -346,7 +338,7 @@ def show(
     ] = 0,
     config_dir: ConfigDirs = None,
 ) -> None:
-    """Explain one method, model, dataset or evaluator: source, settings, operating points.
+    """Explain one method, model, dataset, evaluator or grid: source, settings, operating points.
 
     With --rows it shows rows of a dataset in their template, as tokens of the model, and which of
     them count in the loss: coloured in a terminal, in brackets elsewhere.

@@ -36,9 +36,13 @@ ConfigDirs = Annotated[
     typer.Option("--config-dir", help="Folder with your own configs, laid out like conf/."),
 ]
 Multirun = Annotated[
-    bool, typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1,2.")
+    bool,
+    typer.Option("-m", "--multirun", help="Run a grid: method.rank=4,8 seed=0,1 or sweep=NAME."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Compose, check and plan; run nothing.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="With -m: do not ask about a grid of very many runs.")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
 ]

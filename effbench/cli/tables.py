@@ -6,22 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from effbench.config.files import options, summary
-from effbench.report.campaign import Campaign, campaign_in, write_tables
+from effbench.report.campaign import AT, Campaign, campaign_in, write_tables
 from effbench.util.errors import UserError, did_you_mean
 
 
-def campaign_named(name: str) -> Campaign:
+def campaign_named(name: str, scale: str = "") -> Campaign:
     """Return the campaign of a name or file.
 
+    Args:
+        name: Its name, which may end in `@SCALE`, or a file.
+        scale: Whose cells are wanted; those of the table itself when empty.
+
     Raises:
-        UserError: When there is none.
+        UserError: When there is none, or it has no cells there.
     """
+    name, _, own = name.partition(AT)
     known = options("table")
     path = known.get(name) or Path(name)
     if not path.is_file():
         hint = did_you_mean(name, known)
         raise UserError(f"There is no table {name!r}.", f"{hint} See: effbench table")
-    return campaign_in(path)
+    return campaign_in(path).at(scale or own)
+
+
+def campaigns() -> list[Campaign]:
+    """Return the campaigns that come with effbench, by name."""
+    return [campaign_in(path) for path in options("table").values() if path]
 
 
 def listed() -> str:
@@ -38,3 +48,8 @@ def run_campaign(campaign: Campaign, results: Path, say: Callable[[str], None]) 
     run(campaign, results, say)
     for path in write_tables(campaign, results):
         say(f"Written: {path}")
+
+
+def is_planned(campaign: Campaign, results: Path) -> bool:
+    """Whether cells at a scale beside the table's own have no runs yet, so that a plan is shown."""
+    return AT in campaign.name and not campaign.manifest(results).is_file()

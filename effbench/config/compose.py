@@ -23,6 +23,7 @@ from effbench.api.spec import (
     HardwareSpec,
     Job,
     Machine,
+    Parallelism,
     Runtime,
     Spec,
     Stage,
@@ -33,6 +34,7 @@ from effbench.config.code import checked
 from effbench.config.files import groups
 from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
@@ -145,13 +147,13 @@ def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-    choices, values = _choices_and_values(words, groups(extra))
-    config = deepcopy(_composed(tuple(choices), tuple(extra), _files_now(extra)))
+    choices, values = choices_and_values(words, groups(extra))
+    config = deepcopy(files_composed(tuple(choices), tuple(extra), files_now(extra)))
     ConfigLoaderImpl._apply_overrides_to_config(values, config)
     return config
 
 
-def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
+def choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
     """Return the words that choose files, and the parsed rest, which only set values in them."""
     choices, values = [], []
     for word in words:
@@ -166,7 +168,7 @@ def _choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[lis
 
 
 @lru_cache(maxsize=128)
-def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
+def files_composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Any:
     """Return Hydra's config of a choice of files, as they were at the time that `files` tells."""
     from hydra import compose, initialize_config_dir
 
@@ -175,7 +177,7 @@ def _composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> 
         return compose("config", overrides=[*paths, *choices])
 
 
-def _files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+def files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     """Return the path, time and size of every config file there is."""
     files = (p for folder in (conf_dir(), *extra) for p in folder.rglob("*.yaml"))
     return tuple((str(p), s.st_mtime_ns, s.st_size) for p in files if (s := p.stat()))
@@ -248,8 +250,8 @@ def job_from(
     for part in ("hardware", "run", "method", "model", "dataset", "train"):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
-    hardware, machine = _hardware(config["hardware"])
-    runtime = build(Runtime, {**config["run"], "machine": machine}, "run")
+    hardware, around = _hardware(config["hardware"])
+    runtime = build(Runtime, {**config["run"], **around}, "run")
     runtime = dataclasses.replace(runtime, results=str(results_of(config)))
     store = Store(Path(runtime.results))
 
@@ -282,6 +284,7 @@ def job_from(
     sources = sources_of(spec, lineage.methods)
     spec = dataclasses.replace(spec, versions=versions_of(spec), sources=sources)
     _check_methods(spec, lineage)
+    check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
@@ -365,21 +368,21 @@ def _start(ref: Any, chosen: set[str], store: Store) -> str:
 
 
 def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
+    """Return what of the hardware is in the key, and the parts of `Runtime` by name."""
     from effbench.util.hardware import default_device, default_dtype
 
-    machine_keys = {f.name for f in dataclasses.fields(Machine)}
-    machine = {k: v for k, v in values.items() if k in machine_keys}
-    rest = {k: v for k, v in values.items() if k not in machine_keys}
-    known = {f.name for f in dataclasses.fields(HardwareSpec)}
-    if unknown := sorted(rest.keys() - known):
-        raise UserError(
-            f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known | machine_keys)
-        )
+    kinds = {"": HardwareSpec, "machine": Machine, "parallelism": Parallelism}
+    known = {f.name: part for part, cls in kinds.items() for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise UserError(f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known))
+    parts = {part: {k: v for k, v in values.items() if known[k] == part} for part in kinds}
+    rest, around = parts.pop(""), parts
     if rest.get("device") == "auto":
         rest["device"] = default_device()
     if rest.get("dtype") == "auto":
         rest["dtype"] = default_dtype(str(rest.get("device")))
-    return build(HardwareSpec, rest, "hardware"), machine
+    around["parallelism"] = plain(build(Parallelism, around["parallelism"], "hardware"))
+    return build(HardwareSpec, rest, "hardware"), around
 
 
 def _check_methods(spec: Spec, lineage: Lineage) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from effbench.api import registry
 from effbench.util.package_data import conf_dir
 
-READ_ALONE = frozenset({"policy", "table"})
-"""Folders of files about finished runs, which no spec takes."""
+READ_ALONE = frozenset({"policy", "sweep", "table"})
+"""Folders of files about several runs, which no spec takes."""
 
 
 def groups(extra: Sequence[Path] = ()) -> list[str]:

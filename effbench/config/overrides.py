@@ -25,8 +25,8 @@ SEVERAL = {"evaluator"}
 
 
 def is_sweep(overrides: Iterable[str]) -> bool:
-    """Whether the overrides ask for several runs or for another launcher than this machine."""
-    return any(re.match(r"launcher=(?!local$)", o) for o in overrides)
+    """Whether the overrides name a grid, or another launcher than this machine."""
+    return any(re.match(r"launcher=(?!local$)|sweep=", o) for o in overrides)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
         refuse_code_in_word(f"{key}{'@' if override.package else ''}", text)
         text = _kept_as_text(key, text, overrides)
         top = key.split(".")[0].split("/")[0].split("@")[0]
+        if top == "sweep":
+            raise UserError(f"{text} is of a grid.", "Add -m to train, compress or eval.")
         if top not in TOP_LEVEL and top not in known:
             raise UserError(
                 f"There is no config group or key {top!r}.",
@@ -96,7 +98,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
     return Words(words, chosen, swept)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=8192)
 def parse(text: str) -> Any:
     """Return a word as Hydra reads it.
 
@@ -162,7 +164,7 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
         "model": [spec.ModelSpec],
         "dataset": [spec.DatasetSpec],
         "train": [spec.TrainSpec],
-        "hardware": [spec.HardwareSpec, spec.Machine],
+        "hardware": [spec.HardwareSpec, spec.Machine, spec.Parallelism],
         "run": [spec.Runtime],
     }
     if top == "evaluator" and path and path[0] in registry.names("evaluators"):

@@ -30,6 +30,10 @@ class Trains(Method):
     """A method whose artefact comes from training; on its own, plain training of every weight."""
 
     stage: ClassVar[Stage] = "train"
+    data_parallel: ClassVar[frozenset[str]] = frozenset()
+    """The ways (`hardware.sharding`) in which its training was shown to work on several devices: a
+    step on parts of each micro-batch, its gradients summed, is the step on all of it. Each class
+    says it for itself, because a subclass may add what does not work; see `data_parallel`."""
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Put the method's structure in and mark what trains. Default: everything trains."""
@@ -119,6 +123,7 @@ class Trains(Method):
             if loss.requires_grad:
                 ctx.backward(loss)
             total += loss.detach()
+        ctx.reduce(_members(optimizer), total)
         if all(p.grad is None for p in _members(optimizer)):
             raise UserError(
                 "No parameter received a gradient in a whole accumulation window.",
@@ -164,6 +169,12 @@ class Trains(Method):
     def holds(self) -> tuple[str, ...]:
         """Return the config names of the auxiliary models; `START` is a copy of the model."""
         return tuple(self.aux_models().values())
+
+
+def data_parallel(method: Method) -> frozenset[str]:
+    """Return the ways in which a method may train on several devices, as its own class says."""
+    ways: frozenset[str] = vars(type(method)).get("data_parallel", frozenset())
+    return ways
 
 
 def _members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

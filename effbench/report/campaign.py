@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,13 @@ from effbench.report.claims import Claim, Verdict
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
+from effbench.report.scales import SCALES, Cells, Scale
 from effbench.results.records import Record, read, read_all
 from effbench.util import yamls
-from effbench.util.errors import UserError
+from effbench.util.errors import UserError, did_you_mean
+
+AT = "@"
+"""Between the name of a table and the scale of its cells."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,33 @@ class Campaign:
     """The most that the method can give, by arithmetic."""
     verdict: Verdict | None = None
     """What the records say of the paper's claim."""
+    scale: Scale = "offline"
+    """That of its arms."""
+    scales: dict[Scale, Cells] = field(default_factory=dict)
+    """Its cells at other scales."""
+
+    def at(self, scale: str) -> Campaign:
+        """Return its cells at a scale as a campaign of their own; itself for its own or none.
+
+        Raises:
+            UserError: When there is no such scale, or it has no cells there.
+        """
+        if scale in ("", self.scale):
+            return self
+        if scale not in SCALES:
+            raise UserError(f"There is no scale {scale!r}.", did_you_mean(scale, SCALES))
+        if scale not in self.scales:
+            has = ", ".join([self.scale, *self.scales])
+            raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
+        own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
+        name = f"{self.name}{AT}{scale}"
+        return replace(self, name=name, scale=scale, scales={}, verdict=None, points="", **own)
+
+    @property
+    def command(self) -> str:
+        """The command that makes what is missing of it."""
+        name, _, scale = self.name.partition(AT)
+        return f"effbench table {name}{f' --scale {scale}' if scale else ''} --run"
 
     def manifest(self, results: Path) -> Path:
         """Return where the keys of its runs are."""
@@ -61,7 +92,7 @@ class Campaign:
         Raises:
             UserError: When one is missing, with the command that makes it.
         """
-        path, again = self.manifest(results), f"Make it: effbench table {self.name} --run"
+        path, again = self.manifest(results), f"Make it: {self.command}"
         if not path.is_file():
             raise UserError(f"The runs of {self.name} were not made here.", again)
         keys: dict[str, list[str]] = json.loads(path.read_text())
@@ -100,10 +131,12 @@ def campaign_in(path: Path) -> Campaign:
     values = yamls.read(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys.", "It needs seeds: and arms:.")
-    words, arms = values.pop("words", {}), values.get("arms")
-    if isinstance(arms, dict):
-        values["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
-    own = {"name": path.stem, "title": _title(path)}
+    words = values.pop("words", {})
+    scales = values.get("scales")
+    for part in (values, *(scales.values() if isinstance(scales, dict) else ())):
+        if isinstance(part, dict) and isinstance(arms := part.get("arms"), dict):
+            part["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
+    own = {"name": path.stem, "title": title_of(path)}
     campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
     if campaign.verdict:
         campaign.verdict.check(campaign.arms, path.name)
@@ -122,7 +155,7 @@ def _filled(steps: Any, words: Any, path: Path) -> Any:
         ) from None
 
 
-def _title(path: Path) -> str:
+def title_of(path: Path) -> str:
     """Return the first line of a file, as a sentence or question."""
     first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     return first if first.endswith("?") else f"{first}."
@@ -148,9 +181,15 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    made = f"Made by `make campaign-{campaign.name.replace('_', '-')}`."
+    made = f"Made by `{_target(campaign.name)}`."
     text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
         path.write_text(content)
     return files
+
+
+def _target(name: str) -> str:
+    """Return the command of make that writes the files of a table."""
+    name, _, scale = name.replace("_", "-").partition(AT)
+    return f"make table-{name} SCALE={scale} RUN=1" if scale else f"make campaign-{name}"

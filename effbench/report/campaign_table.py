@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,18 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     """
     found = campaign.compared(results)
     tables = found.tables() if full else [short(campaign, found)]
-    if form == "csv":
-        return found.csv() if full else tables[0].csv()
+    if form == "csv" and full:
+        return found.csv()
     lines = [*found.notes, *found.words] if full else _held(found)
-    lines += [*_paper(campaign), *verdicts.line(campaign, results)]
+    lines += [*paper_lines(campaign), *verdicts.line(campaign, results)]
     lines += sentences(campaign, found, campaign.records(results))
+    return with_lines(tables, lines, form)
+
+
+def with_lines(tables: Sequence[Table], lines: Sequence[str], form: Form) -> str:
+    """Return tables and the sentences below them in a form; CSV is the first table alone."""
+    if form == "csv":
+        return tables[0].csv()
     if form == "latex":
         return "\n".join([*(table.latex() for table in tables), *latex_comments(lines)]) + "\n"
     if form == "markdown":
@@ -45,7 +53,7 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     return "\n".join([*text, *lines]) + "\n"
 
 
-def latex_comments(lines: list[str]) -> list[str]:
+def latex_comments(lines: Sequence[str]) -> list[str]:
     """Return sentences as comments of LaTeX."""
     return [f"% {' '.join(line.split())}" for line in lines]
 
@@ -126,7 +134,8 @@ def _held(found: Comparison) -> list[str]:
     return [said + (f" Not equal: {', '.join(other)}." if other else "")]
 
 
-def _paper(campaign: Campaign) -> list[str]:
+def paper_lines(campaign: Campaign) -> list[str]:
+    """Return the paper's claims, each with its source and scale."""
     return [
         f"Paper: {c.claim} ({'; '.join(filter(None, (c.source, c.sure, c.scale, c.held)))})"
         for c in campaign.paper

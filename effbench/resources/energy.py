@@ -41,6 +41,8 @@ class Energy:
     obtained: Obtained
     source: str
     """Which counters, or the model and its figures."""
+    shared: float = 0.0
+    """Joules of counters that other processes of the machine see too."""
 
 
 def total(parts: Sequence[Energy]) -> Energy:
@@ -120,11 +122,11 @@ class Meter:
             return None
         rapl = sum(c.joules for c in self._rapl)
         if not self.device.startswith("cuda"):
-            return Energy(rapl, seconds, "measured", "RAPL") if self._rapl else None
+            return Energy(rapl, seconds, "measured", "RAPL", rapl) if self._rapl else None
         if self._nvml is None or seconds < self.least_seconds:
             return None
         source = "NVML and RAPL" if self._rapl else "NVML, the device alone"
-        return Energy(self._nvml.joules() + rapl, seconds, "measured", source)
+        return Energy(self._nvml.joules() + rapl, seconds, "measured", source, rapl)
 
     def _modelled(self, seconds: float) -> Energy:
         """Multiply processor time by a core's share of the power; a GPU counts as always busy."""

@@ -14,6 +14,9 @@ from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, tra
 from effbench.api.shape import AnyShape
 from effbench.api.spec import TrainSpec
 
+BUCKET_BYTES = 25 * 2**20
+"""Most bytes of gradients that several devices sum at once, in a copy (what PyTorch's
+DistributedDataParallel takes by default)."""
 GRADIENT_BYTES = 4
 """Gradients of trained weights are float32."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}

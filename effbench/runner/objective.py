@@ -19,6 +19,8 @@ from effbench.util.errors import UserError, did_you_mean
 Direction = Literal["minimize", "maximize"]
 PREFIX = "sweep."
 KEYS = ("metric", "direction")
+JOBS = "jobs"
+"""What else is said of a grid: how many runs go on at once."""
 
 
 class Objective(NamedTuple):
@@ -61,10 +63,11 @@ def objective_in(words: Sequence[str]) -> tuple[Objective | None, list[str]]:
         UserError: For a word of `sweep.` that there is not, and a metric that cannot be chosen by.
     """
     own = dict(w.removeprefix(PREFIX).partition("=")[::2] for w in words if w.startswith(PREFIX))
-    rest = [w for w in words if not w.startswith(PREFIX)]
     for key in own:
-        if key not in KEYS:
-            raise UserError(f"Unknown key 'sweep.{key}'.", did_you_mean(key, KEYS))
+        if key not in (*KEYS, JOBS):
+            raise UserError(f"Unknown key 'sweep.{key}'.", did_you_mean(key, (*KEYS, JOBS)))
+    rest = [w for w in words if w.partition("=")[0] not in {f"{PREFIX}{key}" for key in KEYS}]
+    own.pop(JOBS, None)
     if not own:
         return None, rest
     if "metric" not in own:

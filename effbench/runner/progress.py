@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from effbench.util.wrap import write
+
+PACE = "EFFBENCH_PACE"
+"""Variable with the seconds between two plain lines, where a grid reads them and shows the last."""
 
 
 class Progress:
@@ -20,6 +24,8 @@ class Progress:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._tty = sys.stderr.isatty()
+        plain = float(os.environ.get(PACE, self.INTERVAL_PLAIN))
+        self._interval = self.INTERVAL_TTY if self._tty else plain
         self._last = 0.0
         self._after = ""
         self._what = ""
@@ -62,9 +68,8 @@ class Progress:
         now = time.monotonic()
         if what != self._what:
             self._what, self._begun = what, (done, now)
-        interval = self.INTERVAL_TTY if self._tty else self.INTERVAL_PLAIN
         last = 0 < total <= done
-        if not self._enabled or (now - self._last < interval and not (last and details)):
+        if not self._enabled or (now - self._last < self._interval and not (last and details)):
             return
         self._last = now
         line = " ".join(filter(None, (what, _place(done, total), details, self._left(done, total))))

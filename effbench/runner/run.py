@@ -30,6 +30,7 @@ from effbench.results.events import EventLog
 from effbench.results.fold import Folded, fold
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record, write
 from effbench.results.store import RunFolder, Store
+from effbench.runner.group import Group
 from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
 
@@ -52,6 +53,8 @@ class Run:
     started: float = field(default_factory=time.time)
     data: dict[str, Any] = field(default_factory=dict)
     """What became of the dataset's rows, as `Record.data`; each process finds it anew."""
+    group: Group = field(default_factory=Group)
+    """The processes of the run, while it trains on several devices."""
     workload: Workload | None = None
     """The batches of this run, as far as they are known; None for the largest possible ones."""
 
@@ -69,6 +72,7 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Measure wall time, peak memory and energy of a part of the run.
 
+        Of several processes the peak is that of the one with the highest, the energy that of all.
         A part that was stopped and goes on in another process counts with what it took before.
         """
         release()
@@ -82,8 +86,9 @@ class Run:
                 took = self._taken(name, meter.energy, memory.peak.peak_bytes)
                 self.events.append("interrupted", name=name, **asdict(took))
             raise
-        took = self._taken(name, meter.energy, memory.peak.peak_bytes)
-        self.events.append("phase", name=name, **asdict(took), source=meter.energy.source)
+        energy, peak = self.group.energy(meter.energy), self.group.most(memory.peak.peak_bytes)
+        took = self._taken(name, energy, peak)
+        self.events.append("phase", name=name, **asdict(took), source=energy.source)
 
     def _taken(self, name: str, energy: Energy, peak_bytes: int) -> Taken:
         """Return what a phase took, sessions before this one included."""
@@ -209,7 +214,7 @@ def finish(run: Run) -> Record:
         label=run.spec.label,
         stage=run.spec.stage,
         spec=plain(run.spec),
-        environment={**fingerprint(), "command": run.job.command},
+        environment={**fingerprint(), "command": run.job.command, **_spread(run)},
         parent=run.spec.parent,
         started=datetime.fromtimestamp(run.started, UTC).isoformat(timespec="milliseconds"),
         seconds=seconds,
@@ -225,6 +230,12 @@ def finish(run: Run) -> Record:
     run.events.close()
     run.folder.finish()
     return record
+
+
+def _spread(run: Run) -> dict[str, Any]:
+    """Return over how many devices the run was spread, where it was more than one."""
+    found = run.job.runtime.parallelism
+    return {"parallelism": plain(found)} if found.devices > 1 else {}
 
 
 def outcomes_in(folder: RunFolder, name: str) -> list[Outcomes]:

@@ -41,7 +41,7 @@ def stop_signal() -> Iterator[Stop]:
         stop.requested = True
         signal.signal(signal.SIGINT, usual)
 
-    with _handled((signal.SIGINT, *_heeded()), request):
+    with handled((signal.SIGINT, *_heeded()), request):
         yield stop
 
 
@@ -62,7 +62,7 @@ def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
         came[number] = None
         process.send_signal(number)
 
-    with _handled(_heeded(), pass_on):
+    with handled(_heeded(), pass_on):
         yield
     for number in came:
         if callable(then := before[number]):
@@ -79,10 +79,10 @@ def interrupt_when_asked() -> None:
         signal.signal(number, interrupt)
 
 
-def end_with_parent() -> None:
-    """Have this process asked to stop when the one that started it is gone (on Linux)."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have this process sent a signal when the one that started it is gone (on Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PARENT_DEATH, number)
 
 
 def _heeded() -> tuple[int, ...]:
@@ -91,7 +91,8 @@ def _heeded() -> tuple[int, ...]:
 
 
 @contextmanager
-def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
+def handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
+    """Have a function called for some signals, in place of what is usual."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, handler)

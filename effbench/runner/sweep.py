@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,84 +14,78 @@ from typing import Any
 
 from effbench.api.spec import Stage
 from effbench.config.code import checked
-from effbench.config.compose import commanded, hydra_compose, job_from, results_of, to_plain
+from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
-from effbench.results.sweeps import OUTCOME, declare_tuning, outcomes_in
-from effbench.runner.local import execute
-from effbench.runner.objective import objective_in
-from effbench.runner.worker import INTERRUPTED
-from effbench.util.errors import RunFailedError, UserError
+from effbench.results.sweeps import Grid, declare, declare_tuning, outcomes_in
+from effbench.runner.grid.cells import Cells
+from effbench.runner.grid.words import check_size, jobs_in, listed, points, spelled_out
+from effbench.runner.grid.work import Outcome, Work, run_here
+from effbench.runner.objective import Objective, objective_in
+from effbench.util.errors import UserError
 from effbench.util.files import mendable
 from effbench.util.package_data import conf_dir
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one run of a grid ended."""
-
-    overrides: list[str]
-    key: str
-    error: str = ""
-    value: float | None = None
-    """Of the objective, where the grid has one and the run ended well."""
-
-
 def sweep(
-    stage: Stage, overrides: Sequence[str], extra: Sequence[Path] = (), fresh: bool = False
+    stage: Stage,
+    overrides: Sequence[str],
+    extra: Sequence[Path] = (),
+    fresh: bool = False,
+    agreed: bool = False,
 ) -> list[Outcome]:
     """Run a grid; a run that fails does not stop the others.
 
     Args:
         stage: The command.
-        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`), and perhaps an
-            objective (`sweep.metric=loss@validation`).
+        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`), and perhaps a grid's
+            config (`sweep=NAME`), an objective (`sweep.metric=loss@validation`) and how many go on
+            at once (`sweep.jobs=2`).
         extra: Folders with the user's own configs.
         fresh: Run finished keys again.
+        agreed: Whether any number of runs is meant.
 
     Raises:
         UserError: When the grid itself cannot be composed.
+        RunFailedError: When it was interrupted; the same command goes on.
     """
     extra = checked(extra)
+    command = shlex.join(["effbench", stage, "-m", *overrides])
+    name, overrides = spelled_out(stage, overrides, extra)
     objective, overrides = objective_in(overrides)
+    jobs, overrides = jobs_in(overrides)
     chosen = check_overrides(overrides, extra)
     words = chosen.with_defaults(stage)
     words += objective.for_sweeper(words) if objective else []
-    results = _results(words, _points(words) or [], extra)
+    check_size(words, extra, agreed)
+    drawn = points(words, extra)
+    results = _results(words, drawn or [], extra)
     words = [_latest_now(w, results) for w in words]
-    points = _points(words)
-    _try_one(stage, points or [], chosen.chosen, extra)
+    drawn = points(words, extra)
+    work = Work(stage, chosen.chosen, fresh, objective)
+    elsewhere = {c for c in chosen.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
+    if drawn is not None and not elsewhere:
+        # here: no need to have Hydra compose each of them from its files
+        cells = Cells(stage, drawn, chosen.chosen, extra)
+        work.settle(cells)
+        folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
+        run_here(cells, jobs, work, folder)
+    else:
+        _try_one(stage, drawn or [], chosen.chosen, extra)
+        folder = _declared(results, Grid(name, command, 1, []), objective)
+        _hand_to_hydra(listed(words, extra), extra, folder, work.of_config)
+    return [Outcome(**found) for found in outcomes_in(folder)]
+
+
+def _declared(results: Path, grid: Grid, objective: Objective | None) -> Path:
+    """Return the new folder of a grid, with what there is to know before its first run."""
     folder = results / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     with mendable(folder):
         folder.mkdir(parents=True)
+        declare(folder, grid)
         if objective:
             declare_tuning(folder, objective.declared())
-
-    def run(config: Callable[[], dict[str, Any]], point: Sequence[str], place: Path) -> float:
-        key, error, value = "", "", None
-        try:
-            job = commanded(job_from(stage, config(), chosen.chosen), point)
-            key = job.spec.key
-            record = execute(job, fresh)
-            value = objective.of(record) if objective else None
-        except UserError as problem:
-            error = str(problem)
-        except RunFailedError as problem:
-            if problem.status == INTERRUPTED:
-                raise KeyboardInterrupt from None
-            error = str(problem)
-        place.mkdir(parents=True, exist_ok=True)
-        found = Outcome([word.lstrip("+") for word in point], key, error, value)
-        (place / OUTCOME).write_text(json.dumps(vars(found)))
-        return math.nan if value is None else value
-
-    elsewhere = {c for c in chosen.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
-    if points is None or elsewhere:
-        _hand_to_hydra(words, extra, folder, run)
-    else:  # here, one after another: no need to have Hydra compose each of them from its files
-        for number, point in enumerate(points):
-            run(partial(hydra_compose, point, extra), point, folder / str(number))
-    return [Outcome(**found) for found in outcomes_in(folder)]
+    return folder
 
 
 def _hand_to_hydra(
@@ -121,20 +113,6 @@ def _hand_to_hydra(
                     "The grid cannot be composed; the reason stands above.",
                     "Try one of its runs alone, with --dry-run.",
                 ) from None
-
-
-def _points(words: Sequence[str]) -> list[list[str]] | None:
-    """Return the words of each run of a grid; None when a sweeper of Hydra draws them itself."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(words))
-        (points,) = BasicSweeper.split_arguments(parsed, None)
-        return [list(point) for point in points]
-    except HydraException:
-        return None
 
 
 def _try_one(

@@ -40,7 +40,7 @@ def main() -> int:
         with places():
             run_here(job)
     except UserError as error:
-        return _fail(error)
+        return fail(error)
     except StoppedError as place:
         _say(f"Stopped after {place}; everything is saved. The same command goes on from there.")
         return INTERRUPTED
@@ -76,12 +76,17 @@ def run_here(job: Job) -> None:
                 raise
 
 
-def _run(job: Job, folder: RunFolder, store: Store) -> None:
+def quiet_libraries() -> None:
+    """Have libraries say nothing of their own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is ours to count
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
+
+
+def _run(job: Job, folder: RunFolder, store: Store) -> None:
+    quiet_libraries()
     progress = Progress(job.runtime.progress)
     progress.say(f"{job.spec.label}, in {folder.path}")
     progress.now("loading torch and transformers")
@@ -92,7 +97,8 @@ def _run(job: Job, folder: RunFolder, store: Store) -> None:
     finish(run)
 
 
-def _fail(error: UserError) -> int:
+def fail(error: UserError) -> int:
+    """Say why the run failed, to whoever launched it too; return the exit status for it."""
     reason = error.message + (f"\n{error.hint}" if error.hint else "")
     _say(f"Error: {reason}")
     if place := os.environ.get(REASON):

@@ -72,6 +72,7 @@ from effbench.testing.kinds import (
     method_class,
     pair_kind,
     pairs,
+    spreads,
     stage_of,
     trains,
 )
@@ -86,6 +87,7 @@ from effbench.testing.models import (
     probe,
     saved,
     state_hash,
+    step_parts,
     strengthened,
     tiny_shape,
 )
@@ -291,6 +293,18 @@ class MethodContract:
         counted = parameters(begun(method, model, ctx)).trainable
         working = shape_of(method, shape, phase="train")
         assert 0 < counted == cost_of(working, "float32").trainable - working.grown
+
+    @applies(spreads)
+    def test_parts_of_a_step_are_the_step(self, name: str) -> None:
+        """Gradients and loss of several processes add up to those of one; their draws agree."""
+        [(loss, gradients, draws)] = step_parts(name, 1)
+        several = step_parts(name, 2)
+        assert sum(part[0] for part in several) == pytest.approx(loss, rel=1e-5)
+        assert gradients.keys() == {n for part in several for n in part[1]}
+        for place, gradient in gradients.items():
+            summed = sum(part[1].get(place, torch.zeros(())) for part in several)
+            torch.testing.assert_close(summed, gradient, rtol=1e-4, atol=1e-6)
+        assert all(part[2].equal(draws) for part in several)
 
     # -- the artefact ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from effbench.api.stages import base as stages
 from effbench.api.weights import is_packed
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved, shape_of
+from effbench.methods.trains import data_parallel
 from effbench.nn.decode.decoder import Route
 from effbench.testing.models import given, tiny_shape
 
@@ -37,6 +38,11 @@ def makes(name: str) -> bool:
 def trains(name: str) -> bool:
     """Whether a method trains."""
     return stages.find(stage_of(name)).trains
+
+
+def spreads(name: str) -> bool:
+    """Whether a method says that it trains on several devices."""
+    return trains(name) and bool(data_parallel(given(name)))
 
 
 def compresses(name: str) -> bool:

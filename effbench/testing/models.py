@@ -12,6 +12,7 @@ import torch
 
 from effbench.api import registry
 from effbench.api.batch import Batch, make_batch
+from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.points import UNNAMED, Point
@@ -23,6 +24,7 @@ from effbench.methods.chain import resolved
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.models import load as models
+from effbench.runner.stages.batching import window
 
 
 class Fresh(NamedTuple):
@@ -101,6 +103,35 @@ def move(model: torch.nn.Module) -> None:
     for p in model.parameters():
         if p.requires_grad:
             p.add_(0.02 * torch.randn(p.shape, generator=draws))
+
+
+def step_parts(
+    name: str, processes: int
+) -> list[tuple[float, dict[str, torch.Tensor], torch.Tensor]]:
+    """Return what each of several processes finds in its part of a method's first step.
+
+    That is its loss, its gradients by name, and the state of its draws; nothing is summed yet.
+    """
+    return [_step_part(name, rank, processes) for rank in range(processes)]
+
+
+def _step_part(
+    name: str, rank: int, processes: int
+) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    drops = "dropout" in {f.name for f in fields(registry.find("methods", name))}
+    still: dict[str, Any] = {"dropout": 0.0} if drops else {}
+    method, model, _, ctx = fresh(name, **still)
+    assert isinstance(method, Trains)
+    model, losses = begun(method, model, ctx).train(), list[float]()
+    ctx.reduce = lambda _, loss: losses.append(float(loss))
+    lengths = (14, 5, 9, 22, 6, 11, 17)
+    rows = [Example(str(n), (Tokens([*range(n, 2 * n)], 3, n - 3),)) for n in lengths]
+    batches = window(rows, range(len(rows)), 3, 0, ctx.device, rank, processes)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    ctx.evolution.before_step()
+    method.update(model, optimizer, batches, ctx)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return losses[0], found, ctx.generator.get_state()
 
 
 def saved(method: Method, model: torch.nn.Module, folder: Path) -> list[Path]:

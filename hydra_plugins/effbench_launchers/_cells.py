@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -64,13 +63,12 @@ class Cell:
         Args:
             reason: What is known of it.
         """
-        from effbench.results.sweeps import OUTCOME
+        from effbench.results import sweeps
+        from effbench.runner.grid.work import keep
 
         words = [str(word).lstrip("+") for word in self.config.hydra.overrides.task]
-        error = f"{reason.strip() or 'its process ended without a word.'}\n{GONE}"
-        self.place.mkdir(parents=True, exist_ok=True)
-        outcome = {"overrides": words, "key": "", "error": error, "value": None}
-        (self.place / OUTCOME).write_text(json.dumps(outcome))
+        error = f"{reason.strip() or 'Its process ended without a word.'}\n{GONE}"
+        keep(sweeps.Cell(0, words, error=error), self.place)
         return JobReturn(words, self.config, status=JobStatus.COMPLETED, _return_value=math.nan)
 
 

@@ -295,13 +295,13 @@ def given(words: Sequence[str], root: Path) -> tuple[Any, list[Job]]:
     """Give a command whose runs are taken down in place of being run."""
     jobs: list[Job] = []
 
-    def execute(job: Job, fresh: bool = False) -> Any:
+    def execute(job: Job, *_: object) -> Any:
         jobs.append(job)
         raise SystemExit(0)
 
     with (
         mock.patch("effbench.runner.local.execute", execute),
-        mock.patch("effbench.runner.sweep.execute", execute),
+        mock.patch("effbench.runner.grid.work.execute", execute),
     ):
         try:
             return command(words, root), jobs

@@ -62,7 +62,7 @@ def command(words: Sequence[str], root: Path) -> Said:
     """
     from effbench.cli import main as module
 
-    def process(command: Sequence[str], text: str, reason: int) -> int:
+    def process(command: Sequence[str], text: str, *_: object) -> int:
         from effbench.runner import worker
 
         forget_accelerator()

@@ -34,7 +34,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Have a grid run nothing, and return what it would have run."""
     found: list[Job] = []
-    monkeypatch.setattr(sweep, "execute", lambda job, fresh: found.append(job))
+    monkeypatch.setattr("effbench.runner.grid.work.execute", lambda job, *_: found.append(job))
     return found
 
 

@@ -275,7 +275,7 @@ def test_the_launcher_writes_nothing_of_the_run(
     job = bench.job("eval")
     seen: list[bool] = []
 
-    def look(command: list[str], text: str, reason: int) -> int:
+    def look(command: list[str], text: str, *_: object) -> int:
         assert json.loads(text) == plain(job)
         seen.append(bench.folder(job).path.exists())
         return 1

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,8 +39,10 @@ def test_a_grid_runs_once_and_the_second_time_not_at_all(cli, inline) -> None:
     assert cli("train", "-m", "seed=0,1", *RUN, *STEPS)[0] == 0
     assert len(inline) == 2, "what is done is not run again"
     assert len(list(Path("results/sweeps").iterdir())) == 2
+    assert cli("train", "-m", "seed=0,1,2", *RUN, *STEPS)[0] == 0
+    assert len(inline) == 3, "a further seed is one run"
     assert cli("train", "-m", "--fresh", "seed=0,1", *RUN, *STEPS)[0] == 0
-    assert inline == [0] * 4
+    assert inline == [0] * 5
 
 
 def test_a_run_that_fails_does_not_stop_the_others(cli, inline, tmp_path: Path) -> None:
@@ -78,6 +82,10 @@ def test_a_run_that_cannot_be_composed_does_not_stop_the_others(cli, inline) -> 
         (["method.rank=100,200"], "method.rank=100 is more"),
         (["model=tiny,tniy"], "'tniy'"),
         (["seed=0,1", "--config-dir", "nowhere"], "nowhere is not a folder"),
+        (["seed=range(2,2)"], "so the grid has no run"),
+        (["seed=range(100000)"], "The grid has 100,000 runs"),
+        (["sweep=nothing"], "There is no grid called 'nothing'"),
+        (["sweep.jobs=none", "seed=0,1"], "sweep.jobs=none is not possible"),
         (["seed=1", "launcher=slurm"], "pip install 'effbench[slurm]'"),
         (["seed=1,2", "launcher=joblib"], "pip install 'effbench[joblib]'"),
         (["seed=1,2", "launcher=ray"], "pip install 'effbench[ray]'"),
@@ -203,3 +211,48 @@ def test_the_runs_of_a_grid_go_side_by_side(tmp_path: Path) -> None:
     keys = {line.split()[0] for line in done.stdout.splitlines() if line.endswith("done")}
     assert keys == {p.stem for p in (tmp_path / "results" / "records").iterdir()}
     assert len(keys) == 2
+
+
+def grid_of(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """Begin a grid as a shell does, in a group of processes of its own."""
+    code = "from effbench.cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", "-m", "model=tiny", "dataset=arithmetic", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_saves_what_runs_and_begins_no_other(jobs: int, tmp_path: Path) -> None:
+    words = ["seed=0,1,2", "method.rank=2", "dataset.limit.test=8", f"sweep.jobs={jobs}"]
+    words += ["train.max_steps=30000", "train.checkpoint_every=30000", "hardware.threads=1"]
+    process = grid_of(tmp_path, *words)
+    for _ in range(1200):
+        logs = [p.read_text() for p in tmp_path.glob("results/runs/*/events.jsonl")]
+        if len(logs) == jobs and all('"step"' in log for log in logs):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert f"3 runs: 0 done, {3 - jobs} waiting, {jobs} interrupted" in said
+    assert "The same command goes on." in said
+    assert len(list(tmp_path.glob("results/runs/*/checkpoint.pt"))) == jobs
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_two_launchers_of_one_grid_run_each_run_once(tmp_path: Path) -> None:
+    words = ["seed=0,1", "method.rank=2", "dataset.limit.test=8", "train.max_steps=2"]
+    both = [grid_of(tmp_path, *words) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all(out.count("  done") == 2 for out, _ in said)
+    logs = [p.read_text() for p in tmp_path.glob("results/runs/*/events.jsonl")]
+    assert [log.count('"name": "train"') for log in logs] == [1, 1]

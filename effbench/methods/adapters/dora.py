@@ -39,6 +39,7 @@ class DoRA(LoRA):
     paper: ClassVar[Paper | None] = Paper(
         "DoRA: Weight-Decomposed Low-Rank Adaptation", "ICML 2024", "2402.09353"
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     libraries: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:

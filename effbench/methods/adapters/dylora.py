@@ -56,6 +56,7 @@ class DyLoRA(Trains):
         "2210.07558",
     )
     anatomy: ClassVar[Anatomy] = "other"
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"

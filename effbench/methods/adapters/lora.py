@@ -55,6 +55,7 @@ class LoRA(Trains):
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
     anatomy: ClassVar[Anatomy] = "other"
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"

@@ -28,6 +28,7 @@ class LoRAPlus(LoRA):
     paper: ClassVar[Paper | None] = Paper(
         "LoRA+: Efficient Low Rank Adaptation of Large Models", "ICML 2024", "2402.12354"
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 2.5e-4
 
     ratio: PositiveFloat = 16.0

@@ -31,6 +31,7 @@ class QDyLoRA(DyLoRA):
         "EMNLP 2024 Industry Track",
         "2402.10462",
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
 

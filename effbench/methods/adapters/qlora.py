@@ -25,6 +25,7 @@ class QLoRA(LoRA):
     paper: ClassVar[Paper | None] = Paper(
         "QLoRA: Efficient Finetuning of Quantized LLMs", "NeurIPS 2023", "2305.14314"
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
 
     @property

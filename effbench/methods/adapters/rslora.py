@@ -27,6 +27,7 @@ class RankStabilisedLoRA(LoRA):
     paper: ClassVar[Paper | None] = Paper(
         "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", "arXiv 2023", "2312.03732"
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
 
     @property
     def numerator(self) -> float:

@@ -81,6 +81,7 @@ class LoRADrop(Trains):
         "arXiv, January 2026",
         "2601.02569",
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"window": 0}

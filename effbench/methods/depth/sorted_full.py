@@ -55,6 +55,7 @@ class SortedFull(Trains, ReadsDepths):
         "Findings of EACL 2024",
         "2309.08968",
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 5e-5
     identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
     eval_settings: ClassVar[frozenset[str]] = READING

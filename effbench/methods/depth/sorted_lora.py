@@ -43,6 +43,7 @@ class SortedLoRA(SortedFull):
         "arXiv 2023",
         "2309.00255",
     )
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 5e-4
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"

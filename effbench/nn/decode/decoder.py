@@ -67,7 +67,7 @@ class Route:
             def alone(ids: torch.Tensor, prompt: int) -> torch.Tensor:
                 return staged.whole_logits(model, cache, ids, prompt=prompt)
 
-            if cache.reads_prompts:
+            if cache.reads_prompts(batch.input_ids.shape[1]):
                 return by_prompts(alone, batch)
             return staged.whole_logits(model, cache, batch.input_ids, batch.attention_mask)
 
@@ -193,7 +193,7 @@ class Exits(Route):
                 all_real = torch.ones_like(ids)
                 return early_exit.exit_logits(model, exits, rule, ids, all_real, cache, prompt)[0]
 
-            if cache.reads_prompts:
+            if cache.reads_prompts(batch.input_ids.shape[1]):
                 return by_prompts(alone, batch)
             return early_exit.exit_logits(model, exits, rule, *inputs, cache)[0]
 

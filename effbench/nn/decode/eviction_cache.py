@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 class Eviction(CachePolicy):
     """Keeps the entries of a layer with the highest scores; a subclass has `score`."""
 
-    reads_prompts: ClassVar[bool] = True
-
     budget: int
     """Most entries of a head that stay, those that a score pins among them."""
+
+    def reads_prompts(self, length: int) -> bool:
+        """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
+        return length > self.budget
 
     def score(self, model: Any) -> Score:
         """Return what scores the entries of each layer of a model.
@@ -39,6 +41,10 @@ class PromptEviction(Eviction):
 
     then: CachePolicy = EVERYTHING
     """What the cache keeps of the entries that stay and of later tokens. Keys are turned."""
+
+    def reads_prompts(self, length: int) -> bool:
+        """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
+        return self.then != EVERYTHING or super().reads_prompts(length)
 
     def layers(self, model: Any, undo: int) -> Sequence[LayerCache]:
         """Return the empty entries of all layers of a model."""

@@ -24,8 +24,6 @@ class CachePolicy:
     """Whether keys are kept as they were projected, and turned at their places in the cache."""
     takes_back: ClassVar[bool] = True
     """Whether the last tokens can be forgotten again."""
-    reads_prompts: ClassVar[bool] = False
-    """Whether what a token sees depends on where the prompt before it ended."""
 
     def layer(self, undo: int) -> LayerCache:
         """Return a layer's empty entry.
@@ -43,6 +41,10 @@ class CachePolicy:
             undo: Most tokens that will have to be taken back at a time.
         """
         return [self.layer(undo) for _ in stack.decoder_layers(model)]
+
+    def reads_prompts(self, length: int) -> bool:
+        """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
+        return False
 
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""

@@ -207,7 +207,7 @@ def draw_starts(
         prefix: Largest share of the rest of a sequence that counts as prompt too.
         random_phase: Whether the phase is drawn; 0 otherwise.
     """
-    draws = torch.rand(len(batch.rows), 2, generator=generator, dtype=torch.float64)
+    draws = batch.drawn(lambda n: torch.rand(n, 2, generator=generator, dtype=torch.float64))
     draws = draws.to(batch.labels.device)
     shortest = prompt_lengths(batch.labels)
     rest = (batch.attention_mask.sum(1) - shortest).clamp(min=0)

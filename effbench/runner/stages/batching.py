@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from effbench.api.batch import Batch, collate
-from effbench.api.examples import Example
+from effbench.api.examples import IGNORED, Example
 from effbench.api.footprint import Pass
 from effbench.util.errors import UserError
 
@@ -82,8 +82,23 @@ def groups_of(rows: Sequence[Example], most: int, device: torch.device) -> list[
     return micro_batches([r.longest for r in rows], most, PASS_TOKENS.get(device.type, 128), sizes)
 
 
+def parts_of(group: Sequence[int], processes: int) -> list[Sequence[int]]:
+    """Return the part of each process in a micro-batch, as alike in length as rows in order allow.
+
+    A process without a row of its own passes the longest one, which counts nothing then, so that
+    all of them make the same passes.
+    """
+    return [group[rank::processes] or group[:1] for rank in range(processes)]
+
+
 def passes_of(
-    examples: Sequence[Example], steps: int, seed: int, size: int, most: int, device: torch.device
+    examples: Sequence[Example],
+    steps: int,
+    seed: int,
+    size: int,
+    most: int,
+    device: torch.device,
+    processes: int = 1,
 ) -> tuple[set[Pass], int]:
     """Return the micro-batches of the first steps, as far as memory depends on them.
 
@@ -94,6 +109,7 @@ def passes_of(
         size: Rows of one step.
         most: Rows that a micro-batch may have.
         device: Decides how they are dealt.
+        processes: How many share each; what is returned is what one of them has.
 
     Returns:
         What they are, and how many a step has at the most.
@@ -103,8 +119,8 @@ def passes_of(
         rows = [examples[i] for i in rows_of_step(len(examples), seed, step, size)]
         groups = groups_of(rows, most, device)
         many = max(many, len(groups))
-        for group in groups:
-            members = [rows[i] for i in group]
+        for part in (part for group in groups for part in parts_of(group, processes)):
+            members = [rows[i] for i in part]
             sequences = sum(len(e.sequences) for e in members)
             longest = max(e.longest for e in members)
             found.add(Pass("train", sequences, longest, sum(e.loss_tokens for e in members)))
@@ -117,10 +133,13 @@ def window(
     most: int,
     pad: int,
     device: torch.device,
+    rank: int = 0,
+    processes: int = 1,
 ) -> list[Batch]:
     """Return the micro-batches of one step; their losses add up to the mean over all its tokens.
 
-    An example's sequences are never dealt into different micro-batches.
+    An example's sequences are never dealt into different micro-batches. Several processes have the
+    same micro-batches, each a part of every one of them, so that draws for each agree.
 
     Args:
         examples: The training rows.
@@ -128,6 +147,8 @@ def window(
         most: Rows that a micro-batch may have.
         pad: Token that fills up.
         device: Where the batches go.
+        rank: Which of the processes is asked for.
+        processes: How many share each micro-batch.
 
     Raises:
         UserError: When no token of the step counts in the loss.
@@ -142,9 +163,28 @@ def window(
     batches = []
     for group in groups_of([examples[i] for i in rows], most, device):
         chosen = [rows[position] for position in group]
-        batch = collate([examples[i] for i in chosen], pad)
-        batch.rows = [chosen[place] for place in batch.rows]
+        places = parts_of(range(len(chosen)), processes)[rank]
+        own = [chosen[place] for place in places]
+        batch = collate([examples[i] for i in own], pad)
+        batch.rows = [own[place] for place in batch.rows]
+        if processes > 1:
+            _share(batch, [len(examples[i].sequences) for i in chosen], places)
+        if rank >= len(chosen):
+            batch.labels.fill_(IGNORED)
         batch.window_tokens = tokens
         batch.window_examples = sum(weights)
         batches.append(batch.to(device))
     return batches
+
+
+def _share(batch: Batch, sizes: Sequence[int], own: Sequence[int]) -> None:
+    """Tell a batch which part it is of a micro-batch.
+
+    Args:
+        batch: Some of its examples.
+        sizes: Sequences of each of all its examples.
+        own: The places of the batch's examples among them.
+    """
+    before = [0, *accumulate(sizes)]
+    batch.whole = before[-1]
+    batch.places = [place for i in own for place in range(before[i], before[i + 1])]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from effbench.resources.counting import LayerForwards
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import Opened, context, open_data, open_model
+from effbench.runner.peers import spread
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.runner.stages.batching import passes_of, rows_of_step, window
@@ -49,6 +51,8 @@ class Progressed:
     """Validations since the best loss."""
     stopped: bool = False
     """Whether early stopping ended the run."""
+    devices: int = 1
+    """On how many the last step was made."""
 
 
 @dataclass
@@ -82,13 +86,28 @@ def perform(run: Run) -> None:
     """
     data = open_data(run)
     data.examples("train")  # held by the process before the model's memory is measured
-    opened = open_model(run)
-    made = load_made(run, opened.method, opened.model) or _made(run, opened, data)
+    with spread(run):
+        opened = open_model(run)
+        made = load_made(run, opened.method, opened.model) or _made(run, opened, data)
     opened = replace(opened, model=made)
     if opened.method.weights == "float32":
         cast_parameters(made, run.dtype)
     evaluate(run, opened, data)
     hold_against_plan(run, opened.base, opened.base_bytes)
+
+
+def assist(run: Run) -> None:
+    """Train beside the run's own process, which alone saves and evaluates.
+
+    Raises:
+        StoppedError: When the run was asked to stop.
+        UserError: As for `perform`.
+    """
+    data = open_data(run)
+    data.examples("train")
+    trainer = build_trainer(run, open_model(run), data)
+    with run.phase("train"):
+        _loop(trainer)
 
 
 def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
@@ -141,6 +160,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     ctx = context(run)
     ctx.backward = accelerator.backward
     ctx.autocast = accelerator.autocast
+    ctx.reduce = run.group.reduce
     ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
 
     ctx.splits = {name: data.examples(name) for name in method.splits()}
@@ -195,7 +215,8 @@ def _work(run: Run, examples: Sequence[Example], settings: TrainSpec) -> dict[st
     """Return the micro-batches that training will have, as far as memory depends on them."""
     steps, seed = min(settings.max_steps, FORESEEN_STEPS), run.spec.seed
     size = settings.rows_per_step
-    found, most = passes_of(examples, steps, seed, size, settings.batch_size, run.device)
+    dealt = settings.batch_size, run.device, run.group.size
+    found, most = passes_of(examples, steps, seed, size, *dealt)
     return {"train": tuple(found), "micro_batches": most, "lengths": 0}
 
 
@@ -272,6 +293,7 @@ def _loop(trainer: Trainer) -> None:
     done, settings = trainer.done, trainer.settings
     _resume(trainer)
     first = done.step
+    _note_devices(trainer)
     if first == 0:
         trainer.ctx.evolution.begin(window_of(trainer, 0))
     begun = time.perf_counter()
@@ -284,10 +306,25 @@ def _loop(trainer: Trainer) -> None:
             _show(trainer, loss, first, begun)
             last = done.step == settings.max_steps or done.stopped
             due = done.step % settings.checkpoint_every == 0
+            stop.requested = trainer.run.group.any(stop.requested)
             if stop.requested or (due and not last):
                 _checkpoint(trainer)
             if stop.requested:
                 raise StoppedError(f"step {done.step} of {settings.max_steps}")
+
+
+def _note_devices(trainer: Trainer) -> None:
+    """Say from which step on there is another number of devices; draw apart from other processes.
+
+    What torch draws by itself, as for dropout, must differ between their rows.
+    """
+    run, done = trainer.run, trainer.done
+    if run.group.size != done.devices:
+        count = f"{run.group.size} devices" if run.group.size > 1 else "one device"
+        run.note(f"trained on {count} from step {done.step + 1} on")
+        done.devices = run.group.size
+    if run.group.rank:
+        torch.manual_seed((run.spec.seed * 1_000_003 + done.step * 1009 + run.group.rank) % 2**63)
 
 
 def one_step(trainer: Trainer) -> float:
@@ -306,10 +343,10 @@ def one_step(trainer: Trainer) -> float:
     rate = trainer.schedule.get_last_lr()[0]
     trainer.schedule.step()
     _refuse_infinite("loss", loss, trainer.settings, done.step + 1)
-    tokens = sum(int(b.attention_mask.sum()) for b in batches)
+    tokens = _tokens(trainer, done.step)
     done.step += 1
     done.tokens += tokens
-    layer_forwards = trainer.layer_forwards.count - before
+    layer_forwards = run.group.total(trainer.layer_forwards.count - before)
     done.layer_forwards += layer_forwards
     run.events.append(
         "step",
@@ -325,16 +362,29 @@ def one_step(trainer: Trainer) -> float:
 
 
 def window_of(trainer: Trainer, step: int) -> list[Batch]:
-    """Return the micro-batches of a step."""
-    settings = trainer.settings
-    size = settings.rows_per_step
+    """Return this process's part of the micro-batches of a step."""
+    run = trainer.run
     return window(
         trainer.examples,
-        rows_of_step(len(trainer.examples), trainer.run.spec.seed, step, size),
-        settings.batch_size,
-        trainer.run.tokenizer.pad_token_id,
+        _rows(trainer, step),
+        trainer.settings.batch_size,
+        run.tokenizer.pad_token_id,
         trainer.ctx.device,
+        run.group.rank,
+        run.group.size,
     )
+
+
+def _rows(trainer: Trainer, step: int) -> list[int]:
+    """Return the rows of a step, over all processes."""
+    size = trainer.settings.rows_per_step
+    return rows_of_step(len(trainer.examples), trainer.run.spec.seed, step, size)
+
+
+def _tokens(trainer: Trainer, step: int) -> int:
+    """Return the tokens of a step, over all processes."""
+    rows = (trainer.examples[i] for i in _rows(trainer, step))
+    return sum(len(s.ids) for row in rows for s in row.sequences)
 
 
 def _show(trainer: Trainer, loss: float, first: int, begun: float) -> None:
@@ -370,7 +420,7 @@ def _validate(trainer: Trainer) -> None:
             total += float(losses.double().sum())
             count += over
     model.train()
-    loss = total / count
+    loss = run.group.told(total / count)
     run.events.append("validation", step=done.step, loss=loss)
     run.progress.say(f"step {done.step}: validation loss {loss:.4f}")
     if not trainer.ctx.evolution.final:
@@ -412,9 +462,19 @@ def _checkpoint(trainer: Trainer) -> None:
         "done": vars(trainer.done),
         "events": trainer.run.events.position(),
     }
+    if trainer.run.group.rank:
+        return
     folder = trainer.run.folder
     with folder.writing(folder.checkpoint.name) as path, path.open("xb") as file:
         torch.save(state, file)
+
+
+def _checked_checkpoint(run: Run) -> Path | None:
+    """Return the file of the last checkpoint, as it was written; None where there is none."""
+    path = run.folder.checkpoint
+    if not path.exists():
+        return None
+    return run.folder.check(path.name, hint="Delete it, or say --fresh, to train from the start.")
 
 
 def _resume(trainer: Trainer) -> None:
@@ -424,11 +484,10 @@ def _resume(trainer: Trainer) -> None:
         UserError: When the checkpoint cannot be read.
     """
     run, method = trainer.run, trainer.method
-    path = run.folder.checkpoint
-    if not path.exists():
+    path = run.group.told(_checked_checkpoint(run))
+    if path is None:
         run.events.cut()
         return
-    run.folder.check(path.name, hint="Delete it, or say --fresh, to train from the first step.")
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as error:
@@ -452,5 +511,6 @@ def _resume(trainer: Trainer) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
     trainer.ctx.generator.set_state(state["draws"].cpu())
     trainer.done.__dict__.update(state["done"])
-    run.events.cut(state["events"])
+    if not run.group.rank:
+        run.events.cut(state["events"])
     run.progress.say(f"going on from step {trainer.done.step}")
