@@ -90,6 +90,7 @@ def compare(
     from effbench.report.terminal import print_comparison
     from effbench.results.records import find, read_all
     from effbench.results.sweeps import tunings
+    from effbench.results.tunings import tuned_together
 
     if flips is not None:
         from effbench.cli.gate import flips_of
@@ -112,7 +113,7 @@ def compare(
         margins_of(margin or []),
         chosen.words,
         same_points=same_points,
-        tunings=tunings(results),
+        tunings=[*tunings(results), *tuned_together(results)],
     )
     if form == "text":
         print_comparison(found, full)

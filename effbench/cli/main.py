@@ -200,6 +200,34 @@ def _show_record(record: Any, full: bool = False) -> None:
 
 
 @app.command()
+def tune(
+    overrides: Overrides = None,
+    at: Annotated[
+        Literal["best", "mean"],
+        typer.Option(help="Of several operating points: the best one, or the mean over them."),
+    ] = "best",
+    extend: Annotated[
+        int, typer.Option(min=0, help="How often the grid goes on where its end is best.")
+    ] = 2,
+    config_dir: ConfigDirs = None,
+) -> None:
+    """Try a method at several settings, chosen on rows that are not reported; say what it cost.
+
+    Numbers alone are tuned. The trials are kept, so that compare and table count them.
+
+    \b
+    Examples:
+      effbench tune method=qdylora train.learning_rate=3e-4,1e-3,3e-3
+      effbench tune method=lora train.learning_rate=1e-3,3e-3 method.alpha=16,32 --extend 0
+      effbench tune method=lora train.learning_rate=1e-3,3e-3 sweep.metric=loss@validation
+    """
+    from effbench.cli.tuning import tune as tried
+
+    for line in tried(list(overrides or []), list(config_dir or []), at, extend, typer.echo):
+        typer.echo(line)
+
+
+@app.command()
 def plan(
     overrides: Overrides = None,
     like: Like = "",

@@ -31,7 +31,7 @@ from effbench.api.spec import (
 )
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
-from effbench.config.files import groups
+from effbench.config.files import groups, options
 from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
 from effbench.config.parallelism import check_parallelism
@@ -364,7 +364,22 @@ def _start(ref: Any, chosen: set[str], store: Store) -> str:
         return ""
     if not isinstance(ref, str):
         raise UserError(f"from={ref} is no text.", "In a file, write the key in quotes.")
-    return store.resolve(ref)
+    return _run_of_experiment(ref, store) if ref in options("experiment") else store.resolve(ref)
+
+
+def _run_of_experiment(name: str, store: Store) -> str:
+    """Return the key of the run of an experiment as it is, such as `mini`.
+
+    Raises:
+        UserError: When it was not made here, or not to its end.
+    """
+    spec = compose(None, [f"experiment={name}"]).spec
+    if not store.run(spec.key).finished:
+        raise UserError(
+            f"The run of experiment={name} ({spec.key}) is not in {store.root}.",
+            f"Make it: effbench {spec.stage} experiment={name}",
+        )
+    return spec.key
 
 
 def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:

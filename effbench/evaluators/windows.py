@@ -103,6 +103,21 @@ def groups(windows: Sequence[Window], batch_tokens: int) -> list[list[int]]:
     return list(by_length([w.stop - w.start for w in windows], batch_tokens))
 
 
+def spread(stream: Sequence[int], length: int, step: int, most: int) -> list[list[int]]:
+    """Return texts of one length that end at even distances in a stream of tokens.
+
+    Args:
+        stream: At least `length` tokens.
+        length: Of each text.
+        step: What distances are multiples of, so that the last `step` tokens of texts differ.
+        most: Texts; fewer where there are not so many such ends.
+    """
+    spare = (len(stream) - length) // step
+    count = min(most, spare + 1)
+    ends = [length + (i * spare // max(1, count - 1)) * step for i in range(count)]
+    return [list(stream[end - length : end]) for end in ends]
+
+
 def sizes(window: int | None, stride: int | None, max_length: int) -> tuple[int, int]:
     """Return window and stride with their defaults: the dataset's longest sequence, half of it."""
     window = window or max_length

@@ -18,7 +18,10 @@ from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.scales import SCALES, Cells, Scale
+from effbench.report.tuned import Tuned
+from effbench.report.tuning import Tuning
 from effbench.results.records import Record, read, read_all
+from effbench.results.tunings import tuned_together
 from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
 
@@ -46,6 +49,10 @@ class Campaign:
     paper: list[Claim] = field(default_factory=list)
     overturn: str = ""
     """What would overturn the finding, beside other seeds and items."""
+    start: str = ""
+    """Experiment whose run all arms go on from; it is made when it is missing."""
+    tune: Tuning | None = None
+    """What is tuned for each arm that trains and does not set it itself."""
     ceiling: str = ""
     """The most that the method can give, by arithmetic."""
     verdict: Verdict | None = None
@@ -70,7 +77,14 @@ class Campaign:
             raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
         own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
         name = f"{self.name}{AT}{scale}"
-        return replace(self, name=name, scale=scale, scales={}, verdict=None, points="", **own)
+        bare: dict[str, Any] = {
+            "scales": {},
+            "verdict": None,
+            "points": "",
+            "start": "",
+            "tune": None,
+        }
+        return replace(self, name=name, scale=scale, **bare, **own)
 
     @property
     def command(self) -> str:
@@ -118,7 +132,27 @@ class Campaign:
         names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
         known = read_all(results / "records", outcomes=False)
         runs = [record for records in arms.values() for record in records]
-        return compare(runs, known, names=names, same_points=same_points)
+        tunings = tuned_together(results)
+        return compare(runs, known, names=names, same_points=same_points, tunings=tunings)
+
+    def tuned(self, results: Path) -> list[str]:
+        """Return what was chosen by tuning and what that cost, in words; nothing without.
+
+        Raises:
+            UserError: When the trials or the record of one are missing.
+        """
+        return [self._tuned(self.tune, results).sentence()] if self.tune else []
+
+    def tuned_arms(self, results: Path) -> dict[str, list[str]]:
+        """Return the commands of each arm with the best words of its tuning.
+
+        Raises:
+            UserError: As `tuned`.
+        """
+        return self._tuned(self.tune, results).commands(self.arms) if self.tune else self.arms
+
+    def _tuned(self, tuning: Tuning, results: Path) -> Tuned:
+        return Tuned.read(tuning, results, self.name, f"Make it: {self.command}")
 
 
 def campaign_in(path: Path) -> Campaign:
@@ -182,7 +216,8 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     made = f"Made by `{_target(campaign.name)}`."
-    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{found.markdown()}"
+    tuned = "".join(f"{line}\n\n" for line in campaign.tuned(stem.parents[1]))
+    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{tuned}{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
         path.write_text(content)

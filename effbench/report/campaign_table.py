@@ -35,7 +35,7 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     if form == "csv" and full:
         return found.csv()
     lines = [*found.notes, *found.words] if full else _held(found)
-    lines += [*paper_lines(campaign), *verdicts.line(campaign, results)]
+    lines += [*campaign.tuned(results), *paper_lines(campaign), *verdicts.line(campaign, results)]
     lines += sentences(campaign, found, campaign.records(results))
     return with_lines(tables, lines, form)
 

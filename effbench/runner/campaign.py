@@ -1,4 +1,4 @@
-"""Run a campaign: all arms with all seeds, seed by seed.
+"""Run a campaign: its start and its tuning where it has them, then all arms, seed by seed.
 
 What is finished is not run again, nor is an arm of one command whose record is there; a run that
 an earlier version made counts too, and this is said.
@@ -7,16 +7,21 @@ an earlier version made counts too, and this is said.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from effbench.api.keys import earlier_keys
 from effbench.api.spec import Spec
 from effbench.config.compose import compose
 from effbench.report.campaign import Campaign
-from effbench.results.records import read
+from effbench.report.tuning import Tuning, trial_of, tunes
+from effbench.results.records import Record, read
 from effbench.results.store import Store
+from effbench.results.tunings import Trials, trials_file
 from effbench.runner.local import execute
+from effbench.runner.tuning import search
 from effbench.util.files import write_atomic
 
 Say = Callable[[str], None]
@@ -33,10 +38,14 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     Raises:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
+    runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
+    if campaign.tune:
+        runs.tune(campaign.tune)
+    arms = campaign.tuned_arms(results)
     keys: dict[str, list[str]] = {}
     for seed in campaign.seeds:
-        for arm, steps in campaign.arms.items():
-            key = _chain(campaign, steps, seed, results, say)
+        for arm, steps in arms.items():
+            key = runs.chain(steps, seed)
             if key not in keys.setdefault(arm, []):
                 keys[arm].append(key)
     path = campaign.manifest(results)
@@ -44,18 +53,59 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     write_atomic(path, json.dumps(keys, indent=1) + "\n")
 
 
-def _chain(campaign: Campaign, steps: list[str], seed: int, results: Path, say: Say) -> str:
-    key = ""
-    for step in steps:
-        stage, *words = step.split()
-        start = [f"from={key}"] if key else []
-        # A run that only reads out what was trained has its data from there.
-        shared = [] if stage == "eval" and key else [f"experiment={campaign.experiment}"]
-        words = [*shared, *start, *words, *([] if stage == "eval" else [f"seed={seed}"])]
-        say(f"effbench {stage} {' '.join(words)}")
-        job = compose(stage, [*words, "run.progress=false", f"run.results={results}"])
-        key = done(job.spec, results, len(steps) == 1, say) or execute(job).key
-    return key
+def _start(experiment: str, results: Path, say: Say) -> str:
+    """Return the key of the run that all arms go on from, made if it is missing; else nothing."""
+    if not experiment:
+        return ""
+    job = compose(
+        None, [f"experiment={experiment}", "run.progress=false", f"run.results={results}"]
+    )
+    say(f"effbench {job.spec.stage} experiment={experiment}")
+    return execute(job).key
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Makes the runs of a campaign."""
+
+    campaign: Campaign
+    results: Path
+    say: Say
+    start: str
+    """Key of the run that all arms go on from; empty without."""
+
+    def chain(self, steps: Sequence[str], seed: int) -> str:
+        """Return the key of the last run of an arm, after all of them were made."""
+        key = self.start
+        for number, step in enumerate(steps):
+            stage, *words = step.split()
+            # A run that only reads out what was trained has its data from there.
+            shared = not (stage == "eval" and number)
+            words = [
+                *([f"experiment={self.campaign.experiment}"] if shared else []),
+                *([f"from={key}"] if key else []),
+                *words,
+                *([] if stage == "eval" else [f"seed={seed}"]),
+            ]
+            self.say(f"effbench {stage} {' '.join(words)}")
+            job = compose(stage, [*words, "run.progress=false", f"run.results={self.results}"])
+            alone = len(steps) == 1
+            key = done(job.spec, self.results, alone, self.say) or execute(job).key
+        return key
+
+    def tune(self, tuning: Tuning) -> None:
+        """Run the trials of every arm that is tuned, and note their keys."""
+        tried = {
+            arm: search(tuning, partial(self._trial, tuning, steps))
+            for arm, steps in self.campaign.arms.items()
+            if tunes(tuning, steps)
+        }
+        Trials(tried).write(trials_file(self.results, self.campaign.name))
+
+    def _trial(self, tuning: Tuning, steps: Sequence[str], words: str) -> Record:
+        """Return the record of one trial of an arm."""
+        key = self.chain(trial_of(tuning, steps, words), tuning.seed)
+        return read(Store(self.results).records / f"{key}.json")
 
 
 def done(spec: Spec, results: Path, alone: bool, say: Say) -> str:

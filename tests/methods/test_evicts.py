@@ -20,7 +20,7 @@ from effbench.methods.cache.streaming import SinkWindow
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.evicts import Evicts, EvictsPrompt, EvictsSteadily
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
-from effbench.nn.decode.eviction import best
+from effbench.nn.decode.selection import best
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession
 from effbench.util.errors import UserError
@@ -130,6 +130,20 @@ def test_its_bytes_are_those_of_its_tensors_and_as_counted(cls: type[Evicts]) ->
         assert session.kv_bytes() == cache_bytes(shape, "float32", 40, 2)
     assert cost_of(shape, "float32").kv_bytes_per_token == per_token
     assert all(layer.view is None for layer in session.staged.cache.layers)  # type: ignore[union-attr]
+
+
+@every
+def test_a_layer_is_freed_before_the_next_one_reads_the_prompt(cls: type[Evicts]) -> None:
+    session, found = WholeSession(exact_model(), policy_of(small(cls))), list[int]()
+
+    def look(*_: Any) -> None:
+        layer: Any = session.staged.cache.layers[0]
+        found.append(layer.get_seq_length() if layer.view is None else -1)
+
+    hook = session.staged.decoder.layers[1].register_forward_pre_hook(look)
+    session.prefill(some_ids(1, 20))
+    hook.remove()
+    assert found == [BUDGET]
 
 
 @every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,13 @@ def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
     )
     dtype = said.get("hardware", {}).get("dtype", "bfloat16")
     noted = json.loads(path.read_text()) if path.is_file() else {}
-    for arm, (first, *later) in campaign.arms.items():
+    start = compose(None, [f"experiment={campaign.start}"]).spec.key if campaign.start else ""
+    arms = campaign.tuned_arms(ROOT / "results") if noted else campaign.arms
+    for arm, (first, *later) in arms.items():
         stage, *words = first.split()
         settings = [f"experiment={campaign.experiment}", "hardware=cpu", f"hardware.dtype={dtype}"]
         words += [] if stage == "eval" else [f"seed={campaign.seeds[0]}"]
-        spec = compose(stage, [*settings, *words]).spec
+        spec = replace(compose(stage, [*settings, *words]).spec, parent=start)
         if not later and arm in noted:
             assert done(spec, ROOT / "results", True, print) == noted[arm][0], arm
             assert noted[arm][0] in (spec.key, *earlier_keys(spec)), arm

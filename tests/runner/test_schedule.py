@@ -6,9 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from effbench.api.spec import Parallelism
 from effbench.config.compose import compose
 from effbench.results.sweeps import Cell
 from effbench.runner.grid import room, schedule
@@ -76,6 +78,8 @@ def test_runs_of_one_key_are_run_once() -> None:
     work(runs, does(began)).in_turn()
     assert began == ["a", "b"]
     assert {cell.state for cell in runs} == {"done"}
+    seen, _ = together(cells("a", "a", "b"), 3, Room(GIB, {}, 1), lambda c: Need(1))
+    assert len(seen) == 2
 
 
 def test_what_another_process_is_on_comes_last(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -126,6 +130,8 @@ def test_what_cannot_be_planned_or_is_too_large_runs_alone(need: Need | None) ->
     assert {"a", "c"} in seen and {"b"} in seen
     assert not any("b" in both and len(both) > 1 for both in seen)
     assert given["b"] == {}
+    seen, _ = together(cells("b", "a"), 2, Room(10 * GIB, {}, 1), lambda c: needs[c.key])
+    assert max(map(len, seen)) == 1, "nothing begins beside it"
 
 
 def test_a_gpu_has_one_owner() -> None:
@@ -137,6 +143,16 @@ def test_a_gpu_has_one_owner() -> None:
     seen, given = together(cells(*"ab"), 2, large, lambda c: Need(GIB, 15 * GIB))
     assert max(map(len, seen)) == 1
     assert {g["CUDA_VISIBLE_DEVICES"] for g in given.values()} == {"3"}
+
+
+def test_a_run_on_several_gpus_waits_for_all_of_them() -> None:
+    needs = {"a": Need(GIB, GIB), "b": Need(GIB, GIB, 2), "c": Need(GIB, GIB), "d": Need(GIB, 1, 9)}
+    has = Room(100 * GIB, {"0": GIB, "1": GIB}, 1)
+    seen, given = together(cells(*needs), 4, has, lambda c: needs[c.key])
+    assert {"a", "c"} in seen, "c overtakes b"
+    assert not any(both & {"b", "d"} and len(both) > 1 for both in seen)
+    assert given["b"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert given["d"] == {}, "there are never that many: it runs alone, and says so itself"
 
 
 def test_only_the_gpus_that_are_visible_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +171,8 @@ def test_what_a_run_needs_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) ->
     found = room.need_of(job)
     assert found and found.device is None
     assert 0 < found.memory - room.PROCESS_BYTES < GIB
+    several = replace(job.runtime, parallelism=Parallelism(devices=3))
+    assert room.need_of(replace(job, runtime=several)) == Need(3 * found.memory)
     monkeypatch.setattr("effbench.resources.planned.known_shape", lambda spec: None)
     assert room.need_of(job) is None
 

@@ -255,9 +255,9 @@ def test_a_failure_carries_the_reason_that_the_process_gave(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails = (
-        "from effbench.runner.worker import _fail\n"
+        "from effbench.runner.worker import fail\n"
         "from effbench.util.errors import UserError\n"
-        "raise SystemExit(_fail(UserError('No room.', 'Make some.')))"
+        "raise SystemExit(fail(UserError('No room.', 'Make some.')))"
     )
     run = local._run_process
     monkeypatch.setattr(

@@ -24,7 +24,11 @@ class Need:
     """What a run takes of a machine, in bytes; `device` is None where it takes no GPU."""
 
     memory: int
+    """Of all its processes."""
     device: int | None = None
+    """Of each of its GPUs."""
+    devices: int = 1
+    """GPUs, where it takes any."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Share:
 
     need: Need | None
     """None: all of it."""
-    gpu: str = ""
+    gpus: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,11 +63,11 @@ class Room:
             return None
         if need is None or not self._possible(need):
             return None if self._taken else self._given(Share(None))
-        gpu = self._free_gpu(need)
-        if gpu is None or need.memory > self._memory - self._used():
+        gpus = self._free_gpus(need)
+        if gpus is None or need.memory > self._memory - self._used():
             return None
-        devices = {} if need.device is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        return self._given(Share(need, gpu, dict.fromkeys(THREADS, str(self._threads)) | devices))
+        devices = {} if need.device is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        return self._given(Share(need, gpus, dict.fromkeys(THREADS, str(self._threads)) | devices))
 
     def give_back(self, share: Share) -> None:
         """Take a share back from a run that has ended."""
@@ -75,19 +79,26 @@ class Room:
 
     def _possible(self, need: Need) -> bool:
         """Whether a run would fit into the whole machine."""
-        enough = need.device is None or any(b >= need.device for b in self._devices.values())
-        return need.memory <= self._memory and enough
+        return need.memory <= self._memory and len(self._large(need)) >= _wanted(need)
+
+    def _large(self, need: Need) -> list[str]:
+        """Return the GPUs that are large enough for a run."""
+        return [name for name, size in self._devices.items() if size >= (need.device or 0)]
 
     def _used(self) -> int:
         return sum(share.need.memory for share in self._taken if share.need)
 
-    def _free_gpu(self, need: Need) -> str | None:
-        """Return a GPU that no run has and that is large enough; empty where none is needed."""
-        if need.device is None:
-            return ""
-        used = {share.gpu for share in self._taken}
-        fits = (g for g, size in self._devices.items() if g not in used and size >= need.device)
-        return next(fits, None)
+    def _free_gpus(self, need: Need) -> tuple[str, ...] | None:
+        """Return GPUs that no other run has; None while there are too few."""
+        used = {name for share in self._taken for name in share.gpus}
+        free = [name for name in self._large(need) if name not in used]
+        wanted = _wanted(need)
+        return tuple(free[:wanted]) if len(free) >= wanted else None
+
+
+def _wanted(need: Need) -> int:
+    """Return how many GPUs a run takes."""
+    return 0 if need.device is None else need.devices
 
 
 def this_machine(jobs: int) -> Room:
@@ -112,6 +123,7 @@ def need_of(job: Job) -> Need | None:
         found = predicted(job)
     except UserError:
         return None
+    devices = job.runtime.parallelism.devices
     if job.spec.hardware.device == "cuda":
-        return Need(CUDA_PROCESS_BYTES, found.prediction.peak)
-    return Need(PROCESS_BYTES + found.prediction.peak)
+        return Need(devices * CUDA_PROCESS_BYTES, found.prediction.peak, devices)
+    return Need(devices * (PROCESS_BYTES + found.prediction.peak))

@@ -1,0 +1,134 @@
+"""The tuning of a table: the same grid for every arm, chosen on rows that are not reported.
+
+Each arm is tried at every point of the grid, with a seed that no arm is reported at. A best point
+at the end of the grid is no optimum yet: the grid goes on there, a bounded number of times. What
+was tried is kept by key in `results/tunings/NAME.json`, so that the choice and its cost follow from
+records alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from effbench.api.schema import NonNegativeInt, Seed
+from effbench.report.comparison.select import criterion_of, value_of
+from effbench.report.labels import better
+from effbench.results.records import Record
+from effbench.util.errors import UserError
+
+Point = tuple[float, ...]
+"""A value of each setting of a tuning, in the order of `Tuning.over`."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Which settings are tuned, over which values, and by what they are chosen."""
+
+    over: dict[str, list[float]]
+    """Values of each setting, rising; all combinations are tried."""
+    metric: str = "loss@validation"
+    """A metric on a split that is not reported."""
+    at: Literal["best", "mean"] = "best"
+    """Which of several operating points counts: the best one, or the mean over them."""
+    extend: NonNegativeInt = 2
+    """How often the grid goes on at an end where the best point lies."""
+    seed: Seed = 1000
+    """Seed of the trials; none of those that are reported, which nothing is chosen by."""
+
+    def __post_init__(self) -> None:
+        criterion_of(self.metric, "tune.metric=")
+        if not self.over:
+            raise UserError("There is nothing to tune.", "Name a setting with its values.")
+        for name, values in self.over.items():
+            if len(values) < 2 or sorted(set(values)) != values:
+                raise UserError(
+                    f"{name}={values} is no grid.", "Give two values or more, each once, rising."
+                )
+
+    @property
+    def split(self) -> str:
+        """The split that trials are judged on."""
+        return criterion_of(self.metric).split
+
+    def grid(self) -> list[Point]:
+        """Return all combinations of the values."""
+        return list(product(*self.over.values()))
+
+    def words(self, point: Point) -> str:
+        """Return the overrides of a point."""
+        return " ".join(f"{k}={v:g}" for k, v in zip(self.over, point, strict=True))
+
+    def score(self, record: Record) -> float:
+        """Return what a trial is chosen by, less being better; infinity where it is no number.
+
+        Raises:
+            UserError: When the run has no such metric.
+        """
+        criterion = criterion_of(self.metric)
+        value = value_of(record, criterion)
+        if self.at == "mean":
+            found = [
+                m.value for m in record.metrics if (m.name, m.split, m.task) == (*criterion, "")
+            ]
+            value = sum(found) / len(found)
+        sign = -1 if better(criterion.metric) == "higher" else 1
+        return sign * value if math.isfinite(value) else math.inf
+
+    def beyond(self, scores: Mapping[Point, float]) -> list[Point]:
+        """Return the next point to try, when the best one lies at an end of the grid; else nothing.
+
+        Args:
+            scores: Of the points tried, less being better.
+        """
+        best, grid = min(scores, key=lambda p: scores[p]), set(self.grid())
+        if len(scores.keys() - grid) >= self.extend:
+            return []
+        for place, values in enumerate(zip(*scores, strict=True)):
+            further = _further(sorted(set(values)), best[place])
+            point = (*best[:place], further, *best[place + 1 :])
+            if further != best[place] and point not in scores:
+                return [point]
+        return []
+
+
+def _further(values: Sequence[float], best: float) -> float:
+    """Return the value after `best` where that is the first or the last; else `best`.
+
+    The step is the last one of the grid: by a factor where all values are above 0.
+    """
+    for ordered in (values, values[::-1]):
+        end, before = ordered[0], ordered[1]
+        if best == end:
+            factor = min(values) > 0
+            return float(f"{end * end / before if factor else 2 * end - before:.3g}")
+    return best
+
+
+# -- commands of an arm ------------------------------------------------------------------------
+
+
+def tunes(tuning: Tuning, steps: Sequence[str]) -> bool:
+    """Whether an arm is tuned: it trains, and sets nothing itself of what is tuned."""
+    place = last_training(steps)
+    return place >= 0 and not any(w.partition("=")[0] in tuning.over for w in steps[place].split())
+
+
+def last_training(steps: Sequence[str]) -> int:
+    """Return the place of the last command of an arm that trains; -1 where none does."""
+    return max((n for n, step in enumerate(steps) if step.split()[:1] == ["train"]), default=-1)
+
+
+def with_words(steps: Sequence[str], words: str) -> list[str]:
+    """Return the commands of an arm with further words for the last one that trains."""
+    place = last_training(steps)
+    return [f"{step} {words}" if n == place else step for n, step in enumerate(steps)]
+
+
+def trial_of(tuning: Tuning, steps: Sequence[str], words: str) -> list[str]:
+    """Return the commands of one trial: an arm up to its training, judged on rows of the tuning."""
+    judged = f"{words} evaluator.perplexity.split={tuning.split}"
+    return with_words(steps[: last_training(steps) + 1], judged)

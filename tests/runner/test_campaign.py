@@ -1,0 +1,78 @@
+"""Campaigns: what they begin with, what is tried for each arm, and what is run at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from effbench.api.spec import Job
+from effbench.config.compose import compose
+from effbench.report.campaign import campaign_in
+from effbench.results.records import SCHEMA, Metric, Record, write
+from effbench.results.store import MARKER, Store
+from effbench.runner import campaign
+from effbench.util.errors import UserError
+
+TEXT = """# Is one as good?
+experiment: sorted_lora_mini
+start: mini
+seeds: [0]
+tune: {over: {train.learning_rate: [1e-3, 3e-3, 1e-2]}, extend: 1}
+arms:
+  Tuned: [train method=lora, 'eval method.eval_ranks=[1]']
+  Fixed: [train method=lora train.learning_rate=1e-2]
+  Untouched: [eval]
+"""
+
+
+def finished(job: Job) -> Record:
+    """A run without weights, whose loss falls with its learning rate."""
+    run = Store(Path(job.runtime.results)).run(job.spec.key)
+    run.create(job.spec)
+    (run.path / MARKER).write_text("1\n")
+    loss = Metric("loss", -float(job.spec.train.learning_rate or 0), "nats/token", "", "validation")
+    spec = json.loads((run.path / "spec.json").read_text())
+    own = Record(SCHEMA, run.key, "", job.spec.stage, spec, {}, job.spec.parent, "", 1.0, [loss])
+    write(own, Path(job.runtime.results) / "records")
+    return own
+
+
+def test_all_arms_begin_with_the_start_and_have_the_best_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ab.yaml").write_text(TEXT)
+    found, made = campaign_in(tmp_path / "ab.yaml"), list[Job]()
+    monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
+    campaign.run(found, tmp_path, lambda line: None)
+    start, *trials, tuned, read_out, fixed, untouched = [job.spec for job in made]
+    assert (start.model.name, start.method.name) == ("mini", "full")
+    assert [spec.parent for spec in (tuned, fixed, untouched)] == [start.key] * 3
+    assert read_out.parent == tuned.key, "each line goes on from the one before it"
+    rates = [spec.train.learning_rate for spec in trials]
+    assert rates == [1e-3, 3e-3, 1e-2, 0.0333], "the best is at the end, which is extended once"
+    assert {spec.seed for spec in trials} == {1000} and tuned.seed == 0
+    splits = {str(spec.evaluators[0].settings["split"]) for spec in trials}
+    assert splits == {"validation"}, "trials see no row that is reported"
+    assert (tuned.train.learning_rate, fixed.train.learning_rate) == (0.0333, 1e-2)
+    assert untouched.dataset.name == "papers"
+    noted = json.loads((tmp_path / "campaigns" / "ab.json").read_text())
+    assert list(noted.values()) == [[read_out.key], [fixed.key], [untouched.key]]
+    campaign.run(found, tmp_path, lambda line: None)
+    again = [job.spec.key for job in made[len(trials) + 5 :]]
+    assert again == [start.key], "nothing is run twice; its start is only asked for"
+
+
+def test_a_run_is_named_by_its_experiment(tmp_path: Path) -> None:
+    words = ["from=mini", "method=lora", "dataset=papers", f"run.results={tmp_path}"]
+    with pytest.raises(UserError, match="experiment=mini") as caught:
+        compose("train", words)
+    assert caught.value.hint == "Make it: effbench train experiment=mini"
+    job = compose(None, ["experiment=mini", f"run.results={tmp_path}"])
+    finished(job)
+    assert compose("train", words).spec.parent == job.spec.key
+    other = replace(job, spec=replace(job.spec, seed=1))
+    finished(other)
+    assert compose("train", words).spec.parent == job.spec.key, "a run of another seed is another"
