@@ -7,16 +7,17 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 BENCHES := $(subst _,-,$(patsubst scripts/bench_%.py,bench-%,$(sort $(wildcard scripts/bench_*.py))))
-CAMPAIGNS := $(subst _,-,$(patsubst conf/table/%.yaml,campaign-%,$(sort $(wildcard conf/table/*.yaml))))
-TABLES := $(CAMPAIGNS:campaign-%=table-%)
-.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
+TABLES := $(subst _,-,$(patsubst conf/table/%.yaml,table-%,$(sort $(wildcard conf/table/*.yaml))))
+# A grand table gathers others and runs nothing.
+CAMPAIGNS := $(filter-out campaign-grand,$(TABLES:table-%=campaign-%))
+.PHONY: help setup demo test test-fast test-slow fault golden lint format bench selfcheck tables figures gpu gpu-rehearsal clean $(BENCHES) $(CAMPAIGNS) $(TABLES)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@for script in scripts/bench_*.py; do \
 	  name=$$(basename $$script .py | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/"""//gp' $$script)"; done
-	@for file in conf/table/*.yaml; do \
+	@for file in $$(grep -L '^gathers:' conf/table/*.yaml); do \
 	  name=campaign-$$(basename $$file .yaml | tr _ -); \
 	  printf "  make %-28s %s\n" $$name "$$(sed -n '1s/# //p' $$file)"; done
 
@@ -96,6 +97,11 @@ selfcheck: $(READY) ## Proof that the numbers hold: coverage, A/A, counts, oracl
 
 tables: $(READY) ## Make results/tables from results/records
 	$(BIN)/python scripts/tables.py
+
+SIZE ?= page
+
+figures: $(READY) ## Draw every table into build/figures, in SIZE (column, page, screen)
+	$(BIN)/python scripts/figures.py $(SIZE)
 
 clean: ## Remove the environment and caches (not results)
 	rm -rf $(VENV) .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -21,7 +21,7 @@ import torch
 
 from effbench.api.cost import Cost, cost_of
 from effbench.api.method_types import Context
-from effbench.api.shape import Shape
+from effbench.api.shape import AnyShape
 from effbench.config.compose import compose
 from effbench.methods.compresses import compress_whole
 from effbench.methods.full import Full
@@ -57,7 +57,7 @@ class Subject:
     """A model at hand, and what it needs."""
 
     model: Any
-    shape: Shape
+    shape: AnyShape
     cost: Cost
 
 
@@ -100,15 +100,15 @@ def speed(name: str, part: Subject, dense: Subject, ceilings: Ceilings) -> bool:
     prompt = torch.randint(part.shape.vocab_size, (1, PROMPT), generator=draws)
     prompt = prompt.to(part.model.device)
     flops = [prefill_flops(s.cost, s.shape, 1, PROMPT) for s in (part, dense)]
-    read = (partial(prefilled, s.model, prompt, 0) for s in (part, dense))
-    show("prefill", interleaved(*read, PAIRS), flops, "FLOPs", ceilings.gemm, PROMPT)
+    ours, theirs = (partial(prefilled, s.model, prompt, 0) for s in (part, dense))
+    show("prefill", interleaved(ours, theirs, PAIRS), flops, "FLOPs", ceilings.gemm, PROMPT)
     # Every call decodes NEW tokens more; the contexts of both grow alike.
     context = PROMPT + NEW * (PAIRS + 1) // 2
     moved = [decode_bytes(s.cost, 1, context, NEW) for s in (part, dense)]
     sessions = [prefilled(s.model, prompt, NEW * (PAIRS + 1)) for s in (part, dense)]
     print(f"  engine: {sessions[0].engine}, of the dense model {sessions[1].engine}")
-    decode = (partial(steps, session) for session in sessions)
-    show("decode", interleaved(*decode, PAIRS), moved, "bytes", ceilings.bandwidth, NEW)
+    step, other = (partial(steps, session) for session in sessions)
+    show("decode", interleaved(step, other, PAIRS), moved, "bytes", ceilings.bandwidth, NEW)
     return counted == part.cost.params and held == part.cost.resident_bytes
 
 

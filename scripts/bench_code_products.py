@@ -29,16 +29,16 @@ def layer(name: str, rows: int, columns: int) -> linears.QuantisedLinear:
     """Return a layer of a format with codes and scales by lot."""
     linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
     kind, *sizes = name.split()
-    first, *rest = map(int, sizes or (0,))
+    first, second = (*map(int, sizes), 0, 0)[:2]
     made: linears.QuantisedLinear
     if kind == "codes":
-        made = linears.PackedLinear.empty(linear, first, *rest)
+        made = linears.PackedLinear.empty(linear, first, second)
     elif kind == "nf4":
         made = linears.NF4Linear.empty(linear)
     elif kind == "trits":
-        made = plane_linears.TritLinear.empty(linear, first, *rest)
+        made = plane_linears.TritLinear.empty(linear, first, second)
     elif kind == "signs":
-        made = plane_linears.BinaryLinear.empty(linear, first, *rest)
+        made = plane_linears.BinaryLinear.empty(linear, first, second)
     else:
         made = nested_linear.NestedLinear.empty(linear, 3, 8)
     made = made.to_empty(device="cpu")

@@ -15,20 +15,21 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from effbench.nn.decode.cache import held_bytes
 from effbench.nn.linear_attention.attention import Design, LinearAttention
 
+HEAD_DIM = 64
 SMOLLM2 = LlamaConfig(
     hidden_size=576,
     num_attention_heads=9,
     num_key_value_heads=3,
-    head_dim=64,
+    head_dim=HEAD_DIM,
     max_position_embeddings=8192,
-    attn_implementation="sdpa",
 )
+SMOLLM2._attn_implementation = "sdpa"
 STEPS = 50
 
 
 def inputs(length: int) -> dict[str, Any]:
     """Return hidden states [1, T, 576], with angles that turn nothing."""
-    ones = torch.ones(1, length, SMOLLM2.head_dim)
+    ones = torch.ones(1, length, HEAD_DIM)
     return {
         "hidden_states": torch.randn(1, length, SMOLLM2.hidden_size),
         "position_embeddings": (ones, 0 * ones),

@@ -101,7 +101,8 @@ def main() -> int:
     shape = loaded[0].shape
     layers = tuple(i for i in SHARED if i < shape.num_layers) or (1,)
     method = EchoAtt(layers=layers, refine=1.0)
-    base, student = loaded[0].model, method.prepare(loaded[1].model, ctx)
+    base: Any = loaded[0].model
+    student: Any = method.prepare(loaded[1].model, ctx)
     for model in (base, student):
         model.eval().requires_grad_(False)
     costs = [inference_cost([m], shape, spec.hardware.dtype) for m in (Method(), method)]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def best_batch(run: Callable[[int], Any], device: str) -> int:
     """Return the fastest batch size; larger ones are not tried once they only get slower."""
     clock, best, fastest = Clock(device), 1, float("inf")
     for batch in BATCHES:
-        seconds = clock.seconds(lambda batch=batch: run(batch))
+        seconds = clock.seconds(partial(run, batch))
         print(f"  lm-eval at batch size {batch}: {seconds:.1f} s", flush=True)
         if seconds < fastest:
             best, fastest = batch, seconds

@@ -68,7 +68,7 @@ def main() -> int:
         ours = trainer(results)
         parameters = [p for p in ours.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-        harness, bare = [], []
+        harness, bare = list[float](), list[float]()
         for pair in range(PAIRS + 2):
             batches = stage.window_of(ours, ours.done.step)
             step = ours.done.step

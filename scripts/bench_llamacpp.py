@@ -177,7 +177,7 @@ class Worker:
                 return json.loads(line)
             except ValueError:  # something that a library said
                 continue
-        raise RuntimeError(f"a process ended: {self.process.args}")
+        raise RuntimeError(f"a process ended: {self.process.args!r}")
 
     def close(self) -> None:
         self.process.kill()
@@ -223,6 +223,7 @@ def write_gguf(path: Path, kind: str, like: Path) -> None:
                 halves = array.reshape(heads, 2, -1, array.shape[1])
                 array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         own = names.get_name(name, (".weight",))
+        assert own is not None
         if array.ndim == 1:
             writer.add_tensor(own, array)
         else:

@@ -17,11 +17,12 @@ import torch
 
 from effbench.api.method_types import Context
 from effbench.api.session import Cyclic, Session
-from effbench.api.shape import DTYPE_BYTES, Shape
+from effbench.api.shape import DTYPE_BYTES, AnyShape
 from effbench.api.skipping import speed_ceiling
 from effbench.config.compose import compose
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, Window
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Window
 from effbench.models import load as models
 from effbench.nn.decode.session import greedy
 from effbench.nn.llama.walk import why_not
@@ -71,7 +72,7 @@ def with_stand_ins(model: Any, method: LoRADrop, device: str) -> None:
             parameter.copy_(0.01 * torch.randn(parameter.shape, generator=draws))
 
 
-def ceiling(method: LoRADrop, shape: Shape, dtype: str, window: int) -> float:
+def ceiling(method: LoRADrop, shape: AnyShape, dtype: str, window: int) -> float:
     """Return 1 / (1 - f + f / w), f being the droppable layers' share of the weight bytes."""
     dropped = method.droppable(shape.num_layers)
     linears = sum(i * o for layer, _, i, o in shape.linears() if layer in dropped)
@@ -81,7 +82,7 @@ def ceiling(method: LoRADrop, shape: Shape, dtype: str, window: int) -> float:
 
 
 @torch.no_grad()
-def row(model: Any, method: LoRADrop, shape: Shape, given: Any, prompt: int, k: int) -> float:
+def row(model: Any, method: LoRADrop, shape: AnyShape, given: Any, prompt: int, k: int) -> float:
     """Time one window against the base, print its row, return its share of the ceiling."""
     ids = torch.randint(shape.vocab_size, (given.batch, prompt), device=given.device)
     room = STEPS * (given.pairs + 1)

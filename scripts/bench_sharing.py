@@ -21,7 +21,7 @@ from effbench.api.batch import Batch
 from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass, step_flops, training_of
 from effbench.api.session import Session
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.sharing import shared_shape, top_map
 from effbench.api.weights import COMPUTE
 from effbench.config.compose import compose
@@ -101,8 +101,8 @@ def decoding(prompt: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
     makers: dict[str, Callable[[Any], Session]] = {"alike": CachedSession, "at best": session_for}
     for name, make in makers.items():
         ours, theirs = make(small), make(dense)
-        works = [steps(read(session, prompt), prompt[:, -1:]) for session in (ours, theirs)]
-        ratio = interleaved(*works, REPEATS, clock=Clock(prompt.device))
+        work, other = (steps(read(session, prompt), prompt[:, -1:]) for session in (ours, theirs))
+        ratio = interleaved(work, other, REPEATS, clock=Clock(prompt.device))
         kinds = " against ".join(getattr(s, "engine", "forward pass") for s in (ours, theirs))
         show(f"decode, sessions {name} ({kinds})", ratio, ceiling)
 
@@ -126,7 +126,7 @@ def training(tokens: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
     show("forward and backward pass", ratio, ceiling)
 
 
-def trained_flops(shape: Shape) -> float:
+def trained_flops(shape: AnyShape) -> float:
     """Return the FLOPs of a forward and backward pass over the tokens that training reads."""
     one = Pass("train", 1, TRAINED, TRAINED - 1)
     return step_flops(training_of(ModelShape.of(shape).trained(COMPUTE), "bfloat16"), one)

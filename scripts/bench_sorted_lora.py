@@ -19,9 +19,9 @@ import torch
 from effbench.api.cost import cost_of
 from effbench.api.points import Point
 from effbench.api.session import Session
-from effbench.api.shape import ModelShape, Shape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.config.compose import compose
-from effbench.methods.depth.reading import Depth, Mixed
+from effbench.methods.depth.points import Depth, Mixed
 from effbench.nn.adapters.merge import merged
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.resources.timing import interleaved
@@ -90,13 +90,13 @@ def ratio(a: Decode, b: Decode) -> str:
     return f"{found.value:.2f}x [{found.low:.2f}, {found.high:.2f}]"
 
 
-def ceiling(shape: Shape, depth: int, dtype: str) -> float:
+def ceiling(shape: AnyShape, depth: int, dtype: str) -> float:
     """Return the bytes that all layers read for a token over those that `depth` layers read."""
     cut = ModelShape.of(shape).only(range(depth))
     return cost_of(shape, dtype).bytes_per_token / cost_of(cut, dtype).bytes_per_token
 
 
-def depths(points: Points, shape: Shape, dtype: str) -> None:
+def depths(points: Points, shape: AnyShape, dtype: str) -> None:
     """Print the speed of each depth against all layers, in our engine."""
     full = points.at(FULL)
     print(f"our engine at all layers: {ratio(full, points.at(FULL, eager=True))} of forward passes")

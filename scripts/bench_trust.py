@@ -11,10 +11,13 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from effbench.api.points import UNNAMED
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Spec
 from effbench.config.compose import compose
 from effbench.evaluators.base import Result
@@ -39,6 +42,7 @@ TRUST = Trust(items=12, seeds=[0, 1, 2])
 def rounded(model: torch.nn.Module, bits: int) -> torch.nn.Module:
     """Return a copy of the model whose decoder weights are rounded to nearest."""
     model = copy.deepcopy(model)
+    linear: Any
     for _, linear in decoder_linears(model):
         packed = PackedLinear.quantise(linear, bits, GROUP)
         linear.weight.copy_(packed.dense_weight(linear.weight.dtype))
@@ -55,7 +59,7 @@ class Bench:
         self.dense = self.loaded.model.requires_grad_(False)
         self.reference: Journal | None = None
 
-    def journal(self, name: str, items: list[str]) -> Journal:
+    def journal(self, name: str, items: Sequence[str]) -> Journal:
         """Return a new journal; that of the dense model is one and the same for all."""
         if name != "reference":
             return Journal(None, items)
@@ -75,7 +79,7 @@ class Bench:
             seed=0,
             pad_token_id=self.loaded.tokenizer.pad_token_id or 0,
             tokenizer=self.loaded.tokenizer,
-            shape=self.loaded.shape,
+            shape=ModelShape.of(self.loaded.shape),
             journal=self.journal,
             load_base=lambda: self.dense,
         )

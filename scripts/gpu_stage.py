@@ -113,7 +113,7 @@ class Stage:
         print("+ effbench", *words, flush=True)
         stage, *overrides = words
         # Named from the stage's folder, in which it runs: a record holds its command.
-        job = compose(stage, [*overrides, "run.results=results"])  # type: ignore
+        job = compose(stage, [*overrides, "run.results=results"])
         if self.tiny:
             run_here(job)
             _forget_accelerator()

@@ -1,4 +1,6 @@
-"""Make results/tables from results/records: every run, newest last, and all campaigns.
+"""Make results/tables from results/records: every run, all campaigns and the grand table.
+
+The README has the short form of the last one.
 
 python scripts/tables.py
 """
@@ -7,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effbench.cli.tables import campaign_named
+from effbench.cli.tables import campaign_named, grand_named
 from effbench.report.campaign import write_tables
+from effbench.report.grand_table import in_readme, write_grand
 from effbench.report.table import RUN_COLUMNS, Table, run_row
 from effbench.results.records import read_all
 
-RESULTS = Path("results")
+RESULTS, README = Path("results"), Path("README.md")
 
 
 def runs_text(results: Path) -> str:
@@ -29,6 +32,10 @@ def main() -> None:
     for keys in sorted((RESULTS / "campaigns").glob("*.json")):
         for written in write_tables(campaign_named(keys.stem), RESULTS):
             print(written)
+    grand = grand_named("grand", RESULTS)
+    for written in write_grand(grand, RESULTS):
+        print(written)
+    README.write_text(in_readme(README.read_text(), grand))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import io
 import json
+import pickle
 import signal
 import sys
 import tempfile
@@ -81,6 +82,33 @@ def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
     os.environ.pop(network_guard.HOSTS, None)
     if told := network_guard.attempts():
         pytest.fail(f"reached for the network: {told}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsed_once() -> Iterator[None]:
+    """Let Hydra parse a config file once in a process, as long as the file stays as it is.
+
+    It composes as ever: what it gets is a copy of what parsing the file gave.
+    """
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    parse, parsed = FileConfigSource.load_config, dict[tuple[object, ...], bytes]()
+
+    def load(source: FileConfigSource, config_path: str) -> object:
+        name = source._normalize_file_name(config_path)
+        path = Path(source.path) / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return parse(source, config_path)
+        place = source.provider, path, stat.st_mtime_ns, stat.st_size, stat.st_ino
+        if place not in parsed:
+            parsed[place] = pickle.dumps(parse(source, config_path))
+        return pickle.loads(parsed[place])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", load)
+        yield
 
 
 @pytest.fixture

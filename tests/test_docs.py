@@ -27,8 +27,8 @@ from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses
 from effbench.methods.trains import Trains
 from effbench.results.store import MARKER, Store
+from effbench.runner.grid.words import listed, spelled_out
 from effbench.runner.grid.words import points as expanded
-from effbench.runner.grid.words import spelled_out
 from effbench.testing.own import write_chats, write_model
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def points(stage: str, words: list[str], options: dict[str, Any]) -> list[list[s
     words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher.", "sweep."))]
     if not (options.get("multirun") or elsewhere):
         return [words]
-    grid = expanded(words)
+    grid = expanded(listed(words))
     assert grid
     return [grid[0], grid[-1]]
 

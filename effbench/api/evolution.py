@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effbench.api.batch import Batch
@@ -30,7 +30,7 @@ class Evolution:
         """Change the structure once a step's gradients are there, before they are clipped.
 
         Parameters may be replaced here, as long as the optimiser is told
-        (`nn.adapters.growth.Swap`) and `load_state_dict` can do the same again.
+        (`nn.adapters.growth.OptimizerRemap`) and `load_state_dict` can do the same again.
         """
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -61,3 +61,20 @@ class Evolution:
 
         The checkpoint's tensors are put into the model after that.
         """
+
+
+class UntilNeeded(Evolution):
+    """Lets go of auxiliary models before the first step that needs none of them.
+
+    Args:
+        aux: The models by name, which is emptied.
+        needed: Whether the coming step needs any.
+    """
+
+    def __init__(self, aux: dict[str, torch.nn.Module], needed: Callable[[], bool]) -> None:
+        self.aux, self.needed = aux, needed
+
+    def before_step(self) -> None:
+        """Let go of them where it is time."""
+        if not self.needed():
+            self.aux.clear()

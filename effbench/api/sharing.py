@@ -184,3 +184,18 @@ def shared_in(shape: ModelShape, folder: Path | None) -> ModelShape | None:
         return None
     sharing = read(json.loads((folder / FILE).read_text()))
     return shared_shape(shape, sharing) if sharing else shape
+
+
+def check_share(share: float, num_layers: int, kind: Literal["top", "pairs"]) -> None:
+    """Refuse more consumers than `top_map` or `pair_map` can have.
+
+    Raises:
+        UserError: Naming `method.share`.
+    """
+    most = num_layers - 1 if kind == "top" else num_layers // 2
+    if round(share * num_layers) > most:
+        raise UserError(
+            f"method.share={share} of {num_layers} layers is more than the {most} consumers that "
+            f"map={kind} can have.",
+            f"Set method.share={most / num_layers:.3g} or less.",
+        )

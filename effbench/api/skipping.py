@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from effbench.api.parts import LayerShape, low_rank, portion
 from effbench.api.shape import ModelShape
+from effbench.util.errors import UserError
+
+
+def evenly_spaced(num_layers: int, fraction: float) -> tuple[int, ...]:
+    """Return droppable layers, ascending: a share of all but the first three and the last one.
+
+    Below 12 layers fewer first ones are left out, but always layer 0.
+    """
+    first = max(1, min(3, num_layers // 4))
+    candidates = range(first, num_layers - 1)
+    count = int(fraction * len(candidates) + 0.5)
+    return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
+
+
+def check_droppable(layers: Sequence[int], num_layers: int, fraction: float) -> None:
+    """Refuse layers that a model does not have, that are listed twice, or that may not be dropped.
+
+    Args:
+        layers: Listed ones, or those of `evenly_spaced`.
+        num_layers: Of the model.
+        fraction: What they were to be of all, where they are not listed; 0 may be none.
+
+    Raises:
+        UserError: Naming `method.layers` or `method.fraction`.
+    """
+    if 0 in layers:
+        raise UserError(
+            "method.layers lists layer 0, which must run on every token: its cache is the "
+            "record of all positions.",
+            "Leave 0 out of method.layers.",
+        )
+    for layer in layers:
+        if not 0 < layer < num_layers:
+            raise UserError(
+                f"method.layers lists layer {layer}, but the model has {num_layers}.",
+                f"Choose layers from 1 to {num_layers - 1}.",
+            )
+    if len(set(layers)) < len(layers):
+        raise UserError("method.layers lists a layer twice.", "List each layer once.")
+    if not layers and fraction > 0:
+        raise UserError(
+            f"method.fraction={fraction} of {num_layers} layers is no layer at all.",
+            "Raise method.fraction, or list the layers in method.layers.",
+        )
 
 
 def with_stand_ins(

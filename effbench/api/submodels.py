@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +10,70 @@ from dataclasses import replace
 from effbench.api.parts import Linear, Norm, Objective, Readout, portion
 from effbench.api.shape import ModelShape
 from effbench.api.weights import WeightFormat
+from effbench.util.errors import UserError
 
 Layers = Sequence[int]
 """The layers of a sub-model, counted from 0."""
+
+
+def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:
+    """Return every ceil(L / 10)-th depth down from L layers, none below a share of them.
+
+    40 layers and 0.3 give the paper's 12, 16, ... 40.
+    """
+    step = math.ceil(num_layers / 10)
+    least = math.ceil(shallowest * num_layers - 1e-9)
+    return tuple(range(num_layers, max(1, least) - 1, -step))[::-1]
+
+
+def check_depths(key: str, depths: Sequence[int], num_layers: int) -> None:
+    """Refuse depths that do not rise, or that a model does not have.
+
+    Raises:
+        UserError: Naming `method.<key>`.
+    """
+    if list(depths) != sorted(set(depths)):
+        raise UserError(
+            f"method.{key}={list(depths)} does not rise.",
+            "Give different depths, the shallowest first.",
+        )
+    if depths and depths[-1] > num_layers:
+        raise UserError(
+            f"method.{key} lists depth {depths[-1]}, but the model has {num_layers} layers.",
+            f"Choose depths from 1 to {num_layers}.",
+        )
+
+
+def check_trained(depths: Sequence[int], num_layers: int) -> None:
+    """Refuse depths to train as `check_depths` does, and several without the full model.
+
+    Raises:
+        UserError: Naming `method.depths`.
+    """
+    check_depths("depths", depths, num_layers)
+    if len(depths) > 1 and max(depths) < num_layers:
+        raise UserError(
+            f"method.depths={list(depths)} does not hold {num_layers}, the number of layers, so "
+            "the full model would never be trained.",
+            f"Add {num_layers}.",
+        )
+
+
+def refuse_exits(decoding: Sequence[str], objective: str) -> None:
+    """Refuse what needs exits, which sub-models without middle layers do not have.
+
+    Raises:
+        UserError: Naming `method.decoding` or `method.objective`.
+    """
+    needing = {f"decoding={list(decoding)}": "method.decoding=[]"} if decoding else {}
+    if objective == "layerskip":
+        needing["objective=layerskip"] = "another method.objective"
+    for setting, instead in needing.items():
+        raise UserError(
+            f"method.{setting} needs exits on the way through the layers, which sub-models without "
+            "middle layers do not have.",
+            f"Set method.layout=prefix, or {instead}.",
+        )
 
 
 def one_of(whole: ModelShape, subs: Sequence[Layers]) -> ModelShape:

@@ -13,6 +13,11 @@ from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
 from effbench.util.wrap import write
 
+SizeOption = Annotated[
+    Literal["screen", "column", "page"],
+    typer.Option("--size", help="Of the plot; column and page: of a paper in two columns."),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file to a command line."""
@@ -39,6 +44,10 @@ def compare(
         Path | None, typer.Option(help="Also draw a metric over operating points.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Metric of the plot.")] = "loss",
+    of: Annotated[
+        Literal["values", "differences"], typer.Option("--of", help="What is drawn of it.")
+    ] = "values",
+    size: SizeOption = "screen",
     margin: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,6 +92,7 @@ def compare(
       effbench compare 3f2a 91bc --same-points
       effbench compare 3f2a 91bc@r8 --flips 5
       effbench compare 3f2a 91bc --plot curve.png
+      effbench compare 3f2a 91bc --plot forest.svg --of differences --size column
     """
     from effbench.report.comparison.compare import compare as compare_records
     from effbench.report.comparison.compare import margins_of
@@ -121,8 +131,9 @@ def compare(
         typer.echo({"md": found.markdown, "csv": found.csv, "json": found.json}[form]())
     if plot:
         from effbench.report.plots.curves import comparison_plot
+        from effbench.report.plots.forest import forest_plot
 
-        comparison_plot(found, metric, plot)
+        {"values": comparison_plot, "differences": forest_plot}[of](found, metric, plot, size)
         write(f"Plot: {plot}")
 
 
@@ -297,6 +308,14 @@ def table(
             help="Its cells at that scale: their plan until they have run. Else its own.",
         ),
     ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it instead: a file that ends in .png, .pdf or .svg.")
+    ] = None,
+    of: Annotated[
+        Literal["differences", "values", "curves"],
+        typer.Option("--of", help="What is drawn; curves: training losses, a band over seeds."),
+    ] = "differences",
+    size: SizeOption = "screen",
     results: Results = Path("results"),
 ) -> None:
     """Show a table of several methods with several seeds, from records alone.
@@ -310,12 +329,31 @@ def table(
       effbench table qdylora --format latex
       effbench table qdylora --run
       effbench table qdylora --scale paper
+      effbench table grand
+      effbench table qdylora --plot differences.pdf --size column
     """
-    from effbench.cli.tables import campaign_named, is_planned, listed, run_campaign
+    from effbench.cli.tables import (
+        campaign_named,
+        gathers,
+        grand_named,
+        is_planned,
+        listed,
+        run_campaign,
+    )
     from effbench.report.campaign_table import rendered
 
     if not name:
         typer.echo(listed())
+        return
+    if gathers(name):
+        from effbench.report.grand_table import rendered as whole
+
+        if run or scale or plot:
+            raise UserError(
+                f"{name} gathers other tables as they are: it runs nothing, and is not drawn.",
+                "Name one of them: effbench table qdylora --run",
+            )
+        typer.echo(whole(grand_named(name, results), form, full), nl=False)
         return
     campaign = campaign_named(name, scale)
     if run:
@@ -324,5 +362,10 @@ def table(
         from effbench.cli.plan_table import planned
 
         typer.echo(planned(campaign, form), nl=False)
+        return
+    if plot:
+        from effbench.report.campaign_plots import plot as draw
+
+        write(f"Plot: {draw(campaign, results, plot, of, size)}")
         return
     typer.echo(rendered(campaign, results, form, full), nl=False)

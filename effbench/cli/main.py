@@ -133,7 +133,7 @@ def _stage(
         from effbench.runner.local import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
-    if multirun and (dry_run or print_key):
+    if (multirun or any(w.startswith("sweep=") for w in words)) and (dry_run or print_key):
         raise UserError(
             "--dry-run and --print-key are for one run, not for a grid.",
             "Leave -m out and give one value for each key.",

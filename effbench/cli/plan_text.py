@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from effbench.api.spec import Machine, Spec
 from effbench.api.stages.base import trains
 from effbench.resources.predict import Phase, Prediction
-from effbench.resources.usage import gib
+from effbench.resources.usage import format_bytes
 
 
 def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) -> str:
@@ -16,7 +16,7 @@ def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) 
     cost = prediction.cost
     lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
-    lines.append(f"  weights read     {gib(cost.bytes_per_token)} per decoded token")
+    lines.append(f"  weights read     {format_bytes(cost.bytes_per_token)} per decoded token")
     lines.append(f"  KV cache         {cost.kv_bytes_per_token / 1024:.1f} KiB per token")
     if cost.kv_bytes_per_sequence:
         kib = cost.kv_bytes_per_sequence / 1024
@@ -44,9 +44,9 @@ def _table(phases: Sequence[Phase]) -> list[str]:
     width = max(map(len, [*rows, "peak"]))
     lines = [f"  {'':<{width}}" + "".join(f"  {p.name:>12}" for p in phases)]
     for row in rows:
-        cells = (gib(p.memory[row]) if row in p.memory else "" for p in phases)
+        cells = (format_bytes(p.memory[row]) if row in p.memory else "" for p in phases)
         lines.append((f"  {row:<{width}}" + "".join(f"  {c:>12}" for c in cells)).rstrip())
-    peaks = "".join(f"  {gib(p.peak):>12}" for p in phases)
+    peaks = "".join(f"  {format_bytes(p.peak):>12}" for p in phases)
     note = "  Beside Python and its libraries. Workspace and allocator are modelled."
     return [*lines, f"  {'peak':<{width}}{peaks}", "", note]
 
@@ -54,9 +54,9 @@ def _table(phases: Sequence[Phase]) -> list[str]:
 def _verdict(prediction: Prediction, machine: Machine) -> str:
     if prediction.fits is None:
         return f"Whether it fits is open: the memory of {machine.name} is not known here."
-    have = gib(prediction.available)
+    have = format_bytes(prediction.available)
     if prediction.fits:
-        return f"It fits: {gib(prediction.peak)} of {have} on {machine.name}."
+        return f"It fits: {format_bytes(prediction.peak)} of {have} on {machine.name}."
     worst = max(prediction.memory, key=lambda k: prediction.memory[k])
     advice = {
         "weights": "choose a quantised method (method=qlora) or a smaller model",
@@ -68,6 +68,6 @@ def _verdict(prediction: Prediction, machine: Machine) -> str:
         "other points": "fewer operating points or a smaller batch",
     }.get(worst, "a smaller model")
     return (
-        f"It does not fit: {gib(prediction.peak)} of {have} on {machine.name}. "
+        f"It does not fit: {format_bytes(prediction.peak)} of {have} on {machine.name}. "
         f"Most of it is {worst}: {advice}."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from effbench.config.files import options, summary
 from effbench.report.campaign import AT, Campaign, campaign_in, write_tables
+from effbench.report.grand import Grand, gathered, is_grand
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -21,17 +22,40 @@ def campaign_named(name: str, scale: str = "") -> Campaign:
         UserError: When there is none, or it has no cells there.
     """
     name, _, own = name.partition(AT)
+    return campaign_in(_path(name)).at(scale or own)
+
+
+def grand_named(name: str, results: Path) -> Grand:
+    """Return the grand table of a name or file.
+
+    Raises:
+        UserError: When there is none, or a record is missing.
+    """
+    return gathered(_path(name), results, campaigns())
+
+
+def gathers(name: str) -> bool:
+    """Whether a table is a grand one, which gathers others.
+
+    Raises:
+        UserError: When there is none.
+    """
+    return is_grand(_path(name.partition(AT)[0]))
+
+
+def _path(name: str) -> Path:
     known = options("table")
     path = known.get(name) or Path(name)
     if not path.is_file():
         hint = did_you_mean(name, known)
         raise UserError(f"There is no table {name!r}.", f"{hint} See: effbench table")
-    return campaign_in(path).at(scale or own)
+    return path
 
 
 def campaigns() -> list[Campaign]:
     """Return the campaigns that come with effbench, by name."""
-    return [campaign_in(path) for path in options("table").values() if path]
+    paths = [path for path in options("table").values() if path]
+    return [campaign_in(path) for path in paths if not is_grand(path)]
 
 
 def listed() -> str:

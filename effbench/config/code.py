@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from effbench.util import yamls
 from effbench.util.errors import UserError
 
 CALLED = ("_target_", "()")
@@ -50,7 +51,7 @@ def refuse_code_in_files(folder: Path) -> None:
         UserError: That names the file.
     """
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *_hydras(folder))):
-        text, values = _read(path)
+        values, text = yamls.read(path), path.read_text(encoding="utf-8")
         found = [key for key in _keys(values) if key.split(".")[-1] in CALLED]
         found += [key for key in _hydra_keys(values) if not OURS.match(key)]
         within = path.relative_to(folder).with_suffix("").as_posix()
@@ -64,17 +65,6 @@ def refuse_code_in_files(folder: Path) -> None:
 
 def _hydras(folder: Path) -> Iterator[Path]:
     return (folder / "hydra").rglob("*.yaml")
-
-
-def _read(path: Path) -> tuple[str, Any]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as YAML: {reason[:200]}", "Mend it.") from None
 
 
 def _keys(values: Any, place: str = "") -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from effbench.api.stages import base as stages
 from effbench.config.code import refuse_code_in_word
@@ -30,7 +30,7 @@ def is_sweep(overrides: Iterable[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Words:
+class CheckedOverrides:
     """Checked overrides."""
 
     words: list[str]
@@ -55,7 +55,7 @@ class Words:
         return words
 
 
-def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Words:
+def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> CheckedOverrides:
     """Check the names in overrides.
 
     Raises:
@@ -95,7 +95,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Wor
         words.append(text)
         chosen.add(key)
         swept = swept or (text.lstrip("+") if override.is_sweep_override() else "")
-    return Words(words, chosen, swept)
+    return CheckedOverrides(words, chosen, swept)
 
 
 @lru_cache(maxsize=8192)
@@ -178,13 +178,19 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
     return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]
 
 
+@lru_cache(maxsize=256)
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a class, evaluated once."""
+    return get_type_hints(kind)
+
+
 def _inside(hint: Any, path: Sequence[str]) -> list[Any]:
     """Return the annotations at a path of names in an annotation."""
     if not path:
         return [hint]
     found = []
     for kind in (hint, *get_args(hint)):
-        if is_dataclass(kind) and path[0] in (hints := get_type_hints(kind)):
+        if is_dataclass(kind) and path[0] in (hints := _hints_of(cast(Any, kind))):
             found += _inside(hints[path[0]], path[1:])
         elif get_origin(kind) is dict:
             found += _inside(get_args(kind)[1], path[1:])

@@ -7,6 +7,7 @@ there is left to Hydra: interpolations, deletions, additions, mappings, values i
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _base_of(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> B
 
     register_plugin_configs()
     try:
-        config = files_composed(choices, extra, files)
+        config: Any = pickle.loads(files_composed(choices, extra, files))
         if _depends(OmegaConf.to_container(config, resolve=False)):
             return None
         values: Any = OmegaConf.to_container(config, resolve=True)

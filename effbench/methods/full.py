@@ -19,7 +19,7 @@ class Full(Trains):
     """Training of every weight."""
 
     anatomy: ClassVar[Anatomy] = "other"
-    data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
+    data_parallel: ClassVar[frozenset[str]] = frozenset({"none", "fsdp"})
     learning_rate: ClassVar[float] = 5e-5
 
     @property

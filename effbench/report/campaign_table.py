@@ -11,6 +11,7 @@ from effbench.report.campaign import Campaign
 from effbench.report.comparison.metric_table import MetricTable, Row
 from effbench.report.comparison.result import Comparison
 from effbench.report.comparison.sentences import APART, findings
+from effbench.report.comparison.versions import of_versions
 from effbench.report.table import Cell, Table, Value
 from effbench.results.records import Record
 from effbench.util.errors import UserError, did_you_mean
@@ -131,7 +132,8 @@ def _held(found: Comparison) -> list[str]:
     equal = [b.name for b in found.budgets if b.equal]
     other = [b.name for b in found.budgets if b.equal is False]
     said = f"Held equal: {', '.join(equal) or 'nothing'}."
-    return [said + (f" Not equal: {', '.join(other)}." if other else "")]
+    said += f" Not equal: {', '.join(other)}." if other else ""
+    return [said, *of_versions(found.notes)]
 
 
 def paper_lines(campaign: Campaign) -> list[str]:

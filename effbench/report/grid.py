@@ -48,7 +48,9 @@ def counts(cells: Sequence[Cell]) -> str:
     """Return how many runs are in each state."""
     found = Counter(cell.state for cell in cells)
     shown = ("done", *(s for s in get_args(State) if s != "done" and found[s]))
-    return f"{len(cells)} runs: " + ", ".join(f"{found[state]} {state}" for state in shown)
+    return f"{len(cells)} run{'s' * (len(cells) != 1)}: " + ", ".join(
+        f"{found[state]} {state}" for state in shown
+    )
 
 
 def seconds_left(cells: Sequence[Cell], jobs: int) -> float:

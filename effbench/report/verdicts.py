@@ -33,6 +33,8 @@ class Tested:
     """First row - second row, with its 95 % interval where it has one."""
     found: str
     """`lower`, `higher`, `cannot be told apart`, or why there is no test."""
+    by_test: bool
+    """Whether it was tested, and not only counted."""
 
     @property
     def holds(self) -> bool:
@@ -114,7 +116,7 @@ def _compared(campaign: Campaign, arms: Arms, pair: Pair, known: Sequence[Record
         wanted.setdefault(arm, []).append(point)
     runs = [at_points(record, metric, own) for arm, own in wanted.items() for record in arms[arm]]
     names = {"+".join(r.key for r in arms[arm]): arm for arm in wanted}
-    tables = [t for t in compare(runs, known, names=names).metrics if len(t.rows) == 2]
+    tables = [t for t in compare(runs, known, names=names, held=False).metrics if len(t.rows) == 2]
     if not tables:
         has = {m.name for arm in wanted for record in arms[arm] for m in record.metrics}
         raise UserError(
@@ -150,12 +152,12 @@ def at_points(record: Record, metric: str, wanted: Sequence[str]) -> Record:
     return replace(record, metrics=kept, outcomes=outcomes)
 
 
-def _found(table: MetricTable, adjusted: Iterator[float]) -> tuple[Value, str]:
+def _found(table: MetricTable, adjusted: Iterator[float]) -> tuple[Value, str, bool]:
     """Return a difference and what it shows; each test takes the next p-value."""
     base, row = table.rows
     unit, d = row.value.unit, row.difference
     if d is not None:
-        return Value(d.value, unit, d.low, d.high), finding(d, next(adjusted))
+        return Value(d.value, unit, d.low, d.high), finding(d, next(adjusted)), True
     value = row.value.value - base.value.value
     exact = "lower" if value < 0 else "higher" if value > 0 else "equal"
-    return Value(value, unit), row.finding or exact
+    return Value(value, unit), row.finding or exact, False

@@ -42,6 +42,16 @@ Components = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Bytes of a step on several devices beside what each holds."""
+
+    buckets: int = 0
+    """Copies of gradients while they are summed."""
+    gathered: int = 0
+    """Blocks that are whole while they are computed."""
+
+
+@dataclass(frozen=True)
 class Peaks:
     """Predicts the peaks of one model on one device."""
 
@@ -72,6 +82,7 @@ class Peaks:
         others: int = 0,
         several: bool = False,
         kernels: int = 0,
+        spread: Spread = Spread(),
     ) -> Components:
         """Return the higher of a step's two peaks: when its backward pass begins, and its update.
 
@@ -83,6 +94,7 @@ class Peaks:
             others: Bytes of other models beside it.
             several: Whether a step has several micro-batches, so that gradients are there already.
             kernels: Sizes of products that the process has computed (`kernels`).
+            spread: What several devices need beside it; `cost` is then what one of them holds.
         """
         kept = saved.layers * one.size
         if settings.gradient_checkpointing:
@@ -94,8 +106,9 @@ class Peaks:
             "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
             "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
             "gradients": gradients if several else 0,
+            "gathered blocks": spread.gathered,
         }
-        update: Components = {"gradients": gradients}
+        update: Components = {"gradients": gradients, "buckets": spread.buckets}
         highest = max((backward, update), key=lambda m: sum(m.values()))
         state = cost.trainable * OPTIMIZER_BYTES[settings.optimizer]
         return {

@@ -39,5 +39,13 @@ def predicted(job: Job) -> Planned:
     lineage = Lineage.of(spec, Store(Path(job.runtime.results)))
     rows = known_rows(spec.dataset, "train") if stages.trains(spec.stage) else 0
     earlier, folders = lineage.earlier, lineage.artefacts
-    found = predict(spec, shape, job.runtime.machine, earlier, folders=folders, rows=rows)
+    found = predict(
+        spec,
+        shape,
+        job.runtime.machine,
+        earlier,
+        folders=folders,
+        rows=rows,
+        parallelism=job.runtime.parallelism,
+    )
     return Planned(found, rows)

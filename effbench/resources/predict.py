@@ -17,7 +17,7 @@ from effbench.api.footprint import POINTS_AT_ONCE, Pass, held_flops, step_flops,
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
-from effbench.api.spec import Machine, Spec
+from effbench.api.spec import Machine, Parallelism, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.methods.base import Method
@@ -30,8 +30,9 @@ from effbench.methods.chain import (
 )
 from effbench.methods.compresses import Compresses
 from effbench.models.load import known_shape
-from effbench.resources.peaks import Components, Peaks
-from effbench.resources.usage import Taken
+from effbench.resources.parallel import bucket_bytes, gathered_bytes, held_by_one
+from effbench.resources.peaks import Components, Peaks, Spread
+from effbench.resources.usage import PhaseUsage
 from effbench.util.hardware import memory_bytes
 
 MANY_ROWS = 10**6
@@ -115,7 +116,9 @@ class Prediction:
         """Return the prediction of a phase; None when the run has no such phase."""
         return next((p for p in self.phases if p.name == name), None)
 
-    def summary(self, took: Mapping[str, Taken] | None = None, base: int = 0) -> dict[str, Any]:
+    def summary(
+        self, took: Mapping[str, PhaseUsage] | None = None, base: int = 0
+    ) -> dict[str, Any]:
         """Return the prediction as plain values, for the record.
 
         Args:
@@ -140,7 +143,9 @@ class Prediction:
         }
 
 
-def _held_against(phase: Phase, took: Mapping[str, Taken] | None, base: int) -> dict[str, float]:
+def _held_against(
+    phase: Phase, took: Mapping[str, PhaseUsage] | None, base: int
+) -> dict[str, float]:
     """Return measurement and error of a phase; the error is relative to what was measured.
 
     `error` is that of the whole peak, with the measured base on both sides; `own_error` is that of
@@ -159,7 +164,7 @@ def _held_against(phase: Phase, took: Mapping[str, Taken] | None, base: int) -> 
 
 
 @dataclass(frozen=True)
-class Course:
+class RunShapes:
     """What a run makes of its model, from shapes."""
 
     methods: tuple[Method, ...]
@@ -189,8 +194,8 @@ class Course:
     @classmethod
     def of(
         cls, spec: Spec, shape: AnyShape, earlier: Sequence[Method], folders: Sequence[Path] = ()
-    ) -> Course:
-        """Return the course of a run; see `predict`."""
+    ) -> RunShapes:
+        """Return the shapes of a run; see `predict`."""
         methods, dtype = chain(spec, earlier), spec.hardware.dtype
         shapes = [ModelShape.of(shape), *chain_shapes(methods, shape, folders)]
         *first, own = methods = [resolved(m, s) for m, s in zip(methods, shapes, strict=False)]
@@ -225,6 +230,7 @@ def predict(
     exact: bool = False,
     folders: Sequence[Path] = (),
     rows: int = 0,
+    parallelism: Parallelism | None = None,
 ) -> Prediction:
     """Return what a run will need.
 
@@ -237,31 +243,37 @@ def predict(
         exact: Whether the allocator gives blocks back at once.
         folders: Artefacts of the earlier methods.
         rows: Training rows; 0 where their number is not known, and so not how long epochs are.
+        parallelism: Over how many devices it trains; bytes are then those of one of them, and the
+            ceilings of the machine too. None is one.
     """
     train = spec.stage == "train" and (rows > 0 or not spec.train.epochs)
     spec = replace(spec, train=spec.train.over(rows or MANY_ROWS))
-    course = Course.of(spec, shape, earlier, folders)
-    work = workload or at_most(spec)
+    shapes = RunShapes.of(spec, shape, earlier, folders)
+    spread = parallelism or Parallelism()
+    work = workload or at_most(spec, spread.devices)
     total = spec.train.max_steps * spec.train.rows_per_step
     tokens = total * spec.dataset.max_length if train else 0
-    flops = tokens * _flops_per_trained_token(spec, course) if train else 0.0
-    seconds = flops / (machine.tflops * 1e12) if machine.tflops and flops else None
+    flops = tokens * _flops_per_trained_token(spec, shapes) if train else 0.0
+    ceiling = machine.tflops * 1e12 * spread.devices
+    seconds = flops / ceiling if ceiling and flops else None
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
+    if spec.hardware.device == "cpu":
+        available //= spread.devices  # they share the main memory
     return Prediction(
-        course.cost,
-        _phases(spec, course, work, exact),
+        shapes.cost,
+        _phases(spec, shapes, work, exact, spread),
         flops,
         tokens,
         seconds,
         available,
-        _notes(spec, course.methods, course.cost),
-        course.training.trainable,
+        _notes(spec, shapes.methods, shapes.cost),
+        shapes.training.trainable,
     )
 
 
-def at_most(spec: Spec) -> Workload:
-    """Return the largest work that the settings of a run allow."""
-    rows, tokens = spec.train.batch_size, spec.dataset.max_length
+def at_most(spec: Spec, devices: int = 1) -> Workload:
+    """Return the largest work that the settings of a run allow one of several devices."""
+    rows, tokens = -(-spec.train.batch_size // devices), spec.dataset.max_length
     passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
     steps = spec.train.max_steps * spec.train.accumulation
     return Workload(
@@ -273,43 +285,47 @@ def at_most(spec: Spec) -> Workload:
     )
 
 
-def _phases(spec: Spec, course: Course, work: Workload, exact: bool) -> tuple[Phase, ...]:
+def _phases(
+    spec: Spec, shapes: RunShapes, work: Workload, exact: bool, spread: Parallelism
+) -> tuple[Phase, ...]:
     """Return the phases of a run in their order."""
-    dtype, own = spec.hardware.dtype, course.own
+    dtype, own = spec.hardware.dtype, shapes.own
     cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
     base, start, left = (
-        Peaks(s, size, cpu, exact) for s in (course.base, course.start, course.left)
+        Peaks(s, size, cpu, exact) for s in (shapes.base, shapes.start, shapes.left)
     )
-    loaded = _loaded(spec, course.base, course.methods, work)
-    found = {"load": base.load(*loaded, bool(course.left.formats))}
+    loaded = _loaded(spec, shapes.base, shapes.methods, work)
+    found = {"load": base.load(*loaded, bool(shapes.left.formats))}
     trained, kernels = spec.stage == "train", 0
     if trained:
-        saved, others = training_of(course.working, dtype), _others(own, course.start, size)
+        saved, others = training_of(shapes.working, dtype), _others(own, shapes.start, size)
         several = work.micro_batches > 1
         kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
+        shared = shapes.training, shapes.working, dtype, spread
+        cost, around = held_by_one(*shared), Spread(bucket_bytes(*shared), gathered_bytes(*shared))
         steps = (
-            start.step(spec.train, course.training, saved, p, others, several, kernels)
+            start.step(spec.train, cost, saved, p, others, several, kernels, around)
             for p in work.train
         )
         found["train"] = max(steps, key=_total)
     if spec.stage == "compress":
-        weights = course.before.resident_bytes if course.before else course.start.params * size
+        weights = shapes.before.resident_bytes if shapes.before else shapes.start.params * size
         longest, held = None, 0
         if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
             tokens = CALIBRATION_ROWS * (longest.size if longest else 0)
-            held = own.held(course.start, tokens, size)
+            held = own.held(shapes.start, tokens, size)
         found["compress"] = start.compress(weights, longest, kernels, held)
     if spec.evaluators:
         every = not all(own.forward(point).shares_prefixes for point in own.points())
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
-        expands = cpu or not all(x.fused for x in course.left.formats)
+        expands = cpu or not all(x.fused for x in shapes.left.formats)
         found["evaluate"] = max(
             (
-                left.inference(course.used, p, every, trained, together, kernels, expands)
+                left.inference(shapes.used, p, every, trained, together, kernels, expands)
                 for p in passes
             ),
             key=_total,
@@ -350,14 +366,14 @@ def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
     return [s for s in shapes if s]
 
 
-def _flops_per_trained_token(spec: Spec, course: Course) -> float:
+def _flops_per_trained_token(spec: Spec, shapes: RunShapes) -> float:
     """Return the FLOPs of a training step per token, with rows of full length."""
     rows, length = spec.train.batch_size, spec.dataset.max_length
-    work = training_of(course.working, spec.hardware.dtype)
+    work = training_of(shapes.working, spec.hardware.dtype)
     batch = Pass("train", rows, length, rows * length)
     own = step_flops(work, batch, spec.train.gradient_checkpointing)
     others = (
-        held_flops(s, course.working, length // 2) for s in _other_shapes(course.own, course.start)
+        held_flops(s, shapes.working, length // 2) for s in _other_shapes(shapes.own, shapes.start)
     )
     return own / batch.size + sum(others)
 

@@ -8,7 +8,7 @@ from effbench.results.records import Obtained
 
 
 @dataclass(frozen=True)
-class Taken:
+class PhaseUsage:
     """What a phase took."""
 
     peak_bytes: int
@@ -19,6 +19,6 @@ class Taken:
     """How the joules were obtained."""
 
 
-def gib(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Return bytes as GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

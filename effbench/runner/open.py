@@ -70,19 +70,7 @@ def open_model(run: Run) -> Opened:
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
     base_bytes = memory_in_use(run.device)
     with run.phase("load"):
-        loaded = models.load(
-            spec.model,
-            device=spec.hardware.device,
-            dtype=run.dtype,
-            weights=weights,
-            tokenizer=False,
-        )
-        model = _put_in(run, loaded.model, loaded.shape)
-        trains = stages.find(spec.stage).trains
-        if is_packed(weights) and trains and own.weights == "float32":
-            cast_parameters(model, torch.float32)
-        if lineage.earlier and trains and is_packed(own.weights):
-            pack_linears(model, find(own.weights)(), run.dtype)
+        loaded = load_start(run, own)
     models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
     check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
@@ -91,7 +79,32 @@ def open_model(run: Run) -> Opened:
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
     run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
-    return Opened(model, resolved(own, start), loaded.shape, start, base_bytes)
+    return Opened(loaded.model, resolved(own, start), loaded.shape, start, base_bytes)
+
+
+def load_start(run: Run, own: Method) -> models.Loaded:
+    """Load what a run starts from: the base model and what earlier runs made of it, frozen.
+
+    Args:
+        run: Its libraries, and the files of its model, are here.
+        own: The run's method.
+    """
+    spec, lineage = run.spec, run.lineage
+    weights = _base_weights(spec, own, lineage.earlier)
+    loaded = models.load(
+        spec.model,
+        device=spec.hardware.device,
+        dtype=run.dtype,
+        weights=weights,
+        tokenizer=False,
+    )
+    model = _put_in(run, loaded.model, loaded.shape)
+    trains = stages.find(spec.stage).trains
+    if is_packed(weights) and trains and own.weights == "float32":
+        cast_parameters(model, torch.float32)
+    if lineage.earlier and trains and is_packed(own.weights):
+        pack_linears(model, find(own.weights)(), run.dtype)
+    return replace(loaded, model=model)
 
 
 def _import_all(run: Run, own: Method) -> int | None:

@@ -25,7 +25,7 @@ from effbench.resources.energy import Energy, Meter
 from effbench.resources.environment import fingerprint
 from effbench.resources.memory import PeakMemory, exact_blocks, memory_in_use, release
 from effbench.resources.predict import Workload, at_most, predict
-from effbench.resources.usage import Taken, gib
+from effbench.resources.usage import PhaseUsage, format_bytes
 from effbench.results.events import EventLog
 from effbench.results.fold import Folded, fold
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record, write
@@ -90,12 +90,12 @@ class Run:
         took = self._taken(name, energy, peak)
         self.events.append("phase", name=name, **asdict(took), source=energy.source)
 
-    def _taken(self, name: str, energy: Energy, peak_bytes: int) -> Taken:
+    def _taken(self, name: str, energy: Energy, peak_bytes: int) -> PhaseUsage:
         """Return what a phase took, sessions before this one included."""
         kept = self.so_far().interrupted.get(name)
-        before = taken(kept) if kept else Taken(0, 0.0, 0.0, energy.obtained)
+        before = taken(kept) if kept else PhaseUsage(0, 0.0, 0.0, energy.obtained)
         measured = before.energy == energy.obtained == "measured"
-        return Taken(
+        return PhaseUsage(
             max(peak_bytes, before.peak_bytes),
             energy.seconds + before.seconds,
             energy.joules + before.joules,
@@ -121,11 +121,11 @@ class Run:
 
     def know(self, **parts: Any) -> None:
         """Put what was found out about the run's batches in the place of what is possible."""
-        self.workload = replace(self.workload or at_most(self.spec), **parts)
+        self.workload = replace(self.workload or at_most(self.spec, self.group.size), **parts)
 
     def memory_now(self) -> str:
         """Return the memory in use, for the progress line."""
-        return gib(memory_in_use(self.device))
+        return format_bytes(memory_in_use(self.device))
 
 
 def open_run(job: Job, folder: RunFolder, store: Store, progress: Progress | None = None) -> Run:
@@ -190,6 +190,7 @@ def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
         run.workload,
         runtime.exact_memory and exact_blocks(),
         lineage.artefacts,
+        parallelism=runtime.parallelism,
     )
     took = {name: taken(facts) for name, facts in run.so_far().phases.items()}
     plan = prediction.summary(took, base_bytes)
@@ -199,9 +200,9 @@ def hold_against_plan(run: Run, base: AnyShape, base_bytes: int) -> None:
     run.events.append("plan", **plan)
 
 
-def taken(facts: Mapping[str, Any]) -> Taken:
+def taken(facts: Mapping[str, Any]) -> PhaseUsage:
     """Return what the event of a phase says that it took."""
-    return Taken(**{part.name: facts[part.name] for part in fields(Taken)})
+    return PhaseUsage(**{part.name: facts[part.name] for part in fields(PhaseUsage)})
 
 
 def finish(run: Run) -> Record:

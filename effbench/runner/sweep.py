@@ -14,12 +14,12 @@ from typing import Any
 
 from effbench.api.spec import Stage
 from effbench.config.code import checked
-from effbench.config.compose import hydra_compose, job_from, results_of, to_plain
+from effbench.config.compose import hydra_compose, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.results.store import Store
 from effbench.results.sweeps import Grid, declare, declare_tuning, outcomes_in
 from effbench.runner.grid.cells import Cells
-from effbench.runner.grid.words import check_size, jobs_in, listed, points, spelled_out
+from effbench.runner.grid.words import check_size, is_launched, jobs_in, listed, points, spelled_out
 from effbench.runner.grid.work import Outcome, Work, run_here
 from effbench.runner.objective import Objective, objective_in
 from effbench.util.errors import UserError
@@ -54,26 +54,27 @@ def sweep(
     name, overrides = spelled_out(stage, overrides, extra)
     objective, overrides = objective_in(overrides)
     jobs, overrides = jobs_in(overrides)
+    overrides = listed(overrides, extra)
     chosen = check_overrides(overrides, extra)
     words = chosen.with_defaults(stage)
     words += objective.for_sweeper(words) if objective else []
-    check_size(words, extra, agreed)
-    drawn = points(words, extra)
-    results = _results(words, drawn or [], extra)
+    check_size(words, agreed)
+    launched = is_launched(words, extra)
+    if launched and jobs > 1:
+        raise UserError(
+            "sweep.jobs is for runs of this process.", "Say it to the launcher: hydra.launcher.*"
+        )
+    results = _results(words, points(words) or [], extra)
     words = [_latest_now(w, results) for w in words]
-    drawn = points(words, extra)
+    drawn = points(words)
     work = Work(stage, chosen.chosen, fresh, objective)
-    elsewhere = {c for c in chosen.chosen if re.match(r"(launcher|experiment|hydra)\b", c)}
-    if drawn is not None and not elsewhere:
-        # here: no need to have Hydra compose each of them from its files
-        cells = Cells(stage, drawn, chosen.chosen, extra)
-        work.settle(cells)
-        folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
+    cells = Cells(stage, drawn or [], chosen.chosen, extra)
+    work.settle(cells)
+    folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
+    if drawn is None or (launched and any(cell.state == "waiting" for cell in cells.all)):
+        _hand_to_hydra(words, extra, folder, work.of_config)
+    else:  # here: no need to have Hydra compose each of them from its files
         run_here(cells, jobs, work, folder)
-    else:
-        _try_one(stage, drawn or [], chosen.chosen, extra)
-        folder = _declared(results, Grid(name, command, 1, []), objective)
-        _hand_to_hydra(listed(words, extra), extra, folder, work.of_config)
     return [Outcome(**found) for found in outcomes_in(folder)]
 
 
@@ -113,25 +114,6 @@ def _hand_to_hydra(
                     "The grid cannot be composed; the reason stands above.",
                     "Try one of its runs alone, with --dry-run.",
                 ) from None
-
-
-def _try_one(
-    stage: Stage, points: Sequence[Sequence[str]], chosen: set[str], extra: Sequence[Path]
-) -> None:
-    """Compose runs of the grid until one is possible.
-
-    Raises:
-        UserError: What is wrong with the first one, when none is.
-    """
-    problem: UserError | None = None
-    for point in points:
-        try:
-            job_from(stage, hydra_compose(point, extra), chosen)
-            return
-        except UserError as error:
-            problem = problem or error
-    if problem:
-        raise problem
 
 
 def _results(words: Sequence[str], points: Sequence[Sequence[str]], extra: Sequence[Path]) -> Path:

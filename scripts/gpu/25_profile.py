@@ -34,7 +34,7 @@ def run(stage: Stage) -> None:
     }
     for name, way in ways.items():
         with stage.part(name), torch.inference_mode():
-            cuda_graph.compiled = way
+            cuda_graph.compiled = way  # type: ignore[assignment]
             _watched(stage, name, model.requires_grad_(False), prompt)
     cuda_graph.compiled = ours
 

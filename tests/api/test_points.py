@@ -11,8 +11,8 @@ from effbench.api.points import UNNAMED, Point, find_point, require_distinct
 from effbench.config.compose import compose
 from effbench.methods.adapters.lora import Rank
 from effbench.methods.depth.depths import Depths
-from effbench.methods.depth.lora_drop import LoRADrop, Window
-from effbench.methods.depth.reading import Depth, Mixed
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Depth, Mixed, Window
 from effbench.methods.none import Unchanged
 from effbench.util.errors import UserError
 

@@ -22,7 +22,8 @@ from effbench.evaluators.base import exponential
 from effbench.evaluators.perplexity import Perplexity, _perplexity
 from effbench.evaluators.subject import Subject
 from effbench.evaluators.windows import cut, spans
-from effbench.methods.depth.lora_drop import LoRADrop, Window
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Window
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
 from effbench.util.errors import UserError

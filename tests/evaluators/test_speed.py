@@ -21,7 +21,8 @@ from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, Window
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Window
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.static import StaticSession

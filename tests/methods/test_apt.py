@@ -40,7 +40,7 @@ from effbench.methods.chain import shape_of
 from effbench.methods.pruning.apt import APT
 from effbench.models.load import load
 from effbench.nn.adapters.growth import (
-    Swap,
+    OptimizerRemap,
     adapter_parameters,
     grow,
     grown_ranks,
@@ -558,7 +558,7 @@ def test_moments_of_what_grows(moments: Any) -> None:
     old = optimizer.state[layer.lora_A]["exp_avg"].clone()
     gradient = layer.lora_A.grad
     assert gradient is not None
-    grow(layer, 11, generator(), Swap(optimizer, moments))
+    grow(layer, 11, generator(), OptimizerRemap(optimizer, moments))
     if moments == "reset":
         assert layer.lora_A not in optimizer.state
     else:
@@ -577,7 +577,7 @@ def test_quantised_moments_cannot_be_cut() -> None:
     _, layer = next(low_rank_layers(model))
     optimizer.state[layer.lora_A] = {"state1": torch.zeros_like(layer.lora_A).to(torch.uint8)}
     with pytest.raises(UserError, match="8-bit"):
-        grow(layer, 9, generator(), Swap(optimizer, "keep"))
+        grow(layer, 9, generator(), OptimizerRemap(optimizer, "keep"))
 
 
 # -- self-distillation -------------------------------------------------------------------------

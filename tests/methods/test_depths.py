@@ -19,7 +19,7 @@ from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
-from effbench.methods.depth.reading import Depth
+from effbench.methods.depth.points import Depth
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.models import load as models
 from effbench.nn.adapters.merge import merged

@@ -27,7 +27,7 @@ from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
 from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.lora_drop import LoRADrop
-from effbench.methods.depth.reading import Depth, Mixed
+from effbench.methods.depth.points import Depth, Mixed
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
 from effbench.nn.decode.session import CachedSession, greedy

@@ -17,7 +17,8 @@ from effbench.api.shape import Shape
 from effbench.api.slices import sliced_shape
 from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
-from effbench.methods.depth.layer_drop import LayerDrop, influence, passed
+from effbench.methods.depth.layer_drop import LayerDrop
+from effbench.nn.depth.influence import influence
 from effbench.nn.llama.stack import at_layers
 from effbench.util.errors import UserError
 
@@ -38,7 +39,7 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output() -> None:
             batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
         ).hidden_states[:6]  # the last one has been normed
     real = batch.attention_mask.bool()
-    read = passed(model, batch)
+    read = LayerDrop()._passed(model, batch)
     found = influence(2 * read["cosines"], 2 * int(read["tokens"]))
     for index in range(5):
         a, b = (states[index + i][real].double() for i in range(2))

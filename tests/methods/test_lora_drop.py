@@ -24,7 +24,8 @@ from effbench.api.skipping import speed_ceiling
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
-from effbench.methods.depth.lora_drop import LoRADrop, Window
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Window
 from effbench.methods.trains import begin_training
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.session import CachedSession, greedy

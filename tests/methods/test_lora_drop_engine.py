@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_lora_drop import SETS, SHAPE, decoded, in_float64, prepared, tiny, tokens
 
-from effbench.methods.depth.lora_drop import LoRADrop, Window
+from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.methods.depth.points import Window
 from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused

@@ -18,7 +18,8 @@ from effbench.api.footprint import training_of
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import shape_of
-from effbench.methods.zeroth_order.mezo import Estimate, MeZO, Step, descend, directions, two_point
+from effbench.methods.zeroth_order.mezo import MeZO
+from effbench.nn.zeroth_order.two_point import Estimate, Step, descend, directions, estimate
 from effbench.util.errors import UserError
 
 ADAPTERS = MeZO(rank=4).resolve(SHAPE)
@@ -56,7 +57,7 @@ def test_steps_are_those_of_the_authors(name: str, epsilon: float, decay: float)
         rate = float(read["lr"][number])
         # They decay all but biases and what is called layer_norm: the last norm is decayed.
         steps = [Step(t, rate, decay * (i in (0, 4, 5))) for i, t in enumerate(theta)]
-        found = two_point(steps, lambda: net(theta, read["x"], read["y"]), seed, epsilon)
+        found = estimate(steps, lambda: net(theta, read["x"], read["y"]), seed, epsilon)
         assert found.gradient == pytest.approx(float(read["g"][number]), rel=2e-3)
         descend(steps, Estimate(seed, float(read["g"][number]), 0.0))
         torch.testing.assert_close(
@@ -85,7 +86,7 @@ def test_the_estimate_is_the_slope_along_z() -> None:
         return torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
 
     with torch.no_grad():
-        found = two_point(steps_of(trained), lambda: float(loss()), 5, 1e-4)
+        found = estimate(steps_of(trained), lambda: float(loss()), 5, 1e-4)
     loss().backward()
     slope = sum(float((z * s.tensor.grad).sum()) for s, z in directions(steps_of(trained), 5))
     assert found.gradient == pytest.approx(slope, rel=1e-3)
@@ -95,7 +96,7 @@ def test_the_tensors_come_back() -> None:
     model = tiny_model().eval()
     before = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
-        two_point(steps_of(list(model.parameters())), lambda: 0.0, 3, 1e-3)
+        estimate(steps_of(list(model.parameters())), lambda: 0.0, 3, 1e-3)
     for p, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), old, atol=1e-6, rtol=0)
 
@@ -112,10 +113,10 @@ def test_many_steps_find_a_minimum() -> None:
     target = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = torch.zeros(6, dtype=torch.float64)
     for seed in range(400):
-        estimate = two_point(
+        slope = estimate(
             steps_of([found]), lambda: float((found - target).square().sum()), seed, 1e-3
         )
-        descend([Step(found, 0.05, 0.0)], estimate)
+        descend([Step(found, 0.05, 0.0)], slope)
     assert (found - target).norm() < 0.05 * target.norm()
 
 
@@ -170,7 +171,7 @@ def test_a_run_is_replayed_from_its_events() -> None:
     with torch.no_grad():
         for event in seen:  # perturbed and restored, for its rounding, and then moved
             steps = steps_of(_trained(again), rate=1e-2)
-            two_point(steps, lambda: 0.0, int(event["seed"]), 1e-2)
+            estimate(steps, lambda: 0.0, int(event["seed"]), 1e-2)
             descend(steps, Estimate(int(event["seed"]), event["projected_gradient"], 0.0))
     for p, q in zip(_trained(model), _trained(again), strict=True):
         assert p.equal(q)
@@ -190,9 +191,9 @@ def test_several_perturbations_are_a_mean_at_one_place() -> None:
 
     again.eval()
     with torch.no_grad():
-        found = [two_point(steps, loss, int(event[f"seed{end}"]), 1e-2) for end in ("", "_2")]
-        for estimate in found:
-            descend(steps, estimate)
+        found = [estimate(steps, loss, int(event[f"seed{end}"]), 1e-2) for end in ("", "_2")]
+        for slope in found:
+            descend(steps, slope)
     assert found[1].gradient == event["projected_gradient_2"]
     assert all(p.equal(q) for p, q in zip(_trained(model), _trained(again), strict=True))
 

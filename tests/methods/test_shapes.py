@@ -18,7 +18,7 @@ from effbench.api.parts import Adapter, LayerShape, Linear, Norm
 from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost, chain_shapes, shape_of
 from effbench.methods.depth.depths import Depths
-from effbench.methods.depth.reading import Depth
+from effbench.methods.depth.points import Depth
 from effbench.methods.full import Full
 from effbench.nn.adapters import twin
 from effbench.nn.quant.linears import QuantisedLinear, storage_bytes

@@ -19,7 +19,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from effbench.methods.base import Method
-from effbench.methods.depth.reading import Depth
+from effbench.methods.depth.points import Depth
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.full import Full
 from effbench.methods.quant.rtn import RTN

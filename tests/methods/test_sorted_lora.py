@@ -30,14 +30,16 @@ from effbench.api.footprint import training_of
 from effbench.api.points import UNNAMED
 from effbench.api.schema import build
 from effbench.api.shape import ModelShape
+from effbench.api.submodels import depth_set
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, shape_of
-from effbench.methods.depth.reading import Depth, Mixed, depth_set, paper_thresholds
+from effbench.methods.depth.points import Depth, Mixed
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.adapters.merge import merged
+from effbench.nn.decode.early_exit import paper_thresholds
 from effbench.nn.decode.session import greedy
 from effbench.nn.depth import layerskip
 from effbench.nn.depth.submodel import exit_states, readout

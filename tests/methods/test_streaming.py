@@ -19,7 +19,7 @@ from effbench.methods.adapters.lora import LoRA
 from effbench.methods.cache.streaming import SinkWindow, Streaming
 from effbench.methods.depth.depths import Depths
 from effbench.methods.depth.lora_drop import LoRADrop
-from effbench.methods.depth.reading import Depth, Mixed
+from effbench.methods.depth.points import Depth, Mixed
 from effbench.nn.decode.decoder import CopiedMaps, Decoder, Drafts, Drops, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.session import CachedSession, greedy

@@ -25,7 +25,7 @@ from effbench.methods.adapters.lora import LoRA
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost, shape_of
 from effbench.methods.depth.depths import Depths
-from effbench.methods.depth.reading import Depth
+from effbench.methods.depth.points import Depth
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import decoded
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.decode.early_exit import confident
@@ -17,7 +18,7 @@ from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import whole_logits
 from effbench.nn.decode.static import StaticSession, session_for
-from effbench.nn.decode.view import LayerCache, View
+from effbench.nn.decode.view import LayerCache, View, as_mask
 from effbench.nn.llama.parts import Attention, attention_of
 from effbench.nn.llama.walk import why_not
 from effbench.util.errors import UserError
@@ -192,3 +193,24 @@ def test_a_new_attention_that_offers_its_part_goes_in_our_engine(kind: type[Cool
     )
     found = decoded(session, ids, 7)
     torch.testing.assert_close(found, model(ids).logits[:, 6:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_query_that_sees_nothing_is_given_a_number(kind: str, dtype: torch.dtype) -> None:
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+    q, k, v = torch.randn(3, 1, 2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]]).bool()[None, None]
+    module = model_of().model.layers[0].self_attn
+    module.num_key_value_groups = 1
+    found = attend(module, q, k, v, as_mask(seen, kind, dtype), scaling=8**-0.5)[0]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0, 1], v[0, :, 0], atol=1e-2, rtol=1e-2)
+
+
+def test_positions_whose_angles_change_are_not_turned_at_places() -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = model_of(rope_parameters=dynamic)
+    with pytest.raises(UserError, match="are dynamic"):
+        Decoder(cache=AllAtPlaces()).session(model)
+    Decoder(cache=AllTurned()).session(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_the_finding_is_that_of_the_test(campaign: Campaign, tmp_path: Path) -> 
     said = rendered(campaign, tmp_path)
     assert "Cannot be told apart: The_other." in said
     assert "may still differ by up to" in said
+
+
+def test_two_versions_in_one_table_are_named(campaign: Campaign, tmp_path: Path) -> None:
+    record = run("full", {"": 0.3}, number=1)
+    newer = {**record.spec, "versions": {"train": 2}}
+    write(replace(record, spec=newer), tmp_path / "records")
+    said = "Rows come from different versions of train: 1 (The one); 2 (The_other)."
+    assert said in rendered(campaign, tmp_path).splitlines()
 
 
 def test_the_short_form_has_one_metric_in_six_columns(campaign: Campaign, tmp_path: Path) -> None:

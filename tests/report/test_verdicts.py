@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_report import run
 
-from effbench.config.files import options
+from effbench.cli.tables import campaigns
 from effbench.report.campaign import Campaign, campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.claims import OPEN
@@ -24,7 +24,7 @@ HEADLINE = {
 }
 """Systems whose papers this repository is about."""
 
-TABLES = {name: campaign_in(path) for name, path in options("table").items() if path}
+TABLES = {table.name: table for table in campaigns()}
 JUDGED = sorted(name for name, table in TABLES.items() if table.verdict)
 TEXT = """# Is one as good as another?
 seeds: [0]

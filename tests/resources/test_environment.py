@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from effbench.resources import environment
 from effbench.resources.counting import flops, parameters
@@ -117,6 +119,24 @@ def test_four_bit_weights_count_before_packing() -> None:
     layer.weight = torch.nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
     layer.weight.quant_state = type("State", (), {"shape": torch.Size([8, 8])})()  # type: ignore
     assert parameters(layer) == (64, 0)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_flops_are_those_of_torchs_own_counter(mode: Any) -> None:
+    """Compositions are looked into, as `linear` has to be in inference mode."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(2, 5, 8)
+
+    def work() -> None:
+        with mode():
+            out = torch.nn.functional.linear(model(x), torch.ones(3, 8)) @ torch.ones(3, 2)
+            out = torch.einsum("btc,dc->btd", out, torch.ones(4, 2))
+        if out.requires_grad:
+            out.sum().backward()
+
+    with FlopCounterMode(display=False) as theirs:
+        work()
+    assert flops(work) == theirs.get_total_flops() > 0
 
 
 def test_flops_of_a_linear_layer_forward_and_backward() -> None:

@@ -3,18 +3,21 @@ from __future__ import annotations
 import pytest
 from helpers import SHAPE
 
+from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass
 from effbench.api.parts import LayerSize
+from effbench.api.shape import ModelShape
 from effbench.api.slices import sliced_shape
-from effbench.api.spec import Job, Machine
+from effbench.api.spec import Job, Machine, Parallelism
 from effbench.cli.plan_text import render
 from effbench.config.compose import compose
 from effbench.data.dataset import known_rows
 from effbench.models.load import known_shape
 from effbench.resources import predict as plan
+from effbench.resources.parallel import held_by_one
 from effbench.resources.peaks import KERNEL_BYTES, Peaks
-from effbench.resources.predict import Prediction, Workload, predict
-from effbench.resources.usage import Taken, gib
+from effbench.resources.predict import Prediction, Workload, at_most, predict
+from effbench.resources.usage import PhaseUsage, format_bytes
 
 LLAMA = ["model=llama2-7b", "dataset=arithmetic", "hardware=cpu", "hardware.dtype=bfloat16"]
 
@@ -172,7 +175,7 @@ def test_the_summary_holds_the_prediction_against_what_was_taken() -> None:
     phase = found.phase("train")
     assert phase is not None
     base = 2**30
-    taken = Taken(base + 2 * phase.peak, seconds=10.0)
+    taken = PhaseUsage(base + 2 * phase.peak, seconds=10.0)
     summary = found.summary({"train": taken}, base)
     one = summary["phases"]["train"]
     assert one["own_error"] == pytest.approx(-0.5)
@@ -209,7 +212,7 @@ def test_the_real_batches_take_the_place_of_the_largest_possible_ones() -> None:
 
 @pytest.mark.parametrize("size, said", [(2**30, "1.00 GiB"), (3 * 2**20, "3.0 MiB")])
 def test_sizes_for_people(size: int, said: str) -> None:
-    assert gib(size) == said
+    assert format_bytes(size) == said
 
 
 def test_each_size_of_a_bfloat16_product_brings_its_code() -> None:
@@ -273,3 +276,29 @@ def test_an_evaluation_has_room_for_the_point_that_needs_most() -> None:
         for way in ("[]", "[exit]")
     )
     assert mixed > plain
+
+
+def test_devices_share_what_they_hold() -> None:
+    """With parts, what N devices hold of the blocks adds up to the whole; the rest each has."""
+    shape = ModelShape.of(SHAPE).trained()
+    whole, rest = (cost_of(s, "float32") for s in (shape, shape.only(())))
+    one = held_by_one(whole, shape, "float32", Parallelism(4, "fsdp"))
+    for name in ("trainable", "resident_bytes"):
+        blocks = 4 * (getattr(one, name) - getattr(rest, name))
+        assert blocks == pytest.approx(getattr(whole, name) - getattr(rest, name), abs=4)
+    assert held_by_one(whole, shape, "float32", Parallelism(4)) == whole
+
+
+def test_several_devices_need_less_of_each() -> None:
+    spec = job("method=full", "train.batch_size=8").spec
+    shape = known_shape(spec.model)
+    assert shape is not None
+    one, copies, parts = (
+        predict(spec, shape, Machine(tflops=1), parallelism=p)
+        for p in (None, Parallelism(4), Parallelism(4, "fsdp"))
+    )
+    memory = [p.phases[1].memory for p in (one, copies, parts)]
+    assert memory[0]["optimiser"] == memory[1]["optimiser"] > 3.5 * memory[2]["optimiser"]
+    assert parts.phases[1].peak < copies.phases[1].peak
+    assert at_most(spec, 4).train[0].rows == 2
+    assert one.flops == parts.flops and one.seconds == pytest.approx(4 * (parts.seconds or 0))

@@ -12,7 +12,7 @@ import yaml
 from effbench.api.keys import earlier_keys, versions_of
 from effbench.api.schema import build
 from effbench.api.spec import Spec
-from effbench.cli.tables import campaign_named
+from effbench.cli.tables import campaign_named, campaigns
 from effbench.config.compose import compose
 from effbench.report.comparison.compare import compare
 from effbench.results.migrations import present_spec
@@ -24,7 +24,7 @@ RECORDS = ROOT / "results" / "records"
 GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text()
 DEMO = ("39c18473706785f1", "0e7476789214e33f", "8148650c7705b238")
 MANIFESTS = sorted((ROOT / "results" / "campaigns").glob("*.json"))
-CAMPAIGNS = sorted(path.stem for path in (ROOT / "conf" / "table").glob("*.yaml"))
+CAMPAIGNS = [campaign.name for campaign in campaigns()]
 
 
 def test_the_records_of_the_demo_can_be_compared():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from effbench.runner.grid.words import check_size, jobs_in, points, spelled_out
+from effbench.runner.grid.words import check_size, is_launched, jobs_in, listed, points, spelled_out
 from effbench.util.errors import UserError
 
 
@@ -50,11 +50,13 @@ def test_ranges_choices_and_globs_are_listed(own) -> None:
         ["seed=5", "method.rank=2"],
         ["seed=7", "method.rank=2"],
     ]
-    found = points(["method=glob(*lora,exclude=q*)"])
+    [word] = listed(["method=glob([*lora],exclude=[q*])"])
+    found = points([word])
     assert found and ["method=lora"] in found and ["method=qlora"] not in found
     assert points(["train.learning_rate=interval(1e-4,1e-2)"]) is None
     with pytest.raises(UserError, match="fits nothing"):
-        points(["method=glob(lroa*)"])
+        listed(["method=glob(lroa*)"])
+    assert listed(["seed=1", "'=glob("]) == ["seed=1", "'=glob("]
 
 
 @pytest.mark.parametrize(
@@ -69,14 +71,14 @@ def test_ranges_choices_and_globs_are_listed(own) -> None:
 def test_a_grid_of_no_runs_or_too_many_is_refused_at_once(words: list[str], part: str) -> None:
     begun = time.process_time()
     with pytest.raises(UserError, match=part):
-        check_size(words, [], agreed=False)
+        check_size(words, agreed=False)
     assert time.process_time() - begun < 1
 
 
 def test_many_runs_can_be_asked_for() -> None:
-    check_size(["seed=range(100000)"], [], agreed=True)
-    check_size(["seed=range(0,2000)", "seed=1"], [], agreed=False)
-    check_size(["train.learning_rate=interval(1e-4,1e-2)"], [], agreed=False)
+    check_size(["seed=range(100000)"], agreed=True)
+    check_size(["seed=range(0,2000)", "seed=1"], agreed=False)
+    check_size(["train.learning_rate=interval(1e-4,1e-2)"], agreed=False)
 
 
 def test_how_many_go_on_at_once() -> None:
@@ -85,3 +87,21 @@ def test_how_many_go_on_at_once() -> None:
     for wrong in ("0", "-1", "two", "", "99999"):
         with pytest.raises(UserError, match=f"sweep.jobs={wrong} is not possible"):
             jobs_in([f"sweep.jobs={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "launched"),
+    [
+        (["seed=0,1", "experiment=qdylora"], False),
+        (["launcher=local"], False),
+        (["launcher=joblib"], True),
+        (["hydra/sweeper=optuna"], True),
+        (["experiment=far"], True),
+        (["experiment=qdylora,far"], True),
+    ],
+)
+def test_what_needs_hydra_to_run_it_is_known(words: list[str], launched: bool, own) -> None:
+    (own[0] / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [override /hydra/launcher: joblib]\n"
+    (own[0] / "experiment" / "far.yaml").write_text(text)
+    assert is_launched(words, own) is launched

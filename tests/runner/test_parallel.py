@@ -19,6 +19,7 @@ from helpers import example_of
 
 from effbench.api.spec import Job
 from effbench.methods.adapters.lora import LoRA
+from effbench.nn.llama.weights import read_tensors
 from effbench.results.events import EventLog, read_events
 from effbench.runner import peer, peers
 from effbench.runner.group import buckets
@@ -216,6 +217,58 @@ def test_methods_train_on_several_processes_as_on_one(
     assert expected[-1] != expected[0]
 
 
+SHARDED = "hardware.sharding=fsdp"
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("full", SHARDED),
+        ("full", SHARDED, "train.optimizer=sgd", "train.learning_rate=0.1"),
+        ("full", SHARDED, "train.gradient_checkpointing=true"),
+        ("full", SHARDED, "hardware.dtype=bfloat16"),
+        ("lora", SHARDED),
+        ("lora", SHARDED, "hardware.dtype=bfloat16"),
+    ],
+)
+def test_parts_of_a_model_train_as_the_whole(bench: Bench, words: tuple[str, ...]) -> None:
+    alone = [word for word in words[1:] if word != SHARDED]
+    one, two = (
+        (work := Bench(bench.root / str(n)), job(work, words[0], n, *rest))
+        for n, rest in ((1, alone), (2, words[1:]))
+    )
+    for work, made in (one, two):
+        work.go(made)
+    rounded = "hardware.dtype=bfloat16" in words
+    expected = pytest.approx(one[0].losses(one[1]), rel=1e-2 if rounded else 1e-6)
+    assert two[0].losses(two[1]) == expected
+    left, right = (
+        read_tensors(next(w.folder(j).artefact.glob("*.safetensors"))) for w, j in (one, two)
+    )
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=1e-3, atol=1e-2 if rounded else 1e-4)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
+def test_parts_and_wholes_go_on_from_each_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = losses(bench, "full", 1)
+    for step, devices, *words in ((1, 1), (2, 2, SHARDED), (3, 3, SHARDED)):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            stop_at(patch, step)
+            bench.go(job(bench, "full", devices, *words))
+    last = job(bench, "full", 1)
+    bench.go(last)
+    assert bench.losses(last) == pytest.approx(expected, rel=1e-6)
+
+
 @linux
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
@@ -241,7 +294,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
 @linux
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
-def test_the_best_weights_are_chosen_by_all_together(bench: Bench) -> None:
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_the_best_weights_are_chosen_by_all_together(bench: Bench, sharding: str) -> None:
     words = (
         "train.validate_every=1",
         "train.patience=1",
@@ -251,7 +305,8 @@ def test_the_best_weights_are_chosen_by_all_together(bench: Bench) -> None:
         "+dataset.limit.validation=8",
     )
     expected = losses(bench, "lora", 1, *words)
-    assert losses(bench, "lora", 2, *words) == pytest.approx(expected, rel=1e-3)
+    shared = losses(bench, "lora", 2, *words, f"hardware.sharding={sharding}")
+    assert shared == pytest.approx(expected, rel=1e-3)
     assert len(expected) < 12
 
 

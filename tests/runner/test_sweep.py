@@ -84,6 +84,8 @@ def test_a_run_that_cannot_be_composed_does_not_stop_the_others(cli, inline) -> 
         (["seed=0,1", "--config-dir", "nowhere"], "nowhere is not a folder"),
         (["seed=range(2,2)"], "so the grid has no run"),
         (["seed=range(100000)"], "The grid has 100,000 runs"),
+        (["method=glob(x*)"], "method=glob(x*) fits nothing"),
+        (["seed=0,1", "sweep.jobs=2", "launcher=joblib"], "sweep.jobs is for runs of this process"),
         (["sweep=nothing"], "There is no grid called 'nothing'"),
         (["sweep.jobs=none", "seed=0,1"], "sweep.jobs=none is not possible"),
         (["seed=1", "launcher=slurm"], "pip install 'effbench[slurm]'"),

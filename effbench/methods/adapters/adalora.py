@@ -34,12 +34,8 @@ from effbench.api.points import Point
 from effbench.api.rank_budgets import ranked, weighed
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import (
-    Dropout,
-    check_rank_fits,
-    check_targets,
-    targets_in,
-)
+from effbench.methods.adapters.lora import Dropout
+from effbench.methods.adapters.targets import check_rank_fits, check_targets, targets_in
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora, rank_budget, svd
 from effbench.nn.llama import surgery, weights

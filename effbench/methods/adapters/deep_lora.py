@@ -38,7 +38,7 @@ from effbench.api.parts import Adapter, Linear, deep_update
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
+from effbench.methods.adapters.targets import check_rank_fits, check_targets, targets_in
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import deep, peft_lora
 from effbench.nn.llama import surgery

@@ -29,13 +29,11 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import (
-    Dropout,
-    Rank,
+from effbench.methods.adapters.lora import Dropout, Rank, rank_of
+from effbench.methods.adapters.targets import (
     check_rank_fits,
     check_ranks,
     check_targets,
-    rank_of,
     targets_in,
 )
 from effbench.methods.trains import Trains

@@ -31,7 +31,8 @@ from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import COMPUTE, FLOAT32, MASTERS
 from effbench.methods.base import Method
-from effbench.methods.depth.reading import READING, Depth, ReadsDepths, check_depths, depth_set
+from effbench.methods.depth.points import Depth
+from effbench.methods.depth.reading import READING, ReadsDepths
 from effbench.methods.trains import Trains
 from effbench.nn.depth import exit_heads, submodel
 from effbench.nn.llama import stack
@@ -70,7 +71,7 @@ class ExitHeads(Trains, ReadsDepths):
 
     def with_depths(self, num_layers: int) -> Self:
         """Return the method with the depths that are not given."""
-        return replace(self, depths=self.depths or depth_set(num_layers, self.shallowest))
+        return replace(self, depths=self.depths or submodels.depth_set(num_layers, self.shallowest))
 
     def listed(self) -> tuple[int, ...]:
         """Return the depths to evaluate, once resolved: the exits' unless some are given."""
@@ -102,7 +103,7 @@ class ExitHeads(Trains, ReadsDepths):
             UserError: For depths that the model does not have, and exits that nobody trained.
         """
         method = super().resolve(shape)
-        check_depths("depths", method.depths, shape.num_layers)
+        submodels.check_depths("depths", method.depths, shape.num_layers)
         if not method.headed(shape.num_layers):
             raise UserError(
                 f"method.depths={list(method.depths)} has no exit below layer {shape.num_layers}.",
@@ -144,14 +145,12 @@ class ExitHeads(Trains, ReadsDepths):
         depths = (*self.headed(count), *([count] if trained else []))
         with torch.set_grad_enabled(trained):
             states = submodel.exit_states(model, depths, batch.input_ids, batch.attention_mask)
-        total = torch.zeros((), device=batch.labels.device)
-        for n, hidden in states.items():
-            total = total + submodel.exit_nll(model, hidden, batch.labels, n)
+        total = submodel.summed_nll(model, states.items(), batch.labels)
         return total / (len(depths) * batch.window_tokens)
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the model with its exits in the compute dtype, unless all of it is in float32."""
-        return model if self.trunk == "trained" else _cast(model, ctx.dtype)
+        return model if self.trunk == "trained" else exit_heads.cast_heads(model, ctx.dtype)
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -174,7 +173,7 @@ class ExitHeads(Trains, ReadsDepths):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the exits of `folder`, in the compute dtype."""
-        return _cast(super().load(model, folder, ctx), ctx.dtype)
+        return exit_heads.cast_heads(super().load(model, folder, ctx), ctx.dtype)
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -197,9 +196,3 @@ class ExitHeads(Trains, ReadsDepths):
             return method.read_out(beside, point)
         cut = method.read_out(model, point)
         return cut if cut.num_layers == count else replace(cut, readout=own)
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Return the model with its exits in `dtype`."""
-    model.get_submodule(exit_heads.NAME).to(dtype)
-    return model

@@ -28,7 +28,7 @@ from effbench.api.schema import NonNegativeInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.methods.base import Method
 from effbench.methods.compresses import Compresses, Part
-from effbench.nn.depth import submodel
+from effbench.nn.depth import influence, submodel
 from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -99,15 +99,20 @@ class LayerDrop(Compresses):
 
         if self.layers is None and self.criterion == "influence":
             for row, batch in enumerate(calibration):
-                yield Part(f"rows.{row}", partial(passed, model, batch), add)
+                yield Part(f"rows.{row}", partial(self._passed, model, batch), add)
         choose = partial(self._choose, sums, tokens, ctx.seed)
         yield Part("layers", choose, partial(self._keep, model))
+
+    def _passed(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return what each layer changes of one batch; see `influence.passed`."""
+        real = batch.attention_mask.bool()
+        return influence.passed(model.model.layers, real, lambda: Method().logits(model, batch))
 
     def _choose(
         self, sums: torch.Tensor, tokens: torch.Tensor, seed: int
     ) -> dict[str, torch.Tensor]:
         """Return which layers stay, [L] bool, and each one's influence, [L]."""
-        found = influence(sums, int(tokens))
+        found = influence.influence(sums, int(tokens))
         gone = self.gone(found, seed)
         kept = torch.tensor([index not in gone for index in range(len(found))])
         return {"influence": found, "kept": kept}
@@ -167,41 +172,3 @@ def _kept_in(folder: Path) -> list[int]:
             f"{folder / KEPT} cannot be read: {error}.", "Run again with --fresh to make it anew."
         ) from None
     return kept
-
-
-def influence(sums: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return the block influence of every layer, [L] float64.
-
-    Args:
-        sums: Cosines of what each layer reads and leaves, [L], added up over tokens; see `passed`.
-        tokens: How many.
-    """
-    return 1 - sums / max(1, tokens)
-
-
-def passed(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the cosine of what each layer reads and leaves, [L] float64, summed over tokens.
-
-    Args:
-        model: Laid out as Llama is.
-        batch: What it reads; padding does not count. The number of `tokens` is returned too.
-    """
-    layers = model.model.layers
-    sums = torch.zeros(len(layers), dtype=torch.float64)
-    real = batch.attention_mask.bool()
-
-    def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        pair = before[real].double(), after[real].double()
-        sums[index] += torch.nn.functional.cosine_similarity(*pair, dim=-1).sum().cpu()
-
-    hooks = [
-        layer.register_forward_hook(lambda _, inputs, out, i=i: add(i, inputs[0], out))
-        for i, layer in enumerate(layers)
-    ]
-    try:
-        with torch.no_grad():
-            Method().logits(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"cosines": sums, "tokens": real.sum()}

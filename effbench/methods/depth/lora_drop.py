@@ -31,7 +31,7 @@ thousands of times shorter.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -41,35 +41,13 @@ from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.sharing import require_own_states
-from effbench.api.skipping import skipping, with_stand_ins
+from effbench.api.skipping import check_droppable, evenly_spaced, skipping, with_stand_ins
+from effbench.methods.depth.points import Window, check_windows
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
 from effbench.nn.depth import droppable
 from effbench.nn.losses import token
-from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-MOST_PLACES = 8
-"""Longest place in a cycle that has a loss of its own."""
-MOST_POINTS = 64
-"""Longest window of which all shorter ones are evaluated without being listed."""
-
-
-@dataclass(frozen=True)
-class Window(Point):
-    """A schedule of dropped tokens."""
-
-    skips_layers: ClassVar[bool] = True
-
-    window: int
-    """Dropped tokens between two refreshes."""
-    baseline: Literal["reuse", "identity"] | None = None
-    """What is in the place of the stand-ins, if they do not work."""
-
-    @property
-    def name(self) -> str:
-        """`k<n>`, or `k<n>-<baseline>`."""
-        return f"k{self.window}-{self.baseline}" if self.baseline else f"k{self.window}"
 
 
 @dataclass(frozen=True)
@@ -124,55 +102,17 @@ class LoRADrop(Trains):
 
     def droppable(self, num_layers: int) -> tuple[int, ...]:
         """Return the droppable layers of a model with `num_layers` layers, ascending."""
-        if self.layers is not None:
-            return tuple(sorted(self.layers))
-        first = max(1, min(3, num_layers // 4))
-        candidates = range(first, num_layers - 1)
-        count = int(self.fraction * len(candidates) + 0.5)
-        return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
+        if self.layers is None:
+            return evenly_spaced(num_layers, self.fraction)
+        return tuple(sorted(self.layers))
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that do not exist or cannot be dropped, and windows that make no list."""
         require_own_states(shape, self.name)
-        self._check_layers(shape.num_layers)
-        self._check_windows()
+        chosen, fraction = self.droppable(shape.num_layers), self.fraction * (self.layers is None)
+        check_droppable(chosen, shape.num_layers, fraction)
+        check_windows(self.window, self.windows)
         return self
-
-    def _check_layers(self, num_layers: int) -> None:
-        chosen = self.droppable(num_layers)
-        if 0 in chosen:
-            raise UserError(
-                "method.layers lists layer 0, which must run on every token: its cache is the "
-                "record of all positions.",
-                "Leave 0 out of method.layers.",
-            )
-        for layer in chosen:
-            if not 0 < layer < num_layers:
-                raise UserError(
-                    f"method.layers lists layer {layer}, but the model has {num_layers}.",
-                    f"Choose layers from 1 to {num_layers - 1}.",
-                )
-        if len(set(chosen)) < len(chosen):
-            raise UserError("method.layers lists a layer twice.", "List each layer once.")
-        if not chosen and self.layers is None and self.fraction > 0:
-            raise UserError(
-                f"method.fraction={self.fraction} of {num_layers} layers is no layer at all.",
-                "Raise method.fraction, or list the layers in method.layers.",
-            )
-
-    def _check_windows(self) -> None:
-        if self.windows is None:
-            if self.window > MOST_POINTS:
-                raise UserError(
-                    f"method.window={self.window} would be {self.window + 1} operating points.",
-                    f"List those to evaluate, like 'method.windows=[0,{self.window}]'.",
-                )
-        elif not self.windows:
-            raise UserError("method.windows is empty.", "Leave it out, or list a window.")
-        elif list(self.windows) != sorted(set(self.windows)):
-            raise UserError(
-                f"method.windows={list(self.windows)} is not a rising list.", "List each once."
-            )
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -200,18 +140,11 @@ class LoRADrop(Trains):
         stand_ins = _stand_ins(model)
         if not stand_ins.active:
             return super().loss(model, batch, ctx)
-        starts = droppable.draw_starts(
-            batch, stand_ins.window, ctx.generator, self.prefix, self.random_phase
-        )
+        drawn = ctx.generator, self.prefix, self.random_phase
+        starts = droppable.draw_starts(batch, stand_ins.window, *drawn)
         refreshed = droppable.schedule(*starts, batch.input_ids.shape[1], stand_ins.window)
-        logits = droppable.masked_logits(
-            model,
-            stand_ins,
-            batch.input_ids,
-            batch.attention_mask,
-            refreshed,
-            see_dropped=not self.kv_accurate,
-        )
+        inputs = batch.input_ids, batch.attention_mask, refreshed
+        logits = droppable.masked_logits(model, stand_ins, *inputs, not self.kv_accurate)
         return token.token_nll(logits, batch.labels).sum() / batch.window_tokens
 
     # -- use -----------------------------------------------------------------------------------
@@ -228,8 +161,7 @@ class LoRADrop(Trains):
 
     def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[None]:
         """Work with the window of `point`, and in its way, inside the context."""
-        own = self.window_at(point)
-        return _stand_ins(model).using(own.window, own.baseline)
+        return _stand_ins(model).using(*astuple(self.window_at(point)))
 
     def window_at(self, point: Point) -> Window:
         """Return what holds at a point; without a name it is the window of training."""
@@ -246,10 +178,7 @@ class LoRADrop(Trains):
         `j1` is predicted by the first dropped one, and so on. Long windows stop at `j8`.
         """
         stand_ins = _stand_ins(model)
-        if not stand_ins.active:
-            return {}
-        place = droppable.cycle_places(batch.labels, stand_ins.window)
-        return {f"j{j}": place == j for j in range(min(stand_ins.window, MOST_PLACES) + 1)}
+        return droppable.cycle_parts(batch.labels, stand_ins.window) if stand_ins.active else {}
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -263,9 +192,9 @@ class LoRADrop(Trains):
         layers = self.droppable(base.num_layers)
         if phase == "train":
             return with_stand_ins(base, layers, self.rank, active=self.window > 0)
-        own = self.window_at(point)
-        plain, fill = own.baseline is None, self.kv == "fill"
-        return skipping(base, layers, self.rank, own.window, mapped=plain, fill=fill)
+        window, baseline = astuple(self.window_at(point))
+        how = {"mapped": baseline is None, "fill": self.kv == "fill"}
+        return skipping(base, layers, self.rank, window, **how)
 
 
 def _stand_ins(model: torch.nn.Module) -> droppable.DroppableLayers:

@@ -10,7 +10,6 @@ A depth n is the first n layers under the model's own final norm and head. Decod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,9 @@ from typing import ClassVar, Literal, Self
 from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.api.submodels import check_depths, depth_set
 from effbench.methods.base import Method
+from effbench.methods.depth.points import Depth, Mixed
 from effbench.nn.decode import early_exit
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.llama import stack
@@ -31,37 +32,6 @@ READING = frozenset(
     {"eval_depths", "decoding", "thresholds", "kv", "draft_depth", "draft_tokens", "draft_window"}
 )
 """Settings of how depths are read out, on which nothing that is trained depends."""
-PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
-"""Those of Sorted LLaMA, at depths 12 to 36 of 40."""
-
-
-@dataclass(frozen=True)
-class Depth(Point):
-    """The model of the first layers, or of those that a method keeps of as many."""
-
-    skips_layers: ClassVar[bool] = True
-
-    depth: int
-    """How many layers it has."""
-
-    @property
-    def name(self) -> str:
-        """`d<n>`."""
-        return f"d{self.depth}"
-
-
-@dataclass(frozen=True)
-class Mixed(Point):
-    """Decoding that goes through one depth or another."""
-
-    skips_layers: ClassVar[bool] = True
-
-    decoding: Literal["exit", "speculative"]
-
-    @property
-    def name(self) -> str:
-        """The way of decoding."""
-        return self.decoding
 
 
 @dataclass(frozen=True)
@@ -188,7 +158,7 @@ class ReadsDepths(Method):
 
     def rule(self, exits: int) -> early_exit.Rule:
         """Return who leaves at each of so many exits."""
-        return early_exit.confident(self.thresholds or paper_thresholds(exits - 1))
+        return early_exit.confident(self.thresholds or early_exit.paper_thresholds(exits - 1))
 
     def decoder(self, point: Point) -> Decoder:
         """Return the way of decoding that a point names; a depth decodes as a model of its own."""
@@ -224,36 +194,3 @@ class ReadsDepths(Method):
         draft, k = self.draft_depth or exits[0], self.draft_tokens
         drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
         return replace(drafting, readout=replace(cut.readout, runs=2 * k + 1, reads=k + 1))
-
-
-def depth_set(num_layers: int, shallowest: float) -> tuple[int, ...]:
-    """Return every ceil(L / 10)-th depth down from L layers, none below a share of them.
-
-    40 layers and 0.3 give the paper's 12, 16, ... 40.
-    """
-    step = math.ceil(num_layers / 10)
-    least = math.ceil(shallowest * num_layers - 1e-9)
-    return tuple(range(num_layers, max(1, least) - 1, -step))[::-1]
-
-
-def check_depths(key: str, depths: Sequence[int], num_layers: int) -> None:
-    """Refuse depths that do not rise, or that a model does not have.
-
-    Raises:
-        UserError: Naming `method.<key>`.
-    """
-    if list(depths) != sorted(set(depths)):
-        raise UserError(
-            f"method.{key}={list(depths)} does not rise.",
-            "Give different depths, the shallowest first.",
-        )
-    if depths and depths[-1] > num_layers:
-        raise UserError(
-            f"method.{key} lists depth {depths[-1]}, but the model has {num_layers} layers.",
-            f"Choose depths from 1 to {num_layers}.",
-        )
-
-
-def paper_thresholds(count: int) -> tuple[float, ...]:
-    """Return thresholds for `count` exits: the paper's seven, spread evenly."""
-    return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))

@@ -25,7 +25,7 @@ all of D in random order before one repeats (`cycle`); exact repair of the key/v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -37,7 +37,8 @@ from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.methods.depth.reading import READING, Depth, ReadsDepths, check_depths, depth_set
+from effbench.methods.depth.points import Depth
+from effbench.methods.depth.reading import READING, ReadsDepths
 from effbench.methods.trains import Trains
 from effbench.nn.depth import draws, layerskip, submodel
 from effbench.nn.llama import stack
@@ -74,18 +75,8 @@ class SortedFull(Trains, ReadsDepths):
     """Multiply a layer's learning rate by 1 / P(layer runs), for deep layers run less often."""
 
     def __post_init__(self) -> None:
-        if self.decoding and self.layout != "prefix":
-            raise UserError(
-                f"method.decoding={list(self.decoding)} needs exits on the way through the layers, "
-                "which sub-models without middle layers do not have.",
-                "Set method.layout=prefix, or method.decoding=[].",
-            )
-        if self.objective == "layerskip" and self.layout != "prefix":
-            raise UserError(
-                "method.objective=layerskip needs exits on the way through the layers, which "
-                "sub-models without middle layers do not have.",
-                "Set method.layout=prefix, or another method.objective.",
-            )
+        if self.layout != "prefix":
+            submodels.refuse_exits(self.decoding, self.objective)
         if self.reweight and self.objective != "sampled":
             raise UserError(
                 "method.reweight=true makes up for depths that are drawn less often, but "
@@ -102,7 +93,7 @@ class SortedFull(Trains, ReadsDepths):
 
     def with_depths(self, num_layers: int) -> Self:
         """Return the method with the depths that are not given."""
-        return replace(self, depths=self.depths or depth_set(num_layers, self.shallowest))
+        return replace(self, depths=self.depths or submodels.depth_set(num_layers, self.shallowest))
 
     def kept(self, depth: int, num_layers: int) -> list[int]:
         """Return the layers of the sub-model `depth`, counted from 0."""
@@ -131,13 +122,7 @@ class SortedFull(Trains, ReadsDepths):
         Raises:
             UserError: For depths that the model does not have, and exits that lead nowhere.
         """
-        check_depths("depths", self.depths, shape.num_layers)
-        if len(self.depths) > 1 and max(self.depths) < shape.num_layers:
-            raise UserError(
-                f"method.depths={list(self.depths)} does not hold {shape.num_layers}, the "
-                "number of layers, so the full model would never be trained.",
-                f"Add {shape.num_layers}.",
-            )
+        submodels.check_trained(self.depths, shape.num_layers)
         return super().resolve(shape)
 
     # -- structure -----------------------------------------------------------------------------
@@ -146,14 +131,8 @@ class SortedFull(Trains, ReadsDepths):
         """Make every weight train but those of layers that no depth has."""
         stack.require_layers_alike(model)
         model.requires_grad_(True)
-        self.freeze_rest(model)
+        submodel.freeze_all_but(model, self.trained_layers(len(stack.decoder_layers(model))))
         return model
-
-    def freeze_rest(self, model: torch.nn.Module) -> None:
-        """Freeze the layers that no trained depth has."""
-        layers = stack.decoder_layers(model)
-        for index in set(range(len(layers))) - set(self.trained_layers(len(layers))):
-            layers[index].requires_grad_(False)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -172,27 +151,16 @@ class SortedFull(Trains, ReadsDepths):
         return draws.DepthDraws(self.depths, self.sampling, ctx.generator)
 
     def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        total = torch.zeros((), device=batch.labels.device)
-        for n, hidden in self._exit_states(model, batch):
-            total = total + submodel.exit_nll(model, hidden, batch.labels, n)
+        count = len(stack.decoder_layers(model))
+        subs = {n: self.kept(n, count) for n in self.depths}
+        inputs = batch.input_ids, batch.attention_mask, batch.labels
+        total = submodel.summed_nll_of(model, subs, *inputs, nested=self.layout == "prefix")
         return total / (len(self.depths) * batch.window_tokens)
 
     def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         weights = layerskip.exit_weights(self.depths, len(stack.decoder_layers(model)), ctx.step)
         inputs = batch.input_ids, batch.attention_mask, batch.labels
         return layerskip.summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
-
-    def _exit_states(
-        self, model: torch.nn.Module, batch: Batch
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield depths and what the head reads there; sub-models that share no exit run apart."""
-        inputs = batch.input_ids, batch.attention_mask
-        if self.layout == "prefix":
-            yield from submodel.exit_states(model, self.depths, *inputs).items()
-            return
-        for n in self.depths:
-            with stack.at_layers(model, self.kept(n, len(stack.decoder_layers(model)))):
-                yield n, submodel.exit_states(model, (n,), *inputs)[n]
 
     def update(
         self,
@@ -228,10 +196,10 @@ class SortedFull(Trains, ReadsDepths):
 
     def stepping(self, whole: ModelShape) -> ModelShape:
         """Return how often a step runs each layer, and its exits."""
-        count = whole.num_layers
-        subs = self.submodels(count)
+        subs = self.submodels(whole.num_layers)
+        if self.objective == "layerskip":
+            rates = layerskip.drop_rates(whole.num_layers)
+            return submodels.with_layers_left_out(whole, subs, rates)
         if self.objective == "sampled":
             return submodels.one_of(whole, subs)
-        if self.objective == "layerskip":
-            return submodels.with_layers_left_out(whole, subs, layerskip.drop_rates(count))
         return submodels.all_of(whole, subs, nested=self.layout == "prefix")

@@ -88,7 +88,7 @@ class SortedLoRA(SortedFull):
         stack.require_layers_alike(model)
         model.requires_grad_(False)
         model = self.adapter().prepare(model, ctx)
-        self.freeze_rest(model)
+        submodel.freeze_all_but(model, self.trained_layers(len(stack.decoder_layers(model))))
         if self.train_norm:
             submodel.train_norm(model)
         return model

@@ -22,7 +22,7 @@ from effbench.api.shape import Anatomy, ModelShape, Phase
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds import base as kinds
 from effbench.methods.trains import Trains
-from effbench.nn.losses import fitting, labelled, perturbed, teaching, token
+from effbench.nn.losses import fitting, labelled, perturbed, teaching
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -134,11 +134,11 @@ class Teaches(Trains):
     def _known_tokens(
         self, teacher: torch.nn.Module, batch: Batch, most: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        read = readout(teacher, batch)
+        read = teaching.readout(teacher, batch)
         count = len(read.states)
         places = torch.linspace(0, max(0, count - 1), min(most, count), device=batch.labels.device)
         log_t = self.teaching.teacher(read.head(read.states[places.long()]).float())
-        return log_t, counted_labels(batch)[places.long()]
+        return log_t, teaching.counted_labels(batch)[places.long()]
 
     # -- training ------------------------------------------------------------------------------
 
@@ -164,10 +164,10 @@ class Teaches(Trains):
         return losses.sum() / batch.window_examples
 
     def _token_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
-        student = readout(model, batch)
+        student = teaching.readout(model, batch)
         with torch.no_grad():
-            teacher = readout(ctx.aux["teacher"], batch)
-        labels = counted_labels(batch)
+            teacher = teaching.readout(ctx.aux["teacher"], batch)
+        labels = teaching.counted_labels(batch)
         weights = torch.ones_like(labels, dtype=torch.float32)
         if batch.weights is not None:
             counted = batch.labels[:, 1:] != IGNORED
@@ -195,14 +195,3 @@ class Teaches(Trains):
         if self.over == "answers" or phase == "use":
             return model
         return replace(model, objective=perturbed_in_chunks(base.vocab_size))
-
-
-def readout(model: torch.nn.Module, batch: Batch) -> token.Readout:
-    """Return what a model's logits are made of where a token counts."""
-    return token.counted_readout(model, batch.input_ids, batch.attention_mask, batch.labels)
-
-
-def counted_labels(batch: Batch) -> torch.Tensor:
-    """Return the labels that count, [N], in the order of `readout`."""
-    targets = batch.labels[:, 1:]
-    return targets[targets != IGNORED]

@@ -30,7 +30,8 @@ from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import FLOAT32
-from effbench.methods.adapters.lora import Dropout, check_rank_fits
+from effbench.methods.adapters.lora import Dropout
+from effbench.methods.adapters.targets import check_rank_fits
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, mixture
 from effbench.nn.llama import surgery

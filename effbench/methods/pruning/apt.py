@@ -42,14 +42,14 @@ from effbench.api.schema import (
     PositiveInt,
 )
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.methods.adapters.lora import check_rank_fits, check_targets, targets_in
+from effbench.methods.adapters.targets import check_rank_fits, check_targets, targets_in
 from effbench.methods.pruning.slices import Slices
 from effbench.methods.trains import Trains
-from effbench.nn.adapters import growth, lowrank
+from effbench.nn.adapters import growth
 from effbench.nn.llama import attention, surgery
 from effbench.nn.losses import self_distill, token
 from effbench.nn.pruning import prune_and_grow, pruner
-from effbench.nn.pruning.schedule import PruningSchedule
+from effbench.nn.pruning.schedule import PruningSchedule, check_window
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -113,11 +113,7 @@ class APT(Slices, Trains):
 
     def __post_init__(self) -> None:
         check_targets(self.targets)
-        if self.begin > self.end:
-            raise UserError(
-                f"method.begin={self.begin} lies behind method.end={self.end}.",
-                "Let the pruning window begin before it ends.",
-            )
+        check_window(self.begin, self.end)
         if self.rank > self.max_rank:
             raise UserError(
                 f"method.rank={self.rank} is more than method.max_rank={self.max_rank}.",
@@ -134,13 +130,9 @@ class APT(Slices, Trains):
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the base; add adapters, masks, and what collects salience."""
         attention.require_llama(model)
-
-        def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
-            control = lowrank.RankControl(self.rank)  # of its own, for its rank may grow
-            return lowrank.adapter(linear, name, control, self.scale * self.rank, ctx.seed)
-
         model.requires_grad_(False)
-        surgery.replace_linears(model, adapt, self.targets)
+        names = (name for name, _ in surgery.decoder_linears(model, self.targets))
+        growth.adapt(model, names, self.rank, self.scale, ctx.seed)
         pruner.Pruning.put_in(model, self.beta, self.salience)
         if self.distill:
             self_distill.add_transfer(model, self.rank, self.scale, ctx.seed)
@@ -175,26 +167,15 @@ class APT(Slices, Trains):
         teacher = self_distill.SelfTeacher(
             model, pruning.masks, ctx.evolution.teacher, ctx.generator
         )
-        real = batch.attention_mask.bool()
-        soft, errors = teacher.losses(
-            lambda: self.logits(model, batch), logits, layers, batch.labels, real
-        )
-        soft, share = soft / batch.window_tokens, batch.loss_tokens / batch.window_tokens
-        learnt = self.distill_logits * soft + self.distill_layers * share * errors
+        weights = self.distill_logits, self.distill_layers
+        learnt = teacher.loss(lambda: self.logits(model, batch), batch, logits, layers, weights)
         return mu * learnt + (1 - mu) * hard
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what prunes, grows and slices; see the module's text for the order."""
         schedule = self.schedule(ctx.total_steps)
-        search = pruner.BlockSearch(
-            self.keep,
-            self.blocks,
-            self.align,
-            self.criterion,
-            self.kurtosis,
-            self.normalise,
-            ctx.seed,
-        )
+        ranked_by = self.criterion, self.kurtosis, self.normalise
+        search = pruner.BlockSearch(self.keep, self.blocks, self.align, *ranked_by, ctx.seed)
         steps = schedule.growth_steps(self.grow) if self.grow > 1 else {}
         grown = growth.Growth(model, steps, self.max_rank, self.beta, ctx.generator)
         return prune_and_grow.PruneAndGrow(
@@ -211,12 +192,8 @@ class APT(Slices, Trains):
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Return the sliced model with its adapters merged, dense and frozen."""
-        kept = ctx.evolution.cut()
-        if hasattr(model, "transfer"):
-            del model.transfer
-        ranks = {name: layer.control.max_rank for name, layer in lowrank.low_rank_layers(model)}
-        vars(model)["pruned"] = {"ranks": ranks, "kept": kept}
-        return growth.merge(model).requires_grad_(False)
+        merged: torch.nn.Module = ctx.evolution.merged()
+        return merged
 
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return what trains, and the masks and salience while there are any."""

@@ -37,6 +37,7 @@ from effbench.api.sharing import (
     TAKEN,
     LayerMap,
     Mode,
+    check_share,
     listed_map,
     pair_map,
     require_unshared,
@@ -44,11 +45,10 @@ from effbench.api.sharing import (
 )
 from effbench.methods.sharing.shares import Shares
 from effbench.methods.trains import START
-from effbench.nn.adapters import growth, lowrank
-from effbench.nn.llama import shared_attention, surgery
+from effbench.nn.adapters import growth
+from effbench.nn.llama import shared_attention
 from effbench.nn.losses import token
 from effbench.nn.sharing import conversion
-from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
@@ -112,13 +112,8 @@ class EchoLLaMA(Shares):
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse a model that shares or is sliced, and more consumers than a map can have."""
         require_unshared(shape, self.name)
-        most = shape.num_layers - 1 if self.map == "top" else shape.num_layers // 2
-        if not self.layers and round(self.share * shape.num_layers) > most:
-            raise UserError(
-                f"method.share={self.share} of {shape.num_layers} layers is more than the {most} "
-                f"consumers that map={self.map} can have.",
-                f"Set method.share={most / shape.num_layers:.3g} or less.",
-            )
+        if not self.layers:
+            check_share(self.share, shape.num_layers, self.map)
         self.sharing(shape.num_layers)
         return self
 
@@ -146,22 +141,18 @@ class EchoLLaMA(Shares):
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Make the model ready to share, or let it share at once; mark what trains."""
-        sharing = self.sharing(int(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
+        config: Any = model.config
+        sharing = self.sharing(config.num_hidden_layers)
         if self.producer_init == "mean":
             conversion.average_sources(model, sharing)
         put = shared_attention.share if self.abrupt else shared_attention.put_sharing
         model = put(model, sharing)
         model.requires_grad_(self.trains == "full")
         if self.trains == "lora":
-            self._adapt(model, ctx.seed)
+            adapted = self.adapted(config.num_hidden_layers)
+            names = (f"model.layers.{layer}.self_attn.{name}" for layer, name in adapted)
+            growth.adapt(model, names, self.rank, 1, ctx.seed)
         return model
-
-    def _adapt(self, model: Any, seed: int) -> None:
-        for layer, name in self.adapted(len(model.model.layers)):
-            path = f"model.layers.{layer}.self_attn.{name}"
-            linear, control = model.get_submodule(path), lowrank.RankControl(self.rank)
-            part = lowrank.adapter(linear, path, control, self.rank, seed)
-            surgery.replace_module(model, path, part)
 
     # -- training ------------------------------------------------------------------------------
 

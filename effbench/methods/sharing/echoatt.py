@@ -22,39 +22,30 @@ where none are given (`effbench.nn.sharing.ranking`).
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
-
-from annotated_types import Ge
+from typing import Any, ClassVar, Literal, Self
 
 from effbench.api.batch import Batch
-from effbench.api.evolution import Evolution
-from effbench.api.examples import Example
+from effbench.api.evolution import Evolution, UntilNeeded
 from effbench.api.method_types import Context, Paper, Weights
 from effbench.api.objectives import distilled_in_chunks
 from effbench.api.points import Point
-from effbench.api.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from effbench.api.schema import Fraction, NonNegativeFloat
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.api.sharing import LayerMap, listed_map, require_unshared
-from effbench.methods.sharing.shares import Shares
+from effbench.api.sharing import listed_map
+from effbench.methods.sharing.choice import ChoosesLayers
 from effbench.methods.trains import START
 from effbench.nn.decode.decoder import CopiedMaps, Decoder
 from effbench.nn.llama import shared_attention
 from effbench.nn.losses import distill
-from effbench.nn.sharing import similarity
-from effbench.nn.sharing.ranking import block_ends, count_of, joined, ranking
+from effbench.nn.sharing.ranking import block_ends
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-CHOSEN = "shared"
-"""Key of the chosen layers in `ctx.state`."""
-
 
 @dataclass(frozen=True)
-class EchoAtt(Shares):
+class EchoAtt(ChoosesLayers):
     """Attention maps copied between layers, and distillation from the unchanged model."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -68,20 +59,6 @@ class EchoAtt(Shares):
     identity: ClassVar[dict[str, Any] | None] = {"layers": []}
     needs: ClassVar[dict[str, Any]] = {"layers": [2]}
 
-    layers: tuple[int, ...] | None = None
-    """The shared layers, counted from 0; null chooses them by `ratio` and `choice`."""
-    ratio: Fraction = 0.4
-    """Share of all layers that are shared, where they are chosen."""
-    keep_first: PositiveInt = 1
-    """Layers at the beginning that are never chosen."""
-    keep_last: NonNegativeInt = 1
-    """Layers at the end that are never chosen."""
-    choice: Literal["similar", "random"] = "similar"
-    """Whether those most like their sources are chosen, or any (seeded)."""
-    samples: PositiveInt = 16
-    """Texts that similarity is measured on, from the training rows."""
-    tokens: Annotated[int, Ge(2)] = 256
-    """Tokens of each."""
     block_weight: NonNegativeFloat = 0.25
     """a, of L_I: the outputs of blocks."""
     soft_weight: NonNegativeFloat = 0.25
@@ -98,40 +75,14 @@ class EchoAtt(Shares):
         """The base is held as float32 masters."""
         return "float32"
 
-    # -- the shared layers ---------------------------------------------------------------------
-
-    def candidates(self, num_layers: int) -> range:
-        """Return the layers that may be chosen."""
-        return range(self.keep_first, num_layers - self.keep_last)
-
-    def count(self, num_layers: int) -> int:
-        """Return how many layers are shared."""
-        return count_of(self.ratio, num_layers) if self.layers is None else len(self.layers)
-
-    def sharing(self, num_layers: int) -> LayerMap:
-        """Return the map of the listed layers, or of any that are as many."""
-        count = self.count(num_layers)
-        chosen = self.candidates(num_layers)[:count] if self.layers is None else self.layers
-        return listed_map(num_layers, chosen, "qk")
-
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that cannot be shared, more than there are, and a loss without terms."""
-        require_unshared(shape, self.name)
-        allowed = len(self.candidates(shape.num_layers))
-        if self.layers is not None:
-            listed_map(shape.num_layers, self.layers, "qk")
-        elif (count := self.count(shape.num_layers)) > allowed:
-            raise UserError(
-                f"method.ratio={self.ratio} shares {count} of {shape.num_layers} layers, but only "
-                f"{allowed} may be chosen.",
-                "Lower method.ratio, method.keep_first or method.keep_last.",
-            )
         if self.distils and not (self.block_weight + self.soft_weight + self.hard_weight):
             raise UserError(
                 "All three weights of the distillation are 0.",
                 "Raise one of them, or distil nothing: method.refine=1",
             )
-        return self
+        return super().resolve(shape)
 
     def aux_models(self) -> dict[str, str]:
         """Return the teacher, a frozen copy of what it starts from."""
@@ -141,36 +92,6 @@ class EchoAtt(Shares):
     def distils(self) -> bool:
         """Whether any step needs the teacher."""
         return self.refine < 1
-
-    def dataset(
-        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
-    ) -> list[Example]:
-        """Choose the layers, by the similarity of their attention on the training rows."""
-        if self.layers is None and self.choice == "similar":
-            ctx.state[CHOSEN] = self._most_similar(model, examples, ctx.device)
-        return super().dataset(examples, model, ctx)
-
-    def _most_similar(
-        self, model: Any, examples: Sequence[Example], device: torch.device
-    ) -> list[int]:
-        texts = joined((e.ids for e in examples), self.tokens, self.samples)
-        if not texts:
-            raise UserError(
-                f"The training rows have fewer than method.tokens={self.tokens} tokens.",
-                "Lower method.tokens, or name the layers: method.layers=[...]",
-            )
-        matrix = similarity.mean_attention(model, [torch.tensor(t, device=device) for t in texts])
-        found = ranking(matrix, self.keep_first, self.keep_last)
-        return sorted(found[: self.count(len(matrix))])
-
-    def chosen(self, num_layers: int, ctx: Context) -> list[int]:
-        """Return the shared layers, ascending; measured ones are in `ctx.state`."""
-        if self.layers is not None:
-            return sorted(self.layers)
-        if self.choice == "random":
-            candidates = self.candidates(num_layers)
-            return sorted(random.Random(ctx.seed).sample(candidates, self.count(num_layers)))
-        return list(ctx.state[CHOSEN])
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -190,7 +111,7 @@ class EchoAtt(Shares):
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what lets go of the teacher once the second stage begins."""
-        return _Stages(self, ctx)
+        return UntilNeeded(ctx.aux, lambda: not self.refining(ctx))
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch in the stage that its step belongs to."""
@@ -225,14 +146,3 @@ class EchoAtt(Shares):
         if phase == "use" or not self.distils:
             return model
         return replace(model, objective=distilled_in_chunks(base.vocab_size))
-
-
-class _Stages(Evolution):
-    """Lets go of the teacher where the second stage begins."""
-
-    def __init__(self, method: EchoAtt, ctx: Context) -> None:
-        self.method, self.ctx = method, ctx
-
-    def before_step(self) -> None:
-        if self.method.refining(self.ctx):
-            self.ctx.aux.clear()

@@ -18,7 +18,7 @@ z away), decay on no vector, the final norm's included; the reported loss is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -32,10 +32,9 @@ from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import peft_lora
+from effbench.nn.zeroth_order import two_point
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-
-MOST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class MeZO(LoRA):
 
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what remembers the seeds and estimates of a step for its event."""
-        return Estimates()
+        return two_point.Estimates()
 
     def update(
         self,
@@ -89,7 +88,9 @@ class MeZO(LoRA):
         """Make one step from twice as many passes as perturbations; return the mean loss."""
         assert self.epsilon is not None
         steps = [
-            Step(p, group["lr"] / self.perturbations, group["weight_decay"] if p.ndim > 1 else 0.0)
+            two_point.Step(
+                p, group["lr"] / self.perturbations, group["weight_decay"] if p.ndim > 1 else 0.0
+            )
             for group in optimizer.param_groups
             for p in group["params"]
         ]
@@ -101,10 +102,10 @@ class MeZO(LoRA):
                 return sum(float(self.loss(model, batch, ctx)) for batch in window)
 
         with torch.no_grad():
-            seeds = torch.randint(MOST_SEED, (self.perturbations,), generator=ctx.generator)
-            found = [two_point(steps, loss, seed, self.epsilon) for seed in seeds.tolist()]
+            seeds = two_point.draw_seeds(self.perturbations, ctx.generator)
+            found = [two_point.estimate(steps, loss, seed, self.epsilon) for seed in seeds]
             for estimate in found:
-                descend(steps, estimate)
+                two_point.descend(steps, estimate)
         model.train(training)
         ctx.evolution.found = found
         optimizer.step()  # without gradients it changes nothing; the schedule counts its calls
@@ -121,86 +122,3 @@ class MeZO(LoRA):
         full = self.trains == "full"
         model = base.trained() if full else super().shape(base, point, phase, folder)
         return replace(model, forwards=2 * self.perturbations)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What two passes found out about one direction."""
-
-    seed: int
-    """Of z."""
-    gradient: float
-    """g, the slope of the loss along z."""
-    loss: float
-    """Mean loss of both passes."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A tensor that trains, and how far it goes."""
-
-    tensor: torch.Tensor
-    rate: float
-    """Learning rate."""
-    decay: float
-    """Decoupled weight decay."""
-
-
-class Estimates(Evolution):
-    """Remembers the estimates of a step: its event tells them, and a run can be replayed."""
-
-    def __init__(self) -> None:
-        self.found: Sequence[Estimate] = ()
-
-    def metrics(self) -> dict[str, float]:
-        """Return seed and g of each direction; from the second one on with its number."""
-        named: dict[str, float] = {}
-        for number, estimate in enumerate(self.found, 1):
-            end = f"_{number}" if number > 1 else ""
-            named |= {f"seed{end}": estimate.seed, f"projected_gradient{end}": estimate.gradient}
-        return named
-
-
-def directions(steps: Iterable[Step], seed: int) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Yield each tensor with its part of z, drawn on its device in their order."""
-    draws: dict[torch.device, torch.Generator] = {}
-    for step in steps:
-        place = step.tensor.device
-        if place not in draws:
-            draws[place] = torch.Generator(place).manual_seed(seed)
-        size, dtype = step.tensor.shape, step.tensor.dtype
-        yield step, torch.normal(0, 1, size, generator=draws[place], dtype=dtype, device=place)
-
-
-def perturb(steps: Iterable[Step], seed: int, scale: float) -> None:
-    """Add `scale` times the z of a seed to the tensors, in place."""
-    for step, z in directions(steps, seed):
-        step.tensor.add_(z, alpha=scale)
-
-
-def two_point(
-    steps: Sequence[Step], loss: Callable[[], float], seed: int, epsilon: float
-) -> Estimate:
-    """Return the slope of a loss along the z of a seed; all but rounding is undone.
-
-    Args:
-        steps: The tensors that train, in a fixed order.
-        loss: Computes the loss from the tensors as they are.
-        seed: Of z.
-        epsilon: Distance to either side.
-    """
-    perturb(steps, seed, epsilon)
-    above = loss()
-    perturb(steps, seed, -2 * epsilon)
-    below = loss()
-    perturb(steps, seed, epsilon)
-    return Estimate(seed, (above - below) / (2 * epsilon), (above + below) / 2)
-
-
-def descend(steps: Iterable[Step], estimate: Estimate) -> None:
-    """Go down the slope: theta <- theta - rate (g z + decay theta), in place."""
-    for step, z in directions(steps, estimate.seed):
-        z.mul_(estimate.gradient)
-        if step.decay:
-            z.add_(step.tensor, alpha=step.decay)
-        step.tensor.sub_(z, alpha=step.rate)

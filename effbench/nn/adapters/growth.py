@@ -15,7 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, low_rank_layers, merged_weight
+from effbench.nn.adapters.lowrank import (
+    LowRankLinear,
+    RankControl,
+    adapter,
+    low_rank_layers,
+    merged_weight,
+)
 from effbench.nn.llama.surgery import replace_module
 from effbench.nn.llama.swap import Cut, Replace
 from effbench.util.errors import UserError
@@ -113,6 +119,21 @@ def set_rank(layer: LowRankLinear, rank: int) -> None:
     )
 
 
+def adapt(model: nn.Module, names: Iterable[str], rank: int, scale: float, seed: int) -> None:
+    """Put an adapter beside each named linear; its rank is its own, for it may grow.
+
+    Args:
+        model: Frozen.
+        names: Qualified names of linears.
+        rank: Of each adapter at first.
+        scale: Of each, the same at every rank.
+        seed: The run's.
+    """
+    for name in list(names):
+        linear, control = model.get_submodule(name), RankControl(rank)
+        replace_module(model, name, adapter(linear, name, control, scale * rank, seed))
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Put a dense linear, with the update in its weight, where each adapter is."""
@@ -194,7 +215,7 @@ class Growth:
                 set_rank(layer, self.ranks[name])
 
 
-class Swap:
+class OptimizerRemap:
     """Replaces trained parameters under an optimiser; a `Replace`.
 
     Args:

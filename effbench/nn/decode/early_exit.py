@@ -18,6 +18,13 @@ from effbench.nn.depth.submodel import exit_states, readout
 Rule = Callable[[int, torch.Tensor], torch.Tensor]
 """From the number of an exit, shallowest first, and its logits [..., V] to who leaves there,
 [...] bool. The last exit is not asked."""
+PAPER_THRESHOLDS = (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
+"""Those of Sorted LLaMA, at depths 12 to 36 of 40."""
+
+
+def paper_thresholds(count: int) -> tuple[float, ...]:
+    """Return thresholds for `count` exits: the paper's seven, spread evenly."""
+    return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
 
 
 def confident(thresholds: Sequence[float]) -> Rule:

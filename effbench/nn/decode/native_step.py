@@ -85,7 +85,7 @@ class NativeStep:
         self._call(session, self.sizes, step, runs)
         return logits
 
-    def stretch(
+    def run_blocks(
         self,
         session: StepSession,
         hidden: torch.Tensor,

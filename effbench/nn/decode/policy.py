@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.nn.llama import stack
+from effbench.nn.llama import stack, walk
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ class CachePolicy:
             raise UserError(
                 f"{type(model).__name__} may turn queries and keys in another way than Llama does.",
                 "Choose a model of the Llama family.",
+            )
+        rope = getattr(model.model.rotary_emb, "rope_type", "") if self.turns_at_places else ""
+        if rope and rope not in walk.STATIC_ROPE:
+            raise UserError(
+                f"The rotary positions of {type(model).__name__} are {rope}: their angles change "
+                "with the length of a text, and keys in this cache are turned by one table.",
+                "Choose a model whose positions are turned by fixed angles.",
             )
 
 

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from effbench.nn.decode.cache import BLOCK
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
-from effbench.nn.decode.verify import stretch_engine
+from effbench.nn.decode.verify import multi_token_engine
 from effbench.nn.decode.view import Stretch, as_mask, looking
 from effbench.nn.depth.droppable import causal_mask
 from effbench.nn.depth.submodel import norm_and_head
@@ -78,7 +78,7 @@ class StagedDecoder:
         self.decoder: Any = self.root.model
         self.stages = [range(start, end) for start, end in pairwise((0, *exits))]
         self.policy = policy
-        self.engine = stretch_engine(model) if policy == EVERYTHING else None
+        self.engine = multi_token_engine(model) if policy == EVERYTHING else None
         self.cache: Cache = DynamicCache() if self.engine is None else self.engine.cache
         if policy != EVERYTHING:
             policy.require(model)
@@ -137,7 +137,7 @@ class StagedDecoder:
         if self.policy != EVERYTHING:
             hidden = self._looking(stage, hidden, positions, mask)
         elif self.engine is not None and done and self.engine.takes(hidden):
-            hidden = self.engine.stretch(hidden, positions, self.starts, self.stages[stage])
+            hidden = self.engine.run_blocks(hidden, positions, self.starts, self.stages[stage])
         else:
             hidden = self._through_modules(stage, hidden, positions, done)
         self.work.passes += len(self.stages[stage])

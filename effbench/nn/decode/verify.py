@@ -1,4 +1,4 @@
-"""Stretches of blocks in our decode engine: a few positions of each sequence through some layers.
+"""Several tokens at once in our decode engine: a few positions of each sequence, some layers.
 
 A step of the engine is one token through all blocks. Decoding that leaves early, or drafts with the
 first layers, needs a part of that, and for several positions at once. Both are the same call of the
@@ -20,7 +20,7 @@ from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.walk import plain, untouched, why_not
 
 
-class StretchEngine(StaticSession):
+class MultiTokenEngine(StaticSession):
     """The caches of a model and its blocks as the kernel runs them.
 
     Args:
@@ -43,7 +43,7 @@ class StretchEngine(StaticSession):
         return hidden.shape[0] * hidden.shape[1] <= native.LARGEST_BATCH
 
     @torch.inference_mode()
-    def stretch(
+    def run_blocks(
         self, hidden: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor, blocks: range
     ) -> torch.Tensor:
         """Return what blocks make of the next W positions, [B, W, d]; their caches take them in.
@@ -58,7 +58,7 @@ class StretchEngine(StaticSession):
         self._begin(batch)
         layers = [self.layers[i] for i in blocks]
         self._make_room(layers, width)
-        out = self.kernel.stretch(self, hidden, positions, starts, blocks)
+        out = self.kernel.run_blocks(self, hidden, positions, starts, blocks)
         for layer in layers:
             layer.length += width
         return out
@@ -83,11 +83,11 @@ class StretchEngine(StaticSession):
         self._tables()
 
 
-def stretch_engine(model: torch.nn.Module) -> StretchEngine | None:
-    """Return the engine for stretches of `model`; None where its kernel does not apply."""
+def multi_token_engine(model: torch.nn.Module) -> MultiTokenEngine | None:
+    """Return the engine of `model` for several tokens; None where its kernel does not apply."""
     if why_not(model):
         return None
     try:
-        return StretchEngine(model)
+        return MultiTokenEngine(model)
     except ValueError:
         return None

@@ -275,6 +275,10 @@ def turned(
 def as_mask(seen: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """Return which key each query sees in the form that an attention takes.
 
+    A query of padding may see nothing; what it is given is then any number, but a number: NaN would
+    reach the others through its values. Eager attention has its softmax in float32, where what is
+    added must be finite too.
+
     Args:
         seen: [B, 1, W, S] bool.
         kind: Name of the attention.
@@ -286,7 +290,8 @@ def as_mask(seen: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     if kind == "sdpa":
         return seen
     if kind == "eager":
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, least)
     raise UserError(
         f"What a token sees cannot be chosen under {kind} attention.", "Use sdpa attention."
     )

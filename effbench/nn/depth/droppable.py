@@ -34,6 +34,8 @@ Baseline = Literal["reuse", "identity"]
 """What a dropped token has without a map: the anchor, or the layer's input."""
 Policy = tuple[Start, bool]
 """What a dropped token starts from, and whether the map of its input is added."""
+MOST_PLACES = 8
+"""Longest place in a cycle that has a loss of its own."""
 
 
 class LowRankMap(torch.nn.Module):
@@ -228,6 +230,15 @@ def cycle_places(labels: torch.Tensor, window: int) -> torch.Tensor:
     prompts = prompt_lengths(labels)
     decoded = torch.arange(labels.shape[1] - 1, device=prompts.device) - prompts[:, None] + 1
     return decoded.clamp(min=0) % (window + 1)
+
+
+def cycle_parts(labels: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
+    """Return which tokens were predicted in each place of the cycle, [B, T - 1] bool each.
+
+    They are named `j0`, `j1` and so on up to `j8`; see `cycle_places`.
+    """
+    place = cycle_places(labels, window)
+    return {f"j{j}": place == j for j in range(min(window, MOST_PLACES) + 1)}
 
 
 def masked_logits(

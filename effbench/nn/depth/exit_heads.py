@@ -50,6 +50,12 @@ def attach_heads(model: torch.nn.Module, depths: Sequence[int]) -> None:
     model.add_module(NAME, torch.nn.ModuleDict(heads))
 
 
+def cast_heads(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the model with its exits in `dtype`."""
+    model.get_submodule(NAME).to(dtype)
+    return model
+
+
 def own_head(model: torch.nn.Module, depth: int) -> ExitHead | None:
     """Return the norm and head that an exit has for itself; None where it shares the model's."""
     heads: Any = getattr(model, NAME, None)

@@ -10,7 +10,7 @@ Sources: Valipour et al., SortedNet, arXiv 2309.00255; Kavehzadeh et al., Sorted
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -74,6 +74,34 @@ def exit_states(
     return found
 
 
+def states_apart(
+    model: torch.nn.Module,
+    subs: Mapping[int, Sequence[int]],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the depth of each sub-model and what the head reads of it, [B, T, d], not normed.
+
+    They run one after the other, for they share no exit.
+
+    Args:
+        model: A Llama-style causal language model.
+        subs: The layers of each sub-model, by depth.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+    """
+    for n, kept in subs.items():
+        with at_layers(model, kept):
+            yield n, exit_states(model, (n,), input_ids, attention_mask)[n]
+
+
+def freeze_all_but(model: torch.nn.Module, kept: Collection[int]) -> None:
+    """Freeze the layers of a model that are not among those of some indices."""
+    for index, layer in enumerate(decoder_layers(model)):
+        if index not in kept:
+            layer.requires_grad_(False)
+
+
 def readout(model: torch.nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
     """Return the logits [..., V] of the exit at `depth` from its hidden states [..., d].
 
@@ -113,6 +141,48 @@ def exit_nll(
 
     total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
     return total
+
+
+def summed_nll(
+    model: torch.nn.Module, states: Iterable[tuple[int, torch.Tensor]], labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of `exit_nll` over several exits, a scalar.
+
+    Args:
+        model: A Llama-style causal language model.
+        states: The depth of each exit and h_n [B, T, d] there.
+        labels: [B, T], not shifted; -100 where a token does not count.
+    """
+    total = torch.zeros((), device=labels.device)
+    for n, hidden in states:
+        total = total + exit_nll(model, hidden, labels, n)
+    return total
+
+
+def summed_nll_of(
+    model: torch.nn.Module,
+    subs: Mapping[int, Sequence[int]],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    nested: bool,
+) -> torch.Tensor:
+    """Return the summed negative log-likelihood of all sub-models in nats, a scalar.
+
+    Args:
+        model: A Llama-style causal language model.
+        subs: The layers of each sub-model, by depth.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T].
+        labels: [B, T], not shifted; -100 where a token does not count.
+        nested: Whether they have the first layers each, and one pass gives the states of all.
+    """
+    inputs = input_ids, attention_mask
+    states = (
+        exit_states(model, subs, *inputs).items() if nested else states_apart(model, subs, *inputs)
+    )
+    return summed_nll(model, states, labels)
 
 
 def train_norm(model: torch.nn.Module) -> None:

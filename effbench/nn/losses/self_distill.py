@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effbench.api.batch import Batch
 from effbench.nn.adapters.growth import set_factors
 from effbench.nn.adapters.lowrank import low_rank_layers
 from effbench.nn.depth.droppable import LowRankMap
@@ -161,3 +162,25 @@ class SelfTeacher:
         drawn, left = draw_layers(len(teacher), self.generator), not_empty(self.masks)
         errors = layer_loss(layers, teacher, drawn, left, self.model.transfer, dims, real)
         return token_kl(target, logits, labels, 1.0).sum(), errors
+
+    def loss(
+        self,
+        run: Callable[[], torch.Tensor],
+        batch: Batch,
+        logits: torch.Tensor,
+        layers: Sequence[torch.Tensor],
+        weights: tuple[float, float],
+    ) -> torch.Tensor:
+        """Return the distillation loss of a micro-batch, a scalar: its share of the window's.
+
+        Args:
+            run: Gives the logits of the batch; see `losses`.
+            batch: What was read.
+            logits: The student's, [B, T, V].
+            layers: Outputs of the student's layers, [B, T, d] each.
+            weights: Of the divergence and of L_layer.
+        """
+        real = batch.attention_mask.bool()
+        soft, errors = self.losses(run, logits, layers, batch.labels, real)
+        soft, share = soft / batch.window_tokens, batch.loss_tokens / batch.window_tokens
+        return weights[0] * soft + weights[1] * share * errors

@@ -13,12 +13,14 @@ from typing import Literal
 
 import torch
 
+from effbench.api.batch import Batch
+from effbench.api.examples import IGNORED
 from effbench.nn.losses import perturbed
 from effbench.nn.losses.distill import in_chunks
 from effbench.nn.losses.fitting import Fit
 from effbench.nn.losses.proxy import proxy
 from effbench.nn.losses.recalibration import AS_IS, Recalibration
-from effbench.nn.losses.token import Readout
+from effbench.nn.losses.token import Readout, counted_readout
 
 Divergence = Literal["kl", "reverse_kl", "focal"]
 
@@ -110,3 +112,14 @@ def known_nll(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return -log softmax(scores)[label] of each example, [N]; 0 where the label is below 0."""
     right = scores.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     return torch.where(labels >= 0, -right, 0.0)
+
+
+def readout(model: torch.nn.Module, batch: Batch) -> Readout:
+    """Return what a model's logits are made of where a token counts."""
+    return counted_readout(model, batch.input_ids, batch.attention_mask, batch.labels)
+
+
+def counted_labels(batch: Batch) -> torch.Tensor:
+    """Return the labels that count, [N], in the order of `readout`."""
+    targets = batch.labels[:, 1:]
+    return targets[targets != IGNORED]

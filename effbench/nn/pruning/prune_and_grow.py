@@ -15,8 +15,8 @@ import torch
 
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context
-from effbench.nn.adapters.growth import Growth, Moments, Swap, adapter_parameters
-from effbench.nn.adapters.lowrank import copy_adapters
+from effbench.nn.adapters.growth import Growth, Moments, OptimizerRemap, adapter_parameters, merge
+from effbench.nn.adapters.lowrank import copy_adapters, low_rank_layers
 from effbench.nn.pruning.masks import masks_of
 from effbench.nn.pruning.pruner import BlockSearch, Pruning, weights_left
 from effbench.nn.pruning.schedule import PruningSchedule
@@ -67,12 +67,12 @@ class PruneAndGrow(Evolution):
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """Prune, grow and slice where it is time."""
-        step, pruning, swap = self.ctx.step, self.pruning, Swap(optimizer, self.moments)
+        step, pruning, remap = self.ctx.step, self.pruning, OptimizerRemap(optimizer, self.moments)
         if pruning:
             self._prune(pruning, step)
-        self.growth.after_backward(step, swap)
+        self.growth.after_backward(step, remap)
         if pruning and not self.distill and pruning.masks.hard and self.schedule.over(step):
-            self.kept = pruning.cut(replace=swap).plain()
+            self.kept = pruning.cut(replace=remap).plain()
         if step < self.schedule.warm:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -99,6 +99,18 @@ class PruneAndGrow(Evolution):
             self.kept = pruning.cut().plain()
         assert self.kept is not None
         return self.kept
+
+    def merged(self) -> torch.nn.Module:
+        """Return the sliced model with its adapters merged, dense and frozen; it knows its facts.
+
+        Those are what was kept, and the ranks that the adapters had.
+        """
+        kept = self.cut()
+        if hasattr(self.model, "transfer"):
+            del self.model.transfer
+        ranks = {name: layer.control.max_rank for name, layer in low_rank_layers(self.model)}
+        vars(self.model)["pruned"] = {"ranks": ranks, "kept": kept}
+        return merge(self.model).requires_grad_(False)
 
     @property
     def final(self) -> bool:

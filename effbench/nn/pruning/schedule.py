@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from effbench.util.errors import UserError
+
 
 @dataclass(frozen=True)
 class PruningSchedule:
@@ -71,3 +73,16 @@ def kept_ratio(progress: float, target: float) -> float:
         target: The share to keep in the end.
     """
     return target + (1 - target) * (1 - min(1.0, max(0.0, progress))) ** 3
+
+
+def check_window(begin: float, end: float) -> None:
+    """Refuse a pruning window that ends before it begins.
+
+    Raises:
+        UserError: Naming `method.begin` and `method.end`.
+    """
+    if begin > end:
+        raise UserError(
+            f"method.begin={begin} lies behind method.end={end}.",
+            "Let the pruning window begin before it ends.",
+        )

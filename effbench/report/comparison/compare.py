@@ -50,6 +50,7 @@ def compare(
     same_points: bool = False,
     tunings: Sequence[Collection[str]] = (),
     all_pairs: bool = True,
+    held: bool = True,
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -63,6 +64,7 @@ def compare(
         tunings: Keys of the runs of each grid that was declared to tune.
         all_pairs: Whether rows get letters, for which each is tested against every other: work
             that grows with the square of the rows.
+        held: Whether to say what was held equal, for which tuning trials are counted.
 
     Raises:
         UserError: For one run at one point alone, for a margin of a metric that is not compared,
@@ -98,7 +100,7 @@ def compare(
         )
     _check_margins(margins or {}, tables)
     notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
-    equal = budgets(groups, known, tunings)
+    equal = budgets(groups, known, tunings) if held else []
     return Comparison(
         labels,
         [group.keys for group in groups],

@@ -8,6 +8,14 @@ from effbench.api.stages.base import trains
 from effbench.report.comparison.seeds import Group
 from effbench.results.records import Record
 
+SAID = "Rows come from different versions of"
+"""How a sentence about versions begins."""
+
+
+def of_versions(notes: Sequence[str]) -> list[str]:
+    """Return those notes of a comparison that say which versions made its rows."""
+    return [note for note in notes if note.startswith(SAID)]
+
 
 def different_versions(groups: Sequence[Group], known: Sequence[Record] = ()) -> list[str]:
     """Return a sentence for each part that made the rows in different versions.
@@ -26,7 +34,7 @@ def different_versions(groups: Sequence[Group], known: Sequence[Record] = ()) ->
                 labels.setdefault(number, []).append(group.label)
         if len(labels) > 1:
             told = "; ".join(f"{n} ({', '.join(labels[n])})" for n in sorted(labels))
-            lines.append(f"Rows come from different versions of {part}: {told}.")
+            lines.append(f"{SAID} {part}: {told}.")
     return lines
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -23,18 +24,49 @@ LABEL_GAP = 0.055
 """Least distance between two direct labels, as a share of the axis."""
 
 
-def canvas() -> tuple[Any, Axes]:
-    """Return a figure that needs no display and belongs to no global state."""
+Size = Literal["screen", "column", "page"]
+SIZES: dict[Size, tuple[float, float, float]] = {
+    "screen": (7.2, 4.2, 10.0),
+    "column": (3.35, 2.5, 7.0),
+    "page": (6.9, 3.6, 8.0),
+}
+"""Width and height in inches, and size of the letters in points; `column` and `page` are those of
+papers in two columns."""
+LETTER = 0.75
+"""Width of a letter, in sizes of it, with room for the names beside the axes."""
+ROW = 2.3
+"""Height of a row of a list, in lines of its letters."""
+
+
+def canvas(size: Size = "screen", rows: int = 0) -> tuple[Any, Axes]:
+    """Return a figure that needs no display and belongs to no global state.
+
+    Args:
+        size: Of the picture.
+        rows: Rows of a list that it has to hold, from which its height follows; 0 for the size's.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    width, height, letters = SIZES[size]
+    if rows:
+        height = (rows * ROW + 9) * letters / 72
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    axes.tick_params(labelsize=letters)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def headline(axes: Axes, text: str, size: Size = "screen") -> None:
+    """Write the title of a plot, in as many lines as a small one needs."""
+    width, _, letters = SIZES[size]
+    if size != "screen":
+        text = textwrap.fill(text, int(width * 72 / letters / LETTER))
+    axes.set_title(text, loc="left")
 
 
 def direct_labels(axes: Axes, marks: Sequence[tuple[float, str, str]]) -> None:
@@ -70,17 +102,33 @@ def footnote(figure: Any, notes: Sequence[str]) -> None:
         figure.supxlabel("; ".join(notes), x=0.01, ha="left", fontsize=8, color=GREY)
 
 
-def save(figure: Any, path: Path) -> Path:
+DPI = 160
+UNDATED: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Left out of a file, so that the same numbers give the same bytes."""
+
+
+def save(figure: Any, path: Path, size: Size = "screen") -> Path:
     """Write a figure in the form that the name of the file says.
+
+    Args:
+        figure: What is written.
+        path: File to write.
+        size: Of the picture; no letter of a small one is larger than its size says.
 
     Raises:
         UserError: When it says none.
     """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     kinds = figure.canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".")
     if kind not in kinds:
         raise UserError(f"{path.name} is not a kind of picture.", "End it with .png, .pdf or .svg.")
+    for text in figure.findobj(Text) if size != "screen" else ():
+        text.set_fontsize(min(text.get_fontsize(), SIZES[size][2]))
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=160)
+    with rc_context({"svg.hashsalt": "effbench"}):
+        figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED.get(kind))
     write_atomic(path, picture.getvalue())
     return path

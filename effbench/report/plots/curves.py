@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import better
-from effbench.report.plots.canvas import COLOURS, canvas, direct_labels, footnote, save
+from effbench.report.plots.canvas import (
+    COLOURS,
+    Size,
+    canvas,
+    direct_labels,
+    footnote,
+    headline,
+    save,
+)
 from effbench.report.table import scale
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from effbench.report.comparison.metric_table import Row
+    from effbench.report.comparison.metric_table import MetricTable, Row
     from effbench.report.comparison.result import Comparison
     from effbench.report.table import Value
 
@@ -28,7 +36,7 @@ CROWD = 4
 """Most lines or levels that have bars; more of them would hide each other."""
 
 
-def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
+def comparison_plot(found: Comparison, metric: str, path: Path, size: Size = "screen") -> Path:
     """Plot a metric over the operating points of what was compared; runs without any are levels.
 
     Several seeds are one line, through their means. Bars and bands are 95 % intervals. Points whose
@@ -40,29 +48,46 @@ def comparison_plot(found: Comparison, metric: str, path: Path) -> Path:
         metric: Name of the metric; of several tables that have it, that of the test split is drawn,
             else the first.
         path: File to write.
+        size: Of the picture.
 
     Raises:
         UserError: When no run has the metric.
     """
-    tables = [table for table in found.metrics if table.kind.metric == metric]
-    if not tables:
-        known = {table.kind.metric for table in found.metrics}
-        raise UserError(f"No run has a metric called {metric!r}.", did_you_mean(metric, known))
-    table = min(tables, key=lambda t: not t.kind.task and t.kind.split != "test")
+    table = drawn_table(found, metric)
     kind = table.kind
     names = list(dict.fromkeys(row.label for row in table.rows))
     series = [[r for r in table.rows if r.label == name] for name in names]
     factor, unit = _factor([r.value.value for rows in series for r in rows], series[0][0])
     drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
-    figure = _drawn(names, drawn, metric, kind.obtained == "modelled")
+    figure = _drawn(names, drawn, kind.obtained == "modelled", size)
     where = f" on {kind.split}" if kind.split else ""
     direction = f", {better(metric)} is better" if better(metric) else ""
     task = f" of {kind.task}" if kind.task else ""
-    title = f"{_words(metric)}{task}{where}{direction}"
+    title = f"{words(metric)}{task}{where}{direction}"
     axes = figure.axes[0]
-    axes.set_title(title[0].upper() + title[1:], loc="left")
-    axes.set_ylabel(f"{_words(metric)} ({unit})" if unit else _words(metric))
-    return save(figure, path)
+    headline(axes, title[0].upper() + title[1:], size)
+    axes.set_ylabel(f"{words(metric)} ({unit})" if unit else words(metric))
+    return save(figure, path, size)
+
+
+def drawn_table(found: Comparison, metric: str, tested: bool = False) -> MetricTable:
+    """Return the table of a metric that is drawn: that of the test split, else the first.
+
+    Args:
+        found: The comparison.
+        metric: Name of the metric.
+        tested: Whether it has to have paired tests.
+
+    Raises:
+        UserError: When no run has the metric, or none a test of it.
+    """
+    fits = [table for table in found.metrics if table.tested or not tested]
+    tables = [table for table in fits if table.kind.metric == metric]
+    if not tables:
+        hint = did_you_mean(metric, {table.kind.metric for table in fits})
+        what = "paired test of a metric" if tested else "metric"
+        raise UserError(f"No run has a {what} called {metric!r}.", hint)
+    return min(tables, key=lambda t: not t.kind.task and t.kind.split != "test")
 
 
 class _Place(NamedTuple):
@@ -74,11 +99,11 @@ class _Place(NamedTuple):
     high: float | None
 
 
-def _drawn(names: Sequence[str], series: list[list[_Place]], metric: str, modelled: bool) -> Any:
+def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, size: Size) -> Any:
     """Return a figure with a line or a level for each name."""
     positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
     places = _places(sum(not any(m.point for m in values) for values in series), bool(positions))
-    figure, axes = canvas()
+    figure, axes = canvas(size)
     axes.margins(x=0.1 if len(places) > 1 else 0.05)
     bars = len(series) <= CROWD
     marks = []
@@ -230,7 +255,8 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def _words(metric: str) -> str:
+def words(metric: str) -> str:
+    """Return the name of a metric as it stands in a text."""
     return metric.replace("_", " ")
 
 

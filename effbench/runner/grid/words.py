@@ -85,36 +85,60 @@ def jobs_in(words: Sequence[str]) -> tuple[int, list[str]]:
     return int(given[-1]) if given else 1, rest
 
 
-def points(words: Sequence[str], extra: Sequence[Path] = ()) -> list[list[str]] | None:
+def points(words: Sequence[str]) -> list[list[str]] | None:
     """Return the words of each run of a grid; None when a sweeper of Hydra draws them itself.
 
     Args:
         words: Of the grid, as Hydra takes them.
-        extra: Folders with the user's own configs, among which a `glob(...)` looks too.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
 
     try:
-        (found,) = BasicSweeper.split_arguments([parse(w) for w in listed(words, extra)], None)
+        (found,) = BasicSweeper.split_arguments([parse(word) for word in words], None)
         return [list(point) for point in found]
     except HydraException:
         return None
 
 
+def is_launched(words: Sequence[str], extra: Sequence[Path] = ()) -> bool:
+    """Whether a grid's words ask for a launcher or a sweeper of Hydra, or may do so in a file.
+
+    Args:
+        words: Of the grid.
+        extra: Folders with the user's own configs.
+    """
+    experiments = options("experiment", extra)
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        paths = [experiments.get(name) for name in value.split(",") if key == "experiment"]
+        in_file = any(path and "hydra" in path.read_text(encoding="utf-8") for path in paths)
+        if key.startswith("hydra") or (key == "launcher" and value != "local") or in_file:
+            return True
+    return False
+
+
 def listed(words: Sequence[str], extra: Sequence[Path] = ()) -> list[str]:
     """Return words in which each `glob(...)` is the list of what it fits.
+
+    Args:
+        words: As typed.
+        extra: Folders with the user's own configs, among which it looks too.
 
     Raises:
         UserError: When one fits nothing.
     """
-    return [_listed(word, extra) for word in words]
+    return [_listed(word, extra) if "glob(" in word else word for word in words]
 
 
 def _listed(word: str, extra: Sequence[Path]) -> str:
     from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
 
-    override = parse(word)
+    try:
+        override = parse(word)
+    except HydraException:
+        return word  # what is wrong with it is said where all words are checked
     if not isinstance(override.value(), Glob):
         return word
     known = options(override.key_or_group, extra)
@@ -124,18 +148,17 @@ def _listed(word: str, extra: Sequence[Path]) -> str:
     return f"{override.get_key_element()}={','.join(fits)}"
 
 
-def check_size(words: Sequence[str], extra: Sequence[Path], agreed: bool) -> None:
+def check_size(words: Sequence[str], agreed: bool) -> None:
     """Refuse a grid without runs, and one of more than anybody means by mistake.
 
     Args:
         words: Of the grid, as Hydra takes them.
-        extra: Folders with the user's own configs.
         agreed: Whether so many were asked for.
 
     Raises:
         UserError: Which says how many runs there would be.
     """
-    lengths = {parse(w).get_key_element(): (_length(w), w) for w in listed(words, extra)}
+    lengths = {parse(w).get_key_element(): (_length(w), w) for w in words}
     empty = [word for length, word in lengths.values() if not length]
     if empty:
         raise UserError(

@@ -23,9 +23,10 @@ from effbench.methods.trains import Trains, begin_training
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.resources.counting import LayerForwards
+from effbench.runner import sharding
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
-from effbench.runner.open import Opened, context, open_data, open_model
+from effbench.runner.open import Opened, context, load_start, open_data, open_model
 from effbench.runner.peers import spread
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
@@ -73,6 +74,8 @@ class Trainer:
     """Operating point at which it is validated."""
     settings: TrainSpec
     """The training part of the spec, its epochs counted in steps."""
+    sharded: bool = False
+    """Whether each process holds a part of the model."""
     done: Progressed = field(default_factory=Progressed)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -107,7 +110,8 @@ def assist(run: Run) -> None:
     data.examples("train")
     trainer = build_trainer(run, open_model(run), data)
     with run.phase("train"):
-        _loop(trainer)
+        _train(trainer)
+        _whole_model(trainer)
 
 
 def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
@@ -115,13 +119,13 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
     trainer = build_trainer(run, opened, data)
     method = trainer.method
     with run.phase("train"):
-        _loop(trainer)
-        trainer.layer_forwards.close()
-        if trainer.best:
-            _restore(trainer, trainer.best)
-        count_trained(run, trainer.model)
-        _count_state(trainer)
-        model = method.finalize(trainer.model, trainer.ctx)
+        _train(trainer)
+        states = _states(trainer)
+        trained = _whole_model(trainer)
+        count_trained(run, trained)
+        for name, size in states.items():
+            run.count(name, size, "bytes")
+        model = method.finalize(trained, trainer.ctx)
     for name, (amount, unit) in trainer.ctx.evolution.costs().items():
         run.count(name, amount, unit)
     count_model(run, model)
@@ -132,13 +136,40 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
     return model
 
 
-def _count_state(trainer: Trainer) -> None:
-    """Count what training holds beside the weights, from the tensors themselves."""
+def _train(trainer: Trainer) -> None:
+    """Make all steps; the model then has the weights that are to be kept."""
+    _loop(trainer)
+    trainer.layer_forwards.close()
+    if trainer.best:
+        _restore(trainer, trainer.best)
+
+
+def _whole_model(trainer: Trainer) -> torch.nn.Module:
+    """Return the model with all that was learnt; what others hold parts of is loaded once more."""
+    run, method = trainer.run, trainer.method
+    if not trainer.sharded:
+        return trainer.model
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
+    first, model = run.group.rank == 0, trainer.model
+    if first:
+        model = begin_training(method, load_start(run, method).model, context(run))
+    targets = method.trained_tensors(model)
+    with torch.no_grad():
+        for name, part in method.trained_tensors(trainer.model).items():
+            tensor = sharding.whole(part, first)
+            if first:
+                targets[name].copy_(tensor)
+    return model
+
+
+def _states(trainer: Trainer) -> dict[str, int]:
+    """Return the bytes that training holds beside the weights, from the tensors themselves."""
     states = trainer.optimizer.state.values()
     moments = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-    for name, tensors in (("optimizer_bytes", moments), ("gradient_bytes", gradients)):
-        trainer.run.count(name, sum(t.numel() * t.element_size() for t in tensors), "bytes")
+    kinds = {"optimizer_bytes": moments, "gradient_bytes": gradients}
+    return {n: sum(t.numel() * t.element_size() for t in tensors) for n, tensors in kinds.items()}
 
 
 def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
@@ -176,10 +207,12 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
+    if sharded := run.group.size > 1 and run.job.runtime.parallelism.sharding == "fsdp":
+        sharding.shard(model, run.device, run.group.size)
     groups = method.param_groups(model)
     if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
-    optimizer = _optimizer(spec.train, groups)
+    optimizer = _optimizer(spec.train, groups, sharded)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(settings, step))
     optimizer = accelerator.prepare(optimizer)
     examples = [method.unit(e) for e in chosen]
@@ -197,6 +230,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         layer_forwards=LayerForwards(decoder_layers(model)),
         point=method.validation_point(opened.start),
         settings=settings,
+        sharded=sharded,
     )
 
 
@@ -238,7 +272,12 @@ def _clip(
     accelerator: Accelerator, parameters: Sequence[torch.Tensor], settings: TrainSpec, step: int
 ) -> None:
     """Clip, and refuse gradients that are not finite (float16 has its own way of skipping them)."""
-    norm = accelerator.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
+    most = settings.clip_norm or math.inf
+    norm: Any
+    if sharding.is_sharded(parameters):
+        norm = sharding.clip(parameters, most)
+    else:
+        norm = accelerator.clip_grad_norm_(parameters, most)
     if accelerator.scaler is None and norm is not None:
         _refuse_infinite("gradient norm", float(norm), settings, step + 1)
 
@@ -253,14 +292,20 @@ def _refuse_infinite(what: str, value: float, settings: TrainSpec, step: int) ->
 
 
 def _optimizer(
-    settings: TrainSpec, groups: Sequence[tuple[list[torch.nn.Parameter], float]]
+    settings: TrainSpec,
+    groups: Sequence[tuple[list[torch.nn.Parameter], float]],
+    sharded: bool = False,
 ) -> Any:
-    """Return the optimiser over groups of parameters, each with its share of the learning rate."""
+    """Return the optimiser over groups of parameters, each with its share of the learning rate.
+
+    Parts and whole parameters cannot be updated in one call of a kernel.
+    """
     rate, decay = settings.learning_rate, settings.weight_decay
     assert rate is not None
     parameters = [{"params": members, "lr": rate * share} for members, share in groups]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+        each = False if sharded else None
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=each)
     adam: dict[str, Any] = {
         "lr": rate,
         "betas": settings.betas,
@@ -271,6 +316,8 @@ def _optimizer(
         from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(parameters, **adam)
+    if sharded:
+        return torch.optim.AdamW(parameters, foreach=False, **adam)
     # One pass over each weight instead of ten, and no temporaries.
     return torch.optim.AdamW(parameters, fused=True, **adam)
 
@@ -442,17 +489,18 @@ def _validate(trainer: Trainer) -> None:
 
 def _restore(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, target in trainer.method.trained_tensors(trainer.model).items():
-        target.copy_(tensors[name])
+        target.copy_(sharding.like(target, tensors[name]))
 
 
 # -- resume ----------------------------------------------------------------------------------------
 
 
 def _checkpoint(trainer: Trainer) -> None:
+    first = trainer.run.group.rank == 0
     state = {
-        "tensors": trainer.method.trained_tensors(trainer.model),
-        "best": trainer.best,
-        "optimizer": trainer.optimizer.state_dict(),
+        "tensors": sharding.whole(trainer.method.trained_tensors(trainer.model), first),
+        "best": sharding.whole(trainer.best, first),
+        "optimizer": sharding.whole(trainer.optimizer.state_dict(), first),
         "schedule": trainer.schedule.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -462,7 +510,7 @@ def _checkpoint(trainer: Trainer) -> None:
         "done": vars(trainer.done),
         "events": trainer.run.events.position(),
     }
-    if trainer.run.group.rank:
+    if not first:
         return
     folder = trainer.run.folder
     with folder.writing(folder.checkpoint.name) as path, path.open("xb") as file:
@@ -504,7 +552,9 @@ def _resume(trainer: Trainer) -> None:
     with torch.no_grad():
         _restore(trainer, state["tensors"])
     trainer.best = state["best"]
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(
+        sharding.parts_of_states(trainer.optimizer, state["optimizer"])
+    )
     trainer.schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"].cpu())
     if state["random_cuda"]:

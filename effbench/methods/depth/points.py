@@ -1,0 +1,81 @@
+"""Operating points of models whose layers do not all run on every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from effbench.api.points import Point
+from effbench.util.errors import UserError
+
+MOST_POINTS = 64
+"""Longest window of which all shorter ones are evaluated without being listed."""
+
+
+@dataclass(frozen=True)
+class Depth(Point):
+    """The model of the first layers, or of those that a method keeps of as many."""
+
+    skips_layers: ClassVar[bool] = True
+
+    depth: int
+    """How many layers it has."""
+
+    @property
+    def name(self) -> str:
+        """`d<n>`."""
+        return f"d{self.depth}"
+
+
+@dataclass(frozen=True)
+class Mixed(Point):
+    """Decoding that goes through one depth or another."""
+
+    skips_layers: ClassVar[bool] = True
+
+    decoding: Literal["exit", "speculative"]
+
+    @property
+    def name(self) -> str:
+        """The way of decoding."""
+        return self.decoding
+
+
+@dataclass(frozen=True)
+class Window(Point):
+    """A schedule of dropped tokens."""
+
+    skips_layers: ClassVar[bool] = True
+
+    window: int
+    """Dropped tokens between two refreshes."""
+    baseline: Literal["reuse", "identity"] | None = None
+    """What is in the place of the stand-ins, if they do not work."""
+
+    @property
+    def name(self) -> str:
+        """`k<n>`, or `k<n>-<baseline>`."""
+        return f"k{self.window}-{self.baseline}" if self.baseline else f"k{self.window}"
+
+
+def check_windows(window: int, windows: Sequence[int] | None) -> None:
+    """Refuse windows to evaluate that are too many, none at all, or no rising list.
+
+    Args:
+        window: The one that is trained.
+        windows: Those to evaluate; None for all from 0 to `window`.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if windows is None:
+        if window > MOST_POINTS:
+            raise UserError(
+                f"method.window={window} would be {window + 1} operating points.",
+                f"List those to evaluate, like 'method.windows=[0,{window}]'.",
+            )
+    elif not windows:
+        raise UserError("method.windows is empty.", "Leave it out, or list a window.")
+    elif list(windows) != sorted(set(windows)):
+        raise UserError(f"method.windows={list(windows)} is not a rising list.", "List each once.")

@@ -1,0 +1,252 @@
+"""The grand table on one page: for a terminal, as Markdown, LaTeX or CSV, and its short form."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from effbench.report.campaign_table import Form, paper_lines, with_lines
+from effbench.report.claims import State
+from effbench.report.grand import Grand, Ground, Group, Row, System
+from effbench.report.plots.pareto import Place, pareto_plot
+from effbench.report.table import Cell, Table, Value
+from effbench.util.errors import UserError
+
+WIDTH = 80
+NAME = 20
+"""Characters of a row's name on one line of a terminal."""
+MARK, END = "<!-- grand -->", "<!-- /grand -->"
+"""Between which the README has the short form."""
+STATES: tuple[State, ...] = (
+    *("reproduced", "direction", "not reproduced", "cannot be tested here", "not run yet"),
+)
+
+
+def rendered(grand: Grand, form: Form = "terminal", full: bool = False) -> str:
+    """Return the grand table.
+
+    Args:
+        grand: What was gathered.
+        form: Of the text.
+        full: Whether a terminal shows the claims, and why each verdict is what it is.
+    """
+    if form == "csv":
+        return flat(grand).csv()
+    lines = sentences(grand)
+    if form == "terminal":
+        parts = [grand.title, *map(_narrow, grand.groups), _systems(grand.systems, False).text()]
+        claims = [line for s in grand.systems for line in claims_of(s)] if full else []
+        said = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in (*claims, *lines)]
+        return "\n\n".join([*parts, "\n".join(said)]) + "\n"
+    tables = [*map(_wide, grand.groups), _systems(grand.systems, form == "markdown")]
+    if form == "latex":
+        lines = [*(line for s in grand.systems for line in claims_of(s)), *lines]
+    return with_lines(tables, lines, form)
+
+
+def write_grand(grand: Grand, results: Path) -> list[Path]:
+    """Write the grand table as Markdown, CSV and LaTeX, and a Pareto plot; return the files."""
+    stem = results / "tables" / grand.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# {grand.name}\n\n{grand.title}\n\nMade by `make tables`.\n\n"
+    texts = {
+        ".md": head + rendered(grand, "markdown"),
+        ".csv": rendered(grand, "csv"),
+        ".tex": rendered(grand, "latex"),
+    }
+    for suffix, text in texts.items():
+        stem.with_suffix(suffix).write_text(text)
+    plot = _pareto(grand.groups[0], stem.with_name(f"{grand.name}_pareto.png"))
+    return [*(stem.with_suffix(suffix) for suffix in texts), plot]
+
+
+def _pareto(group: Group, path: Path) -> Path:
+    """Draw the rows of a group over the bytes of their weights."""
+    places = [
+        Place(row.name, row.table, row.weight_bytes, row.difference or Value(0.0))
+        for row in group.rows
+        if row.weight_bytes
+    ]
+    title = f"Against {group.rows[0].name} ({group.rows[0].value.unit}); dashed: the Pareto front"
+    return pareto_plot(places, title, str(group.ground), path)
+
+
+def in_readme(text: str, grand: Grand) -> str:
+    """Return a page with the short form of the table between its marks.
+
+    Raises:
+        UserError: When the marks are not there.
+    """
+    head, mark, rest = text.partition(MARK)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise UserError("The page has no place for the table.", f"Write {MARK} and {END} into it.")
+    return f"{head}{mark}\n{short(grand).markdown()}{end}{tail}"
+
+
+def short(grand: Grand) -> Table:
+    """Return one row for each system: its first pair of rows, and its verdict."""
+    rows: list[tuple[Cell, ...]] = [(s.campaign.name, *_pair(s), s.state) for s in grand.systems]
+    return Table("", ("system", "what was held against what", "difference", "verdict"), rows)
+
+
+def _pair(system: System) -> tuple[str, str]:
+    verdict = system.campaign.verdict
+    assert verdict
+    if not system.found:
+        return f"`{verdict.bench}`" if verdict.bench else "", ""
+    first = system.found[0]
+    unit = "" if first.difference.unit.startswith("bytes") else first.difference.unit
+    said = f"{first.difference} {unit}".rstrip()
+    return f"{first.pair.row} against {first.pair.against}", said
+
+
+# -- rows --------------------------------------------------------------------------------------
+
+
+def _wide(group: Group) -> Table:
+    """Return a group with all its columns."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(row.table, row.name, row.seeds),
+            *(row.value._replace(unit=""), row.difference, row.letters),
+            *(_bytes(row), row.tokens_per_second, row.train_tokens, row.train_seconds),
+        )
+        for row in group.rows
+    ]
+    columns = ("table", "row", "seeds", group.ground.metric, "difference", "letters")
+    cost = ("weight bytes", "tokens/s", "training tokens", "training s")
+    return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
+
+
+def _narrow(group: Group) -> str:
+    """Return a group in the columns of a terminal: names go on below, and empty columns go."""
+    speed = any(row.tokens_per_second for row in group.rows)
+    names = [textwrap.wrap(row.name, NAME) for row in group.rows]
+    rows: list[tuple[Cell, ...]] = [
+        (f"  {name[0]}", row.difference, row.letters, _bytes(row), *_cost(row, speed))
+        for name, row in zip(names, group.rows, strict=True)
+    ]
+    columns = ("row", "difference", "", "bytes", *(("tok/s",) if speed else ()), "trained")
+    head, rule, *lines = Table("", columns, rows).text().splitlines()
+    told, table = [], ""
+    for line, name, row in zip(lines, names, group.rows, strict=True):
+        told += [row.table] if row.table != table else []
+        told += [line, *(f"    {more}" for more in name[1:])]
+        table = row.table
+    notes = [textwrap.fill(note, WIDTH) for note in _notes(group)]
+    return "\n".join([str(group.ground), "", head, rule, *told, *notes])
+
+
+def _cost(row: Row, speed: bool) -> tuple[Cell, ...]:
+    return (*((row.tokens_per_second,) if speed else ()), row.train_tokens)
+
+
+def _notes(group: Group) -> tuple[str, ...]:
+    first = group.rows[0]
+    unit = f"{first.value.unit} " if first.value.unit else ""
+    return (
+        f"Difference: {unit}against {first.name}, 95 % intervals; a shared letter: not told apart.",
+        *group.versions,
+    )
+
+
+def _bytes(row: Row) -> Value | None:
+    return None if row.weight_bytes is None else Value(row.weight_bytes, "bytes")
+
+
+# -- systems -----------------------------------------------------------------------------------
+
+
+def _systems(systems: Sequence[System], whole: bool) -> Table:
+    """Return what became of the claims; `whole` adds what was claimed, the ceiling and why."""
+    own = [(s.campaign.name, s.state, s.ours) for s in systems]
+    if whole:
+        columns = ("system", "verdict", "ours", "the paper's claim", "ceiling", "why")
+        rows = [(*cells, _claims(s), *_why(s)) for cells, s in zip(own, systems, strict=True)]
+        return Table("Claims", columns, [*rows])
+    taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True)) if own else 0
+    scales = [textwrap.shorten(_scale(s), WIDTH - taken, placeholder=" …") for s in systems]
+    narrow = [(*cells, scale) for cells, scale in zip(own, scales, strict=True)]
+    return Table("", ("system", "verdict", "ours", "paper"), [*narrow])
+
+
+def _scale(system: System) -> str:
+    """Return the scale of the paper's first claim."""
+    return system.campaign.paper[0].scale if system.campaign.paper else ""
+
+
+def _claims(system: System) -> str:
+    return " ".join(line.removeprefix("Paper: ") + "." for line in paper_lines(system.campaign))
+
+
+def _why(system: System) -> tuple[str, str]:
+    verdict = system.campaign.verdict
+    assert verdict
+    return system.campaign.ceiling, verdict.reason
+
+
+def claims_of(system: System) -> list[str]:
+    """Return claim, ceiling and verdict of a system in sentences."""
+    name, (ceiling, reason) = system.campaign.name, _why(system)
+    said = [f"{name}. {line}" for line in paper_lines(system.campaign)]
+    said += [f"{name}. Ceiling: {ceiling}"] if ceiling else []
+    return [*said, f"{name}. Verdict: {system.state}. {reason}"]
+
+
+def sentences(grand: Grand) -> list[str]:
+    """Return what was asked, what was found and what would overturn it, and what has not run."""
+    states = {s: [x.campaign.name for x in grand.systems if x.state == s] for s in STATES}
+    stale = [x.campaign.name for x in grand.systems if x.state not in states]
+    found = "; ".join(f"{state}: {', '.join(own)}" for state, own in states.items() if own)
+    rows = [row for group in grand.groups for row in group.rows]
+    seeds = max((row.seeds for row in rows), default=0)
+    items = max((group.ground.items for group in grand.groups), default=0)
+    waiting = [x.campaign.command for x in grand.systems if x.state == "not run yet"]
+    return [
+        *([f"Stale: {', '.join(stale)}."] if stale else []),
+        *([f"Not run yet: {'; '.join(waiting)}"] if waiting else []),
+        "Compared: rows of one group alone, which have metric, items, length and dtype in common, "
+        "by all pairs after Holm; training differs from table to table, as its tokens say.",
+        f"Asked: {grand.title}",
+        f"Found: {found[:1].upper()}{found[1:]}.",
+        f"Would overturn it: other seeds (at most {seeds} of a row), other rows (at most {items} "
+        "items), or the papers' scales: effbench table NAME --scale paper.",
+    ]
+
+
+CLAIM = ("claim", "source", "sure", "scale")
+"""Of a claim, what a CSV has."""
+
+
+def flat(grand: Grand) -> Table:
+    """Return all rows of all groups with the claim and verdict of their table, for CSV."""
+    systems = {s.campaign.name: s for s in grand.systems}
+    rows: list[tuple[Cell, ...]] = [
+        (*group.ground, *_cells(row), *_judged(systems[row.table]))
+        for group in grand.groups
+        for row in group.rows
+    ]
+    shown = {row.table for group in grand.groups for row in group.rows}
+    rows += [
+        (*[None] * len(Ground._fields), name, *[None] * (len(fields(Row)) - 1), *_judged(system))
+        for name, system in systems.items()
+        if name not in shown
+    ]
+    own = [{"name": "row"}.get(f.name, f.name) for f in fields(Row)]
+    judged = ("verdict", "scale", "claim", "source", "sure", "paper_scale", "ceiling", "reason")
+    return Table("", (*Ground._fields, *own, *judged), rows)
+
+
+def _cells(row: Row) -> tuple[Cell, ...]:
+    cells = {f.name: getattr(row, f.name) for f in fields(Row)}
+    speed = row.tokens_per_second
+    return tuple({**cells, "tokens_per_second": speed and speed.value}.values())
+
+
+def _judged(system: System) -> tuple[Cell, ...]:
+    claims = system.campaign.paper
+    told = [" | ".join(getattr(c, name) for c in claims) for name in CLAIM]
+    return (system.state, system.ours, *told, *_why(system))

@@ -1,0 +1,216 @@
+"""The grand table: rows of all tables, held against each other only where they can be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import run
+from typer.testing import CliRunner
+
+from effbench.cli.main import app
+from effbench.cli.tables import campaigns
+from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.grand import Grand, gathered
+from effbench.report.grand_table import END, MARK, in_readme, rendered, short
+from effbench.report.plots.pareto import Place, front
+from effbench.report.table import Value
+from effbench.results.records import Record, write
+from effbench.util.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TEXT = """# Is {0} better?
+seeds: [0]
+paper: [{{claim: It is, source: Table 1, sure: read, scale: 7B}}]
+verdict:
+  state: direction
+  reason: It is.
+  rests_on: [{{row: {0}, against: Base, finding: lower}}]
+arms:
+  Base: [train method=lora]
+  {0}: [train method=full]
+  Neither: [train method=dora]
+"""
+
+
+def untouched(number: int) -> Record:
+    """Return the record of a model evaluated as it is."""
+    record = run("none", {"": 0.5}, number=number)
+    return replace(record, stage="eval", spec={**record.spec, "stage": "eval"})
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., Campaign]:
+    """Return a function that writes a table of three arms and their records."""
+    (tmp_path / "campaigns").mkdir()
+
+    def make(name: str, number: int, base: Record | None = None, **options: Any) -> Campaign:
+        runs = [
+            base or run("lora", {"": 0.3}, number=number, **options),
+            run("full", {"": 0.1}, number=number + 1, **options),
+            run("dora", {"": 0.0}, number=number + 2, **options),
+        ]
+        for record in runs:
+            write(record, tmp_path / "records")
+        keys = dict(zip(("Base", name, "Neither"), ([r.key] for r in runs), strict=True))
+        (tmp_path / "campaigns" / f"{name}.json").write_text(json.dumps(keys))
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TEXT.format(name))
+        return campaign_in(path)
+
+    return make
+
+
+@pytest.fixture
+def gather(tmp_path: Path) -> Callable[..., Grand]:
+    """Return a function that gathers tables."""
+    path = tmp_path / "all.yaml"
+    path.write_text("# What is better?\ngathers: {model: tiny}\n")
+    return lambda *tables: gathered(path, tmp_path, tables)
+
+
+def names(grand: Grand) -> list[list[str]]:
+    return [[row.name for row in group.rows] for group in grand.groups]
+
+
+def test_rows_are_those_that_verdicts_rest_on(table: Any, gather: Any) -> None:
+    """The third arm is better than both, and is not shown for that."""
+    grand = gather(table("A", 1))
+    assert names(grand) == [["Base", "A"]]
+    [system] = grand.systems
+    assert (system.state, system.ours) == ("direction", "offline")
+
+
+def test_only_rows_on_the_same_items_are_held_against_each_other(table: Any, gather: Any) -> None:
+    grand = gather(table("A", 1), table("B", 4), table("C", 7, ids="bb"))
+    assert names(grand) == [["Base", "A", "Base", "B"], ["Base", "C"]]
+    for group in grand.groups:
+        assert all(row.difference is not None for row in group.rows[1:])
+    assert len({group.ground.ids for group in grand.groups}) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("dataset", "max_length", 8), ("hardware", "dtype", "float16")]
+)
+def test_other_lengths_and_dtypes_are_groups_of_their_own(
+    table: Any, gather: Any, tmp_path: Path, part: str, key: str, value: Any
+) -> None:
+    tables = [table("A", 1), table("B", 4)]
+    for number in (4, 5, 6):
+        record = run(("lora", "full", "dora")[number - 4], {"": 0.1}, number=number)
+        own = {**record.spec.get(part, {}), key: value}
+        write(replace(record, spec={**record.spec, part: own}), tmp_path / "records")
+    assert names(gather(*tables)) == [["Base", "A"], ["Base", "B"]]
+
+
+def test_the_untouched_model_is_what_others_are_held_against(table: Any, gather: Any) -> None:
+    """It stands once, though two tables have it."""
+    bare = untouched(20)
+    grand = gather(table("A", 1), table("B", 4, bare), table("C", 7, bare))
+    assert names(grand) == [["Base", "Base", "A", "B", "C"]]
+    assert grand.groups[0].rows[0].value.value == pytest.approx(bare.metrics[0].value)
+
+
+def test_versions_that_made_the_rows_are_named(table: Any, gather: Any, tmp_path: Path) -> None:
+    tables = [table("A", 1), table("B", 4)]
+    record = run("full", {"": 0.1}, number=5)
+    newer = {**record.spec, "versions": {"train": 2}}
+    write(replace(record, spec=newer), tmp_path / "records")
+    said = "Rows come from different versions of train: 1 (A: Base, A: A, B: Base); 2 (B: B)."
+    assert gather(*tables).groups[0].versions == [said]
+    assert said in rendered(gather(*tables), "markdown")
+
+
+def test_other_models_are_left_out(table: Any, gather: Any, tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text("# What?\ngathers: {model: llama2-7b}\n")
+    grand = gather(table("A", 1))
+    assert not grand.groups and [s.campaign.name for s in grand.systems] == ["A"]
+
+
+def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> None:
+    campaign = table("A", 1)
+    waiting = replace(campaign, name="B", verdict=replace(campaign.verdict, state="not run yet"))
+    grand = gather(campaign, waiting)
+    assert "Not run yet: effbench table B --run" in rendered(grand)
+    rows = list(csv.DictReader(io.StringIO(rendered(grand, "csv"))))
+    assert [row["table"] for row in rows] == ["A", "A", "B"]
+    assert (rows[2]["value"], rows[2]["verdict"]) == ("", "not run yet")
+
+
+def test_stale_verdicts_are_named(table: Any, gather: Any, tmp_path: Path) -> None:
+    campaign = table("A", 1)
+    write(run("full", {"": 0.9}, number=2), tmp_path / "records")
+    said = rendered(gather(campaign))
+    assert "STALE: direction" in said and "Stale: A." in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gathers: {modl: tiny}", "Unknown key 'all.yaml.gathers.modl'"),
+        ("gathers: {}", "all.yaml.gathers.model is missing"),
+        ("gathers: {model: tiny}\narms: {}", "Unknown key 'arms'"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(gather: Any, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "all.yaml").write_text(f"# What?\n{text}\n")
+    with pytest.raises(UserError, match=said):
+        gather()
+
+
+def test_a_grand_table_runs_nothing() -> None:
+    for words in (["--run"], ["--scale", "paper"]):
+        found = CliRunner().invoke(app, ["table", "grand", *words])
+        assert isinstance(found.exception, UserError) and "runs nothing" in str(found.exception)
+
+
+def test_the_front_has_what_no_row_beats_in_both() -> None:
+    sizes = {"a": (3, 0.1), "b": (1, 0.5), "worse": (2, 0.6), "c": (2, 0.3)}
+    places = [Place(name, "", x, Value(y)) for name, (x, y) in sizes.items()]
+    assert [place.name for place in front(places)] == ["b", "c", "a"]
+
+
+def test_a_page_without_a_place_is_refused(gather: Any) -> None:
+    with pytest.raises(UserError, match="no place"):
+        in_readme(f"{MARK} alone", gather())
+
+
+# -- what is committed -------------------------------------------------------------------------
+
+
+TABLES = ROOT / "results" / "tables"
+
+
+@pytest.fixture(scope="module")
+def grand() -> Grand:
+    """The grand table of the records in this repository, of the tables that it was made of."""
+    with (TABLES / "grand.csv").open() as file:
+        made_of = {row["table"] for row in csv.DictReader(file)}
+    found = [table for table in campaigns() if table.name in made_of]
+    return gathered(ROOT / "conf" / "table" / "grand.yaml", ROOT / "results", found)
+
+
+def test_the_committed_table_is_what_the_records_give(grand: Grand) -> None:
+    assert (TABLES / "grand.md").read_text().endswith(rendered(grand, "markdown"))
+    assert (TABLES / "grand.csv").read_text() == rendered(grand, "csv")
+    assert (TABLES / "grand.tex").read_text() == rendered(grand, "latex")
+    readme = (ROOT / "README.md").read_text()
+    assert f"{MARK}\n{short(grand).markdown()}{END}" in readme, "give `make tables`"
+
+
+def test_it_has_every_table_with_a_verdict_and_records(grand: Grand) -> None:
+    judged = [c for c in campaigns() if c.verdict and c.manifest(ROOT / "results").is_file()]
+    shown = {row.table for group in grand.groups for row in group.rows}
+    assert shown == {table.name for table in judged}, "give `make tables`"
+
+
+def test_it_fits_a_terminal_of_80_columns(grand: Grand) -> None:
+    for full in (False, True):
+        _, *lines = rendered(grand, full=full).splitlines()
+        assert max(map(len, lines)) <= 80

@@ -1,0 +1,126 @@
+"""Plots of differences and of losses over training, in the sizes of papers."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_report import run
+
+from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign_plots import plot
+from effbench.report.comparison.compare import compare
+from effbench.report.comparison.result import Comparison
+from effbench.report.plots.canvas import SIZES, Size
+from effbench.report.plots.forest import forest_plot
+from effbench.report.plots.seeds import over_seeds
+from effbench.results.records import write
+from effbench.util.errors import UserError
+
+TEXT = """# Is one as good as another?
+seeds: [0]
+arms: {The one: [train method=lora], The other: [train method=full]}
+"""
+
+
+@pytest.fixture
+def found() -> Comparison:
+    """A run that is worse, and one that cannot be told apart."""
+    runs = [
+        run("lora", {"": 0.0}),
+        run("full", {"": 0.3}, number=1),
+        run("dora", {"": 0}, number=2),
+    ]
+    return compare(runs)
+
+
+def texts(svg: Path) -> list[str]:
+    """Return the texts of a picture, which matplotlib leaves as comments beside their outlines."""
+    return re.findall(r"<!-- (.*?) -->", svg.read_text())
+
+
+def test_a_forest_has_each_difference_with_its_numbers(found: Comparison, tmp_path: Path) -> None:
+    said = texts(forest_plot(found, "loss", tmp_path / "a.svg"))
+    assert "Loss on test against lora, lower is better" in said
+    rows = found.metrics[0].rows[1:]
+    assert [name for name in said if name in ("lora", "full", "dora")] == ["full", "dora"]
+    for row in rows:
+        assert row.difference and any(t.startswith(f"{row.difference.value:.2f}") for t in said)
+
+
+def test_a_mark_is_filled_where_the_test_found_something(found: Comparison, tmp_path: Path) -> None:
+    [table] = [t for t in found.metrics if t.kind.metric == "loss"]
+    same = [replace(row, finding="cannot be told apart") for row in table.rows]
+    nothing = replace(found, metrics=[replace(table, rows=same)])
+    pictures = [forest_plot(f, "loss", tmp_path / "a.svg").read_text() for f in (found, nothing)]
+    assert ["#d55e00" in text for text in pictures] == [True, False]
+
+
+def test_the_same_numbers_give_the_same_bytes(found: Comparison, tmp_path: Path) -> None:
+    for kind in ("png", "svg", "pdf"):
+        a, b = (forest_plot(found, "loss", tmp_path / f"{n}.{kind}") for n in "ab")
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_picture_is_as_wide_as_its_size_says(
+    found: Comparison, tmp_path: Path, size: Size
+) -> None:
+    path = forest_plot(found, "loss", tmp_path / "a.svg", size)
+    width = re.search(r'width="([\d.]+)pt"', path.read_text())
+    assert width and float(width[1]) == pytest.approx(72 * SIZES[size][0], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"), [("los", "Did you mean 'loss'"), ("weight_bytes", "paired test")]
+)
+def test_what_has_no_test_is_not_drawn(
+    found: Comparison, tmp_path: Path, metric: str, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        forest_plot(found, metric, tmp_path / "a.png")
+    assert said in f"{caught.value} {caught.value.hint}"
+    assert not (tmp_path / "a.png").exists()
+
+
+# -- losses over training ----------------------------------------------------------------------
+
+
+def test_seeds_are_held_against_each_other_at_the_same_steps() -> None:
+    steps, losses = over_seeds([([1, 2, 3], [3, 2, 1]), ([1, 3], [5, 3])])
+    assert steps.tolist() == [1, 2, 3]
+    assert losses.tolist() == [[3, 2, 1], [5, 4, 3]]
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Campaign:
+    """A campaign of two runs with records alone."""
+    runs = [run("lora", {"": 0.0}), run("full", {"": 0.3}, number=1)]
+    for record in runs:
+        write(record, tmp_path / "records")
+    (tmp_path / "campaigns").mkdir()
+    keys = {"The one": [runs[0].key], "The other": [runs[1].key]}
+    (tmp_path / "campaigns" / "ab.json").write_text(json.dumps(keys))
+    (tmp_path / "ab.yaml").write_text(TEXT)
+    return campaign_in(tmp_path / "ab.yaml")
+
+
+def test_curves_are_of_the_runs_whose_folders_are_there(campaign: Campaign, tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    with pytest.raises(UserError, match="No folder of a training of ab") as caught:
+        plot(campaign, tmp_path, path, "curves")
+    assert caught.value.hint == "Train it here: effbench table ab --run"
+    folder = tmp_path / "runs" / "0001".ljust(16, "0")
+    folder.mkdir(parents=True)
+    events = [{"time": 0, "event": "step", "step": n, "loss": 3 / n} for n in (1, 2, 3)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    said = texts(plot(campaign, tmp_path, path, "curves"))
+    assert "The other" in said and "The one" not in said
+
+
+def test_a_table_is_drawn_by_values_too(campaign: Campaign, tmp_path: Path) -> None:
+    said = texts(plot(campaign, tmp_path, tmp_path / "a.svg", "values", "column"))
+    assert "Loss on test, lower is better" in said and "The one" in said
