@@ -328,7 +328,7 @@ def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
 
     Hydra takes a backslash in a word as it is; two of them stand for one.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config) if ESCAPED & chosen else dict(config)
     for place in ESCAPED & chosen:
         *path, last = place.split(".")
         part = config

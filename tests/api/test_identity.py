@@ -214,6 +214,9 @@ NOT_IN_THE_KEY: dict[str, list[Case]] = {
         Case(RTN, [*RTN, "train.max_steps=9"], stage="compress"),
         Case(BASE, [*BASE, "train.learning_rate=1"], stage="eval"),
     ],
+    "number of devices of a training, and how they share the model": [
+        Case(BASE, [*BASE, "hardware.devices=2"])
+    ],
     "order of evaluators and of keys": [
         Case(
             [*BASE, "evaluator=[choices,perplexity]"],

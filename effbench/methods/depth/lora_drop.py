@@ -102,9 +102,8 @@ class LoRADrop(Trains):
 
     def droppable(self, num_layers: int) -> tuple[int, ...]:
         """Return the droppable layers of a model with `num_layers` layers, ascending."""
-        if self.layers is None:
-            return evenly_spaced(num_layers, self.fraction)
-        return tuple(sorted(self.layers))
+        chosen = evenly_spaced(num_layers, self.fraction) if self.layers is None else self.layers
+        return tuple(sorted(chosen))
 
     def resolve(self, shape: AnyShape) -> Self:
         """Refuse layers that do not exist or cannot be dropped, and windows that make no list."""
