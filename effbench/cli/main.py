@@ -404,6 +404,37 @@ def _show_rows(words: list[str], extra: list[Path], count: int) -> None:
 
 
 @app.command()
+def sync(
+    source: Annotated[str, typer.Argument(help="Folder of results, or s3://bucket/path.")],
+    target: Annotated[str, typer.Argument(help="Where what is new goes.")],
+    with_runs: Annotated[
+        bool, typer.Option("--runs", help="Copy the folders of finished runs, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is new.")] = False,
+) -> None:
+    """Merge the records of one store of results into another one; nothing is overwritten.
+
+    What differs under the same key is named, and both stores keep theirs.
+
+    \b
+    Examples:
+      effbench sync /scratch/me/results results --dry-run
+      effbench sync results s3://bucket/results --runs
+    """
+    from effbench.cli.terminal import merged
+    from effbench.results.sync import sync
+
+    merge = sync(source, target, with_runs, dry_run)
+    for line in merged(merge, dry_run):
+        typer.echo(line)
+    if merge.conflicts:
+        raise UserError(
+            f"{len(merge.conflicts)} of them differ in {target}; both stores keep theirs.",
+            "effbench runs rm KEY --results FOLDER removes what is not wanted; then sync again.",
+        )
+
+
+@app.command()
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(help="Assets; none lists them.")] = None,
 ) -> None:

@@ -269,9 +269,9 @@ def explain(
     reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
     launcher = re.search(r"hydra/launcher/(\w+)", str(error))
     if launcher:
-        name = launcher[1].removeprefix("submitit_")
+        name = launcher[1].removeprefix("effbench_")
         return UserError(
-            f"The launcher plug-in {launcher[1]!r} is not installed.",
+            f"What launcher={name} needs is not installed.",
             f"pip install 'effbench[{name}]'",
         )
     text = _culprit(overrides, composes)

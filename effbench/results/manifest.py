@@ -68,9 +68,11 @@ class Manifest:
         """Whether a file was announced."""
         return name in self._known()
 
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the files that were announced in a folder."""
-        return sorted(name for name in self._known() if name.startswith(f"{folder}/"))
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of the files that were announced, in a folder or at all."""
+        return sorted(
+            name for name in self._known() if name.startswith(f"{folder}/" * bool(folder))
+        )
 
     def check(self, name: str, whole: bool = True, hint: str = ANEW) -> None:
         """Make sure that a file is what the run wrote.

@@ -141,24 +141,46 @@ def read(path: Path, outcomes: bool = True) -> Record:
         UserError: When there is none, it is damaged, or a newer effbench wrote it.
     """
     try:
-        values = _parse(path.read_text(encoding="utf-8"), outcomes)
-        if path.stem != values["key"]:
+        return parse(path.read_text(encoding="utf-8"), path.stem, str(path), outcomes)
+    except FileNotFoundError:
+        raise UserError(f"There is no record {path}.", "See: effbench runs") from None
+    except (ValueError, OSError) as error:
+        raise _not_whole(str(path), error) from None
+
+
+def parse(text: str, key: str, where: str, outcomes: bool = True) -> Record:
+    """Return the record that a file holds.
+
+    Args:
+        text: Its content.
+        key: Of its run; the file is named after it.
+        where: What errors call it.
+        outcomes: As for `read`.
+
+    Raises:
+        UserError: When it is damaged, or a newer effbench wrote it.
+    """
+    try:
+        values = _parse(text, outcomes)
+        if key != values["key"]:
             raise ValueError(f"it is that of run {values['key']}")
         if values.get("parent") == values["key"]:
             raise ValueError("its run goes on from itself")
         return _record(_migrated(values))
     except NewerVersionError as error:
         raise UserError(
-            f"{path} was written by a newer effbench: {error.message}.",
+            f"{where} was written by a newer effbench: {error.message}.",
             "Upgrade effbench to read it.",
         ) from None
-    except FileNotFoundError:
-        raise UserError(f"There is no record {path}.", "See: effbench runs") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole record: {_reason(error)}.",
-            "Restore it from version control, or delete it and run its command again.",
-        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _not_whole(where, error) from None
+
+
+def _not_whole(where: str, error: Exception) -> UserError:
+    return UserError(
+        f"{where} is not a whole record: {_reason(error)}.",
+        "Restore it from version control, or delete it and run its command again.",
+    )
 
 
 def read_all(folder: Path, outcomes: bool = True) -> list[Record]:

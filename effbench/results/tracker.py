@@ -32,6 +32,7 @@ class Wandb:
             raise UserError("wandb is not installed.", "pip install 'effbench[wandb]'") from None
         os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to the makers of wandb
         spec = job.spec
         self._says = job.runtime.progress
         self._run = wandb.init(

@@ -15,8 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ASKED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals of who wants the run to end, beside Ctrl-C."""
+ASKED = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+"""Signals of who wants the run to end, beside Ctrl-C; the last two are a scheduler's."""
 PARENT_DEATH = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -43,12 +47,26 @@ def stop_signal() -> Iterator[Stop]:
 
 @contextmanager
 def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Pass signals on to a process; Ctrl-C it gets by itself, from the terminal."""
+    """Pass signals on to a process; Ctrl-C it gets by itself, from the terminal.
+
+    What a signal was to do here besides, as to put a job back into its queue, it does when the
+    process has ended: it has saved its state by then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is told of signals
         return
-    with handled(_heeded(), lambda number, frame: process.send_signal(number)):
+    before = {number: signal.getsignal(number) for number in _heeded()}
+    came: dict[int, None] = {}
+
+    def pass_on(number: int, frame: Any) -> None:
+        came[number] = None
+        process.send_signal(number)
+
+    with handled(_heeded(), pass_on):
         yield
+    for number in came:
+        if callable(then := before[number]):
+            then(number, None)
 
 
 def interrupt_when_asked() -> None:

@@ -79,6 +79,7 @@ def run_here(job: Job) -> None:
 def quiet_libraries() -> None:
     """Have libraries say nothing of their own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is ours to count
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)

@@ -135,7 +135,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["train.weight_decay=${oc.env:NO_SUCH}"], ["NO_SUCH"]),
         (["method=rtn"], ["rtn is not a method to train with", "effbench compress method=rtn"]),
         (["method=none"], ["nothing to train", "effbench eval"]),
-        (["launcher=slurm"], ["'submitit_slurm' is not installed", "pip install"]),
+        (["launcher=slurm"], ["launcher=slurm needs is not installed", "pip install"]),
         (["dataset=file"], ["names no file", "dataset.files.all=PATH"]),
         (["dataset=file", "dataset.files.all=no.jsonl"], ["no.jsonl is not a file", "path"]),
         (["from=abcd"], ["no run 'abcd'", "effbench runs"]),
