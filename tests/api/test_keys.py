@@ -131,8 +131,11 @@ def test_a_field_more_in_the_spec_changes_no_key(
 @pytest.mark.parametrize("kind, name", PLUGINS)
 def test_a_field_more_in_a_plugin_changes_no_key(kind: Any, name: str, grow: Grow) -> None:
     group, stage = ("method", None) if kind == "methods" else ("evaluator", "eval")
-    needs = registry.find(kind, name).needs if kind == "methods" else {}
-    words = [f"{group}={name}", "hardware=h200", *(f"method.{k}={v}" for k, v in needs.items())]
+    plugin = registry.find(kind, name)
+    trial = {f"method.{k}": v for k, v in plugin.needs.items()} if kind == "methods" else {}
+    if kind == "evaluators":
+        trial = {f"evaluator.{name}.{k}": v for k, v in plugin.trial.items()}
+    words = [f"{group}={name}", "hardware=h200", *(f"{k}={v}" for k, v in trial.items())]
     before = composed(*words, stage=stage).key
     mine = {k: v for k, v in ON_FILE.items() if f'"name": "{name}"' in json.dumps(v)}
     grow((kind, name))
