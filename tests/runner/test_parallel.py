@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -108,6 +109,7 @@ class Forked:
 
     @staticmethod
     def help(folder: Path, rank: int, text: bytes) -> None:
+        gc.freeze()  # a group that an earlier test left would wait for threads that no copy has
         torch.set_num_threads(1)
         os._exit(peer.main(folder, rank, text.decode()))
 
