@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Bench
 from helpers import example_of
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from effbench.api.spec import Job
 from effbench.methods.adapters.lora import LoRA
@@ -110,6 +111,7 @@ class Forked:
     @staticmethod
     def help(folder: Path, rank: int, text: bytes) -> None:
         gc.freeze()  # a group that an earlier test left would wait for threads that no copy has
+        _clear_sharding_prop_cache()  # it remembers meshes in which this process was the first
         torch.set_num_threads(1)
         os._exit(peer.main(folder, rank, text.decode()))
 
