@@ -104,6 +104,7 @@ class Forked:
     """A process that is this one's copy, with what `peers` asks of a `Popen`."""
 
     def __init__(self, folder: Path, rank: int, text: bytes) -> None:
+        _clear_sharding_prop_cache()  # a copy is not the first in the meshes that it remembers
         fork = multiprocessing.get_context("fork")
         self.process = fork.Process(target=self.help, args=(folder, rank, text))
         self.process.start()
@@ -111,7 +112,6 @@ class Forked:
     @staticmethod
     def help(folder: Path, rank: int, text: bytes) -> None:
         gc.freeze()  # a group that an earlier test left would wait for threads that no copy has
-        _clear_sharding_prop_cache()  # it remembers meshes in which this process was the first
         torch.set_num_threads(1)
         os._exit(peer.main(folder, rank, text.decode()))
 
