@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import Bench
 from helpers import example_of
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from effbench.api.spec import Job
 from effbench.methods.adapters.lora import LoRA
@@ -102,12 +104,14 @@ class Forked:
     """A process that is this one's copy, with what `peers` asks of a `Popen`."""
 
     def __init__(self, folder: Path, rank: int, text: bytes) -> None:
+        _clear_sharding_prop_cache()  # a copy is not the first in the meshes that it remembers
         fork = multiprocessing.get_context("fork")
         self.process = fork.Process(target=self.help, args=(folder, rank, text))
         self.process.start()
 
     @staticmethod
     def help(folder: Path, rank: int, text: bytes) -> None:
+        gc.freeze()  # a group that an earlier test left would wait for threads that no copy has
         torch.set_num_threads(1)
         os._exit(peer.main(folder, rank, text.decode()))
 
