@@ -12,16 +12,13 @@ from effbench.api.spec import Job
 from effbench.config.compose import commanded, compose
 from effbench.config.overrides import check_overrides, parse
 from effbench.report.tuned import at_end, chosen, cost
-from effbench.report.tuning import Tuning
+from effbench.report.tuning import Tuning, judged
 from effbench.results.records import Record
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.local import execute
 from effbench.runner.objective import objective_in
 from effbench.runner.tuning import search
 from effbench.util.errors import UserError
-
-JUDGED = "evaluator.perplexity.split"
-"""The setting by which trials are evaluated on the rows that they are chosen by, and no others."""
 
 
 def tune(
@@ -43,9 +40,8 @@ def tune(
     Raises:
         UserError: When nothing has several values, or one is no number.
     """
-    tuning, fixed = tuning_in(words, at, extend)
-    check_overrides(fixed, extra)
-    own = fixed if any(w.startswith(f"{JUDGED}=") for w in fixed) else [*fixed, judged(tuning)]
+    tuning, fixed = tuning_in(words, at, extend, extra)
+    own = [*fixed, *judged(compose(None, fixed, extra).spec.evaluators, tuning.split, fixed)]
     records: dict[str, Record] = {}
 
     def job(point: str) -> Job:
@@ -55,7 +51,7 @@ def tune(
     def trial(point: str) -> Record:
         record = execute(job(point))
         records[record.key] = record
-        say(f"{record.key}  {point}  {abs(tuning.score(record)):.5g}")
+        say(f"{record.key}  {point}  {tuning.value(record):.5g}")
         return record
 
     results = Path(job(tuning.words(tuning.grid()[0])).runtime.results)
@@ -66,7 +62,7 @@ def tune(
     winner = records[trials[best]]
     command = shlex.join(["effbench", winner.stage, *fixed, *best.split()])
     return [
-        f"Best by {tuning.metric}: {best} ({abs(tuning.score(winner)):.5g})"
+        f"Best by {tuning.metric}: {best} ({tuning.value(winner):.5g})"
         + at_end(tuning, trials, records),
         cost(records.values()),
         f"Run it: {command}",
@@ -74,14 +70,19 @@ def tune(
 
 
 def tuning_in(
-    words: Sequence[str], at: Literal["best", "mean"] = "best", extend: int = 2
+    words: Sequence[str],
+    at: Literal["best", "mean"] = "best",
+    extend: int = 2,
+    extra: Sequence[Path] = (),
 ) -> tuple[Tuning, list[str]]:
     """Return the tuning that some words ask for, and the words that all trials share.
 
     Raises:
-        UserError: When nothing has several values, or one is no number.
+        UserError: For a word that is no override or names nothing, when nothing has several values,
+            or one is no number.
     """
     objective, words = objective_in(words)
+    check_overrides(words, extra)
     metric = objective.declared()["metric"] if objective else Tuning.metric
     over = {w.partition("=")[0]: _numbers(w) for w in words if parse(w).is_sweep_override()}
     if not over:
@@ -90,11 +91,6 @@ def tuning_in(
             "For example: effbench tune method=lora train.learning_rate=3e-4,1e-3,3e-3",
         )
     return Tuning(over, metric, at, extend), [w for w in words if w.partition("=")[0] not in over]
-
-
-def judged(tuning: Tuning) -> str:
-    """Return the word by which trials are evaluated on the split that they are chosen by."""
-    return f"{JUDGED}={tuning.split}"
 
 
 def _numbers(word: str) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from effbench.evaluators.subject import Subject
+from effbench.nn.decode import generate
 from effbench.nn.scoring import finite
 from effbench.util.lazy import torch
 
@@ -17,19 +18,21 @@ def answers(subject: Subject, prompts: Sequence[list[int]], new: int) -> tuple[l
         prompts: Of one length.
         new: Tokens to decode.
     """
-    ids = torch.tensor(list(prompts), device=subject.device)
-    session, found, held = subject.session(), [], 0
+    session, held, tokenizer = subject.session(), list[int](), subject.data.tokenizer
+
+    def watch(logits: torch.Tensor) -> None:
+        finite.require_finite(subject.model, logits, lambda: _whole(subject, prompts))
+        held.append(session.kv_bytes())
+
     with torch.inference_mode():
-        logits = session.prefill(ids)
-        for step in range(new):
-            finite.require_finite(subject.model, logits, lambda: _whole(subject, prompts))
-            held = max(held, session.kv_bytes())
-            found.append(logits.argmax(-1, keepdim=True))
-            if step + 1 < new:
-                logits = session.step(found[-1])
-    rows = torch.cat(found, dim=1).tolist()
-    texts = [str(subject.data.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    return texts, max(held, session.kv_bytes()) / len(prompts)
+        made = generate.generate(
+            session,
+            [generate.Prompt(list(ids), new) for ids in prompts],
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            device=subject.device,
+            check=watch,
+        )
+    return [one.text for one in made], max(held) / len(prompts)
 
 
 def _whole(subject: Subject, prompts: Sequence[list[int]]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from effbench.api.schema import build
 from effbench.report.campaign import Campaign, title_of
-from effbench.report.claims import split_row
+from effbench.report.claims import OPEN, split_row
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
@@ -29,6 +29,10 @@ from effbench.util.errors import UserError
 
 KEY = "gathers"
 """Key by which the file of a grand table is told from that of a campaign."""
+
+
+MISSING = "no records here"
+"""State of a verdict that rests on rows whose records are not in this folder of results."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,13 @@ class System:
 
     @property
     def state(self) -> str:
-        """Its verdict, or that its records no longer bear it."""
-        assert self.campaign.verdict
+        """Its verdict, or that its records no longer bear it, or are not here."""
+        verdict = self.campaign.verdict
+        assert verdict
+        if verdict.state not in OPEN and verdict.rests_on and not self.found:
+            return MISSING
         stale = "" if all(pair.holds for pair in self.found) else "STALE: "
-        return stale + self.campaign.verdict.state
+        return stale + verdict.state
 
     @property
     def ours(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from effbench.report.campaign_table import Form, paper_lines, with_lines
 from effbench.report.claims import State
-from effbench.report.grand import Grand, Ground, Group, Row, System
+from effbench.report.grand import MISSING, Grand, Ground, Group, Row, System
 from effbench.report.plots.pareto import Place, pareto_plot
 from effbench.report.table import Cell, Table, Value
 from effbench.util.errors import UserError
@@ -87,9 +87,12 @@ def in_readme(text: str, grand: Grand) -> str:
 
 
 def short(grand: Grand) -> Table:
-    """Return one row for each system: its first pair of rows, and its verdict."""
-    rows: list[tuple[Cell, ...]] = [(s.campaign.name, *_pair(s), s.state) for s in grand.systems]
-    return Table("", ("system", "what was held against what", "difference", "verdict"), rows)
+    """Return one row for each system: its first pair of rows, at which scale, and its verdict."""
+    rows: list[tuple[Cell, ...]] = [
+        (s.campaign.name, *_pair(s), s.ours, s.state) for s in grand.systems
+    ]
+    columns = ("system", "what was held against what", "difference", "scale", "verdict")
+    return Table("", columns, rows)
 
 
 def _pair(system: System) -> tuple[str, str]:
@@ -196,24 +199,33 @@ def claims_of(system: System) -> list[str]:
     return [*said, f"{name}. Verdict: {system.state}. {reason}"]
 
 
+AGAIN = "Make them: effbench table NAME --run"
+
+
 def sentences(grand: Grand) -> list[str]:
     """Return what was asked, what was found and what would overturn it, and what has not run."""
     states = {s: [x.campaign.name for x in grand.systems if x.state == s] for s in STATES}
-    stale = [x.campaign.name for x in grand.systems if x.state not in states]
+    gone = [x.campaign.name for x in grand.systems if x.state == MISSING]
+    stale = [x.campaign.name for x in grand.systems if x.state not in (MISSING, *states)]
     found = "; ".join(f"{state}: {', '.join(own)}" for state, own in states.items() if own)
     rows = [row for group in grand.groups for row in group.rows]
     seeds = max((row.seeds for row in rows), default=0)
     items = max((group.ground.items for group in grand.groups), default=0)
+    ours = f"other seeds (at most {seeds} of a row), other rows (at most {items} items), or "
+    ours = ours if rows else ""
     waiting = [x.campaign.command for x in grand.systems if x.state == "not run yet"]
     return [
         *([f"Stale: {', '.join(stale)}."] if stale else []),
         *([f"Not run yet: {'; '.join(waiting)}"] if waiting else []),
+        *(
+            [f"No records here: {', '.join(gone)}. Make them: effbench table NAME --run"]
+            * bool(gone)
+        ),
         "Compared: rows of one group alone, which have metric, items, length and dtype in common, "
         "by all pairs after Holm; training differs from table to table, as its tokens say.",
         f"Asked: {grand.title}",
         f"Found: {found[:1].upper()}{found[1:]}.",
-        f"Would overturn it: other seeds (at most {seeds} of a row), other rows (at most {items} "
-        "items), or the papers' scales: effbench table NAME --scale paper.",
+        f"Would overturn it: {ours}the papers' scales: effbench table NAME --scale paper.",
     ]
 
 

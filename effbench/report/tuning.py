@@ -15,6 +15,7 @@ from itertools import product
 from typing import Literal
 
 from effbench.api.schema import NonNegativeInt, Seed
+from effbench.api.spec import Plugin
 from effbench.report.comparison.select import criterion_of, value_of
 from effbench.report.labels import better
 from effbench.results.records import Record
@@ -62,8 +63,8 @@ class Tuning:
         """Return the overrides of a point."""
         return " ".join(f"{k}={v:g}" for k, v in zip(self.over, point, strict=True))
 
-    def score(self, record: Record) -> float:
-        """Return what a trial is chosen by, less being better; infinity where it is no number.
+    def value(self, record: Record) -> float:
+        """Return the metric that a trial is chosen by.
 
         Raises:
             UserError: When the run has no such metric.
@@ -75,7 +76,16 @@ class Tuning:
                 m.value for m in record.metrics if (m.name, m.split, m.task) == (*criterion, "")
             ]
             value = sum(found) / len(found)
-        sign = -1 if better(criterion.metric) == "higher" else 1
+        return value
+
+    def score(self, record: Record) -> float:
+        """Return its metric with the sign by which less is better; infinity for no number.
+
+        Raises:
+            UserError: When the run has no such metric.
+        """
+        value = self.value(record)
+        sign = -1 if better(criterion_of(self.metric).metric) == "higher" else 1
         return sign * value if math.isfinite(value) else math.inf
 
     def beyond(self, scores: Mapping[Point, float]) -> list[Point]:
@@ -128,7 +138,18 @@ def with_words(steps: Sequence[str], words: str) -> list[str]:
     return [f"{step} {words}" if n == place else step for n, step in enumerate(steps)]
 
 
-def trial_of(tuning: Tuning, steps: Sequence[str], words: str) -> list[str]:
-    """Return the commands of one trial: an arm up to its training, judged on rows of the tuning."""
-    judged = f"{words} evaluator.perplexity.split={tuning.split}"
-    return with_words(steps[: last_training(steps) + 1], judged)
+def trial_of(steps: Sequence[str], words: str) -> list[str]:
+    """Return the commands of one trial: an arm up to its training."""
+    return with_words(steps[: last_training(steps) + 1], words)
+
+
+def judged(evaluators: Sequence[Plugin], split: str, words: Sequence[str]) -> list[str]:
+    """Return the words by which a trial is evaluated on the rows that it is chosen by, alone.
+
+    Args:
+        evaluators: Of the run as it would be reported.
+        split: Of those rows.
+        words: Which the trial has already; they stand.
+    """
+    keys = [f"evaluator.{e.name}.split" for e in evaluators if e.settings.get("split")]
+    return [f"{key}={split}" for key in keys if not any(w.startswith(f"{key}=") for w in words)]

@@ -16,7 +16,7 @@ from effbench.api.keys import earlier_keys
 from effbench.api.spec import Spec
 from effbench.config.compose import compose
 from effbench.report.campaign import Campaign
-from effbench.report.tuning import Tuning, trial_of, tunes
+from effbench.report.tuning import Tuning, judged, trial_of, tunes
 from effbench.results.records import Record, read
 from effbench.results.store import Store
 from effbench.results.tunings import Trials, trials_file
@@ -74,8 +74,14 @@ class _Runs:
     start: str
     """Key of the run that all arms go on from; empty without."""
 
-    def chain(self, steps: Sequence[str], seed: int) -> str:
-        """Return the key of the last run of an arm, after all of them were made."""
+    def chain(self, steps: Sequence[str], seed: int, split: str = "") -> str:
+        """Return the key of the last run of an arm, after all of them were made.
+
+        Args:
+            steps: Its commands.
+            seed: Of each run that has one.
+            split: On whose rows the last one is evaluated; empty for those that it says itself.
+        """
         key = self.start
         for number, step in enumerate(steps):
             stage, *words = step.split()
@@ -87,8 +93,11 @@ class _Runs:
                 *words,
                 *([] if stage == "eval" else [f"seed={seed}"]),
             ]
+            place = ["run.progress=false", f"run.results={self.results}"]
+            if split and number == len(steps) - 1:
+                words += judged(compose(stage, [*words, *place]).spec.evaluators, split, words)
             self.say(f"effbench {stage} {' '.join(words)}")
-            job = compose(stage, [*words, "run.progress=false", f"run.results={self.results}"])
+            job = compose(stage, [*words, *place])
             alone = len(steps) == 1
             key = done(job.spec, self.results, alone, self.say) or execute(job).key
         return key
@@ -104,7 +113,7 @@ class _Runs:
 
     def _trial(self, tuning: Tuning, steps: Sequence[str], words: str) -> Record:
         """Return the record of one trial of an arm."""
-        key = self.chain(trial_of(tuning, steps, words), tuning.seed)
+        key = self.chain(trial_of(steps, words), tuning.seed, tuning.split)
         return read(Store(self.results).records / f"{key}.json")
 
 

@@ -80,12 +80,7 @@ class ClusterLauncher(Launcher):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.settings: dict[str, Any] = {
-            name: OmegaConf.to_container(value, resolve=True)
-            if OmegaConf.is_config(value)
-            else value
-            for name, value in settings.items()
-        }
+        self.settings: dict[str, Any] = {name: _plain(v) for name, v in settings.items()}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -143,6 +143,16 @@ def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> No
     assert (rows[2]["value"], rows[2]["verdict"]) == ("", "not run yet")
 
 
+def test_a_verdict_is_not_said_where_its_records_are_not(
+    table: Any, gather: Any, tmp_path: Path
+) -> None:
+    campaign = table("A", 1)
+    (tmp_path / "campaigns" / "A.json").unlink()
+    said = rendered(gather(campaign))
+    assert "no records here" in said and "direction" not in said and "at most 0" not in said
+    assert "No records here: A. Make them: effbench table NAME --run" in said
+
+
 def test_stale_verdicts_are_named(table: Any, gather: Any, tmp_path: Path) -> None:
     campaign = table("A", 1)
     write(run("full", {"": 0.9}, number=2), tmp_path / "records")

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from test_report import run
 
+from effbench.api.spec import Plugin
 from effbench.cli.tuning import tuning_in
 from effbench.report.campaign import Campaign, campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.comparison.budgets import tuning_trials
 from effbench.report.tuned import chosen
-from effbench.report.tuning import Point, Tuning, trial_of, tunes
+from effbench.report.tuning import Point, Tuning, judged, trial_of, tunes
 from effbench.results.records import Metric, Record, write
 from effbench.results.tunings import Trials, read_trials, trials_file, tuned_together
 from effbench.runner.tuning import search
@@ -109,12 +110,29 @@ def test_arms_that_train_are_tuned_unless_they_say_the_setting_themselves() -> N
     assert not tunes(tuning, ["eval"])
 
 
-def test_a_trial_is_an_arm_up_to_its_training_on_other_rows() -> None:
+def test_a_trial_is_an_arm_up_to_its_training() -> None:
     steps = ["compress a=1", "train b=2", "eval c=3"]
-    assert trial_of(Tuning(RATES), steps, "train.learning_rate=0.01") == [
+    assert trial_of(steps, "train.learning_rate=0.01") == [
         "compress a=1",
-        "train b=2 train.learning_rate=0.01 evaluator.perplexity.split=validation",
+        "train b=2 train.learning_rate=0.01",
     ]
+
+
+def test_every_evaluator_of_a_trial_reads_the_rows_that_it_is_chosen_by() -> None:
+    found = [Plugin(name, {"split": "test"}) for name in ("perplexity", "preference")]
+    found.append(Plugin("speed", {"batch_size": 1}))
+    assert judged(found, "validation", []) == [
+        "evaluator.perplexity.split=validation",
+        "evaluator.preference.split=validation",
+    ]
+    own = ["evaluator.preference.split=train"]
+    assert judged(found, "validation", own) == ["evaluator.perplexity.split=validation"]
+
+
+def test_what_is_shown_of_a_trial_has_its_own_sign() -> None:
+    tuning = Tuning(RATES, "accuracy@validation")
+    record = replace(trial(1), metrics=[Metric("accuracy", -0.5, "", "", "validation", 10)])
+    assert (tuning.value(record), tuning.score(record)) == (-0.5, 0.5)
 
 
 @pytest.fixture
@@ -194,6 +212,7 @@ def test_words_with_several_values_are_the_grid() -> None:
     [
         (["method=lora"], "nothing to tune"),
         (["method=lora,qlora"], "no grid of numbers"),
+        (["dataset.prompt={q}", "train.learning_rate=1e-3,2e-3"], "is not an override"),
         (["train.learning_rate=1e-3,1e-3"], "no grid"),
         (["train.learning_rate=1e-3,2e-3", "sweep.metric=loss@test"], "reported"),
     ],
