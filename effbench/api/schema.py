@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
@@ -96,6 +96,10 @@ def _dataclasses_in(cls: type) -> set[type]:
     return found
 
 
+LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
+"""What pydantic calls one value in the place of several."""
+
+
 def _explain(cls: type, error: Any, where: str) -> UserError:
     loc = [str(p) for p in error["loc"]]
     place = ".".join([where, *loc] if where else loc)
@@ -107,6 +111,9 @@ def _explain(cls: type, error: Any, where: str) -> UserError:
             return UserError(f"{list_}={json.dumps(error['input'])} has too few values.")
         return UserError(f"{place} is missing.", f"Set it, for example {place}=VALUE.")
     given = error.get("input")
+    if error["type"] in LISTS and not isinstance(given, Mapping):
+        said = f"{place}={given} is not possible: it has to be a list."
+        return UserError(said, f"Write '{place}=[{given}]'.")
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     shown = "null" if given is None else repr(given)

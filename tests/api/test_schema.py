@@ -33,6 +33,11 @@ class Outer:
         ({"size": 1, "inner": {"widht": 2}}, "Unknown key 'at.inner.widht'", "'width'"),
         ({}, "at.size is missing", "at.size=VALUE"),
         ({"size": 1, "pair": [0.5]}, "at.pair=[0.5] has too few values", ""),
+        (
+            {"size": 1, "pair": 0.5},
+            "at.pair=0.5 is not possible: it has to be a list",
+            "'at.pair=[0.5]'",
+        ),
         ({"size": 0}, "at.size=0 is not possible", ""),
         ({"size": True}, "at.size=True is not possible", ""),
         ({"size": "4"}, "at.size='4' is not possible", ""),

@@ -211,6 +211,30 @@ def test_two_records_of_one_key_at_once_leave_the_first(tmp_path: Path) -> None:
     assert records.record_files(tmp_path / "records")
 
 
+def test_a_run_whose_record_is_another_one_there_is_left_where_it_is(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", store(tmp_path / "b", KEYS[0], seconds=2.0)
+    run(source, KEYS[0])
+    merge = sync(str(source), str(target), runs=True)
+    assert [*merge.conflicts] == [KEYS[0]] and not merge.runs
+    assert not Store(target).run(KEYS[0]).path.exists()
+
+
+def test_who_is_quicker_meanwhile_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, put = store(tmp_path / "a", *KEYS), tmp_path / "b", places.Local.put
+
+    def quicker(place: places.Local, name: str, content: bytes) -> None:
+        if KEYS[0] in name:
+            store(target, KEYS[0], seconds=2.0)
+        put(place, name, content)
+
+    monkeypatch.setattr(places.Local, "put", quicker)
+    sync(str(source), str(target))
+    found = {r.key: r.seconds for r in read_all(target / "records")}
+    assert found == {KEYS[0]: 2.0, KEYS[1]: 1.0, KEYS[2]: 1.0}
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """Return an address in a bucket of moto's S3 server on this machine."""

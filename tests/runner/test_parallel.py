@@ -24,7 +24,7 @@ from effbench.methods.adapters.lora import LoRA
 from effbench.nn.llama.weights import read_tensors
 from effbench.results.events import EventLog, read_events
 from effbench.runner import peer, peers
-from effbench.runner.group import buckets
+from effbench.runner.group import Processes, buckets
 from effbench.runner.stages.batching import passes_of, window
 from effbench.testing.bench import without_evaluation
 from effbench.util.errors import StoppedError, UserError
@@ -95,6 +95,19 @@ def test_buckets_hold_all_in_order_and_no_more_than_fits() -> None:
     found = list(buckets(tensors, most=7 * 4))
     assert [[t.numel() for t in b] for b in found] == [[3, 3], [9], [1], [2]]
     assert [t for b in found for t in b] == tensors
+
+
+def test_what_has_a_gradient_elsewhere_has_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the processes would sum other tensors, and wait for each other for ever."""
+
+    def summed(tensor: torch.Tensor, by: Any = None) -> torch.Tensor:
+        return tensor.add_(1)  # the other process has a gradient of ones for each
+
+    monkeypatch.setattr("effbench.runner.group._reduced", summed)
+    here, elsewhere = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    here.grad = torch.ones(2)
+    Processes(0, 2).reduce([here, elsewhere], torch.zeros(()))
+    assert [p.grad.tolist() for p in (here, elsewhere)] == [[2, 2], [1, 1]]
 
 
 # -- two processes ---------------------------------------------------------------------------------
