@@ -331,9 +331,14 @@ def test_records_of_before_a_field_make_one_group_with_those_of_after(grow: Grow
     assert len(compare([record, later]).labels) == 1
 
 
-def test_a_record_with_an_unknown_field_asks_for_an_upgrade(tmp_path: Path) -> None:
-    source = next(RECORDS.glob("*.json"))
-    line, path = source.read_text(), tmp_path / source.name
-    path.write_text(line.replace('{"schema":', '{"later":1,"schema":', 1))
+@pytest.mark.parametrize("digested", [False, True])
+def test_a_record_with_an_unknown_field_asks_for_an_upgrade(tmp_path: Path, digested: bool) -> None:
+    """Where records have a digest, a newer effbench writes that of the field too."""
+    known = ((path.name, path.read_text().strip()) for path in sorted(RECORDS.glob("*.json")))
+    name, line = next((n, t) for n, t in known if bool(records.DIGEST.search(t)) is digested)
+    whole = records.DIGEST.sub("}", line)
+    later = whole.replace('{"schema":', '{"later":1,"schema":', 1)
+    path = tmp_path / name
+    path.write_text(f"{records._sealed(later) if digested else later}\n")
     with pytest.raises(UserError, match=r"newer effbench: record\.later is not known here"):
         read(path)
