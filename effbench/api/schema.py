@@ -96,7 +96,7 @@ def _dataclasses_in(cls: type) -> set[type]:
     return found
 
 
-LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
+_LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
 """What pydantic calls one value in the place of several."""
 
 
@@ -111,7 +111,7 @@ def _explain(cls: type, error: Any, where: str) -> UserError:
             return UserError(f"{list_}={json.dumps(error['input'])} has too few values.")
         return UserError(f"{place} is missing.", f"Set it, for example {place}=VALUE.")
     given = error.get("input")
-    if error["type"] in LISTS and not isinstance(given, Mapping):
+    if error["type"] in _LISTS and not isinstance(given, Mapping):
         said = f"{place}={given} is not possible: it has to be a list."
         return UserError(said, f"Write '{place}=[{given}]'.")
     reason = error["msg"].removeprefix("Value error, ")
