@@ -30,6 +30,8 @@ class Expert(nn.Module):
         linears: The two by their names, in the order they run.
     """
 
+    gate: Any
+
     def __init__(self, gate: Any, linears: dict[str, nn.Linear]) -> None:
         super().__init__()
         vars(self)["gate"] = gate  # no child, whatever it is
