@@ -9,6 +9,7 @@ arXiv 2403.03853.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def of_texts(model: Any, texts: Sequence[torch.Tensor]) -> torch.Tensor:
     sums = torch.zeros(len(layers), dtype=torch.float64)
     for text in texts:
         real = torch.ones(1, len(text), dtype=torch.bool, device=text.device)
-        read = passed(layers, real, lambda text=text: model.model(text[None], use_cache=False))
+        read = passed(layers, real, partial(model.model, text[None], use_cache=False))
         sums += read["cosines"]
     return influence(sums, sum(map(len, texts)))
 
