@@ -32,7 +32,8 @@ from effbench.api.spec import (
     Spec,
     TrainSpec,
 )
-from effbench.cli.main import Kind, app
+from effbench.cli.choosing import Kind
+from effbench.cli.main import app
 from effbench.report.labels import flatten
 from effbench.results.query import METRIC_COLUMNS, RECORD_COLUMNS
 from effbench.results.records import Metric, Outcomes, Record
