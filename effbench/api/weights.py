@@ -30,8 +30,6 @@ class WeightFormat:
     """Whether a weight is expanded, or decoded by a kernel, each time it is multiplied."""
     fused: ClassVar[bool] = False
     """Whether a GPU multiplies packed weights in one kernel, which never expands them."""
-    at_load: ClassVar[bool] = False
-    """Whether a base is packed while it is loaded; else a method's artefact has the codes."""
 
     def bytes(self, d_in: int, d_out: int, element: int) -> int:
         """Return the bytes of a [d_out, d_in] matrix, all that belongs to it included.
