@@ -56,7 +56,8 @@ def test_the_other_sources_do_not_prefer_a_length() -> None:
 
 def test_a_seed_is_a_draw() -> None:
     assert part("clean", 3) == part("clean", 3)
-    assert not {row["chosen"] for row in part("clean", 3)} & {r["chosen"] for r in part("clean", 4)}
+    assert part("clean", 3) != part("clean", 4)
+    assert noisy_pairs._worth(3) != noisy_pairs._worth(4)
 
 
 def test_parts_share_no_prompt_and_all_sources_are_mixed() -> None:
@@ -71,6 +72,24 @@ def test_parts_share_no_prompt_and_all_sources_are_mixed() -> None:
         assert not {text.prompt for text in one} & {text.prompt for text in other}
     first = [text.columns["source"] for text in found["train"][:100]]
     assert {first.count(source) > 10 for source in range(4)} == {True}
+
+
+def test_probabilities_of_classes_are_those_that_labels_are_drawn_with() -> None:
+    """Of names with a share near p a share p is of that class, for each class."""
+    rows = [row for part in ("train", "unlabelled", "test") for row in classes(part)]
+    for place in range(3):
+        for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+            near = [row for row in rows if low <= row["p"][place] < low + 0.2]
+            wanted = sum(row["p"][place] for row in near) / len(near)
+            found = sum(row["label"] == place for row in near) / len(near)
+            assert found == pytest.approx(wanted, abs=3 * (0.25 / len(near)) ** 0.5)
+    assert all(sum(row["p"]) == pytest.approx(1) for row in rows)
+    best = sum(row["label"] == max(range(3), key=row["p"].__getitem__) for row in rows) / len(rows)
+    assert 0.65 < best < 0.9
+
+
+def classes(part: str, seed: int = 0) -> list[Row]:
+    return list(base.find("noisy_classes").rows(part, seed))
 
 
 def test_splits_are_named_as_the_dataset_names_them() -> None:
