@@ -65,7 +65,9 @@ def test_who_knows_the_answer_is_always_right(subject: Subject) -> None:
     assert by_name(Preference().run(best))["top_accuracy"].value == 1
     assert by_name(Preference().run(best))["score_margin"].value == 1
     assert by_name(Preference().run(worst))["pair_accuracy"].value == 0
-    assert by_name(Preference().run(best))["answer_loss"].value == pytest.approx(log(1 + 3 * exp(-1)))
+    assert by_name(Preference().run(best))["answer_loss"].value == pytest.approx(
+        log(1 + 3 * exp(-1))
+    )
     sure = judged_by(subject, lambda ids: -1e4 * float(tuple(ids) in right))
     assert by_name(Preference().run(sure))["answer_loss"].value == pytest.approx(1e4 + log(3))
 

@@ -287,6 +287,18 @@ def test_states_are_those_of_each_text_alone() -> None:
         torch.testing.assert_close(state, (best - other).detach(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weigh_by", ["bilevel", "proxies", "easiest", "uniform"])
+def test_answers_are_read_as_often_as_planned(weigh_by: Any) -> None:
+    fraction = 1.0 if weigh_by == "bilevel" else 0.5
+    method = DORM(**SMALL, weigh_by=weigh_by, fraction=fraction)
+    model, ctx, read = tiny_model(), context(), list[int]()
+    model.model.register_forward_pre_hook(
+        lambda m, a, k: read.append(len(k["input_ids"])), with_kwargs=True
+    )
+    method.dataset(ROWS, model, ctx)
+    assert sum(read) == method.reads_first(len(ROWS))
+
+
 def test_one_source_has_groups_too() -> None:
     rows = [pair(n) for n in range(9)]
     found = {e.columns["group"] for e in chosen(rows, groups="clusters")}

@@ -104,6 +104,10 @@ class Weighs(Reward):
         used = self.weigh_by == "bilevel" or self.learn_from != "train"
         return (self.split,) if used else ()
 
+    def reads_first(self, rows: int) -> int:
+        """Return both answers of all pairs, where proxies judge their states."""
+        return 0 if self.weigh_by == "uniform" else 2 * rows
+
     # -- weights -------------------------------------------------------------------------------
 
     def dataset(

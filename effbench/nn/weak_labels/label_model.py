@@ -14,6 +14,8 @@ that classes have their names; one imagined firing and one silence of each rule 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -81,17 +83,21 @@ def by_snorkel(
 
 def _snorkel() -> Any:
     try:
-        from snorkel.labeling.model import LabelModel
+        return import_module("snorkel.labeling.model").LabelModel
     except ImportError as error:
         raise UserError(
             f"method.label_model=snorkel needs the package snorkel: {error}.",
             "pip install 'effbench[snorkel]', or method.label_model=generative.",
         ) from None
-    return LabelModel
 
 
 def weak_labels(
-    fires: torch.Tensor, rule_labels: list[int], labels: torch.Tensor, classes: int, by: By, seed: int
+    fires: torch.Tensor,
+    rule_labels: Sequence[int],
+    labels: torch.Tensor,
+    classes: int,
+    by: By,
+    seed: int,
 ) -> torch.Tensor:
     """Return the likeliest class of each row, [N]; HIDDEN where no rule fires, or for a tie.
 
@@ -105,7 +111,7 @@ def weak_labels(
     """
     shares = class_shares(labels, classes)
     if by == "snorkel" and fires.shape[1] >= FEWEST_RULES:
-        found = by_snorkel(fires, torch.tensor(rule_labels), shares, seed)
+        found = by_snorkel(fires, torch.tensor([*rule_labels]), shares, seed)
     else:
         found = posterior(fires, fitted(fires, labels, classes), shares)
     best, label = found.max(1)
