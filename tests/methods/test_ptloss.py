@@ -191,7 +191,7 @@ def test_the_model_that_training_starts_from_can_teach() -> None:
         model, ctx, rows = started(method, questions(6))
         before = {n: p.clone() for n, p in model.named_parameters()}
         batch = one_window(rows)[0]
-        losses.append(float(method.loss(model, batch, ctx)))
+        losses.append(method.loss(model, batch, ctx).item())
         method.update(model, torch.optim.SGD(model.parameters(), 0.1), one_window(rows), ctx)
         teacher = dict(ctx.aux["teacher"].named_parameters())
         assert all(torch.equal(teacher[n], p) for n, p in before.items())
