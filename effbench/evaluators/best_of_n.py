@@ -21,10 +21,8 @@ from effbench.api.points import UNNAMED
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.evaluators.base import Result
 from effbench.evaluators.generation import Generation
-from effbench.evaluators.questions import NEW_TOKENS
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
-from effbench.nn.decode.generate import Generated
 from effbench.nn.scoring import finite
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
     from effbench.evaluators.questions import Questions
+    from effbench.nn.decode.generate import Generated
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class BestOfN(Generation):
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return those of `generation`, and a full batch of answers that are scored."""
         from effbench.api.footprint import Pass
+        from effbench.evaluators.questions import NEW_TOKENS
 
         length = spec.dataset.max_length + (self.max_new_tokens or NEW_TOKENS)
         rows = max(1, self.score_tokens // length)
