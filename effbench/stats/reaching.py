@@ -32,8 +32,7 @@ def reaching(sizes: Sequence[float], curve: Sequence[float], level: float) -> fl
         low, high = curve[place - 1], curve[place]
         if low < level <= high:
             share = (level - low) / (high - low)
-            ends = math.log(sizes[place - 1]), math.log(sizes[place])
-            return math.exp(ends[0] + share * (ends[1] - ends[0]))
+            return sizes[place - 1] * (sizes[place] / sizes[place - 1]) ** share
     return math.inf
 
 
