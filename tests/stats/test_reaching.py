@@ -40,12 +40,13 @@ def test_a_curve_takes_as_much_as_itself() -> None:
 
 def test_a_ratio_is_found_with_its_interval() -> None:
     """Twice the data for each level: the ratio is 2."""
-    ours, theirs = outcomes([0.6, 0.7, 0.8, 0.9]), outcomes([0.5, 0.6, 0.7, 0.8], seed=1)
-    found = data_ratio(SIZES, ours, theirs)
+    ours = outcomes([0.6, 0.7, 0.8, 0.9], items=3000)
+    theirs = outcomes([0.5, 0.6, 0.7, 0.8], items=3000, seed=1)
+    found = data_ratio(SIZES, ours, theirs, draws=300)
     assert found.low < 2 < found.high
     assert found.value == pytest.approx(2, rel=0.15)
     assert found.low > 1.5 and found.high < 2.7
-    assert found == data_ratio(SIZES, ours, theirs), "the same draws"
+    assert found == data_ratio(SIZES, ours, theirs, draws=300), "the same draws"
 
 
 def test_ends_of_the_sizes_bound_it() -> None:
