@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
@@ -78,10 +80,11 @@ def tokenizer() -> Any:
 
 
 def byte_pairs() -> Any:
-    """Return a tokenizer of bytes and one pair of them, of a kind that llama.cpp knows."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: n for n, token in enumerate([*letters, "he"])}
-    inner = Tokenizer(BPE(vocabulary, [("h", "e")]))
+    """Return a tokenizer of 299 letters and pairs of them, of a kind that llama.cpp knows."""
+    pairs = (a + b for a in ascii_uppercase for b in ascii_lowercase)
+    tokens = [*ascii_lowercase, "he", *islice(pairs, 272)]
+    inner = Tokenizer(BPE({token: n for n, token in enumerate(tokens)}, [("h", "e")]))
+    inner.decoder = decoders.ByteLevel()
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
 
