@@ -181,7 +181,9 @@ def hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
     import datasets
 
     try:
-        rows: Iterable[Row] = datasets.load_dataset(spec.id, spec.subset or None, split=split)
+        rows: Iterable[Row] = datasets.load_dataset(
+            spec.id, spec.subset or None, split=split, revision=spec.fingerprint or None
+        )
     except Exception as error:
         raise UserError(
             f"Dataset {spec.id!r} cannot be had from the hub: {str(error).splitlines()[0]}",

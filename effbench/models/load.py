@@ -329,21 +329,36 @@ def _decimal(value: float) -> float:
 
 
 def fingerprint(spec: ModelSpec) -> str:
-    """Return a hash of the content of a local folder or GGUF file, "" for other sources.
+    """Return a hash of the content of a local folder or GGUF file, "" where nothing has to be said.
 
-    All of every file that loading may read enters it; see `model_files`.
+    All of every file that loading may read enters it; see `model_files`. A branch or tag of the hub
+    has the commit that it stands for, or stood for when the spec was made.
 
     Raises:
         UserError: When there is no such folder or file, or it cannot be read.
     """
     if spec.source == "gguf":
         return digest([hash_of(_gguf_file(spec))], WHOLE)
+    if spec.source == "hub":
+        return spec.fingerprint or pinned(spec)
     if spec.source != "folder":
         return ""
     folder = _folder(spec)
     files = model_files(folder)
     names = [p.relative_to(folder).as_posix() for p in files]
     return digest(list(zip(names, hashes_of(files), strict=True)), WHOLE)
+
+
+def pinned(spec: ModelSpec) -> str:
+    """Return the commit of the hub that a branch or tag stands for; nothing for a commit itself.
+
+    Raises:
+        UserError: When a folder here has the name of the model.
+    """
+    from effbench.util.hf import commit_of
+
+    found = commit_of(spec.id, spec.revision)
+    return "" if found == spec.revision else found
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -438,7 +453,7 @@ def _config_file(spec: ModelSpec) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(spec.id, "config.json", revision=spec.revision)
+        found = try_to_load_from_cache(spec.id, "config.json", revision=_revision(spec))
     except HFValidationError as error:
         raise _hub_error(spec, error) from None
     if isinstance(found, str):
@@ -480,8 +495,12 @@ def _at_hand(spec: ModelSpec) -> ModelSpec:
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
-    where = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    where = {"revision": _revision(spec)} if spec.source == "hub" else {"local_files_only": True}
     return {**where, "trust_remote_code": False}
+
+
+def _revision(spec: ModelSpec) -> str:
+    return spec.fingerprint or spec.revision
 
 
 def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:

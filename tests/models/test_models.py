@@ -9,15 +9,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from effbench.api.schema import build
+from effbench.api.schema import build, plain
 from effbench.api.shape import Shape
 from effbench.api.spec import ModelSpec
+from effbench.config.compose import compose
 from effbench.models import gguf_convert
 from effbench.models import load as models
 from effbench.models.gguf_header import config_in, read_header
@@ -503,6 +505,77 @@ def test_hub_model_from_an_earlier_download(no_hub: None, saved: Path, tmp_path:
     assert torch.equal(logits(on_cpu(spec)), logits(on_cpu(small())))
     with pytest.raises(UserError, match="only after its download"):
         shape_of(replace(spec, revision="other"))
+
+
+def downloaded(home: Path, commit: str, seed: int, main: bool = True) -> None:
+    """Lay out a commit of org/small as the hub's client does, as what main stands for."""
+    at = home / "models--org--small"
+    loaded = on_cpu(small(seed))
+    loaded.model.save_pretrained(at / "snapshots" / commit)
+    loaded.tokenizer.save_pretrained(at / "snapshots" / commit)
+    if main:
+        (at / "refs").mkdir(exist_ok=True)
+        (at / "refs" / "main").write_text(commit)
+
+
+HUB = ["model=hub", "model.id=org/small", "dataset=arithmetic", "hardware.device=cpu"]
+
+
+def test_a_branch_of_the_hub_is_the_commit_that_it_stood_for(no_hub: None, tmp_path: Path) -> None:
+    first, second = "a" * 40, "b" * 40
+    downloaded(tmp_path, first, seed=1)
+    before = compose("eval", HUB).spec
+    assert before.model.fingerprint == first
+    downloaded(tmp_path, second, seed=2)
+    now = compose("eval", HUB).spec
+    assert (now.model.fingerprint, now.key == before.key) == (second, False)
+    for spec, seed in ((before, 1), (now, 2)):  # an earlier run's is still the earlier one
+        assert torch.equal(logits(on_cpu(spec.model)), logits(on_cpu(small(seed))))
+
+
+def test_a_commit_itself_needs_no_pin_and_another_revision_gets_its_own(
+    no_hub: None, tmp_path: Path
+) -> None:
+    downloaded(tmp_path, "a" * 40, seed=1)
+    (tmp_path / "models--org--small" / "refs" / "v2").write_text("c" * 40)
+    assert not compose("eval", [*HUB, f"model.revision={'d' * 40}"]).spec.model.fingerprint
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(plain(compose("eval", HUB).spec)))
+    again, other = (
+        compose("eval", [str(file), *more]).spec.model for more in ([], ["model.revision=v2"])
+    )
+    assert (again.fingerprint, other.fingerprint) == ("a" * 40, "c" * 40)
+
+
+def test_the_hub_is_asked_once_and_the_answer_kept(
+    no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def repo_info(self: Any, name: str, **options: Any) -> Any:
+        asked.append((name, options["repo_type"], options["revision"]))
+        return SimpleNamespace(sha="e" * 40)
+
+    monkeypatch.setattr(hf, "hub_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    hf._asked.cache_clear()
+    for _ in range(2):
+        assert hf.commit_of("org/rows", kind="dataset") == "e" * 40
+        hf._asked.cache_clear()
+    assert asked == [("org/rows", "dataset", "main")]
+    words = ["model=tiny", "dataset.source=hub", "dataset.id=org/rows", "hardware.device=cpu"]
+    assert compose("eval", words).spec.dataset.fingerprint == "e" * 40
+
+
+@pytest.mark.parametrize("words", [["model=hub", "model.id=org/small"],
+                                   ["dataset.source=hub", "dataset.id=org/small"]])  # fmt: skip
+def test_a_folder_is_not_taken_for_a_name_on_the_hub(
+    words: list[str], no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="id=org/small is on this machine, not on the hub"):
+        compose("eval", [*words, "hardware.device=cpu"])
 
 
 def test_offline_is_left_as_it_was() -> None:
