@@ -97,9 +97,8 @@ def test_what_is_no_text_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["1e999", "Infinity", "-Infinity"])
 def test_a_number_beyond_all_bounds_is_no_text(text: str) -> None:
-    row = json.loads('{"prompt": "a", "answer": %s}' % text)
-    with pytest.raises(UserError, match="row 1 .* the field 'answer' is -?inf"):
-        texts([row])
+    with pytest.raises(UserError, match=r"row 1 .* the field 'answer' is -?inf"):
+        texts([{"prompt": "a", "answer": json.loads(text)}])
 
 
 def test_parts_of_a_field_are_named_in_brackets() -> None:
