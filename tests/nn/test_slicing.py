@@ -306,7 +306,7 @@ def test_a_part_whose_output_has_a_bias_is_not_left_out(part: str, last: str) ->
     linear.bias = torch.nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype))
     layout = layout_of(model)
     kept = torch.ones(layout.size, dtype=torch.bool)
-    views = layout.views(kept)[1]
+    views = list(layout.views(kept))[1]
     (views.groups if part == "self_attn" else views.neurons)[:] = False
     with pytest.raises(UserError, match="whose output has a bias cannot be left out"):
         slice_model(model, kept_blocks(layout, kept))
