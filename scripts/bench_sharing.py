@@ -134,9 +134,7 @@ def trained_flops(shape: AnyShape) -> float:
     return step_flops(training_of(ModelShape.of(shape).trained(COMPUTE), "bfloat16"), one)
 
 
-def below(
-    ceiling: float, a: Callable[[], object], b: Callable[[], object], clock: Clock
-) -> Ratio:
+def below(ceiling: float, a: Callable[[], object], b: Callable[[], object], clock: Clock) -> Ratio:
     """Return how much faster `a` is than `b`, taken again while all of it is above the ceiling."""
     for _ in range(TRIES):
         ratio = interleaved(a, b, REPEATS, clock=clock)
