@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from effbench.api.schema import build, plain
 from effbench.api.shape import Shape
@@ -465,6 +467,69 @@ def test_fingerprint_of_a_gguf_file(gguf_file: Path) -> None:
     content = gguf_file.read_bytes()
     gguf_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert fingerprint(gguf_spec(gguf_file)) != first != ""
+
+
+def shorter(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["num_hidden_layers"] = 1
+
+
+def biased(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def wider(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["vocab_size"] = 400
+
+
+def fewer_heads(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["num_key_value_heads"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            shorter,
+            r"9 weights that its config has no place for.* model\.layers\.1\.input_layernorm",
+        ),
+        (
+            biased,
+            r"1 weights that its config has no place for.* layers\.0\.self_attn\.q_proj\.bias",
+        ),
+        (wider, r"has the sizes \[300, 32\] in the files of .*, but \[400, 32\] by its config"),
+        (fewer_heads, r"k_proj\.weight has the sizes \[32, 32\] .*, but \[16, 32\]"),
+    ],
+)
+def test_weights_that_the_config_does_not_fit_are_no_other_model(
+    change: Callable[..., None], message: str, saved: Path
+) -> None:
+    file, weights = saved / "config.json", saved / "model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights)
+    change(config, tensors)
+    file.write_text(json.dumps(config))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        on_cpu(ModelSpec(name="mine", source="folder", path=str(saved)))
+
+
+def test_angles_that_older_files_hold_are_no_weights(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**load_file(weights), **angles}, weights, metadata={"format": "pt"})
+    found = on_cpu(ModelSpec(name="mine", source="folder", path=str(saved)))
+    assert torch.equal(logits(found), logits(on_cpu(small())))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', "{"])
+def test_an_index_that_is_none_is_left_to_whoever_loads(text: str, saved: Path) -> None:
+    (saved / "model.safetensors.index.json").write_text(text)
+    assert fingerprint(ModelSpec(name="mine", source="folder", path=str(saved)))
+
+
+def test_a_config_that_is_no_object_is_named(saved: Path) -> None:
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+        shape_of(ModelSpec(name="mine", source="folder", path=str(saved)))
 
 
 # -- hub -----------------------------------------------------------------------------------------
