@@ -21,7 +21,8 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
 from effbench.report.comparison.versions import of_versions
 from effbench.report.table import Value, as_value, points
-from effbench.report.verdicts import Tested, earlier, retested
+from effbench.report.verdicts import Tested, retested
+from effbench.results.lookup import earlier
 from effbench.results.records import Outcomes, Record
 from effbench.stats import Difference
 from effbench.util import yamls

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.results.store import record_files
-from effbench.util.errors import CONTROL, NewerVersionError, UserError, did_you_mean, printable
+from effbench.util.errors import CONTROL, NewerVersionError, UserError, printable
 from effbench.util.files import write_atomic
 from effbench.util.seals import seal_of
 
@@ -105,11 +105,21 @@ class Record:
     @property
     def ended(self) -> float:
         """When the run finished, in seconds since the epoch."""
-        return datetime.fromisoformat(self.started).timestamp() + self.seconds
+        return ended(self.started, self.seconds)
 
     def name_of(self, part: str) -> str:
         """Return the name of the `method`, `model` or `dataset`, or an empty string."""
         return str((self.spec.get(part) or {}).get("name", ""))
+
+
+def ended(started: str, seconds: float) -> float:
+    """Return when a run finished, in seconds since the epoch.
+
+    Args:
+        started: When it began, ISO 8601.
+        seconds: How long it took.
+    """
+    return datetime.fromisoformat(started).timestamp() + seconds
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -191,36 +201,6 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
     """
     records = [read(path, outcomes) for path in record_files(folder)]
     return sorted(records, key=lambda r: (r.started, r.key))
-
-
-def find(folder: Path, ref: str) -> Record:
-    """Return the record that a person means.
-
-    Args:
-        folder: Folder of the records.
-        ref: A key, at least four digits that begin only one key, or `latest`.
-
-    Raises:
-        UserError: When none or several fit, with the keys that come near.
-    """
-    paths = {path.stem: path for path in record_files(folder)}
-    if not paths:
-        raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
-    if ref == "latest":
-        newest = max(read_all(folder, outcomes=False), key=lambda r: r.ended)
-        return read(paths[newest.key])
-    if ref in paths:
-        return read(paths[ref])
-    fits = [key for key in paths if len(ref) >= 4 and key.startswith(ref)]
-    if len(fits) == 1:
-        return read(paths[fits[0]])
-    if fits:
-        raise UserError(f"{ref!r} fits {len(fits)} records.", f"They are: {', '.join(fits[:6])}.")
-    if any(key.startswith(ref) for key in paths):
-        raise UserError(f"{ref!r} is too short to name a record.", "Give at least four digits.")
-    raise UserError(
-        f"There is no record {ref!r}.", did_you_mean(ref, paths) + " See: effbench runs"
-    )
 
 
 def as_now(records: Sequence[Record]) -> list[Record]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from effbench.report.page.curves import curves
 from effbench.report.page.evidence import evidence
 from effbench.report.page.render import page
-from effbench.results.records import Record, find, read_all
+from effbench.results.lookup import find
+from effbench.results.records import Record, read_all
 from effbench.results.store import Store
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
