@@ -77,16 +77,12 @@ class Campaign:
         if scale not in self.scales:
             has = ", ".join([self.scale, *self.scales])
             raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
-        own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
-        name = f"{self.name}{AT}{scale}"
-        bare: dict[str, Any] = {
-            "scales": {},
-            "verdict": None,
-            "points": "",
-            "start": "",
-            "tune": None,
+        cells = self.scales[scale]
+        own = {
+            f.name: value for f in fields(Cells) if (value := getattr(cells, f.name)) is not None
         }
-        return replace(self, name=name, scale=scale, **bare, **own)
+        bare: dict[str, Any] = {"scales": {}, "verdict": None, "points": ""}
+        return replace(self, name=f"{self.name}{AT}{scale}", scale=scale, **bare, **own)
 
     @property
     def command(self) -> str:

@@ -108,7 +108,7 @@ def _refuse_running(folder: RunFolder) -> None:
 
 def _heirs(store: Store, key: str) -> set[str]:
     """Return the runs that started from a run."""
-    found = {head.key for head in heads(store) if head.parent == key}
+    found = {head.key for head in heads(store.records, store.index) if head.parent == key}
     folders = (store.run(k) for k in store.run_keys())
     return found | {folder.key for folder in folders if folder.parent() == key}
 

@@ -84,19 +84,23 @@ def summaries(
     return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
 
 
-def heads(store: Store) -> list[Head]:
-    """Return what the code of this file alone keeps of each record, oldest first.
+def heads(folder: Path, index: Path) -> list[Head]:
+    """Return what is kept of each record whatever is asked of it, oldest first.
 
     The index is used as far as it holds, and not written.
+
+    Args:
+        folder: Of the records.
+        index: The file of a `Store`; it need not be there.
 
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    known, found = _kept(store.index, _code(()), "reader"), list[Head]()
-    for name, mark in sorted(_marks(store.records).items()):
+    known, found = _kept(index, _code(()), "reader"), list[Head]()
+    for name, mark in sorted(_marks(folder).items()):
         entry = known.get(name)
         fits = entry is not None and entry[0] == mark
-        found.append(Head(*entry[1]) if entry and fits else _head(store.records / name))
+        found.append(Head(*entry[1]) if entry and fits else _head(folder / name))
     return sorted(found)
 
 

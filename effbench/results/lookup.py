@@ -25,7 +25,8 @@ def find(folder: Path, ref: str) -> Record:
     if not paths:
         raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
     if ref == "latest":
-        return read(paths[max(heads(Store(folder.parent)), key=lambda head: head.ended).key])
+        there = heads(folder, Store(folder.parent).index)
+        return read(paths[max(there, key=lambda head: head.ended).key])
     if ref in paths:
         return read(paths[ref])
     fits = [key for key in paths if len(ref) >= 4 and key.startswith(ref)]

@@ -121,4 +121,4 @@ def test_the_latest_is_found_by_the_index_whatever_it_lacks(
     (store.records / f"{'0' * 15}1.json").unlink()
     assert find(store.records, "latest").key == "0" * 16
     store.index.write_text("{")
-    assert [head.key[-1] for head in heads(store)] == ["2", "0"]
+    assert [head.key[-1] for head in heads(store.records, store.index)] == ["2", "0"]

@@ -29,7 +29,7 @@ PLAIN_METRICS = 8
 """Its columns of metrics."""
 SHOWN = 20
 """Values of a fact of the environment."""
-LONG = 400
+LONG = 280
 """Characters from which a sentence is folded."""
 TOLD = ("key", "started", "stage", "method", "model", "dataset", "seed", "point")
 """Its first columns."""
@@ -115,8 +115,9 @@ def _folded(line: str) -> str:
     if len(line) <= LONG:
         return escape(line)
     head, mark, rest = min((line.partition(m) for m in (". ", ": ")), key=lambda p: len(p[0]))
-    if not mark or len(head) > LONG:
-        head, rest = f"{line[: LONG // 2].rpartition(' ')[0]} …", line
+    if not mark or len(head) > LONG // 2:
+        begin, end = line[: LONG // 2].rpartition(" ")[0], line[-LONG // 4 :].partition(" ")[2]
+        head, rest = f"{begin} … {end}", line
     listed = "".join(f"<li>{escape(part)}</li>" for part in rest.split("; "))
     return f"<details><summary>{escape(head)}</summary><ul>{listed}</ul></details>"
 
