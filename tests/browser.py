@@ -20,6 +20,7 @@ FLAGS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
     "--no-first-run",
     "--hide-scrollbars",
     "--remote-debugging-pipe",
@@ -32,7 +33,7 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         asked, self._out = os.pipe()
         self._in, told = os.pipe()
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{asked} 4>&{told}', CHROMIUM, *FLAGS]
+        command = ["bash", "-c", f'exec "$0" "$@" 3<&{asked} 4>&{told}', CHROMIUM, *FLAGS]
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={profile}"],
             pass_fds=(asked, told),
@@ -86,8 +87,10 @@ class Browser:
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self._next())
         if script:
-            self.run("new Promise((done) => { const look = () => 'ready' in "
-                     "document.documentElement.dataset ? done() : setTimeout(look, 20); look(); })")
+            self.run(
+                "new Promise((done) => { const look = () => 'ready' in "
+                "document.documentElement.dataset ? done() : setTimeout(look, 20); look(); })"
+            )
 
     def run(self, expression: str) -> Any:
         """Return the value of an expression, awaited."""

@@ -60,15 +60,8 @@ def facts_of(record: Record) -> Facts:
     """Return the facts of a record."""
     row = ("" if text == ABSENT else text for text in run_row(record)[2:])
     spec = {name: part for name, part in record.spec.items() if name != "seed"}
-    return Facts(
-        record.key,
-        record.started,
-        *row,
-        command_of(record),
-        _frame(record),
-        _digest(spec),
-        record.parent,
-    )
+    mine = command_of(record), _frame(record), _digest(spec), record.parent
+    return Facts._make([record.key, record.started, *row, *mine])
 
 
 def told_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from textwrap import wrap
@@ -185,7 +185,7 @@ def _fits(text: str, values: Iterable[str], name: str) -> bool:
 
 
 def _finished(store: Store) -> list[Listed]:
-    return [Listed(*kept[: len(fields(Listed)) - 1], "finished") for kept in facts(store)]
+    return [Listed(*kept[:-3], "finished") for kept in facts(store)]
 
 
 def _unfinished(store: Store) -> Iterator[Listed]:

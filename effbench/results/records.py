@@ -12,8 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import NoneType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.results.store import record_files
@@ -284,21 +286,40 @@ _KINDS: dict[str, tuple[type, ...]] = {
 """What a field may hold, by the head of its annotation (this file must not import pydantic)."""
 
 
-def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
-    known = {part.name: part for part in fields(cls)}  # type: ignore[arg-type]
-    unknown = values.keys() - known
-    if unknown and all(name in values for name, part in known.items() if _required(part)):
-        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
-    for part in known.values():
-        if part.name not in values:
-            continue
+class _Part(NamedTuple):
+    """What is held of a field when a record is read."""
+
+    number: bool
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...]
+    """None of them where any value of its kind will do."""
+
+
+@cache
+def _parts(cls: type) -> tuple[dict[str, _Part], frozenset[str]]:
+    """Return the fields of a class by name, and the names of those that cannot be missing."""
+    found = {}
+    for part in fields(cls):
         annotation = str(part.type)
-        value = values[part.name]
-        if annotation.startswith("float") and value is not None and not isinstance(value, bool):
-            value = values[part.name] = float(value)
-        right = isinstance(value, _KINDS[annotation.partition("[")[0]])
-        if not right or (annotation == "Obtained" and value not in get_args(Obtained)):
-            raise TypeError(f"{where}.{part.name} cannot be {value!r}")
+        kinds = _KINDS[annotation.partition("[")[0]]
+        choices = get_args(Obtained) if annotation == "Obtained" else ()
+        found[part.name] = _Part(annotation.startswith("float"), kinds, choices)
+    return found, frozenset(part.name for part in fields(cls) if _required(part))
+
+
+def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
+    known, required = _parts(cls)
+    unknown = values.keys() - known
+    if unknown and required <= values.keys():
+        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
+    for name, value in values.items():
+        if name not in known:
+            continue
+        part = known[name]
+        if part.number and type(value) not in (float, bool, NoneType):
+            value = values[name] = float(value)
+        if not isinstance(value, part.kinds) or (part.choices and value not in part.choices):
+            raise TypeError(f"{where}.{name} cannot be {value!r}")
     return cls(**values)
 
 
