@@ -52,9 +52,12 @@ def test_what_is_told_counts_as_all_records_do(
 def test_one_record_of_each_setting_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     facts(store)
     opened: list[str] = []
-    monkeypatch.setattr(
-        kept, "read", lambda p, outcomes: opened.append(p.stem) or read(p, outcomes)
-    )
+
+    def noted(path: Path, outcomes: bool) -> Record:
+        opened.append(path.stem)
+        return read(path, outcomes)
+
+    monkeypatch.setattr(kept, "read", noted)
     told(store, 62, [])
     assert len(opened) == 3, "the other three ranks, and of the seeds one"
 
