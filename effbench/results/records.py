@@ -308,7 +308,7 @@ def _parts(cls: type) -> tuple[dict[str, _Part], frozenset[str]]:
 
 
 def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
-    known, required = _parts(cls)
+    known, required = _parts(cls)  # type: ignore[arg-type]
     unknown = values.keys() - known
     if unknown and required <= values.keys():
         raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
