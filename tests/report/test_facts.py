@@ -10,7 +10,7 @@ import pytest
 from report.test_report import run
 
 from effbench.report import facts as kept
-from effbench.report.comparison.budgets import tuning_trials
+from effbench.report.comparison.budgets import Tried
 from effbench.report.facts import facts, told_of
 from effbench.results.records import Record, read, read_all, write
 from effbench.results.store import Store
@@ -45,7 +45,7 @@ def test_what_is_told_counts_as_all_records_do(
 ) -> None:
     record, known = told(store, number, tunings)
     everything = read_all(store.records, outcomes=False)
-    assert tuning_trials(record, known, tunings) == tuning_trials(record, everything, tunings)
+    assert Tried(known, tunings).of(record) == Tried(everything, tunings).of(record)
     assert key(1) in {r.key for r in known}, "what it went on from"
 
 
@@ -67,4 +67,4 @@ def test_a_declared_grid_is_known_whole_whatever_it_varied(store: Store) -> None
     grid = {key(81), key(200), key(201), "f" * 16}
     record, known = told(store, 76, [grid])
     assert grid - {r.key for r in known} == {"f" * 16}, "which has no record"
-    assert tuning_trials(record, known, [grid]) == 3
+    assert Tried(known, [grid]).of(record) == 3
