@@ -128,7 +128,7 @@ def start_of(
     if len(files) + bool(like) > 1:
         raise UserError("A run starts from one file or one run.", "Give one of them.")
     if like:
-        from effbench.results.records import find
+        from effbench.results.lookup import find
 
         record = find(results / "records", like)
         return start(record.spec, f"run {record.key}", stage, extra)

@@ -490,11 +490,11 @@ def fewer_heads(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
     [
         (
             shorter,
-            r"9 weights that its config has no place for.* layers\.1\.input_layernorm",
+            r"9 weights that its config has no place for.*layers\.1\.input_layernorm",
         ),
         (
             biased,
-            r"1 weights that its config has no place for.* self_attn\.q_proj\.bias",
+            r"1 weights that its config has no place for.*self_attn\.q_proj\.bias",
         ),
         (wider, r"has the sizes \[300, 32\] in the files of .*, but \[400, 32\] by its config"),
         (fewer_heads, r"k_proj\.weight has the sizes \[32, 32\] .*, but \[16, 32\]"),
