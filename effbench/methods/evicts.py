@@ -84,8 +84,9 @@ class EvictsSteadily(Evicts):
         policy = self.decoder(point).cache
 
         def bounded(index: int, layer: LayerShape) -> LayerShape:
-            evicts = isinstance(policy, SteadyEviction) and policy.evicts(index)
-            return layer.bounded(policy.budget) if evicts else layer
+            if isinstance(policy, SteadyEviction) and policy.evicts(index):
+                return layer.bounded(policy.budget)
+            return layer
 
         return base.map(bounded)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from effbench.api.method_types import Paper
+from effbench.api.parts import Mixer
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
@@ -32,6 +33,7 @@ from effbench.methods.caches import Caches
 from effbench.nn.decode import sinks, view
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.scratch import GATHERED, states
 from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 
@@ -67,6 +69,14 @@ class SinkWindow(CachePolicy):
         """Return how many places there are after so many tokens."""
         return min(length, self.sinks + self.window) if self.only is None else length
 
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of what is joined, gathered for queries of their own, and turned."""
+        room = min(tokens, self.sinks + self.window)
+        if queries == 1 or room == tokens:
+            return 6 * states(mixer, rows, room, element)
+        numbers = rows * room * mixer.kv_heads * mixer.head_dim
+        return 5 * min(max(1, GATHERED // numbers), tokens - room) * numbers * element
+
 
 @dataclass(frozen=True)
 class Streaming(Caches):
@@ -92,7 +102,7 @@ class Streaming(Caches):
                 layers that share states.
         """
         super().resolve(shape)
-        if self.layers is not None and not set(self.layers) & {*range(shape.num_layers)}:
+        if self.layers == ():
             raise UserError("method.layers names no layer.", "Leave it out, for all of them.")
         if unknown := [i for i in self.layers or () if i >= shape.num_layers]:
             raise UserError(
