@@ -48,6 +48,7 @@ def test_all_arms_begin_with_the_start_and_have_the_best_words(
     found, made = campaign_in(tmp_path / "ab.yaml"), list[Job]()
     monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
     campaign.run(found, tmp_path, lambda line: None)
+    assert not any(job.runtime.progress for job in made)
     start, *trials, tuned, read_out, fixed, untouched = [job.spec for job in made]
     assert (start.model.name, start.method.name) == ("mini", "full")
     assert [spec.parent for spec in (tuned, fixed, untouched)] == [start.key] * 3
@@ -79,6 +80,17 @@ def test_the_most_that_it_takes_is_said_first(
         f"At most 9 runs (4 of them trials) and {trained + start:,} training tokens. "
         "What is finished is not run again."
     ), "three trials and one beyond, two arms that train, one read out, one untouched, the start"
+
+
+def test_in_a_terminal_each_run_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ab.yaml").write_text("# Q?\nexperiment: mini\nseeds: [0]\narms: {A: [train]}")
+    made = list[Job]()
+    monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
+    monkeypatch.setattr(campaign.sys.stderr, "isatty", lambda: True)
+    campaign.run(campaign_in(tmp_path / "ab.yaml"), tmp_path, lambda line: None)
+    assert [job.runtime.progress for job in made] == [True]
 
 
 def test_a_run_of_two_arms_counts_once_and_bad_words_are_refused_before_any_run(
