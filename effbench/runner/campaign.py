@@ -40,7 +40,7 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     Raises:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
-    say(ahead(campaign).sentence())
+    say(ahead(campaign, results).sentence())
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
     if campaign.tune:
         runs.tune(campaign.tune)

@@ -103,13 +103,16 @@ def test_a_run_of_two_arms_counts_once_and_bad_words_are_refused_before_any_run(
     path.write_text(
         f"# Q?\nexperiment: sorted_lora_mini\nseeds: [0, 1]\n{shared % 'train.epochs=1'}"
     )
-    taken = ahead(campaign_in(path))
+    taken = ahead(campaign_in(path), tmp_path)
     assert (taken.trials, taken.others, taken.uncounted) == (0, 8, 2)
     assert taken.tokens == 2 * 120 * 2 * 256
     assert "and 2 runs of unknown length" in taken.sentence()
+    finished(compose(None, ["experiment=mini", f"run.results={tmp_path}"]))
+    path.write_text("# Q?\nexperiment: sorted_lora_mini\nseeds: [0]\narms: {A: [train from=mini]}")
+    assert ahead(campaign_in(path), tmp_path).tokens == 120 * 2 * 256, "a run of that folder"
     path.write_text("# Q?\nexperiment: mini\nseeds: [0]\narms: {A: [train method.rang=4]}")
     with pytest.raises(UserError, match="rang"):
-        ahead(campaign_in(path))
+        ahead(campaign_in(path), tmp_path)
 
 
 def test_a_run_is_named_by_its_experiment(tmp_path: Path) -> None:
