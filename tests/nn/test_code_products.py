@@ -54,6 +54,8 @@ KINDS = [
     *PLANES,
     "nf4",
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
+    *(f"{b} {g} asymmetric" for b in (2, 3, 5, 6, 7) for g in (32, 4096)),
+    *(f"{b} 64 symmetric" for b in (2, 3, 5, 6, 7)),
 ]
 
 
@@ -118,8 +120,8 @@ def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
 
 def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
     for kind, columns in (
-        ("3 32 symmetric", 96),
         ("4 16 symmetric", 96),
+        ("3 32 symmetric", 72),
         ("4 32 symmetric", 72),
         ("nf4", 72),
         ("nested 3", 72),

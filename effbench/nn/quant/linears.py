@@ -271,9 +271,9 @@ class PackedLinear(QuantisedLinear):
         return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
 
     def layout(self) -> Layout | None:
-        """Return how the codes lie; None for other bits than 4 and 8, and for ragged groups."""
+        """Return how the codes lie; None for ragged groups."""
         group = min(self.group_size, self.in_features)
-        if self.bits not in (4, 8) or self.in_features % ALIGNED or group % ALIGNED:
+        if self.in_features % ALIGNED or group % ALIGNED:
             return None
         return Layout(self.bits, group, self.scales, self.zeros)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -83,9 +84,15 @@ def _parts(
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(run.folder)
     total = method.num_parts(model, calibration)
-    parts = method.compress(model, calibration, context(run))
+    ctx = context(run)
+    parts = method.compress(model, calibration, ctx)
     known = {event["name"] for event in run.events.so_far() if event["event"] == "part"}
     with stop_signal() as stop:
+        ctx.program = partial(
+            ctx.program,
+            stop=lambda: stop.requested,
+            show=partial(run.progress.bar, "part", 0, total),
+        )
         for done, part in enumerate(parts, 1):
             tensors = finished.read(part.name, run.device)
             if tensors is None:
