@@ -73,7 +73,8 @@ class Context:
     folder: Path = field(default_factory=lambda: Path(gettempdir()))
     """Where there is room for what is needed for a while only (`util.files.scratch_folder`)."""
     program: Callable[[Sequence[str]], ProgramUsage] = _no_program
-    """Runs a program, given as words, to its end; its memory and energy count as the run's."""
+    """Runs a program, given as words, to its end, while a model is compressed; its memory and
+    energy count as the run's."""
     aux: dict[str, torch.nn.Module] = field(default_factory=dict)
     """The method's auxiliary models by name, frozen; they are no part of the model."""
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()

@@ -64,8 +64,8 @@ class External(Compresses):
                 "Give its path, such as /path/to/venv/bin/python.",
             )
         files = [Path(program), *(p for word in words[1:] if (p := Path(word)).is_file())]
-        found = {"packages": packages_beside(Path(program))}
-        found |= {str(place): hash_of(path) for place, path in enumerate(files)}
+        hashes = [hash_of(path) for path in files]
+        found = {"packages": packages_beside(Path(program)), "files": hashes}
         return replace(self, fingerprint=digest(found, WHOLE))
 
     def _words(self) -> list[str]:

@@ -33,7 +33,6 @@ from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.records import Metric
 from effbench.results.store import RunFolder, Store
-from effbench.runner.programs import run_program
 from effbench.runner.run import Run, open_run
 from effbench.util.errors import UserError
 from effbench.util.libraries import import_uncompiled
@@ -157,7 +156,6 @@ def context(run: Run) -> Context:
             [Metric(name, value, unit, phase=run.spec.stage)]
         ),
         folder=run.folder.path,
-        program=partial(run_program, environment={"OMP_NUM_THREADS": f"{torch.get_num_threads()}"}),
     )
 
 

@@ -18,6 +18,7 @@ from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import context, open_data, open_model
+from effbench.runner.programs import run_program
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
@@ -89,7 +90,8 @@ def _parts(
     known = {event["name"] for event in run.events.so_far() if event["event"] == "part"}
     with stop_signal() as stop:
         ctx.program = partial(
-            ctx.program,
+            run_program,
+            environment={"OMP_NUM_THREADS": str(torch.get_num_threads())},
             stop=lambda: stop.requested,
             show=partial(run.progress.bar, "part", 0, total),
         )
