@@ -20,7 +20,7 @@ from effbench.results.store import Store
 from effbench.results.sweeps import Grid, declare, declare_tuning, outcomes_in
 from effbench.runner.grid.cells import Cells
 from effbench.runner.grid.words import check_size, is_launched, jobs_in, listed, points, spelled_out
-from effbench.runner.grid.work import Outcome, Work, run_here
+from effbench.runner.grid.work import Outcome, Work, keep_ended, run_here
 from effbench.runner.objective import Objective, objective_in
 from effbench.util.errors import UserError
 from effbench.util.files import mendable
@@ -72,6 +72,7 @@ def sweep(
     work.settle(cells)
     folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
     if drawn is None or (launched and any(cell.state == "waiting" for cell in cells.all)):
+        keep_ended(cells, folder)
         _hand_to_hydra(words, extra, folder, work.of_config)
     else:  # here: no need to have Hydra compose each of them from its files
         run_here(cells, jobs, work, folder)

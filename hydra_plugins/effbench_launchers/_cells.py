@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from effbench.results.sweeps import OUTCOME
 
 GONE = "The same command goes on from its last checkpoint."
 """What to do about a run whose machine or process is gone."""
@@ -69,11 +72,11 @@ class Cell:
         words = [str(word).lstrip("+") for word in self.config.hydra.overrides.task]
         error = f"{reason.strip() or 'Its process ended without a word.'}\n{GONE}"
         keep(sweeps.Cell(0, words, error=error), self.place)
-        return JobReturn(words, self.config, status=JobStatus.COMPLETED, _return_value=math.nan)
+        return _answer(words, self.config)
 
 
-class ClusterLauncher(Launcher):
-    """Keeps what Hydra hands over before it launches.
+class ClusterLauncher(Launcher, ABC):
+    """Launches those runs of a grid of which nothing is written down yet.
 
     Args:
         settings: The keys of `hydra.launcher`.
@@ -88,14 +91,27 @@ class ClusterLauncher(Launcher):
         """Keep the grid that is to be launched."""
         self._context, self._task, self._config = hydra_context, task_function, config
 
-    def cells(self, points: Sequence[Sequence[str]], first: int) -> list[Cell]:
-        """Return the runs of a grid.
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Return what came of all runs, in order, once they have ended.
 
         Args:
-            points: The words of each.
-            first: Number of the first of them.
+            job_overrides: The words of each.
+            initial_job_idx: Number of the first of them.
         """
-        return [self._cell(list(point), number) for number, point in enumerate(points, first)]
+        points = dict(enumerate((list(words) for words in job_overrides), initial_job_idx))
+        cells = {n: self._cell(point, n) for n, point in points.items() if not self._settled(n)}
+        done = dict(zip(cells, self.run(list(cells.values())) if cells else [], strict=True))
+        return [done.get(n) or _answer(point, self._config) for n, point in points.items()]
+
+    @abstractmethod
+    def run(self, cells: Sequence[Cell]) -> Sequence[JobReturn]:
+        """Run cells elsewhere, at least one, and return what came of them, in order."""
+
+    def _settled(self, number: int) -> bool:
+        """Whether there was nothing to do for a run before the grid was launched."""
+        return (Path(str(self._config.hydra.sweep.dir)) / str(number) / OUTCOME).exists()
 
     def _cell(self, point: list[str], number: int) -> Cell:
         config = self._context.config_loader.load_sweep_config(self._config, point)
@@ -104,6 +120,11 @@ class ClusterLauncher(Launcher):
             config.hydra.job.num = number
         state = Singleton.get_state()
         return Cell(self._context, self._task, config, state, str(Path.cwd()))
+
+
+def _answer(words: Sequence[str], config: DictConfig) -> JobReturn:
+    """Return what Hydra's sweeper gets for a run that has no value."""
+    return JobReturn(words, config, status=JobStatus.COMPLETED, _return_value=math.nan)
 
 
 def _plain(value: Any) -> Any:

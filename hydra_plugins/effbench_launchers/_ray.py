@@ -46,14 +46,11 @@ class RayConfig:
 class RayLauncher(ClusterLauncher):
     """Launches runs as tasks of Ray."""
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Run all points and return what came of them, in order."""
+    def run(self, cells: Sequence[Cell]) -> Sequence[JobReturn]:
+        """Run all cells as tasks and return what came of them, in order."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        cells = self.cells(job_overrides, initial_job_idx)
         ray.init(**self._start())
         try:
             tasks = [self._submit(cell, ray.cluster_resources()) for cell in cells]

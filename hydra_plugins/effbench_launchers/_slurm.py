@@ -100,11 +100,8 @@ class Resumable:
 class SlurmLauncher(ClusterLauncher):
     """Launches runs as jobs of SLURM."""
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Submit all points as one array, wait, and return what came of them, in order."""
-        cells = self.cells(job_overrides, initial_job_idx)
+    def run(self, cells: Sequence[Cell]) -> Sequence[JobReturn]:
+        """Submit all cells as one array, wait, and return what came of them, in order."""
         try:
             jobs = self._executor().map_array(Resumable(), cells)
         except (RuntimeError, OSError) as error:  # no sbatch here, or it refuses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,21 +208,52 @@ def test_a_job_that_vanishes_does_not_end_the_others(tmp_path: Path) -> None:
     whole(tmp_path)
 
 
+needs_slurm = pytest.mark.skipif(
+    not found(), reason="needs SLURM's daemons, and root to start them"
+)
+SLURM = [
+    "launcher=slurm",
+    "hydra.launcher.partition=low",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.gpus_per_node=null",
+    "hydra.launcher.mem_gb=null",
+]
+
+
+def jobs(folder: Path, env: dict[str, str]) -> str:
+    """Return what SLURM says of all jobs, a line each."""
+    command = ["scontrol", "-o", "show", "job"]
+    told = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True)
+    return told.stdout
+
+
+def without_errors(folder: Path) -> None:
+    outcomes = (folder / "results" / "sweeps").glob("*/*/outcome.json")
+    assert not any(json.loads(path.read_text())["error"] for path in outcomes)
+
+
 @needs_submitit
-@pytest.mark.skipif(not found(), reason="needs SLURM's daemons, and root to start them")
+@needs_slurm
 def test_slurm_preempts_a_job_which_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
-    words = ["launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
-    words += ["hydra.launcher.gpus_per_node=null", "hydra.launcher.mem_gb=null"]
-    words += ["hydra.launcher.timeout_min=30"]
+    words = [*SLURM, "hydra.launcher.timeout_min=30"]
     with slurm(tmp_path / "slurm") as env, grid(tmp_path, *words, **env) as process:
         keys, when = until(lambda: at_work(tmp_path), tmp_path), time.time()
         command = ["sbatch", "-p", "high", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 5"]
         subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True)
         assert process.wait(500) == 0, (tmp_path / "said").read_text()
-        told = subprocess.run(
-            ["scontrol", "-o", "show", "job"], env=env, capture_output=True, text=True, check=True
-        )
-    assert "Restarts=1" in told.stdout, told.stdout
+        assert "Restarts=1" in jobs(tmp_path, env)
     whole(tmp_path, keys, when)
-    outcomes = (tmp_path / "results" / "sweeps").glob("*/*/outcome.json")
-    assert not any(json.loads(path.read_text())["error"] for path in outcomes)
+    without_errors(tmp_path)
+
+
+@needs_submitit
+@needs_slurm
+def test_a_job_at_its_time_limit_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    # SLURM's clock for such signals is a minute: they come up to that much early
+    words = [*SLURM, "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60"]
+    words += ["hydra.launcher.max_num_timeout=30", "train.batch_size=96"]
+    with slurm(tmp_path / "slurm") as env, grid(tmp_path, *words, **env) as process:
+        assert process.wait(1500) == 0, (tmp_path / "said").read_text()
+        assert re.search("Restarts=[1-9]", told := jobs(tmp_path, env)), told
+    whole(tmp_path)
+    without_errors(tmp_path)

@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 
 from effbench.results.sweeps import tunings
 from effbench.runner import sweep
 from effbench.runner.objective import objective_in
 from effbench.util.errors import UserError
+from hydra_plugins.effbench_launchers._cells import Cell, ClusterLauncher
 
 RUN = ["model=tiny", "dataset=arithmetic", "run.progress=false", "dataset.limit.test=8"]
 STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
@@ -172,6 +175,41 @@ def test_a_grid_returns_its_objective(cli, inline, monkeypatch: pytest.MonkeyPat
     assert f"{values[0]:.5g}" in out
     assert "Best by loss on validation" in said + out
     assert tunings(Path("results")) == [{o["key"] for o in outcomes()}]
+
+
+class Here(ClusterLauncher):
+    """A cluster that is this process."""
+
+    sent: ClassVar[list[list[str]]] = []
+
+    def run(self, cells: Sequence[Cell]) -> list[JobReturn]:
+        words = [str(word) for cell in cells for word in cell.config.hydra.overrides.task]
+        self.sent.append([word for word in words if "seed=" in word])
+        return [cell.answer(cell.run()) for cell in cells]
+
+
+def test_a_launcher_gets_the_runs_that_are_not_done(
+    cli, inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "hydra_plugins.here.Here"
+    ConfigStore.instance().store(group="hydra/launcher", name="here", node={"_target_": name})
+
+    def train(*words: str) -> int:
+        monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Here)
+        return cli("train", "-m", *RUN, *STEPS[:2], "hydra/launcher=here", *words)[0]
+
+    assert train("seed=1", "method.rank=2") == 0
+    assert train("seed=0,1,2", "method.rank=999,2") == 2
+    assert Here.sent == [["seed=1"], ["seed=0", "seed=2"]]
+    assert inline == [0] * 3
+    last = max(Path("results/sweeps").iterdir())
+    told = [json.loads((last / f"{n}/outcome.json").read_text()) for n in range(6)]
+    for number, outcome in enumerate(told):
+        words = {f"seed={number // 2}", f"method.rank={(999, 2)[number % 2]}"}
+        assert words < set(outcome["overrides"])
+    assert [bool(t["error"]) for t in told] == [True, False] * 3
+    assert train("--fresh", "seed=1", "method.rank=2") == 0
+    assert Here.sent[2:] == [["seed=1"]]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
             keep(cell, folder / str(cell.number))
 
     store = Store(folder.parents[1])
-    _keep_ended(cells, folder)
+    keep_ended(cells, folder)
     jobs = max(1, min(jobs, sum(cell.state == "waiting" for cell in cells.all)))
     with Screen(cells.all, jobs) as screen:
         schedule = Schedule(cells.all, lambda c: store.run(c.key).held, perform, screen)
@@ -150,14 +150,19 @@ def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
             schedule.in_turn()
         else:
             schedule.side_by_side(jobs, this_machine(jobs), lambda c: need_of(cells.jobs[c.number]))
-    _keep_ended(cells, folder)
+    keep_ended(cells, folder)
     if schedule.stopped:
         write(f"Stopped. {counts(cells.all)}. The same command goes on.")
         raise RunFailedError(INTERRUPTED)
 
 
-def _keep_ended(cells: Cells, folder: Path) -> None:
-    """Write down what came of runs that were done before, could not be, or are twins of others."""
+def keep_ended(cells: Cells, folder: Path) -> None:
+    """Write down what came of runs that were done before, could not be, or are twins of others.
+
+    Args:
+        cells: All runs of the grid.
+        folder: Of the grid.
+    """
     for cell in cells.all:
         place = folder / str(cell.number)
         if cell.state in ("done", "failed") and not place.exists():
