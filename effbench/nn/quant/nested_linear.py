@@ -45,6 +45,7 @@ class NestedLinear(QuantisedLinear):
         seed_bits: int,
         parent_bits: int,
         sensitivity: torch.Tensor | None = None,
+        seed: nested.Seed = "optimal",
     ) -> Self:
         """Return `linear` with its weight in nested codes; the bias is shared.
 
@@ -53,8 +54,9 @@ class NestedLinear(QuantisedLinear):
             seed_bits: Lowest width.
             parent_bits: Highest width.
             sensitivity: [N, K], what an error of each weight costs; None for all alike.
+            seed: How clusters are found.
         """
-        found = nested.quantise(linear.weight.detach(), sensitivity, seed_bits, parent_bits)
+        found = nested.quantise(linear.weight.detach(), sensitivity, seed_bits, parent_bits, seed)
         tables = ((f"table_{b}", table.half()) for b, table in found.tables.items())
         stored = ("planes", planes.pack(found.codes, parent_bits)), *tables
         return cls(linear, seed_bits, parent_bits)._set(stored)

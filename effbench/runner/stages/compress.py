@@ -11,7 +11,6 @@ import torch
 from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example
 from effbench.api.footprint import Pass
-from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors, save_tensors
 from effbench.results.store import RunFolder
@@ -61,7 +60,7 @@ def perform(run: Run) -> None:
     made = load_made(run, method, model)
     if made is None:
         run.events.cut()
-        rows = _calibration(run, data.examples("train"))
+        rows = _calibration(run, method, data.examples("train"))
         passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
         run.know(calibrate=tuple(passes), lengths=0)
         with run.phase("compress"):
@@ -74,9 +73,10 @@ def perform(run: Run) -> None:
     hold_against_plan(run, opened.base, opened.base_bytes)
 
 
-def _calibration(run: Run, examples: Sequence[Example]) -> list[Batch]:
+def _calibration(run: Run, method: Compresses, examples: Sequence[Example]) -> list[Batch]:
     pad = run.tokenizer.pad_token_id
-    return [collate([e], pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
+    rows = method.calibration_rows(len(examples), run.spec.seed)
+    return [collate([examples[row]], pad).to(run.device) for row in rows]
 
 
 def _parts(
