@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from bench_rerun import cpu_seconds
 
 from effbench.config.overrides import check_overrides
 from effbench.results.store import Store
@@ -38,19 +38,11 @@ def finish_all(results: str) -> int:
     return len({cell.key for cell in cells.all})
 
 
-def cpu_seconds(results: str) -> float:
-    effbench = str(Path(sys.executable).parent / "effbench")
-    command = [effbench, "train", "-m", *WORDS, f"run.results={results}"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def main() -> int:
     with tempfile.TemporaryDirectory() as results:
         number = finish_all(results)
-        times = sorted(cpu_seconds(results) for _ in range(3))
+        command = ["train", "-m", *WORDS, f"run.results={results}"]
+        times = sorted(cpu_seconds(*command) for _ in range(3))
     median, limit = statistics.median(times), LIMIT + PER_RUN * number
     print(f"{number} runs again   {median:.2f} CPU-s [{times[0]:.2f}, {times[-1]:.2f}]")
     print(f"limit {limit:.1f} CPU-s: {'reached' if median <= limit else 'MISSED'}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +24,7 @@ from effbench.api.weights import find, is_packed
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.nn.quant.linears import NF4Linear, pack_linears, storage_bytes
+from effbench.results.journal import Journal
 from effbench.testing.models import begun
 
 SHAPE = Shape(
@@ -204,6 +207,15 @@ def flops(model: torch.nn.Module) -> int:
     return counter.get_total_flops()
 
 
+def check_cost(method: Method, model: torch.nn.Module, point: Point) -> None:
+    """Hold what a method states of a point against what is counted on the model in it."""
+    plain = flops(tiny_model())
+    with method.at(model, point):
+        assert stated(method, point) == counted(model)
+        cost = chain_cost([method], SHAPE, "float32", point)
+        assert flops(model) - plain == cost.flops_per_token - SHAPE.flops_per_token()
+
+
 def full_batch(shape: Shape, rows: int, length: int) -> Batch:
     """Return random tokens, none of them padding, all of which count."""
     ids = torch.randint(3, shape.vocab_size, (rows, length), generator=generator(0))
@@ -283,3 +295,21 @@ class HeldBytes(TorchDispatchMode):
 
 def tensors(tree: Any) -> Iterator[torch.Tensor]:
     yield from (x for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+
+
+class Watch:
+    """Counts the items that journals are given, and stops the process after some groups."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, stop_after: int = 0) -> None:
+        self.items: Counter[tuple[str, int]] = Counter()
+        self.groups = 0
+        add = Journal.add
+
+        def watched(journal: Journal, group: Mapping[int, Any]) -> None:
+            add(journal, group)
+            self.items.update((str(journal._path), index) for index in group)
+            self.groups += 1
+            if self.groups == stop_after:
+                raise KeyboardInterrupt
+
+        patch.setattr(Journal, "add", watched)

@@ -19,13 +19,18 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from effbench.api import registry
+from effbench.api.evolution import Evolution
+from effbench.api.weights import Packed
 from effbench.cli.main import app
 from effbench.config.compose import compose
 from effbench.config.files import groups
 from effbench.config.overrides import check_overrides
 from effbench.methods.base import Method
-from effbench.methods.compresses import Compresses
+from effbench.methods.calibrates import CompressesBlocks
+from effbench.methods.compresses import Compresses, CompressesLinears
 from effbench.methods.trains import Trains
+from effbench.nn.decode.decoder import Driver, Route
+from effbench.nn.decode.policy import CachePolicy
 from effbench.results.store import MARKER, Store
 from effbench.runner.grid.words import listed, spelled_out
 from effbench.runner.grid.words import points as expanded
@@ -302,6 +307,19 @@ def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> N
         named = re.search(r"Class variables: (.*?)\.\n", section, re.S)
         assert named is not None
         assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+
+
+OTHERS = (CompressesLinears, CompressesBlocks, Evolution, Packed, CachePolicy, Route, Driver)
+"""What a plug-in may override beside the hooks of a method."""
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+def test_protocol_names_all_that_can_be_overridden(cls: type) -> None:
+    text = (ROOT / "docs" / "method-protocol.md").read_text()
+    named = set(re.findall(r"`(\w+)", text))
+    members = {n for c in cls.__mro__ if c.__module__.startswith("effbench") for n in vars(c)}
+    settings = {"name", "packed", *cls.__dict__.get("__dataclass_fields__", ())}
+    assert {n for n in members - settings if not n.startswith("_")} <= named
 
 
 def _members(cls: type[Method]) -> dict[str, Any]:

@@ -32,10 +32,12 @@ from effbench.api.spec import (
     Spec,
     TrainSpec,
 )
-from effbench.cli.main import Kind, app
+from effbench.cli.choosing import Kind
+from effbench.cli.main import app
 from effbench.report.labels import flatten
 from effbench.results.query import METRIC_COLUMNS, RECORD_COLUMNS
 from effbench.results.records import Metric, Outcomes, Record
+from effbench.util import offered
 from effbench.util.package_data import conf_dir
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +153,7 @@ def environment() -> list[str]:
 def names() -> dict[str, Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {
-        "entry point groups": [f"effbench.{kind}" for kind in get_args(registry.Kind)],
+        "entry point groups": [f"effbench.{kind}" for kind in get_args(offered.Kind)],
         "environment variables": environment(),
         "extras": sorted(project["optional-dependencies"]),
         "lists": list(get_args(Kind)),

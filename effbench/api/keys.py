@@ -6,8 +6,8 @@ has changed, the earlier one, which the field then keeps as `metadata={"absent":
 field changes no key, and a changed default does not change what an old key stands for.
 
 What changes results without changing a setting is the class variable `version` of the part: of a
-class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1. A method or
-an evaluator of another package is known by its code too, in `Spec.sources`.
+class of `spec.py`, of a method or of an evaluator. `Spec.versions` has those above 1. What another
+package offers, such as a method, is known by its code too, in `Spec.sources`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any, get_args, get_type_hints
 
 from effbench.api import registry
 from effbench.api.schema import plain
-from effbench.api.sources import source_of
+from effbench.api.sources import source_of, source_of_modules
 from effbench.api.stages.base import trains
 from effbench.util.errors import NewerVersionError
+from effbench.util.offered import Kind, offered
 
 FOUNDED = 2
 """The form of the spec at that time, hashed for ever."""
@@ -207,11 +208,25 @@ def sources_of(spec: Any, methods: Iterable[Any]) -> dict[str, str]:
         spec: The run.
         methods: All that its model goes through.
     """
+    methods = list(methods)
     used = {f"method.{method.name}": type(method) for method in methods}
     for plugin in spec.evaluators:
         used[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
     found = {name: source_of(cls) for name, cls in used.items()}
+    for kind, name in _offered(spec, methods):
+        found[f"{kind}.{name}"] = source_of_modules([offered(kind)[name].module])
     return {name: source for name, source in found.items() if source}
+
+
+def _offered(spec: Any, methods: Iterable[Any]) -> Iterator[tuple[Kind, str]]:
+    """Yield what other packages offer beside methods and evaluators, as far as a run uses it."""
+    used: dict[Kind, set[str]] = {
+        "stages": {spec.stage},
+        "kinds": {spec.dataset.kind},
+        "formats": {name for method in methods for name in (method.weights, method.produces)},
+    }
+    for kind, names in used.items():
+        yield from ((kind, name) for name in sorted(names & offered(kind).keys()))
 
 
 def earlier_keys(spec: Any) -> list[str]:

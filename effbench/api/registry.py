@@ -7,7 +7,6 @@ others use.
 from __future__ import annotations
 
 import ast
-import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.offered import offered
 from effbench.util.package_data import conf_dir, only_class
 
 if TYPE_CHECKING:
@@ -36,27 +36,9 @@ def _own(kind: Kind) -> dict[str, Path]:
     return {p.stem: files[p.stem] for p in configs.glob("*.yaml") if p.stem in files}
 
 
-@cache
 def plugins(kind: Kind) -> dict[str, EntryPoint]:
     """Return what other packages offer through the entry point group `effbench.<kind>`."""
-    group = f"effbench.{kind}"
-    if not _named_by_a_package(group):
-        return {}
-    from importlib.metadata import entry_points
-
-    return {e.name: e for e in entry_points(group=group)}
-
-
-def _named_by_a_package(group: str) -> bool:
-    """Whether any installed package's entry points mention a group.
-
-    Reading the files is several times faster than parsing all packages' metadata, which only
-    somebody with such a package then pays for.
-    """
-    files = (
-        file for place in sys.path for file in Path(place or ".").glob("*.*-info/entry_points.txt")
-    )
-    return any(group in file.read_text(encoding="utf-8") for file in files)
+    return offered(kind)
 
 
 @cache

@@ -10,15 +10,19 @@ from effbench.api.shape import ModelShape
 from effbench.util.errors import UserError
 
 
-def evenly_spaced(num_layers: int, fraction: float) -> tuple[int, ...]:
-    """Return droppable layers, ascending: a share of all but the first three and the last one.
+def candidates(num_layers: int) -> range:
+    """Return the layers that may be droppable: all but the first three and the last one.
 
     Below 12 layers fewer first ones are left out, but always layer 0.
     """
-    first = max(1, min(3, num_layers // 4))
-    candidates = range(first, num_layers - 1)
-    count = int(fraction * len(candidates) + 0.5)
-    return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
+    return range(max(1, min(3, num_layers // 4)), num_layers - 1)
+
+
+def evenly_spaced(num_layers: int, fraction: float) -> tuple[int, ...]:
+    """Return droppable layers, ascending: a share of the candidates."""
+    among = candidates(num_layers)
+    count = int(fraction * len(among) + 0.5)
+    return tuple(among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count))
 
 
 def check_droppable(layers: Sequence[int], num_layers: int, fraction: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec, resolve_name
@@ -26,7 +26,12 @@ def source_of(cls: type) -> str:
     packages that these import, also inside functions. Nothing is imported to find them. What is
     imported by a name that is computed is not seen.
     """
-    waiting = [base.__module__ for base in cls.__mro__ if _is_foreign(base.__module__)]
+    return source_of_modules(base.__module__ for base in cls.__mro__)
+
+
+def source_of_modules(names: Iterable[str]) -> str:
+    """Return a hash of those of some modules that are another package's; see `source_of`."""
+    waiting = [name for name in names if _is_foreign(name)]
     found: dict[str, str] = {}
     while waiting:
         name = waiting.pop()

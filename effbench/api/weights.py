@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.offered import class_offered, offered
 from effbench.util.package_data import only_class
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ class WeightFormat:
     """Whether a weight is expanded, or decoded by a kernel, each time it is multiplied."""
     fused: ClassVar[bool] = False
     """Whether a GPU multiplies packed weights in one kernel, which never expands them."""
-    at_load: ClassVar[bool] = False
-    """Whether a base is packed while it is loaded; else a method's artefact has the codes."""
 
     def bytes(self, d_in: int, d_out: int, element: int) -> int:
         """Return the bytes of a [d_out, d_in] matrix, all that belongs to it included.
@@ -117,7 +116,7 @@ HELD = {"compute": COMPUTE, "float32": MASTERS}
 def names() -> tuple[str, ...]:
     """Return the names of all packed formats, sorted, without importing any."""
     room = Path(__file__).parents[1] / "nn" / "quant" / "formats"
-    return tuple(sorted(p.stem for p in room.glob("[!_]*.py")))
+    return tuple(sorted({*(p.stem for p in room.glob("[!_]*.py")), *offered("formats")}))
 
 
 @cache
@@ -129,7 +128,11 @@ def find(name: str) -> type[Packed]:
     """
     if name not in names():
         raise UserError(f"There is no weight format {name!r}.", did_you_mean(name, names()))
-    found: type[Packed] = only_class(f"{ROOM}.{name}", Packed)
+    found: type[Packed] = (
+        class_offered("formats", name, Packed)
+        if name in offered("formats")
+        else only_class(f"{ROOM}.{name}", Packed)
+    )
     found.name = name
     return found
 

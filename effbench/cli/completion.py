@@ -69,13 +69,12 @@ def _keys_in(group: str) -> list[str]:
 
         top = yaml.safe_load((conf_dir() / "config.yaml").read_text())
         return sorted(f"{group}.{key}" for key in top[group])
-    files = {name: path for name, path in options(group).items() if path}
     member = group in SEVERAL
     return sorted(
         {
             f"{group}.{name}.{key}" if member else f"{group}.{key}"
-            for name, path in files.items()
-            for key in keys_of(path)
+            for name, path in options(group).items()
+            for key in keys_of(group, name, path)
         }
     )
 

@@ -18,7 +18,8 @@ def entries(kind: str, pattern: str, extra: Sequence[Path] = ()) -> list[tuple[s
     found = []
     for name, path in conf_files.options(group, extra).items():
         if fnmatch(name, pattern):
-            line = conf_files.summary(path) if path else registry.summary("methods", name)
+            plugged = conf_files.PLUGGED
+            line = conf_files.summary(path) if path else registry.summary(plugged[group], name)
             found.append((name, line))
     return found
 

@@ -39,7 +39,7 @@ def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
 
 
 def _plugin(kind: str, name: str) -> str:
-    cls = registry.find("methods" if kind == "method" else "evaluators", name)
+    cls = registry.find(conf_files.PLUGGED[kind], name)
     module = __import__(cls.__module__, fromlist=["_"])
     lines = [f"{name}", "", (module.__doc__ or "").strip(), ""]
     if kind == "method":

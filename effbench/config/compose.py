@@ -212,12 +212,16 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def register_plugin_configs() -> None:
-    """Offer a config for every method of another package that has no file of its own."""
+    """Offer a config for what another package offers, which has no file of its own."""
     from hydra.core.config_store import ConfigStore
 
+    store = ConfigStore.instance()
     for name in registry.plugins("methods"):
         defaults = settings_of(registry.find("methods", name))
-        ConfigStore.instance().store(name, {"name": name, **defaults}, group="method")
+        store.store(name, {"name": name, **defaults}, group="method")
+    for name in registry.plugins("evaluators"):
+        defaults = settings_of(registry.find("evaluators", name))
+        store.store(name, defaults, group="evaluator", package=f"evaluator.{name}")
 
 
 def settings_of(cls: type) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from effbench.api import registry
@@ -12,6 +13,10 @@ READ_ALONE = frozenset({"policy", "sweep", "table"})
 """Folders of files about several runs, which no spec takes."""
 
 
+PLUGGED: dict[str, registry.Kind] = {"method": "methods", "evaluator": "evaluators"}
+"""Groups of what other packages can offer without a file."""
+
+
 def groups(extra: Sequence[Path] = ()) -> list[str]:
     """Return the config groups, sorted."""
     folders = {p.name for d in (conf_dir(), *extra) for p in d.iterdir() if p.is_dir()}
@@ -19,10 +24,10 @@ def groups(extra: Sequence[Path] = ()) -> list[str]:
 
 
 def options(group: str, extra: Sequence[Path] = ()) -> dict[str, Path | None]:
-    """Return the configs of a group by name; a method without a file is built from its fields."""
+    """Return the configs of a group by name; what a package offers without one has its fields."""
     found: dict[str, Path | None] = {}
-    if group == "method":
-        found = dict.fromkeys(registry.plugins("methods"))
+    if kind := PLUGGED.get(group):
+        found = dict.fromkeys(registry.plugins(kind))
     for folder in (conf_dir(), *extra):
         found |= {p.stem: p for p in (folder / group).glob("*.yaml")}
     return dict(sorted(found.items()))
@@ -38,9 +43,17 @@ def summary(path: Path) -> str:
     return ""
 
 
-def keys_of(path: Path) -> list[str]:
-    """Return the top keys of a config file."""
+def keys_of(group: str, name: str, path: Path | None) -> list[str]:
+    """Return the top keys of a config.
+
+    Args:
+        group: Its group.
+        name: Its name.
+        path: Its file; None for what a package offers without one.
+    """
     import yaml
 
+    if path is None:
+        return [f.name for f in fields(registry.find(PLUGGED[group], name))]
     content = yaml.safe_load(path.read_text()) or {}
     return [k for k in content if k not in ("defaults", "name")]

@@ -213,9 +213,10 @@ def _is_text(hint: Any) -> bool:
 def _check_member(key: str, text: str, overrides: Sequence[str]) -> None:
     """Refuse a key inside a setting of what is not chosen, or of no setting that there is."""
     group, name, setting, *_ = key.split(".")
-    path = options(group).get(name)
     words = [w for w in overrides if w.partition("=")[0] in (group, "experiment")]
-    if not (path and setting in keys_of(path)) or not any(name in w for w in words):
+    known = options(group)
+    there = name in known and setting in keys_of(group, name, known[name])
+    if not there or not any(name in w for w in words):
         raise _explain_member(group, name, f"{group}.{name}.{setting}={text.partition('=')[2]}")
 
 
@@ -303,9 +304,8 @@ def _explain_member(group: str, name: str, text: str) -> UserError:
     known = options(group)
     if name not in known:
         return UserError(f"There is no {group} called {name!r}.", did_you_mean(name, known))
-    path = known[name]
     key = text.split("=")[0].rpartition(".")[2]
-    keys = keys_of(path) if path else []
+    keys = keys_of(group, name, known[name])
     if key in keys:
         return UserError(
             f"{text} is set, but {name} is not chosen.",

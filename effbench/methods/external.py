@@ -157,11 +157,10 @@ def _as_tensor(took: ProgramUsage, size: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-@torch.no_grad()
 def _put(model: torch.nn.Module, ctx: Context, stored: Mapping[str, torch.Tensor]) -> None:
     """Put the weights into the model, and what the program took into the record."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(stored[name])
+        parameter.data.copy_(stored[name])
     seconds, processor, peak, size = stored[TOOK].tolist()
     ctx.measured("program_seconds", seconds, "s")
     ctx.measured("program_cpu_seconds", processor, "s")

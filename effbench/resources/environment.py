@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def fingerprint() -> dict[str, Any]:
     torch is not imported: its version is read from the package's metadata.
     """
     return {
-        "packages": _versions(),
+        "packages": {**_versions()},
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         **_code(Path(__file__).resolve().parents[2]),
@@ -52,7 +53,9 @@ def fingerprint() -> dict[str, Any]:
     }
 
 
+@cache
 def _versions() -> dict[str, str]:
+    """Return the versions, read once in a process: a package's whole metadata is parsed for it."""
     found = {}
     for package in PACKAGES:
         try:

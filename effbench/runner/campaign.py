@@ -20,6 +20,7 @@ from effbench.report.tuning import Tuning, judged, trial_of, tunes
 from effbench.results.records import Record, read
 from effbench.results.store import Store
 from effbench.results.tunings import Trials, trials_file
+from effbench.runner.ahead import ahead
 from effbench.runner.local import execute
 from effbench.runner.tuning import search
 from effbench.util.files import write_atomic
@@ -33,11 +34,12 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     Args:
         campaign: What to run.
         results: Folder of runs and records.
-        say: Told each command.
+        say: Told what it takes at the most, then each command.
 
     Raises:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
+    say(ahead(campaign).sentence())
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
     if campaign.tune:
         runs.tune(campaign.tune)

@@ -93,7 +93,7 @@ def _run(job: Job, folder: RunFolder, store: Store) -> None:
     from effbench.runner.run import finish, open_run
 
     run = open_run(job, folder, store, progress)
-    import_module(f"effbench.runner.stages.{stages.find(job.spec.stage).name}").perform(run)
+    import_module(stages.performs(job.spec.stage)).perform(run)
     finish(run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -63,11 +62,6 @@ class Bench:
         forget_accelerator()
         with mock.patch.object(dataset, "read", partial(_read_once, dataset.read)):
             run_here(job)
-
-    def spec_file(self, key: str) -> dict[str, Any]:
-        """Return what the folder of a run says about it."""
-        values: dict[str, Any] = json.loads((self.store.run(key).path / "spec.json").read_text())
-        return values
 
     def losses(self, job: Job) -> list[float]:
         """Return the loss of each step of a run."""

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from dataclasses import replace as with_changes
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,11 +32,11 @@ from effbench.api.cost import cost_of
 from effbench.api.plugins import make_method
 from effbench.api.points import Point
 from effbench.api.shape import ModelShape
+from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost, resolved, shape_of
-from effbench.methods.compresses import Part
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import peft_lora
 from effbench.nn.decode.native_step import NativeStep
@@ -57,7 +56,6 @@ from effbench.testing.bench import (
     HardKill,
     act_after,
     ask_to_stop,
-    contents,
     forget_accelerator,
     kill,
     without_evaluation,
@@ -95,8 +93,11 @@ from effbench.testing.runs import (
     CHEAP,
     STOPPING,
     Made,
+    Parts,
     all_changed,
+    counted,
     every_evaluator,
+    files_of,
     fitted,
     overrides,
 )
@@ -176,11 +177,11 @@ class MethodContract:
                 save_artefact(work, method, model)
 
             words = [*overrides(name), CHEAP]
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, counted(name) as parts:
                 for module in (train, compress):
                     patch.setattr(module, "save_artefact", save)
                 record = bench.run(stage_of(name), *words)
-            return Made(bench, bench.job(stage_of(name), *words), record, found)
+            return Made(bench, bench.job(stage_of(name), *words), record, found, parts)
 
         yield run
         forget_accelerator()
@@ -204,9 +205,7 @@ class MethodContract:
         """A file of its own says the same as the fields; a plug-in needs none."""
         cls = method_class(name)
         needs = [f"method.{key}={json.dumps(value)}" for key, value in cls.needs.items()]
-        job = compose(
-            stage_of(name), [f"method={name}", "model=tiny", "dataset=arithmetic", *needs]
-        )
+        job = compose(stage_of(name), [*files_of(name), *needs])
         found = dict(job.spec.method.settings)
         if "fingerprint" in found:  # of the files that it reads; see `Method.sealed`
             found["fingerprint"] = ""
@@ -219,7 +218,7 @@ class MethodContract:
         names = [f.name for f in fields(method_class(name))]
         key = names[0] if names else "nothing"
         with pytest.raises(UserError, match=f"method.{key}x") as error:
-            compose(stage_of(name), [f"method={name}", "model=tiny", f"method.{key}x=1"])
+            compose(stage_of(name), [*files_of(name), f"method.{key}x=1"])
         assert not names or f"{key}'" in error.value.hint
 
     # -- the identity ------------------------------------------------------------------------------
@@ -361,10 +360,18 @@ class MethodContract:
 
     @applies(compresses)
     def test_no_part_is_made_twice(
-        self, name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self,
+        name: str,
+        made: Callable[[str], Made],
+        bench: Bench,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Killed again and again it computes as much, all in all, as one that is not."""
-        no_part_is_made_twice(name, bench, monkeypatch)
+        without_evaluation(monkeypatch)
+        run = made(name)
+        job = bench.job("compress", *overrides(name), CHEAP)
+        no_part_is_made_twice(name, bench, job, run.parts)
+        assert bench.artefact(job) == run.artefact
 
     # -- nothing is left behind --------------------------------------------------------------------
 
@@ -446,8 +453,8 @@ class MethodContract:
         """Nor what is predicted, nor where it is validated."""
         needs = []
         for more in ([], all_changed(name)):
-            words = ["model=tiny", "dataset=arithmetic", *more]
-            method = make_method(compose("train", [*overrides(name), *words]).spec.method)
+            words = [*files_of(name), *overrides(name), *more]
+            method = make_method(compose("train", words).spec.method)
             shape = tiny_shape()
             whole = chain_cost([method], shape, "float32", method.full_point(shape))
             working = shape_of(method, shape, phase="train")
@@ -648,62 +655,28 @@ def check_decoding(method: Method, model: torch.nn.Module, point: Point, ids: to
     torch.testing.assert_close(torch.stack(steps, 1), one_pass, atol=2e-5, rtol=1e-4)
 
 
-def no_part_is_made_twice(
-    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, **settings: Any
-) -> None:
-    """Kill a compression before every third of its parts, and count what is computed.
+def no_part_is_made_twice(name: str, bench: Bench, job: Job, whole: Parts) -> None:
+    """Kill a compression before every third or fourth of its parts, and count what is computed.
 
-    Rows that a method `replays` through finished parts do not count, what makes a part does.
+    Args:
+        name: The method.
+        bench: Where it runs.
+        job: The compression.
+        whole: What one computes that nobody kills.
 
     Raises:
-        AssertionError: When it is more than in a compression that nobody kills.
+        AssertionError: When it is more.
     """
-    without_evaluation(monkeypatch)
-    cls, words = method_class(name), overrides(name, **settings)
-    compress_, made, passes = cls.compress, list[str](), list[int]()
-    kills, every, making = 0, 0, not cls.replays
-
-    def passed(*_: Any) -> None:
-        if making:
-            passes.append(1)
-
-    def watched(*arguments: Any) -> Iterator[Part]:
-        for part in compress_(*arguments):
-
-            def make(part: Part = part) -> dict[str, torch.Tensor]:
-                nonlocal making
-                if every and len(made) == every * (kills + 1):
-                    raise HardKill
-                made.append(part.name)
-                making = True
-                try:
-                    return part.make()
-                finally:
-                    making = not cls.replays
-
-            yield with_changes(part, make=make)
-
-    monkeypatch.setattr(cls, "compress", watched)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(passed)
-    try:
-        whole = bench.job("compress", *words)
-        bench.go(whole)
-        expected, once = list(made), len(passes)
-        if len(expected) == 1:
-            return  # it is whole, and kept, or not there
-        assert len(set(expected)) == len(expected) > 3, "parts are few enough to be made at once"
-        made.clear()
-        every = max(1, len(expected) // 4)
-        job = bench.job("compress", *words, "seed=1")
-        while True:
+    if len(whole.made) == 1:
+        return  # it is whole, and kept, or not there
+    assert len(set(whole.made)) == len(whole.made) > 3, "parts are few enough to be made at once"
+    kills = 0
+    with counted(name, max(1, len(whole.made) // 4)) as parts:
+        while not bench.folder(job).finished:
             try:
                 bench.go(job)
-                break
             except HardKill:
                 kills += 1
-    finally:
-        hook.remove()
     assert kills >= 3
-    assert made == expected
-    assert len(passes) == 2 * once
-    assert bench.artefact(job) == contents(bench.folder(whole).artefact)
+    assert parts.made == whole.made
+    assert parts.passes == whole.passes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -80,13 +81,21 @@ def begun(method: Method, model: torch.nn.Module, ctx: Context) -> torch.nn.Modu
 
 def changed(name: str, dtype: str = "float32") -> Fresh:
     """Return a method and its model with the method in it, as its stage would put it there."""
+    if issubclass(registry.find("methods", name), Compresses):
+        return deepcopy(_compressed(name, dtype))
     method, model, shape, ctx = fresh(name, dtype)
-    if isinstance(method, Compresses):
-        compress_whole(method, model.requires_grad_(False), [probe()], ctx)
-    else:
-        model = begun(method, model, ctx)
+    model = begun(method, model, ctx)
     if isinstance(method, Trains):
         model = method.finalize(model, ctx)
+    return Fresh(method, model, shape, ctx)
+
+
+@cache
+def _compressed(name: str, dtype: str) -> Fresh:
+    """Return a compressed model that nobody has used: what is asked for it gets a copy."""
+    method, model, shape, ctx = fresh(name, dtype)
+    assert isinstance(method, Compresses)
+    compress_whole(method, model.requires_grad_(False), [probe()], ctx)
     return Fresh(method, model, shape, ctx)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unittest import mock
 
 import torch
 
@@ -16,10 +19,11 @@ from effbench.api.spec import Job
 from effbench.config.compose import compose, settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved
+from effbench.methods.compresses import Part
 from effbench.nn.llama.weights import read_tensors
 from effbench.results.records import Record
-from effbench.testing.bench import Bench
-from effbench.testing.kinds import method_class
+from effbench.testing.bench import Bench, HardKill
+from effbench.testing.kinds import compresses, method_class
 from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
 
@@ -58,6 +62,71 @@ def overrides(name: str, **settings: Any) -> list[str]:
     return [f"method={name}", *SMALL, *words]
 
 
+def files_of(name: str) -> list[str]:
+    """Return the words that choose what a small run is composed of, as all tests choose it.
+
+    Hydra composes the same choice once in a process.
+    """
+    return ["model=tiny", "dataset=arithmetic", f"method={name}", CHEAP]
+
+
+@dataclass
+class Parts:
+    """What a compression computes: its parts by name, and how often a module is run to make them.
+
+    Passes in which a method `replays` rows through finished parts do not count.
+    """
+
+    made: list[str] = field(default_factory=list)
+    passes: int = 0
+
+
+@contextmanager
+def counted(name: str, every: int = 0) -> Iterator[Parts]:
+    """Count what compressions by a method compute meanwhile; of another method, nothing.
+
+    Args:
+        name: The method.
+        every: Kill a compression before each so manieth part is made; 0 kills none.
+    """
+    cls, parts, making, kills = method_class(name), Parts(), False, 0
+
+    def passed(*_: Any) -> None:
+        parts.passes += making
+
+    def watched(*arguments: Any) -> Iterator[Part]:
+        nonlocal making
+        making = not cls.replays
+        try:
+            for part in compress(*arguments):
+                yield replace(part, make=partial(make, part))
+        finally:
+            making = False
+
+    def make(part: Part) -> dict[str, torch.Tensor]:
+        nonlocal making, kills
+        if every and len(parts.made) == every * (kills + 1):
+            kills += 1
+            raise HardKill
+        parts.made.append(part.name)
+        making = True
+        try:
+            return part.make()
+        finally:
+            making = not cls.replays
+
+    if not compresses(name):
+        yield parts
+        return
+    compress = cls.compress
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(passed)
+    with mock.patch.object(cls, "compress", watched):
+        try:
+            yield parts
+        finally:
+            hook.remove()
+
+
 @dataclass
 class Made:
     """A finished run of a method, and what its model gave just before it was saved."""
@@ -66,6 +135,7 @@ class Made:
     job: Job
     record: Record
     logits: dict[str, str]
+    parts: Parts = field(default_factory=Parts)
 
     @property
     def artefact(self) -> dict[str, bytes]:
@@ -109,7 +179,7 @@ def all_changed(name: str) -> list[str]:
 
 def _changes(name: str, key: str, words: list[str]) -> bool:
     try:
-        job = compose("train", [*overrides(name), "model=tiny", "dataset=arithmetic", *words])
+        job = compose("train", [*files_of(name), *overrides(name), *words])
     except UserError:
         return False
     changed: bool = job.spec.method.settings[key] != settings_of(method_class(name))[key]

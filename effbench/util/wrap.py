@@ -21,9 +21,14 @@ def write(text: str, stream: TextIO | None = None) -> None:
     print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
 
 
+def columns() -> int:
+    """Return the width of the terminal in characters."""
+    return shutil.get_terminal_size().columns
+
+
 def wrapped(text: str) -> str:
     """Return a text in lines of the terminal's width."""
-    width = shutil.get_terminal_size().columns
+    width = columns()
     lines = (
         textwrap.wrap(
             line,

@@ -49,7 +49,7 @@ def test_what_a_word_can_become(typed: str, found: list[str]) -> None:
 
 def test_every_method_and_every_setting_can_be_completed() -> None:
     assert complete("method=") == [f"method={n}" for n in options("method")]
-    keys = {k for p in options("method").values() if p for k in keys_of(p)}
+    keys = {k for n, p in options("method").items() for k in keys_of("method", n, p)}
     assert complete("method.") == [f"method.{k}=" for k in sorted(keys)]
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
 from conftest import Bench
+from helpers import Watch
 
 from effbench.api import registry
-from effbench.results.journal import Journal
 
 WORDS = [
     "hardware.device=cpu",
@@ -31,24 +28,6 @@ def words_of(name: str) -> list[str]:
         f"evaluator={name}",
         *(f"evaluator.{name}.{k}={json.dumps(v)}" for k, v in settings.items() if k in known),
     ]
-
-
-class Watch:
-    """Counts the items that journals are given, and stops the process after some groups."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, stop_after: int | None) -> None:
-        self.items: Counter[tuple[str, int]] = Counter()
-        self.groups = 0
-        add = Journal.add
-
-        def watched(journal: Journal, group: Mapping[int, Any]) -> None:
-            add(journal, group)
-            self.items.update((str(journal._path), index) for index in group)
-            self.groups += 1
-            if self.groups == stop_after:
-                raise KeyboardInterrupt
-
-        patch.setattr(Journal, "add", watched)
 
 
 def itemwise() -> list[str]:

@@ -402,7 +402,7 @@ def test_masks_and_slice_agree_in_a_trained_model() -> None:
     assert watcher is not None
     ctx.evolution.aim(Pruning(model, masks, watcher), 0.5)
     ctx.evolution.searched = 0.5
-    masks.harden()
+    masks.move(1)
     masked = logits(model)
     finished = method.finalize(model, ctx).eval()
     torch.testing.assert_close(logits(finished), masked, atol=1e-6, rtol=1e-5)

@@ -13,9 +13,10 @@ from goldens import PUBLIC, Golden
 from effbench.api import registry
 from effbench.results.records import Record
 from effbench.results.store import RunFolder
+from effbench.testing.bench import without_evaluation
 from effbench.testing.contract import MethodContract, applies, for_each, no_part_is_made_twice
 from effbench.testing.kinds import evaluation_kind, makes
-from effbench.testing.runs import Made
+from effbench.testing.runs import Made, counted, overrides
 
 
 class TestMethods(MethodContract):
@@ -93,4 +94,10 @@ def public_names(record: Record, folder: RunFolder) -> dict[str, Any]:
 def test_no_part_of_structured_by_wanda_is_made_twice(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_part_is_made_twice("structured", bench, monkeypatch, criterion="wanda")
+    without_evaluation(monkeypatch)
+    words = overrides("structured", criterion="wanda")
+    whole, job = (bench.job("compress", *words, f"seed={seed}") for seed in (0, 1))
+    with counted("structured") as parts:
+        bench.go(whole)
+    no_part_is_made_twice("structured", bench, job, parts)
+    assert bench.artefact(job) == bench.artefact(whole)

@@ -9,13 +9,11 @@ from helpers import (
     adamw,
     base_for,
     batch_of,
+    check_cost,
     context,
-    counted,
-    flops,
     generator,
     logits,
     prepared,
-    stated,
     tiny_model,
     train,
 )
@@ -23,7 +21,6 @@ from helpers import (
 from effbench.api.schema import build
 from effbench.methods.adapters.dylora import DyLoRA
 from effbench.methods.adapters.lora import LoRA, Rank
-from effbench.methods.chain import chain_cost
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl, control_of, low_rank_layers
 from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.quant.linears import PackedLinear
@@ -323,14 +320,7 @@ def test_the_rank_is_as_before_after_a_point_even_after_an_error():
 @pytest.mark.parametrize("point", [Rank(1), Rank(4)])
 def test_cost_is_what_is_counted(point):
     method = DyLoRA(rank=4, targets=("k_proj", "gate_proj"))
-    model, _ = prepared(method)
-    before = flops(tiny_model())
-    with method.at(model, point):
-        assert stated(method, point) == counted(model)
-        more = (
-            chain_cost([method], SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
-        )
-        assert flops(model) - before == more
+    check_cost(method, prepared(method)[0], point)
 
 
 def test_it_goes_on_from_a_packed_base():

@@ -5,9 +5,8 @@ import torch
 from helpers import (
     SHAPE,
     base_for,
+    check_cost,
     context,
-    counted,
-    flops,
     logits,
     prepared,
     stated,
@@ -105,14 +104,7 @@ def test_adapters_are_float32_on_a_bfloat16_base():
 @pytest.mark.parametrize("point", [UNNAMED, Rank(2)])
 def test_cost_is_what_is_counted(point):
     method = LoRA(rank=8, targets=("q_proj", "down_proj"), eval_ranks=(2,))
-    model, _ = prepared(method)
-    before = flops(tiny_model())
-    with method.at(model, point):
-        assert stated(method, point) == counted(model)
-        more = (
-            chain_cost([method], SHAPE, "float32", point).flops_per_token - SHAPE.flops_per_token()
-        )
-        assert flops(model) - before == more
+    check_cost(method, prepared(method)[0], point)
     rank = 2 if point.name else 8
     assert stated(method, point)["trainable"] == 2 * rank * (64 + 64 + 128 + 64)
 

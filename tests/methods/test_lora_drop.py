@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api import registry
 from effbench.api.batch import Batch
+from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.schema import build
-from effbench.api.shape import Shape
+from effbench.api.shape import ModelShape, Shape
 from effbench.api.skipping import speed_ceiling
 from effbench.config.compose import settings_of
 from effbench.methods.base import Method
@@ -134,7 +135,7 @@ def digest(model: Any) -> str:
 
 @pytest.mark.parametrize("prompt", [1, 5])
 @pytest.mark.parametrize(("layers", "window"), SETS)
-@pytest.mark.parametrize("anchor", ["refresh", "previous", "input"])
+@pytest.mark.parametrize("anchor", ["refresh", "previous", "input", "residual"])
 @pytest.mark.parametrize("kv", ["skip", "fill"])
 @torch.no_grad()
 def test_masked_pass_is_stepwise_decoding(
@@ -150,7 +151,9 @@ def test_masked_pass_is_stepwise_decoding(
     assert (whole - full).abs().max() > 1e-2  # the schedule does something
 
 
-@pytest.mark.parametrize(("anchor", "kv"), [("refresh", "skip"), ("previous", "fill")])
+@pytest.mark.parametrize(
+    ("anchor", "kv"), [("refresh", "skip"), ("previous", "fill"), ("residual", "skip")]
+)
 @pytest.mark.parametrize(("layers", "window"), SETS[:3])
 @torch.no_grad()
 def test_against_a_token_loop_in_float64(
@@ -178,12 +181,13 @@ def token_loop(model: Any, ids: list[int], prompt: int, method: LoRADrop) -> tor
         dropping = t >= prompt and phase < method.window
         h = weight["model.embed_tokens.weight"][token]
         for i in range(SHAPE.num_layers):
+            read, residual = h, method.anchor == "residual"
             block = {k.split(".", 3)[3]: w for k, w in weight.items() if f"model.layers.{i}." in k}
             if i in dropped and dropping:
                 if method.kv == "fill":
                     attend(block, norm(h, block["input_layernorm.weight"]), t, keys[i], values[i])
                 A, B = weight[f"lora_drop.layers.{i}.A"], weight[f"lora_drop.layers.{i}.B"]
-                h = anchors[i] + method.alpha / method.rank * (B @ (A @ h))
+                h = anchors[i] + method.alpha / method.rank * (B @ (A @ h)) + residual * read
             else:
                 h = h + attend(
                     block, norm(h, block["input_layernorm.weight"]), t, keys[i], values[i]
@@ -193,7 +197,7 @@ def token_loop(model: Any, ids: list[int], prompt: int, method: LoRADrop) -> tor
                 inner = gate / (1 + torch.exp(-gate)) * (block["mlp.up_proj.weight"] @ x)
                 h = h + block["mlp.down_proj.weight"] @ inner
             if i in dropped and (not dropping or method.anchor == "previous"):
-                anchors[i] = h
+                anchors[i] = h - residual * read
         out.append(weight["lm_head.weight"] @ norm(h, weight["model.norm.weight"]))
     return torch.stack(out)
 
@@ -611,6 +615,30 @@ def test_accurate_training_sees_what_decoding_sees() -> None:
         stepwise = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert losses[True] == pytest.approx(float(stepwise), abs=1e-5)
     assert abs(losses[False] - losses[True]) > 1e-4
+
+
+def test_layers_of_least_influence_are_dropped_and_kept_with_the_stand_ins(
+    tmp_path: Path,
+) -> None:
+    method = LoRADrop(rank=4, fraction=0.4, window=2, choice="influence")
+    model: Any = tiny()
+    quiet = (3, 6)  # of the candidates 2 to 6; evenly spaced ones are 3 and 5
+    assert LoRADrop(fraction=0.4).droppable(8) == (3, 5)
+    for index in (1, *quiet):
+        model.model.layers[index].self_attn.o_proj.weight.data.mul_(0.01)
+        model.model.layers[index].mlp.down_proj.weight.data.mul_(0.01)
+    rows = [Example(str(n), (Tokens(ids, 0, 9),)) for n, ids in enumerate(tokens(3, 9).tolist())]
+    ctx = context()
+    assert method.dataset(rows, model, ctx) == rows
+    trained = method.prepare(model, ctx)
+    assert trained.lora_drop.indices == list(quiet), "layer 1 is no candidate"
+    method.save(trained, tmp_path)
+    again = method.load(tiny(), tmp_path, context(seed=8))
+    assert again.lora_drop.indices == list(quiet)
+    base, last = ModelShape.of(SHAPE), Window(2)
+    planned = [method.shape(base, last, "use", folder) for folder in (None, tmp_path)]
+    runs = [[i for i, layer in enumerate(shape.layers) if layer.bypass] for shape in planned]
+    assert runs == [[3, 5], list(quiet)]
 
 
 @torch.no_grad()

@@ -148,6 +148,11 @@ def test_what_our_engine_leaves_to_whole_modules() -> None:
     model = prepared(filling)
     with pytest.raises(ValueError, match="enter the cache"):
         StaticTemporalSession(model, model.lora_drop)
+    adding = LoRADrop(layers=(2, 3), window=2, anchor="residual")
+    model = prepared(adding)
+    assert isinstance(adding.session(model), TemporalSession)
+    with pytest.raises(ValueError, match="what a layer added"):
+        StaticTemporalSession(model, model.lora_drop)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
-from helpers import batch_of, generator, prepared, tiny_model
+from helpers import Watch, batch_of, generator, prepared, tiny_model
 
 from effbench.api.footprint import POINTS_AT_ONCE
 from effbench.api.points import UNNAMED, Point
@@ -211,24 +211,6 @@ WORDS = [
     "evaluator.perplexity.batch_tokens=100",
     "evaluator.choices.batch_tokens=100",
 ]
-
-
-class Watch:
-    """Counts the items that journals are given, and stops the process after some groups."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, stop_after: int = 0) -> None:
-        self.items: Counter[tuple[str, int]] = Counter()
-        self.groups = 0
-        add = Journal.add
-
-        def watched(journal: Journal, group: Mapping[int, Any]) -> None:
-            add(journal, group)
-            self.items.update((str(journal._path), index) for index in group)
-            self.groups += 1
-            if self.groups == stop_after:
-                raise KeyboardInterrupt
-
-        patch.setattr(Journal, "add", watched)
 
 
 def watched_passes(patch: pytest.MonkeyPatch) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns import two_arms
 from test_report import run
 from typer.testing import CliRunner
 
@@ -35,14 +35,7 @@ arms:
 @pytest.fixture
 def campaign(tmp_path: Path) -> Campaign:
     """A campaign of two runs, in whose folder of results the records are."""
-    runs = [run("lora", {"": 0.0}), run("full", {"": 0.3}, number=1)]
-    for record in runs:
-        write(record, tmp_path / "records")
-    (tmp_path / "campaigns").mkdir()
-    keys = {"The one": [runs[0].key], "The_other": [runs[1].key]}
-    (tmp_path / "campaigns" / "ab.json").write_text(json.dumps(keys))
-    (tmp_path / "ab.yaml").write_text(TEXT)
-    return campaign_in(tmp_path / "ab.yaml")
+    return two_arms(tmp_path, TEXT)
 
 
 def test_it_ends_with_three_sentences(campaign: Campaign, tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from campaigns import two_arms
 from test_report import run
 
-from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign import Campaign
 from effbench.report.campaign_plots import plot
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.canvas import SIZES, Size
 from effbench.report.plots.forest import forest_plot
 from effbench.report.plots.seeds import over_seeds
-from effbench.results.records import write
 from effbench.util.errors import UserError
 
 TEXT = """# Is one as good as another?
@@ -98,14 +98,7 @@ def test_seeds_are_held_against_each_other_at_the_same_steps() -> None:
 @pytest.fixture
 def campaign(tmp_path: Path) -> Campaign:
     """A campaign of two runs with records alone."""
-    runs = [run("lora", {"": 0.0}), run("full", {"": 0.3}, number=1)]
-    for record in runs:
-        write(record, tmp_path / "records")
-    (tmp_path / "campaigns").mkdir()
-    keys = {"The one": [runs[0].key], "The other": [runs[1].key]}
-    (tmp_path / "campaigns" / "ab.json").write_text(json.dumps(keys))
-    (tmp_path / "ab.yaml").write_text(TEXT)
-    return campaign_in(tmp_path / "ab.yaml")
+    return two_arms(tmp_path, TEXT)
 
 
 def test_curves_are_of_the_runs_whose_folders_are_there(campaign: Campaign, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from effbench.report.comparison.compare import compare, margins_of
 from effbench.report.comparison.contrast import Side, p_of_difference
 from effbench.report.comparison.seeds import grouped
 from effbench.report.labels import differences, labels
-from effbench.report.plots.curves import _axis, _running_mean, comparison_plot, loss_plot
+from effbench.report.plots.curves import _axis, comparison_plot
 from effbench.report.table import (
     RUN_COLUMNS,
     Table,
@@ -283,24 +283,8 @@ def test_plots_need_something_to_show(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No run has") as caught:
         comparison_plot(compare([LORA, FAMILY]), "los", tmp_path / "x.png")
     assert "'loss'" in caught.value.hint
-    with pytest.raises(UserError, match="no losses"):
-        loss_plot([], tmp_path / "x.png")
     with pytest.raises(UserError, match="kind of picture"):
         comparison_plot(compare([LORA, FAMILY]), "loss", tmp_path / "x.docx")
-
-
-def test_loss_plot_of_training_and_validation(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = [
-        {"event": "step", "step": s, "loss": 3 / s + 2} for s in range(1, 90)
-    ]
-    events += [{"event": "validation", "step": s, "loss": 2.5} for s in (30, 60)]
-    events += [{"event": "phase", "name": "load"}]
-    assert loss_plot(events, tmp_path / "loss.png").stat().st_size > 2000
-
-
-def test_the_running_mean_is_centred() -> None:
-    assert _running_mean([1.0, 2.0, 3.0, 4.0, 50.0], 1) == [1.0, 2.0, 3.0, 19.0, 50.0]
-    assert _running_mean([1.0, 2.0], 0) == [1.0, 2.0]
 
 
 # -- tasks -------------------------------------------------------------------------------------

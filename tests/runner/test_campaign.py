@@ -14,6 +14,7 @@ from effbench.report.campaign import campaign_in
 from effbench.results.records import SCHEMA, Metric, Record, write
 from effbench.results.store import MARKER, Store
 from effbench.runner import campaign
+from effbench.runner.ahead import ahead
 from effbench.util.errors import UserError
 
 TEXT = """# Is one as good?
@@ -63,6 +64,40 @@ def test_all_arms_begin_with_the_start_and_have_the_best_words(
     campaign.run(found, tmp_path, lambda line: None)
     again = [job.spec.key for job in made[len(trials) + 5 :]]
     assert again == [start.key], "nothing is run twice; its start is only asked for"
+
+
+def test_the_most_that_it_takes_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ab.yaml").write_text(TEXT)
+    said = list[str]()
+    monkeypatch.setattr(campaign, "execute", lambda job: pytest.fail("began") or finished(job))
+    with pytest.raises(pytest.fail.Exception, match="began"):
+        campaign.run(campaign_in(tmp_path / "ab.yaml"), tmp_path, said.append)
+    trained, start = 6 * 120 * 2 * 256, 2200 * 8 * 256
+    assert said[0] == (
+        f"At most 9 runs (4 of them trials) and {trained + start:,} training tokens. "
+        "What is finished is not run again."
+    ), "three trials and one beyond, two arms that train, one read out, one untouched, the start"
+
+
+def test_a_run_of_two_arms_counts_once_and_bad_words_are_refused_before_any_run(
+    tmp_path: Path,
+) -> None:
+    shared = (
+        "arms: {A: [train], B: [train, 'eval method=none'], C: [compress method=gqa, train %s]}"
+    )
+    path = tmp_path / "ab.yaml"
+    path.write_text(
+        f"# Q?\nexperiment: sorted_lora_mini\nseeds: [0, 1]\n{shared % 'train.epochs=1'}"
+    )
+    taken = ahead(campaign_in(path))
+    assert (taken.trials, taken.others, taken.uncounted) == (0, 8, 2)
+    assert taken.tokens == 2 * 120 * 2 * 256
+    assert "and 2 runs of unknown length" in taken.sentence()
+    path.write_text("# Q?\nexperiment: mini\nseeds: [0]\narms: {A: [train method.rang=4]}")
+    with pytest.raises(UserError, match="rang"):
+        ahead(campaign_in(path))
 
 
 def test_a_run_is_named_by_its_experiment(tmp_path: Path) -> None:

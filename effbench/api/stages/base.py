@@ -1,7 +1,8 @@
 """What a stage says of itself, and the stages there are: one file each beside this one.
 
 The docstring of a stage's file is the help of its command. What it does is `perform(run)` in the
-file of the same name in `effbench/runner/stages`, which is imported when a run is at work.
+file of the same name in `effbench/runner/stages`, which is imported when a run is at work. That of
+another package has `STAGE` and `perform` in the one module that its entry point names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.offered import offered
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Stage:
 def names() -> tuple[str, ...]:
     """Return the names of all stages: those first that do most to a model."""
     here = Path(__file__)
-    found = [p.stem for p in here.parent.glob("*.py") if p.stem not in ("__init__", here.stem)]
-    return tuple(sorted(found, key=_order))
+    found = {p.stem for p in here.parent.glob("*.py")} - {"__init__", here.stem}
+    return tuple(sorted(found.union(offered("stages")), key=_order))
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
@@ -54,11 +56,21 @@ def find(name: str) -> Stage:
     Raises:
         UserError: When there is none.
     """
-    if not (Path(__file__).parent / f"{name}.py").is_file():
+    if name not in offered("stages") and not (Path(__file__).parent / f"{name}.py").is_file():
         raise UserError(f"There is no stage called {name!r}.", did_you_mean(name, names()))
-    module = import_module(f"effbench.api.stages.{name}")
+    module = import_module(_module(name, f"effbench.api.stages.{name}"))
     stage: Stage = module.STAGE
     return replace(stage, name=name, help=module.__doc__ or "")
+
+
+def performs(name: str) -> str:
+    """Return the module whose `perform` does what a stage does."""
+    return _module(name, f"effbench.runner.stages.{name}")
+
+
+def _module(name: str, own: str) -> str:
+    """Return the module that another package offers for a stage, else effbench's own."""
+    return offered("stages")[name].module if name in offered("stages") else own
 
 
 def trains(name: str) -> bool:

@@ -16,7 +16,6 @@ from effbench.util.sizes import UNITS
 LEAST_BYTES = 1 << 20
 """The smallest size of a part."""
 MOST_PARTS = 999
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a kind of dataset is, and how it is found: by the name of its file in this folder."""
+"""What a kind of dataset is, and how it is found: by its file here, or by an entry point."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from effbench.api.examples import Example
 from effbench.api.spec import DatasetSpec
 from effbench.data.render import Place, Text
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.offered import class_offered, offered
 from effbench.util.package_data import only_class
 
 
@@ -60,7 +61,8 @@ class Kind:
 def names() -> tuple[str, ...]:
     """Return the names of all kinds, sorted."""
     own = {"__init__", Path(__file__).stem}
-    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in own))
+    files = {p.stem for p in Path(__file__).parent.glob("*.py")} - own
+    return tuple(sorted(files.union(offered("kinds"))))
 
 
 @cache
@@ -72,6 +74,10 @@ def find(name: str) -> Kind:
     """
     if name not in names():
         raise UserError(f"dataset.kind={name} is not a kind.", did_you_mean(name, names()))
-    kind: type[Kind] = only_class(f"effbench.data.kinds.{name}", Kind)
+    kind: type[Kind] = (
+        class_offered("kinds", name, Kind)
+        if name in offered("kinds")
+        else only_class(f"effbench.data.kinds.{name}", Kind)
+    )
     kind.name = name
     return kind()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from effbench.api.session import Cycle
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.view import as_mask
-from effbench.nn.depth.droppable import DroppableLayers, causal_mask
+from effbench.nn.depth.droppable import DroppableLayers, anchors_of, causal_mask
 
 
 class TemporalSession(CachedSession):
@@ -76,6 +76,7 @@ class TemporalSession(CachedSession):
                 "position_embeddings": rotary,
                 "past_key_values": self.cache,
             }
+            before = hidden
             if not (droppable and dropping):
                 hidden = layer(hidden, use_cache=True, **context)
             else:
@@ -83,7 +84,8 @@ class TemporalSession(CachedSession):
                     layer.self_attn(hidden_states=layer.input_layernorm(hidden), **context)
                 hidden = self.droppable.replaced(index, hidden, self.anchors[index], self.policy)
             if droppable and (self.policy[0] == "previous" or not dropping):
-                self.anchors[index] = hidden[:, -1:].clone()  # not a view of the whole prompt
+                last = anchors_of(before[:, -1:], hidden[:, -1:], self.policy[0])
+                self.anchors[index] = last.clone()  # not a view of the whole prompt
         logits: torch.Tensor = self.head(self.decoder.norm(hidden)[:, -1:])
         return logits[:, -1]
 

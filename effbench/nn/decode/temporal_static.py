@@ -24,6 +24,8 @@ def why_not_static(model: torch.nn.Module, droppable: DroppableLayers) -> str:
     """Return what keeps our engine from dropping layers of `model`; empty when nothing does."""
     if droppable.fill:
         return "dropped tokens enter the cache"
+    if droppable.start == "residual":
+        return "dropped tokens add what a layer added"
     return why_not(model)
 
 

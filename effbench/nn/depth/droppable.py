@@ -26,9 +26,9 @@ from effbench.api.batch import Batch
 from effbench.nn.llama.head import IGNORED
 from effbench.nn.llama.stack import require_plain_layers
 
-Start = Literal["refresh", "previous", "input"]
+Start = Literal["refresh", "previous", "input", "residual"]
 """What a dropped token starts from: the layer's output at the last refresh or at the previous
-token, or the layer's input."""
+token, the layer's input, or that and what the layer added at the last refresh."""
 
 Baseline = Literal["reuse", "identity"]
 """What a dropped token has without a map: the anchor, or the layer's input."""
@@ -128,14 +128,27 @@ class DroppableLayers(torch.nn.Module):
         Args:
             index: Of the layer.
             hidden: What it would read, [B, T, d].
-            anchor: Its anchor, [B, T or 1, d].
+            anchor: Its anchor, [B, T or 1, d]; see `anchors_of`.
             policy: What they get.
         """
         start, mapped = policy
         before = hidden if start == "input" else anchor
+        if start == "residual":
+            before = hidden + anchor
         if not mapped:
             return before.expand_as(hidden)
         return (before + self.layers[str(index)](hidden)).to(hidden.dtype)
+
+
+def anchors_of(before: torch.Tensor, after: torch.Tensor, start: Start) -> torch.Tensor:
+    """Return what a layer that ran leaves for tokens that drop it, [B, T, d].
+
+    Args:
+        before: What it read, [B, T, d].
+        after: What it gave, [B, T, d].
+        start: What such tokens start from.
+    """
+    return after - before if start == "residual" else after
 
 
 def attach(model: torch.nn.Module, name: str, droppable: DroppableLayers) -> None:
@@ -281,7 +294,7 @@ def masked_logits(
             position_embeddings=rotary,
         )
         if droppable.drops(index):
-            start = output.gather(1, anchor)
+            start = anchors_of(hidden, output, droppable.start).gather(1, anchor)
             if droppable.start == "previous" and droppable.mapped:
                 replaced = _summed(droppable.layers[str(index)](hidden), start, anchor, refreshed)
             else:

@@ -8,7 +8,9 @@ arXiv 2403.03853.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,6 +23,22 @@ def influence(sums: torch.Tensor, tokens: int) -> torch.Tensor:
         tokens: How many.
     """
     return 1 - sums / max(1, tokens)
+
+
+def of_texts(model: Any, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the block influence of every layer on some texts, [L] float64.
+
+    Args:
+        model: A Llama-style causal language model.
+        texts: Token ids, [T] each.
+    """
+    layers = model.model.layers
+    sums = torch.zeros(len(layers), dtype=torch.float64)
+    for text in texts:
+        real = torch.ones(1, len(text), dtype=torch.bool, device=text.device)
+        read = passed(layers, real, partial(model.model, text[None], use_cache=False))
+        sums += read["cosines"]
+    return influence(sums, sum(map(len, texts)))
 
 
 def passed(

@@ -74,10 +74,6 @@ class Masks(nn.Module):
         """Whether each mask has reached its target."""
         return bool((self.values == self.wanted.float()).all())
 
-    def harden(self) -> None:
-        """Set each mask to its target."""
-        self.values.copy_(self.wanted.float())
-
     @contextmanager
     def off(self) -> Iterator[None]:
         """Work without masks inside the context."""

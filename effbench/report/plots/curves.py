@@ -1,10 +1,10 @@
-"""Plots of records and events, written as PNG, PDF or SVG by the name of the file."""
+"""Plots of records, written as PNG, PDF or SVG by the name of the file."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,47 +125,6 @@ def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, siz
     return figure
 
 
-def loss_plot(events: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
-    """Plot the loss over the optimiser steps of one run.
-
-    Args:
-        events: Events with `step` and `loss`; those of kind `validation` make a line of their own.
-        path: File to write.
-        title: Of the plot.
-
-    Raises:
-        UserError: When no event holds a loss.
-    """
-    lines: dict[str, list[tuple[int, float]]] = {"training": [], "validation": []}
-    for event in events:
-        if "step" in event and "loss" in event:
-            kind = "validation" if event.get("event") == "validation" else "training"
-            lines[kind].append((event["step"], event["loss"]))
-    if not any(lines.values()):
-        raise UserError("The run has no losses to plot.", "Only training writes them.")
-    figure, axes = canvas()
-    marks = []
-    for (kind, line), colour in zip(lines.items(), COLOURS, strict=False):
-        if not line:
-            continue
-        steps, losses = zip(*line, strict=True)
-        if kind == "training":
-            reach = len(losses) // 40
-            smooth = _running_mean(losses, reach)
-            axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
-            axes.plot(steps, smooth, color=colour, linewidth=2)
-            marks.append((smooth[-1], kind, colour))
-            footnote(figure, [f"thick line: mean over {2 * reach + 1} steps"] if reach else [])
-        else:
-            axes.plot(steps, losses, color=colour, linewidth=1.5, marker="s", markersize=5)
-            marks.append((losses[-1], kind, colour))
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats/token)")
-    axes.set_title(title or "Loss over training", loc="left")
-    direct_labels(axes, marks)
-    return save(figure, path)
-
-
 # -- what is drawn -----------------------------------------------------------------------------
 
 
@@ -244,15 +203,6 @@ def _bar(axes: Axes, x: float, metric: _Place, colour: str, **options: Any) -> N
 
 def _bounded(metric: _Place) -> bool:
     return all(b is not None and math.isfinite(b) for b in (metric.low, metric.high))
-
-
-def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Return the mean of each value and `reach` on both sides, fewer near the ends."""
-    means = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        means.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
-    return means
 
 
 def words(metric: str) -> str:

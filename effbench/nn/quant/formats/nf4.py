@@ -16,7 +16,6 @@ class NF4Format(Packed):
     """Doubly quantised 4-bit NormalFloat; 0.516 bytes per weight."""
 
     fused: ClassVar[bool] = True
-    at_load: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-2
 
     backend: Literal["auto", "torch", "bitsandbytes"] = "auto"
