@@ -20,6 +20,7 @@ from effbench.nn.weighting import grouping, linear
 from effbench.nn.weighting.bilevel import Mixture, Outer, Schedule, search
 from effbench.report.table import Table
 from effbench.stats.paired import paired_difference
+from effbench.stats.reaching import reaching
 
 SIZES = (125, 250, 500, 1000, 2000)
 FLIPS = (0.05, 0.4, 0.9)
@@ -126,22 +127,6 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def reaching(curve: list[float], level: float) -> float:
-    """Return how many pairs reach an accuracy, interpolated over log n; infinite where none do.
-
-    Where the fewest pairs already reach it, that number: the ratio is then at least what it says.
-    """
-    if curve[0] >= level:
-        return SIZES[0]
-    for place in range(1, len(SIZES)):
-        low, high = curve[place - 1 : place + 1]
-        if low < level <= high:
-            share = (level - low) / (high - low)
-            ends = [math.log(SIZES[place - 1]), math.log(SIZES[place])]
-            return math.exp(ends[0] + share * (ends[1] - ends[0]))
-    return math.inf
-
-
 Curves = dict[str, list[list[float]]]
 """Accuracies by arm, seed and number of pairs."""
 
@@ -177,7 +162,7 @@ def ratios(found: Curves) -> Table:
         cells = []
         for ours in (W, BY_SOURCE):
             pairs = zip(found[ours], found[name], strict=True)
-            needed = [reaching(mine, theirs[-1]) for mine, theirs in pairs]
+            needed = [reaching(SIZES, mine, theirs[-1]) for mine, theirs in pairs]
             cells.append(", ".join(f"{SIZES[-1] / n:.1f}" if n < math.inf else "-" for n in needed))
         rows.append((name, *cells))
     title = f"{SIZES[-1]:,} pairs over those that are needed for the same accuracy, by seed"

@@ -345,7 +345,7 @@ class Counted:
         """FLOPs of multiplying out adapters whose outputs are scaled by the norms of the whole."""
         linears = (x for layer in self.model.layers for x in layer.linears if x.adapter)
         return sum(
-            2 * x.d_in * x.d_out * x.adapter.factors[0].d_out
+            2 * x.copies * x.d_in * x.d_out * x.adapter.factors[0].d_out
             for x in linears
             if x.adapter and x.adapter.gains
         )

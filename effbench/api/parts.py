@@ -15,6 +15,9 @@ from fractions import Fraction
 from effbench.api.schema import NonNegativeInt
 from effbench.api.weights import COMPUTE, FLOAT32, WeightFormat
 
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names of the linears that choose among experts; they stay as they are."""
+
 Share = int | float | Fraction
 """How often something happens per token; a fraction where sums have to be exact."""
 
@@ -66,6 +69,10 @@ class Adapter:
     def params(self) -> int:
         """Parameters of all copies."""
         return self.copies * (sum(f.params for f in self.factors) + self.scales + self.gains)
+
+    def on(self, copies: int, active: Share) -> Adapter:
+        """Return it beside each of so many experts, of which a token goes through some."""
+        return replace(self, copies=copies * self.copies, active=active * self.active)
 
     @property
     def trainable(self) -> int:
@@ -122,8 +129,8 @@ class Linear:
     bias: bool = False
     """Whether a vector [d_out] is added, which stays dense where the weight is packed."""
     bare: bool = False
-    """Whether it is a tensor of a module that does more than multiply (experts in one tensor, a
-    router), so that nothing can take its place or stand beside it."""
+    """Whether nothing takes its place or stands beside it: a router, or a tensor of a module that
+    does more than multiply."""
 
     @property
     def params(self) -> int:

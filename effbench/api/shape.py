@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal, cast
 
 from effbench.api.parts import (
@@ -111,10 +112,10 @@ class AnyShape:
         return {x.name: (x.d_in, x.d_out) for x in self.layers[layer].linears}
 
     def linears(self) -> Iterator[tuple[int, str, int, int]]:
-        """Yield `(layer, name, d_in, d_out)` of every decoder linear."""
+        """Yield `(layer, name, d_in, d_out)` of every decoder linear, each expert's for itself."""
         for index, layer in enumerate(self.layers):
             for x in layer.linears:
-                yield index, x.name, x.d_in, x.d_out
+                yield from repeat((index, x.name, x.d_in, x.d_out), x.copies)
 
     @property
     def linear_params(self) -> int:
@@ -146,10 +147,17 @@ class AnyShape:
     def chosen(self, names: Collection[str]) -> tuple[str, ...]:
         """Return the linears that are meant by some names.
 
-        `LINEARS`, the default of the methods, means all of them where blocks have others.
+        `LINEARS`, the default of the methods, means all of them where blocks have others, or
+        experts.
         """
         found = self.linear_names
-        return tuple(names) if set(names) != set(LINEARS) or set(LINEARS) <= {*found} else found
+        usual = set(LINEARS) <= {*found} and not self.has_experts
+        return tuple(names) if set(names) != set(LINEARS) or usual else found
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layer has experts that linears compute."""
+        return any(x.copies > 1 and not x.bare for y in self.layers for x in y.linears)
 
     @property
     def attention_width(self) -> int:
@@ -346,10 +354,16 @@ class ModelShape(AnyShape):
     def adapted(
         self, make: Callable[[int, Linear], Adapter | None], names: Collection[str] = LINEARS
     ) -> ModelShape:
-        """Return the frozen model with an adapter on each linear of some names; see `chosen`."""
-        return self.frozen().map_linears(
-            lambda i, x: x if x.bare else replace(x, adapter=make(i, x)), self.chosen(names)
-        )
+        """Return the frozen model with an adapter on each linear of some names; see `chosen`.
+
+        Where these are experts', each of them has its own.
+        """
+
+        def put(index: int, linear: Linear) -> Linear:
+            made = None if linear.bare else make(index, linear)
+            return replace(linear, adapter=made and made.on(linear.copies, linear.active))
+
+        return self.frozen().map_linears(put, self.chosen(names))
 
     def low_rank(
         self, rank: int, names: Collection[str] = LINEARS, used: int | None = None

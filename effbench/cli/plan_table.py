@@ -41,7 +41,9 @@ def _rows(campaign: Campaign, arm: str, first: str, *later: str) -> list[tuple[C
     stage, *words = first.split()
     job = compose(stage, [f"experiment={campaign.experiment}", *words])
     found, machine = predicted(job).prediction, job.runtime.machine
-    hours = None if found.seconds is None else found.seconds / HOUR
-    flops = f"{found.flops:.3g}" if found.flops else "—"
+    work = found.flops + found.read_flops
+    seconds = [s for s in (found.seconds, found.read_seconds) if s is not None]
+    hours = sum(seconds) / HOUR if seconds else None
+    flops = f"{work:.3g}" if work else "—"
     whole = (arm, Value(found.peak, "bytes"), flops, hours, machine.name, FITS[found.fits])
     return [whole, *((f"  then {step}", None, "—", None, "", "") for step in later)]

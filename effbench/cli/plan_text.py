@@ -21,6 +21,11 @@ def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) 
     if cost.kv_bytes_per_sequence:
         kib = cost.kv_bytes_per_sequence / 1024
         lines.append(f"  state            {kib:.1f} KiB per sequence, however long it is")
+    if prediction.reads:
+        lines.append(
+            f"  before training  {prediction.reads:,} sequences read, "
+            f"{prediction.read_flops:.3g} FLOPs at most"
+        )
     if trains(spec.stage):
         lines.append(f"  training         {spec.train.told(rows)}")
     if prediction.flops:

@@ -21,8 +21,9 @@ from effbench.api.examples import Example
 from effbench.api.keys import WHOLE
 from effbench.api.schema import digest
 from effbench.api.spec import DatasetSpec
+from effbench.data.generators import base as generators
 from effbench.data.kinds.base import find
-from effbench.data.readers import GENERATORS, Row, hub_rows, package_rows, read_rows
+from effbench.data.readers import Row, hub_rows, package_rows, read_rows
 from effbench.data.render import MissingError, Place, Text, content_hash
 from effbench.data.tokenise import tokenise
 from effbench.data.tokens import with_template
@@ -268,7 +269,7 @@ def split_names(spec: DatasetSpec) -> list[str]:
 
 def _native_names(spec: DatasetSpec) -> list[str]:
     if spec.source == "generator":
-        return ["all"]
+        return list(generators.parts_of(spec))
     return list(spec.files if spec.source == "file" else spec.splits)
 
 
@@ -382,11 +383,7 @@ Part = tuple[str, Iterable[Row]]
 def _sources(spec: DatasetSpec) -> dict[str, list[Part]]:
     """Return the rows of each source split, by file where it has several."""
     if spec.source == "generator":
-        if spec.id not in GENERATORS:
-            raise UserError(
-                f"There is no generator {spec.id!r}.", did_you_mean(spec.id, GENERATORS)
-            )
-        return {"all": [("", GENERATORS[spec.id]())]}
+        return {split: [("", rows)] for split, rows in generators.sources(spec).items()}
     if spec.source == "file":
         _refuse_changed(spec)
         return {split: _files(spec, split) for split in spec.files}

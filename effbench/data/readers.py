@@ -1,14 +1,13 @@
-"""Rows from files, packages, the hub and a rule."""
+"""Rows from files, packages and the hub."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,30 +188,3 @@ def hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
             "your own.",
         ) from None
     return rows
-
-
-def _arithmetic() -> Iterator[Row]:
-    return (row | {"options": [*row["options"]]} for row in _questions())
-
-
-@cache
-def _questions() -> tuple[Row, ...]:
-    """Return two thousand sums and differences with four answers each, always the same."""
-    draw, rows = random.Random(0), list[Row]()
-    for _ in range(2000):
-        a, b, plus = draw.randint(1, 99), draw.randint(1, 99), draw.random() < 0.5
-        right = a + b if plus else a - b
-        offsets = draw.sample([-10, -2, -1, 1, 2, 10], 3)
-        options = [str(right), *(str(right + o) for o in offsets)]
-        draw.shuffle(options)
-        rows.append(
-            {
-                "prompt": f"Question: What is {a} {'plus' if plus else 'minus'} {b}?\nAnswer:",
-                "options": options,
-                "label": options.index(str(right)),
-            }
-        )
-    return tuple(rows)
-
-
-GENERATORS = {"arithmetic": _arithmetic}

@@ -6,6 +6,7 @@ log-likelihood of the answer, which makes the untrained model a baseline on the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ class Preference(Evaluator):
     """Pair accuracy on a split of preference pairs, or of questions with choices."""
 
     headline: ClassVar[str] = "pair_accuracy"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     split: str | tuple[str, ...] = "test"
     """Which split, or a list of several."""
@@ -71,18 +72,19 @@ class Preference(Evaluator):
         return found
 
     def run(self, subject: Subject) -> Result:
-        """Return `pair_accuracy` (ties count half), `top_accuracy` and `score_margin`, by item."""
+        """Return `pair_accuracy` (ties count half), `top_accuracy`, margin and loss, by item."""
         result = Result()
         for split in self.splits():
             examples = subject.data.examples(split)
             scores = self._scores(subject, [e.compared() for e in examples], split)
             ids = [e.id for e in examples]
-            for name, values in (
-                ("pair_accuracy", [_won(row) for row in scores]),
-                ("top_accuracy", [float(row[0] > max(row[1:])) for row in scores]),
-                ("score_margin", [row[0] - sum(row[1:]) / len(row[1:]) for row in scores]),
+            for name, unit, values in (
+                ("pair_accuracy", "", [_won(row) for row in scores]),
+                ("top_accuracy", "", [float(row[0] > max(row[1:])) for row in scores]),
+                ("score_margin", "", [row[0] - sum(row[1:]) / len(row[1:]) for row in scores]),
+                ("answer_loss", "nats", [_surprise(row) for row in scores]),
             ):
-                result.add_items(subject, "preference", name, values, ids, split=split)
+                result.add_items(subject, "preference", name, values, ids, unit=unit, split=split)
         return result
 
     def _scores(self, subject: Subject, units: Sequence[Example], split: str) -> list[list[float]]:
@@ -109,3 +111,9 @@ def _won(scores: Sequence[float]) -> float:
     """Return the share of the other answers that the first one is scored above; a tie is half."""
     first, *others = scores
     return sum(1.0 if first > o else 0.5 if first == o else 0.0 for o in others) / len(others)
+
+
+def _surprise(scores: Sequence[float]) -> float:
+    """Return -log of the first answer's share in the softmax of scores, in nats."""
+    most = max(scores)
+    return most - scores[0] + math.log(sum(math.exp(score - most) for score in scores))

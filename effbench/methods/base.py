@@ -24,7 +24,7 @@ from effbench.api.weights import kinds
 from effbench.methods.decodes import Decodes
 from effbench.nn.adapters import peft_lora
 from effbench.nn.decode.decoder import Decoder
-from effbench.nn.llama import stack, weights
+from effbench.nn.llama import weights
 from effbench.nn.pruning import plain
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -231,8 +231,7 @@ class Method(Decodes):
         """
         adapter = self.as_peft(model, point)
         if adapter is not None:
-            turned = stack.turned_in_files(model)
-            peft_lora.write_adapter(adapter, folder, stack.base_name(model), turned)
+            peft_lora.write_adapter(adapter, folder, peft_lora.base_of(model))
         else:
             plain.write(self.as_plain(model, point), folder)
 

@@ -166,6 +166,14 @@ class Trains(Method):
         """Return the model with every weight training, held as `weights` says."""
         return base.trained(held(self.weights))
 
+    def reads_first(self, rows: int) -> int:
+        """Return how many sequences are read before the first step, as for a search. Default: 0.
+
+        Args:
+            rows: Training rows; 0 where their number is not known.
+        """
+        return 0
+
     def holds(self) -> tuple[str, ...]:
         """Return the config names of the auxiliary models; `START` is a copy of the model."""
         return tuple(self.aux_models().values())

@@ -9,15 +9,16 @@ found for those that have none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from effbench.api.parts import MLP, Cache, LayerShape, Linear, Mixer, Norm, Readout
+from effbench.api.parts import MLP, ROUTERS, Cache, LayerShape, Linear, Mixer, Norm, Readout
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.models.written import encoded
+from effbench.nn.llama.experts import Experts, has_experts
 from effbench.nn.llama.stack import as_linears, decoder_layers, slides
 from effbench.nn.llama.walk import is_llama
 from effbench.util.errors import UserError
@@ -32,8 +33,6 @@ ATTENDING = ("Attention", "Attn")
 """What the class of a block's attention has in its name."""
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 """Names of the last linear of an attention, which some classes name before the others."""
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Names of the linears that choose among experts."""
 
 
 def empty_model(values: Mapping[str, Any]) -> Any:
@@ -127,12 +126,13 @@ def hold(shape: AnyShape, model: Any) -> None:
             f"{shape.params:,}.",
             "The config does not belong to these weights, or effbench counts them wrongly.",
         )
+    bare = {(i, x.name) for i, layer in enumerate(shape.layers) for x in layer.linears if x.bare}
     named = [
         (index, name, m.in_features, m.out_features)
         for index, block in enumerate(decoder_layers(model))
         for name, m in _linears_in(block)
+        if (index, name) not in bare
     ]
-    bare = {(i, x.name) for i, layer in enumerate(shape.layers) for x in layer.linears if x.bare}
     counted = [x for x in shape.linears() if x[:2] not in bare]
     if sorted(named) != sorted(counted):
         odd = sorted({*named} ^ {*counted})
@@ -155,17 +155,13 @@ def require_causal(model: Any) -> None:
     rows = torch.arange(2 * PROBED, device=device).reshape(2, PROBED) % model.config.vocab_size
     rows[1, :-1] = rows[0, :-1]
     first, second = (model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in rows)
-    allowed = ROUNDING * first.abs().amax() if _has_experts(model) else 0.0
+    # Tokens are multiplied in groups, whose sizes change how sums are rounded.
+    allowed = ROUNDING * first.abs().amax() if has_experts(model) else 0.0
     if (first - second).abs().amax() > allowed:
         raise UserError(
             f"{type(model).__name__} is no causal language model: its tokens see those after them.",
             "Give a decoder-only model.",
         )
-
-
-def _has_experts(model: Any) -> bool:
-    """Whether tokens are multiplied in groups, whose sizes change how sums are rounded."""
-    return any(p.ndim == 3 for p in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -211,11 +207,15 @@ class _Block:
         self.own: list[Norm] = []
         self.linears: dict[bool, list[Linear]] = {True: [], False: []}
         self.norms: dict[bool, list[Norm]] = {True: [], False: []}
+        inside = [name for name, module in block.named_modules() if isinstance(module, Experts)]
         for name, module in block.named_modules():
             mixes = name.split(".")[0] in attending
             own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, torch.nn.Linear):
-                self.linears[mixes].append(_linear(_last(name), module))
+            if isinstance(module, Experts):
+                self.linears[mixes] += self._split(module)
+            elif isinstance(module, torch.nn.Linear):
+                if not any(name.startswith(f"{path}.") for path in inside):
+                    self.linears[mixes].append(_linear(_last(name), module))
             elif any(p.ndim > 1 for p in own.values()):
                 self.linears[mixes] += self._tensors(name, own)
             elif "." not in name and name not in attending:
@@ -240,10 +240,19 @@ class _Block:
             else:
                 raise _odd(self.model, f"{name} has a tensor {key} {list(tensor.shape)}")
 
-    def _experts(self, name: str, tensor: torch.Tensor, bias: bool) -> Linear:
-        """Return all experts' matrices of one kind, [E, d_out, d_in] or [E, d_in, d_out]."""
+    def _split(self, experts: Experts) -> Iterator[Linear]:
+        """Yield the linears that each of a layer's experts has."""
+        self._require_active()
+        for name, module in experts[0].named_children():
+            yield replace(_linear(name, module), copies=len(experts), active=self.active)
+
+    def _require_active(self) -> None:
         if not self.active:
             raise _odd(self.model, "its config does not say how many experts a token goes through")
+
+    def _experts(self, name: str, tensor: torch.Tensor, bias: bool) -> Linear:
+        """Return all experts' matrices of one kind, [E, d_out, d_in] or [E, d_in, d_out]."""
+        self._require_active()
         copies, first, second = tensor.shape
         down = "down" in name
         d_out, d_in = (
@@ -315,7 +324,8 @@ def _linears_in(block: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _linear(name: str, module: Any) -> Linear:
-    return Linear(name, module.in_features, module.out_features, bias=module.bias is not None)
+    sizes = module.in_features, module.out_features
+    return Linear(name, *sizes, bias=module.bias is not None, bare=name in ROUTERS)
 
 
 def _vectors(own: Mapping[str, torch.Tensor]) -> list[Norm]:

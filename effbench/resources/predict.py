@@ -29,6 +29,7 @@ from effbench.methods.chain import (
     shape_of,
 )
 from effbench.methods.compresses import Compresses
+from effbench.methods.trains import Trains
 from effbench.models.load import known_shape
 from effbench.resources.parallel import bucket_bytes, gathered_bytes, held_by_one
 from effbench.resources.peaks import Components, Peaks, Spread
@@ -91,6 +92,12 @@ class Prediction:
     notes: list[str] = field(default_factory=list)
     trained: int = 0
     """Parameters that train at the most; what is left of them is in `cost`."""
+    reads: int = 0
+    """Sequences that are read before the first step, as for a search; see `Trains.reads_first`."""
+    read_flops: float = 0.0
+    """FLOPs of that at the most."""
+    read_seconds: float | None = None
+    """Least time of that; None when the machine's ceilings are not known."""
 
     @property
     def largest(self) -> Phase:
@@ -256,6 +263,7 @@ def predict(
     flops = tokens * _flops_per_trained_token(spec, shapes) if train else 0.0
     ceiling = machine.tflops * 1e12 * spread.devices
     seconds = flops / ceiling if ceiling and flops else None
+    reads, read_flops = _first_reads(spec, shapes, rows)
     available = int(machine.memory_gib * 2**30) or free_memory(spec.hardware.device)
     if spec.hardware.device == "cpu":
         available //= spread.devices  # they share the main memory
@@ -268,6 +276,9 @@ def predict(
         available,
         _notes(spec, shapes.methods, shapes.cost),
         shapes.training.trainable,
+        reads,
+        read_flops,
+        read_flops / ceiling if ceiling and read_flops else None,
     )
 
 
@@ -376,6 +387,19 @@ def _flops_per_trained_token(spec: Spec, shapes: RunShapes) -> float:
         held_flops(s, shapes.working, length // 2) for s in _other_shapes(shapes.own, shapes.start)
     )
     return own / batch.size + sum(others)
+
+
+def _first_reads(spec: Spec, shapes: RunShapes, rows: int) -> tuple[int, float]:
+    """Return the sequences that are read before the first step, and the FLOPs of full ones.
+
+    Who reads is the other model that training holds, where there is one. Where the number of rows
+    is not known it is taken to be their limit.
+    """
+    rows = rows or spec.dataset.limit.get("train", 0)
+    count = shapes.own.reads_first(rows) if isinstance(shapes.own, Trains) else 0
+    reader = next(iter(_other_shapes(shapes.own, shapes.start)), shapes.start) if count else None
+    length = spec.dataset.max_length
+    return count, count * length * reader.flops_per_token(length // 2) if reader else 0.0
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:

@@ -511,7 +511,7 @@ class MethodContract:
             if adapter is None or method.weights not in ("compute", "float32"):
                 continue
             folder = tmp_path / str(number)
-            peft_lora.write_adapter(adapter, folder, "")
+            peft_lora.write_adapter(adapter, folder, peft_lora.Base())
             with method.at(model, point):
                 expected = logits(method, model, point)
                 depth = len(decoder_layers(model))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp, log
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,6 +52,7 @@ def test_a_tie_is_half(subject: Subject) -> None:
     assert by_name(result)["pair_accuracy"].value == 0.5
     assert by_name(result)["top_accuracy"].value == 0
     assert by_name(result)["score_margin"].value == 0
+    assert by_name(result)["answer_loss"].value == pytest.approx(log(4))
     assert set(result.outcomes[0].values) == {0.5}
 
 
@@ -63,6 +65,11 @@ def test_who_knows_the_answer_is_always_right(subject: Subject) -> None:
     assert by_name(Preference().run(best))["top_accuracy"].value == 1
     assert by_name(Preference().run(best))["score_margin"].value == 1
     assert by_name(Preference().run(worst))["pair_accuracy"].value == 0
+    assert by_name(Preference().run(best))["answer_loss"].value == pytest.approx(
+        log(1 + 3 * exp(-1))
+    )
+    sure = judged_by(subject, lambda ids: -1e4 * float(tuple(ids) in right))
+    assert by_name(Preference().run(sure))["answer_loss"].value == pytest.approx(1e4 + log(3))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4000])

@@ -25,6 +25,7 @@ from effbench.methods.preference.reward import HEAD, Reward
 from effbench.methods.preference.weighing import KEPT
 from effbench.methods.trains import begin_training
 from effbench.nn.adapters import twin
+from effbench.nn.weighting import linear
 from effbench.nn.weighting.grouping import Evidence, grouped
 from effbench.runner.stages.batching import window
 from effbench.util.errors import UserError
@@ -286,11 +287,71 @@ def test_states_are_those_of_each_text_alone() -> None:
         torch.testing.assert_close(state, (best - other).detach(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weigh_by", ["bilevel", "proxies", "easiest", "uniform"])
+def test_answers_are_read_as_often_as_planned(weigh_by: Any) -> None:
+    fraction = 1.0 if weigh_by == "bilevel" else 0.5
+    method = DORM(**SMALL, weigh_by=weigh_by, fraction=fraction)
+    model, ctx, read = tiny_model(), context(), list[int]()
+    model.model.register_forward_pre_hook(
+        lambda m, a, k: read.append(len(k["input_ids"])), with_kwargs=True
+    )
+    method.dataset(ROWS, model, ctx)
+    assert sum(read) == method.reads_first(len(ROWS))
+
+
 def test_one_source_has_groups_too() -> None:
     rows = [pair(n) for n in range(9)]
     found = {e.columns["group"] for e in chosen(rows, groups="clusters")}
     assert len(found) >= 3
     assert {e.columns["group"] for e in chosen(rows)} == {0}
+
+
+def test_the_easiest_are_those_of_the_largest_margins_out_of_fold() -> None:
+    rows, model = [pair(n) for n in range(24)], tiny_model()
+    found = chosen(rows, weigh_by="easiest", fraction=0.25)
+    units = [e.compared() for e in rows]
+    states = linear.scaled(preparation.states_of(model, units, CPU))
+    margins = preparation.margins_of(states, units, SMALL["folds"], 3, context().seed).mean(1)
+    wanted = sorted(margins.argsort(descending=True)[:6].tolist())
+    assert [e.id for e in found] == [rows[i].id for i in wanted]
+
+
+@pytest.mark.parametrize("objective", ["conservative", "unbiased"])
+def test_losses_under_swapped_labels_are_those_of_their_papers(objective: Any) -> None:
+    margins = torch.tensor([-1.5, 0.0, 0.3, 4.0], dtype=torch.float64)
+    scores = torch.stack([margins, torch.zeros_like(margins)], 1).flatten()
+    found = DORM(weigh_by="uniform", objective=objective, swapped=0.2).objectives(scores, [2] * 4)
+    right, wrong = -margins.sigmoid().log(), -(-margins).sigmoid().log()
+    wanted = {
+        "conservative": 0.8 * right + 0.2 * wrong,
+        "unbiased": (0.8 * right - 0.2 * wrong) / 0.6,
+    }
+    assert torch.allclose(found, wanted[objective], atol=1e-12)
+    # A mean of the unbiased loss over swaps of a fifth is the loss of the true label.
+    if objective == "unbiased":
+        other = DORM(weigh_by="uniform", objective=objective, swapped=0.2).objectives(
+            -scores, [2] * 4
+        )
+        assert torch.allclose(0.8 * found + 0.2 * other, right, atol=1e-12)
+
+
+def test_ratings_of_a_pair_are_four_and_one() -> None:
+    found = DORM(weigh_by="uniform", objective="ratings").objectives(
+        torch.tensor([4.0, 1.0, 2.0, 0.0, 1.0]), [2, 3]
+    )
+    assert found.tolist() == pytest.approx([0.0, (4 + 1 + 0) / 3])
+
+
+def test_the_objective_reaches_training_and_not_validation() -> None:
+    method = DORM(weigh_by="uniform", objective="conservative", swapped=0.3)
+    model, ctx, units = begun(method)
+    batch = replace(collate(units[:4], 0), window_examples=4)
+    scores = method.scores(model, batch)
+    with torch.no_grad():
+        assert method.loss(model, batch, ctx) == method.objectives(scores, batch.sizes).sum() / 4
+    plain, _ = Reward.validation(method, model, batch)
+    assert torch.equal(method.validation(model, batch)[0], plain)
+    assert not torch.allclose(plain, method.objectives(scores, batch.sizes))
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -309,6 +370,8 @@ def test_fewer_prompts_than_folds_are_refused() -> None:
         ({"split": "train"}, "split=train cannot judge weights: it is trained on"),
         ({"learn_from": "both"}, "learn_from=both is a baseline without weights"),
         ({"fraction": 0.5}, "has only at its end"),
+        ({"objective": "conservative"}, "objective=conservative has no twin"),
+        ({"weigh_by": "easiest"}, "easiest keeps a share of the pairs, and method.fraction=1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

@@ -131,6 +131,16 @@ def test_no_hidden_label_changes_a_byte(tmp_path: Path) -> None:
     )
 
 
+def test_texts_are_read_as_often_as_planned() -> None:
+    model, ctx, method = tiny_model().eval(), context(), method_of()
+    ctx.tokenizer, read = Words(), []
+    model.model.register_forward_pre_hook(
+        lambda m, a, k: read.append(len(k["input_ids"])), with_kwargs=True
+    )
+    method.dataset(ROWS, model, ctx)
+    assert sum(read) == method.reads_first(len(ROWS)) == 61
+
+
 def test_rows_to_train_on_have_no_answer_and_no_label() -> None:
     _, _, dealt = begun(method_of())
     for place, (row, stand_in) in enumerate(zip(ROWS, dealt, strict=True)):
@@ -329,6 +339,47 @@ def test_a_state_goes_on_to_the_same_end(tmp_path: Path) -> None:
     again = other.evolution.state_dict()
     for name, value in state.items():
         assert torch.equal(value, again[name]) if torch.is_tensor(value) else value == again[name]
+
+
+def test_a_label_model_labels_the_rows_that_rules_fire_on() -> None:
+    settings: dict[str, Any] = {"judge": "all", "sigma": 0.5}
+    _, ctx, _ = trained(method_of(**settings))
+    _, other, _ = trained(method_of(label_model="generative", **settings))
+    votes, own = ctx.evolution, other.evolution
+    fires = (own.matcher.scores(rules.accepted(own.judged)) >= 0.5).any(1)
+    fires[own.pool.weighed] = False
+    fires[own.pool.learnt] = True
+    assert torch.equal(own.targets != HIDDEN, fires), "a tie of posteriors is rare"
+    assert own.targets[own.pool.learnt].equal(own.pool.labels[own.pool.learnt])
+    assert set((votes.targets != HIDDEN).nonzero()[:, 0].tolist()) <= set(
+        (own.targets != HIDDEN).nonzero()[:, 0].tolist()
+    )
+
+
+@pytest.mark.parametrize("judge", ["oracle", "all"])
+def test_no_more_rules_are_asked_about_once_the_ensemble_stalls(judge: Any) -> None:
+    """With patience, what follows a round without a gain has no candidates; without, it has."""
+    settings: dict[str, Any] = {"rounds": 4, "judge": judge}
+    through = trained(method_of(**settings))[1].evolution
+    found = through.accuracies
+    gains = [place for place in range(1, len(found)) if found[place] > max(found[:place])]
+    stalled = next(p for p in range(1, len(found)) if p not in gains)
+    stopped = trained(method_of(patience=1, **settings))[1].evolution
+    assert stopped.accuracies[: stalled + 1] == found[: stalled + 1]
+    assert {r.round for r in stopped.judged} == {
+        r.round for r in through.judged if r.round <= stalled
+    }
+    assert trained(method_of(patience=9, **settings))[1].evolution.accuracies == found
+
+
+def test_accuracies_are_of_the_ensemble_on_rows_that_nothing_learns_from() -> None:
+    model, ctx, _ = trained(method_of())
+    own, heads = ctx.evolution, heads_of(model)
+    rows = own.pool.weighed
+    right = (
+        heads.probabilities(own.features[rows], "probability").argmax(1) == own.pool.labels[rows]
+    )
+    assert own.accuracies[-1] == pytest.approx(float(right.double().mean()))
 
 
 # -- what cannot be --------------------------------------------------------------------------------

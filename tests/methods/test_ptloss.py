@@ -182,6 +182,25 @@ def test_baselines_train(divergence: Any, over: str) -> None:
 # -- what is fitted --------------------------------------------------------------------------------
 
 
+def test_the_model_that_training_starts_from_can_teach() -> None:
+    """Of itself there is nothing to learn; of itself made too sure there is, and it stays."""
+    losses = []
+    for sharpen in (1.0, 1.8):
+        method = classes(fit="none", groups="all", sharpen=sharpen)
+        method = replace(method, teacher="start").resolve(SHAPE)
+        model, ctx, rows = started(method, questions(6))
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        batch = one_window(rows)[0]
+        losses.append(method.loss(model, batch, ctx).item())
+        method.update(model, torch.optim.SGD(model.parameters(), 0.1), one_window(rows), ctx)
+        teacher = dict(ctx.aux["teacher"].named_parameters())
+        assert all(torch.equal(teacher[n], p) for n, p in before.items())
+        assert not any(p.requires_grad for p in teacher.values())
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    assert losses[1] > 1e-4
+    assert method.holds() == ("",), "a copy of what it starts from, for plans"
+
+
 def test_the_teacher_is_read_on_labelled_rows_alone_and_once() -> None:
     read = []
 

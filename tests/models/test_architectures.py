@@ -139,15 +139,8 @@ def test_a_session_says_what_a_pass_says(name: str) -> None:
     ],
 )
 def test_methods_that_need_names_alone_change_what_they_count(name: str, method: str) -> None:
-    experts = any(x.bare for x in shape(name).layers[0].linears)
     settings = {"rank": 4} if "lora" in method or method == "dora" else {}
-    if experts and settings:
-        settings["targets"] = ["q_proj", "o_proj"]
     chosen = make_method(Plugin(method, settings))
-    if experts and method in ("rtn", "qlora"):
-        with pytest.raises(UserError, match="is one tensor"):
-            resolved(chosen, shape(name))
-        return
     ready, model = resolved(chosen, shape(name)), made(name).requires_grad_(False)
     draws = torch.Generator().manual_seed(0)
     ctx = Context(
@@ -192,7 +185,7 @@ def row(name: str) -> str:
     linears = found.layers[-1].linears
     blocks = {"other": "own", "llama": "Llama's"}[found.anatomy]
     names = ", ".join(f"`{x}`" for x in found.linear_names)
-    packed = "no" if any(x.bare for x in linears) else "yes"
+    packed = "no" if any(x.bare and x.copies > 1 for x in linears) else "yes"
     return f"| {name} | {blocks} | {names} | {packed} |"
 
 
@@ -211,7 +204,7 @@ KINDS = {
 
 
 def experts(name: str) -> bool:
-    return any(x.bare and x.copies > 1 for x in shape(name).layers[0].linears)
+    return any(x.copies > 1 for x in shape(name).layers[0].linears)
 
 
 @cache
@@ -220,10 +213,6 @@ def cell(method: str, name: str) -> str:
     try:
         resolved(given(method), shape_in(config(name), name) if name == "llama" else shape(name))
     except UserError as error:
-        if "single tensors" in error.message:
-            return "with `method.targets`"
-        if "is one tensor" in error.message:
-            return "no: experts are one tensor"
         if "blocks" in error.message:
             return "no: other blocks" if "made as" in error.message else "no: biases"
         assert error.message.startswith("method."), error  # a size of this tiny model

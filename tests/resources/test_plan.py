@@ -61,6 +61,26 @@ def test_steps_and_epochs_are_both_told() -> None:
     assert "training         0.5 epochs\n" in render(unknown, spec, Machine())
 
 
+@pytest.mark.parametrize(
+    ("words", "reads"),
+    [
+        (["method=prboost", "method.classes=4"], 1590),
+        (["method=dorm"], 2 * 1589),
+        (["method=dorm", "method.weigh_by=uniform"], 0),
+        (["method=ptloss", "method.teacher=start", "method.labels=50"], 50),
+        (["method=ptloss", "method.teacher=start", "method.fit=none"], 0),
+    ],
+)
+def test_what_is_read_before_the_first_step_is_told(words: list[str], reads: int) -> None:
+    spec = compose("train", ["model=tiny", "dataset=arithmetic", *words]).spec
+    assert spec.model.shape is not None
+    found = predict(spec, spec.model.shape, Machine(), rows=1589)
+    assert found.reads == reads
+    model = ModelShape.of(spec.model.shape)
+    assert found.read_flops == reads * 64 * model.flops_per_token(32)
+    assert (f"{reads:,} sequences read" in render(found, spec, Machine(), 1589)) == (reads > 0)
+
+
 def test_memory_of_full_training_is_counted_from_the_parameters() -> None:
     found = predicted("method=full")
     count = found.cost.params

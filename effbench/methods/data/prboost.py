@@ -94,6 +94,12 @@ class PRBoost(Classifiers):
     """Weight of similarity against shared words."""
     sigma: float | None = None
     """Score at which a rule fires; null is the smallest that is precise enough, in each round."""
+    label_model: Literal["votes", "generative", "snorkel"] = "votes"
+    """What several rules say of a row: the class of the largest sum of scores, or of a model of who
+    is right how often, ours or that of the package snorkel (baselines)."""
+    patience: NonNegativeInt = 0
+    """Rounds in which the ensemble gets no better on the weighed rows after which no more rules are
+    asked about; 0 goes on through all."""
     self_training: Fraction = 0.2
     """Share of a classifier's steps that learn from its own predictions; 0 for none."""
     files: dict[str, str] = field(default_factory=dict)
@@ -141,6 +147,10 @@ class PRBoost(Classifiers):
         ctx.state["pool"] = vars(pool)
         return [pools.stand_in(example, place) for place, example in enumerate(examples)]
 
+    def reads_first(self, rows: int) -> int:
+        """Return all texts, each with the template behind it, and one without content."""
+        return rows + 1 if rows else 0
+
     # -- structure and training ----------------------------------------------------------------
 
     @property
@@ -180,6 +190,8 @@ class PRBoost(Classifiers):
             self.self_training,
             judge,
             [replace(rule, round=0) for rule in rules.accepted(given)],
+            self.label_model,
+            self.patience,
         )
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:

@@ -110,7 +110,7 @@ class SortedLoRA(SortedFull):
         adapter = self.as_peft(model, point)
         assert adapter is not None
         (folder / "adapter").mkdir()
-        peft_lora.write_adapter(adapter, folder / "adapter", stack.base_name(model))
+        peft_lora.write_adapter(adapter, folder / "adapter", peft_lora.base_of(model))
 
     def trained_shape(self, base: ModelShape) -> ModelShape:
         """Return the base with adapters, and with the norm in float32 if it trains."""

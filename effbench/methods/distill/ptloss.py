@@ -171,6 +171,12 @@ class PTLoss(Teaches):
 
     # -- training ------------------------------------------------------------------------------
 
+    def reads_first(self, rows: int) -> int:
+        """Return the labelled rows, which the teacher reads: over answers two sequences or more."""
+        each = 2 if self.over == "answers" else 1
+        known = min(self.labels, rows) if rows and self.label_split == "train" else self.labels
+        return each * known if self.fits else 0
+
     def evolution(self, model: torch.nn.Module, ctx: Context) -> Evolution:
         """Return what is fitted to the labelled rows before the first step."""
         rows = ctx.state.pop(LABELLED, [])

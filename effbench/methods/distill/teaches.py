@@ -21,7 +21,7 @@ from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import Anatomy, ModelShape, Phase
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds import base as kinds
-from effbench.methods.trains import Trains
+from effbench.methods.trains import START, Trains
 from effbench.nn.losses import fitting, labelled, perturbed, teaching
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -31,6 +31,8 @@ LABELLED = "labelled"
 LABEL = "label"
 """Column of the right answer's place; `UNKNOWN` where it must not be known."""
 UNKNOWN = -1
+OWN_START = "start"
+"""Teacher that the model itself was before training."""
 ENTRIES = 64
 """Tokens whose probabilities are held one by one where coefficients are searched."""
 
@@ -43,7 +45,8 @@ class Teaches(Trains):
     learning_rate: ClassVar[float] = 5e-5
 
     teacher: str = ""
-    """Name of the teacher's model config; has to be set."""
+    """Name of the teacher's model config, or `start`, a frozen copy of what training starts from;
+    has to be set."""
     over: Literal["tokens", "answers"] = "tokens"
     """What p is over: next tokens, or the answers of a question (`dataset.kind=choices`)."""
     labels: PositiveInt = 200
@@ -68,7 +71,8 @@ class Teaches(Trains):
 
     def aux_models(self) -> dict[str, str]:
         """Return the teacher."""
-        return {"teacher": self.teacher} if self.teacher else {}
+        named = START if self.teacher == OWN_START else self.teacher
+        return {"teacher": named} if self.teacher else {}
 
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse rows without answers to choose from, where distributions are over answers."""

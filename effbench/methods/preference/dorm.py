@@ -79,6 +79,11 @@ class DORM(TwinAdapters):
                 "method.fraction draws by weights that search=adapters has only at its end.",
                 "Set method.search=heads.",
             )
+        if self.twins and self.objective != "bradley_terry":
+            raise UserError(
+                f"method.objective={self.objective} has no twin: u and w learn by Bradley-Terry.",
+                "Set method.search=heads, or a baseline of method.weigh_by.",
+            )
 
     @property
     def twins(self) -> bool:

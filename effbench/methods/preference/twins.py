@@ -105,7 +105,8 @@ class TwinAdapters(Weighs):
             return model
 
         def twice(_: int, linear: Linear) -> Linear:
-            adapter = linear.adapter and replace(linear.adapter, copies=2, active=1)
+            own = linear.adapter
+            adapter = own and replace(own, copies=2 * own.copies)
             return replace(linear, adapter=adapter)
 
         return replace(model.map_linears(twice), more=2 * model.more, passes=3)

@@ -1,10 +1,12 @@
 """Reward models on pairs that do not count alike: what DORM and its baselines share.
 
     weigh_by     omega_i of stage 1 (`proxies`), pairs that most proxies agree with (`agreement`),
-                 sources alike (`sources`), pairs alike (`uniform`)
+                 those that they are surest of (`easiest`), sources alike (`sources`), pairs alike
+                 (`uniform`)
     fraction     a subset, drawn one pair after the other in proportion to the weights
     apply        pairs repeated as often as they weigh (systematic sampling), or weighted losses
     learn_from   the training rows; the validation rows alone, or both, weighted alike
+    objective    Bradley and Terry's, or one that takes a share of the labels for wrong, or ratings
 
 Proxies are linear heads on the base's last states, which are computed once.
 """
@@ -25,6 +27,7 @@ from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.spec import DatasetSpec
 from effbench.methods.preference import pairs
 from effbench.methods.preference.reward import Reward
+from effbench.nn.losses import preference
 from effbench.nn.weighting import grouping, linear, table
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -39,8 +42,11 @@ KEPT = "pairs"
 class Weighs(Reward):
     """A reward model whose training pairs have weights."""
 
-    weigh_by: Literal["bilevel", "proxies", "agreement", "sources", "uniform"] = "bilevel"
-    """Validation; stage 1 alone; pairs that most proxies agree with; sources alike; pairs alike."""
+    weigh_by: Literal["bilevel", "proxies", "agreement", "easiest", "sources", "uniform"] = (
+        "bilevel"
+    )
+    """Validation; stage 1 alone; pairs that most proxies agree with; the `fraction` that they are
+    surest of; sources alike; pairs alike."""
     learn_from: Literal["train", "validation", "both"] = "train"
     """The rows trained on; the last two are baselines with `weigh_by=uniform`."""
     split: str = "validation"
@@ -59,6 +65,11 @@ class Weighs(Reward):
     """Weight a of the uncertainty in a pair's score."""
     disagreement: NonNegativeFloat = 3.0
     """Weight b of the disagreement."""
+    objective: Literal["bradley_terry", "conservative", "unbiased", "ratings"] = "bradley_terry"
+    """What training minimises: `conservative` smooths labels (cDPO), `unbiased` is right in the
+    mean over swaps (rDPO), `ratings` is the squared error to 4 and 1."""
+    swapped: Annotated[float, Interval(ge=0, lt=0.5)] = 0.1
+    """Share of the pairs that `conservative` and `unbiased` take for swapped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +83,11 @@ class Weighs(Reward):
             raise UserError(
                 f"method.learn_from={self.learn_from} is a baseline without weights.",
                 "Set method.weigh_by=uniform too.",
+            )
+        if self.weigh_by == "easiest" and self.fraction == 1:
+            raise UserError(
+                "method.weigh_by=easiest keeps a share of the pairs, and method.fraction=1 is all.",
+                "Set method.fraction, as to 0.5.",
             )
 
     def check_dataset(self, dataset: DatasetSpec) -> None:
@@ -87,6 +103,10 @@ class Weighs(Reward):
         """Return the validation split, where it is used."""
         used = self.weigh_by == "bilevel" or self.learn_from != "train"
         return (self.split,) if used else ()
+
+    def reads_first(self, rows: int) -> int:
+        """Return both answers of all pairs, where proxies judge their states."""
+        return 0 if self.weigh_by == "uniform" else 2 * rows
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -125,7 +145,12 @@ class Weighs(Reward):
         evidence, sources = grouping.Evidence.of(margins), [pairs.source_of(e) for e in examples]
         by = "sources" if self.weigh_by == "sources" else self.groups
         dealt = grouping.grouped(grouping.labels_of(sources, evidence, by))
-        weights = self.first_weights(evidence, dealt)
+        easy = self.weigh_by == "easiest"
+        weights = (
+            grouping.easiest(margins, self.fraction)
+            if easy
+            else self.first_weights(evidence, dealt)
+        )
         return table.PairTable([e.id for e in examples], sources, evidence, dealt, weights)
 
     def first_weights(self, evidence: grouping.Evidence, dealt: grouping.Groups) -> torch.Tensor:
@@ -166,10 +191,21 @@ class Weighs(Reward):
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the losses of a micro-batch's pairs, weighted, over the pairs of the window."""
-        losses, _ = self.validation(model, batch)
+        losses = self.objectives(self.scores(model, batch), batch.sizes)
         if WEIGHT in batch.columns:
             losses = losses * batch.columns[WEIGHT]
         return losses.sum() / batch.window_examples
+
+    def objectives(self, scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Return what training minimises of each pair, [E]; validation is Bradley and Terry's."""
+        if self.objective == "ratings":
+            return preference.rated(scores, sizes)
+        if self.objective == "bradley_terry":
+            return preference.bradley_terry(scores, sizes)
+        robust = (
+            preference.conservative if self.objective == "conservative" else preference.unbiased
+        )
+        return robust(scores, sizes, self.swapped)
 
     # -- artefact ------------------------------------------------------------------------------
 

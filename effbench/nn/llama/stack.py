@@ -10,6 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from effbench.api.shape import LAYERS_DIFFER
+from effbench.nn.llama.experts import split_experts
 from effbench.util.errors import UserError
 
 
@@ -105,7 +106,10 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def as_linears(model: torch.nn.Module) -> None:
-    """Put plain linears in the place of GPT-2's, whose weights are held as [d_in, d_out]."""
+    """Put plain linears in the place of GPT-2's, whose weights are held as [d_in, d_out], and of
+    the tensors that hold all experts of a layer.
+    """
+    split_experts(model)
     for parent in model.modules():
         for name, module in parent.named_children():
             if isinstance(module, Conv1D):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from effbench.api.parts import ROUTERS
 from effbench.api.shape import LINEARS
+from effbench.nn.llama.experts import has_experts
 from effbench.nn.llama.stack import decoder_layers
 from effbench.util.errors import UserError, did_you_mean
 
@@ -17,14 +19,16 @@ def decoder_linears(
     """Yield `(qualified name, module)` of the target linears, in the order they run.
 
     Any module that offers `in_features` and `out_features` counts as a linear, so replaced ones
-    are found again. `LINEARS` means all linears of the blocks where these have other names.
+    are found again. `LINEARS` means all linears of the blocks where these have other names, or
+    experts.
 
     Raises:
         UserError: When a target names no layer of the model.
     """
     wanted = tuple(targets)
-    if set(wanted) == set(LINEARS) and not set(LINEARS) <= {*(known := linear_names(model))}:
-        wanted = known
+    if set(wanted) == set(LINEARS):
+        known = linear_names(model)
+        wanted = wanted if set(LINEARS) <= {*known} and not has_experts(model) else known
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -41,15 +45,19 @@ def decoder_linears(
 
 
 def linear_names(model: torch.nn.Module) -> tuple[str, ...]:
-    """Return the names of the linears of a model's blocks, not of what is inside of them."""
+    """Return the names of the linears of a model's blocks, not of what is inside of them.
+
+    What chooses among experts is none of them.
+    """
     found: dict[str, None] = {}
+    routers = ROUTERS if has_experts(model) else ()
     for block in decoder_layers(model):
         inside = ""
         for name, module in block.named_modules():
             if hasattr(module, "in_features") and not (inside and name.startswith(inside)):
                 found[name.rpartition(".")[2]] = None
                 inside = f"{name}."
-    return tuple(found)
+    return tuple(name for name in found if name not in routers)
 
 
 def replace_module(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:

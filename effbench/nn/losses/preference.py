@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import softplus
 
+CHOSEN, REJECTED = 4.0, 1.0
+"""Ratings that a pair without ratings stands for, on HelpSteer2's scale of 0 to 4."""
+
 
 def bradley_terry(scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Return -log sigmoid(s_best - s_other) of each example, a mean over its others, [E].
@@ -19,3 +22,35 @@ def bradley_terry(scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """
     units = scores.split(list(sizes))
     return torch.stack([softplus(unit[1:] - unit[0]).mean() for unit in units])
+
+
+def conservative(scores: torch.Tensor, sizes: Sequence[int], swapped: float) -> torch.Tensor:
+    """Return (1 - e) l(s) + e l(-s), the loss under labels of which a share e is wrong, [E].
+
+    Mitchell, A note on DPO with noisy preferences (cDPO), 2023; it is label smoothing.
+
+    Args:
+        scores: As of `bradley_terry`, l.
+        sizes: Likewise.
+        swapped: e, below 1/2.
+    """
+    right, wrong = bradley_terry(scores, sizes), bradley_terry(-scores, sizes)
+    return (1 - swapped) * right + swapped * wrong
+
+
+def unbiased(scores: torch.Tensor, sizes: Sequence[int], swapped: float) -> torch.Tensor:
+    """Return ((1 - e) l(s) - e l(-s)) / (1 - 2 e), whose mean over noise is l of true labels, [E].
+
+    Chowdhury et al., Provably Robust DPO: Aligning Language Models with Noisy Feedback, ICML 2024,
+    arXiv 2403.00409. It can be negative. Arguments as of `conservative`.
+    """
+    right, wrong = bradley_terry(scores, sizes), bradley_terry(-scores, sizes)
+    return ((1 - swapped) * right - swapped * wrong) / (1 - 2 * swapped)
+
+
+def rated(scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the squared errors of scores against the ratings that pairs stand for, means, [E]."""
+    wanted = torch.full_like(scores, REJECTED)
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    wanted[starts.to(scores.device)] = CHOSEN
+    return torch.stack([x.mean() for x in (scores - wanted).square().split(list(sizes))])

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.api.parts import LayerSize
 from effbench.nn.adapters.merge import bias_of, is_adapted, merged_weight, update_of
+from effbench.nn.llama.experts import stacked
 from effbench.nn.llama.stack import keeps_states
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
@@ -137,10 +138,12 @@ def _require_unshared(model: Any) -> None:
 
 def _made(model: Any, config: Any, tensors: Tensors) -> Any:
     """Return the model of a config with the given weights."""
+    attention = "sdpa" if type(model)._supports_sdpa else "eager"
     with torch.device("meta"), no_init_weights():
-        new: Any = type(model)._from_config(config, attn_implementation="sdpa")
+        new: Any = type(model)._from_config(config, attn_implementation=attention)
     new.tie_weights()
     wanted = dict(new.named_parameters())
+    tensors = stacked(new, tensors)
     turned = {n for n, module in new.named_modules() if isinstance(module, Conv1D)}
     ready = {
         name: tensor.t().contiguous() if _is_turned(name, turned) else tensor.contiguous()

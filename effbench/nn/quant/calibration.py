@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effbench.api.batch import Batch
+from effbench.nn.llama.experts import layers_of, routing_only
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.surgery import replace_module
 from effbench.nn.quant.linears import dense_linears
@@ -91,14 +92,22 @@ class Walk:
         seen: list[tuple[str, torch.Tensor]] = []
         with _watched(self.block, self._names[self.index], lambda n, x: seen.append((n, x))):
             self._calls[0][self.index].of(self.block, self._states[0])
-        if sorted(name for name, _ in seen) != sorted(self._names[self.index]):
+        ran, every = [name for name, _ in seen], self._names[self.index]
+        unread = [name for name in every if name not in ran and name in self._of_experts]
+        if sorted([*ran, *unread]) != sorted(every):
             raise UserError(
                 f"Block {self.index} does not run each of its linears once.", BLOCKS_APART
             )
         groups: dict[int, list[str]] = {}
         for name, x in seen:
             groups.setdefault(id(x), []).append(name)
-        return [tuple(names) for names in groups.values()]
+        return [*(tuple(names) for names in groups.values()), *((name,) for name in unread)]
+
+    @property
+    def _of_experts(self) -> tuple[str, ...]:
+        """The linears of the block's experts, each of which reads some of the tokens, or none."""
+        inside = tuple(f"{name}." for name, _ in layers_of(self.block))
+        return tuple(n for n in self._names[self.index] if inside and n.startswith(inside))
 
     @torch.no_grad()
     def inputs(self, group: Sequence[str]) -> Inputs:
@@ -112,7 +121,7 @@ class Walk:
         gram = torch.zeros(d_in, d_in, device=device)
         sums, tokens = torch.zeros(d_in, device=device), 0
         for row in range(len(self._states)):
-            x = self._read(row, group[0])
+            x = self._read(row, group[0], d_in)
             gram.addmm_(x.T, x)
             sums, tokens = sums + x.abs().sum(0), tokens + len(x)
         if not torch.isfinite(gram.sum()):
@@ -122,14 +131,17 @@ class Walk:
             )
         return Inputs(gram, sums / max(tokens, 1))
 
-    def _read(self, row: int, name: str) -> torch.Tensor:
+    def _read(self, row: int, name: str, d_in: int) -> torch.Tensor:
         """Return what a linear reads of a row, [tokens, d_in] float32; nothing after it runs."""
-        with _watched(self.block, [name], _stop):
+        real, x = self._real[row], self._states[row].new_zeros(0, d_in)
+        with _watched(self.block, [name], _stop), routing_only(self.block, real):
             try:
                 self._calls[row][self.index].of(self.block, self._states[row])
             except _Reached as reached:
                 x = reached.x
-        return x.reshape(-1, x.shape[-1])[self._real[row]].float()
+        if name in self._of_experts:
+            return x.float()
+        return x.reshape(-1, d_in)[real].float()
 
     @contextmanager
     def tried(self) -> Iterator[torch.nn.Module]:

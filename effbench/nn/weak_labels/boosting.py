@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
 from effbench.api.method_types import Context
-from effbench.nn.weak_labels import matching, rules, samme, self_training
+from effbench.nn.weak_labels import label_model, matching, rules, samme, self_training
 from effbench.nn.weak_labels.ensemble import Ensemble
 from effbench.nn.weak_labels.judging import Judge
 from effbench.nn.weak_labels.pool import HIDDEN, Pool
@@ -52,6 +52,10 @@ class Settings:
     judge: Judge
     given: Sequence[Rule] = field(default_factory=tuple)
     """Rules to start from."""
+    combined_by: label_model.By = "votes"
+    """What several rules that fire on a row say together."""
+    patience: int = 0
+    """Rounds without a better ensemble after which no more candidates are made; 0 goes on."""
 
 
 class Boosting(Evolution):
@@ -78,6 +82,8 @@ class Boosting(Evolution):
         """Whether the present classifier has anything to learn that the one before had not."""
         self.targets = torch.full_like(pool.labels, HIDDEN)
         self.soft = torch.zeros(len(pool.texts), ensemble.classes)
+        self.accuracies: list[float] = []
+        """Of the ensemble on the weighed rows, after each classifier."""
 
     # -- the training's hooks ------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class Boosting(Evolution):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values; rules as lines."""
-        names = ("weights", "targets", "soft", "member", "learns")
+        names = ("weights", "targets", "soft", "member", "learns", "accuracies")
         return {n: getattr(self, n) for n in names} | {"rules": [r.line() for r in self.judged]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,6 +155,7 @@ class Boosting(Evolution):
         for name in ("weights", "targets", "soft"):
             setattr(self, name, state[name].cpu())
         self.member, self.learns = state["member"], state["learns"]
+        self.accuracies = list(state.get("accuracies", []))
         self.judged = [rules.parse(line) for line in state["rules"]]
 
     # -- rounds --------------------------------------------------------------------------------
@@ -188,15 +195,33 @@ class Boosting(Evolution):
         if vote > 0:
             self.ensemble.votes[self.member] = vote
             self.weights = samme.reweighted(self.weights, wrong, vote)
+        found = self.ensemble.probabilities(self.features[rows], "probability").argmax(1).cpu()
+        self.accuracies.append(float((found == self.pool.labels[rows]).double().mean()))
+
+    @property
+    def _stalls(self) -> bool:
+        """Whether the last `patience` classifiers made the ensemble no better than it was."""
+        most = self.settings.patience
+        lately, before = self.accuracies[-most:], self.accuracies[:-most]
+        return bool(most and before) and max(lately) <= max(before)
 
     def _labels(self, kept: Sequence[Rule]) -> torch.Tensor:
         """Return the class of each row that is learnt from: true or weak; HIDDEN for others."""
-        weak = matching.weak_labels(
-            self.matcher.scores(kept),
-            [r.sigma for r in kept],
-            [r.label for r in kept],
-            self.soft.shape[1],
-        )
+        scores, labels = self.matcher.scores(kept), [r.label for r in kept]
+        sigmas, classes = [r.sigma for r in kept], self.soft.shape[1]
+        if self.settings.combined_by == "votes":
+            weak = matching.weak_labels(scores, sigmas, labels, classes)
+        else:
+            known = torch.full_like(self.pool.labels, HIDDEN)
+            known[self.pool.learnt] = self.pool.labels[self.pool.learnt]
+            weak = label_model.weak_labels(
+                scores >= torch.tensor(sigmas),
+                labels,
+                known,
+                classes,
+                self.settings.combined_by,
+                self.ctx.seed,
+            )
         weak[self.pool.weighed] = HIDDEN
         weak[self.pool.learnt] = self.pool.labels[self.pool.learnt]
         return weak
@@ -206,7 +231,7 @@ class Boosting(Evolution):
     def _discovered(self, member: int) -> list[Rule]:
         """Return the rules of a round, judged; those that were kept with their threshold."""
         lately = [r for r in self.judged if r.round >= member - PATIENCE]
-        if member > PATIENCE and not rules.accepted(lately):
+        if self._stalls or (member > PATIENCE and not rules.accepted(lately)):
             return []
         candidates = self._with_evidence(list(self._candidates(member)))
         judged = self.settings.judge.decide(candidates)

@@ -2,10 +2,10 @@
 
     s(x, r) = beta cos(e(x), e(x_r)) + (1 - beta) |v_x & v_r| / |v_r|     fires where s >= sigma
 
-    s(x, r) = beta cos(e(x), e(x_r)) + (1 - beta) |v_x & v_r| / |v_r|   it fires where s >= sigma
-1 (states of a causal model are anisotropic); v_x are the words that the model expects after x. That
-both parts are weighed against each other is the paper's; beta and the centring are our choices, and
-that a rule never fires on a text without any of its words.
+e(x) is the mean state of a text, less the mean over all unlabelled ones, over its length, so that
+cosines are of what differs (states of a causal model are anisotropic); v_x are the words that the
+model expects after x. That both parts are weighed against each other is the paper's; beta and the
+centring are our choices, and that a rule never fires on a text without any of its words.
 """
 
 from __future__ import annotations

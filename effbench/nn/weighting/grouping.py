@@ -52,6 +52,20 @@ def first_weights(evidence: Evidence, uncertainty: float, disagreement: float) -
     return len(score) * score.clamp(-MOST_SCORE, MOST_SCORE).softmax(0)
 
 
+def easiest(margins: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Return weights [n] with mean 1: alike for pairs that proxies are surest of, 0 for others.
+
+    Args:
+        margins: [n, E], each of a proxy that had not seen the pair.
+        fraction: Of the pairs that stays.
+    """
+    count = max(1, round(fraction * len(margins)))
+    best = margins.mean(1).argsort(descending=True, stable=True)[:count].cpu()
+    weights = torch.zeros(len(margins), dtype=torch.float64)
+    weights[best] = len(margins) / count
+    return weights
+
+
 class Groups(NamedTuple):
     """Which group each pair is in, [n], and what the groups are called."""
 

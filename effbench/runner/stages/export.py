@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -165,7 +165,7 @@ def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
             f"It was trained on {work.method.weights} weights: load its base so for the same "
             "answers, or write a whole model with --to transformers."
         )
-    peft_lora.write_adapter(adapter, new, name, stack.turned_in_files(work.model))
+    peft_lora.write_adapter(adapter, new, replace(peft_lora.base_of(work.model), name=name))
     return "peft"
 
 

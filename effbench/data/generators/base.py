@@ -1,0 +1,87 @@
+"""What a generator of rows is, and how it is found: by the name of its file in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+from effbench.api.spec import DatasetSpec
+from effbench.data.readers import Row
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.package_data import only_class
+
+
+class Generator:
+    """Base of all generators: the same seed gives the same rows, on any machine."""
+
+    name: ClassVar[str] = ""
+    """The name of its file; set when it is found."""
+    parts: ClassVar[tuple[str, ...]] = ("all",)
+    """What `dataset.splits` can name: sets of rows that have none in common."""
+    seeded: ClassVar[bool] = False
+    """Whether it has a draw for each seed (`dataset.subset`); else there is one."""
+
+    def rows(self, part: str, seed: int) -> Iterable[Row]:
+        """Return the rows of a part, always the same."""
+        raise NotImplementedError
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all generators, sorted."""
+    own = {"__init__", Path(__file__).stem}
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in own))
+
+
+@cache
+def find(name: str) -> Generator:
+    """Return the generator called `name`.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if name not in names():
+        raise UserError(f"There is no generator {name!r}.", did_you_mean(name, names()))
+    generator: type[Generator] = only_class(f"effbench.data.generators.{name}", Generator)
+    generator.name = name
+    return generator()
+
+
+def sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
+    """Return the rows of each split of a generated dataset.
+
+    Raises:
+        UserError: For an unknown generator or part, and a seed that is none.
+    """
+    generator, seed = find(spec.id), _seed_of(spec)
+    for part in parts_of(spec).values():
+        if part not in generator.parts:
+            raise UserError(
+                f"The generator {generator.name} makes no part {part!r}.",
+                did_you_mean(part, generator.parts),
+            )
+    return {split: generator.rows(part, seed) for split, part in parts_of(spec).items()}
+
+
+def parts_of(spec: DatasetSpec) -> dict[str, str]:
+    """Return which part each split is."""
+    return spec.splits or {"all": "all"}
+
+
+def _seed_of(spec: DatasetSpec) -> int:
+    if not spec.subset:
+        return 0
+    if not find(spec.id).seeded:
+        raise UserError(
+            f"dataset.subset={spec.subset} is a seed, and the generator {spec.id} takes none.",
+            "Leave it out.",
+        )
+    try:
+        return int(spec.subset)
+    except ValueError:
+        raise UserError(
+            f"dataset.subset={spec.subset} is no seed of the generator {spec.id}.",
+            "Give a whole number.",
+        ) from None
