@@ -220,12 +220,13 @@ def compare(
         UserError: When one is not there, or they have nothing to compare.
     """
     from effbench.report.comparison.compare import compare as compare_records
-    from effbench.results.records import find, read_all
+    from effbench.report.facts import told_of
+    from effbench.results.lookup import find
 
     given = next((run.results for run in runs if isinstance(run, Run)), results)
-    folder = _folder(results or given) / "records"
-    records = [run.record if isinstance(run, Run) else find(folder, run) for run in runs]
-    known = read_all(folder, outcomes=False)
+    store = Store(_folder(results or given))
+    records = [run.record if isinstance(run, Run) else find(store.records, run) for run in runs]
+    known = told_of(records, store)
     return Compared(compare_records(records, known, margins or {}))
 
 

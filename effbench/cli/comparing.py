@@ -97,8 +97,10 @@ def compare(
     from effbench.report.comparison.compare import compare as compare_records
     from effbench.report.comparison.compare import margins_of
     from effbench.report.comparison.select import Selection, criterion_of, select_points
+    from effbench.report.facts import told_of
     from effbench.report.terminal import print_comparison
-    from effbench.results.records import find, read_all
+    from effbench.results.lookup import find
+    from effbench.results.store import Store
     from effbench.results.sweeps import tunings
     from effbench.results.tunings import tuned_together
 
@@ -113,7 +115,8 @@ def compare(
             "Leave one of the two out.",
         )
     records = [find(results / "records", r) for r in runs]
-    known = read_all(results / "records", outcomes=False)
+    tuned = [*tunings(results), *tuned_together(results)]
+    known = told_of(records, Store(results), tuned)
     chosen = Selection(records, [])
     if select:
         chosen = select_points(records, criterion_of(select), known)
@@ -123,7 +126,7 @@ def compare(
         margins_of(margin or []),
         chosen.words,
         same_points=same_points,
-        tunings=[*tunings(results), *tuned_together(results)],
+        tunings=tuned,
     )
     if form == "text":
         print_comparison(found, full)
@@ -185,14 +188,14 @@ def power(
       effbench power --discordance 0.08 --plot power.png
     """
     from effbench.report.power import Wanted, estimate, render, stated
-    from effbench.results.records import find, read_all
+    from effbench.results.lookup import earlier, find
 
     wanted = Wanted(tuple(difference or ()), items, seeds, power, alpha)
     keys = [*(from_ or []), *(runs or [])]
     folder = results / "records"
     if keys:
-        known = read_all(folder, outcomes=False)
-        case = estimate([find(folder, key) for key in keys], metric, task, known)
+        chosen = [find(folder, key) for key in keys]
+        case = estimate(chosen, metric, task, earlier(chosen, folder))
         case = case.override(discordance, sd, seed_sd)
     else:
         case = stated(accuracy, discordance, sd, seed_sd)

@@ -11,8 +11,8 @@ from effbench.report.flips import flips, flips_text
 from effbench.report.gate.arms import arm
 from effbench.report.gate.policy import policy_in
 from effbench.report.gate.verdict import Judgement, judge
-from effbench.results.records import read_all
-from effbench.results.store import Store
+from effbench.results.records import read
+from effbench.results.store import Store, record_files
 from effbench.util.errors import UserError
 
 
@@ -30,8 +30,7 @@ def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
     """
     own = options("policy").get(str(policy))
     rules, folder = policy_in(own or policy), results / "records"
-    known = read_all(folder, outcomes=False)
-    sides = arm(run, folder, known), arm(base, folder, known)
+    sides = arm(run, folder), arm(base, folder)
     return judge(rules, sides[0], sides[1], lambda metric: evaluator_of(metric, folder))
 
 
@@ -48,8 +47,7 @@ def flips_of(runs: Sequence[str], results: Path, most: int) -> str:
     """
     if len(runs) != 2:
         raise UserError("--flips is between two runs.", "For example: compare 3f2a 91bc --flips 5")
-    known = read_all(results / "records", outcomes=False)
-    first, second = (arm(ref, results / "records", known) for ref in runs)
+    first, second = (arm(ref, results / "records") for ref in runs)
     found = flips(first, second)
     return "\n\n".join(flips_text(f, first, second, Store(results), most) for f in found)
 
@@ -64,5 +62,6 @@ def evaluator_of(metric: str, folder: Path) -> str:
     for name in registry.names("evaluators"):
         if registry.find("evaluators", name).headline == metric:
             return name
-    kept = (o for record in read_all(folder) for o in record.outcomes)
+    measured = (read(path) for path in record_files(folder) if metric in path.read_text("utf-8"))
+    kept = (o for record in measured for o in record.outcomes)
     return next((o.evaluator for o in kept if o.metric == metric), "")

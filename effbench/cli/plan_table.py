@@ -30,10 +30,22 @@ def planned(campaign: Campaign, form: Form = "terminal") -> str:
     lines = [
         f"Each cell once for {len(campaign.seeds)} seed(s). Memory is the highest peak of a phase; "
         "the least time is that at the machine's peak. Modelled, not measured.",
+        *_before(campaign),
         *paper_lines(campaign),
         f"Run it: {campaign.command}",
     ]
     return with_lines([table], lines, form)
+
+
+def _before(campaign: Campaign) -> list[str]:
+    """Return what has to run before the cells and is in none of them."""
+    said = []
+    if campaign.start:
+        said.append(f"Not in it: the run of experiment={campaign.start}, which all go on from.")
+    if campaign.tune:
+        trials = len(campaign.tune.grid())
+        said.append(f"Not in it: tuning, at least {trials} trials of each arm that trains.")
+    return said
 
 
 def _rows(campaign: Campaign, arm: str, first: str, *later: str) -> list[tuple[Cell, ...]]:

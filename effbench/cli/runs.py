@@ -92,7 +92,7 @@ def show(
     ] = False,
 ) -> None:
     """Show the metrics of a finished run."""
-    from effbench.results.records import find
+    from effbench.results.lookup import find
 
     record = find(results / "records", run)
     if spec:

@@ -16,11 +16,13 @@ from effbench.api.schema import build
 from effbench.report.claims import Claim, Verdict
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
+from effbench.report.facts import told_of
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.scales import SCALES, Cells, Scale
 from effbench.report.tuned import Tuned
 from effbench.report.tuning import Tuning
-from effbench.results.records import Record, read, read_all
+from effbench.results.records import Record, read
+from effbench.results.store import Store
 from effbench.results.tunings import tuned_together
 from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
@@ -75,16 +77,12 @@ class Campaign:
         if scale not in self.scales:
             has = ", ".join([self.scale, *self.scales])
             raise UserError(f"{self.name} has no cells of scale {scale}.", f"It has: {has}.")
-        own = {f.name: getattr(self.scales[scale], f.name) for f in fields(Cells)}
-        name = f"{self.name}{AT}{scale}"
-        bare: dict[str, Any] = {
-            "scales": {},
-            "verdict": None,
-            "points": "",
-            "start": "",
-            "tune": None,
+        cells = self.scales[scale]
+        own = {
+            f.name: value for f in fields(Cells) if (value := getattr(cells, f.name)) is not None
         }
-        return replace(self, name=name, scale=scale, **bare, **own)
+        bare: dict[str, Any] = {"scales": {}, "verdict": None, "points": ""}
+        return replace(self, name=f"{self.name}{AT}{scale}", scale=scale, **bare, **own)
 
     @property
     def command(self) -> str:
@@ -130,9 +128,9 @@ class Campaign:
         """
         arms = self.records(results)
         names = {"+".join(r.key for r in rs): arm for arm, rs in arms.items()}
-        known = read_all(results / "records", outcomes=False)
         runs = [record for records in arms.values() for record in records]
         tunings = tuned_together(results)
+        known = told_of(runs, Store(results), tunings)
         return compare(runs, known, names=names, same_points=same_points, tunings=tunings)
 
     def tuned(self, results: Path) -> list[str]:

@@ -12,7 +12,7 @@ from effbench.report.plots.canvas import Size
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.plots.forest import forest_plot
 from effbench.report.plots.seeds import Line, seeds_plot
-from effbench.report.verdicts import earlier
+from effbench.results.lookup import earlier
 from effbench.results.records import Record
 from effbench.results.store import Store
 from effbench.util.errors import UserError

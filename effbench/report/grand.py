@@ -21,7 +21,8 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
 from effbench.report.comparison.versions import of_versions
 from effbench.report.table import Value, as_value, points
-from effbench.report.verdicts import Tested, earlier, retested
+from effbench.report.verdicts import Tested, retested
+from effbench.results.lookup import earlier
 from effbench.results.records import Outcomes, Record
 from effbench.stats import Difference
 from effbench.util import yamls
@@ -87,11 +88,14 @@ class Row:
     """From the first row of its group, in the unit of the value, with a 95 % interval."""
     letters: str
     weight_bytes: float | None
+    flops_per_token: float | None
+    """Of decoding, counted from the shape."""
     tokens_per_second: Value | None
     """Of decoding, where a record has it."""
     train_tokens: float | None
     """Of the run and those that it went on from, a mean over seeds."""
-    train_seconds: float | None
+    train_layer_forwards: float | None
+    """Positions times layers, counted as they were trained."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +277,10 @@ def _row(row: Compared, member: Member, known: Sequence[Record]) -> Row:
         _exact(d) if d else None,
         row.letters,
         _mean([_at(r, "weight_bytes", row.point) for r in member.records]),
+        _mean([_at(r, "flops_per_token", row.point) for r in member.records]),
         speed,
         _mean([_summed(own, "train_tokens") for own in runs]),
-        _mean([_summed(own, "phase_seconds") for own in runs]),
+        _mean([_summed(own, "train_layer_forwards") for own in runs]),
     )
 
 

@@ -111,16 +111,18 @@ def _pair(system: System) -> tuple[str, str]:
 
 def _wide(group: Group) -> Table:
     """Return a group with all its columns."""
+    speed = any(row.tokens_per_second for row in group.rows)
     rows: list[tuple[Cell, ...]] = [
         (
             *(row.table, row.name, row.seeds),
             *(row.value._replace(unit=""), row.difference, row.letters),
-            *(_bytes(row), row.tokens_per_second, row.train_tokens, row.train_seconds),
+            *(_bytes(row), row.flops_per_token, *_cost(row, speed), row.train_layer_forwards),
         )
         for row in group.rows
     ]
     columns = ("table", "row", "seeds", group.ground.metric, "difference", "letters")
-    cost = ("weight bytes", "tokens/s", "training tokens", "training s")
+    paid = (*(("tokens/s",) if speed else ()), "training tokens", "layer forwards")
+    cost = ("weight bytes", "FLOPs/token", *paid)
     return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
 
 

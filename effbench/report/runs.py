@@ -7,19 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
-from effbench.report import labels, table
-from effbench.report.labels import ABSENT, command_of
-from effbench.report.table import RUN_COLUMNS, Cell, Table, readable, run_row
-from effbench.results.index import summaries
+from effbench.report.facts import facts
+from effbench.report.labels import ABSENT
+from effbench.report.table import RUN_COLUMNS, Cell, Table, readable
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from effbench.results.records import Record
 
 FILTERS = ("key", "stage", "method", "model", "dataset", "seed", "state")
 """What runs are chosen by."""
@@ -191,14 +185,7 @@ def _fits(text: str, values: Iterable[str], name: str) -> bool:
 
 
 def _finished(store: Store) -> list[Listed]:
-    code = [Path(module.__file__ or "") for module in (table, labels)]
-    kept = summaries(store, _summary, [Path(__file__), *code])
-    return [Listed(*(*texts, "finished")) for texts in kept]
-
-
-def _summary(record: Record) -> tuple[str, ...]:
-    row = ("" if text == ABSENT else text for text in run_row(record)[2:])
-    return record.key, record.started, *row, command_of(record)
+    return [Listed(*kept[:-3], "finished") for kept in facts(store)]
 
 
 def _unfinished(store: Store) -> Iterator[Listed]:

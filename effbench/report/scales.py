@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from effbench.report.tuning import Tuning
+
 Scale = Literal["mechanism", "offline", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
@@ -26,3 +28,7 @@ class Cells:
     arms: dict[str, list[str]]
     """As those of the table."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    start: str | None = None
+    """As that of the table, which it is where none is named; empty for none."""
+    tune: Tuning | None = None
+    """As that of the table, which it is where none is named."""

@@ -275,12 +275,12 @@ def as_value(metric: Metric) -> Value:
 
 
 def show(cell: Cell) -> str:
-    """Return a cell as a person reads it."""
+    """Return a cell as a person reads it, in one line."""
     if cell is None or cell == "":
         return ABSENT if cell is None else ""
-    if isinstance(cell, str | Value):
-        return str(cell)
-    return readable(cell)
+    if isinstance(cell, str):
+        return " ".join(cell.splitlines())
+    return str(cell) if isinstance(cell, Value) else readable(cell)
 
 
 def readable(value: float, unit: str = "") -> str:

@@ -16,7 +16,8 @@ from effbench.report.comparison.compare import compare
 from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.select import REPORTED
 from effbench.report.table import Value, points
-from effbench.results.records import Record, read
+from effbench.results.lookup import earlier
+from effbench.results.records import Record
 from effbench.stats import finding, holm
 from effbench.util.errors import UserError, did_you_mean
 
@@ -89,19 +90,6 @@ def line(campaign: Campaign, results: Path) -> list[str]:
     parts += [f"Rests on: {'; '.join(map(str, found))}."] if found else []
     parts += [f"Rests on: {verdict.bench}."] if verdict.bench else []
     return [*said, " ".join(parts)]
-
-
-def earlier(records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return the runs that others went on from, as far as their records are there."""
-    found: dict[str, Record] = {}
-    parents = [record.parent for record in records]
-    while parents:
-        key = parents.pop()
-        path = folder / f"{key}.json"
-        if key and key not in found and path.is_file():
-            found[key] = read(path, outcomes=False)
-            parents.append(found[key].parent)
-    return list(found.values())
 
 
 # -- one pair ----------------------------------------------------------------------------------

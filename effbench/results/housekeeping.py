@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.results import records
+from effbench.results.index import heads
 from effbench.results.store import RunFolder, Store, record_files
 from effbench.util.errors import UserError
 from effbench.util.files import remove, tree_bytes
@@ -108,8 +108,7 @@ def _refuse_running(folder: RunFolder) -> None:
 
 def _heirs(store: Store, key: str) -> set[str]:
     """Return the runs that started from a run."""
-    recorded = records.read_all(store.records, outcomes=False)
-    found = {record.key for record in recorded if record.parent == key}
+    found = {head.key for head in heads(store.records, store.index) if head.parent == key}
     folders = (store.run(k) for k in store.run_keys())
     return found | {folder.key for folder in folders if folder.parent() == key}
 

@@ -1,21 +1,23 @@
-"""What lists say of each record, kept beside the run folders, so that a file is parsed once.
+"""What commands ask of all records, kept beside the run folders, so that a file is parsed once.
 
-An entry holds while name, size, time and inode of its file and the code that made it are the same;
-it can be deleted at any time, and two processes that write it at once leave one of the two.
+An entry holds while name, size, time and inode of its file and the code that made it are the same.
+The file can be deleted at any time: it is written whole and moved into its place, needs no lock,
+and two processes that write it at once leave one of the two; what it lacks is read from records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.results import records
-from effbench.results.store import Store, keep_out_of_git, record_files
+from effbench.results.store import Store, is_record, keep_out_of_git
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.seals import sealed, unsealed
@@ -25,6 +27,25 @@ if TYPE_CHECKING:
 
 READERS = [Path(__file__).with_name(f"{name}.py") for name in ("records", "migrations")]
 """The code that reads records, which is imported when there is one to read."""
+
+
+class Head(NamedTuple):
+    """What is kept of a record whatever is asked of it."""
+
+    started: str
+    key: str
+    seconds: float
+    """Of the run."""
+    parent: str
+
+    @property
+    def ended(self) -> float:
+        """When the run finished, in seconds since the epoch."""
+        return records.ended(self.started, self.seconds)
+
+
+Entry = list[Any]
+"""Size, time and inode of a file; its `Head`; texts."""
 
 SETTLED_SECONDS = 2.0
 """Age from which a file that has changed once more has another time, on any file system."""
@@ -43,36 +64,83 @@ def summaries(
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    code = _digest(*(path.read_bytes() for path in (*READERS, *made_by)))
+    code = _code(made_by)
     known = _kept(store.index, code)
-    found, settled, now = dict[str, list[Any]](), dict[str, list[Any]](), time.time()
-    for path in record_files(store.records):
-        try:
-            stat = path.stat()
-        except OSError:
-            records.read(path)  # says what is wrong with it
-            raise
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        entry = known.get(path.name)
+    found, settled, now = dict[str, Entry](), dict[str, Entry](), time.time()
+    for name, mark in sorted(_marks(store.records).items()):
+        entry = known.get(name)
         if entry is None or entry[0] != mark:
-            record = records.read(path, outcomes=False)
-            entry = [mark, [record.started, record.key], list(summarise(record))]
-        found[path.name] = entry
-        if now - stat.st_mtime > SETTLED_SECONDS:
-            settled[path.name] = entry
+            record = records.read(store.records / name, outcomes=False)
+            entry = [mark, [*head_of(record)], list(summarise(record))]
+        found[name] = entry
+        if now - mark[1] / 1e9 > SETTLED_SECONDS:
+            settled[name] = entry
     if settled != known:
         with suppress(UserError, OSError):  # an index that cannot be written is none
             keep_out_of_git(store.runs)
-            text = json.dumps({"code": code, "entries": settled})
+            kept = {"code": code, "reader": _code(()), "entries": settled}
+            text = json.dumps(kept, separators=(",", ":"))
             write_atomic(store.index, sealed(text, store.index.name))
     return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
 
 
-def _kept(place: Path, code: str) -> dict[str, list[Any]]:
+def heads(folder: Path, index: Path) -> list[Head]:
+    """Return what is kept of each record whatever is asked of it, oldest first.
+
+    The index is used as far as it holds, and not written.
+
+    Args:
+        folder: Of the records.
+        index: The file of a `Store`; it need not be there.
+
+    Raises:
+        UserError: That names the first file that cannot be read.
+    """
+    known, found = _kept(index, _code(()), "reader"), list[Head]()
+    for name, mark in sorted(_marks(folder).items()):
+        entry = known.get(name)
+        fits = entry is not None and entry[0] == mark
+        found.append(Head(*entry[1]) if entry and fits else _head(folder / name))
+    return sorted(found)
+
+
+def _head(path: Path) -> Head:
+    return head_of(records.read(path, outcomes=False))
+
+
+def head_of(record: Record) -> Head:
+    """Return what is kept of a record whatever is asked of it."""
+    return Head(record.started, record.key, record.seconds, record.parent)
+
+
+def _marks(folder: Path) -> dict[str, list[int]]:
+    """Return size, time and inode of the file of each record, by its name."""
+    if not folder.is_dir():
+        return {}
+    found = {}
+    with os.scandir(folder) as files:
+        for file in files:
+            if not is_record(file.name):
+                continue
+            try:
+                stat = file.stat()
+            except OSError:
+                records.read(folder / file.name)  # says what is wrong with it
+                raise
+            found[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return found
+
+
+def _code(made_by: Sequence[Path]) -> str:
+    """Return a digest of the code that entries depend on."""
+    return _digest(*(path.read_bytes() for path in (*READERS, *made_by)))
+
+
+def _kept(place: Path, code: str, made_by: str = "code") -> dict[str, Entry]:
     """Return the entries in a cache file that the same code made; none when it is damaged."""
     try:
         kept = json.loads(unsealed(place.read_text(), place.name))
-        return kept["entries"] if kept["code"] == code else {}
+        return kept["entries"] if kept[made_by] == code else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -12,12 +12,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import NoneType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.results.store import record_files
-from effbench.util.errors import CONTROL, NewerVersionError, UserError, did_you_mean, printable
+from effbench.util.errors import CONTROL, NewerVersionError, UserError, printable
 from effbench.util.files import write_atomic
 from effbench.util.seals import seal_of
 
@@ -105,11 +107,21 @@ class Record:
     @property
     def ended(self) -> float:
         """When the run finished, in seconds since the epoch."""
-        return datetime.fromisoformat(self.started).timestamp() + self.seconds
+        return ended(self.started, self.seconds)
 
     def name_of(self, part: str) -> str:
         """Return the name of the `method`, `model` or `dataset`, or an empty string."""
         return str((self.spec.get(part) or {}).get("name", ""))
+
+
+def ended(started: str, seconds: float) -> float:
+    """Return when a run finished, in seconds since the epoch.
+
+    Args:
+        started: When it began, ISO 8601.
+        seconds: How long it took.
+    """
+    return datetime.fromisoformat(started).timestamp() + seconds
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -193,36 +205,6 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
     return sorted(records, key=lambda r: (r.started, r.key))
 
 
-def find(folder: Path, ref: str) -> Record:
-    """Return the record that a person means.
-
-    Args:
-        folder: Folder of the records.
-        ref: A key, at least four digits that begin only one key, or `latest`.
-
-    Raises:
-        UserError: When none or several fit, with the keys that come near.
-    """
-    paths = {path.stem: path for path in record_files(folder)}
-    if not paths:
-        raise UserError(f"There are no records in {folder}.", "Run effbench train first.")
-    if ref == "latest":
-        newest = max(read_all(folder, outcomes=False), key=lambda r: r.ended)
-        return read(paths[newest.key])
-    if ref in paths:
-        return read(paths[ref])
-    fits = [key for key in paths if len(ref) >= 4 and key.startswith(ref)]
-    if len(fits) == 1:
-        return read(paths[fits[0]])
-    if fits:
-        raise UserError(f"{ref!r} fits {len(fits)} records.", f"They are: {', '.join(fits[:6])}.")
-    if any(key.startswith(ref) for key in paths):
-        raise UserError(f"{ref!r} is too short to name a record.", "Give at least four digits.")
-    raise UserError(
-        f"There is no record {ref!r}.", did_you_mean(ref, paths) + " See: effbench runs"
-    )
-
-
 def as_now(records: Sequence[Record]) -> list[Record]:
     """Return records whose specs have the fields that came since, so that specs can be compared."""
     from effbench.api.keys import completed
@@ -304,21 +286,40 @@ _KINDS: dict[str, tuple[type, ...]] = {
 """What a field may hold, by the head of its annotation (this file must not import pydantic)."""
 
 
-def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
-    known = {part.name: part for part in fields(cls)}  # type: ignore[arg-type]
-    unknown = values.keys() - known
-    if unknown and all(name in values for name, part in known.items() if _required(part)):
-        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
-    for part in known.values():
-        if part.name not in values:
-            continue
+class _Part(NamedTuple):
+    """What is held of a field when a record is read."""
+
+    number: bool
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...]
+    """None of them where any value of its kind will do."""
+
+
+@cache
+def _parts(cls: type) -> tuple[dict[str, _Part], frozenset[str]]:
+    """Return the fields of a class by name, and the names of those that cannot be missing."""
+    found = {}
+    for part in fields(cls):
         annotation = str(part.type)
-        value = values[part.name]
-        if annotation.startswith("float") and value is not None and not isinstance(value, bool):
-            value = values[part.name] = float(value)
-        right = isinstance(value, _KINDS[annotation.partition("[")[0]])
-        if not right or (annotation == "Obtained" and value not in get_args(Obtained)):
-            raise TypeError(f"{where}.{part.name} cannot be {value!r}")
+        kinds = _KINDS[annotation.partition("[")[0]]
+        choices = get_args(Obtained) if annotation == "Obtained" else ()
+        found[part.name] = _Part(annotation.startswith("float"), kinds, choices)
+    return found, frozenset(part.name for part in fields(cls) if _required(part))
+
+
+def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
+    known, required = _parts(cls)  # type: ignore[arg-type]
+    unknown = values.keys() - known
+    if unknown and required <= values.keys():
+        raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
+    for name, value in values.items():
+        if name not in known:
+            continue
+        part = known[name]
+        if part.number and type(value) not in (float, bool, NoneType):
+            value = values[name] = float(value)
+        if not isinstance(value, part.kinds) or (part.choices and value not in part.choices):
+            raise TypeError(f"{where}.{name} cannot be {value!r}")
     return cls(**values)
 
 

@@ -268,8 +268,15 @@ class RunFolder:
 
 def record_files(folder: Path) -> list[Path]:
     """Return the files of the records in a folder, sorted by key."""
-    found = (path for path in folder.glob("*.json") if not path.name.startswith("."))
-    return sorted(found, key=lambda path: path.name)
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as files:
+        return [folder / name for name in sorted(f.name for f in files if is_record(f.name))]
+
+
+def is_record(name: str) -> bool:
+    """Whether a file of that name is a record, and not one that is being written."""
+    return name.endswith(".json") and not name.startswith(".")
 
 
 def keep_out_of_git(runs: Path) -> None:

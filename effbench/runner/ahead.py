@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from effbench.config.compose import compose
 from effbench.report.campaign import Campaign
@@ -42,24 +43,29 @@ class Ahead:
         )
 
 
-def ahead(campaign: Campaign) -> Ahead:
+def ahead(campaign: Campaign, results: Path) -> Ahead:
     """Return the most that a campaign takes, from its file alone.
+
+    Args:
+        campaign: What is to be run.
+        results: Folder of runs and records, where an arm may name one that it goes on from.
 
     Raises:
         UserError: When its start, or the first command of an arm, is none.
     """
     trials, others = set(_trials(campaign)), set(_reported(campaign))
+    place = f"run.results={results}"
 
     @cache
     def most(command: str, first: bool) -> int | None:
         stage, *words = command.split()
         if stage != "train":
             return 0
-        return _tokens([f"experiment={campaign.experiment}", *words], first)
+        return _tokens([f"experiment={campaign.experiment}", *words, place], first)
 
     taken = [most(steps[-1], len(steps) == 1) for _, steps in (*trials, *others)]
     if campaign.start:
-        taken.append(_tokens([f"experiment={campaign.start}"], True))
+        taken.append(_tokens([f"experiment={campaign.start}", place], True))
     return Ahead(
         len(trials),
         len(others) + bool(campaign.start),

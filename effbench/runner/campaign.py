@@ -7,6 +7,7 @@ an earlier version made counts too, and this is said.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     Raises:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
-    say(ahead(campaign).sentence())
+    say(ahead(campaign, results).sentence())
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
     if campaign.tune:
         runs.tune(campaign.tune)
@@ -59,11 +60,14 @@ def _start(experiment: str, results: Path, say: Say) -> str:
     """Return the key of the run that all arms go on from, made if it is missing; else nothing."""
     if not experiment:
         return ""
-    job = compose(
-        None, [f"experiment={experiment}", "run.progress=false", f"run.results={results}"]
-    )
+    job = compose(None, [f"experiment={experiment}", *_place(results)])
     say(f"effbench {job.spec.stage} experiment={experiment}")
     return execute(job).key
+
+
+def _place(results: Path) -> list[str]:
+    """Return the words of where a run is kept, and of whether it shows how far it is."""
+    return [f"run.progress={str(sys.stderr.isatty()).lower()}", f"run.results={results}"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class _Runs:
                 *words,
                 *([] if stage == "eval" else [f"seed={seed}"]),
             ]
-            place = ["run.progress=false", f"run.results={self.results}"]
+            place = _place(self.results)
             if split and number == len(steps) - 1:
                 words += judged(compose(stage, [*words, *place]).spec.evaluators, split, words)
             self.say(f"effbench {stage} {' '.join(words)}")

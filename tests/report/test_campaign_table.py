@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from effbench.cli.main import app
 from effbench.cli.tables import campaign_named, listed
 from effbench.report.campaign import Campaign, campaign_in, write_tables
-from effbench.report.campaign_table import rendered
+from effbench.report.campaign_table import rendered, with_lines
 from effbench.report.table import Table, as_latex
 from effbench.results.records import write
 from effbench.util.errors import UserError
@@ -78,6 +78,16 @@ def test_latex_prints_what_the_cells_say(campaign: Campaign, tmp_path: Path) -> 
     rules = re.findall(r"\\(?:top|mid|bottom)rule", text)
     assert rules == [r"\toprule", r"\midrule", r"\bottomrule"]
     assert all(line.startswith("%") for line in text.splitlines() if "Asked" in line)
+
+
+def test_a_hostile_label_is_text_in_one_line_of_every_form() -> None:
+    hostile = "<img src=x onerror=alert(1)> | \\x [b] $\n| y |\n</td>"
+    table = Table("", ("row", "value"), [(hostile, 1.5), ("plain", 2)])
+    assert len(table.text().splitlines()) == len(table.markdown().splitlines()) == 4
+    assert "<" not in table.markdown() and " | y" not in table.markdown().replace("\\|", "")
+    assert "<img" not in table.html()
+    with_rule = with_lines([table], [], "latex")
+    assert with_rule.count("\\\\\n") == 3 and "<" not in with_rule
 
 
 def test_every_character_of_latex_is_escaped() -> None:

@@ -261,7 +261,7 @@ def test_bad_input_is_named_and_leaves_the_older_file(
     [
         (f"Seeds: {'lora, rank=8: 3; ' * 40}", "Seeds"),
         (f"loss, against none. Higher: {'lora; ' * 90}", "loss, against none"),
-        ("word " * 200, f"{'word ' * 39}word …"),
+        ("word " * 200, f"{'word ' * 27}word … {'word ' * 13}"),
     ],
 )
 def test_a_long_sentence_is_folded_under_a_short_line(line: str, summary: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from effbench.report.comparison.budgets import tuning_trials
+from effbench.report.comparison.budgets import Tried
 from effbench.report.comparison.compare import compare, margins_of
 from effbench.report.comparison.contrast import Side, p_of_difference
 from effbench.report.comparison.seeds import grouped
@@ -572,7 +572,7 @@ def test_seeds_on_copies_of_a_folder_are_one_group() -> None:
         record = with_part(record, "model", **whole, path=f"/there/{seed}")
         rows.append(with_part(record, "dataset", **whole, files={"all": f"/there/{seed}.csv"}))
     assert len(compare(rows).labels) == 1
-    assert tuning_trials(rows[0], rows) == 1
+    assert Tried(rows).of(rows[0]) == 1
     other = with_part(rows[1], "dataset", files={"all": "/there/1.jsonl"})
     assert len(compare([rows[0], other]).labels) == 2
 
@@ -583,8 +583,8 @@ def test_tuning_trials_are_settings_that_were_tried_at_the_same_budget() -> None
     longer = run("lora", {}, number=71, settings={"rank": 16})
     longer.spec["train"] = {"max_steps": 120}
     other = run("full", {}, number=72)
-    assert tuning_trials(tried[0], [*tried, longer, other]) == 3
-    assert tuning_trials(other, [*tried, longer, other]) == 1
+    assert Tried([*tried, longer, other]).of(tried[0]) == 3
+    assert Tried([*tried, longer, other]).of(other) == 1
     (trials,) = [b for b in compare([tried[0], other], tried).budgets if b.name == "tuning trials"]
     assert trials.values == [3, 1] and trials.equal is False
 
@@ -601,9 +601,9 @@ def test_tuning_trials_are_those_of_the_grids_that_were_declared_to_tune(tmp_pat
     (tmp_path / "sweeps" / "tuning" / "2" / OUTCOME).write_text("{")
     declared = tunings(tmp_path)
     assert declared == [{tried[0].key, tried[1].key}]
-    assert tuning_trials(tried[0], tried, declared) == 2
-    assert tuning_trials(seed, [*tried, seed], declared) == 2
-    assert tuning_trials(ablation, tried, declared) == 4, "of no declared grid: all at its budget"
+    assert Tried(tried, declared).of(tried[0]) == 2
+    assert Tried([*tried, seed], declared).of(seed) == 2
+    assert Tried(tried, declared).of(ablation) == 4, "of no declared grid: all at its budget"
     found = compare([tried[0], ablation], tried, tunings=declared).budgets
     assert [b.values for b in found if b.name == "tuning trials"] == [[2, 4]]
 

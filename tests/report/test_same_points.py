@@ -21,7 +21,8 @@ from effbench.report.comparison.entries import NO_POINT
 from effbench.report.comparison.metric_table import MetricTable, Row
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
-from effbench.results.records import Metric, Record, find, write
+from effbench.results.lookup import find
+from effbench.results.records import Metric, Record, write
 from effbench.stats import holm
 from effbench.util.errors import UserError
 

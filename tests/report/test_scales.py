@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_cells_of_a_scale_are_a_campaign_of_their_own(path: Path) -> None:
     assert (large.seeds, large.experiment, large.scale) == ([0], "qdylora_paper", "paper")
     assert own.manifest(path) != large.manifest(path), "records of two scales are never mixed"
     assert large.command == "effbench table ab --scale paper --run"
+
+
+def test_cells_of_a_scale_start_and_are_tuned_as_those_of_the_table(path: Path) -> None:
+    """Unless they say so themselves."""
+    grid = "tune: {over: {train.learning_rate: [%s]}}"
+    path.write_text(f"start: mini\n{grid % '1e-3, 1e-2'}\n{TEXT}")
+    own, large = campaign_in(path), campaign_in(path).at("paper")
+    assert (large.start, large.tune) == (own.start, own.tune) == ("mini", large.tune) != ("", None)
+    lines = planned(replace(large, arms={"Large": large.arms["Large"]})).splitlines()
+    assert lines[-3:-1] == [
+        "Not in it: the run of experiment=mini, which all go on from.",
+        "Not in it: tuning, at least 2 trials of each arm that trains.",
+    ]
+    path.write_text(f"{path.read_text()}    start: ''\n    {grid % '1e-5, 1e-4'}\n")
+    large = campaign_in(path).at("paper")
+    assert large.start == "" and large.tune
+    assert large.tune.over == {"train.learning_rate": [1e-5, 1e-4]}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from effbench.api.spec import Plugin
 from effbench.cli.tuning import tuning_in
 from effbench.report.campaign import Campaign, campaign_in
 from effbench.report.campaign_table import rendered
-from effbench.report.comparison.budgets import tuning_trials
+from effbench.report.comparison.budgets import Tried
 from effbench.report.tuned import chosen
 from effbench.report.tuning import Point, Tuning, judged, trial_of, tunes
 from effbench.results.records import Metric, Record, write
@@ -189,8 +189,8 @@ def test_trials_are_counted_as_one_tuning(campaign: Campaign, tmp_path: Path) ->
     trials = [trial(10, 2.0), trial(11, 1.0), trial(12, 1.5)]
     ablation = run("lora", {}, number=20, settings={"rate": 20})
     known = [*trials, ablation]
-    assert tuning_trials(trials[0], known, tuned_together(tmp_path)) == 3
-    assert tuning_trials(trials[0], known) == 4
+    assert Tried(known, tuned_together(tmp_path)).of(trials[0]) == 3
+    assert Tried(known).of(trials[0]) == 4
 
 
 def test_the_best_of_equal_trials_is_the_first() -> None:

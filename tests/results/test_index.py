@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from effbench.results import records
-from effbench.results.index import summaries
+from effbench.results.index import heads, summaries
+from effbench.results.lookup import find
 from effbench.results.records import SCHEMA, Record, read, write
 from effbench.results.store import Store
 from effbench.util.errors import UserError
@@ -104,3 +105,20 @@ def test_a_damaged_record_is_told_of_every_time(
     for _ in range(2):
         with pytest.raises(UserError, match="is not a whole record"):
             listed(store, monkeypatch)
+
+
+def test_the_latest_is_found_by_the_index_whatever_it_lacks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With entries that are gone, older than their file, or made by other code of lists."""
+    latest = find(store.records, "latest").key
+    assert latest == "0" * 16, "by its end, without an index"
+    assert not store.index.exists()
+    listed(store, monkeypatch)
+    assert listed(store, monkeypatch)[1] == 0
+    write(replace(RECORD, key="0" * 15 + "1", started="2026-01-04"), store.records)
+    assert find(store.records, "latest").key == "0" * 15 + "1"
+    (store.records / f"{'0' * 15}1.json").unlink()
+    assert find(store.records, "latest").key == "0" * 16
+    store.index.write_text("{")
+    assert [head.key[-1] for head in heads(store.records, store.index)] == ["2", "0"]

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from effbench.results import records
+from effbench.results.lookup import find
 from effbench.results.query import query
-from effbench.results.records import Metric, Outcomes, Record, find, read, read_all, write
+from effbench.results.records import Metric, Outcomes, Record, read, read_all, write
 from effbench.util.errors import UserError
 from effbench.util.files import replace_folder, scratch_folder, write_atomic
 

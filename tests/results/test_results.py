@@ -15,8 +15,9 @@ from effbench.api.spec import Spec
 from effbench.cli.tables import campaign_named, campaigns
 from effbench.config.compose import compose
 from effbench.report.comparison.compare import compare
+from effbench.results.lookup import find
 from effbench.results.migrations import present_spec
-from effbench.results.records import find, read_all
+from effbench.results.records import read_all
 from effbench.runner.campaign import done
 
 ROOT = Path(__file__).parents[2]

@@ -48,6 +48,7 @@ def test_all_arms_begin_with_the_start_and_have_the_best_words(
     found, made = campaign_in(tmp_path / "ab.yaml"), list[Job]()
     monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
     campaign.run(found, tmp_path, lambda line: None)
+    assert not any(job.runtime.progress for job in made)
     start, *trials, tuned, read_out, fixed, untouched = [job.spec for job in made]
     assert (start.model.name, start.method.name) == ("mini", "full")
     assert [spec.parent for spec in (tuned, fixed, untouched)] == [start.key] * 3
@@ -81,6 +82,17 @@ def test_the_most_that_it_takes_is_said_first(
     ), "three trials and one beyond, two arms that train, one read out, one untouched, the start"
 
 
+def test_in_a_terminal_each_run_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ab.yaml").write_text("# Q?\nexperiment: mini\nseeds: [0]\narms: {A: [train]}")
+    made = list[Job]()
+    monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
+    monkeypatch.setattr(campaign.sys.stderr, "isatty", lambda: True)
+    campaign.run(campaign_in(tmp_path / "ab.yaml"), tmp_path, lambda line: None)
+    assert [job.runtime.progress for job in made] == [True]
+
+
 def test_a_run_of_two_arms_counts_once_and_bad_words_are_refused_before_any_run(
     tmp_path: Path,
 ) -> None:
@@ -91,13 +103,16 @@ def test_a_run_of_two_arms_counts_once_and_bad_words_are_refused_before_any_run(
     path.write_text(
         f"# Q?\nexperiment: sorted_lora_mini\nseeds: [0, 1]\n{shared % 'train.epochs=1'}"
     )
-    taken = ahead(campaign_in(path))
+    taken = ahead(campaign_in(path), tmp_path)
     assert (taken.trials, taken.others, taken.uncounted) == (0, 8, 2)
     assert taken.tokens == 2 * 120 * 2 * 256
     assert "and 2 runs of unknown length" in taken.sentence()
+    finished(compose(None, ["experiment=mini", f"run.results={tmp_path}"]))
+    path.write_text("# Q?\nexperiment: sorted_lora_mini\nseeds: [0]\narms: {A: [train from=mini]}")
+    assert ahead(campaign_in(path), tmp_path).tokens == 120 * 2 * 256, "a run of that folder"
     path.write_text("# Q?\nexperiment: mini\nseeds: [0]\narms: {A: [train method.rang=4]}")
     with pytest.raises(UserError, match="rang"):
-        ahead(campaign_in(path))
+        ahead(campaign_in(path), tmp_path)
 
 
 def test_a_run_is_named_by_its_experiment(tmp_path: Path) -> None:

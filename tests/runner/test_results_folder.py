@@ -86,7 +86,7 @@ def test_commands_that_read_take_the_same_folder(
     monkeypatch.setenv("EFFBENCH_RESULTS", variable)
     asked: list[Any] = []
     monkeypatch.setattr(
-        "effbench.results.records.find", lambda folder, run: asked.append(folder) or SystemExit()
+        "effbench.results.lookup.find", lambda folder, run: asked.append(folder) or SystemExit()
     )
     CliRunner().invoke(main.app, ["runs", "show", "0123"])
     assert asked == [results_dir() / "records"]

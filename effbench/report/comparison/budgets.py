@@ -61,7 +61,8 @@ def budgets(
     dataset = partial(_dataset, all(trains(group.records[0].stage) for group in groups))
     found = [_content("base model", groups, _model), _content("dataset", groups, dataset)]
     found += [Budget(name, [_common(value, g) for g in groups]) for name, value in rows.items()]
-    tried = [float(tuning_trials(g.records[0], known, tunings)) for g in groups]
+    trials = Tried(known, tunings)
+    tried = [float(trials.of(g.records[0])) for g in groups]
     seeds = [float(len(g.records)) for g in groups]
     return [*found, Budget("tuning trials", [*tried]), Budget("seeds", [*seeds])]
 
@@ -105,26 +106,38 @@ def _dataset(limited: bool, record: Record) -> Content:
     return record.name_of("dataset"), digest([parts, limit])
 
 
-def tuning_trials(
-    record: Record, known: Sequence[Record], tunings: Sequence[Collection[str]] = ()
-) -> int:
-    """Return how many settings were tried to get a run, itself among them; seeds do not count.
+class Tried:
+    """The settings of finished runs, among which those are counted that were tried to get a run.
 
     They are those of the grids with an objective that the run's settings were part of. Where no
     such grid declares them, all runs count that differ from it in settings of the method or of the
-    training alone, at the same rows of training: ablations too.
-
-    Args:
-        record: The run.
-        known: All finished runs of the folder; others are not counted.
-        tunings: Keys of the runs of each grid that was declared to tune.
+    training alone, at the same rows of training: ablations too. Seeds do not count.
     """
-    tried = [record, *known]
-    own = {r.key for r in tried if _frame(r) == _frame(record) and _tuned(r) == _tuned(record)}
-    declared = {key for keys in tunings if own & {*keys} for key in keys}
-    if declared:
-        return len({_tuned(record), *(_tuned(r) for r in tried if r.key in declared)})
-    return len({_tuned(r) for r in tried if _frame(r) == _frame(record)})
+
+    def __init__(self, known: Sequence[Record], tunings: Sequence[Collection[str]] = ()) -> None:
+        """Look at runs once.
+
+        Args:
+            known: All finished runs of the folder; others are not counted.
+            tunings: Keys of the runs of each grid that was declared to tune.
+        """
+        self._grids = [frozenset(keys) for keys in tunings]
+        self._frames: dict[str, dict[str, str]] = {}
+        self._settings: dict[str, str] = {}
+        for record in known:
+            self._settings[record.key] = settled = _tuned(record)
+            self._frames.setdefault(_frame(record), {})[record.key] = settled
+
+    def of(self, record: Record) -> int:
+        """Return how many settings were tried to get a run, itself among them."""
+        own = _tuned(record)
+        near = self._frames.get(_frame(record), {})
+        same = {record.key, *(key for key, settled in near.items() if settled == own)}
+        declared = [keys for keys in self._grids if not same.isdisjoint(keys)]
+        if declared:
+            tried = self._settings.keys() & frozenset[str]().union(*declared)
+            return len({own, *(self._settings[key] for key in tried)})
+        return len({own, *near.values()})
 
 
 def _frame(record: Record) -> str:

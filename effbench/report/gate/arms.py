@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,8 @@ from typing import NamedTuple
 from effbench.report.comparison.contrast import Side
 from effbench.report.comparison.seeds import Group, grouped
 from effbench.report.table import points
-from effbench.results.records import Metric, Outcomes, Record, find
+from effbench.results.lookup import earlier, find
+from effbench.results.records import Metric, Outcomes, Record
 from effbench.util.errors import UserError, did_you_mean
 
 
@@ -77,20 +77,20 @@ class Arm:
         return [o for o in record.outcomes if o.metric == metric and o.point in ("", self.point)]
 
 
-def arm(ref: str, folder: Path, known: Sequence[Record] = ()) -> Arm:
+def arm(ref: str, folder: Path) -> Arm:
     """Return what `RUN`, `RUN@POINT` or `RUN+RUN+RUN@POINT` names; several runs are seeds of one.
 
     Args:
         ref: The name.
         folder: Folder of the records.
-        known: Runs that these may have gone on from.
 
     Raises:
         UserError: For an unknown run or point, for runs that are not seeds of one spec, and where
             a run has several points and none is named.
     """
     keys, _, point = ref.partition("@")
-    groups = grouped([find(folder, key) for key in keys.split("+")], known)
+    records = [find(folder, key) for key in keys.split("+")]
+    groups = grouped(records, earlier(records, folder))
     if len(groups) > 1:
         raise UserError(
             f"{keys} are not runs of one spec that differ in their seed alone.",

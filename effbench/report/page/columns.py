@@ -59,9 +59,11 @@ class Column:
     def _ends(self) -> dict[str, list[Any]]:
         if not self.bounds:
             return {}
-        none = (None, None)
-        ends = [self.bounds.get(row, none) for row in range(len(self.values))]
-        return {"low": [_short(low) for low, _ in ends], "high": [_short(high) for _, high in ends]}
+        low: list[Any] = [None] * len(self.values)
+        high = low.copy()
+        for row, ends in self.bounds.items():
+            low[row], high[row] = map(_short, ends)
+        return {"low": low, "high": high}
 
 
 class Part:
@@ -75,12 +77,12 @@ class Part:
         self._flat: list[dict[str, Any]] = []
         self._of_rows: dict[int, int] = {}
 
-    def add(self, row: int, name: str, content: Any) -> None:
-        """Give a row its values, under dotted names that begin with `name`."""
+    def add(self, rows: Iterable[int], name: str, content: Any) -> None:
+        """Give rows their values, under dotted names that begin with `name`."""
         place = self._places.setdefault(json.dumps(content), len(self._flat))
         if place == len(self._flat):
             self._flat.append({k: _scalar(v) for k, v in flatten(content, name).items()})
-        self._of_rows[row] = place
+        self._of_rows |= dict.fromkeys(rows, place)
 
     def columns(self, group: str, rows: int) -> list[Column]:
         """Return a column for each name."""
@@ -109,16 +111,17 @@ class Rows:
 
     def add(self, record: Record) -> None:
         """Add a row for each operating point of a run."""
-        own, shared = [*_own(record)], [*_shared(record)]
+        own, there = [*_own(record)], points(record)
+        rows = range(self.count, self.count + len(there))
+        for group, name, content in _shared(record):
+            self._parts.setdefault((group, name), Part()).add(rows, name, content)
         metrics: dict[str, list[Metric]] = {}
         for metric in record.metrics:
             metrics.setdefault(metric.point, []).append(metric)
-        for point in points(record):
+        for point in there:
             self._put("run", "point", point)
             for group, name, value in own:
                 self._put(group, name, value)
-            for group, name, value in shared:
-                self._parts.setdefault((group, name), Part()).add(self.count, name, value)
             for metric in [*metrics.get("", ()), *(metrics.get(point, ()) if point else ())]:
                 self._metric(metric)
             self.count += 1
@@ -139,8 +142,9 @@ class Rows:
             column.bounds[self.count] = metric.low, metric.high
 
     def _set(self, column: Column, value: Any) -> None:
-        column.values += [None] * (self.count + 1 - len(column.values))
-        column.values[self.count] = value
+        if (missing := self.count - len(column.values)) > 0:
+            column.values += [None] * missing
+        column.values[self.count :] = (value,)
 
 
 def rows_of(records: Iterable[Record]) -> Rows:
@@ -230,7 +234,8 @@ def _packed(values: Sequence[Any]) -> dict[str, Any]:
     if len(distinct) == 1:
         return {"value": _short(next(iter(distinct)))}
     if all(v is None or isinstance(v, int | float) for v in distinct):
-        return {"numbers": [_short(v) for v in values]}
+        short = {v: _short(v) for v in distinct}
+        return {"numbers": [short[v] for v in values]}
     texts = [None if v is None else str(v) for v in values]
     levels = {text: code for code, text in enumerate(dict.fromkeys(texts))}
     return {"levels": [*levels], "codes": [levels[text] for text in texts]}

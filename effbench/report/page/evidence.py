@@ -20,6 +20,8 @@ class Evidence:
     words: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     forest: list[dict[str, Any]] = field(default_factory=list)
+    flips: list[tuple[str, str]] = field(default_factory=list)
+    """Lines on items that change sides, with what stands below each."""
     """A metric each: its title, and the paired differences with their intervals."""
 
 

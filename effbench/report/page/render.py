@@ -29,7 +29,7 @@ PLAIN_METRICS = 8
 """Its columns of metrics."""
 SHOWN = 20
 """Values of a fact of the environment."""
-LONG = 400
+LONG = 280
 """Characters from which a sentence is folded."""
 TOLD = ("key", "started", "stage", "method", "model", "dataset", "seed", "point")
 """Its first columns."""
@@ -39,6 +39,7 @@ def page(
     records: Sequence[Record],
     found: Evidence | None = None,
     curves: Sequence[dict[str, Any]] = (),
+    maps: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the report of runs, the same bytes for the same input.
 
@@ -46,6 +47,7 @@ def page(
         records: The runs, in the order of the rows.
         found: What they show against one of them, if there is a reference.
         curves: Loss curves, as `curves.curves` returns them.
+        maps: Heat maps of layers, as `layers.layer_maps` returns them.
     """
     rows = rows_of(records)
     columns = rows.columns
@@ -65,7 +67,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>effbench report</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"{body}\n{CHARTS}\n{_environment(columns)}\n</main>\n"
+        f"{body}\n{CHARTS}\n{_maps(maps)}{_flips(found)}{_environment(columns)}\n</main>\n"
         '<dialog id="details" aria-label="One run at one operating point"></dialog>\n'
         f'<script type="application/octet-stream" id="data">{_compressed(data)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
@@ -115,8 +117,9 @@ def _folded(line: str) -> str:
     if len(line) <= LONG:
         return escape(line)
     head, mark, rest = min((line.partition(m) for m in (". ", ": ")), key=lambda p: len(p[0]))
-    if not mark or len(head) > LONG:
-        head, rest = f"{line[: LONG // 2].rpartition(' ')[0]} …", line
+    if not mark or len(head) > LONG // 2:
+        begin, end = line[: LONG // 2].rpartition(" ")[0], line[-LONG // 4 :].partition(" ")[2]
+        head, rest = f"{begin} … {end}", line
     listed = "".join(f"<li>{escape(part)}</li>" for part in rest.split("; "))
     return f"<details><summary>{escape(head)}</summary><ul>{listed}</ul></details>"
 
@@ -151,6 +154,29 @@ def _cell(column: Column, row: int) -> str:
         return f'<td class="number">{escape(shown)}</td>'
     text = escape(readable(value) if isinstance(value, float) else str(value))
     return f"<td><code>{text}</code></td>" if column.name == "command" else f"<td>{text}</td>"
+
+
+def _maps(maps: Sequence[tuple[str, str]]) -> str:
+    """Return the section of heat maps; each is markup already."""
+    if not maps:
+        return ""
+    shown = "\n".join(
+        f"<details{' open' * (not place)}><summary>{escape(title)}</summary>"
+        f'<div class="maps">{drawn}</div></details>'
+        for place, (title, drawn) in enumerate(maps)
+    )
+    return f'<section id="layers"><h2>How alike the layers are</h2>\n{shown}</section>\n'
+
+
+def _flips(found: Evidence | None) -> str:
+    """Return the section of items that change sides."""
+    if found is None or not found.flips:
+        return ""
+    shown = "\n".join(
+        f"<details><summary>{escape(line)}</summary><pre>{escape(rest)}</pre></details>"
+        for line, rest in found.flips
+    )
+    return f'<section id="flips"><h2>Items that change sides</h2>\n{shown}</section>\n'
 
 
 def _environment(columns: Iterable[Column]) -> str:

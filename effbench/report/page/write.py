@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from effbench.report.page.curves import curves
 from effbench.report.page.evidence import evidence
+from effbench.report.page.flipped import flipped
+from effbench.report.page.layers import layer_maps
 from effbench.report.page.render import page
-from effbench.results.records import Record, find, read_all
+from effbench.results.lookup import find
+from effbench.results.records import Record, read_all
 from effbench.results.store import Store
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -36,7 +40,9 @@ def write_report(results: Path, runs: Sequence[str], against: str, path: Path) -
         known, one = read_all(store.records, outcomes=False), find(store.records, reference)
         records = records if one.key in {r.key for r in records} else [one, *records]
         found = evidence(records, one, known)
-    write_atomic(path, page(records, found, curves(records, store)))
+        found = replace(found, flips=flipped(records, one, store))
+    maps = layer_maps(records, store)
+    write_atomic(path, page(records, found, curves(records, store), maps))
     return len(records)
 
 
