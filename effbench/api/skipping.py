@@ -103,11 +103,12 @@ def skipping(
 def speed_ceiling(share: float, window: int) -> float:
     """Return the largest possible speed-up of decoding, 1 / (1 - f + f / w) with w = k + 1.
 
-    It takes stand-ins for free; a measured speed-up above it is a mistake in the measurement.
+    It takes stand-ins for free. It is a bound where f is a share of measured times; a share of the
+    weight bytes makes it an estimate, which is passed where layers take more time than bytes.
 
     Args:
-        share: Share f of the base's time per token that is spent in droppable layers; their share
-            of the weight bytes where weights alone are what is read.
+        share: Share f of the base's time per token that is spent in droppable layers, or their
+            share of the weight bytes.
         window: k.
     """
     return 1 / (1 - share + share / (window + 1))

@@ -115,7 +115,9 @@ def _guarded(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer makes the second of the first
+        if getattr(stop, "code", 130) != 130:
+            raise
         _say("Stopped.")
         return 130
     return 0
@@ -140,6 +142,9 @@ def main() -> None:
     """Run the command line."""
     import os
 
+    from effbench.runner.signals import interrupt_when_asked
+
+    interrupt_when_asked()
     # Looking for plug-ins of pydantic reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:

@@ -259,6 +259,11 @@ def job_from(
         if not isinstance(config.get(part), dict):
             raise UserError(f"{part} must hold keys.", f"Set one of them: {part}.KEY=VALUE.")
     hardware, around = _hardware(config["hardware"])
+    if misplaced := sorted(config["run"].keys() & around.keys()):
+        raise UserError(
+            f"Unknown key 'run.{misplaced[0]}'.",
+            f"It is set by {' and '.join(f'hardware.{k}' for k in around[misplaced[0]])}.",
+        )
     runtime = build(Runtime, {**config["run"], **around}, "run")
     runtime = dataclasses.replace(runtime, results=str(results_of(config)))
     store = Store(Path(runtime.results))

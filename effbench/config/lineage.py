@@ -161,6 +161,8 @@ def _model_after(
     Raises:
         UserError: When they are no longer what they were.
     """
+    if earlier.source == "hub":  # what it was, whatever its branch has become
+        return earlier
     if "model.path" in chosen:
         earlier = dataclasses.replace(earlier, path=str(values["path"]))
     if not unchanged(earlier):
@@ -176,11 +178,23 @@ def dataset_after(values: Mapping[str, Any], chosen: set[str], earlier: DatasetS
     if chosen & {"dataset", "experiment"}:
         return dataset_spec(values)
     keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
-    spec = build(DatasetSpec, _overlaid(plain(earlier), values, keys), "dataset")
+    before = unpinned(plain(earlier), keys)
+    spec = build(DatasetSpec, _overlaid(before, values, keys), "dataset")
     if earlier.known_by == "text":
         known_as = other_templates(spec, dataclasses.replace(earlier, **earlier.known_as))
         spec = dataclasses.replace(spec, known_as=known_as)
     return dataset_spec(plain(spec))
+
+
+def unpinned(values: Mapping[str, Any], keys: Sequence[list[str]]) -> dict[str, Any]:
+    """Return the values of a model or dataset, without its commit where another one is named.
+
+    Args:
+        values: Of an earlier spec.
+        keys: What changes in them.
+    """
+    elsewhere = any(key[:1] in (["id"], ["revision"], ["source"]) for key in keys)
+    return {k: v for k, v in values.items() if not (elsewhere and k == "fingerprint")}
 
 
 def _overlaid(

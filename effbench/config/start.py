@@ -14,6 +14,7 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.stages import base as stages
 from effbench.config.files import options
+from effbench.config.lineage import unpinned
 from effbench.results.migrations import migrated_spec
 from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
@@ -65,7 +66,8 @@ class Start:
             if isinstance(value, dict) and name not in typed:
                 base = composed.get(name) if name in LAYERS else {}
                 keys = [c.split(".")[1:] for c in sorted(typed) if c.startswith(f"{name}.")]
-                config[name] = _overlaid({**(base or {}), **value}, composed.get(name) or {}, keys)
+                before = unpinned({**(base or {}), **value}, keys)
+                config[name] = _overlaid(before, composed.get(name) or {}, keys)
             elif name not in typed and name != "hardware":
                 config[name] = value
         return config

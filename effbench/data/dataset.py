@@ -29,14 +29,19 @@ from effbench.data.tokenise import tokenise
 from effbench.data.tokens import with_template
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.hashes import hashes_of
+from effbench.util.hf import commit_of
 
 
 def fingerprint(spec: DatasetSpec) -> str:
     """Return a content hash of the local files of a dataset; empty when it has none.
 
+    That of a dataset on the hub is its commit, now or when the spec was made.
+
     Raises:
         UserError: When a file is missing.
     """
+    if spec.source == "hub":
+        return spec.fingerprint or commit_of(spec.id, kind="dataset")
     if spec.source != "file":
         return ""
     if not spec.files:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from effbench.api.spec import DatasetSpec
-from effbench.data.render import Conversation, Message, MissingError, Place, clean
+from effbench.data.render import Conversation, Message, MissingError, Place, clean, is_missing
 from effbench.util.errors import UserError, did_you_mean
 
 ROLES = {
@@ -102,8 +102,13 @@ def _message(place: Place, value: Any, number: int) -> Message:
     kept = {key: keys[key] for key in KEPT if keys.get(key)}
     said = keys.get("content", keys.get("value"))
     where = replace(place, where=f"{place.where}, message {number}")
+    calls = kept.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"{where.where}: 'tool_calls' is no list of calls.", "Mend the row.")
     if who == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(where, said)]}
+    if is_missing(said) and not kept.get("tool_calls"):
+        said = where.without("content")
     return {"role": ROLES[who], "content": _said(where, said, "content"), **kept}
 
 

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,8 @@ def read_rows(path: Path, documents: Documents = "paragraph") -> list[Row]:
         documents: What the documents of a txt file are.
 
     Raises:
-        UserError: For a broken row (which one), an unknown ending or a file without rows.
+        UserError: For a broken row (which one), a name that stands twice in one, an unknown ending
+            or a file without rows.
     """
     readers: dict[str, Callable[[Path], list[Row]]] = {
         ".jsonl": _jsonl,
@@ -45,7 +46,8 @@ def read_rows(path: Path, documents: Documents = "paragraph") -> list[Row]:
         ".parquet": _parquet,
         ".txt": partial(_texts, documents),
     }
-    ending = Path(path.stem).suffix or ".jsonl" if path.suffix == ".gz" else path.suffix
+    suffix = path.suffix.lower()
+    ending = Path(path.stem).suffix.lower() or ".jsonl" if suffix == ".gz" else suffix
     if ending not in readers:
         raise UserError(
             f"{path} is of no known kind.", f"Known: {', '.join(readers)}, .gz of them."
@@ -88,7 +90,7 @@ def _lines(path: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except ValueError as error:  # broken JSON, or an integer of thousands of digits
             raise UserError(f"{path}, line {number}: {error}.", "Mend or remove it.") from None
         if not isinstance(row, dict):
@@ -97,10 +99,27 @@ def _lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """Return the object of some keys and values.
+
+    Raises:
+        ValueError: When a key stands there twice, of which Python's reader would take the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {_twice([key for key, _ in pairs])!r} stands there twice")
+    return found
+
+
+def _twice(names: Sequence[str]) -> str:
+    """Return the first name that stands there twice; there is one."""
+    return next(name for place, name in enumerate(names) if name in names[:place])
+
+
 def _json(path: Path) -> list[Row]:
     text = _decoded(path)
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":  # a line for each row
             return _lines(path, text)
@@ -120,6 +139,11 @@ def _csv(form: Literal["excel", "tsv"], path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), **settings)
     rows = []
     try:
+        names = reader.fieldnames or []
+        if len({*names}) < len(names):
+            raise UserError(
+                f"{path}, line 1: the column {_twice(names)!r} stands there twice.", "Rename one."
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
@@ -180,7 +204,9 @@ def hub_rows(spec: DatasetSpec, split: str) -> Iterable[Row]:
     import datasets
 
     try:
-        rows: Iterable[Row] = datasets.load_dataset(spec.id, spec.subset or None, split=split)
+        rows: Iterable[Row] = datasets.load_dataset(
+            spec.id, spec.subset or None, split=split, revision=spec.fingerprint or None
+        )
     except Exception as error:
         raise UserError(
             f"Dataset {spec.id!r} cannot be had from the hub: {str(error).splitlines()[0]}",

@@ -143,7 +143,7 @@ class Place:
                 known = value if isinstance(value, dict) else self.row
                 raise UserError(f"{self.where} has no field {dotted!r}.", did_you_mean(part, known))
             value = value[part]
-        if _is_missing(value):
+        if is_missing(value):
             raise self._missing(dotted)
         return value
 
@@ -161,6 +161,16 @@ class Place:
         if not math.isfinite(number):
             raise UserError(f"{self.where}: {dotted!r} is {_shown(value)}, no number.")
         return number
+
+    def without(self, name: str) -> str:
+        """Return the text that a field without a value stands for.
+
+        Raises:
+            MissingError: When it stands for none.
+        """
+        if self.missing != "empty":
+            raise self._missing(name)
+        return ""
 
     def _missing(self, name: str) -> MissingError:
         return MissingError(
@@ -188,10 +198,10 @@ class Place:
             value = self._inside(value, key, value, template)
         if isinstance(value, str):
             return value
-        if _is_missing(value):
-            if self.missing != "empty":
-                raise self._missing(name)
-            return ""
+        if is_missing(value):
+            return self.without(name)
+        if isinstance(value, float) and math.isinf(value):
+            raise UserError(f"{self.where}: the field {name!r} is {value}.", "Mend the row.")
         if hasattr(value, "__iter__"):
             raise UserError(
                 f"{self.where}: the field {name!r} is {_shown(value)}, which is no text.",
@@ -245,7 +255,8 @@ def _fields_in(template: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether a value is none: null, or what pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -55,6 +55,8 @@ UNREAD = re.compile(
     re.IGNORECASE,
 )
 """Files in a model's folder that loading never reads."""
+COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""Tensors of older files that are no weights: angles, and masks of what comes later."""
 END_BYTES = 1 << 20
 """Bytes at either end of a file that entered its fingerprint in earlier versions."""
 
@@ -243,6 +245,8 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         ) from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no JSON object.", "The file is corrupt; get it anew.")
     return shape_in(config, str(path))
 
 
@@ -329,21 +333,36 @@ def _decimal(value: float) -> float:
 
 
 def fingerprint(spec: ModelSpec) -> str:
-    """Return a hash of the content of a local folder or GGUF file, "" for other sources.
+    """Return a hash of the content of a local folder or GGUF file, "" where nothing has to be said.
 
-    All of every file that loading may read enters it; see `model_files`.
+    All of every file that loading may read enters it; see `model_files`. A branch or tag of the hub
+    has the commit that it stands for, or stood for when the spec was made.
 
     Raises:
         UserError: When there is no such folder or file, or it cannot be read.
     """
     if spec.source == "gguf":
         return digest([hash_of(_gguf_file(spec))], WHOLE)
+    if spec.source == "hub":
+        return spec.fingerprint or pinned(spec)
     if spec.source != "folder":
         return ""
     folder = _folder(spec)
     files = model_files(folder)
     names = [p.relative_to(folder).as_posix() for p in files]
     return digest(list(zip(names, hashes_of(files), strict=True)), WHOLE)
+
+
+def pinned(spec: ModelSpec) -> str:
+    """Return the commit of the hub that a branch or tag stands for; nothing for a commit itself.
+
+    Raises:
+        UserError: When a folder here has the name of the model.
+    """
+    from effbench.util.hf import commit_of
+
+    found = commit_of(spec.id, spec.revision)
+    return "" if found == spec.revision else found
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -355,7 +374,9 @@ def model_files(folder: Path) -> list[Path]:
     found = {p for p in folder.iterdir() if p.is_file() and not UNREAD.fullmatch(p.name)}
     found |= {p for p in folder.glob("additional_chat_templates/*.jinja") if p.is_file()}
     for index in folder.glob("*.index.json"):
-        with suppress(ValueError, AttributeError):  # loading says what is wrong with it
+        with suppress(
+            ValueError, AttributeError, LookupError, TypeError
+        ):  # loading says what is wrong with it
             names = json.loads(index.read_text())["weight_map"].values()
             found |= {p for name in names if (p := folder / name).is_file()}
     return sorted(found)
@@ -438,7 +459,7 @@ def _config_file(spec: ModelSpec) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(spec.id, "config.json", revision=spec.revision)
+        found = try_to_load_from_cache(spec.id, "config.json", revision=_revision(spec))
     except HFValidationError as error:
         raise _hub_error(spec, error) from None
     if isinstance(found, str):
@@ -480,8 +501,12 @@ def _at_hand(spec: ModelSpec) -> ModelSpec:
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
-    where = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    where = {"revision": _revision(spec)} if spec.source == "hub" else {"local_files_only": True}
     return {**where, "trust_remote_code": False}
+
+
+def _revision(spec: ModelSpec) -> str:
+    return spec.fingerprint or spec.revision
 
 
 def _hub_if_it_answers(spec: ModelSpec) -> AbstractContextManager[None]:
@@ -516,17 +541,44 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
             spec.path or spec.id,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     model, info = both
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(
-            f"The files of {spec.name} lack {len(lacking)} weights, the first is {lacking[0]}.",
-            "The model was not saved completely; get its files anew.",
-        )
+    _require_same_weights(spec.name, info)
     as_linears(model)
     return model.eval()
+
+
+def _require_same_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse files that hold other weights than the config says.
+
+    Args:
+        name: The model's.
+        info: What transformers says about its loading.
+
+    Raises:
+        UserError: With the first weight that is missing, of another size, or without a place.
+    """
+    if lacking := sorted(info["missing_keys"]):
+        raise UserError(
+            f"The files of {name} lack {len(lacking)} weights, the first is {lacking[0]}.",
+            "The model was not saved completely; get its files anew.",
+        )
+    if odd := sorted(info["mismatched_keys"]):
+        first, stored, wanted = odd[0]
+        raise UserError(
+            f"{first} has the sizes {list(stored)} in the files of {name}, but {list(wanted)} by "
+            "its config.",
+            "The config does not belong to these weights; get the model's files anew.",
+        )
+    if more := sorted(key for key in info["unexpected_keys"] if not COMPUTED.search(key)):
+        raise UserError(
+            f"The files of {name} have {len(more)} weights that its config has no place for, the "
+            f"first is {more[0]}.",
+            "Without them it would be another model. The config does not belong to these weights, "
+            "or is of a part of them.",
+        )
 
 
 def _check_model(model: torch.nn.Module, shape: AnyShape) -> None:

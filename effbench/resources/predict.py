@@ -321,12 +321,12 @@ def _phases(
         found["train"] = max(steps, key=_total)
     if spec.stage == "compress":
         weights = shapes.before.resident_bytes if shapes.before else shapes.start.params * size
-        longest, held = None, 0
+        longest, tokens = None, 0
         if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
             kernels = start.kernels(work.calibrate, lengths=work.lengths)
             tokens = CALIBRATION_ROWS * (longest.size if longest else 0)
-            held = own.held(shapes.start, tokens, size)
+        held = own.held(shapes.start, tokens, size) if isinstance(own, Compresses) else 0
         found["compress"] = start.compress(weights, longest, kernels, held)
     if spec.evaluators:
         every = not all(own.forward(point).shares_prefixes for point in own.points())

@@ -21,6 +21,7 @@ from effbench.runner.progress import PACE
 from effbench.runner.signals import ASKED, passed_on
 from effbench.runner.worker import INTERRUPTED, REASON
 from effbench.util.errors import RunFailedError, UserError
+from effbench.util.wrap import write
 
 REFUSED = 2
 """Exit status of a run that the user can mend; `effbench.runner.worker` gives it."""
@@ -72,7 +73,7 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
         _tidy(store, job.spec.key)
         return record
     # -P: a stray file in the current folder is no module of ours.
-    command = [sys.executable, "-P", "-m", "effbench.runner.worker"]
+    command = [sys.executable, "-P", "-m", "effbench.runner.worker_process"]
     with TemporaryFile() as told:
         status = _run_process(command, json.dumps(plain(job)), told.fileno(), hands)
         told.seek(0)
@@ -81,6 +82,8 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
         with store.run(job.spec.key).locked():
             store.run(job.spec.key).discard_unless_begun()
     if status < 0:
+        if -status in ASKED and not hands.listen:  # sooner than the process could say so
+            write("Stopped before the run began.")
         raise _ended_by(-status)
     if status:
         raise RunFailedError(status, reason)

@@ -35,6 +35,7 @@ class Stop:
 def stop_signal() -> Iterator[Stop]:
     """Turn signals into a request; a Ctrl-C after the first one acts at once."""
     stop = Stop()
+    stop.requested = any(getattr(signal.getsignal(n), "came", False) for n in ASKED)
     usual = signal.getsignal(signal.SIGINT)
 
     def request(number: int, frame: Any) -> None:
@@ -50,7 +51,7 @@ def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Pass signals on to a process; Ctrl-C it gets by itself, from the terminal.
 
     What a signal was to do here besides, as to put a job back into its queue, it does when the
-    process has ended: it has saved its state by then.
+    process has ended: it has saved its state by then. That it ended says the process itself.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is told of signals
@@ -65,16 +66,31 @@ def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
     with handled(_heeded(), pass_on):
         yield
     for number in came:
-        if callable(then := before[number]):
+        if callable(then := before[number]) and not isinstance(then, Interrupt):
             then(number, None)
+
+
+class Interrupt:
+    """Ends what a process does as Ctrl-C does; it knows whether a signal came.
+
+    A library that catches whatever is raised while it is imported would lose the signal.
+    """
+
+    came = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: Each time.
+        """
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def interrupt_when_asked() -> None:
     """Let signals end this process as Ctrl-C does, with a word, wherever it is."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
+    interrupt = Interrupt()
     for number in _heeded():
         signal.signal(number, interrupt)
 

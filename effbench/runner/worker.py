@@ -1,4 +1,4 @@
-"""The process of one run: `python -m effbench.runner.worker`, with the job on standard input."""
+"""The process of one run: `effbench.runner.worker_process`, with the job on standard input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from effbench.api.spec import Job
 from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
-from effbench.runner.signals import end_with_parent, interrupt_when_asked
 from effbench.util.errors import StoppedError, UserError, ran_out_of_memory
 from effbench.util.files import places
 from effbench.util.wrap import write
@@ -109,9 +108,3 @@ def fail(error: UserError) -> int:
 def _say(text: str) -> None:
     with suppress(OSError):  # the terminal may be gone, and that is why the run stops
         write(text)
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    interrupt_when_asked()
-    sys.exit(main())

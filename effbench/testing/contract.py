@@ -220,12 +220,10 @@ class MethodContract:
 
     # -- the identity ------------------------------------------------------------------------------
 
+    @applies(lambda name: method_class(name).identity is not None)
     def test_untrained_it_is_the_base(self, name: str) -> None:
         """At the settings of `identity` the logits are the base's own, bit for bit."""
-        settings = method_class(name).identity
-        if settings is None:
-            pytest.skip("has no setting at which it changes nothing")
-        method, model, _, ctx = fresh(name, **settings)
+        method, model, _, ctx = fresh(name, **method_class(name).identity)
         expected = logits(Method(), model)
         model = begun(method, model, ctx)
         for point in method.points():

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import ssl
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from typing import Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from effbench.util.errors import UserError
+
 PROBE_SECONDS = 4
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @contextlib.contextmanager
@@ -65,3 +71,56 @@ def hub_reachable() -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def commit_of(
+    name: str, revision: str = "main", kind: Literal["model", "dataset"] = "model"
+) -> str:
+    """Return the commit that a revision on the hub stands for; empty when that is not known.
+
+    It is what the revision was when something of it was first downloaded here, as the hub's client
+    has noted it, else what the hub says now, which is noted then.
+
+    Args:
+        name: Id on the hub.
+        revision: Branch, tag or commit.
+        kind: What it is of.
+
+    Raises:
+        UserError: When a folder here has that name, which a library would take in its place.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        _refuse_here(name, kind)
+    if COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / revision
+    if place.is_file():
+        return place.read_text().strip()
+    found = _asked(name, revision, kind) if hub_reachable() else ""
+    if found:
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(found)
+    return found
+
+
+def _refuse_here(name: str, kind: str) -> None:
+    if name and Path(name).exists():
+        other = "model=folder model.path=FOLDER" if kind == "model" else "dataset=file"
+        raise UserError(
+            f"{kind}.id={name} is on this machine, not on the hub.",
+            f"Take {other}, or give the command in another folder.",
+        )
+
+
+@cache
+def _asked(name: str, revision: str, kind: str) -> str:
+    """Return what the hub says; nothing when it refuses, for loading says why."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha or ""
+    except (OSError, ValueError, RuntimeError):
+        return ""

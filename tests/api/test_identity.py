@@ -123,6 +123,17 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda place: (place / name).write_text(text)
 
 
+def noted(repository: str) -> Callable[[Path], object]:
+    """Note the commit of a branch as the hub's client does."""
+
+    def act(place: Path) -> None:
+        refs = place / "hub" / repository / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text("c" * 40)
+
+    return act
+
+
 LOCAL = ["model=folder", "model.path=model", *BASE[1:]]
 MINE = ["dataset=file", "dataset.files.all=rows.jsonl", "model=tiny", "hardware=cpu"]
 SPLIT = [MINE[0], *MINE[2:], "dataset.cut={}"]
@@ -156,6 +167,10 @@ IN_THE_KEY: dict[str, list[Case]] = {
         Case(LOCAL, act=write("model/tokenizer.json", "{}")),
         Case(LOCAL, act=write("model/config.json", json.dumps({**CONFIG, "rope_theta": 5.0}))),
         Case(LOCAL, act=lambda place: os.truncate(place / "model" / "model.safetensors", 1 << 20)),
+    ],
+    "commit of a model or dataset of the hub": [
+        Case(["model=hub", "model.id=a/b", *BASE[1:]], act=noted("models--a--b")),
+        Case([*BASE, "dataset.source=hub", "dataset.id=a/b"], act=noted("datasets--a--b")),
     ],
     "dataset": [
         Case(BASE, [*BASE, f"dataset.{word}"])
@@ -240,6 +255,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, rows: Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EFFBENCH_RESULTS", raising=False)
     monkeypatch.setattr("effbench.data.lm_eval_tasks.check_hub", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "rows.csv").write_text(rows.read_text())
     (tmp_path / "other.jsonl").write_text(LONGER)
     shutil.copytree(model, tmp_path / "copy")

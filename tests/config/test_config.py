@@ -274,6 +274,20 @@ def test_a_method_of_another_package_needs_no_file(monkeypatch: pytest.MonkeyPat
     assert "How wide." in page
 
 
+@pytest.mark.parametrize(
+    ("word", "right"),
+    [
+        ("run.parallelism.devices=2", "hardware.devices"),
+        ("run.machine.tflops=3", "hardware.tflops"),
+    ],
+)
+def test_what_hardware_sets_is_not_set_elsewhere_in_vain(word: str, right: str) -> None:
+    name = word.rpartition(".")[0]
+    with pytest.raises(UserError, match=f"Unknown key '{name}'") as caught:
+        compose("train", ["model=tiny", word])
+    assert right in caught.value.hint
+
+
 def test_two_names_of_one_class_do_not_rename_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"methods": {"one": Entry, "two": Entry}, "evaluators": {}}
     monkeypatch.setattr(registry, "plugins", there.__getitem__)

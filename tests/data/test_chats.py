@@ -223,6 +223,16 @@ def test_a_template_that_rewrites_earlier_turns_says_what_to_do() -> None:
         ({"messages": MESSAGES, "tools": "{"}, "'tools' is no JSON", "Mend"),
         ({"messages": MESSAGES, "tools": 3}, "no list of tools", "dataset.tools=false"),
         (
+            {"messages": [{"role": "user", "content": None}, MESSAGES[2]]},
+            "message 1: the field 'content' has no value",
+            "dataset.missing",
+        ),
+        (
+            {"messages": [MESSAGES[1], {"role": "assistant", "tool_calls": "f"}]},
+            "message 2: 'tool_calls' is no list of calls",
+            "Mend",
+        ),
+        (
             {"conversations": [{"from": "function_call", "value": "[]"}]},
             "no call of a function",
             "arguments",

@@ -95,6 +95,12 @@ def test_what_is_no_text_is_refused(value: Any) -> None:
         texts([{"prompt": value, "answer": "b"}])
 
 
+@pytest.mark.parametrize("text", ["1e999", "Infinity", "-Infinity"])
+def test_a_number_beyond_all_bounds_is_no_text(text: str) -> None:
+    with pytest.raises(UserError, match=r"row 1 .* the field 'answer' is -?inf"):
+        texts([{"prompt": "a", "answer": json.loads(text)}])
+
+
 def test_parts_of_a_field_are_named_in_brackets() -> None:
     row = {"doc": {"q": "Q", "list": ["x", "y"]}, "answer": 4}
     [text] = texts([row], replace(PAIRS, prompt="{doc[q]} {doc[list][1]}"))
@@ -271,6 +277,13 @@ def test_the_same_row_in_many_files(tmp_path: Path, name: str, data: bytes) -> N
     assert read_rows(tmp_path / name) == [ROW]
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Csv", "a.JSONL.GZ"])
+def test_an_ending_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    data = b"prompt,answer\na,b\n" if "Csv" in name else LINE
+    (tmp_path / name).write_bytes(packed(data) if name.endswith("GZ") else data)
+    assert len(read_rows(tmp_path / name)) == 1
+
+
 def test_json_lines_may_be_named_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(LINE * 3)
     assert read_rows(tmp_path / "a.json") == [ROW] * 3
@@ -313,6 +326,9 @@ def test_documents_of_a_text_file(tmp_path: Path) -> None:
         ("a.csv", b"prompt,answer\na,b\nc\x00\rd,e\n", "a.csv, line 3"),
         ("a.xml.gz", packed(LINE), "no known kind"),
         ("a.jsonl", b"\xff\xfe{", "is not UTF-8"),
+        ("a.jsonl", LINE + b'{"a": 1, "b": {"c": 2, "c": 3}}', "line 2: the key 'c' stands there"),
+        ("a.json", b'[{"a": 1, "a": 1}]', "a.json: the key 'a' stands there twice"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv, line 1: the column 'a' stands there twice"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:

@@ -91,7 +91,7 @@ def _job(words: tuple[str, ...]) -> Job | str:
 def said_by(job: Job) -> Values:
     """Return the settings of a job by the words that set them, lists and mappings whole."""
     spec, runtime = plain(job.spec), plain(job.runtime)
-    machine = runtime.pop("machine")
+    machine = {**runtime.pop("machine"), **runtime.pop("parallelism")}
     parts = {
         **{name: spec[name] for name in ("model", "dataset", "train")},
         "method": spec["method"]["settings"],
@@ -378,7 +378,11 @@ def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-DERIVED = {"method": ("method", "train.learning_rate"), "hardware": ("hardware",)}
+DERIVED = {
+    "method": ("method", "train.learning_rate"),
+    "train.epochs": ("train.epochs", "train.max_steps"),
+    "train.max_steps": ("train.epochs", "train.max_steps"),
+}
 
 
 def _under(key: str, word: str) -> bool:

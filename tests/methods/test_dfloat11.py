@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import SHAPE, context, generator, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost
@@ -21,6 +24,7 @@ from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.quant import dfloat11, huffman, packing
 from effbench.nn.quant.dfloat11 import DFloat11Linear, Unit
 from effbench.nn.quant.linears import expanded_once, storage_bytes
+from effbench.resources.peaks import Peaks
 from effbench.util import cpp
 from effbench.util.errors import UserError
 
@@ -380,3 +384,42 @@ def test_a_unit_that_cannot_be_decoded_leaves_the_others_whole() -> None:
         other.weight(0, BF16)
     one.scratch.buffer.zero_()  # what a decoder may have written before it noticed
     assert one.weight(0, BF16).equal(before)
+
+
+# -- what encoding takes -------------------------------------------------------------------------
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and not yet gone, and the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = call(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made._is_view():
+            size = made.untyped_storage().nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(made, self._gone, size)
+        return made
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_the_plan_has_room_for_the_encoder(dtype: torch.dtype) -> None:
+    shape = replace(SHAPE, hidden_size=256, intermediate_size=1024)
+    linears = shape.linear_sizes(0).values()
+    draws = generator(0)
+    weights = {
+        str(n): 0.02 * torch.randn(i, o, generator=draws).to(dtype)
+        for n, (i, o) in enumerate(linears)
+    }
+    with Living() as living:
+        dfloat11.encode(weights)
+    planned = DFloat11().held(ModelShape.of(shape), 0, dtype.itemsize)
+    planned += Peaks(ModelShape.of(shape), dtype.itemsize).expanded
+    assert 0.5 * planned < living.most <= planned

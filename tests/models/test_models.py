@@ -7,17 +7,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from effbench.api.schema import build
+from effbench.api.schema import build, plain
 from effbench.api.shape import Shape
 from effbench.api.spec import ModelSpec
+from effbench.config.compose import compose
 from effbench.models import gguf_convert
 from effbench.models import load as models
 from effbench.models.gguf_header import config_in, read_header
@@ -465,6 +469,69 @@ def test_fingerprint_of_a_gguf_file(gguf_file: Path) -> None:
     assert fingerprint(gguf_spec(gguf_file)) != first != ""
 
 
+def shorter(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["num_hidden_layers"] = 1
+
+
+def biased(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def wider(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["vocab_size"] = 400
+
+
+def fewer_heads(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["num_key_value_heads"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            shorter,
+            r"9 weights that its config has no place for.*layers\.1\.input_layernorm",
+        ),
+        (
+            biased,
+            r"1 weights that its config has no place for.*self_attn\.q_proj\.bias",
+        ),
+        (wider, r"has the sizes \[300, 32\] in the files of .*, but \[400, 32\] by its config"),
+        (fewer_heads, r"k_proj\.weight has the sizes \[32, 32\] .*, but \[16, 32\]"),
+    ],
+)
+def test_weights_that_the_config_does_not_fit_are_no_other_model(
+    change: Callable[..., None], message: str, saved: Path
+) -> None:
+    file, weights = saved / "config.json", saved / "model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights)
+    change(config, tensors)
+    file.write_text(json.dumps(config))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        on_cpu(ModelSpec(name="mine", source="folder", path=str(saved)))
+
+
+def test_angles_that_older_files_hold_are_no_weights(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**load_file(weights), **angles}, weights, metadata={"format": "pt"})
+    found = on_cpu(ModelSpec(name="mine", source="folder", path=str(saved)))
+    assert torch.equal(logits(found), logits(on_cpu(small())))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', "{"])
+def test_an_index_that_is_none_is_left_to_whoever_loads(text: str, saved: Path) -> None:
+    (saved / "model.safetensors.index.json").write_text(text)
+    assert fingerprint(ModelSpec(name="mine", source="folder", path=str(saved)))
+
+
+def test_a_config_that_is_no_object_is_named(saved: Path) -> None:
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+        shape_of(ModelSpec(name="mine", source="folder", path=str(saved)))
+
+
 # -- hub -----------------------------------------------------------------------------------------
 
 
@@ -503,6 +570,77 @@ def test_hub_model_from_an_earlier_download(no_hub: None, saved: Path, tmp_path:
     assert torch.equal(logits(on_cpu(spec)), logits(on_cpu(small())))
     with pytest.raises(UserError, match="only after its download"):
         shape_of(replace(spec, revision="other"))
+
+
+def downloaded(home: Path, commit: str, seed: int, main: bool = True) -> None:
+    """Lay out a commit of org/small as the hub's client does, as what main stands for."""
+    at = home / "models--org--small"
+    loaded = on_cpu(small(seed))
+    loaded.model.save_pretrained(at / "snapshots" / commit)
+    loaded.tokenizer.save_pretrained(at / "snapshots" / commit)
+    if main:
+        (at / "refs").mkdir(exist_ok=True)
+        (at / "refs" / "main").write_text(commit)
+
+
+HUB = ["model=hub", "model.id=org/small", "dataset=arithmetic", "hardware.device=cpu"]
+
+
+def test_a_branch_of_the_hub_is_the_commit_that_it_stood_for(no_hub: None, tmp_path: Path) -> None:
+    first, second = "a" * 40, "b" * 40
+    downloaded(tmp_path, first, seed=1)
+    before = compose("eval", HUB).spec
+    assert before.model.fingerprint == first
+    downloaded(tmp_path, second, seed=2)
+    now = compose("eval", HUB).spec
+    assert (now.model.fingerprint, now.key == before.key) == (second, False)
+    for spec, seed in ((before, 1), (now, 2)):  # an earlier run's is still the earlier one
+        assert torch.equal(logits(on_cpu(spec.model)), logits(on_cpu(small(seed))))
+
+
+def test_a_commit_itself_needs_no_pin_and_another_revision_gets_its_own(
+    no_hub: None, tmp_path: Path
+) -> None:
+    downloaded(tmp_path, "a" * 40, seed=1)
+    (tmp_path / "models--org--small" / "refs" / "v2").write_text("c" * 40)
+    assert not compose("eval", [*HUB, f"model.revision={'d' * 40}"]).spec.model.fingerprint
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(plain(compose("eval", HUB).spec)))
+    again, other = (
+        compose("eval", [str(file), *more]).spec.model for more in ([], ["model.revision=v2"])
+    )
+    assert (again.fingerprint, other.fingerprint) == ("a" * 40, "c" * 40)
+
+
+def test_the_hub_is_asked_once_and_the_answer_kept(
+    no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def repo_info(self: Any, name: str, **options: Any) -> Any:
+        asked.append((name, options["repo_type"], options["revision"]))
+        return SimpleNamespace(sha="e" * 40)
+
+    monkeypatch.setattr(hf, "hub_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    hf._asked.cache_clear()
+    for _ in range(2):
+        assert hf.commit_of("org/rows", kind="dataset") == "e" * 40
+        hf._asked.cache_clear()
+    assert asked == [("org/rows", "dataset", "main")]
+    words = ["model=tiny", "dataset.source=hub", "dataset.id=org/rows", "hardware.device=cpu"]
+    assert compose("eval", words).spec.dataset.fingerprint == "e" * 40
+
+
+@pytest.mark.parametrize("words", [["model=hub", "model.id=org/small"],
+                                   ["dataset.source=hub", "dataset.id=org/small"]])  # fmt: skip
+def test_a_folder_is_not_taken_for_a_name_on_the_hub(
+    words: list[str], no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="id=org/small is on this machine, not on the hub"):
+        compose("eval", [*words, "hardware.device=cpu"])
 
 
 def test_offline_is_left_as_it_was() -> None:

@@ -299,6 +299,19 @@ def test_uneven_groups_are_refused(queries: list[int], groups: list[int]) -> Non
         slice_model(model, Kept(torch.arange(64), (part,) * 4))
 
 
+@pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])
+def test_a_part_whose_output_has_a_bias_is_not_left_out(part: str, last: str) -> None:
+    model = model_of()
+    linear = getattr(getattr(model.model.layers[1], part), last)
+    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype))
+    layout = layout_of(model)
+    kept = torch.ones(layout.size, dtype=torch.bool)
+    views = list(layout.views(kept))[1]
+    (views.groups if part == "self_attn" else views.neurons)[:] = False
+    with pytest.raises(UserError, match="whose output has a bias cannot be left out"):
+        slice_model(model, kept_blocks(layout, kept))
+
+
 def test_packed_linears_are_refused() -> None:
     model = tiny_model(shape=TIED)
     for _, linear in dense_linears(model, ["v_proj"]):

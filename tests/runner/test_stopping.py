@@ -284,3 +284,66 @@ def test_the_launcher_writes_nothing_of_the_run(
     with pytest.raises(RunFailedError):
         execute(job)
     assert seen == [False]
+
+
+# -- before there is anything to save ------------------------------------------------------------
+
+
+def interrupted_while_importing(module: str, caught: bool) -> str:
+    """Return code that has a signal come while a module is imported, perhaps to be caught."""
+    return (
+        "import builtins, os, signal, sys\n"
+        "usual = builtins.__import__\n"
+        "def importing(name, *rest, **named):\n"
+        f"    if name == {module!r}:\n"
+        "        builtins.__import__ = usual\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        except BaseException:\n"
+        f"            if not {caught}: raise\n"
+        "    return usual(name, *rest, **named)\n"
+        "builtins.__import__ = importing\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "module", ["effbench.runner", pytest.param("torch", marks=pytest.mark.slow)]
+)
+def test_a_signal_during_the_imports_of_a_run_is_heeded(bench: Bench, module: str) -> None:
+    job = bench.job("eval", "evaluator=[]")
+    code = interrupted_while_importing(module, caught=False)
+    code += "from effbench.runner.worker_process import main; sys.exit(main())"
+    done = in_a_process(code, json.dumps(plain(job)))
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("Stopped") and len(done.stderr.splitlines()) == 1
+    assert not bench.folder(job).finished
+
+
+def test_a_signal_that_a_library_catches_is_heeded_at_the_first_step(bench: Bench) -> None:
+    job = bench.job("train")
+    code = interrupted_while_importing("torch", caught=True)
+    code += "from effbench.runner.worker_process import main; sys.exit(main())"
+    done = in_a_process(code, json.dumps(plain(job)))
+    assert done.returncode == 130, done.stderr
+    assert "everything is saved" in done.stderr and len(steps(bench, job)) <= 1
+
+
+def test_a_process_that_dies_of_a_signal_before_it_can_say_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("effbench.runner.local._run_process", lambda *_: -15)
+    with pytest.raises(RunFailedError):
+        execute(bench.job("eval"))
+    assert capsys.readouterr().err == "Stopped before the run began.\n"
+
+
+def test_a_command_says_that_it_was_stopped() -> None:
+    code = interrupted_while_importing("effbench.config.compose", caught=False)
+    code += "from effbench.cli.main import main\nsys.argv[1:] = ['plan', 'model=tiny']\nmain()"
+    done = in_a_process(code)
+    assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+
+
+def in_a_process(code: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)

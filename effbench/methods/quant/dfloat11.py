@@ -30,16 +30,21 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.parts import LayerShape, Linear
 from effbench.api.points import Point
-from effbench.api.shape import LINEARS, Anatomy, ModelShape, Phase
+from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
 from effbench.methods.compresses import Compresses, Part
 from effbench.nn.llama import stack, surgery, weights
-from effbench.nn.quant import dfloat11, linears
+from effbench.nn.quant import dfloat11, huffman, linears
 from effbench.nn.quant.formats.dfloat11 import DFloat11Format
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 from effbench.util.tensor_files import stored_bytes
 
 FILE = "weights.safetensors"
+ENCODING, SPLIT = 3.5, 2
+"""Bytes per weight of a block while it is encoded: its exponents, its codes and their words; and
+while the lower halves of float32 weights are split off."""
+CODED = 96
+"""Bytes per weight whose code is written just now: twelve numbers of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class DFloat11(Compresses):
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return twice the number of blocks."""
         return 2 * len(_units(model))
+
+    def held(self, shape: AnyShape, tokens: int, element: int) -> int:
+        """Return the bytes for the largest block while it is encoded."""
+        linears = (shape.linear_sizes(layer).values() for layer in range(shape.num_layers))
+        count = max(sum(i * o for i, o in sizes) for sizes in linears)
+        kept = count * (ENCODING + SPLIT * (element == 4))
+        return int(kept) + CODED * min(count, huffman.PIECE)
 
     def compress(
         self, model: torch.nn.Module, calibration: Sequence[Batch], ctx: Context

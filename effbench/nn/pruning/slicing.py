@@ -121,7 +121,8 @@ def slice_model(model: Any, kept: Kept, replace: Replace | None = None) -> Any:
         replace: Told of each parameter that is replaced, for an optimiser that trains it.
 
     Raises:
-        UserError: When the model is not Llama's, or its linears are packed.
+        UserError: When the model is not Llama's, its linears are packed, or a part that goes whole
+            has a bias that would have to stay.
         ValueError: When the groups of a layer would keep different numbers of query heads.
     """
     require_llama(model)
@@ -154,7 +155,10 @@ def slice_model(model: Any, kept: Kept, replace: Replace | None = None) -> Any:
             ("mlp", neurons, part.neurons),
         ):
             parent = getattr(layer, owner)
-            if not len(units) or isinstance(parent, NoAttention | NoMLP):
+            if isinstance(parent, NoAttention | NoMLP):
+                continue
+            if not len(units):
+                _require_no_bias(parent)
                 continue
             for name, (rows, columns) in sizes.items():
                 setattr(parent, name, cut(getattr(parent, name), rows, columns))
@@ -163,6 +167,16 @@ def slice_model(model: Any, kept: Kept, replace: Replace | None = None) -> Any:
         model.lm_head = cut(model.lm_head, None, kept.dims)
     _settle(model, [part.size for part in kept.layers], len(kept.dims))
     return model
+
+
+def _require_no_bias(part: nn.Module) -> None:
+    """Refuse to do without a part that adds something even when all it computes is zero."""
+    last: Any = getattr(part, "o_proj", None) or getattr(part, "down_proj", None)
+    if getattr(last, "bias", None) is not None:
+        raise UserError(
+            f"A {type(part).__name__} whose output has a bias cannot be left out altogether.",
+            "Keep some of it, or prune a model without biases.",
+        )
 
 
 def _check_groups(index: int, size: LayerSize, part: KeptLayer) -> None:

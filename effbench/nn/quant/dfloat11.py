@@ -69,23 +69,26 @@ def encode(weights: Mapping[str, torch.Tensor]) -> Encoded:
 
 def encode_exponents(weights: Mapping[str, torch.Tensor]) -> Stream:
     """Return the exponents of weights, encoded; see `encode`."""
-    exponents = [_upper_halves(n, w) >> 7 & 0xFF for n, w in weights.items()]
+    exponents = [(_upper_halves(n, w) >> 7 & 0xFF).to(torch.uint8) for n, w in weights.items()]
     for name, own in zip(weights, exponents, strict=True):
         if len(own) and int(own.max()) > LARGEST_EXPONENT:
             raise UserError(
                 f"{name} has a weight that is infinite, not a number, or not below 2^113.",
                 "DFloat11 has no code for it: look at where the model comes from.",
             )
-    return huffman.encode(torch.cat([own.to(torch.uint8) for own in exponents]))
+    return huffman.encode(torch.cat(exponents))
 
 
 def split_rest(weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is kept of weights as it is: `rest` and `low` of `Encoded`; see `encode`."""
-    high = torch.cat([_upper_halves(name, weight) for name, weight in weights.items()])
-    low = [_words(weight) for weight in weights.values() if weight.dtype == torch.float32]
-    empty = high.new_empty(0, dtype=torch.int16)
-    rest = (high >> 8 & 0x80 | high & 0x7F).to(torch.uint8)
-    return rest, torch.cat([empty, *(words.to(torch.int16) for words in low)])
+    rest = torch.cat([_rest(_upper_halves(name, weight)) for name, weight in weights.items()])
+    exact = [weight for weight in weights.values() if weight.dtype == torch.float32]
+    low = [_words(weight).to(torch.int16) for weight in exact]
+    return rest, torch.cat([rest.new_empty(0, dtype=torch.int16), *low])
+
+
+def _rest(high: torch.Tensor) -> torch.Tensor:
+    return (high >> 8 & 0x80 | high & 0x7F).to(torch.uint8)
 
 
 def _upper_halves(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ POINTER = 240
 """Table entries from here on point to another table."""
 PADDING = 12
 """Bytes after the last chunk, so that nobody reads beyond the end."""
-PIECE = 2**22
+PIECE = 2**18
 """Symbols that are encoded at a time."""
 
 DAMAGED = (
@@ -145,8 +145,7 @@ def encode(symbols: torch.Tensor) -> Stream:
         firsts[chunk[fresh]] = (first + fresh).int()
         gaps[chunk[fresh]] = (starts[fresh] % CHUNK).to(torch.uint8)
         last = int(chunk[-1])
-    shifts = torch.tensor([24, 16, 8, 0], device=device)
-    stream = (words[:, None] >> shifts & 255).to(torch.uint8).flatten()
+    stream = torch.stack([(words >> n & 255).to(torch.uint8) for n in (24, 16, 8, 0)], 1).flatten()
     positions = torch.cat([firsts[::BLOCK], firsts.new_tensor([len(symbols)])])
     return Stream(stream, packing.pack(gaps, GAP), positions, decode_tables(lengths).to(device))
 
