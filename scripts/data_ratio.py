@@ -49,11 +49,13 @@ def main() -> None:
     """Print accuracy over size, and the ratio for each arm that is held against."""
     name, ours, *others = sys.argv[1:]
     campaign = campaign_named(name)
-    records, metric = campaign.records(RESULTS), campaign.metrics[0]
-    most = max(r.data["splits"]["train"]["rows"] for r in records[ours])
-    rows, ratios, mine = [], [], sizes_of(campaign, ours, most)
+    metric, rows, ratios = campaign.metrics[0], [], []
+    whole = campaign.records(RESULTS, [ours])[ours]
+    most = max(r.data["splits"]["train"]["rows"] for r in whole)
+    mine = sizes_of(campaign, ours, most)
     for arm in (ours, *others):
         sizes = sizes_of(campaign, arm, most)
+        records = campaign.records(RESULTS, list(sizes.values()))
         curve = np.stack([outcomes(records[a], metric) for a in sizes.values()], 1)
         means = dict(zip(sizes, curve.mean((0, 2)), strict=True))
         rows.append((arm, *(f"{means[n]:.3f}" if n in means else "" for n in mine)))

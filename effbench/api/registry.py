@@ -9,12 +9,11 @@ from __future__ import annotations
 import ast
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.offered import offered
+from effbench.util.offered import docstring, offered
 from effbench.util.package_data import conf_dir, only_class
 
 if TYPE_CHECKING:
@@ -78,10 +77,7 @@ def _class_in(kind: Kind, name: str) -> type:
 def summary(kind: Kind, name: str) -> str:
     """Return the first line of the docstring of a plug-in's file, without importing it."""
     if name in plugins(kind):
-        spec = find_spec(plugins(kind)[name].module)
-        path = Path(spec.origin) if spec and spec.origin else None
-    else:
-        path = _own(kind).get(name)
-    if path is None or not path.is_file():
-        return ""
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        return docstring(plugins(kind)[name]).split("\n")[0]
+    path = _own(kind).get(name)
+    text = ast.get_docstring(ast.parse(path.read_text())) if path else ""
+    return (text or "").split("\n")[0]

@@ -29,7 +29,7 @@ from effbench.util.wrap import columns, write
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file to a command line."""
     for stage in stages.names():
-        app.command(stage, help=stages.find(stage).help)(_command_of(stage))
+        app.command(stage, help=stages.help_of(stage))(_command_of(stage))
     for command in (tune, plan, similarity):
         app.command()(command)
 

@@ -171,8 +171,8 @@ def _hints(key: str, overrides: Sequence[str]) -> list[Any]:
         parts[top] = [registry.find("evaluators", path.pop(0))]
     elif top == "method":
         words = [w.partition("=")[2] for w in overrides if w.startswith("method=")]
-        defaults = {stages.find(stage).method for stage in stages.names()}
-        chosen = {n for w in words for n in w.split(",")} or defaults
+        chosen = {n for w in words for n in w.split(",")}
+        chosen = chosen or {stages.find(stage).method for stage in stages.names()}
         known = chosen.intersection(registry.names("methods"))
         parts[top] = [registry.find("methods", name) for name in known]
     return [hint for part in parts.get(top, ()) for hint in _inside(part, path)]

@@ -16,7 +16,15 @@ from typing import Any
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gpt2": "gpt2",
+    "gemma": "gemma",
+    "phi3": "phi3",
+}
 """From transformers' model types to llama.cpp's."""
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 """`general.file_type` of what the matrices are held in (llama.h, enum llama_ftype)."""
@@ -52,7 +60,7 @@ def require_known(config: Any) -> None:
     if kind not in ARCHITECTURES:
         raise UserError(f"A {kind} model is not written as GGUF.", known)
     if any(k != "full_attention" for k in getattr(config, "layer_types", None) or ()) or (
-        kind == "mistral" and config.sliding_window
+        kind in ("mistral", "phi3") and config.sliding_window
     ):
         raise UserError("Layers with a sliding window are not written as GGUF.", known)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -95,11 +103,11 @@ def write_gguf(
         blocks = blocks_of((packed or {}).get(own.removesuffix(".weight")))
         if blocks is not None:
             kind, rows = blocks
-            ordered = _turned(own, rows, model.config).contiguous().numpy()
+            ordered = _in_pairs(own, rows, model.config).contiguous().numpy()
             writer.add_tensor(theirs, ordered, raw_dtype=gguf.GGMLQuantizationType[kind])
             kept += 1
         else:
-            _add(writer, theirs, _turned(own, parameter.detach(), model.config))
+            _add(writer, theirs, _laid_out(own, parameter.detach(), model.config))
     _write_rope(writer, model.config)
     try:
         writer.write_header_to_file()
@@ -123,7 +131,16 @@ def _add(writer: Any, name: str, tensor: torch.Tensor) -> None:
         writer.add_tensor(name, tensor.contiguous().numpy())
 
 
-def _turned(name: str, rows: torch.Tensor, config: Any) -> torch.Tensor:
+def _laid_out(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return a tensor as llama.cpp holds it: matrices [d_out, d_in], norms with all gain."""
+    if config.model_type == "gpt2" and tensor.ndim == 2 and ".h." in name:
+        return tensor.t()
+    if config.model_type == "gemma" and tensor.ndim == 1:
+        return tensor.float() + 1
+    return _in_pairs(name, tensor, config)
+
+
+def _in_pairs(name: str, rows: torch.Tensor, config: Any) -> torch.Tensor:
     """Return the rows of a matrix in the order that llama.cpp has for rotary pairs.
 
     Its `llama` turns neighbouring rows of a head together, transformers' the two halves.
@@ -143,26 +160,35 @@ def _turned(name: str, rows: torch.Tensor, config: Any) -> torch.Tensor:
 
 def _write_sizes(writer: Any, model: Any, name: str) -> None:
     config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_name(name or config.model_type)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    writer.add_feed_forward_length(inner or 4 * config.hidden_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(width)
+    if config.model_type == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        _write_positions(writer, config, width)
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    writer.add_file_type(FILE_TYPES[dtype])
+
+
+def _write_positions(writer: Any, config: Any, width: int) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_rope_dimension_count(int(width * (rope.get("partial_rotary_factor") or 1)))
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     if rope.get("rope_type") == "linear":
         writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    writer.add_file_type(FILE_TYPES[dtype])
 
 
 def _write_rope(writer: Any, config: Any) -> None:

@@ -45,8 +45,6 @@ class Peak:
     method: How
     """`resident`: VmHWM of the process. `allocator`: tensors on the CUDA device. `since start`: the
     process's largest resident size so far, so that phases cannot be told apart."""
-    reserved_bytes: int = 0
-    """Largest pool that CUDA's allocator held, unused parts included."""
 
     @property
     def added_bytes(self) -> int:
@@ -104,15 +102,21 @@ class PeakMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        peak, reserved = max(self._largest(), self._seen, self._start), 0
-        if self._how == "allocator":
-            import torch
-
-            reserved = torch.cuda.max_memory_reserved(self.device)
+        peak = max(self._largest(), self._seen, self._start)
         self._open.remove(self)
         for outer in self._open:
             outer._seen = max(outer._seen, peak)
-        self._peak = Peak(self.phase, self._start, peak, self._how, reserved)
+        self._peak = Peak(self.phase, self._start, peak, self._how)
+
+    @classmethod
+    def saw(cls, size: int) -> None:
+        """Count another process of the work that is measured now, whose resident peak was `size`.
+
+        The peak is that of the largest process. A device's allocator knows of none but this one.
+        """
+        for one in cls._open:
+            if one._how != "allocator":
+                one._seen = max(one._seen, size)
 
     def _largest(self) -> int:
         """Return the peak since the system's figure was last set back."""

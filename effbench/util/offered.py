@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +40,13 @@ def _named_by_packages() -> str:
         file for place in sys.path for file in Path(place or ".").glob("*.*-info/entry_points.txt")
     )
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def docstring(entry: EntryPoint) -> str:
+    """Return the docstring of the module that an entry point names, without importing it."""
+    spec = find_spec(entry.module)
+    path = Path(spec.origin) if spec and spec.origin else None
+    return (path and path.is_file() and ast.get_docstring(ast.parse(path.read_text()))) or ""
 
 
 def class_offered(kind: Kind, name: str, base: type) -> type[Any]:

@@ -107,6 +107,7 @@ rounds = ourlab.method:Rounds
 shouted = ourlab.kind:Shouted
 [effbench.stages]
 look = ourlab.stage
+broken = ourlab.kind
 [effbench.evaluators]
 letters = ourlab.evaluator:Letters
 """
@@ -178,10 +179,15 @@ def test_what_a_package_offers_is_listed_and_shown(package: Path) -> None:
     app = typer.Typer()
     launching.add_to(app)
     assert {c.name: c.help for c in app.registered_commands}["look"] == "Look at a model."
+    assert stages.names()[-2:] == ("broken", "look")
     assert weights.is_packed("sixteenths") and "shouted" in kinds.names()
+    assert "ourlab.stage" not in sys.modules  # a help needs no import
 
 
 def test_an_entry_point_of_another_kind_is_refused(package: Path) -> None:
     with pytest.raises(UserError, match=r"ourlab\.kind:Shouted is no Packed") as error:
         weights.find("wrong")
     assert "effbench.formats" in error.value.hint
+    with pytest.raises(UserError, match=r"ourlab\.kind has no STAGE") as error:
+        stages.find("broken")
+    assert "effbench.api.stages.base" in error.value.hint

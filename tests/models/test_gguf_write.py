@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from effbench.config.compose import compose
 from effbench.models import load as models
@@ -42,6 +55,13 @@ CONFIGS = {
     "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=SCALED),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=96
+    ),
+    "gemma": lambda: GemmaConfig(**{**SIZES, "num_key_value_heads": 1}),
+    "phi3": lambda: Phi3Config(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"}, pad_token_id=0
+    ),
 }
 
 
@@ -57,6 +77,16 @@ def made(name: str) -> Any:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return models.load_tokenizer(compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model)
+
+
+def byte_pairs() -> Any:
+    """Return a tokenizer of 299 letters and pairs of them, of a kind that llama.cpp knows."""
+    pairs = (a + b for a in ascii_uppercase for b in ascii_lowercase)
+    tokens = [*ascii_lowercase, "he", *islice(pairs, 272)]
+    inner = Tokenizer(BPE({token: n for n, token in enumerate(tokens)}, [("h", "e")]))
+    inner.decoder = decoders.ByteLevel()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
 
 
 def tensors(path: Path) -> dict[str, Any]:
@@ -79,6 +109,45 @@ def test_transformers_reads_it_back(name: str, tmp_path: Path, tokenizer: Any) -
     assert {k: v for k, v in SIZES.items() if k in stated} == {
         k: v for k, v in stated.items() if k in SIZES
     }
+
+
+def test_tensors_of_other_architectures_are_as_llama_cpp_holds_them(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for name, own, theirs in (
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "blk.0.ffn_up.weight"),
+        ("gemma", "model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", "blk.0.attn_qkv.weight"),
+    ):
+        model = made(name)
+        write_gguf(model, tokenizer, tmp_path / f"{name}.gguf")
+        weight = model.get_parameter(own)
+        wanted = {"gpt2": weight.t(), "gemma": weight + 1, "phi3": weight}[name]
+        found = tensors(tmp_path / f"{name}.gguf")
+        np.testing.assert_array_equal(found[theirs].data, wanted.numpy())
+        assert len(found) == len(list(model.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "phi3"])
+def test_llama_cpp_decodes_the_same_tokens_of_every_architecture(name: str, tmp_path: Path) -> None:
+    """Of random weights, in float32; the wheel is no dependency: `pip install xllamacpp`."""
+    llama = pytest.importorskip("xllamacpp")
+    model = made(name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # else the same token comes again and again
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    tokenizer = byte_pairs()
+    write_gguf(model, tokenizer, tmp_path / "x.gguf", name="mine")
+    ids = torch.tensor([[66, 70, 75, 90, 101, 120, 84]])
+    own = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    params = llama.CommonParams()
+    params.model.path = str(tmp_path / "x.gguf")
+    params.n_ctx, params.warmup, params.n_gpu_layers = 64, False, 0
+    server = llama.Server(params)
+    asked = {"prompt": ids[0].tolist(), "max_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    text = server.handle_completions(asked)["choices"][0]["text"]
+    assert text == tokenizer.decode(own[0, ids.shape[1] :])
 
 
 def test_scaled_positions_are_written_as_what_divides_them(tmp_path: Path, tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.offered import offered
+from effbench.util.offered import docstring, offered
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,15 @@ class Stage:
     loads: bool = True
     """Whether it loads a model; else shapes and stated ceilings are all that it has."""
     name: str = ""
-    """The name of its file."""
-    help: str = ""
-    """What its command does, with examples."""
+    """The name of its file, or of its entry point."""
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return the names of all stages: those first that do most to a model."""
+    """Return the names of all stages: those first that do most to a model, then other packages'."""
     here = Path(__file__)
-    found = {p.stem for p in here.parent.glob("*.py")} - {"__init__", here.stem}
-    return tuple(sorted(found.union(offered("stages")), key=_order))
+    own = {p.stem for p in here.parent.glob("*.py")} - {"__init__", here.stem}
+    return (*sorted(own - offered("stages").keys(), key=_order), *sorted(offered("stages")))
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
@@ -59,8 +57,20 @@ def find(name: str) -> Stage:
     if name not in offered("stages") and not (Path(__file__).parent / f"{name}.py").is_file():
         raise UserError(f"There is no stage called {name!r}.", did_you_mean(name, names()))
     module = import_module(_module(name, f"effbench.api.stages.{name}"))
-    stage: Stage = module.STAGE
-    return replace(stage, name=name, help=module.__doc__ or "")
+    stage = getattr(module, "STAGE", None)
+    if not isinstance(stage, Stage):
+        raise UserError(
+            f"{module.__name__} has no STAGE, so that it is no stage.",
+            "Define STAGE = Stage(...) there, with Stage of effbench.api.stages.base.",
+        )
+    return replace(stage, name=name)
+
+
+def help_of(name: str) -> str:
+    """Return the help of a stage's command; a package's module is read for it, not imported."""
+    if name in offered("stages"):
+        return docstring(offered("stages")[name])
+    return import_module(f"effbench.api.stages.{name}").__doc__ or ""
 
 
 def performs(name: str) -> str:

@@ -56,18 +56,22 @@ def sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:
         UserError: For an unknown generator or part, and a seed that is none.
     """
     generator, seed = find(spec.id), _seed_of(spec)
-    for part in parts_of(spec).values():
-        if part not in generator.parts:
-            raise UserError(
-                f"The generator {generator.name} makes no part {part!r}.",
-                did_you_mean(part, generator.parts),
-            )
     return {split: generator.rows(part, seed) for split, part in parts_of(spec).items()}
 
 
 def parts_of(spec: DatasetSpec) -> dict[str, str]:
-    """Return which part each split is."""
-    return spec.splits or {"all": "all"}
+    """Return which part each split is.
+
+    Raises:
+        UserError: For an unknown generator or part.
+    """
+    known, parts = find(spec.id).parts, spec.splits or {"all": "all"}
+    for part in parts.values():
+        if part not in known:
+            raise UserError(
+                f"The generator {spec.id} makes no part {part!r}.", did_you_mean(part, known)
+            )
+    return parts
 
 
 def _seed_of(spec: DatasetSpec) -> int:

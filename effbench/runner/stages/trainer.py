@@ -56,7 +56,6 @@ class Trainer:
     examples: Sequence[Example]
     validation: Sequence[Example]
     ctx: Context
-    accelerator: Accelerator
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LambdaLR
     layer_forwards: LayerForwards
@@ -122,7 +121,6 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
         examples=examples,
         validation=_validation(run, method, data),
         ctx=ctx,
-        accelerator=accelerator,
         optimizer=optimizer,
         schedule=schedule,
         layer_forwards=LayerForwards(decoder_layers(model)),
