@@ -13,11 +13,11 @@ from statistics import median
 import torch
 
 from effbench.nn.decode import native, native_step
-from effbench.nn.quant import linears, nested_linear, plane_linears
+from effbench.nn.quant import linears, nested_linear, plane_linears, shifted_linear
 
 FORMATS = (
-    "codes 4 128",
-    "codes 8 128",
+    *(f"codes {bits} 128" for bits in (2, 3, 4, 5, 6, 8)),
+    "shifted 4 64",
     "nf4",
     "trits 2 128",
     *(f"signs {bits} 128" for bits in (2, 3, 4, 6)),
@@ -33,6 +33,8 @@ def layer(name: str, rows: int, columns: int) -> linears.QuantisedLinear:
     made: linears.QuantisedLinear
     if kind == "codes":
         made = linears.PackedLinear.empty(linear, first, second)
+    elif kind == "shifted":
+        made = shifted_linear.ShiftedLinear.empty(linear, first, second)
     elif kind == "nf4":
         made = linears.NF4Linear.empty(linear)
     elif kind == "trits":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from effbench.api.evolution import Evolution
@@ -26,6 +28,21 @@ class Paper:
     venue: str
     identifier: str
     """arXiv number or DOI."""
+
+
+@dataclass(frozen=True)
+class ProgramUsage:
+    """What a program in a process of its own took."""
+
+    seconds: float
+    processor_seconds: float
+    """Of all processes that it waited for."""
+    peak_bytes: int
+    """Largest resident size of one of its processes."""
+
+
+def _no_program(words: Sequence[str]) -> ProgramUsage:
+    raise RuntimeError(f"there is no run to start {words[0]} for")
 
 
 @dataclass
@@ -51,6 +68,13 @@ class Context:
     """Rows of the splits that the method asks for beside `train`, by name; see `Trains.splits`."""
     note: Callable[[str], None] = lambda text: None
     """Adds a sentence to the run's record."""
+    measured: Callable[[str, float, str], None] = lambda name, value, unit: None
+    """Adds a number of the stage at work, with its unit, to the run's record."""
+    folder: Path = field(default_factory=lambda: Path(gettempdir()))
+    """Where there is room for what is needed for a while only (`util.files.scratch_folder`)."""
+    program: Callable[[Sequence[str]], ProgramUsage] = _no_program
+    """Runs a program, given as words, to its end, while a model is compressed; its memory and
+    energy count as the run's."""
     aux: dict[str, torch.nn.Module] = field(default_factory=dict)
     """The method's auxiliary models by name, frozen; they are no part of the model."""
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()

@@ -11,7 +11,7 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context
 from effbench.api.shape import AnyShape
 from effbench.api.sharing import require_own_states
-from effbench.methods.compresses import CompressesLinears, Part
+from effbench.methods.compresses import CompressesLinears, DrawsRows, Part
 from effbench.nn.llama import stack, surgery
 from effbench.nn.quant import calibration as calibrating
 from effbench.util.lazy import torch
@@ -21,7 +21,7 @@ SQUARES = 3
 
 
 @dataclass(frozen=True)
-class CompressesBlocks(CompressesLinears):
+class CompressesBlocks(DrawsRows, CompressesLinears):
     """A method that replaces the linears of one block at a time.
 
     In memory are the model, the activations of the calibration rows before one block, and what one

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.batch import Batch
-from effbench.api.method_types import Context
+from effbench.api.method_types import CALIBRATION_ROWS, Context
 from effbench.api.shape import AnyShape
 from effbench.api.spec import Stage
 from effbench.methods.base import Method
@@ -47,6 +47,15 @@ class Compresses(Method):
         """Whether compression runs the model on training rows."""
         return False
 
+    def calibration_rows(self, count: int, seed: int) -> list[int]:
+        """Return which of `count` training rows it looks at. Default: the first ones.
+
+        Args:
+            count: Of the train split.
+            seed: Of the run.
+        """
+        return list(range(min(count, CALIBRATION_ROWS)))
+
     def held(self, shape: AnyShape, tokens: int, element: int) -> int:
         """Return the bytes that it holds beside the model while it compresses, at the most.
 
@@ -70,6 +79,21 @@ class Compresses(Method):
         place before asking for the next one. The model is compressed when the iterator is done.
         """
         raise NotImplementedError(f"{self.name} does not compress")
+
+
+@dataclass(frozen=True)
+class DrawsRows(Compresses):
+    """A method whose calibration rows can be drawn, so that seeds differ in them."""
+
+    draw: bool = False
+    """Whether calibration rows are drawn by the run's seed; else they are the first ones."""
+
+    def calibration_rows(self, count: int, seed: int) -> list[int]:
+        """Return which training rows it looks at, in the order of the split."""
+        if not self.draw:
+            return super().calibration_rows(count, seed)
+        draws = torch.Generator().manual_seed(seed)
+        return sorted(torch.randperm(count, generator=draws)[:CALIBRATION_ROWS].tolist())
 
 
 @dataclass(frozen=True)

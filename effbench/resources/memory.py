@@ -108,6 +108,16 @@ class PeakMemory:
             outer._seen = max(outer._seen, peak)
         self._peak = Peak(self.phase, self._start, peak, self._how)
 
+    @classmethod
+    def saw(cls, size: int) -> None:
+        """Count another process of the work that is measured now, whose resident peak was `size`.
+
+        The peak is that of the largest process. A device's allocator knows of none but this one.
+        """
+        for one in cls._open:
+            if one._how != "allocator":
+                one._seen = max(one._seen, size)
+
     def _largest(self) -> int:
         """Return the peak since the system's figure was last set back."""
         if self._how == "allocator":

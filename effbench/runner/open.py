@@ -31,6 +31,7 @@ from effbench.nn.adapters.merge import merge_for_good
 from effbench.nn.llama.weights import cast_parameters
 from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
+from effbench.results.records import Metric
 from effbench.results.store import RunFolder, Store
 from effbench.runner.run import Run, open_run
 from effbench.util.errors import UserError
@@ -151,6 +152,10 @@ def context(run: Run) -> Context:
         load_model=partial(load_frozen, run),
         tokenizer=run.tokenizer,
         note=run.note,
+        measured=lambda name, value, unit: run.add(
+            [Metric(name, value, unit, phase=run.spec.stage)]
+        ),
+        folder=run.folder.path,
     )
 
 

@@ -25,6 +25,7 @@ from effbench.methods.chain import resolved
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.models import load as models
+from effbench.runner.programs import run_program
 from effbench.runner.stages.batching import window
 
 
@@ -67,7 +68,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> Fresh:
         return models.load(spec, device="cpu", dtype=held, tokenizer=False).model
 
     draws = torch.Generator().manual_seed(0)
-    ctx = Context(0, torch.device("cpu"), held, draws, load_model, None)
+    ctx = Context(0, torch.device("cpu"), held, draws, load_model, None, program=run_program)
     return Fresh(resolved(method, loaded.shape), loaded.model, loaded.shape, ctx)
 
 

@@ -13,6 +13,7 @@ from results.test_records import record
 from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.config.compose import compose
+from effbench.config.start import Start
 from effbench.results.records import write
 from effbench.util.errors import UserError
 
@@ -145,3 +146,13 @@ def test_an_evaluation_of_a_run_is_started_from(bench: Any) -> None:
     Path(bench.root / "eval.yaml").write_text(json.dumps(plain(job.spec)))
     again = compose("eval", [str(bench.root / "eval.yaml"), f"run.results={bench.root}"])
     assert again.spec == job.spec
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    [("none", set()), ("depths", {"method"}), ("dylora", {"method.eval_ranks"})],
+)
+def test_what_goes_on_from_a_run_has_what_reads_it(method: str, chosen: set[str]) -> None:
+    """One that makes nothing is chosen whole, of another one what evaluation may change."""
+    start = Start("a file", {"from": "0123", "method": {"name": method}, "seed": 1})
+    assert start.chosen(set()) == {"from"} | chosen

@@ -206,3 +206,47 @@ def test_planes_beyond_the_width_need_not_be_there() -> None:
         layer.planes, every = layer.planes[:bits], layer.planes
         assert layer.dense_weight(torch.float32).equal(whole)
         layer.planes = every
+
+
+# -- fewer planes in memory ------------------------------------------------------------------------
+
+
+def test_planes_and_tables_above_the_loaded_width_stay_on_the_disk(
+    model: Any, tmp_path: Path
+) -> None:
+    AnyPrecision().save(model, tmp_path)
+    fewer = AnyPrecision(load_bits=4)
+    loaded: Any = fewer.load(tiny_model().eval(), tmp_path, context())
+    assert [point.name for point in fewer.points()] == ["b3", "b4"]
+    for point in fewer.points():
+        with fewer.at(loaded, point), torch.no_grad():
+            assert loaded(IDS).logits.equal(logits(model, point.bits))  # type: ignore[attr-defined]
+        cost = chain_cost([fewer], SHAPE, "float32", point)
+        assert cost.resident_bytes == storage_bytes(loaded)
+    with torch.no_grad():
+        assert loaded(IDS).logits.equal(logits(model, 4)), "without a point it is the widest"
+    assert storage_bytes(loaded) < storage_bytes(model)
+    names = {name.rsplit(".", 1)[1] for name in fewer.artefact_tensors(loaded)}
+    assert names == {"planes", "table_3", "table_4"}
+
+
+def test_what_cannot_be_loaded_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="load_bits=2 is a width that is not built"):
+        AnyPrecision(load_bits=2)
+    with pytest.raises(UserError, match=r"holds 8, which .*load_bits=4 does not load"):
+        AnyPrecision(load_bits=4, eval_bits=(3, 8))
+    with pytest.raises(UserError, match="about an artefact") as error:
+        compressed(AnyPrecision(load_bits=4))
+    assert "effbench eval from=latest method.load_bits=4" in error.value.hint
+    AnyPrecision(seed_bits=3, bits=3).save(compressed(AnyPrecision(seed_bits=3, bits=3)), tmp_path)
+    with pytest.raises(UserError, match="does not hold these codes"):
+        AnyPrecision(load_bits=4).load(tiny_model().eval(), tmp_path, context())
+
+
+def test_calibration_rows_are_the_first_or_drawn_by_the_seed() -> None:
+    first, drawn = AnyPrecision(), AnyPrecision(draw=True)
+    assert first.calibration_rows(200, 1) == first.calibration_rows(200, 0) == list(range(64))
+    rows = [drawn.calibration_rows(200, seed) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert all(len(set(some)) == 64 and max(some) < 200 and some == sorted(some) for some in rows)
+    assert drawn.calibration_rows(9, 3) == list(range(9))

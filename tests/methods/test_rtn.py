@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from effbench.api.batch import make_batch
 from effbench.api.method_types import Context
 from effbench.api.registry import find
 from effbench.api.shape import Shape
@@ -234,3 +235,36 @@ def test_unchanged_is_the_identity(tmp_path: Path) -> None:
     assert cost.resident_bytes == storage_bytes(model)
     assert cost.trainable == 0 and cost.saving == "none"
     Unchanged().check_start([RTN()])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "hqq", "ptqtp", "lut_gemm"])
+def test_a_weight_that_is_not_finite_is_refused_and_nothing_is_changed(
+    name: str, bad: float
+) -> None:
+    model = tiny()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = bad
+    before = dict(model.named_modules())
+    first = model.model.layers[0].self_attn.q_proj
+    method, rows = (
+        find("methods", name)(group_size=24),
+        [make_batch([([3, 4, 5, 6], [3, 4, 5, 6])], 0)],
+    )
+    with pytest.raises(UserError, match="not finite"):
+        for part in method.compress(model, rows, context()):
+            part.put(part.make())
+    broken = model.model.layers[1].mlp.down_proj
+    assert broken is before["model.layers.1.mlp.down_proj"]
+    assert model.model.layers[0].self_attn.q_proj is not first, "what came before was done"
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "hqq", "ptqtp", "lut_gemm"])
+def test_rows_of_zeros_stay_zeros(name: str) -> None:
+    model = tiny()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[2] = 0.0
+    rows = [make_batch([([3, 4, 5, 6], [3, 4, 5, 6])], 0)]
+    compress_whole(find("methods", name)(group_size=24), model, rows, context())
+    for layer in model.model.layers:
+        weight = layer.mlp.up_proj.dense_weight(torch.float32)
+        assert weight.isfinite().all() and weight[3].any() and not weight[2].any()

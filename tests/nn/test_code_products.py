@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from effbench.nn.decode import native, native_step
-from effbench.nn.quant import linears, nested_linear, nf4, plane_linears
+from effbench.nn.quant import linears, nested_linear, nf4, plane_linears, shifted_linear
 
 
 @cache
@@ -29,6 +29,8 @@ def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
     if kind.startswith("signs"):
         bits, group, *offset = kind.split()[1:]
         return plane_linears.BinaryLinear.quantise(linear, int(bits), int(group), bool(offset))
+    if kind.startswith("shifted"):
+        return shifted_linear.ShiftedLinear.quantise(linear, *map(int, kind.split()[1:]))
     bits, group, symmetric = kind.split()
     return linears.PackedLinear.quantise(linear, int(bits), int(group), symmetric == "symmetric")
 
@@ -54,12 +56,15 @@ KINDS = [
     *PLANES,
     "nf4",
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
+    *(f"{b} {g} asymmetric" for b in (2, 3, 5, 6, 7) for g in (32, 4096)),
+    *(f"{b} 64 symmetric" for b in (2, 3, 5, 6, 7)),
+    *(f"shifted {b} {g}" for b, g in ((2, 32), (3, 64), (4, 32), (4, 64), (8, 4096))),
 ]
 
 
 def lost(linear: linears.QuantisedLinear, weight: torch.Tensor) -> torch.Tensor:
     """What is lost of each weight at most where levels are integers, [N, K]."""
-    if isinstance(linear, linears.PackedLinear):
+    if isinstance(linear, linears.PackedLinear | shifted_linear.ShiftedLinear):
         return torch.zeros_like(weight)
     if isinstance(linear, linears.NF4Linear):
         return weight.abs() * 2e-4
@@ -118,8 +123,8 @@ def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
 
 def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:
     for kind, columns in (
-        ("3 32 symmetric", 96),
         ("4 16 symmetric", 96),
+        ("3 32 symmetric", 72),
         ("4 32 symmetric", 72),
         ("nf4", 72),
         ("nested 3", 72),

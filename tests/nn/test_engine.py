@@ -39,7 +39,7 @@ from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
 from effbench.nn.quant import nested_linear, plane_linears
 from effbench.nn.quant.formats.nf4 import NF4Format
-from effbench.nn.quant.linears import NF4Linear, QuantisedLinear, pack_linears
+from effbench.nn.quant.linears import NF4Linear, PackedLinear, QuantisedLinear, pack_linears
 from effbench.util import cpp
 from effbench.util.hardware import cpu_flags
 
@@ -389,6 +389,7 @@ def test_other_instruction_sets_give_the_same(
     )
     for layer in (
         NF4Linear.quantise(linear),
+        *(PackedLinear.quantise(linear, bits, 64) for bits in (2, 3, 5, 6, 7)),
         plane_linears.TritLinear.quantise(linear, 2, 64),
         plane_linears.BinaryLinear.quantise(linear, 5, 64, offset=True),
         nested_linear.NestedLinear.quantise(linear, 3, 6),

@@ -189,3 +189,39 @@ def test_what_cannot_be_cut_is_the_left_child() -> None:
     weight = torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 5.0, 5.0]])
     found = nested.quantise(weight, None, 1, 4)
     assert not (found.codes & 7).any()  # what three cuts add to the seed's one bit
+
+
+# -- as the authors' program does -----------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (TRUTH / "any_precision.npz").exists(), reason="needs the reference files")
+def test_released_codes_and_tables_are_those_of_the_program() -> None:
+    truth = np.load(TRUTH / "any_precision.npz")
+    weight, mass = torch.from_numpy(truth["W"]), torch.from_numpy(truth["G"])
+    found = nested.quantise(weight, mass, 3, 8, "released")
+    assert np.array_equal(found.codes.numpy(), truth["labels8"].astype(np.uint8))
+    for bits in range(3, 9):
+        used = torch.zeros(4, 2**bits, dtype=torch.bool).scatter_(1, codes_at(found, bits), True)
+        expected = torch.from_numpy(truth[f"lut{bits}"]).double()
+        torch.testing.assert_close(found.tables[bits][used], expected[used], rtol=2e-6, atol=1e-8)
+
+
+def test_the_released_search_ends_among_neighbours_and_the_best_is_never_worse() -> None:
+    weight, mass = rows(4, 200)
+    mass[3] = 0  # as if all counted
+    best, released = (nested.quantise(weight, mass, 3, 6, seed) for seed in ("optimal", "released"))  # type: ignore[arg-type]
+    counted = mass.masked_fill(weight == 0, 0)
+    lost = [errors(weight, values_at(found, 3, 6), counted) for found in (best, released)]
+    assert (lost[0] <= lost[1] * (1 + 1e-9) + 1e-12).all() and not lost[0].equal(lost[1])
+    for row in range(4):
+        order = weight[row].argsort()
+        codes = released.codes[row][order].int()
+        assert (codes.diff() >= 0).all(), "codes ascend with the weights"
+
+
+def test_released_intervals_of_which_little_counts() -> None:
+    weight = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]])
+    for mass in (torch.eye(9)[4:5], torch.zeros(1, 9), torch.ones(1, 9)):
+        found = nested.quantise(weight, mass, 2, 6, "released")
+        assert all(table.isfinite().all() for table in found.tables.values())
+    assert values_at(found, 6, 6).allclose(weight.double()), "nine values, none of them shared"

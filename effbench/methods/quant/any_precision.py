@@ -13,11 +13,12 @@ F = 0 where W = 0; a row without any F has ones. Per linear: bit planes [B, N, â
 tables [N, 2^b] float16 for every width b from s to B.
 
 Our choices: seed and cuts are optima, by dynamic programming and by trying every cut, where the
-authors' are local ones; equal weights share a code; L is the mean over all tokens of a training
-row after the first, its prompt too; planes lie as `effbench.nn.quant.planes` says, in another order
-than the authors'. All linears of the decoder blocks are quantised; embeddings, norms and head are
-not. The memory is what planes and all tables take; time is not saved, as each product first
-expands its weight.
+authors' are local ones (`seed=released`: `nn/quant/released.py`); equal weights share a code; L is
+the mean over all tokens of a training row after the first, its prompt too; planes lie as
+`effbench.nn.quant.planes` says, in another order than the authors'. All linears of the decoder
+blocks are quantised; embeddings, norms and head are not. The memory is what the planes and tables
+that are loaded take; time is saved where codes are multiplied as they are
+(`nn/decode/kernels/planes.h`).
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Interval
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import Bits
 from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
-from effbench.methods.compresses import CompressesLinears, Part
+from effbench.methods.compresses import CompressesLinears, DrawsRows, Part
+from effbench.nn.llama import surgery
 from effbench.nn.quant import linears, nested_linear, sensitivity
 from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
 from effbench.util.errors import UserError
@@ -55,7 +59,7 @@ class Width(Point):
 
 
 @dataclass(frozen=True)
-class AnyPrecision(CompressesLinears):
+class AnyPrecision(DrawsRows, CompressesLinears):
     """Quantises every decoder weight to codes that can be read at several widths."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -65,7 +69,7 @@ class AnyPrecision(CompressesLinears):
     )
     anatomy: ClassVar[Anatomy] = "other"
     produces: ClassVar[str] = "any_precision"
-    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_bits"})
+    eval_settings: ClassVar[frozenset[str]] = frozenset({"eval_bits", "load_bits"})
     in_one_pass: ClassVar[bool] = True
     nested_points: ClassVar[bool] = True
 
@@ -73,8 +77,14 @@ class AnyPrecision(CompressesLinears):
     """Width B of the widest codes."""
     seed_bits: Bits = 3
     """Lowest width s, whose clusters are found together; the time grows with 2^s."""
+    seed: Literal["optimal", "released"] = "optimal"
+    """How clusters and cuts are found: the best ones, or, for parity and slowly, those of the
+    authors' program."""
     eval_bits: tuple[Bits, ...] = ()
     """Widths to evaluate; empty for all from `seed_bits` to `bits`."""
+    load_bits: Annotated[int, Interval(ge=0, le=8)] = 0
+    """Highest width that is loaded from an artefact, planes and tables above it staying on disk; 0
+    for all."""
 
     def __post_init__(self) -> None:
         if self.seed_bits > self.bits:
@@ -87,11 +97,27 @@ class AnyPrecision(CompressesLinears):
                 f"method.eval_bits={list(self.eval_bits)} holds {out[0]}, which is not built.",
                 f"Choose from {self.seed_bits} to {self.bits}.",
             )
+        if self.load_bits and not self.seed_bits <= self.load_bits <= self.bits:
+            raise UserError(
+                f"method.load_bits={self.load_bits} is a width that is not built.",
+                f"Choose from {self.seed_bits} to {self.bits}, or 0 for all.",
+            )
+        if self.eval_bits and max(self.eval_bits) > self.held_bits:
+            raise UserError(
+                f"method.eval_bits={list(self.eval_bits)} holds {max(self.eval_bits)}, which "
+                f"method.load_bits={self.load_bits} does not load.",
+                "Raise load_bits, or leave such widths out of eval_bits.",
+            )
+
+    @property
+    def held_bits(self) -> int:
+        """Width of the widest codes in memory."""
+        return self.load_bits or self.bits
 
     @property
     def format(self) -> AnyPrecisionCodes:
         """What weights become."""
-        return AnyPrecisionCodes(self.bits, self.seed_bits)
+        return AnyPrecisionCodes(self.held_bits, self.seed_bits)
 
     @property
     def calibrates(self) -> bool:
@@ -113,6 +139,12 @@ class AnyPrecision(CompressesLinears):
 
         The rows are one part, since each alone would leave a number for every weight on disk.
         """
+        if self.load_bits:
+            raise UserError(
+                f"method.load_bits={self.load_bits} is about an artefact that is there.",
+                f"Compress without it; then: effbench eval from=latest "
+                f"method.load_bits={self.load_bits}",
+            )
         _require_storable(model)
         found: dict[str, torch.Tensor] = {}
         yield Part(
@@ -126,28 +158,38 @@ class AnyPrecision(CompressesLinears):
 
     def _nested(self, linear: torch.nn.Linear, sensitive: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the buffers of a linear in nested codes."""
-        made = nested_linear.NestedLinear.quantise(linear, self.seed_bits, self.bits, sensitive)
+        widths = self.seed_bits, self.bits
+        made = nested_linear.NestedLinear.quantise(linear, *widths, sensitive, self.seed)
         return dict(made.named_buffers())
 
     def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a nested linear without codes."""
         return self.format.empty(linear)
 
+    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
+        """Return the base `model` with the codes of `folder`, up to the width that is held."""
+        if self.held_bits == self.bits:
+            return super().load(model, folder, ctx)
+        for name, linear in linears.dense_linears(model):
+            surgery.replace_module(model, name, self.empty(linear))
+        nested_linear.load_lowest(self.artefact_tensors(model), folder / "weights.safetensors")
+        return model
+
     def points(self) -> tuple[Point, ...]:
         """Return a point for each width to evaluate."""
-        return tuple(map(Width, self.eval_bits or range(self.seed_bits, self.bits + 1)))
+        return tuple(map(Width, self.eval_bits or range(self.seed_bits, self.held_bits + 1)))
 
     def at(self, model: torch.nn.Module, point: Point) -> AbstractContextManager[Any]:
         """Read at the width of `point`; any that was built is one, listed or not."""
         return nested_linear.read_at(model, self._width(point))
 
     def _width(self, point: Point) -> int:
-        return point.bits if isinstance(point, Width) else self.bits
+        return point.bits if isinstance(point, Width) else self.held_bits
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
     ) -> ModelShape:
-        """Pack every decoder linear; all widths are in memory, that of `point` is read."""
+        """Pack every decoder linear; all loaded widths are in memory, that of `point` is read."""
         return base.packed(self.format.at(self._width(point)))
 
 

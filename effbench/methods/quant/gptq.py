@@ -30,6 +30,7 @@ from effbench.methods.quant.groups import PacksGroups
 from effbench.nn.llama import surgery
 from effbench.nn.quant import calibration, groupwise
 from effbench.nn.quant import gptq as solver
+from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.util.lazy import torch
 
 
@@ -66,6 +67,7 @@ class GPTQ(PacksGroups, CompressesBlocks):
     ) -> list[dict[str, torch.Tensor]]:
         """Return the buffers of linears that read the same inputs: the rows of one problem."""
         weight, grid = torch.cat([w.detach().float() for w in weights]), self.format.settings
+        refuse_not_finite(weight)
         solved = solver.solve(weight, gram, *grid, self.percdamp, self.act_order)
         plain = groupwise.rounded(weight, *grid)
         best = solver.better(solved, plain, weight, self.group_size, gram)

@@ -14,7 +14,7 @@ Per linear: codes [⌈d_out · d_in · b / 8⌉] uint8, scales [d_out, ⌈d_in /
 Our choices: integer codes (the paper finds quantile and float codes better at equal bits), groups
 of 128 inside a row, float16 scales and zero points of b bits. All linears of the decoder blocks are
 quantised; embeddings, norms and head are not. No data is used. The memory is saved for real; time
-is not, as each product first expands its weight.
+is where codes are multiplied as they are (`nn/decode/kernels/packed.h`).
 """
 
 from __future__ import annotations

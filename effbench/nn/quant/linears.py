@@ -18,6 +18,7 @@ from effbench.api.shape import LINEARS
 from effbench.api.weights import Packed
 from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4
+from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.util.errors import UserError
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
@@ -38,14 +39,14 @@ class Layout(NamedTuple):
     """[d_out, G] float16; for NF4 [blocks] uint8; for planes [planes or half of them, d_out, G]
     float16, and for nested codes their levels, [d_out, 2^planes] float16."""
     zeros: torch.Tensor | None = None
-    """Packed zero points, None when symmetric; for NF4 the second-level scales; for signs what is
-    added to each group, [d_out, G] float32."""
+    """Packed zero points, None when symmetric, or float16 shifts; for NF4 the second-level scales;
+    for signs what is added to each group, [d_out, G] float32."""
     levels: torch.Tensor | None = None
     """Of the scales of NF4, [256] float32."""
     offset: torch.Tensor | None = None
     """Of the scales of NF4, [] float32."""
     planes: int = 0
-    """Bit planes that are read."""
+    """Bit planes that are read; of integer codes `SHIFTS` where they have shifts."""
     stride: int = 0
     """Bytes from one plane to the next."""
 
@@ -54,6 +55,8 @@ NF4_CODES = 104
 """Stands for the 4-bit codes of NF4."""
 SIGNS, TRITS, NESTED = 105, 106, 107
 """Stand for the planes of `binary`, `trits` and `nested`."""
+SHIFTS = 1
+"""Stands, as `planes` of integer codes, for float16 shifts in the place of zero points."""
 ALIGNED = 32
 """Weights that kernels multiply at a time: no group and no row ends between them."""
 
@@ -252,7 +255,12 @@ class PackedLinear(QuantisedLinear):
     def quantise(
         cls, linear: torch.nn.Linear, bits: int, group_size: int, symmetric: bool = False
     ) -> Self:
-        """Return `linear` with its weight rounded to the nearest codes; the bias is shared."""
+        """Return `linear` with its weight rounded to the nearest codes; the bias is shared.
+
+        Raises:
+            UserError: When the weight is not finite.
+        """
+        refuse_not_finite(linear.weight)
         stored = groupwise.quantise(linear.weight, bits, group_size, symmetric)
         return cls(linear, bits, group_size, symmetric)._set(stored._asdict().items())
 
@@ -271,9 +279,9 @@ class PackedLinear(QuantisedLinear):
         return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
 
     def layout(self) -> Layout | None:
-        """Return how the codes lie; None for other bits than 4 and 8, and for ragged groups."""
+        """Return how the codes lie; None for ragged groups."""
         group = min(self.group_size, self.in_features)
-        if self.bits not in (4, 8) or self.in_features % ALIGNED or group % ALIGNED:
+        if self.in_features % ALIGNED or group % ALIGNED:
             return None
         return Layout(self.bits, group, self.scales, self.zeros)
 

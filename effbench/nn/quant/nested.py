@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+
+from effbench.nn.quant import released
 
 TOGETHER = 2**18
 """Weights of the rows that are computed at once: what they need stays near the processor."""
@@ -42,8 +44,16 @@ class Nested(NamedTuple):
     """[N, 2^b] float64 by width b, ascending in each row."""
 
 
+Seed = Literal["optimal", "released"]
+"""How intervals are found: the best ones, or those of the authors' program (`released`)."""
+
+
 def quantise(
-    weight: torch.Tensor, sensitivity: torch.Tensor | None, seed_bits: int, bits: int
+    weight: torch.Tensor,
+    sensitivity: torch.Tensor | None,
+    seed_bits: int,
+    bits: int,
+    seed: Seed = "optimal",
 ) -> Nested:
     """Return the nested codes of a matrix.
 
@@ -52,21 +62,20 @@ def quantise(
         sensitivity: [N, K], none negative; None weighs all alike.
         seed_bits: Width s of the clusters that are found together.
         bits: Width of the codes, at least s and at most 8.
+        seed: How intervals are found.
     """
     if sensitivity is None:
         sensitivity = torch.ones_like(weight)
     rows = max(1, TOGETHER // weight.shape[1])
     blocks = zip(weight.split(rows), sensitivity.split(rows), strict=True)
-    found = [_of_rows(SortedRows.of(*block), seed_bits, bits) for block in blocks]
+    found = [_of_rows(SortedRows.of(*block), seed_bits, bits, seed) for block in blocks]
     tables = {b: torch.cat([x.tables[b] for x in found]) for b in range(seed_bits, bits + 1)}
     return Nested(torch.cat([x.codes for x in found]), tables)
 
 
-def _of_rows(rows: SortedRows, seed_bits: int, bits: int) -> Nested:
-    bounds = rows.seed(2**seed_bits)
-    for _ in range(bits - seed_bits):
-        bounds = rows.split(bounds)
-    codes = rows.clusters(bounds)
+def _of_rows(rows: SortedRows, seed_bits: int, bits: int, seed: Seed) -> Nested:
+    bounds = rows.released if seed == "released" else rows.best
+    codes = rows.clusters(bounds(seed_bits, bits))
     unsorted = torch.empty_like(codes).scatter_(1, rows.order, codes)
     return Nested(unsorted.to(torch.uint8), rows.tables(codes, seed_bits, bits))
 
@@ -127,6 +136,19 @@ class SortedRows:
         return tables
 
     # -- intervals: bounds [N, C + 1] of C of them, from 0 to K ------------------------------------
+
+    def best(self, seed_bits: int, bits: int) -> torch.Tensor:
+        """Return the bounds of the best intervals and cuts, [N, 2^bits + 1]."""
+        bounds = self.seed(2**seed_bits)
+        for _ in range(bits - seed_bits):
+            bounds = self.split(bounds)
+        return bounds
+
+    def released(self, seed_bits: int, bits: int) -> torch.Tensor:
+        """Return the bounds that the authors' program finds, [N, 2^bits + 1]; row by row."""
+        pairs = zip(self.values.cpu().numpy(), self.mass.cpu().numpy(), strict=True)
+        found = [torch.from_numpy(released.bounds(*pair, seed_bits, bits)) for pair in pairs]
+        return torch.stack(found).to(self.values.device)
 
     def seed(self, clusters: int) -> torch.Tensor:
         """Return the bounds of the best intervals, [N, clusters + 1]."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from effbench.nn.quant import nested, planes
 from effbench.nn.quant.linears import ALIGNED, NESTED, Layout, QuantisedLinear
+from effbench.util.errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max
 """Largest weight that a table can hold."""
@@ -42,6 +45,7 @@ class NestedLinear(QuantisedLinear):
         seed_bits: int,
         parent_bits: int,
         sensitivity: torch.Tensor | None = None,
+        seed: nested.Seed = "optimal",
     ) -> Self:
         """Return `linear` with its weight in nested codes; the bias is shared.
 
@@ -50,8 +54,9 @@ class NestedLinear(QuantisedLinear):
             seed_bits: Lowest width.
             parent_bits: Highest width.
             sensitivity: [N, K], what an error of each weight costs; None for all alike.
+            seed: How clusters are found.
         """
-        found = nested.quantise(linear.weight.detach(), sensitivity, seed_bits, parent_bits)
+        found = nested.quantise(linear.weight.detach(), sensitivity, seed_bits, parent_bits, seed)
         tables = ((f"table_{b}", table.half()) for b, table in found.tables.items())
         stored = ("planes", planes.pack(found.codes, parent_bits)), *tables
         return cls(linear, seed_bits, parent_bits)._set(stored)
@@ -105,6 +110,32 @@ class NestedLinear(QuantisedLinear):
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""
         return f"{super().extra_repr()}, bits={self.bits} of {self.seed_bits}-{self.parent_bits}"
+
+
+def load_lowest(targets: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy buffers of nested linears from a file that may have further planes and tables.
+
+    Of the planes only the first are read; those above them stay on the disk.
+
+    Args:
+        targets: Buffers by name, those of the widths that are wanted.
+        path: A safetensors file.
+
+    Raises:
+        UserError: When the file lacks one, or has it in another shape.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            for name, target in targets.items():
+                first = file.get_slice(name)[: len(target)]
+                if first.shape != target.shape:
+                    raise ValueError(f"{name} is {tuple(first.shape)}, not {tuple(target.shape)}")
+                target.copy_(first)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold these codes: {error}.",
+            "Use it with the model and method settings that made it.",
+        ) from None
 
 
 @contextmanager

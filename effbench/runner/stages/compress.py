@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example
 from effbench.api.footprint import Pass
-from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors, save_tensors
 from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
 from effbench.runner.open import context, open_data, open_model
+from effbench.runner.programs import run_program
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
 from effbench.util.errors import StoppedError
@@ -59,7 +60,7 @@ def perform(run: Run) -> None:
     made = load_made(run, method, model)
     if made is None:
         run.events.cut()
-        rows = _calibration(run, data.examples("train"))
+        rows = _calibration(run, method, data.examples("train"))
         passes = {Pass("score", 1, batch.input_ids.shape[1], 1) for batch in rows}
         run.know(calibrate=tuple(passes), lengths=0)
         with run.phase("compress"):
@@ -72,9 +73,10 @@ def perform(run: Run) -> None:
     hold_against_plan(run, opened.base, opened.base_bytes)
 
 
-def _calibration(run: Run, examples: Sequence[Example]) -> list[Batch]:
+def _calibration(run: Run, method: Compresses, examples: Sequence[Example]) -> list[Batch]:
     pad = run.tokenizer.pad_token_id
-    return [collate([e], pad).to(run.device) for e in examples[:CALIBRATION_ROWS]]
+    rows = method.calibration_rows(len(examples), run.spec.seed)
+    return [collate([examples[row]], pad).to(run.device) for row in rows]
 
 
 def _parts(
@@ -83,9 +85,16 @@ def _parts(
     """Make every part that is not finished yet, and put all of them in place, in order."""
     finished = Parts(run.folder)
     total = method.num_parts(model, calibration)
-    parts = method.compress(model, calibration, context(run))
+    ctx = context(run)
+    parts = method.compress(model, calibration, ctx)
     known = {event["name"] for event in run.events.so_far() if event["event"] == "part"}
     with stop_signal() as stop:
+        ctx.program = partial(
+            run_program,
+            environment={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stop=lambda: stop.requested,
+            show=partial(run.progress.bar, "part", 0, total),
+        )
         for done, part in enumerate(parts, 1):
             tensors = finished.read(part.name, run.device)
             if tensors is None:

@@ -125,8 +125,11 @@ struct Inputs {
   Array<X> dense;
 
  private:
-  static constexpr int kForms = 4;
-  static int form_of(int64_t bits) { return in_planes(bits) ? 3 : bits == kNF4 ? 2 : bits == 8; }
+  static constexpr int kForms = 5;
+  static int form_of(int64_t bits) {
+    if (in_windows(bits)) return 4;
+    return in_planes(bits) ? 3 : bits == kNF4 ? 2 : bits == 8;
+  }
 
   struct Form {
     Array<int16_t> ints;
@@ -189,7 +192,8 @@ struct Work {
   }
   // Bytes of a row, of about K numbers.
   static int64_t row_bytes(const Matrix& matrix, int64_t K) {
-    const int64_t bits = in_planes(matrix.bits) ? matrix.planes : matrix.bits == 8 ? 8 : 4;
+    const int64_t own = matrix.bits == kNF4 ? 4 : matrix.bits;
+    const int64_t bits = in_planes(matrix.bits) ? matrix.planes : own;
     return matrix.bits ? K * (bits + 1) / 8 + 1 : K * int64_t(sizeof(T));
   }
 

@@ -1,7 +1,7 @@
 // Products of one row of packed low-bit weights and some vectors, without expanding the row.
 //
-// The formats are those of effbench/nn/quant: `groupwise` (codes of 4 or 8 bits, a float16 scale and
-// perhaps a zero point per group of a row) and `nf4` (4-bit codes of 16 levels, a doubly quantised
+// The formats are those of effbench/nn/quant: `groupwise` (codes of 2 to 8 bits, a float16 scale and
+// perhaps a zero point per group of a row), `shifted` (the same with a float16 shift) and `nf4` (4-bit codes of 16 levels, a doubly quantised
 // scale per 64 weights). Vectors are held in blocks of 32 numbers as 16-bit integers (14-bit ones for
 // NF4) with a scale each, so that products of codes and numbers are exact sums of integers: what is
 // lost is half of a block's largest number / 32767 (8191), far less than bfloat16 loses.
@@ -25,15 +25,15 @@ struct Matrix {
   // groupwise: float16 [rows, groups]; nf4: uint8 [blocks of 64]; signs, trits: float16 [planes or
   // half of them, rows, groups]; nested: float16 [rows, 2^planes], the levels
   const void* scales;
-  // groupwise: packed zero points, null if symmetric; nf4: float [blocks / 256]; signs: float [rows,
+  // groupwise: packed zero points, null if symmetric, or float16 shifts where `planes` is kShifts; nf4: float [blocks / 256]; signs: float [rows,
   // groups], null if nothing is added
   const void* zeros;
   const float* levels;  // nf4: the 256 levels of its scales
   const float* offset;  // nf4: added to each scale
-  int64_t bits;         // 0: dense; 4 or 8: groupwise; kNF4, kSigns, kTrits, kNested
+  int64_t bits;         // 0: dense; 2 to 8: groupwise; kNF4, kSigns, kTrits, kNested
   int64_t group;        // weights that share a scale
   int64_t groups;       // scales of the whole matrix
-  int64_t planes;       // bit planes
+  int64_t planes;       // bit planes; of groupwise codes kShifts where they have shifts
   int64_t stride;       // bytes from one plane to the next
 };
 }
@@ -43,6 +43,9 @@ namespace {
 constexpr int64_t kNF4 = 104;
 constexpr int64_t kSigns = 105, kTrits = 106, kNested = 107;  // see planes.h
 inline bool in_planes(int64_t bits) { return bits >= kSigns; }
+constexpr int64_t kShifts = 1;  // a group is scale * code + shift
+// Codes that neither fill bytes nor halves of them: read a register of 16-bit windows at a time.
+constexpr bool in_windows(int64_t bits) { return bits < 8 && bits != 4; }
 constexpr int64_t kBlock = 32;    // numbers that share a scale
 // Largest integer of a number: 8 products with a code, or with a 16-bit level, fit 32 bits.
 inline float largest_integer(int64_t bits) { return bits == kNF4 ? 8191 : 32767; }
@@ -62,10 +65,11 @@ struct Packable {
 
 // Where number i of 64 stands in the registers: with nibbles, number 4 j + q is lane j of register q
 // for groupwise codes; NF4's are looked up bytewise, the even ones in the high halves, and so are
-// those of planes, in the order of columns.
+// those of planes, in the order of columns; those of windows stand in that order anyway.
 inline int64_t place(int64_t bits, int64_t i) {
   if (bits == 4) return i % 4 * 16 + i / 4;
   if (bits == 8) return i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
+  if (in_windows(bits)) return i;
   if (in_planes(bits)) return i / 32 * 32 + i / 8 % 2 * 16 + i / 16 % 2 * 8 + i % 8;
   const int64_t pair = i / 2, lane = pair / 16, in = pair % 16;  // of its parity
   return i % 2 * 32 + in / 8 * 16 + lane * 8 + in % 8;
@@ -87,7 +91,9 @@ inline void placed(int64_t bits, const int16_t* plain, int16_t* to) {
   const __m256i* from = reinterpret_cast<const __m256i*>(plain);
   __m256i n[4], even[2], odd[2], out[4];
   for (int i = 0; i < 4; ++i) n[i] = _mm256_load_si256(from + i);
-  if (in_planes(bits)) {
+  if (in_windows(bits)) {
+    for (int i = 0; i < 4; ++i) out[i] = n[i];
+  } else if (in_planes(bits)) {
     for (int i = 0; i < 4; ++i)
       out[i] = i % 2 ? _mm256_permute2x128_si256(n[i - 1], n[i], 0x31)
                      : _mm256_permute2x128_si256(n[i], n[i + 1], 0x20);
@@ -215,18 +221,26 @@ inline void nf4_scales(const Matrix& m, int64_t row, int64_t K, float* scales) {
   }
 }
 
-// Groupwise: the scale and the zero point of group i of all.
+// Code i of a stream of codes of `bits` bits; reads no byte behind it.
+inline int32_t code_at(const uint8_t* stream, int64_t i, int64_t bits) {
+  const int64_t at = i * bits, shift = at & 7;
+  uint32_t window = stream[at >> 3];
+  if (shift + bits > 8) window |= uint32_t(stream[(at >> 3) + 1]) << 8;
+  return int32_t(window >> shift & ((1u << bits) - 1));
+}
+
+// Groupwise: the scale of group i of all, and what is taken from its codes, as a multiple of it; with
+// shifts that is the shift itself, to be added.
 inline void group_scale(const Matrix& m, int64_t i, float* scale, float* zero) {
-  const uint8_t* zeros = static_cast<const uint8_t*>(m.zeros);
   *scale = half_value(static_cast<const uint16_t*>(m.scales)[i]);
-  if (!zeros) *zero = m.bits == 4 ? 7.0f : 127.0f;
-  else if (m.bits == 8) *zero = float(zeros[i]);
-  else *zero = float(zeros[i >> 1] >> ((i & 1) * 4) & 15);
+  if (m.planes == kShifts) *zero = half_value(static_cast<const uint16_t*>(m.zeros)[i]);
+  else if (!m.zeros) *zero = float((int64_t(1) << (m.bits - 1)) - 1);
+  else *zero = float(code_at(static_cast<const uint8_t*>(m.zeros), i, m.bits));
 }
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-// Scales and zero points of groups i to i + 7; those beyond the last group are what lies there, or 0.
+// Scales and zero points, or shifts, of groups i to i + 7; those beyond the last group are what lies there, or 0.
 __attribute__((always_inline)) inline void eight_scales(const Matrix& m, int64_t i, __m256* scale, __m256* zero) {
   const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + i;
   const uint8_t* zeros = static_cast<const uint8_t*>(m.zeros);
@@ -239,8 +253,19 @@ __attribute__((always_inline)) inline void eight_scales(const Matrix& m, int64_t
     return;
   }
   *scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+  if (m.planes == kShifts) {
+    const uint16_t* own = static_cast<const uint16_t*>(m.zeros) + i;
+    *zero = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
+    return;
+  }
   if (!zeros) {
-    *zero = _mm256_set1_ps(m.bits == 4 ? 7.0f : 127.0f);
+    *zero = _mm256_set1_ps(float((int64_t(1) << (m.bits - 1)) - 1));
+    return;
+  }
+  if (m.bits != 4 && m.bits != 8) {
+    alignas(32) float eight[8];
+    for (int64_t j = 0; j < 8; ++j) eight[j] = float(code_at(zeros, i + j, m.bits));
+    *zero = _mm256_load_ps(eight);
     return;
   }
   uint64_t bytes;
@@ -312,7 +337,8 @@ void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
       scale = spread.of(scales, i);
       zero = spread.of(zeros, i);
     }
-    const __m256 both = _mm256_mul_ps(scale, zero);
+    const __m256 both = m.planes == kShifts ? _mm256_sub_ps(_mm256_setzero_ps(), zero)
+                                            : _mm256_mul_ps(scale, zero);
     for (int b = 0; b < B; ++b) {
       _mm256_storeu_ps(by[b] + i, _mm256_mul_ps(scale, _mm256_loadu_ps(x[b].scales + i)));
       shift[b] = _mm256_fmadd_ps(both, _mm256_loadu_ps(x[b].totals + i), shift[b]);
@@ -336,7 +362,7 @@ void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
       float scale = scales[i], zero = 0;
       if (m.bits != kNF4) group_scale(m, first + i * kBlock / m.group, &scale, &zero);
       by[b][i] = scale * x[b].scales[i];
-      less[b] += scale * zero * x[b].totals[i];
+      less[b] += (m.planes == kShifts ? -zero : scale * zero) * x[b].totals[i];
     }
   }
 }
@@ -349,6 +375,61 @@ void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
 inline __m256i nibbles_at(const uint8_t* p, bool whole) {
   if (whole) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Where the codes of 16 in a row stand in the two bytes that each is read from, and how far up.
+template <int64_t kBits>
+struct Windows {
+  __m256i bytes, up;
+  Windows() {
+    alignas(32) uint8_t from[32];
+    alignas(32) uint16_t times[16];
+    for (int i = 0; i < 16; ++i) {
+      const int at = int(i * kBits);
+      from[2 * i] = uint8_t(at >> 3);
+      from[2 * i + 1] = uint8_t(std::min<int>((at >> 3) + 1, 2 * kBits - 1));
+      times[i] = uint16_t(1u << (16 - kBits - (at & 7)));
+    }
+    bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    up = _mm256_load_si256(reinterpret_cast<const __m256i*>(times));
+  }
+  // 16 codes as 16-bit integers, in order, from 16 bytes that begin with them.
+  __m256i codes(__m128i p) const {
+    const __m256i two = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(p), bytes);
+    return _mm256_srli_epi16(_mm256_mullo_epi16(two, up), 16 - kBits);
+  }
+};
+
+// sums[b] += <codes, x[b]> for codes of any other bits, `room` bytes of which may be read.
+template <int64_t kBits, int B>
+void windows(const uint8_t* codes, int64_t room, int64_t K, const Packable* x,
+             float (*by)[kMostBlocks + 8], float* sums) {
+  const Windows<kBits> window;
+  __m256 acc[B];
+  for (int b = 0; b < B; ++b) acc[b] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < K; k += kBlock) {
+    const int64_t at = k * kBits / 8;
+    __m128i bytes[2];
+    if (at + 2 * kBits + 16 <= room) {
+      for (int i = 0; i < 2; ++i)
+        bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at + i * 2 * kBits));
+    } else {
+      uint8_t near[2][16] = {};
+      for (int i = 0; i < 2; ++i) {
+        std::memcpy(near[i], codes + at + i * 2 * kBits, 2 * kBits);
+        bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(near[i]));
+      }
+    }
+    const __m256i first = window.codes(bytes[0]), second = window.codes(bytes[1]);
+    for (int b = 0; b < B; ++b) {
+      const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + k);
+      const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_loadu_si256(v)),
+                                           _mm256_madd_epi16(second, _mm256_loadu_si256(v + 1)));
+      acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_broadcast_ss(by[b] + k / kBlock),
+                               acc[b]);
+    }
+  }
+  for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
 }
 
 // sums[b] += <codes, x[b]>: integers of 64 numbers, as 8 partial sums in float32 by their scales.
@@ -422,6 +503,21 @@ void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kM
 #else
 
 template <int64_t kBits, int B>
+void windows(const uint8_t* codes, int64_t, int64_t K, const Packable* x,
+             float (*by)[kMostBlocks + 8], float* sums) {
+  for (int b = 0; b < B; ++b) sums[b] = 0;
+  for (int64_t block = 0; block < K / kBlock; ++block) {
+    int32_t own[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) own[i] = code_at(codes, block * kBlock + i, kBits);
+    for (int b = 0; b < B; ++b) {
+      int64_t sum = 0;
+      for (int64_t i = 0; i < kBlock; ++i) sum += own[i] * x[b].ints[block * kBlock + i];
+      sums[b] += float(sum) * by[b][block];
+    }
+  }
+}
+
+template <int64_t kBits, int B>
 void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kMostBlocks + 8],
               float* sums) {
   uint8_t order[64];
@@ -447,10 +543,16 @@ void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kM
 
 template <int64_t kBits, int B>
 void packed_dot(const Matrix& m, int64_t row, int64_t K, const Packable* x, float* sums) {
-  const uint8_t* codes = static_cast<const uint8_t*>(m.weight) + row * K * (kBits == 8 ? 8 : 4) / 8;
+  constexpr int64_t kWide = kBits == kNF4 ? 4 : kBits;
+  const uint8_t* codes = static_cast<const uint8_t*>(m.weight) + row * K * kWide / 8;
   float by[B][kMostBlocks + 8], less[B];
   factors<B>(m, row, K, x, by, less);
-  integers<kBits, B>(codes, K, x, by, sums);
+  if constexpr (in_windows(kBits)) {
+    const int64_t rows = m.groups / ((K + m.group - 1) / m.group);
+    windows<kBits, B>(codes, (rows - row) * K * kBits / 8, K, x, by, sums);
+  } else {
+    integers<kBits, B>(codes, K, x, by, sums);
+  }
   for (int b = 0; b < B; ++b) sums[b] -= less[b];
 }
 
@@ -465,9 +567,16 @@ void packed_dots(const Matrix& m, int64_t row, int64_t K, const Packable* x, int
 // sums[b] = <row, x[b]> for any number of vectors.
 inline void packed_dots(const Matrix& m, int64_t row, int64_t K, const Packable* x, int batch,
                         float* sums) {
-  if (m.bits == 4) return packed_dots<4>(m, row, K, x, batch, sums);
-  if (m.bits == 8) return packed_dots<8>(m, row, K, x, batch, sums);
-  packed_dots<kNF4>(m, row, K, x, batch, sums);
+  switch (m.bits) {
+    case 2: return packed_dots<2>(m, row, K, x, batch, sums);
+    case 3: return packed_dots<3>(m, row, K, x, batch, sums);
+    case 4: return packed_dots<4>(m, row, K, x, batch, sums);
+    case 5: return packed_dots<5>(m, row, K, x, batch, sums);
+    case 6: return packed_dots<6>(m, row, K, x, batch, sums);
+    case 7: return packed_dots<7>(m, row, K, x, batch, sums);
+    case 8: return packed_dots<8>(m, row, K, x, batch, sums);
+    default: return packed_dots<kNF4>(m, row, K, x, batch, sums);
+  }
 }
 
 }  // namespace
