@@ -1,6 +1,6 @@
 """The report page with 10,000 rows: bytes of its file, and a key in the filter until it is painted.
 
-The time is that of Chromium's main thread on a CPU, and that on the clock; `chromium` of Debian is
+The time is that on the clock, so the machine must have nothing else to do. Debian's `chromium` is
 needed, and nothing else.
 """
 
@@ -30,12 +30,6 @@ new Promise((done) => {
 """
 
 
-def busy(browser: Browser) -> float:
-    """Return the milliseconds of CPU that the page's main thread has taken."""
-    found = browser.call("Performance.getMetrics")["metrics"]
-    return 1e3 * next(float(m["value"]) for m in found if m["name"] == "TaskDuration")
-
-
 def main() -> int:
     if not CHROMIUM:
         print("Chromium is not here: apt-get install chromium")
@@ -45,19 +39,18 @@ def main() -> int:
         path.write_text(page(many(ROWS)))
         size = path.stat().st_size
         browser = Browser(Path(folder, "profile"))
-        browser.call("Performance.enable", timeDomain="threadTicks")
         browser.open(path, width=1400)
-        taken: list[tuple[float, float]] = []
+        taken = []
         for word in WORDS * 3:
-            before = busy(browser)
-            clock = float(browser.run(KEY % word))
-            taken.append((busy(browser) - before, clock))
+            taken.append(float(browser.run(KEY % word)))
+            browser.run("new Promise((done) => setTimeout(done, 500))")  # the charts come later
         browser.close()
-    cpu, clock = (statistics.median(values) for values in zip(*taken, strict=True))
+    median = statistics.median(taken)
     print(f"{ROWS:,} rows: {size / 1e6:.2f} MB; limit {MOST_BYTES / 1e6} MB")
-    print(f"a key until it is painted: {cpu:.0f} ms of CPU, {clock:.0f} ms on the clock (medians)")
-    print(f"highest: {max(c for c, _ in taken):.0f} ms of CPU; limit {MOST_MS} ms")
-    return int(size > MOST_BYTES or cpu > MOST_MS)
+    print(
+        f"a key until it is painted: {median:.0f} ms, at most {max(taken):.0f} ms; limit {MOST_MS}"
+    )
+    return int(size > MOST_BYTES or median > MOST_MS)
 
 
 if __name__ == "__main__":

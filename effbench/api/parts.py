@@ -395,6 +395,13 @@ class LayerShape:
         moving = self.map(lambda linear: replace(linear, trains=True))
         return moving.map_norms(lambda norm: replace(norm, trains=True))
 
+    def bounded(self, tokens: int) -> LayerShape:
+        """Return the layer with a cache that stops growing after so many tokens."""
+        if self.mixer is None:
+            return self
+        cache = replace(self.mixer.cache, window=tokens)
+        return replace(self, mixer=replace(self.mixer, cache=cache))
+
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:
         """Return the layer computed `runs` times per token, its weights read `reads` times."""
         mixer = self.mixer and replace(self.mixer, runs=runs, reads=reads)

@@ -28,7 +28,7 @@ from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec, ModelSpec, Plugin, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.base import Method
-from effbench.methods.chain import chain, chain_shapes, inference_cost
+from effbench.methods.chain import chain, chain_shapes, inference_cost, last_shape
 from effbench.models.load import fingerprint, unchanged
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
@@ -90,6 +90,10 @@ class Lineage:
     def cost(self, base: AnyShape, dtype: str, point: Point) -> Cost:
         """Return what the model that the run evaluates needs at an operating point."""
         return inference_cost(self.methods, base, dtype, point, self.folders)
+
+    def used(self, base: AnyShape, point: Point) -> ModelShape:
+        """Return the model that the run evaluates as it is used at an operating point."""
+        return last_shape(self.methods, base, point, self.folders).used()
 
 
 # -- what an earlier run fixed -----------------------------------------------------------------

@@ -101,7 +101,7 @@ class Memory(Evaluator):
 
     def _predicted(self, subject: Subject, phase: str, tokens: int) -> dict[str, float]:
         from effbench.api.shape import DTYPE_BYTES
-        from effbench.resources.peaks import Peaks
+        from effbench.resources.peaks import Caching, Peaks
 
         assert subject.cost is not None
         assert subject.shape is not None
@@ -111,7 +111,9 @@ class Memory(Evaluator):
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
         expands = on_cpu or not all(x.fused for x in subject.shape.formats)
-        return peaks.inference(subject.cost, one, trained=trained, expands=expands)
+        policy = subject.method.decoder(subject.point).cache
+        caching = [Caching(subject.used, policy)] if subject.used else ()
+        return peaks.inference(subject.cost, one, trained=trained, expands=expands, caching=caching)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:
         """Count weights and cache from their tensors."""

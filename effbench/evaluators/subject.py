@@ -56,6 +56,8 @@ class Subject:
     tokenizer: Any = None
     shape: ModelShape | None = None
     """Sizes of the base model."""
+    used: ModelShape | None = None
+    """Sizes of the model as it is used at this point."""
     dtype: str = "float32"
     """Compute dtype, a key of `shape.DTYPE_BYTES`."""
     cost: Cost | None = None

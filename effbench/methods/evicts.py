@@ -84,14 +84,9 @@ class EvictsSteadily(Evicts):
         policy = self.decoder(point).cache
 
         def bounded(index: int, layer: LayerShape) -> LayerShape:
-            if (
-                not layer.mixer
-                or not isinstance(policy, SteadyEviction)
-                or not policy.evicts(index)
-            ):
-                return layer
-            cache = replace(layer.mixer.cache, window=policy.budget)
-            return replace(layer, mixer=replace(layer.mixer, cache=cache))
+            if isinstance(policy, SteadyEviction) and policy.evicts(index):
+                return layer.bounded(policy.budget)
+            return layer
 
         return base.map(bounded)
 

@@ -6,13 +6,15 @@ are those beyond the process itself: Python, its libraries, the tokenizer and th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from effbench.api.cost import Cost
 from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, transient
-from effbench.api.shape import AnyShape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import TrainSpec
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 
 BUCKET_BYTES = 25 * 2**20
 """Most bytes of gradients that several devices sum at once, in a copy (what PyTorch's
@@ -49,6 +51,39 @@ class Spread:
     """Copies of gradients while they are summed."""
     gathered: int = 0
     """Blocks that are whole while they are computed."""
+
+
+class Caching(NamedTuple):
+    """What a model's layers keep of the tokens read, at one operating point."""
+
+    shape: ModelShape
+    """As it is used there."""
+    policy: CachePolicy
+
+    def rows(self, one: Pass) -> int:
+        """Return the sequences of a pass that go in together: prompts that matter go alone."""
+        alone = one.kind == "score" and self.policy.reads_prompts(one.tokens)
+        return 1 if alone else one.rows
+
+    def held(self, one: Pass, element: int) -> float:
+        """Return the bytes that are kept at the end of a pass; a dense one scores without."""
+        if one.kind == "score" and self.policy == EVERYTHING:
+            return 0
+        caches = [x.mixer.cache for x in self.shape.layers if x.mixer]
+        return self.rows(one) * sum(c.bytes(one.tokens, element) for c in caches)
+
+    def looking(self, one: Pass, element: int) -> float:
+        """Return the bytes that the hungriest layer needs while its queries look."""
+        rows, queries = self.rows(one), 1 if one.kind == "decode" else one.tokens
+        mixers = [x.mixer for x in self.shape.layers if x.mixer]
+        return max(
+            (
+                self.policy.scratch(m, rows, one.tokens, queries, element)
+                + 2 * rows * queries * (m.heads + m.kv_heads) * m.head_dim * element
+                for m in mixers
+            ),
+            default=0,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +217,7 @@ class Peaks:
         points: int = 1,
         kernels: int = 0,
         expands: bool = True,
+        caching: Sequence[Caching] = (),
     ) -> Components:
         """Return the peak of a pass without gradients.
 
@@ -193,21 +229,47 @@ class Peaks:
             points: Operating points that a scored batch goes through side by side.
             kernels: Sizes of products that the process has computed (`kernels`).
             expands: Whether packed linears, where there are some, are expanded to be multiplied.
+            caching: What is kept at each point that the pass may be at; the hungriest counts.
+                Without any, everything is.
         """
+        kept: Sequence[Caching | None] = caching or [None]
+        found = [self._at(cost, one, every, trained, points, kernels, expands, own) for own in kept]
+        return max(found, key=lambda m: sum(m.values()))
+
+    def _at(
+        self,
+        cost: Cost,
+        one: Pass,
+        every: bool,
+        trained: bool,
+        points: int,
+        kernels: int,
+        expands: bool,
+        caching: Caching | None,
+    ) -> Components:
+        """Return the peak of a pass at one point; see `inference`."""
         adapted = cost.params > self.shape.params
         packed = cost.resident_bytes < cost.params * self.element
-        positions = one.rows if one.kind == "decode" else one.size
-        running = transient(self.shape, self.element, adapted) * positions
+        together = caching.rows(one) if caching else one.rows
+        positions = together * (1 if one.kind == "decode" else one.tokens)
         residual = self.element * self.shape.hidden_size * positions
+        running: float = transient(self.shape, self.element, adapted) * positions
+        if caching and caching.policy != EVERYTHING:
+            looking = 2 * residual + caching.looking(one, self.element)
+            running = max(running, looking) + 2 * residual  # embeddings, and what a layer was given
         logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
+        if together < one.rows:  # a row's logits, beside those of all
+            own = (one.size + together * one.tokens) * self.shape.vocab_size * self.element
+            logits = max(logits, own)
         last = {"activations": residual, "logits": logits}
-        cached = one.kind in ("prefill", "decode")
+        held = cost.cached(one.size, one.rows) if one.kind in ("prefill", "decode") else 0
+        held = caching.held(one, self.element) if caching else held
         others = points - 1 if one.kind == "score" else 0
         kept = self.block if packed and self.cpu and others else 0
         room = self.expanded if packed and expands else 0
         return {
             "weights": cost.resident_bytes,
-            "kv cache": cost.cached(one.size, one.rows) if cached else 0,
+            "kv cache": held,
             **({"activations": running} if running > residual + logits else last),
             "other points": others * residual + kept,
             **self._around(room + _code(kernels), trained=trained),

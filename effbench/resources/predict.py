@@ -25,6 +25,7 @@ from effbench.methods.chain import (
     chain,
     chain_shapes,
     inference_cost,
+    last_shape,
     resolved,
     shape_of,
 )
@@ -32,7 +33,7 @@ from effbench.methods.compresses import Compresses
 from effbench.methods.trains import Trains
 from effbench.models.load import known_shape
 from effbench.resources.parallel import bucket_bytes, gathered_bytes, held_by_one
-from effbench.resources.peaks import Components, Peaks, Spread
+from effbench.resources.peaks import Caching, Components, Peaks, Spread
 from effbench.resources.usage import PhaseUsage
 from effbench.util.hardware import memory_bytes
 
@@ -192,6 +193,8 @@ class RunShapes:
     """Of what it leaves, as it is evaluated."""
     used: Cost
     """The same with all that is in memory beside it, and the largest cache of its points."""
+    caching: tuple[Caching, ...]
+    """What its layers keep at each of its points."""
 
     @property
     def own(self) -> Method:
@@ -220,6 +223,10 @@ class RunShapes:
             before=cost_of(start, dtype) if first else None,
             training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
+            caching=tuple(
+                Caching(last_shape(methods, shape, p, folders).used(), own.decoder(p).cache)
+                for p in own.points()
+            ),
             used=replace(
                 used,
                 kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values()),
@@ -336,7 +343,9 @@ def _phases(
         expands = cpu or not all(x.fused for x in shapes.left.formats)
         found["evaluate"] = max(
             (
-                left.inference(shapes.used, p, every, trained, together, kernels, expands)
+                left.inference(
+                    shapes.used, p, every, trained, together, kernels, expands, shapes.caching
+                )
                 for p in passes
             ),
             key=_total,

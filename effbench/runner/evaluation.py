@@ -35,6 +35,8 @@ class Evaluated:
     data: Data
     shape: ModelShape
     """Sizes of what the run leaves."""
+    used: Mapping[Point, ModelShape]
+    """The model as it is used, by operating point."""
     costs: Mapping[Point, Cost]
     """By operating point."""
     whole: Cost
@@ -48,7 +50,8 @@ class Evaluated:
         whole = opened.method.full_point(shape)
         points = {whole, *opened.method.points()}
         costs = {point: lineage.cost(opened.base, dtype, point) for point in points}
-        return cls(opened, data, shape, costs, costs[whole])
+        used = {point: lineage.used(opened.base, point) for point in points}
+        return cls(opened, data, shape, used, costs, costs[whole])
 
 
 def evaluate(run: Run, opened: Opened, data: Data) -> None:
@@ -109,6 +112,7 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Re
         tokenizer=run.tokenizer,
         shape=evaluated.shape,
         dtype=run.spec.hardware.dtype,
+        used=evaluated.used[point],
         cost=evaluated.costs[point],
         whole=evaluated.whole,
         machine=run.job.runtime.machine,

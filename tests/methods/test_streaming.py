@@ -13,7 +13,9 @@ from helpers import SHAPE, context, decoded, some_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.api.batch import make_batch
-from effbench.api.points import Point
+from effbench.api.cost import cache_bytes
+from effbench.api.points import UNNAMED, Point
+from effbench.api.shape import ModelShape
 from effbench.api.sharing import listed_map, shared_shape
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.cache.streaming import SinkWindow, Streaming
@@ -156,6 +158,46 @@ def test_its_bytes_are_constant_once_it_is_full(sinks: int, window: int, prompt:
         expected = 2 * min(t + 1, sinks + window) * per_token
         assert session.kv_bytes() == held(session) == expected
     assert all(layer.view is None for layer in session.staged.cache.layers)  # type: ignore[union-attr]
+
+
+def test_plan_counts_no_more_tokens_than_the_cache_holds() -> None:
+    """And the bytes are those of the tensors, before it is full and long after."""
+    model, ids = model_of(), some_ids(2, 40)
+    base = replace(SHAPE, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16)
+    method = Streaming(sinks=4, window=8)
+    shape = method.shape(ModelShape.of(base), UNNAMED, "use", None)
+    session = WholeSession(model, method.decoder(UNNAMED).cache)
+    session.prefill(ids[:, :5])
+    for t in range(5, 40):
+        session.step(ids[:, t : t + 1])
+        assert session.kv_bytes() == cache_bytes(shape, "float32", t + 1, 2)
+
+
+def test_layers_may_have_a_window_alone() -> None:
+    """The others keep every token, at its own place; the bytes are as counted."""
+    model, ids = model_of(dtype=torch.float64), some_ids(1, 30)
+    none = whole_logits(model, SinkWindow(2, 5, (7,)), ids)
+    torch.testing.assert_close(none, model(ids).logits)
+    method = Streaming(sinks=2, window=5, layers=(1,))
+    policy = method.decoder(UNNAMED).cache
+    session = WholeSession(model, policy)
+    found = decoded(session, ids, 4)
+    torch.testing.assert_close(found, whole_logits(model, policy, ids)[:, 3:])
+    assert (found - none[:, 3:]).abs().max() > 0.01
+    per_layer = 2 * 2 * 16 * 8
+    assert session.kv_bytes() == (2 * 30 + 7) * per_layer
+    base = ModelShape.of(replace(SHAPE, num_layers=3))
+    kept = [
+        x.mixer and x.mixer.cache.window for x in method.shape(base, UNNAMED, "use", None).layers
+    ]
+    assert kept == [None, 7, None]
+
+
+def test_layers_that_there_are_not_are_refused() -> None:
+    with pytest.raises(UserError, match="layer 4 of 4"):
+        Streaming(layers=(1, 4)).resolve(DEEP)
+    with pytest.raises(UserError, match="names no layer"):
+        Streaming(layers=()).resolve(DEEP)
 
 
 # -- with other ways of decoding -------------------------------------------------------------------

@@ -83,3 +83,18 @@ def test_what_is_taken_back_was_never_read(policy: CachePolicy, padded: bool) ->
     if not isinstance(policy, LatentCache):  # which forgets nothing
         with pytest.raises(ValueError, match="only the last 4 tokens"):
             staged.crop(12)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_what_queries_saw_is_freed_before_the_next_layer(policy: CachePolicy) -> None:
+    """A view may hold more than its entry keeps, as long as the entry has it."""
+    session, found = WholeSession(model_of(policy), policy), list[bool]()
+    layers: Any = session.staged.cache.layers
+
+    def look(*_: Any) -> None:
+        found.append(layers[0].view is None and layers[0].is_initialized)
+
+    hook = session.staged.decoder.layers[1].register_forward_pre_hook(look)
+    decoded(session, some_ids(2, 30), 20)
+    hook.remove()
+    assert found == [True] * 11

@@ -15,6 +15,7 @@ from effbench.report.page.render import PLAIN_ROWS, page
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium"),
 ]
 SIZES = [(width, dark) for width in (390, 1400) for dark in (False, True)]

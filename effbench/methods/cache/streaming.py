@@ -12,23 +12,29 @@ however long the text. A model looks at its first tokens whatever they say, whic
 
 From the paper: 4 sinks, and 1,020 tokens beside them. Ours: a prompt is read as if it came token
 by token, so that each of its tokens sees its own sinks and window (the authors' code lets a prompt
-see all of itself), and the window counts the token that looks. Nothing is trained. While all
+see all of itself), the window counts the token that looks, and some layers may have it alone.
+Nothing is trained. While all
 tokens fit, the model computes what it always does, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from effbench.api.method_types import Paper
+from effbench.api.parts import Mixer
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.caches import Caches
 from effbench.nn.decode import sinks, view
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.scratch import GATHERED, states
+from effbench.nn.llama import stack
 from effbench.util.errors import UserError
 
 PAPER_WINDOW = 1020
@@ -44,14 +50,32 @@ class SinkWindow(CachePolicy):
     """First tokens, n."""
     window: int
     """Last tokens, w."""
+    only: tuple[int, ...] | None = None
+    """The layers that forget, counted from 0; None is all of them."""
 
-    def layer(self, undo: int) -> view.LayerCache:
-        """Return a layer's empty entry."""
-        return sinks.SinkLayer(self.sinks, self.window, undo)
+    def layers(self, model: Any, undo: int) -> Sequence[view.LayerCache]:
+        """Return the empty entries of all layers of a model."""
+        windows = [
+            self.window if self.forgets(index) else model.config.max_position_embeddings
+            for index in range(len(stack.decoder_layers(model)))
+        ]
+        return [sinks.SinkLayer(self.sinks, window, undo) for window in windows]
+
+    def forgets(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has a window."""
+        return self.only is None or layer in self.only
 
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""
-        return min(length, self.sinks + self.window)
+        return min(length, self.sinks + self.window) if self.only is None else length
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of what is joined, gathered for queries of their own, and turned."""
+        room = min(tokens, self.sinks + self.window)
+        if queries == 1 or room == tokens:
+            return 6 * states(mixer, rows, room, element)
+        numbers = rows * room * mixer.kv_heads * mixer.head_dim
+        return 5 * min(max(1, GATHERED // numbers), tokens - room) * numbers * element
 
 
 @dataclass(frozen=True)
@@ -67,14 +91,24 @@ class Streaming(Caches):
     window: PositiveInt | None = None
     """Last tokens that are in the cache beside them, w, the token that looks among them; null is
     the paper's 1,020, or as many as the model has positions for."""
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """The layers that have them, counted from 0; the others keep every token. Null is all."""
 
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method with its window.
 
         Raises:
-            UserError: For more places than the model has positions, and layers that share states.
+            UserError: For more places than the model has positions, layers that there are not, and
+                layers that share states.
         """
         super().resolve(shape)
+        if self.layers == ():
+            raise UserError("method.layers names no layer.", "Leave it out, for all of them.")
+        if unknown := [i for i in self.layers or () if i >= shape.num_layers]:
+            raise UserError(
+                f"method.layers names layer {unknown[0]} of {shape.num_layers}, counted from 0.",
+                f"Name layers up to {shape.num_layers - 1}.",
+            )
         most = max(1, shape.max_positions - self.sinks)
         method = replace(self, window=self.window or min(PAPER_WINDOW, most))
         if self.sinks + (method.window or 0) > shape.max_positions:
@@ -87,4 +121,17 @@ class Streaming(Caches):
 
     def decoder(self, point: Point) -> Decoder:
         """Return ordinary decoding with sinks and a window in the cache."""
-        return Decoder(cache=SinkWindow(self.sinks, self.window or PAPER_WINDOW))
+        return Decoder(cache=self.cache)
+
+    @property
+    def cache(self) -> SinkWindow:
+        """What the cache keeps."""
+        return SinkWindow(self.sinks, self.window or PAPER_WINDOW, self.layers)
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Return the model with caches that stop growing."""
+        own = self.cache
+        most = own.sinks + own.window
+        return base.map(lambda i, layer: layer.bounded(most) if own.forgets(i) else layer)

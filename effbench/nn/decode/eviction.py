@@ -68,7 +68,7 @@ class PromptLayer(LayerCache):
         stay, empty = (view.keys, view.values), view.empty
         if cut > self.budget:
             stay, empty = evicted(self.score, self.budget, asked, view)
-        self.kept, self.view = min(cut, self.budget), None
+        self.kept = min(cut, self.budget)
         self._later(*stay, empty)
         if query.shape[2] == cut:
             return mixed
@@ -142,7 +142,7 @@ class SteadyLayer(LayerCache):
         own: Own,
     ) -> torch.Tensor:
         """Return what queries [B, H, W, D] are given: all that fit at once, then one by one."""
-        self.view, held = None, (keys[:, :, :before], values[:, :, :before])
+        held = keys[:, :, :before], values[:, :, :before]
         fits = max(self.budget, 0 if before else self.prompt)
         at_once = max(0, min(fits, keys.shape[2]) - before)
         mixed, begin = [], before

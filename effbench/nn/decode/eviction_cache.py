@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.nn.decode import eviction
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.scratch import states
 from effbench.nn.llama import stack
 
 if TYPE_CHECKING:
+    from effbench.api.parts import Mixer
     from effbench.nn.decode.importance import Score
     from effbench.nn.decode.view import LayerCache
 
@@ -25,6 +27,10 @@ class Eviction(CachePolicy):
     def reads_prompts(self, length: int) -> bool:
         """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
         return length > self.budget
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of keys and values joined with new ones, and of those that stay."""
+        return 4 * states(mixer, rows, tokens, element)
 
     def score(self, model: Any) -> Score:
         """Return what scores the entries of each layer of a model.
@@ -46,6 +52,11 @@ class PromptEviction(Eviction):
         """Whether what tokens see depends on where the prompt ends, in texts of so many tokens."""
         return self.then != EVERYTHING or super().reads_prompts(length)
 
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the larger of what evicting takes, and what holding the rest does."""
+        later = self.then.scratch(mixer, rows, tokens, queries, element)
+        return max(super().scratch(mixer, rows, tokens, queries, element), later)
+
     def layers(self, model: Any, undo: int) -> Sequence[LayerCache]:
         """Return the empty entries of all layers of a model."""
         score, inner = self.score(model), self.then
@@ -63,6 +74,11 @@ class SteadyEviction(Eviction):
     """Evicts after the prompt and after each later token, so that the cache stops growing."""
 
     takes_back: ClassVar[bool] = False
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of keys and values joined with new ones, and of those that stay."""
+        held = tokens if queries > 1 else min(tokens, self.budget)
+        return super().scratch(mixer, rows, held, queries, element)
 
     def layers(self, model: Any, undo: int) -> Sequence[LayerCache]:
         """Return the empty entries of all layers of a model."""

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from effbench.nn.decode import latent, view
 from effbench.nn.decode.latent_plan import Plan
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.scratch import states
 from effbench.nn.llama import factorised, stack
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
+    from effbench.api.parts import Mixer
     from effbench.nn.quant.calibration import Walk
 
 
@@ -30,6 +32,10 @@ class LatentCache(CachePolicy):
         own = model.config.latent_plan.at(self.point).by_layer()
         blocks = stack.decoder_layers(model)
         return [latent.LatentLayer(b.self_attn, *r) for b, r in zip(blocks, own, strict=True)]
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of the keys of all tokens, made and turned, and of values."""
+        return 5 * states(mixer, rows, tokens, element)
 
 
 @dataclass(frozen=True)

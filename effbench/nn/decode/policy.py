@@ -10,6 +10,7 @@ from effbench.nn.llama import stack, walk
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
+    from effbench.api.parts import Mixer
     from effbench.nn.decode.view import LayerCache
 
 
@@ -49,6 +50,18 @@ class CachePolicy:
     def most_places(self, length: int) -> int:
         """Return how many places there are after so many tokens."""
         return length
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes that a layer needs for a moment beside what it keeps.
+
+        Args:
+            mixer: What the layer attends with.
+            rows: Sequences.
+            tokens: Tokens that have come in, of each.
+            queries: Tokens that came in last, together.
+            element: Bytes of a compute element.
+        """
+        return 0
 
     def cycle(self) -> tuple[int, int]:
         """Return after how many tokens the cache grows evenly, and over how many at a time."""

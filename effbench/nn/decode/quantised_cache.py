@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from effbench.api.parts import LayerShape
+from effbench.api.parts import LayerShape, Mixer
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.nn.decode import quantised, view
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.scratch import states
 from effbench.nn.quant.ranges import RANGE_BYTES, channels_of
 from effbench.util.errors import UserError
 
@@ -33,6 +34,14 @@ class QuantisedCache(CachePolicy):
     def cycle(self) -> tuple[int, int]:
         """Return after how many tokens the cache grows evenly, and over how many at a time."""
         return self.window, self.group
+
+    def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
+        """Return the bytes of keys and values expanded, and joined with those that are not coded.
+
+        Where queries see other columns each, the keys and values of all query heads come on top.
+        """
+        each = mixer.heads / mixer.kv_heads if queries > 1 else 0
+        return (4 + 2 * each) * states(mixer, rows, tokens, element)
 
     def require_bytes(self, shape: AnyShape) -> None:
         """Refuse groups that fill no whole bytes in a model's heads.

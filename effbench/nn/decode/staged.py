@@ -182,7 +182,7 @@ class StagedDecoder:
             if padded:
                 layer.pad(self.starts)
         with looking(self.root) as kind:
-            hidden = self._through_layers(
+            return self._through_layers(
                 stage,
                 hidden,
                 attention_mask=mask,
@@ -190,9 +190,6 @@ class StagedDecoder:
                 position_embeddings=rotary,
                 stretch=Stretch(self.cache, kind, self.angles),
             )
-        for layer in layers:
-            layer.view = None  # which may hold more than the entry keeps
-        return hidden
 
     def _make_angles(self, like: torch.Tensor) -> None:
         """Compute cosine and sine of every place that there is or soon will be, [places, D]."""
@@ -417,10 +414,13 @@ def row_by_row(
         attention_mask: [B, T]; logits after a row's end are zero.
         prompts: Prompt length of each row, [B], at least 1.
     """
-    ends = attention_mask.sum(1).tolist()
-    rows = [
-        logits(ids[None, :end], min(prompt, end))[0]
-        for ids, end, prompt in zip(input_ids, ends, prompts.tolist(), strict=True)
-    ]
-    width = input_ids.shape[1]
-    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, width - len(x))) for x in rows])
+    found = torch.empty(0)
+    for row, (end, prompt) in enumerate(
+        zip(attention_mask.sum(1).tolist(), prompts.tolist(), strict=True)
+    ):
+        own = logits(input_ids[row : row + 1, :end], min(prompt, end))[0]
+        if not row:
+            found = own.new_zeros(*input_ids.shape, own.shape[1])
+        found[row, :end] = own
+        del own  # before the next row needs as much
+    return found

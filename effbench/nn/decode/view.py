@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
+from effbench.nn.decode.scratch import GATHERED
 from effbench.util.errors import UserError
 
 Own = Callable[[torch.Tensor, "View"], torch.Tensor]
@@ -30,8 +31,6 @@ Answer = Callable[[torch.Tensor, Own], torch.Tensor]
 """From queries [B, H, W, D] and that attention to what they are given, [B, W, H, D]."""
 NAME = "effbench_view"
 """Under which transformers knows `attend`."""
-GATHERED = 1 << 22
-"""Numbers of keys that are gathered at a time, for queries that each see other ones."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class LayerCache(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.view: View | None = None
-        """What the last keys and values to come in see, as long as the pass lasts."""
+        """What the last keys and values to come in see, until their queries have looked."""
         self.empty: torch.Tensor | None = None
         """Columns on the left of each sequence with nothing in them, [B]; None for none at all."""
         self.prompt = 0
@@ -122,11 +121,15 @@ class Stretch:
     angles: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosine and sine of every place, [places, D]; None where keys are kept turned."""
 
-    def view_of(self, keys: torch.Tensor) -> View:
-        """Return the view to which the keys that a module looks at belong."""
+    def take(self, keys: torch.Tensor) -> View:
+        """Return the view to which the keys that a module looks at belong.
+
+        Its entry lets go of it, for it may hold more than the entry keeps.
+        """
         for layer in self.cache.layers:
             view = getattr(layer, "view", None)
             if view is not None and view.keys is keys:
+                layer.view = None  # type: ignore[union-attr]
                 return view
         raise RuntimeError("these keys come from no entry of the cache")
 
@@ -155,7 +158,7 @@ def attend(
     Returns:
         [B, W, H, D], and no weights.
     """
-    view = stretch.view_of(key)
+    view = stretch.take(key)
     mixed = _mixed(module, query, view, attention_mask, stretch, context)
     return (mixed if view.expand is None else view.expand(mixed)), None
 

@@ -1,0 +1,106 @@
+"""Predicted peaks of passes under a cache policy, against the tensors that are alive in them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from effbench.api.batch import make_batch
+from effbench.api.footprint import Kind, Pass
+from effbench.api.plugins import make_method
+from effbench.api.shape import ModelShape, Shape
+from effbench.api.spec import Plugin
+from effbench.methods.base import Method
+from effbench.methods.chain import inference_cost
+from effbench.models.random import random_model
+from effbench.resources.peaks import Caching, Peaks
+
+WIDE = Shape(
+    hidden_size=192,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=4096,
+    tied=True,
+)
+ROWS, TOKENS, COUNTED = 3, 320, 16
+BOUND = 0.10
+CASES: dict[str, dict[str, Any]] = {
+    "streaming": {"window": 60},
+    "snapkv": {"budget": [60], "window": 16},
+    "expected_attention": {"budget": [60]},
+    "tova": {"budget": [60]},
+    "knorm": {"budget": [60]},
+    "kv_quant": {"window": 16},
+}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that were made in it and are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and _place(tensor) not in given | {*self.sizes}:
+                storage = tensor.untyped_storage()
+                self.sizes[_place(tensor)] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, _place(tensor), None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return made
+
+
+def _place(tensor: torch.Tensor) -> int:
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
+def counted(work: Callable[[], object]) -> int:
+    with torch.no_grad(), Alive() as alive:
+        work()
+    return alive.peak
+
+
+def planned(method: Method, kind: Kind, counted_tokens: int) -> float:
+    """Return the predicted bytes beside weights and what the process needs."""
+    [point], shape = method.points(), ModelShape.of(WIDE)
+    cost = inference_cost([method], WIDE, "float32", point)
+    caching = Caching(method.shape(shape, point, "use", None), method.decoder(point).cache)
+    every = not method.forward(point).shares_prefixes
+    found = Peaks(shape, 4).inference(
+        cost, Pass(kind, ROWS, TOKENS, counted_tokens), every=every, caching=[caching]
+    )
+    return sum(size for name, size in found.items() if name not in ("weights", "workspace"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peaks_under_a_policy_are_those_of_its_tensors(name: str) -> None:
+    """Within a tenth of all tensors, weights among them."""
+    method = make_method(Plugin(name, CASES[name])).resolve(WIDE)
+    [point], model = method.points(), random_model(WIDE, 0, "cpu", torch.float32).eval()
+    model.requires_grad_(False)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) * 7 % WIDE.vocab_size
+    prompt = [-100] * (TOKENS - COUNTED)
+    batch = make_batch([(row.tolist(), prompt + row[-COUNTED:].tolist()) for row in ids], 0)
+    session = method.session(model, point)
+    scored = counted(lambda: method.token_nll(model, batch, point))
+    read = counted(lambda: session.prefill(ids))
+    for found, expected in (
+        (scored, planned(method, "score", ROWS * COUNTED)),
+        (read, planned(method, "prefill", ROWS)),
+    ):
+        assert (weights + expected) / (weights + found) == pytest.approx(1, abs=BOUND)
