@@ -416,15 +416,16 @@ def test_from_nothing_is_refused(bench, word: str) -> None:
         ("dataset.subset=2024", ("dataset", "subset"), "2024"),
         ("dataset.text=true", ("dataset", "text"), "true"),
         ("dataset.choices=[1, 2.50]", ("dataset", "choices"), ["1", "2.50"]),
-        ("dataset.splits={all: 007}", ("dataset", "splits"), {"all": "007"}),
-        ("dataset.splits.all=1e5", ("dataset", "splits"), {"all": "1e5"}),
+        ("dataset.splits={train: 007}", ("dataset", "splits"), {"train": "007"}),
+        ("dataset.splits.train=1e5", ("dataset", "splits"), {"train": "1e5"}),
         ("dataset.prompt='1, 2'", ("dataset", "prompt"), "1, 2"),
         ("dataset.max_length=64", ("dataset", "max_length"), 64),
         ("train.betas=[0,0.5]", ("train", "betas"), [0.0, 0.5]),
     ],
 )
 def test_what_is_text_stays_as_it_was_typed(word: str, place: tuple[str, str], value) -> None:
-    spec = plain(compose("train", ["model=tiny", "dataset=arithmetic", word]).spec)
+    rows = "alpaca" if "splits" in word else "arithmetic"  # which makes no other parts than its own
+    spec = plain(compose("train", ["model=tiny", f"dataset={rows}", word]).spec)
     assert spec[place[0]][place[1]] == value
 
 
