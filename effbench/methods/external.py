@@ -74,7 +74,7 @@ class External(Compresses):
         cut = model.family == "llama" and not model.uniform
         if cut or model.kv_bytes_per_sequence(4):
             raise UserError(
-                "What became of this model fits no class of transformers, whose folders programs read.",
+                "What became of this model fits no class of transformers, and so no folder.",
                 "Compress it with method=external before that, or start from another run.",
             )
         return self
