@@ -15,6 +15,7 @@ from effbench.api.spec import Stage
 from effbench.methods.base import Method
 from effbench.nn.llama import surgery, weights
 from effbench.nn.quant import linears
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 
@@ -117,10 +118,15 @@ class CompressesLinears(Compresses):
     ) -> Iterator[Part]:
         """Yield one linear after the other."""
         for name, linear in linears.dense_linears(model):
-            yield Part(name, partial(self._make, linear), partial(self._put, model, name, linear))
+            yield Part(
+                name, partial(self._make, name, linear), partial(self._put, model, name, linear)
+            )
 
-    def _make(self, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
-        return dict(self.compressed(linear).named_buffers())
+    def _make(self, name: str, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
+        try:
+            return dict(self.compressed(linear).named_buffers())
+        except UserError as problem:
+            raise UserError(f"{name}: {problem.message}", problem.hint) from None
 
     def _put(
         self,

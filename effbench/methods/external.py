@@ -27,7 +27,7 @@ from effbench.api.batch import Batch
 from effbench.api.keys import WHOLE
 from effbench.api.method_types import Context, ProgramUsage
 from effbench.api.schema import digest
-from effbench.api.shape import Anatomy
+from effbench.api.shape import Anatomy, AnyShape, ModelShape
 from effbench.methods.compresses import Compresses, Part
 from effbench.nn.llama import folders
 from effbench.nn.pruning import plain
@@ -67,6 +67,17 @@ class External(Compresses):
         hashes = [hash_of(path) for path in files]
         found = {"packages": packages_beside(Path(program)), "files": hashes}
         return replace(self, fingerprint=digest(found, WHOLE))
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Refuse a model that no class of transformers holds as it is."""
+        model = ModelShape.of(shape)
+        cut = model.family == "llama" and not model.uniform
+        if cut or model.kv_bytes_per_sequence(4):
+            raise UserError(
+                "What became of this model fits no class of transformers, and so no folder.",
+                "Compress it with method=external before that, or start from another run.",
+            )
+        return self
 
     def _words(self) -> list[str]:
         """Return the words of the command.

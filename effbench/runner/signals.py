@@ -35,7 +35,8 @@ class Stop:
 def stop_signal() -> Iterator[Stop]:
     """Turn signals into a request; a Ctrl-C after the first one acts at once."""
     stop = Stop()
-    stop.requested = any(getattr(signal.getsignal(n), "came", False) for n in ASKED)
+    if any(getattr(signal.getsignal(n), "came", False) for n in ASKED):
+        stop.requested = True
     usual = signal.getsignal(signal.SIGINT)
 
     def request(number: int, frame: Any) -> None:

@@ -132,7 +132,7 @@ def test_a_field_more_in_the_spec_changes_no_key(
 def test_a_field_more_in_a_plugin_changes_no_key(kind: Any, name: str, grow: Grow) -> None:
     group, stage = ("method", None) if kind == "methods" else ("evaluator", "eval")
     plugin = registry.find(kind, name)
-    trial = {f"method.{k}": v for k, v in plugin.needs.items()} if kind == "methods" else {}
+    trial = {f"method.{k}": json.dumps(v) for k, v in getattr(plugin, "needs", {}).items()}
     if kind == "evaluators":
         trial = {f"evaluator.{name}.{k}": v for k, v in plugin.trial.items()}
     words = [f"{group}={name}", "hardware=h200", *(f"{k}={v}" for k, v in trial.items())]

@@ -448,7 +448,7 @@ def test_a_crash_between_artefact_and_note_is_survived(
 
 def worker(made: Job) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "effbench.runner.worker"],
+        [sys.executable, "-m", "effbench.runner.worker_process"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

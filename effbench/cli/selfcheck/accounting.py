@@ -30,6 +30,7 @@ from effbench.methods.chain import chain_shapes, inference_cost, resolved, shape
 from effbench.methods.compresses import Compresses, compress_whole
 from effbench.methods.trains import Trains, begin_training
 from effbench.results.records import Record
+from effbench.runner.programs import run_program
 
 SHAPE = Shape(
     hidden_size=96,
@@ -195,6 +196,7 @@ def _model(method: Method) -> tuple[Any, Context]:
     generator = torch.Generator().manual_seed(0)
     place = torch.device("cpu")
     ctx = Context(0, place, torch.float32, generator, lambda name: _random(), total_steps=DRAWS)
+    ctx.program = run_program
     if isinstance(method, Compresses):
         compress_whole(method, model, [_batch()], ctx)
         return model, ctx

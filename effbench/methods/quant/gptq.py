@@ -55,6 +55,8 @@ class GPTQ(PacksGroups, CompressesBlocks):
         with walk.tried() as block:
             for group in walk.groups():
                 dense = [cast("torch.nn.Linear", block.get_submodule(name)) for name in group]
+                for name, linear in zip(group, dense, strict=True):
+                    refuse_not_finite(linear.weight, f"{name} of block {walk.index}")
                 stored = self._rounded([linear.weight for linear in dense], walk.inputs(group).gram)
                 for name, linear, own in zip(group, dense, stored, strict=True):
                     found |= {f"{name}.{key}": t for key, t in own.items()}
@@ -67,7 +69,6 @@ class GPTQ(PacksGroups, CompressesBlocks):
     ) -> list[dict[str, torch.Tensor]]:
         """Return the buffers of linears that read the same inputs: the rows of one problem."""
         weight, grid = torch.cat([w.detach().float() for w in weights]), self.format.settings
-        refuse_not_finite(weight)
         solved = solver.solve(weight, gram, *grid, self.percdamp, self.act_order)
         plain = groupwise.rounded(weight, *grid)
         best = solver.better(solved, plain, weight, self.group_size, gram)

@@ -74,8 +74,12 @@ def _fit_part(weight: torch.Tensor, size: int, fit: Fit, chunk: int) -> Fitted:
     )
 
 
-def refuse_not_finite(weight: torch.Tensor) -> None:
+def refuse_not_finite(weight: torch.Tensor, name: str = "") -> None:
     """Refuse weights that no code stands for.
+
+    Args:
+        weight: Of any shape.
+        name: What it is called, where that is known.
 
     Raises:
         UserError: When one is infinite or not a number.
@@ -83,7 +87,8 @@ def refuse_not_finite(weight: torch.Tensor) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise UserError(
-            f"{bad} of {weight.numel()} weights of a {tuple(weight.shape)} matrix are not finite.",
+            f"{bad} of {weight.numel()} weights of {name or f'a {tuple(weight.shape)} matrix'} are "
+            "not finite.",
             "Quantise a model whose weights are; `effbench eval` finds where one goes wrong.",
         )
 
