@@ -201,9 +201,6 @@ def claims_of(system: System) -> list[str]:
     return [*said, f"{name}. Verdict: {system.state}. {reason}"]
 
 
-AGAIN = "Make them: effbench table NAME --run"
-
-
 def sentences(grand: Grand) -> list[str]:
     """Return what was asked, what was found and what would overturn it, and what has not run."""
     states = {s: [x.campaign.name for x in grand.systems if x.state == s] for s in STATES}

@@ -96,8 +96,9 @@ def commit_of(
     from huggingface_hub import constants
 
     place = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / revision
-    if place.is_file():
-        return place.read_text().strip()
+    with contextlib.suppress(OSError, ValueError):
+        if COMMIT.fullmatch(noted := place.read_text().strip()):
+            return noted
     found = _asked(name, revision, kind) if hub_reachable() else ""
     if found:
         with contextlib.suppress(OSError):

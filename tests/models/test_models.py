@@ -612,6 +612,15 @@ def test_a_commit_itself_needs_no_pin_and_another_revision_gets_its_own(
     assert (again.fingerprint, other.fingerprint) == ("a" * 40, "c" * 40)
 
 
+@pytest.mark.parametrize("noted", ["", "a" * 39, "no commit"])
+def test_a_damaged_note_of_the_hubs_client_is_no_commit(
+    noted: str, no_hub: None, tmp_path: Path
+) -> None:
+    downloaded(tmp_path, "a" * 40, seed=1)
+    (tmp_path / "models--org--small" / "refs" / "main").write_text(noted)
+    assert hf.commit_of("org/small") == ""
+
+
 def test_the_hub_is_asked_once_and_the_answer_kept(
     no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
