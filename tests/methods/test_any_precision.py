@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, batch_of, context, tiny_model
+from conftest import Bench
+from helpers import SHAPE, HeldBytes, batch_of, context, some_ids, tiny_model
 
 from effbench.api.batch import make_batch
 from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, training_of
 from effbench.api.points import UNNAMED, find_point
 from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost
@@ -22,6 +24,10 @@ from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
 from effbench.nn.quant.linears import dense_linears, expanded_once, storage_bytes
 from effbench.nn.quant.nested_linear import NestedLinear
 from effbench.nn.quant.sensitivity import squared_gradients
+from effbench.resources import predict
+from effbench.resources.peaks import Peaks
+from effbench.testing.bench import without_evaluation
+from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
 from effbench.util.tensor_files import stored_bytes
 
@@ -57,6 +63,20 @@ def test_the_plan_counts_the_sensitivities() -> None:
     found = squared_gradients(tiny_model().eval(), [batch_of()])
     held = sum(f.numel() * f.element_size() for f in found.values())
     assert AnyPrecision().held(SHAPE, 0, 4) == held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_the_backward_pass(dtype: str) -> None:
+    model = tiny_model(dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    row = some_ids(1, 200)[0].tolist()
+    with HeldBytes() as held:
+        squared_gradients(model, [make_batch([(row, row)], 0)])
+    element = getattr(torch, dtype).itemsize
+    saved = training_of(predict._graded(SHAPE), dtype)
+    sums = AnyPrecision().held(SHAPE, 200, element)
+    peaks = Peaks(SHAPE, element, cpu=False)
+    planned = peaks.compress(0, Pass("score", 1, 200, 1), 0, sums, saved)
+    assert held.peak <= sum(planned.values()) < 1.1 * held.peak
 
 
 def test_sensitivities_are_the_squares_of_each_sequence_s_own_gradient() -> None:
@@ -388,3 +408,19 @@ def test_budgets_that_mean_nothing_are_refused(model: Any, tmp_path: Path) -> No
         (tmp_path / mixed.FILE).write_text(text)
         with pytest.raises(UserError, match=said):
             AnyPrecision(budget=10**6).load(tiny_model().eval(), tmp_path, context())
+
+
+def test_an_evaluation_holds_what_it_asks_for_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_evaluation(monkeypatch)
+    small = ["method=any_precision", "method.bits=4", "method.budget=110000"]
+    made = bench.run("compress", *small, "dataset.limit.train=4", "hardware.dtype=float32")
+    again = bench.run("eval", f"from={made.key}", "method.load_mixed=true")
+    [whole], [mixed_alone] = (
+        [m.value for m in record.metrics if m.name == "resident_bytes"] for record in (made, again)
+    )
+    model = ModelShape.of(tiny_shape())
+    rest = cost_of(model, "float32").resident_bytes - 4 * model.linear_params
+    assert whole - rest > 1.5 * 110000
+    assert 0.95 * 110000 < mixed_alone - rest <= 110000

@@ -89,6 +89,7 @@ class AnyPrecision(DrawsRows, CompressesLinears):
     eval_settings: ClassVar[frozenset[str]] = frozenset(
         {"eval_bits", "load_bits", "budget", "load_mixed"}
     )
+    backward: ClassVar[bool] = True
     in_one_pass: ClassVar[bool] = True
     nested_points: ClassVar[bool] = True
 
