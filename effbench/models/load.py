@@ -457,28 +457,41 @@ def _folder(spec: ModelSpec) -> Path:
 
 
 def _package_folder(spec: ModelSpec) -> Path:
-    """Return the converted folder of a package model, fetched and converted if need be."""
+    """Return the folder of a package model, fetched and converted if need be."""
+    if assets.GGUF not in assets.find(spec.id).contents:
+        return _saved_in(spec, assets.fetch(spec.id))
     sha256 = _package_sha256(spec)
     return already_converted(sha256, spec.id, whole=True) or converted(
         assets.fetch(spec.id) / assets.GGUF, sha256, spec.id
     )
 
 
-def _package_sha256(spec: ModelSpec) -> str:
-    contents = assets.find(spec.id).contents
-    if assets.GGUF not in contents:
+def _saved_in(spec: ModelSpec, folder: Path) -> Path:
+    """Return the folder of an asset, which holds a model as transformers saves it.
+
+    Raises:
+        UserError: When it does not.
+    """
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"The asset {spec.id!r} holds no model.",
             "Models that can be had offline: " + ", ".join(offline_models()) + ".",
         )
-    return contents[assets.GGUF]
+    return folder
+
+
+def _package_sha256(spec: ModelSpec) -> str:
+    return assets.find(spec.id).contents[assets.GGUF]
 
 
 def _config_file(spec: ModelSpec) -> Path:
     if spec.source == "folder":
         return _folder(spec) / "config.json"
     if spec.source == "package":
-        folder = already_converted(_package_sha256(spec), spec.id)
+        if assets.GGUF in assets.find(spec.id).contents:
+            folder = already_converted(_package_sha256(spec), spec.id)
+        elif folder := assets.path_of(spec.id):
+            folder = _saved_in(spec, folder)
         if folder:
             return folder / "config.json"
         raise UserError(
