@@ -1,4 +1,4 @@
-"""A fresh process per run, so that memory peaks and random states are its own."""
+"""A process per run, so that memory peaks and random states are its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.results.records import Record, read
 from effbench.results.store import Store
-from effbench.runner.nursery import Child, nursery_for
+from effbench.runner.nursery import Child, Nursery, nursery_for
 from effbench.runner.progress import PACE
 from effbench.runner.signals import ASKED, INTERRUPTED, passed_on
 from effbench.runner.worker import REASON
@@ -79,8 +79,11 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
     elif record := record_of(job):
         _tidy(store, job.spec.key)
         return record
+    # -P: a stray file in the current folder is no module of ours.
+    command = [sys.executable, "-P", "-m", "effbench.runner.worker_process"]
+    home = None if hands.began else nursery_for(job.spec.hardware.device)
     with TemporaryFile() as told:
-        status = _run_process(job, told.fileno(), hands)
+        status = _run_process(command, json.dumps(plain(job)), told.fileno(), hands, home)
         told.seek(0)
         reason = told.read().decode()
     if status == REFUSED:
@@ -124,25 +127,27 @@ def _ended_by(number: int) -> Exception:
     )
 
 
-def _run_process(job: Job, reason: int, hands: Hands) -> int:
+def _run_process(
+    command: Sequence[str], text: str, reason: int, hands: Hands, home: Nursery | None = None
+) -> int:
     """Run a job in a process and return its exit status; signals let it save before it ends.
 
     Args:
-        job: What to run.
+        command: The words of a fresh process.
+        text: The job, which that reads.
         reason: Number of an open file that the reason of a failure is written to.
-        hands: What its process is given.
+        hands: What it is given.
+        home: What it is forked from instead, where that can be done.
 
     Raises:
         RunFailedError: When Ctrl-C came before there was a process.
     """
-    text = json.dumps(plain(job))
     variables = {**({PACE: "1"} if hands.listen else {}), **hands.environment}
     errors, theirs = _pipe() if hands.listen else (None, STDERR)
-    home = None if hands.began else nursery_for(job.spec.hardware.device)
     with closing(errors) if errors else nullcontext():
         try:
             process: Process = (home and home.fork(text, variables, [theirs, reason])) or _started(
-                variables, reason, theirs, bool(hands.began)
+                command, variables, reason, theirs, bool(hands.began)
             )
         finally:
             if errors:
@@ -160,19 +165,19 @@ def _run_process(job: Job, reason: int, hands: Hands) -> int:
 
 
 def _started(
-    variables: Mapping[str, str], reason: int, errors: int, apart: bool
+    command: Sequence[str], variables: Mapping[str, str], reason: int, errors: int, apart: bool
 ) -> subprocess.Popen[str]:
     """Start a run's process from the ground up.
 
     Args:
+        command: The words of it.
         variables: Its environment beside that of this process.
         reason: Number of an open file that the reason of a failure is written to.
         errors: Number of that of its standard error.
         apart: Whether it is in a group of its own.
     """
     return subprocess.Popen(
-        # -P: a stray file in the current folder is no module of ours.
-        [sys.executable, "-P", "-m", "effbench.runner.worker_process"],
+        command,
         stdin=subprocess.PIPE,
         stderr=errors,
         text=True,
