@@ -23,6 +23,7 @@ from effbench.results.store import Store
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.ahead import ahead
 from effbench.runner.local import execute
+from effbench.runner.nursery import nursery
 from effbench.runner.tuning import search
 from effbench.util.files import write_atomic
 
@@ -41,6 +42,15 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
     say(ahead(campaign, results).sentence())
+    with nursery():
+        keys = _made(campaign, results, say)
+    path = campaign.manifest(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(keys, indent=1) + "\n")
+
+
+def _made(campaign: Campaign, results: Path, say: Say) -> dict[str, list[str]]:
+    """Return the keys of the runs of each arm, after all were made."""
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
     if campaign.tune:
         runs.tune(campaign.tune)
@@ -51,9 +61,7 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
             key = runs.chain(steps, seed)
             if key not in keys.setdefault(arm, []):
                 keys[arm].append(key)
-    path = campaign.manifest(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(keys, indent=1) + "\n")
+    return keys
 
 
 def _start(experiment: str, results: Path, say: Say) -> str:
