@@ -52,6 +52,7 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
 def _made(campaign: Campaign, results: Path, say: Say) -> dict[str, list[str]]:
     """Return the keys of the runs of each arm, after all were made."""
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
+    runs.check()
     if campaign.tune:
         runs.tune(campaign.tune)
     arms = campaign.tuned_arms(results)
@@ -88,6 +89,36 @@ class _Runs:
     start: str
     """Key of the run that all arms go on from; empty without."""
 
+    def check(self) -> None:
+        """Compose the first command of each arm, so that what is wrong with it is said by now.
+
+        Raises:
+            UserError: When one is no command of what all arms go on from.
+        """
+        for steps in self.campaign.arms.values():
+            stage, *words = self._words(steps[0], 0, self.start, self.campaign.seeds[0])
+            compose(stage, [*words, *_place(self.results)])
+
+    def _words(self, step: str, number: int, key: str, seed: int) -> list[str]:
+        """Return a command of an arm as it is run.
+
+        Args:
+            step: The command.
+            number: Which of its arm; 0 is the first.
+            key: Of the run that it goes on from; empty for none.
+            seed: Of a run that has one.
+        """
+        stage, *words = step.split()
+        # A run that only reads out what was trained has its data from there.
+        shared = not (stage == "eval" and number)
+        return [
+            stage,
+            *([f"experiment={self.campaign.experiment}"] if shared else []),
+            *([f"from={key}"] if key else []),
+            *words,
+            *([] if stage == "eval" else [f"seed={seed}"]),
+        ]
+
     def chain(self, steps: Sequence[str], seed: int, split: str = "") -> str:
         """Return the key of the last run of an arm, after all of them were made.
 
@@ -98,15 +129,7 @@ class _Runs:
         """
         key = self.start
         for number, step in enumerate(steps):
-            stage, *words = step.split()
-            # A run that only reads out what was trained has its data from there.
-            shared = not (stage == "eval" and number)
-            words = [
-                *([f"experiment={self.campaign.experiment}"] if shared else []),
-                *([f"from={key}"] if key else []),
-                *words,
-                *([] if stage == "eval" else [f"seed={seed}"]),
-            ]
+            stage, *words = self._words(step, number, key, seed)
             place = _place(self.results)
             if split and number == len(steps) - 1:
                 words += judged(compose(stage, [*words, *place]).spec.evaluators, split, words)
