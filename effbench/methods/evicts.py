@@ -11,10 +11,10 @@ from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.methods.caches import Caches
+from effbench.methods.codes import HoldsCodes
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.eviction_cache import PromptEviction, SteadyEviction
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
-from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
 from effbench.util.errors import UserError
 
 
@@ -92,24 +92,11 @@ class EvictsSteadily(Evicts):
 
 
 @dataclass(frozen=True)
-class EvictsPrompt(Evicts):
+class EvictsPrompt(HoldsCodes, Evicts):
     """Evicts when the prompt has been read; what stays, and later tokens, may be held in few bits.
 
     `evicting` gives the `PromptEviction`.
     """
-
-    bits: CodeBits | None = None
-    """Bits of an element of what stays and of later tokens, as `kv_quant` holds them; null for
-    the compute dtype."""
-    group_size: PositiveInt = 32
-    """With `bits`: entries over which a channel of keys has one range."""
-    recent: PositiveInt = 128
-    """With `bits`: last entries that stay in full precision."""
-
-    @property
-    def codes(self) -> QuantisedCache | None:
-        """How entries are held in few bits; None where they are not."""
-        return QuantisedCache(self.bits, self.group_size, self.recent) if self.bits else None
 
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method.
@@ -118,7 +105,7 @@ class EvictsPrompt(Evicts):
             UserError: For groups that fill no whole bytes, and as `Evicts.resolve` does.
         """
         if self.codes:
-            self.codes.require_bytes(shape)
+            self.codes.require_bytes(ModelShape.of(shape).head_dim)
         return super().resolve(shape)
 
     def evicting(self, budget: int) -> PromptEviction:

@@ -27,6 +27,7 @@ is saved for real; time is not, as every step expands all codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -35,9 +36,12 @@ from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.methods.base import Method
 from effbench.methods.caches import Caches
+from effbench.methods.codes import HoldsCodes
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
+from effbench.util.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ class KVQuant(Caches):
     window: PositiveInt = 128
     """Last tokens that stay in full precision, w, the token that looks among them."""
 
+    def check_start(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that decodes in a way of its own, or can hold codes itself."""
+        if earlier and isinstance(earlier[-1], HoldsCodes):
+            raise UserError(
+                f"{earlier[-1].name} has a cache of its own, which {self.name} would leave out.",
+                f"Set method.bits={self.bits} beside from=RUN in the place of method={self.name}: "
+                "what that cache keeps is then in codes.",
+            )
+        super().check_start(earlier)
+
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method.
 
@@ -63,7 +77,7 @@ class KVQuant(Caches):
             UserError: For layers that share states, and groups that fill no whole bytes.
         """
         method = super().resolve(shape)
-        self.cache.require_bytes(shape)
+        self.cache.require_bytes(ModelShape.of(shape).head_dim)
         return method
 
     @property
