@@ -9,10 +9,9 @@ from typing import Self
 from effbench.api.parts import LayerShape
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.methods.caches import Caches
 from effbench.methods.codes import HoldsCodes
-from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.eviction_cache import PromptEviction, SteadyEviction
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.util.errors import UserError
@@ -37,7 +36,7 @@ class Evicts(Caches):
     budget: tuple[PositiveInt, ...] = (1024,)
     """Entries that stay in each head of keys and values; an operating point for each."""
 
-    def points(self) -> tuple[Point, ...]:
+    def cache_points(self) -> tuple[Point, ...]:
         """Return a point for each budget."""
         return tuple(Budget(tokens) for tokens in self.budget)
 
@@ -68,20 +67,18 @@ class Evicts(Caches):
         """Return what the cache keeps with so many entries."""
         raise NotImplementedError
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return ordinary decoding with a budget in the cache."""
-        return Decoder(cache=self.policy(point.tokens)) if isinstance(point, Budget) else Decoder()
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return what the cache keeps with a point's budget."""
+        return self.policy(point.tokens) if isinstance(point, Budget) else EVERYTHING
 
 
 @dataclass(frozen=True)
 class EvictsSteadily(Evicts):
     """Evicts at every token; `policy` gives a `SteadyEviction`."""
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model with caches that stop growing."""
-        policy = self.decoder(point).cache
+        policy = self.cache_at(point)
 
         def bounded(index: int, layer: LayerShape) -> LayerShape:
             if isinstance(policy, SteadyEviction) and policy.evicts(index):
@@ -116,8 +113,6 @@ class EvictsPrompt(HoldsCodes, Evicts):
         """Return what the cache keeps with so many entries of a prompt."""
         return replace(self.evicting(budget), then=self.codes or EVERYTHING)
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model, with codes in its cache where there are some."""
         return self.codes.shape(base) if self.codes else base

@@ -35,11 +35,11 @@ from typing import ClassVar, Self
 from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.methods.base import Method
 from effbench.methods.caches import Caches
 from effbench.methods.codes import HoldsCodes
-from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
 from effbench.util.errors import UserError
 
@@ -76,21 +76,18 @@ class KVQuant(Caches):
         Raises:
             UserError: For layers that share states, and groups that fill no whole bytes.
         """
-        method = super().resolve(shape)
         self.cache.require_bytes(ModelShape.of(shape).head_dim)
-        return method
+        return super().resolve(shape)
 
     @property
     def cache(self) -> QuantisedCache:
         """What the cache keeps."""
         return QuantisedCache(self.bits, self.group_size, self.window)
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return ordinary decoding with codes in the cache."""
-        return Decoder(cache=self.cache)
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return what the cache keeps."""
+        return self.cache
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model with caches in which a token is in codes once it has left the window."""
         return self.cache.shape(base)

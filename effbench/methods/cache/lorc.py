@@ -39,13 +39,13 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape
 from effbench.api.sharing import require_own_states
 from effbench.methods.codes import HoldsCodes
 from effbench.methods.compresses import Compresses, Part
+from effbench.methods.driven import DRIVING, Drives
 from effbench.nn.decode import latent_cache, latent_plan, ranks
-from effbench.nn.decode.decoder import Decoder
-from effbench.nn.decode.policy import EVERYTHING
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.llama import factorised, stack, weights
 from effbench.nn.quant import calibration as calibrating
 from effbench.util.errors import UserError
@@ -68,7 +68,7 @@ class Kept(Point):
 
 
 @dataclass(frozen=True)
-class LoRC(HoldsCodes, Compresses):
+class LoRC(HoldsCodes, Drives, Compresses):
     """Factorises the projections of keys and values, and caches what lies between the factors."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -78,7 +78,7 @@ class LoRC(HoldsCodes, Compresses):
     )
     produces: ClassVar[str] = "factorised"
     replays: ClassVar[bool] = True
-    eval_settings: ClassVar[frozenset[str]] = frozenset({"bits", "group_size", "recent"})
+    eval_settings: ClassVar[frozenset[str]] = DRIVING | {"bits", "group_size", "recent"}
 
     kept_keys: tuple[Share, ...] = (0.9, 0.75, 0.6)
     """Shares of the cache of keys that stay, over all layers; an operating point for each. 1 keeps
@@ -106,7 +106,7 @@ class LoRC(HoldsCodes, Compresses):
                 "Give as many of both, or one of one of them.",
             )
 
-    def points(self) -> tuple[Kept, ...]:
+    def cache_points(self) -> tuple[Kept, ...]:
         """Return a point for each pair of shares."""
         keys, values = self.kept_keys, self.kept_values or self.kept_keys
         count = max(len(keys), len(values))
@@ -128,13 +128,13 @@ class LoRC(HoldsCodes, Compresses):
         if self.codes:
             unit = math.gcd(self.multiple, model.num_kv_heads * model.head_dim)
             self.codes.require_bytes(math.gcd(unit, model.head_dim))
-        return self
+        return super().resolve(shape)
 
     def _plan(self, spectra: ranks.Spectra) -> latent_plan.Plan:
         """Return the ranks of every point."""
         layers, width = len(spectra.keys), len(spectra.keys[0])
         sizes = ranks.Sizes(layers, width, math.gcd(self.multiple, width), self.protect)
-        shares = {p.name: (p.keys, p.values) for p in self.points()}
+        shares = {p.name: (p.keys, p.values) for p in self.cache_points()}
         return latent_plan.planned(self.order, spectra, sizes, shares)
 
     @property
@@ -185,18 +185,16 @@ class LoRC(HoldsCodes, Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return decoding with coordinates in the cache; what is kept whole is as ever."""
-        points = [point] if isinstance(point, Kept) else self.points()
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return a cache of coordinates; what is kept whole is as ever."""
+        points = [point] if isinstance(point, Kept) else self.cache_points()
         if max(p.keys for p in points) < 1:
-            return Decoder(cache=latent_cache.LatentCache(point.name, self.codes))
+            return latent_cache.LatentCache(point.name, self.codes)
         if max(p.values for p in points) < 1:
-            return Decoder(cache=latent_cache.LatentValues(point.name, self.codes))
-        return Decoder(cache=self.codes or EVERYTHING)
+            return latent_cache.LatentValues(point.name, self.codes)
+        return self.codes or EVERYTHING
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Narrow the cache; which layers have which ranks, only an artefact tells."""
         made = folder is not None and (folder / latent_plan.FILE).exists()
         unknown = ranks.Spectra.unknown(base)

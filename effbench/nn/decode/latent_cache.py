@@ -35,8 +35,8 @@ class LatentCache(CachePolicy):
         own = model.config.latent_plan.at(self.point).by_layer()
         blocks = stack.decoder_layers(model)
         return [
-            latent.LatentLayer(block.self_attn, *ranks, self._inner(undo))
-            for block, ranks in zip(blocks, own, strict=True)
+            latent.LatentLayer(block.self_attn, keys, values, self._inner(undo))
+            for block, (keys, values) in zip(blocks, own, strict=True)
         ]
 
     def _inner(self, undo: int) -> view.LayerCache:
