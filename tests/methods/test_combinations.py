@@ -13,7 +13,10 @@ from evictions import SMALL
 from helpers import SHAPE, batch_of, context, some_ids, tiny_model
 
 from effbench.api import registry
+from effbench.api.shape import ModelShape
+from effbench.api.sharing import listed_map, shared_shape
 from effbench.methods.cache.lorc import LoRC
+from effbench.methods.chain import resolved
 from effbench.methods.codes import HoldsCodes
 from effbench.methods.compresses import compress_whole
 from effbench.methods.driven import Driven, Drives
@@ -99,6 +102,16 @@ def test_ways_of_decoding_give_the_tokens_of_the_cache(name: str) -> None:
     for point in driven:
         assert isinstance(point, Driven)
         assert greedy(method.session(model, point), ids, 6).equal(expected)
+
+
+@pytest.mark.parametrize("name", list(caching()))
+def test_models_that_slide_or_share_are_refused_before_loading(name: str) -> None:
+    sliding = replace(ModelShape.of(SHAPE), anatomy="other", family="mistral")
+    with pytest.raises(UserError, match="where tokens see all before them"):
+        resolved(small(name), sliding)
+    deep = replace(SHAPE, num_layers=4)
+    with pytest.raises(UserError, match="take states from others"):
+        resolved(small(name), shared_shape(deep, listed_map(4, [2], "kv")))
 
 
 def test_exits_that_cannot_be_are_refused_before_loading() -> None:
