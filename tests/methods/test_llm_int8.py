@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import SHAPE, batch_of, context, generator, tiny_model
 
+from effbench.api.points import UNNAMED
 from effbench.methods.chain import chain_cost
 from effbench.methods.compresses import compress_whole
 from effbench.methods.quant.llm_int8 import LLMInt8
@@ -124,6 +125,10 @@ def test_a_model_is_close_to_dense_and_takes_the_stated_bytes(dtype: str, tmp_pa
         method.save(model, tmp_path)
         alone = LLMInt8(threshold=0.0).load(dense, tmp_path, context())
         assert not alone(IDS).logits.equal(found), "another threshold is another product"
+        with pytest.raises(UserError, match="round what they multiply"):
+            method.as_plain(model, UNNAMED)
+        plain = LLMInt8(threshold=0.0).as_plain(alone, UNNAMED).model
+        torch.testing.assert_close(plain(IDS).logits, alone(IDS).logits.float(), atol=0.1, rtol=0.1)
         assert method.load(tiny_model(dtype=getattr(torch, dtype)).eval(), tmp_path, context())(
             IDS
         ).logits.equal(found)

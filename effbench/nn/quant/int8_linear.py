@@ -52,6 +52,11 @@ class Int8Linear(QuantisedLinear):
         """The buffers as one value."""
         return int8.Int8(self.codes, self.scales)
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether x is rounded too."""
+        return self.threshold > 0
+
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""
         return int8.dequantise(self.stored, dtype)
