@@ -22,7 +22,8 @@ RUNS = 14
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Runs of which one has a metric that no other has, and one a value that is not finite."""
-    monkeypatch.setattr(blocks, "SPREAD", 2)
+    monkeypatch.setattr(blocks, "FEWEST", 1)
+    monkeypatch.setattr(blocks, "MORE", 2)
     for record in records():
         write(record, tmp_path / "records")
     settle(tmp_path / "records")

@@ -26,8 +26,8 @@ from effbench.results.index import Mark, code_of, is_settled, keep, kept, marks
 from effbench.results.records import Record, read
 from effbench.results.store import Store
 
-SPREAD = 256
-"""Runs of a block, on average."""
+FEWEST, MORE = 128, 32
+"""Runs of a block at least, and how many more there are on average."""
 CODE = [Path(__file__), *(Path(m.__file__ or "") for m in (stages, labels, table, columns))]
 """What the content of a block depends on."""
 
@@ -105,11 +105,11 @@ def _read(store: Store, keys: Sequence[str]) -> Iterator[Record]:
 
 
 def _groups(keys: Iterable[str]) -> Iterator[list[str]]:
-    """Yield keys in groups, each of which ends for itself and not by those before it."""
+    """Yield keys in groups, which mostly end where they did when a key comes or goes."""
     group: list[str] = []
     for key in keys:
         group.append(key)
-        if crc32(key.encode()) % SPREAD == 0:
+        if len(group) >= FEWEST and crc32(key.encode()) % MORE == 0:
             yield group
             group = []
     if group:
