@@ -426,6 +426,34 @@ class Readout:
     """How often it is computed per token."""
     reads: Share | None = None
     """How often its weights are read per token; None is `runs`."""
+    before: tuple[Linear, ...] = ()
+    """Linears that the head reads through, such as BERT's pooler."""
+    learns: bool = False
+    """Whether it trains in float32 beside adapters, as the head of a classifier does."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linears in the order they run, the head last."""
+        return (*self.before, self.head)
+
+    @property
+    def products(self) -> int:
+        """Weights that a state is multiplied with."""
+        return sum(x.d_in * x.d_out for x in self.linears)
+
+    def map(self, linear: Callable[[Linear], Linear], norm: Callable[[Norm], Norm]) -> Readout:
+        """Return it with every linear and the norm changed."""
+        before = tuple(linear(x) for x in self.before)
+        return replace(self, norm=norm(self.norm), head=linear(self.head), before=before)
+
+    def learning(self) -> Readout:
+        """Return it as it is beside adapters."""
+        if not self.learns:
+            return self
+        return self.map(
+            lambda x: replace(x, format=FLOAT32, trains=True),
+            lambda x: replace(x, format=FLOAT32, trains=True),
+        )
 
 
 @dataclass(frozen=True)
