@@ -99,6 +99,11 @@
     return haystack[row] ??= columns.filter((c) => !c.numeric && c.group !== "environment")
       .map((c) => c.at(row) ?? "").join("\n").toLowerCase() + "\n" + Object.values(run).map((c) => c.at(row) ?? "").join("\n");
   }
+  // What is searched is gathered before the first key, some rows at a time.
+  function gather(from) {
+    for (let row = from; row < Math.min(from + 500, all.length); row++) searched(row);
+    if (from + 500 < all.length) setTimeout(() => gather(from + 500), 20);
+  }
   function columnOf(name) {
     const fits = (c) => [c.name, c.name.split(" ")[0], c.name.split(".").at(-1)].includes(name);
     return columns.find((c) => c.name === name) ?? columns.find(fits);
@@ -475,6 +480,7 @@
   byId("grid").hidden = byId("charts").hidden = byId("sections").hidden = false;
   byId("sections").append(...[...document.querySelectorAll("section[id]")].map((s) => el("a", { href: `#${s.id}` }, s.querySelector("h2").textContent)));
   refresh();
+  setTimeout(() => gather(0), 400);
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; painted = ""; paintRows(); charts.forEach((c) => c.paint()); });
 })();
