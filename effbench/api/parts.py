@@ -177,6 +177,8 @@ class Cache:
     """Bytes of an element; 0 takes the compute dtype's."""
     recent: int = 0
     """Last tokens whose elements are in the compute dtype all the same."""
+    group: int = 1
+    """Tokens that leave them together."""
 
     @property
     def per_token(self) -> Share:
@@ -191,7 +193,8 @@ class Cache:
         """Return the bytes of one sequence of so many tokens."""
         kept = tokens if self.window is None else min(tokens, self.window)
         held = self.element or element
-        late = self.per_token * min(kept, self.recent) * (element - held)
+        coded = max(0, kept - self.recent) // self.group * self.group
+        late = self.per_token * (kept - coded) * (element - held) if self.recent else 0
         return float((self.per_token * kept + self.constant) * held + late)
 
 

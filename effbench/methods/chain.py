@@ -52,7 +52,7 @@ def _why_not(method: Method, model: ModelShape) -> str:
     if ANATOMIES[model.anatomy] < ANATOMIES[method.anatomy]:
         if model.anatomy == "llama":
             return "it needs Llama's own blocks, whose linear layers have no biases"
-        return "it needs blocks that are made as Llama's are"
+        return "it needs blocks that are made as Llama's are, where tokens see all before them"
     bare = [x.name for layer in model.layers for x in layer.linears if x.bare and x.copies > 1]
     if bare and (is_packed(method.weights) or is_packed(method.produces)):
         return f"{bare[-1]} is one tensor, which would stay as it is, and most of the model with it"
