@@ -124,6 +124,8 @@ def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
 def _readout(readout: Readout, element: int) -> Iterator[Piece]:
     reads = readout.runs if readout.reads is None else readout.reads
     yield _norm(readout.norm, element, reads)
+    for linear in readout.before:
+        yield from _linear(linear, element, readout.runs, reads)
     weight, bias = _linear(readout.head, element, readout.runs, reads)
     yield weight._replace(params=0, trainable=0, resident=0) if readout.tied else weight
     yield bias

@@ -177,6 +177,8 @@ class Cache:
     """Bytes of an element; 0 takes the compute dtype's."""
     recent: int = 0
     """Last tokens whose elements are in the compute dtype all the same."""
+    group: int = 1
+    """Tokens that leave them together."""
 
     @property
     def per_token(self) -> Share:
@@ -191,7 +193,8 @@ class Cache:
         """Return the bytes of one sequence of so many tokens."""
         kept = tokens if self.window is None else min(tokens, self.window)
         held = self.element or element
-        late = self.per_token * min(kept, self.recent) * (element - held)
+        coded = max(0, kept - self.recent) // self.group * self.group
+        late = self.per_token * (kept - coded) * (element - held) if self.recent else 0
         return float((self.per_token * kept + self.constant) * held + late)
 
 
@@ -426,6 +429,34 @@ class Readout:
     """How often it is computed per token."""
     reads: Share | None = None
     """How often its weights are read per token; None is `runs`."""
+    before: tuple[Linear, ...] = ()
+    """Linears that the head reads through, such as BERT's pooler."""
+    learns: bool = False
+    """Whether it trains in float32 beside adapters, as the head of a classifier does."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linears in the order they run, the head last."""
+        return (*self.before, self.head)
+
+    @property
+    def products(self) -> int:
+        """Weights that a state is multiplied with."""
+        return sum(x.d_in * x.d_out for x in self.linears)
+
+    def map(self, linear: Callable[[Linear], Linear], norm: Callable[[Norm], Norm]) -> Readout:
+        """Return it with every linear and the norm changed."""
+        before = tuple(linear(x) for x in self.before)
+        return replace(self, norm=norm(self.norm), head=linear(self.head), before=before)
+
+    def learning(self) -> Readout:
+        """Return it as it is beside adapters."""
+        if not self.learns:
+            return self
+        return self.map(
+            lambda x: replace(x, format=FLOAT32, trains=True),
+            lambda x: replace(x, format=FLOAT32, trains=True),
+        )
 
 
 @dataclass(frozen=True)

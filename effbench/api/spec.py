@@ -54,6 +54,12 @@ class ModelSpec:
     """Seed of random weights."""
     fingerprint: str = ""
     """Content hash of local files; filled in when the config is composed."""
+    kind: str = ""
+    """What kind of model it is, a file in `nn/model_kinds`; empty for what its config says."""
+    classes: NonNegativeInt = 0
+    """Classes of a classifier; 0 for as many as its config says."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Config of transformers with its `model_type`, for random weights that are no Llama's."""
 
 
 @dataclass(frozen=True)

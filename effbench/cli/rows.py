@@ -12,7 +12,7 @@ from effbench.api.spec import Spec
 from effbench.data.dataset import Data, first_text
 from effbench.data.kinds.base import find
 from effbench.data.tokens import with_template
-from effbench.models.load import load_tokenizer
+from effbench.models.load import known_shape, load_tokenizer
 from effbench.util.errors import printable
 
 COUNTS = ("\033[1;32m", "\033[0m")
@@ -33,7 +33,7 @@ def rows(spec: Spec, count: int, colour: bool, width: int) -> Iterator[str]:
     Raises:
         UserError: When the rows or the tokenizer cannot be had.
     """
-    data = Data(spec.dataset, load_tokenizer(spec.model))
+    data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model))
     filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
     split = "train" if "train" in filled else filled[0]
     kind, texts = find(spec.dataset.kind), data.rows(split)

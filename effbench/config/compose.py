@@ -17,12 +17,13 @@ from effbench.api import registry
 from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import Seed, build, plain
-from effbench.api.shape import AnyShape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import (
     DatasetSpec,
     HardwareSpec,
     Job,
     Machine,
+    ModelSpec,
     Parallelism,
     Runtime,
     Spec,
@@ -32,13 +33,14 @@ from effbench.api.spec import (
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
 from effbench.config.files import groups, options
-from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
+from effbench.config.lineage import Lineage, dataset_after, inherit, model_spec, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
 from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
@@ -80,6 +82,16 @@ def compose(
     else:
         job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
     return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
+
+
+def model_named(name: str) -> ModelSpec:
+    """Return the model of a config, such as a teacher.
+
+    Raises:
+        UserError: When there is none of that name, or its files are not there.
+    """
+    words = check_overrides([f"model={name}"], ())
+    return model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
 
 
 def _started(
@@ -464,6 +476,33 @@ def _check_data(spec: Spec) -> None:
             )
 
 
+def check_kind(spec: Spec, shape: AnyShape) -> None:
+    """Refuse rows and evaluators that a kind of model has no answers to.
+
+    Args:
+        spec: The run.
+        shape: Of its base model.
+
+    Raises:
+        UserError: With what to take instead.
+    """
+    from effbench.data.kinds.base import find as find_rows
+
+    kind = find_kind(ModelShape.of(shape).kind)
+    for evaluator in map(make_evaluator, spec.evaluators):
+        if evaluator.needs_model and kind.name not in evaluator.model_kinds:
+            classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
+            able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
+            raise UserError(
+                f"Evaluator {evaluator.name} cannot ask {spec.model.name}: it is a {kind.name} "
+                f"({kind.noun}).",
+                f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
+            )
+    if kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
+        message, hint = kind.other_rows
+        raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)
+
+
 def check_lengths(spec: Spec, shape: AnyShape) -> None:
     """Refuse rows and contexts that are longer than a model takes.
 
@@ -492,6 +531,7 @@ def check_lengths(spec: Spec, shape: AnyShape) -> None:
 def _check_evaluators(spec: Spec, lineage: Lineage) -> None:
     shape = known_shape(spec.model)
     if shape:
+        check_kind(spec, shape)
         check_lengths(spec, shape)
     for evaluator in map(make_evaluator, spec.evaluators):
         if evaluator.needs_model and not stages.find(spec.stage).loads:

@@ -106,6 +106,13 @@ class Generation(Evaluator):
             raise UserError(
                 f"evaluator.generation.pattern={self.pattern!r} is no regular expression: {error}."
             ) from None
+        if shape and (self.max_new_tokens or 0) >= shape.max_positions:
+            place = f"evaluator.{self.name}.max_new_tokens"
+            raise UserError(
+                f"{place}={self.max_new_tokens} leaves no position of {shape.max_positions} for a "
+                "prompt.",
+                f"Lower {place}.",
+            )
         if self.tasks:
             self._check_tasks()
 

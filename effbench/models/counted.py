@@ -16,7 +16,8 @@ from typing import Any
 
 from effbench.api.schema import digest
 from effbench.api.shape import ModelShape
-from effbench.models.written import decoded, encoded
+from effbench.models.written import KIND, decoded, encoded
+from effbench.nn.model_kinds.base import ModelKind
 from effbench.util.cache import cache_dir
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -27,17 +28,20 @@ NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 """What a config says that changes nothing in a shape."""
 
 
-def counted(config: Mapping[str, Any], where: str) -> ModelShape:
+def counted(config: Mapping[str, Any], where: str, kind: ModelKind | None = None) -> ModelShape:
     """Return the shape of a model of transformers from its config alone.
 
     Args:
         config: As in `config.json`.
         where: What it is of, for messages.
+        kind: Of model; None for a causal one.
 
     Raises:
-        UserError: When transformers has no such causal model, or it cannot be counted.
+        UserError: When transformers has no such model, or it cannot be counted.
     """
     values = {k: v for k, v in config.items() if k not in NO_MATTER}
+    if kind:
+        values[KIND] = kind.name
     path = cache_dir() / "shapes" / f"{digest([FORM, version('transformers'), values], 32)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, UserError):
         return decoded(json.loads(path.read_text()))
@@ -55,7 +59,8 @@ def surveyed(config: Mapping[str, Any]) -> ModelShape:
     """Return a shape surveyed in this process."""
     from effbench.models.survey import empty_model, survey
 
-    return survey(empty_model(config))
+    values = dict(config)
+    return survey(empty_model(values, values.pop(KIND, "")))
 
 
 def _elsewhere(config: Mapping[str, Any]) -> ModelShape:

@@ -139,7 +139,7 @@ class Peaks:
         gradients = cost.trainable * GRADIENT_BYTES
         backward: Components = {
             "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
-            "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
+            "logits": one.counted * self.shape.outputs * saved.loss_bytes,
             "gradients": gradients if several else 0,
             "gathered blocks": spread.gathered,
         }
@@ -163,7 +163,7 @@ class Peaks:
         """
         passing: Components = {
             "activations": transient(self.shape, self.element, False) * one.size,
-            "logits": one.counted * self.shape.vocab_size * SCORE_BYTES,
+            "logits": one.counted * self.shape.outputs * SCORE_BYTES,
         }
         moving: Components = {"noise": saved.noise * GRADIENT_BYTES}
         highest = max((passing, moving), key=lambda m: sum(m.values()))
@@ -271,9 +271,9 @@ class Peaks:
         if caching and caching.policy != EVERYTHING:
             looking = 2 * residual + caching.looking(one, self.element)
             running = max(running, looking) + 2 * residual  # embeddings, and what a layer was given
-        logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
+        logits = logit_bytes(one, self.shape.outputs, self.element, every)
         if together < one.rows:  # a row's logits, beside those of all
-            own = (one.size + together * one.tokens) * self.shape.vocab_size * self.element
+            own = (one.size + together * one.tokens) * self.shape.outputs * self.element
             logits = max(logits, own)
         last = {"activations": residual, "logits": logits}
         held = cost.cached(one.size, one.rows) if one.kind in ("prefill", "decode") else 0

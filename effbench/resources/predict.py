@@ -19,7 +19,7 @@ from effbench.api.plugins import make_evaluator
 from effbench.api.shape import DTYPE_BYTES, LINEARS, AnyShape, ModelShape
 from effbench.api.spec import Machine, Parallelism, Spec
 from effbench.api.weights import is_packed
-from effbench.config.compose import compose
+from effbench.config.compose import model_named
 from effbench.methods.base import Method
 from effbench.methods.chain import (
     chain,
@@ -386,10 +386,7 @@ def _others(method: Method, start: AnyShape, element: int) -> int:
 
 def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
     """Return the shapes of the other models that training holds, as far as they are known."""
-    shapes = (
-        known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start
-        for name in method.holds()
-    )
+    shapes = (known_shape(model_named(name)) if name else start for name in method.holds())
     return [s for s in shapes if s]
 
 

@@ -173,7 +173,7 @@ def prefill_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int) -> float
 
     Layers that need that position alone count with it alone.
     """
-    head = 2 * shape.vocab_size * shape.hidden_size
+    head = 2 * shape.head_products
     first = shape.num_layers - shape.tail
     upper = sum(i * o for layer, _, i, o in shape.linears() if layer >= first)
     # Whatever lies beside the linears, as adapters do, is taken to be spread as they are.
