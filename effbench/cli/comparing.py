@@ -313,6 +313,9 @@ def table(
     run: Annotated[
         bool, typer.Option("--run", help="First run what is missing, and write results/tables.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what --run takes and of what commands; run none.")
+    ] = False,
     scale: Annotated[
         str,
         typer.Option(
@@ -340,6 +343,7 @@ def table(
       effbench table
       effbench table qdylora
       effbench table qdylora --format latex
+      effbench table qdylora --run --dry-run
       effbench table qdylora --run
       effbench table qdylora --scale paper
       effbench table grand
@@ -352,6 +356,7 @@ def table(
         is_planned,
         listed,
         run_campaign,
+        would_run,
     )
     from effbench.report.campaign_table import rendered
 
@@ -361,7 +366,7 @@ def table(
     if gathers(name):
         from effbench.report.grand_table import rendered as whole
 
-        if run or scale or plot:
+        if run or dry_run or scale or plot:
             raise UserError(
                 f"{name} gathers other tables as they are: it runs nothing, and is not drawn.",
                 "Name one of them: effbench table qdylora --run",
@@ -369,6 +374,9 @@ def table(
         typer.echo(whole(grand_named(name, results), form, full), nl=False)
         return
     campaign = campaign_named(name, scale)
+    if dry_run:
+        typer.echo("\n".join(would_run(campaign, results)))
+        return
     if run:
         run_campaign(campaign, results, write)
     if is_planned(campaign, results):
