@@ -482,5 +482,5 @@
   refresh();
   setTimeout(() => gather(0), 400);
   let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; painted = ""; paintRows(); charts.forEach((c) => c.paint()); });
+  addEventListener("resize", () => { painted = ""; paintRows(); if (innerWidth === width) return; width = innerWidth; charts.forEach((c) => c.paint()); });
 })();
