@@ -55,6 +55,8 @@ class Pass:
     """Positions of each, padding included; for `decode` those in the cache at the end."""
     counted: int
     """Positions whose logits are needed, in all."""
+    prompt: int = 0
+    """For `decode`, the first positions of each, that were read as a prompt."""
 
     @property
     def size(self) -> int:

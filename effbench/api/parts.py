@@ -173,6 +173,8 @@ class Cache:
     """Elements per sequence however long it is: a state."""
     window: int | None = None
     """Most tokens that are kept; None keeps all."""
+    prompt: int | None = None
+    """Most tokens of a prompt that are kept, and all later ones; None keeps all."""
     element: float = 0
     """Bytes of an element; 0 takes the compute dtype's."""
     recent: int = 0
@@ -189,9 +191,16 @@ class Cache:
         """Return the cache that a share of the tokens enters."""
         return replace(self, keys=self.keys * share, values=self.values * share)
 
-    def bytes(self, tokens: int, element: int) -> float:
-        """Return the bytes of one sequence of so many tokens."""
-        kept = tokens if self.window is None else min(tokens, self.window)
+    def bytes(self, tokens: float, element: int, prompt: int = 0) -> float:
+        """Return the bytes of one sequence.
+
+        Args:
+            tokens: That have come in.
+            element: Bytes of an element of the compute dtype.
+            prompt: The first of them, that were read as a prompt.
+        """
+        gone = 0 if self.prompt is None else max(0, prompt - self.prompt)
+        kept = tokens - gone if self.window is None else min(tokens - gone, self.window)
         held = self.element or element
         coded = max(0, kept - self.recent) // self.group * self.group
         late = self.per_token * (kept - coded) * (element - held) if self.recent else 0
@@ -403,6 +412,13 @@ class LayerShape:
         if self.mixer is None:
             return self
         cache = replace(self.mixer.cache, window=tokens)
+        return replace(self, mixer=replace(self.mixer, cache=cache))
+
+    def keeping(self, tokens: int) -> LayerShape:
+        """Return the layer with a cache that keeps so many tokens of a prompt, and later ones."""
+        if self.mixer is None:
+            return self
+        cache = replace(self.mixer.cache, prompt=tokens)
         return replace(self, mixer=replace(self.mixer, cache=cache))
 
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:

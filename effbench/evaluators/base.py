@@ -196,7 +196,10 @@ class Evaluator:
         if prompt := getattr(self, "prompt_tokens", 0):
             rows = getattr(self, "batch_size", 1)
             total = prompt + getattr(self, "new_tokens", 0)
-            found += [Pass("prefill", rows, prompt, rows), Pass("decode", rows, total, rows)]
+            found += [
+                Pass("prefill", rows, prompt, rows),
+                Pass("decode", rows, total, rows, prompt),
+            ]
         return found
 
 

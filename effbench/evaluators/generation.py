@@ -140,7 +140,7 @@ class Generation(Evaluator):
         rows = max(1, self.batch_tokens // (prompt + new))
         return [
             Pass("prefill", rows, prompt, rows),
-            Pass("decode", rows, prompt + new, rows),
+            Pass("decode", rows, prompt + new, rows, prompt),
         ]
 
     def run(self, subject: Subject) -> Result:

@@ -114,5 +114,8 @@ class EvictsPrompt(HoldsCodes, Evicts):
         return replace(self.evicting(budget), then=self.codes or EVERYTHING)
 
     def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
-        """Return the model, with codes in its cache where there are some."""
-        return self.codes.shape(base) if self.codes else base
+        """Return the model with caches that keep a part of a prompt, perhaps in codes."""
+        if not isinstance(point, Budget):
+            return base
+        model = base.map(lambda _, layer: layer.keeping(point.tokens))
+        return self.codes.shape(model) if self.codes else model

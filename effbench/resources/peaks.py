@@ -70,7 +70,8 @@ class Caching(NamedTuple):
         if one.kind == "score" and self.policy == EVERYTHING:
             return 0
         caches = [x.mixer.cache for x in self.shape.layers if x.mixer]
-        return self.rows(one) * sum(c.bytes(one.tokens, element) for c in caches)
+        prompt = one.tokens if one.kind == "prefill" else one.prompt
+        return self.rows(one) * sum(c.bytes(one.tokens, element, prompt) for c in caches)
 
     def looking(self, one: Pass, element: int) -> float:
         """Return the bytes that the hungriest layer needs while its queries look."""
@@ -276,7 +277,7 @@ class Peaks:
             own = (one.size + together * one.tokens) * self.shape.outputs * self.element
             logits = max(logits, own)
         last = {"activations": residual, "logits": logits}
-        held = cost.cached(one.size, one.rows) if one.kind in ("prefill", "decode") else 0
+        held = cost.cached(one.tokens, one.rows) if one.kind in ("prefill", "decode") else 0
         held = caching.held(one, self.element) if caching else held
         others = points - 1 if one.kind == "score" else 0
         kept = self.block if packed and self.cpu and others else 0

@@ -8,7 +8,7 @@ kernels, and the pieces that the C library's allocator cannot use again. Nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Prediction:
             "phases": phases,
             "flops": self.flops,
             "seconds": self.seconds,
-            "cost": asdict(self.cost),
+            "cost": self.cost.told(),
         }
 
 
@@ -231,6 +231,7 @@ class RunShapes:
                 used,
                 kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values()),
                 kv_bytes_per_sequence=max(c.kv_bytes_per_sequence for c in costs.values()),
+                caches=max(costs.values(), key=lambda c: c.cached(left.max_positions)).caches,
             ),
         )
 

@@ -197,9 +197,9 @@ def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
 
     States are read and written. The rows of the embedding and all activations are left out.
     """
-    cached = batch * cost.kv_bytes_per_token * _contexts(prompt, tokens)
-    states = 2 * batch * tokens * cost.kv_bytes_per_sequence
-    return tokens * cost.bytes_per_token + cached + states
+    read = sum(cost.cached(prompt + t, batch, prompt) for t in range(1, tokens + 1))
+    written = batch * tokens * cost.kv_bytes_per_sequence
+    return tokens * cost.bytes_per_token + read + written
 
 
 def _attention_flops(shape: AnyShape) -> int:

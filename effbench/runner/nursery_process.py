@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from effbench.runner.nursery import receive, send
@@ -42,11 +43,9 @@ def main() -> int:
             leave(_run(asked, files, pages))
         for number in files:
             os.close(number)
-        try:
+        with suppress(ConnectionError):  # nobody waits for the run; the next turn is the last
             send(control, {"pid": pid})
-        except BrokenPipeError:
-            return 0  # nobody waits for the run: the end of this process asks it to stop
-        send(control, {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+            send(control, {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
     return 0
 
 

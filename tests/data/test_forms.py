@@ -157,6 +157,15 @@ def test_a_letter_names_an_answer(label: Any) -> None:
     assert (text.right, text.answer) == (1, "y")
 
 
+@pytest.mark.parametrize(
+    ("label", "right"), [("happy", 0), (" sad", 1), ("n", 2), ("a", 3), ("B", 1), ("1", 1), (2, 2)]
+)
+def test_an_answer_names_itself(label: Any, right: int) -> None:
+    spec = DatasetSpec("mine", "file", "choices", choices=[" happy", " sad", " n", " a", " 1"])
+    [text] = render([{"prompt": "p", "label": label}], spec, "split")
+    assert text.right == right
+
+
 @pytest.mark.parametrize("label", ["C", "Z", "(D)"])
 def test_a_letter_beyond_the_answers_is_refused(label: str) -> None:
     spec = DatasetSpec("mine", "file", "choices", choices=["x", "y"])

@@ -69,13 +69,15 @@
       : [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1, ""]];
     return steps.find(([factor]) => Math.abs(size) >= factor) ?? steps.at(-1);
   }
+  // Made once each: a filter formats some ten thousand numbers between a key and the paint.
+  const plain = Array.from({ length: 7 }, (_, digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
   const digits = (v) => v ? Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(Math.abs(v))))) : 0;
   function readable(v, unit = "") {
     if (typeof v !== "number") return v == null ? "" : String(v);
     const [factor, prefix] = scale(v, unit);
     const s = v / factor;
     const shown = s && Math.abs(s) < 1e-3 ? s.toPrecision(3) : Number.isInteger(s) && Math.abs(s) < 1e6
-      ? s.toLocaleString("en") : s.toLocaleString("en", { minimumFractionDigits: digits(s), maximumFractionDigits: digits(s) });
+      ? plain[0].format(s) : plain[digits(s)].format(s);
     return `${shown} ${prefix}`.trim();
   }
   const isMetric = (c) => c.group === "usual" || c.group === "metrics";
@@ -96,6 +98,11 @@
   function searched(row) {
     return haystack[row] ??= columns.filter((c) => !c.numeric && c.group !== "environment")
       .map((c) => c.at(row) ?? "").join("\n").toLowerCase() + "\n" + Object.values(run).map((c) => c.at(row) ?? "").join("\n");
+  }
+  // What is searched is gathered before the first key, some rows at a time.
+  function gather(from) {
+    for (let row = from; row < Math.min(from + 500, all.length); row++) searched(row);
+    if (from + 500 < all.length) setTimeout(() => gather(from + 500), 20);
   }
   function columnOf(name) {
     const fits = (c) => [c.name, c.name.split(" ")[0], c.name.split(".").at(-1)].includes(name);
@@ -473,6 +480,7 @@
   byId("grid").hidden = byId("charts").hidden = byId("sections").hidden = false;
   byId("sections").append(...[...document.querySelectorAll("section[id]")].map((s) => el("a", { href: `#${s.id}` }, s.querySelector("h2").textContent)));
   refresh();
+  setTimeout(() => gather(0), 400);
   let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; painted = ""; paintRows(); charts.forEach((c) => c.paint()); });
+  addEventListener("resize", () => { painted = ""; paintRows(); if (innerWidth === width) return; width = innerWidth; charts.forEach((c) => c.paint()); });
 })();

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effbench.report.comparison.reference import reference_of, said_of
 from effbench.report.page.blocks import block_of, blocks_of
 from effbench.report.page.curves import curves
 from effbench.report.page.render import PLAIN_ROWS, page_of
@@ -26,8 +27,8 @@ def write_report(results: Path, runs: Sequence[str], against: str, path: Path) -
     Args:
         results: Folder of runs and records.
         runs: Keys, prefixes or `latest`, in the order of the rows; none for all, latest first.
-        against: The run that others are held against; empty for the first of several named ones,
-            and for none where none is named.
+        against: The run that others are held against, with `@POINT` for one of its points; empty
+            for the first of several named ones, and for none where none is named.
         path: The file; one that is there is replaced.
 
     Raises:
@@ -36,23 +37,25 @@ def write_report(results: Path, runs: Sequence[str], against: str, path: Path) -
     """
     store = Store(results)
     reference = against or (runs[0] if len(runs) > 1 else "")
-    one = find(store.records, reference) if reference else None
+    one = reference_of(reference, store.records) if reference else None
     if runs:
-        keys = list(dict.fromkeys(find(store.records, run).key for run in runs))
+        own = reference if one and not against else ""
+        others = [find(store.records, run).key for run in runs if run != own]
+        keys = list(dict.fromkeys(others))
         keys = [one.key, *keys] if one and one.key not in keys else keys
         blocks = [block_of(_read(store, keys))]
     else:
         keys, blocks = blocks_of(store)
     if not keys:
         raise UserError(f"There are no records in {store.records}.", "Run effbench train first.")
-    found = _held(one, keys, store) if one else None
+    found = _held(one, said_of(reference, one), keys, store) if one else None
     there = _with_folders(keys, store)
     first = [*_read(store, keys[:PLAIN_ROWS])]
     write_atomic(path, page_of(blocks, first, found, curves(there, store), _maps(there, store)))
     return len(keys)
 
 
-def _held(one: Record, keys: Sequence[str], store: Store) -> Evidence:
+def _held(one: Record, said: Sequence[str], keys: Sequence[str], store: Store) -> Evidence:
     """Return what runs show against one of them; those without any of its items are not parsed."""
     from effbench.report.facts import told_of  # a page without tests starts without numpy
     from effbench.report.page.evidence import evidence
@@ -65,7 +68,7 @@ def _held(one: Record, keys: Sequence[str], store: Store) -> Evidence:
     records = [one, *_read(store, near, outcomes=True)]
     tuned = [*tunings(store.root), *tuned_together(store.root)]
     found = evidence(records, one, told_of(records, store, tuned), tuned, len(keys))
-    return replace(found, flips=flipped(records, one, store))
+    return replace(found, words=[*said, *found.words], flips=flipped(records, one, store))
 
 
 def _holds(store: Store, key: str, texts: Iterable[bytes]) -> bool:
