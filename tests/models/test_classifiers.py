@@ -17,6 +17,7 @@ from effbench.api.examples import Example, Tokens
 from effbench.api.method_types import Context
 from effbench.api.shape import ModelShape
 from effbench.api.spec import ModelSpec
+from effbench.cli.rows import rows
 from effbench.config.compose import compose, model_named
 from effbench.evaluators.choices import linearised_macro_f1
 from effbench.methods.base import Method
@@ -102,6 +103,8 @@ def test_what_is_counted_is_what_the_modules_have(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_class_never_reaches_the_model(name: str) -> None:
     model = made(name).requires_grad_(False)
+    for parameter in model.parameters():  # so that a token more is felt at all
+        parameter.mul_(10 if parameter.ndim > 1 else 1)
     batch = collate([r.compared() for r in ROWS], 0)
     nll = Method().token_nll(model, batch)
     alone = [model(input_ids=torch.tensor([r.ids[:-1]])).logits[0].log_softmax(0) for r in ROWS]
@@ -172,6 +175,12 @@ def test_a_head_is_put_on_an_encoder_without_one(tmp_path: Path) -> None:
     assert torch.equal(saved.model.classifier.weight, first.model.classifier.weight)  # type: ignore
     with pytest.raises(UserError, match="is for 4"):
         models.shape_of(ModelSpec("own", "folder", path=str(tmp_path), classes=3))
+
+
+def test_a_row_is_shown_as_it_is_read() -> None:
+    words = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes", "evaluator=choices"]
+    [text] = rows(compose("train", [*words, "method=full"]).spec, 1, False, 80)
+    assert "1 of them count, 2 other answers" in text and "is of[ class 1]" in text
 
 
 def test_a_teacher_has_the_same_classes() -> None:
