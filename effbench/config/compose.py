@@ -306,7 +306,7 @@ def job_from(
         dataset=dataset,
         evaluators=[
             plugin("evaluators", name, settings, f"evaluator.{name}")
-            for name, settings in sorted((config.get("evaluator") or {}).items())
+            for name, settings in sorted(_asked(config, chosen, model).items())
         ],
         train=train,
         hardware=hardware,
@@ -322,6 +322,16 @@ def job_from(
     _check_evaluators(spec, lineage)
     spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
     return Job(spec, runtime, notes=(note,) if note else ())
+
+
+def _asked(config: dict[str, Any], chosen: set[str], model: ModelSpec) -> dict[str, Any]:
+    """Return the settings of evaluators: of those chosen, else of what asks such a model."""
+    found: dict[str, Any] = config.get("evaluator") or {}
+    if found and not {word.partition(".")[0] for word in chosen} & {"evaluator", "experiment"}:
+        shape = known_shape(model)
+        own = find_kind(ModelShape.of(shape).kind).evaluator if shape else ""
+        return {own: {}} if own else found
+    return found
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
