@@ -69,7 +69,7 @@ def test_linearised_ratios_end_where_a_share_does() -> None:
 def test_what_is_no_share_is_left_as_it_is() -> None:
     percents = 100 * TIES
     assert seeds_interval(percents, bounds=SHARE) == seeds_interval(percents)
-    values = np.linspace(0.01, 0.4, 12)[None].repeat(2, 0) ** 4
+    values = np.linspace(0.01, 0.4, 12)[None].repeat(2, 0) ** 12
     assert seeds_interval(values).low < 0 == seeds_interval(values, bounds=(0.0, math.inf)).low
 
 
