@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from effbench.api.schema import (
     Decay,
     Fraction,
+    ModelText,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -84,13 +85,13 @@ class DatasetSpec:
     files: dict[str, str | list[str]] = field(default_factory=dict)
     """Local files by split name, one or several (jsonl, ndjson, json, csv, tsv, parquet, txt;
     gzipped or not)."""
-    text: str = "{text}"
+    text: ModelText = "{text}"
     """Template of a row's text (kind `text`)."""
-    prompt: str = "{prompt}"
+    prompt: ModelText = "{prompt}"
     """Template of the prompt."""
-    answer: str = " {answer}"
+    answer: ModelText = " {answer}"
     """Template of the right answer (kind `pairs`)."""
-    choices: list[str] = field(default_factory=list)
+    choices: list[ModelText] = field(default_factory=list)
     """Templates of the answers (kind `choices`); one template with `{choice}` when they stand in
     the list field `choices_field`."""
     choices_field: str = ""

@@ -16,7 +16,7 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.schema import Seed, build, plain
+from effbench.api.schema import Seed, build, escaped, plain
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import (
     DatasetSpec,
@@ -44,10 +44,6 @@ from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
-
-ESCAPED = {f"dataset.{name}" for name in ("text", "prompt", "answer", "choices")}
-ESCAPED |= {"evaluator.generation.until"}
-"""Settings whose text is read as YAML reads text in double quotes."""
 
 
 def compose(
@@ -298,7 +294,7 @@ def job_from(
         dataset=dataset,
         evaluators=[
             plugin("evaluators", name, settings, f"evaluator.{name}")
-            for name, settings in sorted((config.get("evaluator") or {}).items())
+            for name, settings in sorted(_asked(config, chosen, model).items())
         ],
         train=train,
         hardware=hardware,
@@ -313,6 +309,16 @@ def job_from(
     _check_data(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
+
+
+def _asked(config: dict[str, Any], chosen: set[str], model: ModelSpec) -> dict[str, Any]:
+    """Return the settings of evaluators: of those chosen, else of what asks such a model."""
+    found: dict[str, Any] = config.get("evaluator") or {}
+    if found and not {word.partition(".")[0] for word in chosen} & {"evaluator", "experiment"}:
+        shape = known_shape(model)
+        own = find_kind(ModelShape.of(shape).kind).evaluator if shape else ""
+        return {own: {}} if own else found
+    return found
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
@@ -349,8 +355,9 @@ def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
 
     Hydra takes a backslash in a word as it is; two of them stand for one.
     """
-    config = copy.deepcopy(config) if ESCAPED & chosen else dict(config)
-    for place in ESCAPED & chosen:
+    places = {place for place in chosen if _is_model_text(place, config)}
+    config = copy.deepcopy(config) if places else dict(config)
+    for place in places:
         *path, last = place.split(".")
         part = config
         for name in path:
@@ -358,6 +365,22 @@ def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
         if last in part:
             part[last] = _with_line_ends(part[last])
     return config
+
+
+def _is_model_text(place: str, config: dict[str, Any]) -> bool:
+    """Whether the setting at a place is text that a model reads or writes."""
+    group, *inside = place.split(".")
+    name = inside.pop() if inside else ""
+    cls: type[Any] | None = None
+    if group == "dataset" and not inside:
+        cls = DatasetSpec
+    elif group == "method" and not inside and isinstance(config.get("method"), dict):
+        known, own = registry.names("methods"), config["method"].get("name")
+        cls = registry.find("methods", own) if own in known else None
+    elif group == "evaluator" and len(inside) == 1:
+        known = registry.names("evaluators")
+        cls = registry.find("evaluators", inside[0]) if inside[0] in known else None
+    return cls is not None and name in escaped(cls)
 
 
 def _with_line_ends(value: Any) -> Any:

@@ -25,7 +25,7 @@ from effbench.api.spec import DatasetSpec
 from effbench.data.generators import base as generators
 from effbench.data.kinds.base import find
 from effbench.data.readers import Row, hub_rows, package_rows, read_rows
-from effbench.data.render import MissingError, Place, Text, content_hash
+from effbench.data.render import MissingError, Place, Text, group_hash, source_hash
 from effbench.data.tokenise import as_read, tokenise
 from effbench.data.tokens import with_template
 from effbench.util.errors import UserError, did_you_mean
@@ -215,15 +215,15 @@ def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
 def _distinct(
     parts: Sequence[Part], spec: DatasetSpec, split: str, reading: Reading
 ) -> list[list[Text]]:
-    """Return the rows of each file of a source that stand in none before it."""
+    """Return the rows of each file of a source that stand in none before it, in any white space."""
     seen, found = set[str](), []
     for file, rows in parts:
         texts = {}
         for text in render(rows, spec, split, reading, file):
-            if text.id in seen:
+            if text.alike in seen:
                 reading.repeated += 1
             else:
-                seen.add(text.id)
+                seen.add(text.alike)
                 texts[text.id] = text
         found.append(list(texts.values()))
     return found
@@ -300,10 +300,17 @@ def _is_cut(spec: DatasetSpec) -> bool:
 
 
 def _cut(texts: list[Text], shares: dict[str, float]) -> dict[str, list[Text]]:
-    """Deal rows into splits by a hash: a row's split never depends on the other rows."""
+    """Deal rows into splits by a hash of what they ask, which no other row can change.
+
+    But for those that ask the same in other white space: they go where the first hash goes.
+    """
     result: dict[str, list[Text]] = {name: [] for name in shares}
+    groups = dict[str, str]()
     for text in texts:
         name = text.group or text.id
+        groups[text.asks_alike] = min(name, groups.get(text.asks_alike, name))
+    for text in texts:
+        name = groups[text.asks_alike]
         place = int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
         for name, share in sorted(shares.items()):
             if place < share:
@@ -317,7 +324,7 @@ def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
     if spec.allow_overlap:
         return
     for first, second in combinations(parts, 2):
-        shared = {t.id for t in parts[first]} & {t.id for t in parts[second]}
+        shared = {t.alike for t in parts[first]} & {t.alike for t in parts[second]}
         if shared:
             raise UserError(
                 f"{len(shared)} rows stand both in split {first!r} and in split {second!r} of "
@@ -371,9 +378,8 @@ def _known(text: Text, place: Place, spec: DatasetSpec) -> Text:
     asked, answered = find(spec.kind).source(place, spec)
     text = replace(text, rendered=text.id, sources=(asked, answered))
     if spec.known_by == "source":
-        group = content_hash(*(asked or answered).values())
-        id_ = content_hash(*asked.values(), "", *answered.values())
-        return replace(text, id=id_, group=group)
+        group = group_hash(asked, answered)
+        return replace(text, id=source_hash(asked, answered), group=group)
     if spec.known_as:
         own = replace(spec, **spec.known_as, known_as={})
         with suppress(UserError):  # a row that only the templates in use can be filled from

@@ -61,6 +61,24 @@ class Text:
         """The same of the answers."""
         return traces(self.sources[1])
 
+    @property
+    def right_source(self) -> Mapping[str, str]:
+        """The values of the right answer alone, by field; empty where the words are no field's."""
+        values = self.sources[1]
+        if len(values) != len(self.choices):
+            return values
+        return dict([list(values.items())[self.right]]) if values else {}
+
+    @property
+    def alike(self) -> str:
+        """The same for rows that differ in white space alone, where values are what counts."""
+        return source_hash(*map(_tidied, self.sources)) if self.group else self.id
+
+    @property
+    def asks_alike(self) -> str:
+        """The same for rows whose prompts do; see `alike`."""
+        return group_hash(*map(_tidied, self.sources)) if self.group else self.id
+
     def asked_in_chat(self) -> str | tuple[Turn, ...] | Conversation:
         """Return what a model is asked with, as `chat_prompt` takes it."""
         if self.conversation is None:
@@ -279,6 +297,25 @@ def content_hash(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
+def source_hash(asked: Mapping[str, str], answered: Mapping[str, str]) -> str:
+    """Return the identity of a row that is made of these values."""
+    return content_hash(*asked.values(), "", *answered.values())
+
+
+def group_hash(asked: Mapping[str, str], answered: Mapping[str, str]) -> str:
+    """Return the identity of what a row of these values asks; of its answer if it asks nothing."""
+    return content_hash(*(asked or answered).values())
+
+
+def _tidied(values: Mapping[str, str]) -> dict[str, str]:
+    return {name: tidy(value) for name, value in values.items()}
+
+
+def tidy(text: str) -> str:
+    """Return a text in which white space does not count: one blank for each stretch of it."""
+    return " ".join(text.split())
+
+
 SHORT = 16
 """Characters of a value that can be the same by chance."""
 
@@ -288,8 +325,8 @@ def traces(values: Mapping[str, str]) -> tuple[str, ...]:
 
     White space does not count, nor does the field that a value stands in, unless it is short.
     """
-    words = {name: " ".join(value.split()) for name, value in values.items()}
-    kept = (w if len(w) >= SHORT else f"{name}\x1f{w}" for name, w in words.items() if w)
+    words = _tidied(values).items()
+    kept = (w if len(w) >= SHORT else f"{name}\x1f{w}" for name, w in words if w)
     return tuple(sorted({content_hash(word)[:12] for word in kept}))
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from effbench.api.examples import Example, Tokens, Turns
+from effbench.api.keys import leave_places_out
 from effbench.api.schema import digest, plain
 from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec
@@ -42,6 +43,7 @@ def tokenise(
             "tokenizer": [tokenizer_hash(tokenizer), tokenizer.eos_token_id],
             "version": 4,
             **({"documents": [prefix_token(tokenizer)]} if whole else {}),
+            **({"code": kind.code, "spec": _read_by_others(spec)} if kind.code else {}),
         },
         32,
     )
@@ -77,6 +79,13 @@ def as_read(examples: list[Example], model: ModelShape | None, tokenizer: Any) -
 def _later(spec: DatasetSpec) -> list[str]:
     """Return what else decides which tokens count, where it is not as it always was."""
     return [] if spec.turns == "all" else [spec.turns]
+
+
+def _read_by_others(spec: DatasetSpec) -> dict[str, Any]:
+    """Return all that a kind of another package may read, but for where files lie."""
+    values = plain(spec)
+    leave_places_out(values)
+    return values
 
 
 def _example(values: dict[str, Any]) -> Example:

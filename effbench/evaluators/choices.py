@@ -137,7 +137,8 @@ class Choices(Evaluator):
         right, right_norm = [], []
         for example, item in zip(examples, by_item, strict=True):
             sizes = [c.answer_bytes for c in example.choices]
-            normed = [s / b for s, b in zip(item, sizes, strict=True)]
+            # An answer that is cut within its first letter has no whole byte left.
+            normed = [s / max(b, 1) for s, b in zip(item, sizes, strict=True)]
             right.append(float(item.index(max(item)) == example.right))
             right_norm.append(float(normed.index(max(normed)) == example.right))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Interval
 
 from effbench.api.batch import by_length
-from effbench.api.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
+from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
@@ -56,7 +56,7 @@ class Generation(Evaluator):
     pattern: str = ""
     """For the own dataset: regular expression of what counts in an answer, its last match or the
     first group of that; empty for the whole answer."""
-    until: tuple[str, ...] = ()
+    until: tuple[ModelText, ...] = ()
     """Strings that end an answer, besides those of a task and the end token."""
     limit: PositiveInt | None = 100
     """Only the first so many questions of each task; null for all."""

@@ -21,8 +21,9 @@ from effbench.nn.model_kinds.base import ModelKind
 from effbench.util.cache import cache_dir
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
+from effbench.util.seals import sealed, unsealed
 
-FORM = 2
+FORM = 3
 """Raised when a survey finds something else, or is written down in another way."""
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config says that changes nothing in a shape."""
@@ -44,14 +45,14 @@ def counted(config: Mapping[str, Any], where: str, kind: ModelKind | None = None
         values[KIND] = kind.name
     path = cache_dir() / "shapes" / f"{digest([FORM, version('transformers'), values], 32)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, UserError):
-        return decoded(json.loads(path.read_text()))
+        return decoded(json.loads(unsealed(path.read_text(), path.name)))
     try:
         found = surveyed(values) if "torch" in sys.modules else _elsewhere(values)
     except UserError as error:
         raise UserError(f"{where}: {error.message}", error.hint) from None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):  # it is found again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(encoded(found)))
+        write_atomic(path, sealed(json.dumps(encoded(found)), path.name))
     return found
 
 

@@ -51,10 +51,12 @@ def main() -> int:
 
 def _import_what_runs_need() -> None:
     """Import what every run that opens a model imports, and no more."""
-    from effbench.models.load import import_libraries
-    from effbench.runner import open, run, worker
+    from effbench.runner import worker
 
-    worker.quiet_libraries()
+    worker.quiet_libraries()  # they ask for it while they are imported
+    from effbench.models.load import import_libraries
+    from effbench.runner import open, run
+
     import_libraries()
     del open, run
 

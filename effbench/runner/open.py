@@ -17,7 +17,7 @@ from effbench.api.method_types import Context
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import plain
 from effbench.api.shape import AnyShape, ModelShape
-from effbench.api.spec import Job, ModelSpec, Spec
+from effbench.api.spec import DatasetSpec, Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
 from effbench.config.compose import check_kind, check_lengths, model_named
@@ -39,6 +39,8 @@ from effbench.util.libraries import import_uncompiled
 
 SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
+OWN = "stand in split 'train' too, with other white space or in other fields"
+EARLIER = "were training data of the run that this one goes on from"
 
 
 @dataclass(frozen=True)
@@ -204,47 +206,80 @@ def _base_weights(spec: Spec, own: Method, earlier: Sequence[Method]) -> str:
 
 
 def open_data(run: Run) -> Data:
-    """Return the data, after making sure that no evaluation item was trained on earlier.
+    """Return the data, after making sure that no evaluation item is trained on, or was earlier.
 
     Raises:
-        UserError: When an earlier run trained on items that this one evaluates.
+        UserError: When this run or an earlier one trains on items that this one evaluates.
     """
     spec = run.spec
     run.progress.now(f"reading {spec.dataset.name} and making tokens of it")
     data = Data(spec.dataset, run.tokenizer, models.known_shape(spec.model))
-    seen = Trained()
-    trained = [spec.dataset] if stages.find(spec.stage).trains else []
-    for key, earlier in run.store.ancestors(spec).items():
+    trains = stages.find(spec.stage).trains
+    own, earlier = Trained(), Trained()
+    if trains:
+        own.add(kept(data.rows("train")))
+    trained = [spec.dataset] if trains else []
+    for key, parent in run.store.ancestors(spec).items():
         rows = run.store.run(key).read_json("data.json")
         if rows:
-            seen.add(rows)
-            trained.append(earlier.dataset)
-    asked_before: dict[str, int] = {}
-    for evaluator in map(make_evaluator, spec.evaluators):
-        for split in evaluator.splits():
-            shared = seen.shared(data.rows(split))
-            asked_before[split] = shared.prompts
-            if shared.rows and not spec.dataset.allow_overlap:
-                raise UserError(
-                    f"{shared.rows} items of split {split!r} were training data of the run that "
-                    "this one goes on from.",
-                    "Evaluate on another split, or say dataset.allow_overlap=true.",
-                )
-        for dataset in trained:
-            own = evaluator.overlap(dataset)
-            if own and not spec.dataset.allow_overlap:
-                raise UserError(
-                    f"{own} evaluates the rows that dataset {dataset.name!r} trains on.",
-                    "Train on others, leave it out, or say dataset.allow_overlap=true.",
-                )
-    if stages.find(spec.stage).trains:
-        own = Trained()
-        own.add(kept(data.rows("train")))
-        for split in asked_before:
-            asked_before[split] += own.shared(data.rows(split)).prompts
+            earlier.add(rows)
+            trained.append(parent.dataset)
+    asked_before = _refuse_trained(spec, data, {OWN: own, EARLIER: earlier})
+    _refuse_benchmarks(spec, trained)
+    if trains:
         _check_splits(spec, data)
     _account(run, data, asked_before)
     return data
+
+
+def _refuse_trained(spec: Spec, data: Data, seen: Mapping[str, Trained]) -> dict[str, int]:
+    """Refuse splits whose rows were trained on; a training may be evaluated on `train` itself.
+
+    Args:
+        spec: Of the run.
+        data: Its own.
+        seen: What was trained on, by what is to be said of a row of it.
+
+    Returns:
+        By split, the rows whose prompt was trained on with another answer.
+
+    Raises:
+        UserError: Unless `dataset.allow_overlap`.
+    """
+    asked_before = dict[str, int]()
+    for split in _evaluated(spec):
+        asked_before[split] = 0
+        for where, trained in seen.items():
+            if where == OWN and split == "train":
+                continue
+            shared = trained.shared(data.rows(split))
+            asked_before[split] += shared.prompts
+            if shared.rows and not spec.dataset.allow_overlap:
+                raise UserError(
+                    f"{shared.rows} items of split {split!r} {where}.",
+                    "Evaluate on another split, or say dataset.allow_overlap=true.",
+                )
+    return asked_before
+
+
+def _refuse_benchmarks(spec: Spec, trained: Sequence[DatasetSpec]) -> None:
+    """Refuse evaluators whose own data was trained on.
+
+    Raises:
+        UserError: Unless `dataset.allow_overlap`.
+    """
+    for evaluator in map(make_evaluator, spec.evaluators):
+        for dataset in trained if not spec.dataset.allow_overlap else ():
+            if theirs := evaluator.overlap(dataset):
+                raise UserError(
+                    f"{theirs} evaluates the rows that dataset {dataset.name!r} trains on.",
+                    "Train on others, leave it out, or say dataset.allow_overlap=true.",
+                )
+
+
+def _evaluated(spec: Spec) -> dict[str, None]:
+    """Return the splits that the evaluators of a spec read, each once, in order."""
+    return {split: None for e in map(make_evaluator, spec.evaluators) for split in e.splits()}
 
 
 def further_splits(spec: Spec) -> tuple[str, ...]:
@@ -259,7 +294,7 @@ def _check_splits(spec: Spec, data: Data) -> None:
     Raises:
         UserError: Unless `dataset.allow_overlap`.
     """
-    evaluated = {s for e in map(make_evaluator, spec.evaluators) for s in e.splits()}
+    evaluated = _evaluated(spec)
     for split in further_splits(spec) if not spec.dataset.allow_overlap else ():
         if split in evaluated:
             raise UserError(
@@ -277,8 +312,8 @@ def _account(run: Run, data: Data, asked_before: Mapping[str, int]) -> None:
         data: What it uses.
         asked_before: By split, rows whose prompt was trained on with another answer.
     """
-    stage, evaluators = stages.find(run.spec.stage), map(make_evaluator, run.spec.evaluators)
-    used = {split: True for evaluator in evaluators for split in evaluator.splits()}
+    stage = stages.find(run.spec.stage)
+    used = dict.fromkeys(_evaluated(run.spec), True)
     if stage.trains and run.spec.train.validate_every:
         used["validation"] = False
     if stage.makes:

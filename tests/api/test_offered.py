@@ -15,7 +15,10 @@ from conftest import Bench
 from effbench.api import registry, weights
 from effbench.api.stages import base as stages
 from effbench.cli import launching, listing, show
+from effbench.config.compose import compose
+from effbench.data.dataset import Data
 from effbench.data.kinds import base as kinds
+from effbench.models.load import load_tokenizer
 from effbench.util import offered
 from effbench.util.errors import UserError
 
@@ -171,6 +174,36 @@ def test_what_a_package_offers_runs(package: Path, bench: Bench, tmp_path: Path)
     (package / "kind.py").write_text(FILES["kind"] + "\n")
     edited = bench.job("look", f"from={made.key}", *few[1:]).spec.sources
     assert {name for name in sources if sources[name] != edited[name]} == {"kinds.shouted"}
+
+
+def prompts(tmp_path: Path, *words: str) -> list[str]:
+    """Return what the tokens of a plug-in kind's prompts say, as a new process would."""
+    forget()
+    own = ["dataset=file", "dataset.kind=shouted", f"dataset.files.test={tmp_path}/rows.jsonl"]
+    own += ["dataset.prompt='{q}'", "dataset.answer='{a}'", "dataset.cut={}", *words]
+    spec = compose("eval", ["model=tiny", "hardware=cpu", *own]).spec
+    tokenizer = load_tokenizer(spec.model)
+    examples = Data(spec.dataset, tokenizer).examples("test")
+    return [tokenizer.decode(e.ids[: e.prompt_length]) for e in examples]
+
+
+def test_tokens_of_an_edited_kind_are_made_again(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it knows files by second and size
+    (tmp_path / "rows.jsonl").write_text('{"q": "a word", "a": "b"}\n')
+    kept = tmp_path / "cache" / "tokens"
+    assert prompts(tmp_path) == prompts(tmp_path) == ["A WORD"]
+    assert len([*kept.iterdir()]) == 1, "read again while nothing has changed"
+    for before, after, found in (
+        ("text.prompt.upper()", "text.prompt.title()", "A Word"),
+        ("prompt=text.prompt.title()", "prompt=spec.system", "own"),
+    ):
+        code = (package / "kind.py").read_text()
+        (package / "kind.py").write_text(code.replace(before, after))
+        assert prompts(tmp_path) == [found]
+    assert prompts(tmp_path, "dataset.system=user") == ["user"], "any setting may be read"
 
 
 def test_what_a_package_offers_is_listed_and_shown(package: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_templates_say_the_kind_and_a_given_kind_stays(tmp_path: Path) -> None:
         for more in ([], ["dataset.kind=pairs"])
     }
     assert len(keys) == 1, "what is recognised is what could have been given"
+
+
+@pytest.mark.parametrize("system", [math.nan, None, "", "absent"])
+def test_a_system_prompt_that_is_none_is_no_word(system: Any) -> None:
+    given = {} if system == "absent" else {"system": system}
+    row = {"instruction": "Add.", "output": "4", **given}
+    [text] = render([row], DatasetSpec("mine", "file", "alpaca", chat=True), "split")
+    assert text.turns == (("user", "Add."),)
+
+
+def test_a_system_prompt_that_is_no_text_is_named() -> None:
+    row = {"instruction": "Add.", "output": "4", "system": ["Be brief"]}
+    with pytest.raises(UserError, match=r"field 'system' is .*which is no text"):
+        list(render([row], DatasetSpec("mine", "file", "alpaca", chat=True), "split"))
 
 
 # -- letters ---------------------------------------------------------------------------------------

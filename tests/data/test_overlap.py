@@ -143,6 +143,56 @@ def test_short_values_are_the_same_in_the_same_field_alone(tmp_path: Path) -> No
     assert trained.shared(texts(whole(other, prompt="{a} - {b}"))) == Shared(0, 0)
 
 
+def choices(path: Path, field: str = "question") -> DatasetSpec:
+    words = ["dataset.kind=choices", "dataset.choices_field=options", "dataset.label=label"]
+    return whole(path, *words, 'dataset.choices=[" {choice}"]', prompt=f"{{{field}}}")
+
+
+OPTIONS = [
+    {"asked": q, "options": ["none", r["answer"]], "label": 1}
+    for q, r in zip(QUESTIONS, ROWS, strict=True)
+]
+
+
+def test_question_and_right_answer_are_found_in_other_fields_and_among_wrong_answers(
+    file: Path, tmp_path: Path
+) -> None:
+    pairs = seen(whole(file), "all")
+    renamed = jsonl(tmp_path / "q.jsonl", [{"q": r["question"], "a": r["answer"]} for r in ROWS])
+    again = whole(renamed, 'dataset.answer="{a}"', prompt="{q}")
+    assert pairs.shared(texts(again)) == Shared(60, 0), "short answers, in a field of another name"
+    several = choices(jsonl(tmp_path / "c.jsonl", OPTIONS), "asked")
+    assert pairs.shared(texts(several)) == Shared(60, 0), "the right one is all that was trained on"
+    assert seen(several, "all").shared(texts(whole(file))) == Shared(60, 0)
+    wrong = jsonl(tmp_path / "w.jsonl", [{**row, "label": 0} for row in OPTIONS[:9]])
+    assert pairs.shared(texts(choices(wrong, "asked"))) == Shared(0, 9), "another answer is right"
+
+
+def test_a_question_with_other_wrong_answers_is_another_row(tmp_path: Path) -> None:
+    trained = seen(choices(jsonl(tmp_path / "c.jsonl", OPTIONS), "asked"), "all")
+    other = [{**row, "options": ["all", row["options"][1]]} for row in OPTIONS[:9]]
+    asked = texts(choices(jsonl(tmp_path / "o.jsonl", other), "asked"))
+    assert trained.shared(asked) == Shared(0, 9)
+    older = Trained()
+    values = kept(texts(choices(tmp_path / "c.jsonl", "asked")))
+    older.add({key: values[key] for key in ("ids", "values")})
+    assert older.shared(asked) == Shared(0, 9), "runs that did not say which rows have choices"
+
+
+def test_short_questions_are_found_whatever_their_field_is(tmp_path: Path) -> None:
+    sums = [{"question": f"{n}+{n}=", "answer": 2 * n} for n in range(9)]
+    trained = seen(whole(jsonl(tmp_path / "a.jsonl", sums)), "all")
+    renamed = [{"q": f" {n}+{n}=", "a": 2 * n + (n > 4)} for n in range(9)]
+    asked = whole(jsonl(tmp_path / "b.jsonl", renamed), 'dataset.answer="{a}"', prompt="Now: {q}")
+    assert trained.shared(texts(asked)) == Shared(5, 4)
+
+
+def test_rows_that_share_an_answer_alone_are_not_found(file: Path, tmp_path: Path) -> None:
+    others = [{"q": f"How many eggs are in {n} boxes of six?", "a": 6 * n + 2} for n in range(60)]
+    asked = whole(jsonl(tmp_path / "o.jsonl", others), 'dataset.answer="{a}"', prompt="{q}")
+    assert seen(whole(file), "all").shared(texts(asked)) == Shared(0, 0)
+
+
 def test_runs_that_kept_names_of_rows_alone_are_still_known(file: Path) -> None:
     old = replace(whole(file), known_by="text")
     trained = Trained()
@@ -166,6 +216,36 @@ def test_an_evaluation_of_rows_that_were_trained_on_is_refused_over_templates_an
     fresh = [*same[:1], f"dataset.files.test={other}", *same[2:], 'dataset.prompt="{asked}"']
     record = bench.run("eval", f"from={first}", *fresh, 'dataset.answer=" {said}"')
     assert record.data["splits"]["test"]["asked_before"] == 60
+
+
+def test_a_training_is_not_evaluated_on_what_it_trains_on(bench: Bench, tmp_path: Path) -> None:
+    rows = [
+        {"one": a, "two": b, "answer": 3} for a, b in zip(QUESTIONS, QUESTIONS[9:], strict=False)
+    ]
+    swapped = [{"one": row["two"], "two": row["one"], "answer": 3} for row in rows[:4]]
+    paths = (jsonl(tmp_path / "train.jsonl", rows), jsonl(tmp_path / "test.jsonl", swapped))
+    words = [f"dataset.files.train={paths[0]}", f"dataset.files.test={paths[1]}", "dataset=file"]
+    words += ["dataset.cut={}", 'dataset.prompt="{one} {two}"', "evaluator=perplexity"]
+    with pytest.raises(UserError, match="4 items of split 'test' stand in split 'train' too"):
+        bench.run("train", "method=lora", "train.max_steps=1", *words)
+
+
+def test_rows_that_differ_in_white_space_are_the_same_row(tmp_path: Path) -> None:
+    twins = [{"question": f"{r['question']} \n", "answer": f" {r['answer']}"} for r in ROWS]
+    made = spec(jsonl(tmp_path / "twins.jsonl", [*ROWS, *twins]))
+    dealt, readings = read(made)
+    assert readings["all"].repeated == sum(map(len, dealt.values())) == len(ROWS)
+    assert dealt == splits(spec(jsonl(tmp_path / "once.jsonl", ROWS))), "and no other row moves"
+    answered = [{**twin, "answer": n} for n, twin in enumerate(twins)]
+    several = questions_by_split(spec(jsonl(tmp_path / "several.jsonl", [*ROWS, *answered])))
+    assert sum(map(len, several.values())) == len(QUESTIONS), "twins stay in one split"
+    files = [
+        f"dataset.files.{n}={jsonl(tmp_path / f'{n}.jsonl', rows)}"
+        for n, rows in {"train": ROWS, "test": twins[:7]}.items()
+    ]
+    words = ["model=tiny", "dataset=file", "dataset.cut={}", 'dataset.prompt="{question}"', *files]
+    with pytest.raises(UserError, match="7 rows stand both in split 'train' and in split 'test'"):
+        splits(compose("eval", words).spec.dataset)
 
 
 def test_tokens_of_another_template_are_not_taken_from_the_cache(file: Path) -> None:

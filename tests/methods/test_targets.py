@@ -1,4 +1,4 @@
-"""Linears that are asked for: all of them are there, or the method refuses and names those that are."""
+"""Linears that are asked for: each is there, or the method refuses and names those that are."""
 
 from __future__ import annotations
 

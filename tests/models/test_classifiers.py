@@ -154,6 +154,14 @@ def test_other_methods_and_evaluators_say_no_before_anything_is_loaded() -> None
         KIND.example(ROWS[0], [], 2)
 
 
+def test_classes_are_asked_for_unless_something_else_is() -> None:
+    words = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes", "method=full"]
+    asked, chosen = (compose("train", [*words, *more]).spec for more in ([], ["evaluator=choices"]))
+    assert asked == chosen
+    other = ["model=tiny", "dataset=noisy-classes", "method=full"]
+    assert [e.name for e in compose("train", other).spec.evaluators] == ["perplexity"]
+
+
 def test_a_head_is_put_on_an_encoder_without_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     values = {k: v for k, v in ENCODERS["bert"].items() if k != "num_labels"}

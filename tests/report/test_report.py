@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from effbench.api.schema import plain
+from effbench.api.spec import ModelSpec
 from effbench.report.comparison.budgets import Tried
 from effbench.report.comparison.compare import compare, margins_of
 from effbench.report.comparison.contrast import Side, p_of_difference
@@ -548,6 +550,7 @@ def with_part(record: Record, part: str, **values: object) -> Record:
             False,
         ),
         ("model", {"source": "random"}, {"source": "random", "weights_seed": 1}, False),
+        ("model", {"source": "hub"}, {"source": "hub", "shape": {"num_layers": 3}}, True),
         ("dataset", {"fingerprint": "a" * 32}, {"fingerprint": "b" * 32}, False),
         ("dataset", {"files": {"all": "a"}}, {"files": {"all": "b"}}, True),
         ("dataset", {"prompt": "{a}"}, {"prompt": "{b}"}, False),
@@ -563,6 +566,21 @@ def test_what_is_compared_is_the_content_and_not_its_name(
     [budget] = [b for b in compare(rows).budgets if b.name == name]
     assert budget.equal is equal
     assert len(set(budget.values)) == (1 if equal else 2), "a difference can be seen"
+
+
+NAMES = {"name", "id", "path", "revision"}
+"""Fields of a model that say nothing where the hash of its content is known."""
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(ModelSpec)])
+def test_every_field_of_a_model_but_its_names_is_compared(name: str) -> None:
+    model = ModelSpec("a", "random", fingerprint="a" * 32, config={"num_hidden_layers": 2})
+    values = plain(model)
+    held = values[name]
+    other = {"num_hidden_layers": 4} if isinstance(held, dict) else [held]
+    rows = [with_part(LORA, "model", **values), with_part(FULL, "model", **{**values, name: other})]
+    [budget] = [b for b in compare(rows).budgets if b.name == "base model"]
+    assert budget.equal is (name in NAMES)
 
 
 def test_seeds_on_copies_of_a_folder_are_one_group() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from effbench.api.examples import Example
+from effbench.api.sources import source_of
 from effbench.api.spec import DatasetSpec
 from effbench.data.render import Place, Text
 from effbench.util.errors import UserError, did_you_mean
@@ -20,6 +21,8 @@ class Kind:
 
     name: ClassVar[str] = ""
     """The name of its file; set when it is found."""
+    code: ClassVar[str] = ""
+    """Hash of its code where another package offers it (`api.sources`); set when it is found."""
     asks: ClassVar[bool] = True
     """Whether a row is a prompt that a model can be asked to answer."""
     choices: ClassVar[bool] = False
@@ -79,5 +82,5 @@ def find(name: str) -> Kind:
         if name in offered("kinds")
         else only_class(f"effbench.data.kinds.{name}", Kind)
     )
-    kind.name = name
+    kind.name, kind.code = name, source_of(kind)
     return kind()

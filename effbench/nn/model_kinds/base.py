@@ -38,6 +38,8 @@ class ModelKind:
 
     speaks: ClassVar[bool] = True
     """Whether what it answers is text."""
+    evaluator: ClassVar[str] = ""
+    """What asks its models where no evaluator is chosen; empty for what the stage has."""
     rows: ClassVar[str] = ""
     """What a kind of dataset has to say of its rows (`data.kinds.base.Kind`) for it to learn from
     them; empty where any will do."""

@@ -34,6 +34,7 @@ class Classifier(ModelKind):
     endings: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
     caches: ClassVar[bool] = False
     speaks: ClassVar[bool] = False
+    evaluator: ClassVar[str] = "choices"
     rows: ClassVar[str] = "choices"
     other_rows: ClassVar[tuple[str, str]] = (
         "A classifier learns which of several classes a text is of, and the rows have none.",

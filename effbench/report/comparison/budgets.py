@@ -82,14 +82,18 @@ def _content(name: str, groups: Sequence[Group], of: Callable[[Record], Content]
 
 
 def _model(record: Record) -> Content:
-    """Return the base model: where its weights come from, or what is in its files."""
+    """Return the base model: all that is said of it but names of what is known otherwise.
+
+    Where the hash of its content is known, its place is a name; sizes are one where they are only
+    stated, for weights that have their own.
+    """
     spec = record.spec.get("model") or {}
-    parts = {k: spec.get(k) for k in ("source", "fingerprint")}
-    if not spec.get("fingerprint"):
-        parts |= {k: spec.get(k) for k in ("id", "revision")}
-    if spec.get("source") == "random":
-        parts |= {k: spec.get(k) for k in ("shape", "weights_seed")}
-    return record.name_of("model"), digest(parts)
+    names = {"name"}
+    if spec.get("fingerprint"):
+        names |= {"id", "path", "revision"}
+    if spec.get("source") != "random":
+        names.add("shape")
+    return record.name_of("model"), digest({k: v for k, v in spec.items() if k not in names})
 
 
 def _dataset(limited: bool, record: Record) -> Content:
