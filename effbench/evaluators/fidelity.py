@@ -9,7 +9,6 @@ Need", NeurIPS 2024, arXiv 2407.09141.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,15 +30,6 @@ if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
 
-BOUNDS = {
-    "agreement": (0.0, 1.0),
-    "kl": (0.0, math.inf),
-    "reverse_kl": (0.0, math.inf),
-    "js": (0.0, math.log(2)),
-    "probability_loyalty": (1 - math.sqrt(math.log(2)), 1.0),
-    "logit_mse": (0.0, math.inf),
-}
-"""What each number can be."""
 UNITS = {"kl": "nats/token", "reverse_kl": "nats/token", "js": "nats/token"}
 
 
@@ -172,7 +162,6 @@ class Fidelity(Evaluator):
                 ids,
                 unit=UNITS.get(name, ""),
                 split=self.split,
-                bounds=BOUNDS[name],
             )
 
     def _row_sums(
