@@ -251,6 +251,9 @@ class Spec:
     sources: dict[str, str] = field(default_factory=dict)
     """Hashes of the code of methods and evaluators of other packages, by the names of `versions`;
     filled in when the config is composed."""
+    others: list[ModelSpec] = field(default_factory=list)
+    """The other models that the method and the evaluators load, such as a teacher, in the order of
+    their names; filled in when the config is composed."""
 
     @property
     def key(self) -> str:

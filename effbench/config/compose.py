@@ -87,7 +87,19 @@ def model_named(name: str) -> ModelSpec:
         UserError: When there is none of that name, or its files are not there.
     """
     words = check_overrides([f"model={name}"], ())
-    return model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
+    found = model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
+    return dataclasses.replace(found, name=name)
+
+
+def others_of(spec: Spec) -> list[str]:
+    """Return the names of the other models that a run loads, sorted.
+
+    What an evaluated run was made with is in the key of that run.
+    """
+    method = make_method(spec.method)
+    own = stages.find(spec.stage).makes or not stages.find(method.stage).makes
+    named = set(method.others() if own else ())
+    return sorted(named.union(*(make_evaluator(p).others() for p in spec.evaluators)))
 
 
 def _started(
@@ -308,6 +320,7 @@ def job_from(
     check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
     _check_evaluators(spec, lineage)
+    spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
     return Job(spec, runtime, notes=(note,) if note else ())
 
 

@@ -20,7 +20,7 @@ from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
 
 ENDINGS = (".yaml", ".yml", ".json")
-MADE = {"version", "versions", "sources", "stage"}
+MADE = {"version", "versions", "sources", "others", "stage"}
 """Keys of a printed spec that are found anew."""
 PARTS = {"method", "model", "dataset", "evaluator", "train", "hardware", "run", "seed", "from"}
 LAYERS = {"train", "hardware", "run"}

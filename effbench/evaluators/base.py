@@ -165,6 +165,13 @@ class Evaluator:
         """
         return self
 
+    def others(self) -> tuple[str, ...]:
+        """Return the config names of the other models that it loads: what they are is in the key.
+
+        No other can be loaded.
+        """
+        return ()
+
     def context(self) -> int:
         """Return the longest context that its settings ask for, in tokens.
 

@@ -60,6 +60,10 @@ class BestOfN(Generation):
                 "Set it above 0.",
             )
 
+    def others(self) -> tuple[str, ...]:
+        """Return the policy, where it is another model."""
+        return (self.policy,) if self.policy else ()
+
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return those of `generation`, and a full batch of answers that are scored."""
         from effbench.api.footprint import Pass

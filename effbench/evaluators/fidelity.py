@@ -77,6 +77,10 @@ class Fidelity(Evaluator):
 
         return replace(self, fingerprint=fingerprint(self.files))
 
+    def others(self) -> tuple[str, ...]:
+        """Return the reference, where it is another model."""
+        return (self.reference,) if self.reference else ()
+
     def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks

@@ -70,6 +70,10 @@ class Trust(Evaluator):
                 did_you_mean(self.reference, options("model")),
             )
 
+    def others(self) -> tuple[str, ...]:
+        """Return the reference, where it is another model."""
+        return (self.reference,) if self.reference else ()
+
     def run(self, subject: Subject) -> Result:
         """Return scores, differences and shifts by dimension, and how far the model moved."""
         from effbench.evaluators.trustworthiness.answers import Asking, ask

@@ -264,3 +264,10 @@ class Method(Decodes):
         An empty name is another copy of the model that it starts from.
         """
         return ()
+
+    def others(self) -> tuple[str, ...]:
+        """Return the config names of all other models that it loads: what they are is in the key.
+
+        Default: those of `holds`.
+        """
+        return tuple(name for name in self.holds() if name)

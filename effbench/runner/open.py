@@ -20,7 +20,7 @@ from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec, Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
-from effbench.config.compose import check_kind, check_lengths, model_named
+from effbench.config.compose import check_kind, check_lengths
 from effbench.data.dataset import Data
 from effbench.data.overlap import Trained, kept, require_apart
 from effbench.methods.base import Method
@@ -164,8 +164,18 @@ def context(run: Run) -> Context:
 
 
 def load_frozen(run: Run, name: str) -> torch.nn.Module:
-    """Return another model by its config name, frozen, on the device."""
-    return _load_dense(run, model_named(name))
+    """Return another model by its config name, frozen, on the device: that which is in the key.
+
+    Raises:
+        UserError: For one that neither the method nor an evaluator says that it loads.
+    """
+    found = [model for model in run.spec.others if model.name == name]
+    if not found:
+        raise UserError(
+            f"Model {name} is loaded, and the key of the run does not say so.",
+            "Name it in `others` of the method or evaluator: docs/method-protocol.md.",
+        )
+    return _load_dense(run, found[0])
 
 
 def load_base(run: Run) -> torch.nn.Module:

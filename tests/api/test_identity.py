@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from effbench.api.schema import plain
 from effbench.api.spec import DatasetSpec, HardwareSpec, Job, ModelSpec, Plugin, TrainSpec
 from effbench.config.compose import compose, settings_of
 from effbench.results.store import Store
+from effbench.runner.open import load_frozen
+from effbench.util.errors import UserError
 
 CONFIG = {
     "model_type": "llama",
@@ -139,6 +142,8 @@ MINE = ["dataset=file", "dataset.files.all=rows.jsonl", "model=tiny", "hardware=
 SPLIT = [MINE[0], *MINE[2:], "dataset.cut={}"]
 TASK = ["evaluator=[choices]", "evaluator.choices.tasks=[copa]"]
 TASK += ["evaluator.choices.files.copa.validation=rows.jsonl", *BASE]
+MOVES = "tinyllama-1.1b"
+"""A config of a model that is a branch on the hub."""
 LONGER = '{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 + 2 =", "answer": "3"}\n'
 
 IN_THE_KEY: dict[str, list[Case]] = {
@@ -171,6 +176,15 @@ IN_THE_KEY: dict[str, list[Case]] = {
     "commit of a model or dataset of the hub": [
         Case(["model=hub", "model.id=a/b", *BASE[1:]], act=noted("models--a--b")),
         Case([*BASE, "dataset.source=hub", "dataset.id=a/b"], act=noted("datasets--a--b")),
+    ],
+    "other models that are loaded": [
+        Case([*words, *BASE], act=noted("models--TinyLlama--TinyLlama_v1.1"), stage=stage)
+        for stage, words in (
+            ("train", ["method=kd", f"method.teacher={MOVES}"]),
+            ("train", ["method=subset", "method.by=lowest_loss", f"method.reference={MOVES}"]),
+            ("train", ["evaluator=[trust]", f"evaluator.trust.reference={MOVES}"]),
+            ("eval", ["evaluator=[best_of_n]", f"evaluator.best_of_n.policy={MOVES}"]),
+        )
     ],
     "dataset": [
         Case(BASE, [*BASE, f"dataset.{word}"])
@@ -290,6 +304,41 @@ def test_what_the_page_leaves_out_does_not_change_the_key(case: Case, place: Pat
         (place / "copy" / "rows.jsonl").unlink()
     before, after = keys_of(case, place)
     assert before == after
+
+
+REACH = ("reference", "policy", "teacher")
+"""What settings that name another model are called."""
+
+
+@pytest.mark.parametrize("kind", ["methods", "evaluators"])
+def test_no_setting_names_another_model_that_is_not_in_the_key(kind: Any) -> None:
+    found = {
+        (name, field)
+        for name in registry.names(kind)
+        for field in settings_of(registry.find(kind, name))
+        if field in REACH
+    }
+    assert found
+    for name, field in found:
+        plugged = registry.find(kind, name)
+        settings = {**getattr(plugged, "needs", {}), field: MOVES}
+        settings |= {"by": "lowest_loss"} if name == "subset" else {}
+        assert plugged(**settings).others() == (MOVES,), name
+
+
+def test_the_model_that_the_key_names_is_loaded_and_no_other(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[ModelSpec] = []
+    monkeypatch.setattr("effbench.runner.open._load_dense", lambda _, model: loaded.append(model))
+    words = ["method=kd", f"method.teacher={MOVES}", *BASE]
+    noted("models--TinyLlama--TinyLlama_v1.1")(place)
+    run = SimpleNamespace(spec=compose("train", words).spec)
+    (place / "hub" / "models--TinyLlama--TinyLlama_v1.1" / "refs" / "main").write_text("d" * 40)
+    load_frozen(run, MOVES)  # type: ignore[arg-type]
+    assert [model.fingerprint for model in loaded] == ["c" * 40]
+    with pytest.raises(UserError, match="the key of the run does not say so"):
+        load_frozen(run, "tiny")  # type: ignore[arg-type]
 
 
 def test_every_item_of_the_page_is_tried() -> None:

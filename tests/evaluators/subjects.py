@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import Bench
 
 from effbench.api.points import UNNAMED
+from effbench.config.compose import model_named
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
 from effbench.results.records import Metric
-from effbench.runner.open import load_base, load_frozen, open_model
+from effbench.runner.open import _load_dense, load_base, open_model
 from effbench.runner.run import open_run
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
@@ -39,7 +39,7 @@ def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
         0,
         tokenizer=work.tokenizer,
         shape=opened.base,
-        load_model=partial(load_frozen, work),
+        load_model=lambda name: _load_dense(work, model_named(name)),
         load_base=lambda: strengthened(load_base(work), strength),
     )
 
