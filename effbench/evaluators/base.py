@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.overlap import Trained
 
 
 LARGEST_EXPONENT = 709.0
@@ -182,8 +183,8 @@ class Evaluator:
         """
         return _largest(self, "prompt_tokens") + _largest(self, "new_tokens")
 
-    def overlap(self, dataset: DatasetSpec) -> str:
-        """Return what of its own data are the rows that a run on `dataset` trains on, if any."""
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
+        """Return what of its own data was trained on, `rows` of `dataset`; empty for none."""
         return ""
 
     def run(self, subject: Subject) -> Result:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.overlap import Trained
 
 UNITS = {"kl": "nats/token", "reverse_kl": "nats/token", "js": "nats/token"}
 
@@ -70,11 +71,11 @@ class Fidelity(Evaluator):
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
 
-    def overlap(self, dataset: DatasetSpec) -> str:
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks
 
-        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files, rows, self.limit)]
         return f"Task {', '.join(found)} of evaluator fidelity" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
