@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effbench.data.readers import Row, read_rows
+from effbench.data.render import Text
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.hashes import hashes_of
 
@@ -477,6 +478,71 @@ def overlaps(entry: Entry, dataset: DatasetSpec, files: Files) -> bool:
     stored = entry.stored.get(entry.data_split)
     known = (stored.place, *stored.same) if stored else ()
     return any(f"{place}/".startswith(k if k.endswith("/") else f"{k}/") for k in known)
+
+
+_ASKED = {
+    "hellaswag": ("ctx_a", "ctx_b"),
+    "piqa": ("goal",),
+    "boolq": ("question",),
+    "winogrande": ("sentence",),
+    "openbookqa": ("question_stem",),
+    "social_iqa": ("context", "question"),
+    "copa": ("premise",),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+    "lambada_openai": ("text",),
+    "lambada_standard": ("text",),
+    "ifeval": ("prompt",),
+}
+"""Columns that say which row of a task it is; of the others `question`."""
+
+
+def evaluated(entry: Entry, files: Files, limit: int | None = None) -> list[Text]:
+    """Return the rows that a task evaluates by what they ask and the right answer.
+
+    None where only the hub has them.
+    """
+    split = needed(entry, 0, files)[0]
+    if split not in files.get(entry.name, {}) and split not in entry.stored:
+        return []
+    columns = _ASKED.get(entry.name, ("question",))
+    return [_known(row, columns) for row in rows_of(entry, split, files)[:limit]]
+
+
+def _known(row: Row, columns: Sequence[str]) -> Text:
+    asked = {name: str(row[name]) for name in columns}
+    answers, right = _answers_of(row)
+    said = {f"{place}": answer for place, answer in enumerate(answers)}
+    return Text("", " ".join(asked.values()), "", tuple(answers), right, sources=(asked, said))
+
+
+def _answers_of(row: Row) -> tuple[list[str], int]:
+    """Return the answers of a row and which is right; none where they are no column's values."""
+    if "mc1_targets" in row or "mc2_targets" in row:
+        targets = row.get("mc1_targets") or row["mc2_targets"]
+        return list(targets["choices"]), list(targets["labels"]).index(1)
+    if isinstance(row.get("choices"), Mapping):
+        return list(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+    if "choices" in row:
+        return list(row["choices"]), int(row["answer"])
+    if "endings" in row:
+        return list(row["endings"]), int(row["label"])
+    if "correct_answer" in row:
+        wrong = [str(row[f"distractor{n}"]) for n in (1, 2, 3)]
+        return [*wrong, str(row["correct_answer"])], 3
+    for names, label, first in _LABELLED:
+        if names[0] in row:
+            return [str(row[name]) for name in names], int(row[label]) - first
+    return ([str(row["answer"])], 0) if "answer" in row else ([], 0)
+
+
+_LABELLED = (
+    (("sol1", "sol2"), "label", 0),
+    (("option1", "option2"), "answer", 1),
+    (("answerA", "answerB", "answerC"), "label", 1),
+    (("choice1", "choice2"), "label", 0),
+)
+"""Columns of answers, the one that says which is right, and from which number on it counts."""
 
 
 def rows_of(entry: Entry, split: str, files: Files) -> list[Row]:

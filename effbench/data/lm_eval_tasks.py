@@ -21,7 +21,7 @@ from effbench.api.schema import digest
 from effbench.data.lm_eval_rows import ASSET as ASSET
 from effbench.data.lm_eval_rows import GROUPS as GROUPS
 from effbench.data.lm_eval_rows import TASKS as TASKS
-from effbench.data.lm_eval_rows import Entry, Files, check_hub, from_hub, needed, rows_of
+from effbench.data.lm_eval_rows import Entry, Files, check_hub, evaluated, from_hub, needed, rows_of
 from effbench.data.lm_eval_rows import find as find
 from effbench.data.lm_eval_rows import members as members
 from effbench.data.lm_eval_rows import overlaps as shared_rows
@@ -31,6 +31,7 @@ from effbench.util.hashes import hash_of
 
 if TYPE_CHECKING:
     from effbench.api.spec import DatasetSpec
+    from effbench.data.overlap import Trained
     from effbench.nn.scoring.prefix_tree import Request
 
 FEWSHOT_SEED = 1234
@@ -59,9 +60,28 @@ def check(name: str, num_fewshot: int | None = None, files: Files | None = None)
         check_hub(find(member), num_fewshot, files or {})
 
 
-def overlaps(name: str, dataset: DatasetSpec, files: Files | None = None) -> bool:
-    """Whether a run that trains on `dataset` trains on rows that a task or group evaluates."""
-    return any(shared_rows(find(member), dataset, files or {}) for member in members(name))
+def overlaps(
+    name: str,
+    dataset: DatasetSpec,
+    files: Files | None = None,
+    rows: Trained | None = None,
+    limit: int | None = None,
+) -> bool:
+    """Whether a run that trains on `dataset` trains on rows that a task or group evaluates.
+
+    Args:
+        name: Of the task or group.
+        dataset: Known by its name, split and files.
+        files: Local files by task and split.
+        rows: What was trained on, to find rows by what they hold; None looks at names alone.
+        limit: Only the first rows of each task are evaluated.
+    """
+    entries, given = map(find, members(name)), files or {}
+    return any(
+        shared_rows(entry, dataset, given)
+        or (rows is not None and rows.shared(evaluated(entry, given, limit)).rows > 0)
+        for entry in entries
+    )
 
 
 def fingerprint(files: Files) -> str:

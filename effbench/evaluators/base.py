@@ -12,6 +12,7 @@ from effbench.api.footprint import Pass
 from effbench.api.schema import digest
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.results.bounds import bounds_of
 from effbench.results.records import Metric, Outcomes
 from effbench.util.errors import UserError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.overlap import Trained
 
 
 LARGEST_EXPONENT = 709.0
@@ -44,6 +46,7 @@ class Result:
         split: str = "",
         task: str = "",
         clusters: Sequence[int] = (),
+        bounds: tuple[float, float] | None = None,
     ) -> Metric:
         """Add the mean over items with its interval, and the items themselves.
 
@@ -57,10 +60,12 @@ class Result:
             split: Split of the data.
             task: Benchmark task, if the evaluator brought one along.
             clusters: Group of each item, where items are not independent.
+            bounds: What the mean can be at all; None takes what is known of the metric's name.
         """
         from effbench.stats import mean_interval
 
-        mean, low, high = mean_interval(values, seed=subject.seed, clusters=clusters)
+        limits = bounds_of(metric) if bounds is None else bounds
+        mean, low, high = mean_interval(values, seed=subject.seed, clusters=clusters, bounds=limits)
         head = Metric(
             metric, mean, unit, subject.point.name, split, len(values), low, high, task=task
         )
@@ -90,7 +95,7 @@ class Result:
         *,
         unit: str = "",
         split: str = "",
-        bounds: tuple[float, float] = (-math.inf, math.inf),
+        bounds: tuple[float, float] | None = None,
     ) -> Metric:
         """Add a ratio of two sums over items, such as a loss per token, and the items themselves.
 
@@ -107,15 +112,15 @@ class Result:
             ids: One id per item, in the same order.
             unit: Unit of the ratio.
             split: Split of the data.
-            bounds: What the ratio can be at all; its interval ends there.
+            bounds: As for `add_items`.
         """
         ratio = sum(sums) / sum(counts)
         size = sum(counts) / len(counts)
         values = [ratio + (s - ratio * n) / size for s, n in zip(sums, counts, strict=True)]
-        head = self.add_items(subject, evaluator, metric, values, ids, unit=unit, split=split)
-        least, most = bounds
-        low, high = max(least, _number(head.low)), min(most, _number(head.high))
-        self.metrics[-1] = replace(head, value=ratio, low=low, high=high)
+        head = self.add_items(
+            subject, evaluator, metric, values, ids, unit=unit, split=split, bounds=bounds
+        )
+        self.metrics[-1] = replace(head, value=ratio)
         return self.metrics[-1]
 
 
@@ -178,8 +183,8 @@ class Evaluator:
         """
         return _largest(self, "prompt_tokens") + _largest(self, "new_tokens")
 
-    def overlap(self, dataset: DatasetSpec) -> str:
-        """Return what of its own data are the rows that a run on `dataset` trains on, if any."""
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
+        """Return what of its own data was trained on, `rows` of `dataset`; empty for none."""
         return ""
 
     def run(self, subject: Subject) -> Result:

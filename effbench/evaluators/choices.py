@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
+    from effbench.data.overlap import Trained
 
 KINDS = ("multiple_choice", "loglikelihood")
 """lm-eval's output types that need no generated text."""
@@ -105,11 +106,11 @@ class Choices(Evaluator):
                     f"Use: evaluator=generation 'evaluator.generation.tasks=[{name}]'",
                 )
 
-    def overlap(self, dataset: DatasetSpec) -> str:
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks
 
-        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files, rows, self.limit)]
         return f"Task {', '.join(found)} of evaluator choices" if found else ""
 
     def run(self, subject: Subject) -> Result:

@@ -9,7 +9,6 @@ Need", NeurIPS 2024, arXiv 2407.09141.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,16 +29,8 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.overlap import Trained
 
-BOUNDS = {
-    "agreement": (0.0, 1.0),
-    "kl": (0.0, math.inf),
-    "reverse_kl": (0.0, math.inf),
-    "js": (0.0, math.log(2)),
-    "probability_loyalty": (1 - math.sqrt(math.log(2)), 1.0),
-    "logit_mse": (0.0, math.inf),
-}
-"""What each number can be."""
 UNITS = {"kl": "nats/token", "reverse_kl": "nats/token", "js": "nats/token"}
 
 
@@ -80,11 +71,11 @@ class Fidelity(Evaluator):
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
 
-    def overlap(self, dataset: DatasetSpec) -> str:
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks
 
-        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files, rows, self.limit)]
         return f"Task {', '.join(found)} of evaluator fidelity" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
@@ -172,7 +163,6 @@ class Fidelity(Evaluator):
                 ids,
                 unit=UNITS.get(name, ""),
                 split=self.split,
-                bounds=BOUNDS[name],
             )
 
     def _row_sums(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.overlap import Trained
     from effbench.evaluators.questions import Questions
     from effbench.methods.base import Method
 
@@ -84,11 +85,11 @@ class Generation(Evaluator):
 
         return replace(self, fingerprint=fingerprint(self.files))
 
-    def overlap(self, dataset: DatasetSpec) -> str:
+    def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks
 
-        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files)]
+        found = [n for n in self.tasks if tasks.overlaps(n, dataset, self.files, rows, self.limit)]
         return f"Task {', '.join(found)} of evaluator generation" if found else ""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:

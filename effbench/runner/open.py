@@ -228,12 +228,13 @@ def open_data(run: Run) -> Data:
     own, earlier = Trained(), Trained()
     if trains:
         own.add(kept(data.rows("train")))
-    trained = [spec.dataset] if trains else []
+    trained = [(spec.dataset, own)] if trains else []
     for key, parent in run.store.ancestors(spec).items():
         rows = run.store.run(key).read_json("data.json")
         if rows:
             earlier.add(rows)
-            trained.append(parent.dataset)
+            trained.append((parent.dataset, Trained()))
+            trained[-1][1].add(rows)
     asked_before = _refuse_trained(spec, data, {OWN: own, EARLIER: earlier})
     _refuse_benchmarks(spec, trained)
     if trains:
@@ -272,15 +273,15 @@ def _refuse_trained(spec: Spec, data: Data, seen: Mapping[str, Trained]) -> dict
     return asked_before
 
 
-def _refuse_benchmarks(spec: Spec, trained: Sequence[DatasetSpec]) -> None:
+def _refuse_benchmarks(spec: Spec, trained: Sequence[tuple[DatasetSpec, Trained]]) -> None:
     """Refuse evaluators whose own data was trained on.
 
     Raises:
         UserError: Unless `dataset.allow_overlap`.
     """
     for evaluator in map(make_evaluator, spec.evaluators):
-        for dataset in trained if not spec.dataset.allow_overlap else ():
-            if theirs := evaluator.overlap(dataset):
+        for dataset, rows in trained if not spec.dataset.allow_overlap else ():
+            if theirs := evaluator.overlap(dataset, rows):
                 raise UserError(
                     f"{theirs} evaluates the rows that dataset {dataset.name!r} trains on.",
                     "Train on others, leave it out, or say dataset.allow_overlap=true.",

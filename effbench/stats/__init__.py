@@ -4,7 +4,7 @@ Every interval is held to cover in 95 ± 1 % of simulated sets (`effbench selfch
 every test to equal SciPy's or statsmodels' where they have it.
 """
 
-from effbench.stats.base import ALPHA, DRAWS, LEVEL, Estimate, Interval, Student
+from effbench.stats.base import ALPHA, DRAWS, LEVEL, UNBOUNDED, Bounds, Estimate, Interval, Student
 from effbench.stats.bootstrap import Studentised, studentised
 from effbench.stats.intervals import (
     FEWEST,
@@ -41,7 +41,9 @@ __all__ = [
     "FEWEST_REPEATS",
     "FEWEST_SEEDS",
     "LEVEL",
+    "UNBOUNDED",
     "Better",
+    "Bounds",
     "Difference",
     "Equivalence",
     "Estimate",

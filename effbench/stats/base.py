@@ -20,6 +20,9 @@ DRAWS = 10_000_000
 """Random numbers that one bootstrap or permutation may draw; limits the time it takes."""
 
 Floats = npt.NDArray[np.float64]
+Bounds = tuple[float, float]
+"""Least and largest value that a quantity can have by what it is: 0 and 1 for a share."""
+UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 
 class Interval(NamedTuple):
@@ -28,6 +31,13 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+    def within(self, bounds: Bounds) -> Interval:
+        """Return it cut at the bounds, unless the estimate itself is not between them."""
+        least, most = bounds
+        if not least <= self.value <= most:
+            return self
+        return Interval(self.value, max(least, self.low), min(most, self.high))
 
 
 class Estimate(Protocol):

@@ -13,6 +13,8 @@ import numpy as np
 
 from effbench.stats.base import (
     LEVEL,
+    UNBOUNDED,
+    Bounds,
     Floats,
     Interval,
     Mean,
@@ -23,6 +25,7 @@ from effbench.stats.base import (
     t_quantile,
 )
 from effbench.stats.bootstrap import studentised
+from effbench.stats.shares import alike, as_shares, on_scale, per_answer
 
 FEWEST = 10
 """Items, or groups of items, that a bounded interval of a mean needs: with fewer, that of a skewed
@@ -40,12 +43,14 @@ def mean_interval(
     seed: int = 0,
     clusters: Sequence[int] = (),
     resamples: int = 0,
+    bounds: Bounds = UNBOUNDED,
 ) -> Interval:
     """Return the mean over items with its interval.
 
     Studentised bootstrap over items, or over whole groups of items; for outcomes that are all 0 or
-    1 it is Wilson's score interval, which stays honest when every answer is right. Unbounded for
-    fewer than `FEWEST` items (or groups) unless they are 0 or 1.
+    1 it is Wilson's score interval, which stays honest when every answer is right. So it is, for
+    as many answers as tell as much, for other shares that are few or mostly alike. Unbounded for
+    fewer than `FEWEST` items (or groups) unless they are shares.
 
     Args:
         values: One per item.
@@ -54,16 +59,25 @@ def mean_interval(
         clusters: Group of each item; whole groups are resampled then. Empty when items are
             independent.
         resamples: How many; 0 takes as many as the time allows.
+        bounds: What the mean can be; the interval ends there.
     """
     x = array(values)
+    shares = as_shares(x, bounds)
+    if shares is not None:
+        mean = mean_of(shares, clusters)
+        if binary(shares) or alike(shares) or mean.groups < FEWEST:
+            return on_scale(_share(shares, mean, level), x, bounds)
+    return _resampled(x, clusters, level, seed, resamples).within(bounds)
+
+
+def _resampled(x: Floats, clusters: Sequence[int], level: float, seed: int, rows: int) -> Interval:
+    """Return the mean with its bootstrapped interval; the arguments are `mean_interval`'s."""
     mean = mean_of(x, clusters)
-    if binary(x):
-        return _share(mean, level)
     if math.isfinite(mean.value) and np.ptp(x) == 0 and mean.groups >= FEWEST:
         return Interval(mean.value, mean.value, mean.value)
     if mean.groups < FEWEST or not math.isfinite(mean.value):
         return Interval(mean.value, -math.inf, math.inf)
-    return studentised(x, clusters, seed=seed, rows=resamples).interval(level)
+    return studentised(x, clusters, seed=seed, rows=rows).interval(level)
 
 
 def median_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -109,33 +123,34 @@ def ratio_interval(
     return median_interval((x / y).tolist(), level=level, seed=seed)
 
 
-def _share(mean: Mean, level: float) -> Interval:
+def _share(x: Floats, mean: Mean, level: float) -> Interval:
     """Return a share with Wilson's score interval (1927).
 
-    Groups enter as the number of independent answers that would tell as much, never more than
-    there are (Korn and Graubard, 1998), with Student's t for the few groups.
+    Groups, and outcomes between 0 and 1, enter as the number of independent answers that would
+    tell as much, never more than there are (Korn and Graubard, 1998), with Student's t for the few
+    groups.
     """
-    share, n = mean.value, float(mean.sizes.sum())
-    if not math.isfinite(share):
-        return Interval(share, -math.inf, math.inf)
-    if mean.groups == n:
+    share, n = min(1.0, max(0.0, mean.value)), float(x.size)
+    if mean.groups == n and binary(x):
         return wilson(share, n, math.inf, level)
     if not mean.df:
         return Interval(share, 0.0, 1.0)
-    return wilson(share, independent(share * (1 - share), mean), mean.df, level)
+    found = independent(share * (1 - share), mean, per_answer(x, mean.groups))
+    return wilson(share, found, mean.df, level)
 
 
-def independent(spread: float, mean: Mean) -> float:
+def independent(spread: float, mean: Mean, part: float = 1.0) -> float:
     """Return how many independent items tell as much as the groups of items do.
 
     Args:
         spread: Variance of a single item.
         mean: Of the items, with its variance over groups. Without any spread it is the number of
             groups.
+        part: Of the spread that an item has, by `per_answer`.
     """
     if spread <= 0 or mean.variance <= 0:
-        return float(mean.groups)
-    return min(float(mean.sizes.sum()), spread / mean.variance)
+        return mean.groups / part
+    return min(float(mean.sizes.sum()) / part, spread / mean.variance)
 
 
 def wilson(share: float, n: float, df: float, level: float) -> Interval:

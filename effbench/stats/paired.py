@@ -12,10 +12,13 @@ import numpy as np
 from effbench.stats.base import (
     ALPHA,
     LEVEL,
+    UNBOUNDED,
+    Bounds,
     Estimate,
     Floats,
     Interval,
     Mean,
+    Student,
     binary,
     chunks,
     mean_of,
@@ -27,6 +30,7 @@ from effbench.stats.base import (
 )
 from effbench.stats.bootstrap import studentised
 from effbench.stats.intervals import independent
+from effbench.stats.shares import alike, least_variance, span_of
 
 EXACT_ITEMS = 18
 """Up to so many differing items a sign-flip test goes through all 2^n signs."""
@@ -126,6 +130,7 @@ def paired_difference(
     clusters: Sequence[int] = (),
     margin: float | None = None,
     better: Better = "",
+    bounds: Bounds = UNBOUNDED,
 ) -> Difference:
     """Return the mean difference a - b over the same items.
 
@@ -142,9 +147,11 @@ def paired_difference(
         clusters: Group of each item; empty when items are independent.
         margin: Difference that would still count as none; adds `Difference.equivalence`.
         better: Which direction is the good one, for `Equivalence.p_worse`.
+        bounds: What the mean of a run can be; shares that mostly differ alike are as in
+            `paired_seeds`.
     """
     x, y = pair(a, b)
-    estimate = paired_estimate(x, y, clusters, seed)
+    estimate = paired_estimate(x, y, clusters, seed, bounds=bounds)
     value, low, high = estimate.interval(level)
     p, test = paired_test(x, y, clusters, seed)
     same = None if margin is None else equivalence(estimate, margin, better)
@@ -152,7 +159,12 @@ def paired_difference(
 
 
 def paired_estimate(
-    x: Floats, y: Floats, clusters: Sequence[int] = (), seed: int = 0, resamples: int = 0
+    x: Floats,
+    y: Floats,
+    clusters: Sequence[int] = (),
+    seed: int = 0,
+    resamples: int = 0,
+    bounds: Bounds = UNBOUNDED,
 ) -> Estimate:
     """Return the mean difference x - y as an estimate; the arguments are `paired_difference`'s.
 
@@ -162,12 +174,15 @@ def paired_estimate(
         clusters: Group of each item.
         seed: Of the resampling.
         resamples: How many; 0 takes as many as the time allows.
+        bounds: What the mean of a run can be.
     """
-    mean = mean_of(x - y, clusters)
+    mean, span = mean_of(x - y, clusters), span_of(x, y, bounds)
     if binary(x) and binary(y):
         return _paired_shares(x, y, mean)
-    if mean.groups < MANY or not math.isfinite(mean.value) or mean.variance == 0:
-        return mean.student()
+    mostly_alike = math.isfinite(span) and alike(x - y)
+    if mean.groups < MANY or not math.isfinite(mean.value) or mean.variance == 0 or mostly_alike:
+        error = math.sqrt(max(mean.variance, least_variance(x - y, span)))
+        return Student(mean.value, error, mean.df, span)
     return studentised(x - y, clusters, seed=seed, rows=resamples)
 
 

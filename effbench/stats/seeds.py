@@ -16,8 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effbench.stats.base import LEVEL, Floats, Interval, Student, binary, mean_of
+from effbench.stats.base import (
+    LEVEL,
+    UNBOUNDED,
+    Bounds,
+    Floats,
+    Interval,
+    Student,
+    binary,
+    mean_of,
+)
 from effbench.stats.intervals import wilson
+from effbench.stats.shares import as_shares, least_variance, on_scale, per_answer, span_of
 
 FEWEST_SEEDS = 5
 """Seeds from which on an interval over seeds covers in 95 ± 1 %."""
@@ -43,7 +53,11 @@ class Part(NamedTuple):
 
 
 def seeds_and_items(
-    a: Floats, b: Floats | None = None, clusters: Sequence[int] = (), fixed: bool = False
+    a: Floats,
+    b: Floats | None = None,
+    clusters: Sequence[int] = (),
+    fixed: bool = False,
+    bounds: Bounds = UNBOUNDED,
 ) -> Student:
     """Return the mean of a group, or the difference a - b of two, over seeds and items.
 
@@ -55,6 +69,7 @@ def seeds_and_items(
         b: Outcomes of the second one on the same items; None for the mean of `a` alone.
         clusters: Group of each item; empty when items are independent.
         fixed: Whether `b` is one run that depends on no seed, such as an untrained model.
+        bounds: What the mean of a group can be.
 
     Raises:
         ValueError: For a single seed, or for other items.
@@ -66,9 +81,10 @@ def seeds_and_items(
         raise ValueError(f"paired values must be as many: {a.shape[1]} and {b.shape[1]}")
     items = a.mean(axis=0) - (0.0 if b is None else b.mean(axis=0))
     over_items = mean_of(items, clusters)
-    shares = b is not None and binary(a) and binary(b)
-    if shares:
-        over_items = over_items._replace(variance=max(over_items.variance, _least(items)))
+    span = math.inf if b is None else span_of(a, b, bounds)
+    if b is not None:
+        least = least_variance(items, span, binary(a) and binary(b))
+        over_items = over_items._replace(variance=max(over_items.variance, least))
     seeds = [Part(float(s.mean(axis=1).var(ddof=1)) / len(s), len(s) - 1) for s in sides]
     value, total = float(items.mean()), sum(part.variance for part in seeds)
     if not math.isfinite(value):
@@ -83,33 +99,24 @@ def seeds_and_items(
     else:
         parts = [*seeds, Part(over_items.variance, over_items.df), *noise]
         df = _satterthwaite(variance, parts, seeds)
-    return Student(value, math.sqrt(variance), df, 1.0 if shares else math.inf)
+    return Student(value, math.sqrt(variance), df, span)
 
 
-def paired_seeds(a: Floats, b: Floats, clusters: Sequence[int] = ()) -> Student:
+def paired_seeds(
+    a: Floats, b: Floats, clusters: Sequence[int] = (), bounds: Bounds = UNBOUNDED
+) -> Student:
     """Return the difference a - b of two groups over seeds, which both have, and items.
 
     Args:
         a: Outcomes of the first group, [seeds, items], two seeds or more.
         b: Of the second one, of the same seeds and items in the same order.
         clusters: Group of each item; empty when items are independent.
+        bounds: What the mean of a group can be.
     """
     found = seeds_and_items(a - b, clusters=clusters)
-    if not (binary(a) and binary(b)):
-        return found
-    least = _least((a - b).mean(axis=0))
-    return replace(found, error=max(found.error, math.sqrt(least)), most=1.0)
-
-
-def _least(items: Floats) -> float:
-    """Return the least variance of a mean difference of answers, two of which are made up.
-
-    One right by each side alone, half each (Agresti and Min, 2005), so that answers which all
-    agree, or all differ alike, are not taken for certain.
-    """
-    n = items.size + 2
-    variance = ((items**2).sum() + 1) / n**2 - items.sum() ** 2 / n**3
-    return float(variance) * (n / items.size) ** 2
+    span = span_of(a, b, bounds)
+    least = least_variance((a - b).mean(axis=0), span, binary(a) and binary(b))
+    return replace(found, error=max(found.error, math.sqrt(least)), most=span)
 
 
 def _noise(side: Floats) -> Part:
@@ -183,23 +190,42 @@ def wilcoxon_exact(a: Sequence[float], b: Sequence[float]) -> float:
     return float(min(1.0, 2 * ways[: least + 1].sum()))
 
 
-def seeds_interval(values: Floats, clusters: Sequence[int] = (), level: float = LEVEL) -> Interval:
+def seeds_interval(
+    values: Floats,
+    clusters: Sequence[int] = (),
+    level: float = LEVEL,
+    bounds: Bounds = UNBOUNDED,
+) -> Interval:
     """Return the mean of a group of runs [seeds, items] with an interval over seeds and items.
 
-    Of outcomes that are all 0 or 1 it is Wilson's for as many independent answers as tell as much
-    (Korn and Graubard, 1998): within [0, 1], and not of width 0 where all answers are alike.
+    Of shares it is Wilson's for as many independent answers as tell as much (Korn and Graubard,
+    1998): within [0, 1], and not of width 0 where all answers are alike.
+
+    Args:
+        values: Outcomes, [seeds, items], two seeds or more.
+        clusters: Group of each item; empty when items are independent.
+        level: Confidence.
+        bounds: What the mean can be; the interval ends there. Both ends make it a share.
     """
-    if not binary(values) or len(values) < 2:
-        return seeds_and_items(values, clusters=clusters).interval(level)
-    share, items = float(values.mean()), mean_of(values.mean(axis=0), clusters)
+    shares = as_shares(values, bounds)
+    if shares is None or len(values) < 2:
+        return seeds_and_items(values, clusters=clusters).interval(level).within(bounds)
+    return on_scale(_shares_interval(shares, clusters, level), values, bounds)
+
+
+def _shares_interval(values: Floats, clusters: Sequence[int], level: float) -> Interval:
+    """Return the interval of shares, [seeds, items]; the arguments are `seeds_interval`'s."""
+    share, items = min(1.0, max(0.0, float(values.mean()))), mean_of(values.mean(axis=0), clusters)
     if not items.df:
         return Interval(share, 0.0, 1.0)
-    if share in (0.0, 1.0):
-        return wilson(share, items.groups, items.df if len(clusters) else math.inf, level)
+    part = per_answer(values, items.groups)
+    if share in (0.0, 1.0) or np.ptp(values) == 0:
+        df = items.df if len(clusters) else math.inf
+        return wilson(share, items.groups / part, df, level)
     noise = _noise(values)
     seeds = Part(float(values.mean(axis=1).var(ddof=1)) / len(values), len(values) - 1)
     own = max(0.0, seeds.variance - noise.variance)
     variance = max(items.variance, noise.variance) + own
     parts = [Part(items.variance, items.df), *([seeds, noise] if own else [])]
     df = _satterthwaite(variance, parts, [seeds]) if own else items.df
-    return wilson(share, min(values.size, share * (1 - share) / variance), df, level)
+    return wilson(share, min(values.size / part, share * (1 - share) / variance), df, level)

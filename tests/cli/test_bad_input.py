@@ -111,6 +111,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["seed=9223372036854775808"], ["seed=9223372036854775808", "less than"]),
         (["model.shape.num_heads=3"], ["num_heads=3", "num_kv_heads=2"]),
         (["+hydra.callbacks.x._target_=os.system"], ["_target_=os.system", "may run code"]),
+        (["-m", "seed=0,1", "+hydra.callbacks.x._target_=os.system"], ["may run code"]),
         (["hydra.searchpath=[pkg://os]"], ["hydra.searchpath is not for a command"]),
         (["train.learning_rate=nan"], ["train.learning_rate=nan", "finite"]),
         (["train=5"], ["train must hold keys", "train.KEY=VALUE"]),

@@ -154,3 +154,9 @@ def test_comparing_loads_no_model_library(folder) -> None:
     out, packages = loaded(folder, "compare", "aaaa", "bbbb")
     assert "aaaa" in out
     assert not packages & (HEAVY | CONFIG)
+
+
+def test_the_version_is_printed(cli) -> None:
+    from effbench import __version__
+
+    assert cli("--version")[:2] == (0, f"effbench {__version__}\n")

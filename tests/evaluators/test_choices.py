@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from effbench.api.points import UNNAMED
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
 from effbench.data import lm_eval_rows, lm_eval_tasks
+from effbench.data.dataset import render
+from effbench.data.overlap import Trained, kept
 from effbench.evaluators.choices import Choices
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
@@ -309,6 +312,36 @@ def test_rows_that_were_trained_on_are_not_evaluated(bench: Bench, tmp_path: Pat
 def test_the_sets_of_our_datasets_are_known(config: str, name: str, shared: bool) -> None:
     dataset = compose("eval", [f"dataset={config}", "model=tiny"]).spec.dataset
     assert lm_eval_tasks.overlaps(name, dataset) == shared
+
+
+def test_rows_of_tasks_are_found_by_what_they_hold() -> None:
+    task = lm_eval_rows.rows_of(lm_eval_rows.find("piqa"), "validation", {})[:40]
+    rows = [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in task]
+    own = DatasetSpec(name="own", source="file", kind="pairs", prompt="{goal}", answer=" {sol1}")
+    own = replace(own, known_by="source")
+
+    def found(rows: list[dict[str, Any]], name: str = "piqa", limit: int | None = None) -> bool:
+        trained = Trained()
+        trained.add(kept(list(render(rows, own, "train"))))
+        return lm_eval_tasks.overlaps(name, own, {}, trained, limit)
+
+    assert found(rows), "the rows that the asset holds, in a file of one's own"
+    assert not found(rows, "hellaswag")
+    assert not found([row for row in rows if row["label"] == 1]), "a wrong answer to the question"
+    last = max(n for n, row in enumerate(rows) if row["label"] == 0)
+    assert found(rows[last : last + 1]) and not found(rows[last : last + 1], limit=last)
+    extra = [{**row, "goal": f"{row['goal']} Say it."} for row in rows]
+    assert not found(extra) and found([*extra, rows[last]])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, e in lm_eval_tasks.TASKS.items() if e.stored and "mmlu" not in n]
+)
+def test_every_task_says_what_its_rows_ask_and_answer(name: str) -> None:
+    known = lm_eval_rows.evaluated(lm_eval_rows.find(name), {}, limit=3)
+    constant = {"boolq", "rte", "sst2", "lambada_openai"}
+    assert len(known) == 3 and all(row.asked for row in known)
+    assert all(bool(row.right_source) == (name not in constant) for row in known)
 
 
 def test_sets_of_the_hub_are_known() -> None:

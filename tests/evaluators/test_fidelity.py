@@ -16,10 +16,12 @@ from subjects import by_name, subject_of, text_file
 
 from effbench.api.points import UNNAMED, Point
 from effbench.evaluators.base import Result
-from effbench.evaluators.fidelity import BOUNDS, Fidelity, answer_loyalty, chosen
+from effbench.evaluators.fidelity import Fidelity, answer_loyalty, chosen
 from effbench.evaluators.subject import Subject
 from effbench.nn.losses.divergence import CHUNK, FIELDS, divergences, row_sums
+from effbench.results.bounds import bounds_of
 from effbench.results.journal import Journal
+from effbench.stats import UNBOUNDED
 from effbench.util.errors import UserError
 
 LN2 = math.log(2)
@@ -145,7 +147,8 @@ def test_it_is_that_of_a_naive_loop(subject: Subject) -> None:
         assert found[name].value == pytest.approx(mean, rel=1e-3), name
         low, high = found[name].low, found[name].high
         assert low is not None and high is not None
-        assert BOUNDS[name][0] <= low <= found[name].value <= high <= BOUNDS[name][1]
+        least, most = bounds_of(name)
+        assert least <= low <= found[name].value <= high <= most
         assert found[name].n == 12 and found[name].obtained == "measured"
 
 
@@ -155,7 +158,7 @@ def test_an_interval_keeps_to_what_a_number_can_be(subject: Subject) -> None:
     ids = list("abcdefghijkl")
     wide, kept = (
         Result().add_ratio(subject, "fidelity", "agreement", agreed, counts, ids, **settings)
-        for settings in ({}, {"bounds": (0.0, 1.0)})
+        for settings in ({"bounds": UNBOUNDED}, {})
     )
     assert wide.high is not None and wide.high > 1
     assert kept.value == wide.value and kept.high == 1 and kept.low == wide.low

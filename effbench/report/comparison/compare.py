@@ -31,6 +31,7 @@ from effbench.report.comparison.sentences import in_words
 from effbench.report.comparison.versions import different_versions
 from effbench.report.labels import better, differences
 from effbench.report.table import Value, as_value
+from effbench.results.bounds import bounds_of
 from effbench.results.records import Metric, Outcomes, Record, as_now
 from effbench.stats import ALPHA, equivalent, finding, holm, letters, seeds_interval, verdict
 from effbench.stats.intervals import spread_interval
@@ -247,9 +248,9 @@ def _bounds(entry: Entry, values: np.ndarray) -> tuple[float, float] | tuple[Non
     """Return the interval of a mean over seeds, over their items too where these are known."""
     side = entry.side()
     if side is not None and side.same_items(side):
-        found = seeds_interval(side.values, side.outcomes[0].clusters)
+        found = seeds_interval(side.values, side.outcomes[0].clusters, bounds=side.bounds)
     elif np.ptp(values) > 0:
-        found = spread_interval(values)
+        found = spread_interval(values).within(bounds_of(entry.metrics[0].name))
     else:
         return None, None
     return found.low, found.high

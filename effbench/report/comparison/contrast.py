@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from effbench.results.bounds import bounds_of
 from effbench.results.records import Outcomes
 from effbench.stats import (
     Better,
+    Bounds,
     Difference,
     OverSeeds,
     Student,
@@ -41,6 +43,11 @@ class Side:
     def values(self) -> np.ndarray:
         """Outcomes as an array [seeds, items]."""
         return np.array([o.values for o in self.outcomes], dtype=np.float64)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the mean of a run can be."""
+        return bounds_of(self.outcomes[0].metric)
 
     def same_items(self, other: Side) -> bool:
         """Return whether all runs of both saw the same items."""
@@ -78,6 +85,7 @@ def contrast(a: Side, b: Side, margin: float | None = None, better: Better = "")
     x, y = a.values, b.values
     clusters = a.outcomes[0].clusters
     options: dict[str, Any] = {"clusters": clusters, "margin": margin, "better": better}
+    options["bounds"] = a.bounds
     items = paired_difference(x.mean(axis=0).tolist(), y.mean(axis=0).tolist(), **options)
     joint = _joint(a, b)
     if joint is None:
@@ -103,14 +111,14 @@ def _joint(a: Side, b: Side) -> Student | None:
     x, y, clusters = a.values, b.values, a.outcomes[0].clusters
     if a.group == b.group or (len(x) > 1 and _same_seeds(a, b)):
         pairs = [b.seeds.index(s) for s in a.seeds] if _same_seeds(a, b) else slice(None)
-        return paired_seeds(x, y[pairs], clusters) if len(x) > 1 else None
+        return paired_seeds(x, y[pairs], clusters, a.bounds) if len(x) > 1 else None
     if len(x) > 1 and len(y) > 1:
-        return seeds_and_items(x, y, clusters)
+        return seeds_and_items(x, y, clusters, bounds=a.bounds)
     if len(x) > 1 and b.seedless:
-        return seeds_and_items(x, y, clusters, fixed=True)
+        return seeds_and_items(x, y, clusters, fixed=True, bounds=a.bounds)
     if len(y) > 1 and a.seedless:
-        turned = seeds_and_items(y, x, clusters, fixed=True)
-        return Student(-turned.value, turned.error, turned.df)
+        turned = seeds_and_items(y, x, clusters, fixed=True, bounds=a.bounds)
+        return replace(turned, value=-turned.value)
     return None
 
 
