@@ -16,6 +16,7 @@ from effbench.report.tuning import Tuning, judged
 from effbench.results.records import Record
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.local import execute
+from effbench.runner.nursery import nursery
 from effbench.runner.objective import objective_in
 from effbench.runner.tuning import search
 from effbench.util.errors import UserError
@@ -55,7 +56,8 @@ def tune(
         return record
 
     results = Path(job(tuning.words(tuning.grid()[0])).runtime.results)
-    trials = search(tuning, trial)
+    with nursery():
+        trials = search(tuning, trial)
     name = hashlib.sha256(shlex.join(sorted(words)).encode()).hexdigest()[:12]
     Trials({shlex.join(words): trials}).write(trials_file(results, name))
     best = chosen(tuning, trials, records)

@@ -43,6 +43,9 @@ class Compresses(Method):
     """Whether an interrupted run sends calibration rows through its finished parts once more, in
     `put`, so that no activation has to be kept on disk."""
 
+    backward: ClassVar[bool] = False
+    """Whether calibration takes the gradients of all linears, of one row after the other."""
+
     @property
     def calibrates(self) -> bool:
         """Whether compression runs the model on training rows."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import resource
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 STATUS = Path("/proc/self/status")
+MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 CLEAR = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What, written to `CLEAR`, sets `VmHWM` to the present resident size (proc_pid_clear_refs(5))."""
@@ -126,6 +128,40 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             return int(torch.cuda.max_memory_allocated(self.device))
         return _status_bytes("VmHWM") if self._how == "resident" else _largest_so_far()
+
+
+@dataclass(frozen=True)
+class FilePages:
+    """Where this process has pages of files in memory, most of them code of libraries.
+
+    A process that it forks has all else, but these only from their next use on: what uses them
+    first would seem to need them.
+    """
+
+    addresses: list[int]
+
+    @classmethod
+    def resident(cls) -> FilePages:
+        """Return those that are in memory now (proc_pid_pagemap(5)).
+
+        Raises:
+            OSError: Where the system does not say.
+        """
+        found: list[int] = []
+        with PAGES.open("rb") as pages:
+            for line in MAPS.read_text().splitlines():
+                span, access, *_, path = line.split(maxsplit=5) if "/" in line else ("", "", "")
+                if access.startswith("r") and access.endswith("p") and path.startswith("/"):
+                    first, end = (int(place, 16) // mmap.PAGESIZE for place in span.split("-"))
+                    pages.seek(8 * first)
+                    entries = memoryview(pages.read(8 * (end - first))).cast("Q")
+                    found += [(first + n) * mmap.PAGESIZE for n, e in enumerate(entries) if e >> 63]
+        return cls(found)
+
+    def touch(self) -> None:
+        """Have them in memory in this process too, which was forked."""
+        for address in self.addresses:
+            ctypes.c_char.from_address(address).value  # noqa: B018
 
 
 def release() -> None:

@@ -175,7 +175,12 @@ class Peaks:
         }
 
     def compress(
-        self, weights: int, read: Pass | None = None, kernels: int = 0, held: int = 0
+        self,
+        weights: int,
+        read: Pass | None = None,
+        kernels: int = 0,
+        held: int = 0,
+        saved: Training | None = None,
     ) -> Components:
         """Return the peak of compressing one linear after the other, from `weights` bytes.
 
@@ -185,13 +190,22 @@ class Peaks:
                 input is squared in float32 on the way.
             kernels: Sizes of products that the process has computed (`kernels`).
             held: Bytes of activations and statistics that the method holds all the while.
+            saved: What a pass over the row keeps for the gradients of all linears, each of which is
+                squared in float32 and freed; None where there are none.
         """
         reading: float = 0
         if read is not None:
             d, m = self.shape.hidden_size, self.shape.intermediate_size
             reading = read.size * (transient(self.shape, self.element, False) + 8 * max(d, m))
-        highest = max(reading, self.expanded) + held
-        return {"weights": weights, **self._around(highest + _code(kernels))}
+        holes: float = 0
+        if read is not None and saved is not None:
+            kept = (
+                saved.layers * read.size + saved.fixed + saved.quadratic * read.size * read.tokens
+            )
+            kept += read.size * self.shape.vocab_size * saved.loss_bytes
+            reading, holes = kept + self.expanded, HOLES * kept
+        highest = max(reading, self.expanded) + held + _code(kernels)
+        return {"weights": weights, **self._around(highest, holes, trained=saved is not None)}
 
     def kernels(self, passes: Collection[Pass], products: int = 1, lengths: int = 0) -> int:
         """Return of how many sizes the products are that bring code with them.

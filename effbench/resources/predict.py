@@ -16,7 +16,7 @@ from effbench.api.cost import Cost, cost_of
 from effbench.api.footprint import POINTS_AT_ONCE, Pass, held_flops, step_flops, training_of
 from effbench.api.method_types import CALIBRATION_ROWS
 from effbench.api.plugins import make_evaluator
-from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
+from effbench.api.shape import DTYPE_BYTES, LINEARS, AnyShape, ModelShape
 from effbench.api.spec import Machine, Parallelism, Spec
 from effbench.api.weights import is_packed
 from effbench.config.compose import compose
@@ -328,13 +328,14 @@ def _phases(
         found["train"] = max(steps, key=_total)
     if spec.stage == "compress":
         weights = shapes.before.resident_bytes if shapes.before else shapes.start.params * size
-        longest, tokens = None, 0
+        longest, tokens, graded = None, 0, None
         if isinstance(own, Compresses) and own.calibrates:
             longest = max(work.calibrate, key=lambda p: p.size, default=None)
-            kernels = start.kernels(work.calibrate, lengths=work.lengths)
+            graded = training_of(_graded(shapes.start), dtype) if own.backward else None
+            kernels = start.kernels(work.calibrate, 3 if graded else 1, work.lengths)
             tokens = CALIBRATION_ROWS * (longest.size if longest else 0)
         held = own.held(shapes.start, tokens, size) if isinstance(own, Compresses) else 0
-        found["compress"] = start.compress(weights, longest, kernels, held)
+        found["compress"] = start.compress(weights, longest, kernels, held, graded)
     if spec.evaluators:
         every = not all(own.forward(point).shares_prefixes for point in own.points())
         passes = work.evaluate or (Pass("score", 1, 1, 1),)
@@ -351,6 +352,12 @@ def _phases(
             key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
+
+
+def _graded(shape: AnyShape) -> ModelShape:
+    """Return a model of whose blocks all linears have gradients, and nothing else."""
+    model = ModelShape.of(shape)
+    return model.map_linears(lambda _, x: replace(x, trains=True), model.chosen(LINEARS))
 
 
 def _total(memory: Components) -> float:

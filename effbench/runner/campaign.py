@@ -23,6 +23,7 @@ from effbench.results.store import Store
 from effbench.results.tunings import Trials, trials_file
 from effbench.runner.ahead import ahead
 from effbench.runner.local import execute
+from effbench.runner.nursery import nursery
 from effbench.runner.tuning import search
 from effbench.util.files import write_atomic
 
@@ -41,7 +42,17 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
         RunFailedError: When a run failed or was interrupted; the same command goes on from there.
     """
     say(ahead(campaign, results).sentence())
+    with nursery():
+        keys = _made(campaign, results, say)
+    path = campaign.manifest(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(keys, indent=1) + "\n")
+
+
+def _made(campaign: Campaign, results: Path, say: Say) -> dict[str, list[str]]:
+    """Return the keys of the runs of each arm, after all were made."""
     runs = _Runs(campaign, results, say, _start(campaign.start, results, say))
+    runs.check()
     if campaign.tune:
         runs.tune(campaign.tune)
     arms = campaign.tuned_arms(results)
@@ -51,9 +62,7 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
             key = runs.chain(steps, seed)
             if key not in keys.setdefault(arm, []):
                 keys[arm].append(key)
-    path = campaign.manifest(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(keys, indent=1) + "\n")
+    return keys
 
 
 def _start(experiment: str, results: Path, say: Say) -> str:
@@ -80,6 +89,36 @@ class _Runs:
     start: str
     """Key of the run that all arms go on from; empty without."""
 
+    def check(self) -> None:
+        """Compose the first command of each arm, so that what is wrong with it is said by now.
+
+        Raises:
+            UserError: When one is no command of what all arms go on from.
+        """
+        for steps in self.campaign.arms.values():
+            stage, *words = self._words(steps[0], 0, self.start, self.campaign.seeds[0])
+            compose(stage, [*words, *_place(self.results)])
+
+    def _words(self, step: str, number: int, key: str, seed: int) -> list[str]:
+        """Return a command of an arm as it is run.
+
+        Args:
+            step: The command.
+            number: Which of its arm; 0 is the first.
+            key: Of the run that it goes on from; empty for none.
+            seed: Of a run that has one.
+        """
+        stage, *words = step.split()
+        # A run that only reads out what was trained has its data from there.
+        shared = not (stage == "eval" and number)
+        return [
+            stage,
+            *([f"experiment={self.campaign.experiment}"] if shared else []),
+            *([f"from={key}"] if key else []),
+            *words,
+            *([] if stage == "eval" else [f"seed={seed}"]),
+        ]
+
     def chain(self, steps: Sequence[str], seed: int, split: str = "") -> str:
         """Return the key of the last run of an arm, after all of them were made.
 
@@ -90,15 +129,7 @@ class _Runs:
         """
         key = self.start
         for number, step in enumerate(steps):
-            stage, *words = step.split()
-            # A run that only reads out what was trained has its data from there.
-            shared = not (stage == "eval" and number)
-            words = [
-                *([f"experiment={self.campaign.experiment}"] if shared else []),
-                *([f"from={key}"] if key else []),
-                *words,
-                *([] if stage == "eval" else [f"seed={seed}"]),
-            ]
+            stage, *words = self._words(step, number, key, seed)
             place = _place(self.results)
             if split and number == len(steps) - 1:
                 words += judged(compose(stage, [*words, *place]).spec.evaluators, split, words)

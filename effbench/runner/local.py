@@ -1,4 +1,4 @@
-"""A fresh process per run, so that memory peaks and random states are its own."""
+"""A process per run, so that memory peaks and random states are its own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job
 from effbench.results.records import Record, read
 from effbench.results.store import Store
+from effbench.runner.nursery import Child, Nursery, nursery_for
 from effbench.runner.progress import PACE
-from effbench.runner.signals import ASKED, passed_on
-from effbench.runner.worker import INTERRUPTED, REASON
+from effbench.runner.signals import ASKED, INTERRUPTED, passed_on
+from effbench.runner.worker import REASON
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.wrap import write
 
+Process = subprocess.Popen[str] | Child
+"""Of one run."""
+
+STDERR = 2
+"""Number of this process's own standard error."""
 REFUSED = 2
 """Exit status of a run that the user can mend; `effbench.runner.worker` gives it."""
 
@@ -74,8 +81,9 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
         return record
     # -P: a stray file in the current folder is no module of ours.
     command = [sys.executable, "-P", "-m", "effbench.runner.worker_process"]
+    home = None if hands.began else nursery_for(job.spec.hardware.device)
     with TemporaryFile() as told:
-        status = _run_process(command, json.dumps(plain(job)), told.fileno(), hands)
+        status = _run_process(command, json.dumps(plain(job)), told.fileno(), hands, home)
         told.seek(0)
         reason = told.read().decode()
     if status == REFUSED:
@@ -119,43 +127,81 @@ def _ended_by(number: int) -> Exception:
     )
 
 
-def _run_process(command: Sequence[str], text: str, reason: int, hands: Hands) -> int:
-    """Run a command with `text` on its standard input; signals let it save before it ends.
+def _run_process(
+    command: Sequence[str], text: str, reason: int, hands: Hands, home: Nursery | None = None
+) -> int:
+    """Run a job in a process and return its exit status; signals let it save before it ends.
+
+    Args:
+        command: The words of a fresh process.
+        text: The job, which that reads.
+        reason: Number of an open file that the reason of a failure is written to.
+        hands: What it is given.
+        home: What it is forked from instead, where that can be done.
+
+    Raises:
+        RunFailedError: When Ctrl-C came before there was a process.
+    """
+    variables = {**({PACE: "1"} if hands.listen else {}), **hands.environment}
+    errors, theirs = _pipe() if hands.listen else (None, STDERR)
+    with closing(errors) if errors else nullcontext():
+        try:
+            process: Process = (home and home.fork(text, variables, [theirs, reason])) or _started(
+                command, variables, reason, theirs, bool(hands.began)
+            )
+        finally:
+            if errors:
+                os.close(theirs)
+        if hands.began and isinstance(process, subprocess.Popen):
+            hands.began(process)
+        with process, passed_on(process):
+            while True:
+                try:
+                    _give(process, text)
+                    _hear(errors, hands.listen)
+                    return process.wait()
+                except KeyboardInterrupt:
+                    continue
+
+
+def _started(
+    command: Sequence[str], variables: Mapping[str, str], reason: int, errors: int, apart: bool
+) -> subprocess.Popen[str]:
+    """Start a run's process from the ground up.
 
     Args:
         command: The words of it.
-        text: What it reads.
+        variables: Its environment beside that of this process.
         reason: Number of an open file that the reason of a failure is written to.
-        hands: What it is given.
+        errors: Number of that of its standard error.
+        apart: Whether it is in a group of its own.
     """
-    pace = {PACE: "1"} if hands.listen else {}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE if hands.listen else None,
+        stderr=errors,
         text=True,
-        errors="replace",
         pass_fds=[reason],
-        env={**os.environ, **pace, **hands.environment, REASON: str(reason)},
-        process_group=0 if hands.began else None,
+        env={**os.environ, **variables, REASON: str(reason)},
+        process_group=0 if apart else None,
     )
-    if hands.began:
-        hands.began(process)
-    with process, passed_on(process):
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, and says why itself
+
+
+def _give(process: Process, text: str) -> None:
+    """Write a job to the standard input of a process that has not had it, and close that."""
+    if isinstance(process, subprocess.Popen) and process.stdin and not process.stdin.closed:
+        with suppress(BrokenPipeError), process.stdin:  # it has ended, and says why itself
             process.stdin.write(text)
-            process.stdin.close()
-        while True:
-            try:
-                _hear(process, hands.listen)
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
 
 
-def _hear(process: subprocess.Popen[str], listen: Callable[[str], None] | None) -> None:
+def _pipe() -> tuple[IO[str], int]:
+    """Return where standard error is read, and the number of where it is written."""
+    read_end, write_end = os.pipe()
+    return os.fdopen(read_end, errors="replace"), write_end
+
+
+def _hear(errors: IO[str] | None, listen: Callable[[str], None] | None) -> None:
     """Pass on what a process says, until it says no more."""
-    if listen and process.stderr:
-        for line in process.stderr:
+    if errors and listen:
+        for line in errors:
             listen(line.rstrip("\n"))

@@ -128,7 +128,8 @@ def _put_in(run: Run, model: torch.nn.Module, shape: AnyShape) -> torch.nn.Modul
     count = len(lineage.earlier)
     after = [*lineage.earlier[1:], *lineage.methods[count:], None]
     shapes = [shape, *chain_shapes(lineage.earlier, shape, lineage.artefacts, after[count - 1])]
-    for place, (method, made_by) in enumerate(zip(lineage.earlier, lineage.made_by, strict=True)):
+    made = zip(lineage.methods, lineage.made_by, strict=False)  # the last as it is evaluated
+    for place, (method, made_by) in enumerate(made):
         if place and is_packed(method.weights):
             pack_linears(model, find(method.weights)(), run.dtype)
         artefact = made_by.check_artefact(whole=True)

@@ -16,6 +16,7 @@ from effbench.api.spec import Job
 from effbench.results.store import RunFolder, Store
 from effbench.runner.signals import ASKED, end_with_parent
 from effbench.runner.worker import quiet_libraries
+from effbench.util.ending import leave
 from effbench.util.errors import StoppedError, UserError
 
 
@@ -66,4 +67,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, *ASKED):
         signal.signal(number, signal.SIG_IGN)  # the run's own process decides, and tells
     end_with_parent(signal.SIGKILL)
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()))
+    leave(main(Path(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()))

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 ASKED = tuple(
     getattr(signal, name)
@@ -23,6 +22,15 @@ ASKED = tuple(
 """Signals of who wants the run to end, beside Ctrl-C; the last two are a scheduler's."""
 PARENT_DEATH = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
+INTERRUPTED = 130
+"""Exit status of a run that was asked to stop."""
+
+
+class Process(Protocol):
+    """What a signal can be passed on to."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal."""
 
 
 class Stop:
@@ -48,7 +56,7 @@ def stop_signal() -> Iterator[Stop]:
 
 
 @contextmanager
-def passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
+def passed_on(process: Process) -> Iterator[None]:
     """Pass signals on to a process; Ctrl-C it gets by itself, from the terminal.
 
     What a signal was to do here besides, as to put a job back into its queue, it does when the

@@ -17,12 +17,11 @@ from effbench.api.spec import Job
 from effbench.api.stages import base as stages
 from effbench.results.store import RunFolder, Store
 from effbench.runner.progress import Progress
+from effbench.runner.signals import INTERRUPTED
 from effbench.util.errors import StoppedError, UserError, ran_out_of_memory
 from effbench.util.files import places
 from effbench.util.wrap import write
 
-INTERRUPTED = 130
-"""Exit status of a run that was asked to stop."""
 REASON = "EFFBENCH_REASON_FD"
 """Variable with the number of an open file for the reason of a failure, besides standard error."""
 FITTING = (
@@ -34,7 +33,12 @@ FITTING = (
 
 def main() -> int:
     """Run the job on standard input and return the exit status."""
-    job = build(Job, json.loads(sys.stdin.read()), "job")
+    return run_text(sys.stdin.read())
+
+
+def run_text(text: str) -> int:
+    """Run a job, given as JSON, and return the exit status."""
+    job = build(Job, json.loads(text), "job")
     try:
         with places():
             run_here(job)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from effbench.runner.signals import end_with_parent, interrupt_when_asked
+from effbench.runner.signals import INTERRUPTED, end_with_parent, interrupt_when_asked
+from effbench.util.ending import leave
 
 
 def main() -> int:
@@ -17,8 +18,8 @@ def main() -> int:
         return worker.main()
     except KeyboardInterrupt:
         sys.stderr.write("Stopped before the run began.\n")
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPE, batch_of, context, tiny_model
+from conftest import Bench
+from helpers import SHAPE, HeldBytes, batch_of, context, some_ids, tiny_model
 
 from effbench.api.batch import make_batch
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass, training_of
 from effbench.api.points import UNNAMED, find_point
+from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost
 from effbench.methods.compresses import compress_whole
-from effbench.methods.quant.any_precision import AnyPrecision, Width
-from effbench.nn.quant import planes
+from effbench.methods.quant.any_precision import AnyPrecision, Mixed, Width
+from effbench.nn.quant import mixed, planes
 from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
 from effbench.nn.quant.linears import dense_linears, expanded_once, storage_bytes
 from effbench.nn.quant.nested_linear import NestedLinear
 from effbench.nn.quant.sensitivity import squared_gradients
+from effbench.resources import predict
+from effbench.resources.peaks import Peaks
+from effbench.testing.bench import without_evaluation
+from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
+from effbench.util.tensor_files import stored_bytes
 
 IDS = torch.arange(3, 23).view(2, 10)
 WIDTHS = range(3, 9)
@@ -53,6 +63,20 @@ def test_the_plan_counts_the_sensitivities() -> None:
     found = squared_gradients(tiny_model().eval(), [batch_of()])
     held = sum(f.numel() * f.element_size() for f in found.values())
     assert AnyPrecision().held(SHAPE, 0, 4) == held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_the_backward_pass(dtype: str) -> None:
+    model = tiny_model(dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    row = some_ids(1, 200)[0].tolist()
+    with HeldBytes() as held:
+        squared_gradients(model, [make_batch([(row, row)], 0)])
+    element = getattr(torch, dtype).itemsize
+    saved = training_of(predict._graded(SHAPE), dtype)
+    sums = AnyPrecision().held(SHAPE, 200, element)
+    peaks = Peaks(SHAPE, element, cpu=False)
+    planned = peaks.compress(0, Pass("score", 1, 200, 1), 0, sums, saved)
+    assert held.peak <= sum(planned.values()) < 1.1 * held.peak
 
 
 def test_sensitivities_are_the_squares_of_each_sequence_s_own_gradient() -> None:
@@ -250,3 +274,153 @@ def test_calibration_rows_are_the_first_or_drawn_by_the_seed() -> None:
     assert rows[0] == rows[1] != rows[2]
     assert all(len(set(some)) == 64 and max(some) < 200 and some == sorted(some) for some in rows)
     assert drawn.calibration_rows(9, 3) == list(range(9))
+
+
+# -- widths for a budget ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def budgeted() -> tuple[AnyPrecision, Any]:
+    sizes = mixed.sizes_of(SHAPE, AnyPrecisionCodes(5, 3)).values()
+    method = AnyPrecision(bits=5, budget=sum(s[1] for s in sizes))  # what 4 bits take
+    return method, compressed(method)
+
+
+def at_point(method: AnyPrecision, model: Any, point: Any) -> torch.Tensor:
+    with method.at(model, point), torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def test_each_linear_is_read_at_the_width_that_loses_least_within_the_budget(
+    budgeted: tuple[AnyPrecision, Any],
+) -> None:
+    """Losses from scratch, for rows of the first batch; any other widths that fit lose more."""
+    method, model = budgeted
+    dense = tiny_model().eval()
+    f = squared_gradients(dense, [batch_of()])
+    groups, losses = mixed.groups(model), vars(model)[mixed.WIDTHS].losses
+    with method.at(model, Mixed()):
+        own = {groups[n]: m.bits for n, m in model.named_modules() if isinstance(m, NestedLinear)}
+    for bits in (3, 4, 5):
+        with method.at(model, Width(bits)):
+            for name, linear in dense_linears(dense):
+                error = (
+                    model.get_submodule(name).dense_weight(torch.float64) - linear.weight.detach()
+                )
+                lost = float((error.square() * f[name]).sum())
+                assert losses[groups[name]][bits - 3] == pytest.approx(lost, rel=1e-5)
+    sizes = mixed.sizes_of(SHAPE, method.format)
+    taken = sum(sizes[g][b - 3] for g, b in own.items())
+    lost = sum(losses[g][b - 3] for g, b in own.items())
+    assert len(set(own.values())) > 1
+    assert 0.95 * method.budget < taken <= method.budget
+    assert lost < sum(x[1] for x in losses.values()), "no better than 4 bits everywhere"
+    for raised in own:
+        for lowered in own:
+            other = own | {raised: own[raised] + 1, lowered: own[lowered] - 1}
+            fits = sum(sizes[g][b - 3] for g, b in other.items() if 3 <= b <= 5)
+            if raised != lowered and set(other.values()) <= {3, 4, 5} and fits <= method.budget:
+                assert sum(losses[g][b - 3] for g, b in other.items()) >= lost
+
+
+def test_the_mixed_point_leaves_no_trace_and_stands_beside_the_others(
+    budgeted: tuple[AnyPrecision, Any],
+) -> None:
+    method, model = budgeted
+    assert [p.name for p in method.points()] == ["b3", "b4", "b5", "mixed"]
+    first = [at_point(method, model, p) for p in method.points()]
+    with method.at(model, Mixed()):
+        assert at_point(method, model, Width(3)).equal(first[0])
+        with torch.no_grad():
+            assert model(IDS).logits.equal(first[3])
+    assert [
+        at_point(method, model, p).equal(x) for p, x in zip(method.points(), first, strict=True)
+    ]
+    assert not any(first[3].equal(x) for x in first[:3])
+
+
+def test_planned_bytes_are_those_that_are_saved_and_held(
+    budgeted: tuple[AnyPrecision, Any], tmp_path: Path
+) -> None:
+    method, model = budgeted
+    method.save(model, tmp_path)
+    expected = at_point(method, model, Mixed())
+    whole = method.load(tiny_model().eval(), tmp_path, context())
+    assert at_point(method, whole, Mixed()).equal(expected)
+    alone = AnyPrecision(bits=5, budget=method.budget, load_mixed=True)
+    loaded: Any = alone.load(tiny_model().eval(), tmp_path, context())
+    assert alone.points() == (Mixed(),)
+    assert at_point(alone, loaded, Mixed()).equal(at_point(alone, loaded, UNNAMED))
+    assert at_point(alone, loaded, Mixed()).equal(expected)
+    base = ModelShape.of(SHAPE)
+    left = alone.shape(base, Mixed(), "use", tmp_path)
+    assert cost_of(left, "float32").resident_bytes == storage_bytes(loaded)
+    again = tmp_path / "again"
+    again.mkdir()
+    alone.save(loaded, again)
+    saved = sum(stored_bytes(again / "weights.safetensors").values())
+    read = cost_of(method.shape(base, Mixed(), "use", tmp_path), "float32").bytes_per_token
+    dense = cost_of(base, "float32")
+    rest = dense.bytes_per_token - 4 * SHAPE.linear_params
+    assert saved == read - rest <= method.budget
+    guess = cost_of(method.shape(base, Mixed(), "use", None), "float32").bytes_per_token - rest
+    assert 0.95 * method.budget < guess <= method.budget
+
+
+def test_another_budget_is_chosen_when_the_artefact_is_read(
+    budgeted: tuple[AnyPrecision, Any], tmp_path: Path
+) -> None:
+    method, model = budgeted
+    method.save(model, tmp_path)
+    less = replace(method, budget=method.budget * 9 // 10)
+    loaded: Any = less.load(tiny_model().eval(), tmp_path, context())
+    found, before = (vars(m)[mixed.WIDTHS] for m in (loaded, model))
+    sizes = mixed.sizes_of(SHAPE, method.format)
+    assert found.widths == mixed.allot(sizes, before.losses, 3, less.budget) != before.widths
+    own = {
+        mixed.groups(loaded)[n]: x.own_bits
+        for n, x in loaded.named_modules()
+        if hasattr(x, "own_bits")
+    }
+    assert own == found.widths
+    low = replace(method, load_bits=4).load(tiny_model().eval(), tmp_path, context())
+    assert set(vars(low)[mixed.WIDTHS].widths.values()) == {4}
+
+
+def test_budgets_that_mean_nothing_are_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"budget=99 bytes are too few: 3 bits take") as error:
+        AnyPrecision(budget=99).resolve(SHAPE)
+    assert error.value.hint.startswith("Give from ")
+    with pytest.raises(UserError, match="of which there is none"):
+        AnyPrecision(load_mixed=True)
+    with pytest.raises(UserError, match="does not load"):
+        AnyPrecision(load_mixed=True, budget=9, eval_bits=(3,))
+    with pytest.raises(UserError, match="about an artefact"):
+        compressed(AnyPrecision(budget=10**6, load_mixed=True))
+    AnyPrecision().save(model, tmp_path)
+    with pytest.raises(UserError, match="does not say what each width loses") as error:
+        AnyPrecision(budget=10**6).load(tiny_model().eval(), tmp_path, context())
+    assert "method.budget=BYTES" in error.value.hint
+    for text, said in (
+        ("{", "cannot be read"),
+        ('{"budget": 1, "widths": {}, "losses": {}}', "fit"),
+    ):
+        (tmp_path / mixed.FILE).write_text(text)
+        with pytest.raises(UserError, match=said):
+            AnyPrecision(budget=10**6).load(tiny_model().eval(), tmp_path, context())
+
+
+def test_an_evaluation_holds_what_it_asks_for_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_evaluation(monkeypatch)
+    small = ["method=any_precision", "method.bits=4", "method.budget=110000"]
+    made = bench.run("compress", *small, "dataset.limit.train=4", "hardware.dtype=float32")
+    again = bench.run("eval", f"from={made.key}", "method.load_mixed=true")
+    [whole], [mixed_alone] = (
+        [m.value for m in record.metrics if m.name == "resident_bytes"] for record in (made, again)
+    )
+    model = ModelShape.of(tiny_shape())
+    rest = cost_of(model, "float32").resident_bytes - 4 * model.linear_params
+    assert whole - rest > 1.5 * 110000
+    assert 0.95 * 110000 < mixed_alone - rest <= 110000

@@ -41,6 +41,17 @@ def finished(job: Job) -> Record:
     return own
 
 
+def test_a_command_that_does_not_go_on_from_the_start_is_said_before_any_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ab.yaml").write_text(TEXT.replace("[eval]", "[eval method=none]"))
+    found, made = campaign_in(tmp_path / "ab.yaml"), list[Job]()
+    monkeypatch.setattr(campaign, "execute", lambda job: made.append(job) or finished(job))
+    with pytest.raises(UserError, match="already fixes the method"):
+        campaign.run(found, tmp_path, lambda line: None)
+    assert [job.spec.model.name for job in made] == ["mini"]
+
+
 def test_all_arms_begin_with_the_start_and_have_the_best_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

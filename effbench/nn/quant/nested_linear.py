@@ -23,7 +23,8 @@ class NestedLinear(QuantisedLinear):
 
     Buffers: `planes` [B, N, ⌈K / 8⌉] uint8 (`effbench.nn.quant.planes` says how they lie), and for
     each width b a `table_<b>` [N, 2^b] float16. A product at b bits reads the first b planes and
-    one table, and nothing else.
+    one table, and nothing else. `own_bits` is the layer's width where widths are chosen for a
+    budget (`effbench.nn.quant.mixed`).
 
     Args:
         linear: The layer it stands for.
@@ -36,7 +37,7 @@ class NestedLinear(QuantisedLinear):
     def __init__(self, linear: torch.nn.Linear, seed_bits: int, parent_bits: int) -> None:
         super().__init__(linear)
         self.seed_bits = seed_bits
-        self.parent_bits = self.bits = parent_bits
+        self.parent_bits = self.bits = self.own_bits = parent_bits
 
     @classmethod
     def quantise(
@@ -100,6 +101,21 @@ class NestedLinear(QuantisedLinear):
         codes = planes.unpack(self.planes[: self.bits], self.in_features)
         return self.table.to(dtype).gather(1, codes.long())
 
+    def measure(self, weight: torch.Tensor, sensitivity: torch.Tensor) -> torch.Tensor:
+        """Return what each width loses, [widths] float64: the sum of F (w - ŵ)^2.
+
+        Args:
+            weight: W, [N, K].
+            sensitivity: F, [N, K].
+        """
+        codes = planes.unpack(self.planes, self.in_features).long()
+        found = []
+        for bits in range(self.seed_bits, self.parent_bits + 1):
+            level = self.get_buffer(f"table_{bits}").float()
+            lost = level.gather(1, codes >> (self.parent_bits - bits)) - weight.float()
+            found.append((lost.square_() * sensitivity).sum(dtype=torch.float64))
+        return torch.stack(found)
+
     def layout(self) -> Layout | None:
         """Return how the planes of the current width lie; None where rows do not fill blocks."""
         if self.in_features % ALIGNED:
@@ -139,8 +155,8 @@ def load_lowest(targets: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 @contextmanager
-def read_at(model: torch.nn.Module, bits: int) -> Iterator[None]:
-    """Read all nested linears of a model at one width inside the context.
+def read_at(model: torch.nn.Module, bits: int | None) -> Iterator[None]:
+    """Read all nested linears of a model at one width inside the context; None is each at its own.
 
     Raises:
         ValueError: For a width that was not built.
@@ -148,7 +164,7 @@ def read_at(model: torch.nn.Module, bits: int) -> Iterator[None]:
     before = [(m, m.bits) for m in model.modules() if isinstance(m, NestedLinear)]
     try:
         for layer, _ in before:
-            layer.use(bits)
+            layer.use(layer.own_bits if bits is None else bits)
         yield
     finally:
         for layer, width in before:

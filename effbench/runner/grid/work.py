@@ -20,8 +20,9 @@ from effbench.runner.grid.room import need_of, this_machine
 from effbench.runner.grid.schedule import Schedule
 from effbench.runner.grid.screen import Screen
 from effbench.runner.local import Hands, execute, record_of
+from effbench.runner.nursery import nursery
 from effbench.runner.objective import Objective
-from effbench.runner.worker import INTERRUPTED
+from effbench.runner.signals import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
 from effbench.util.wrap import write
 
@@ -147,7 +148,8 @@ def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
             if cell.state == "failed":
                 screen.ended(cell)
         if jobs == 1:
-            schedule.in_turn()
+            with nursery():
+                schedule.in_turn()
         else:
             schedule.side_by_side(jobs, this_machine(jobs), lambda c: need_of(cells.jobs[c.number]))
     keep_ended(cells, folder)

@@ -27,9 +27,18 @@ class AnyPrecisionCodes(Packed):
         """Return the same in memory, read at another width."""
         return replace(self, width=bits)
 
+    @property
+    def widths(self) -> range:
+        """All widths, the lowest first."""
+        return range(self.seed_bits, self.bits + 1)
+
+    def reads(self, d_in: int, d_out: int) -> list[int]:
+        """Return the bytes that one product reads at each of the widths."""
+        return [self.at(b).read_bytes(d_in, d_out, 0) for b in self.widths]
+
     def bytes(self, d_in: int, d_out: int, element: int) -> int:
         """Return the bytes of all planes and of the tables of all widths."""
-        tables = sum(table_bytes(d_out, b) for b in range(self.seed_bits, self.bits + 1))
+        tables = sum(table_bytes(d_out, b) for b in self.widths)
         return self.bits * d_out * plane_bytes(d_in) + tables
 
     def read_bytes(self, d_in: int, d_out: int, element: int) -> int:
