@@ -25,6 +25,7 @@ from effbench.cli.main import app
 from effbench.config.compose import compose
 from effbench.config.files import groups
 from effbench.config.overrides import check_overrides
+from effbench.config.start import split_words
 from effbench.methods.base import Method
 from effbench.methods.calibrates import CompressesBlocks
 from effbench.methods.compresses import Compresses, CompressesLinears
@@ -194,9 +195,10 @@ def points(stage: str, words: list[str], options: dict[str, Any]) -> list[list[s
     words = [w for w in words if not w.startswith(("launcher=", "hydra.launcher.", "sweep."))]
     if not (options.get("multirun") or elsewhere):
         return [words]
+    files, words = split_words(words)
     grid = expanded(listed(words))
     assert grid
-    return [grid[0], grid[-1]]
+    return [[*map(str, files), *grid[0]], [*map(str, files), *grid[-1]]]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from effbench.api.parts import Adapter, LayerShape, Linear, Norm, Readout, Recurrence, Share
+from effbench.api.parts import Adapter, Cache, LayerShape, Linear, Norm, Readout, Recurrence, Share
 from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import COMPUTE
 
@@ -34,10 +35,24 @@ class Cost:
     """Bytes of cache that a sequence has however long it is: those of states."""
     saving: Saving = "none"
     """Whether smaller figures here are real on the device or only modelled."""
+    caches: tuple[tuple[Cache, int], ...] = ()
+    """What layers keep of the tokens read, and how many of them do."""
+    element: int = 0
+    """Bytes of an element of the compute dtype."""
 
-    def cached(self, tokens: float, sequences: int = 1) -> float:
-        """Return the bytes of the caches of some sequences that have so many tokens in all."""
-        return tokens * self.kv_bytes_per_token + sequences * self.kv_bytes_per_sequence
+    def cached(self, tokens: float, sequences: int = 1, prompt: int = 0) -> float:
+        """Return the bytes of the caches of some sequences.
+
+        Args:
+            tokens: Of each.
+            sequences: How many there are.
+            prompt: The first tokens of each, that were read as a prompt.
+        """
+        return sequences * sum(n * c.bytes(tokens, self.element, prompt) for c, n in self.caches)
+
+    def told(self) -> dict[str, float | str]:
+        """Return the numbers that a record has of it."""
+        return {k: v for k, v in vars(self).items() if k not in ("caches", "element")}
 
 
 class Piece(NamedTuple):
@@ -68,6 +83,8 @@ def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
         flops_per_token=_plain(sum(p.flops for p in pieces)),
         kv_bytes_per_token=model.kv_bytes_per_token(element),
         kv_bytes_per_sequence=model.kv_bytes_per_sequence(element),
+        caches=tuple(Counter(x.mixer.cache for x in model.layers if x.mixer).items()),
+        element=element,
     )
     return replace(cost, saving=_saving(model, cost, cost_of(base, dtype))) if base else cost
 
@@ -85,10 +102,11 @@ def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:
     return "physical" if smaller or model.formats else "none"
 
 
-def cache_bytes(shape: AnyShape, dtype: str, tokens: int, sequences: int = 1) -> float:
-    """Return the bytes of the caches of so many sequences of so many tokens each."""
-    caches = (x.mixer.cache for x in shape.layers if x.mixer)
-    return sequences * sum(c.bytes(tokens, DTYPE_BYTES[dtype]) for c in caches)
+def cache_bytes(
+    shape: AnyShape, dtype: str, tokens: int, sequences: int = 1, prompt: int = 0
+) -> float:
+    """Return the bytes of the caches of so many sequences of so many tokens; see `Cost.cached`."""
+    return cost_of(shape, dtype).cached(tokens, sequences, prompt)
 
 
 def _pieces(model: ModelShape, element: int) -> Iterator[Piece]:
@@ -124,6 +142,8 @@ def _layer(layer: LayerShape, element: int) -> Iterator[Piece]:
 def _readout(readout: Readout, element: int) -> Iterator[Piece]:
     reads = readout.runs if readout.reads is None else readout.reads
     yield _norm(readout.norm, element, reads)
+    for linear in readout.before:
+        yield from _linear(linear, element, readout.runs, reads)
     weight, bias = _linear(readout.head, element, readout.runs, reads)
     yield weight._replace(params=0, trainable=0, resident=0) if readout.tied else weight
     yield bias

@@ -55,6 +55,8 @@ class Pass:
     """Positions of each, padding included; for `decode` those in the cache at the end."""
     counted: int
     """Positions whose logits are needed, in all."""
+    prompt: int = 0
+    """For `decode`, the first positions of each, that were read as a prompt."""
 
     @property
     def size(self) -> int:
@@ -145,7 +147,7 @@ def training_of(shape: AnyShape, dtype: str) -> Training:
             2 * sum(count.attention(i) for i in range(count.lowest, model.num_layers))
         )
         * backward,
-        head=2 * model.vocab_size * model.hidden_size,
+        head=2 * model.head_products,
         heads=(2 * loss.exits or 1 + loss.again) * loss.reads_out,
         head_gradients=count.head_gradients * loss.reads_out * backward,
         every=loss.every or any(x.bypass and x.bypass.active for x in model.layers),
@@ -161,7 +163,7 @@ def training_of(shape: AnyShape, dtype: str) -> Training:
 def largest_trained(model: ModelShape) -> int:
     """Return the parameters of the largest single tensor that trains."""
     linears = [x for layer in model.layers for x in layer.linears]
-    own = [x.d_in * x.d_out for x in (*linears, model.embed, model.readout.head) if x.trains]
+    own = [x.d_in * x.d_out for x in (*linears, model.embed, *model.readout.linears) if x.trains]
     adapters = [x.adapter for x in linears if x.adapter and x.adapter.trains]
     return max([*own, *(f.params for a in adapters for f in a.factors)], default=0)
 
@@ -282,7 +284,7 @@ class Counted:
             return 0
         layers = (layer for layer in self.model.layers if layer.runs)
         run = sum(x.params for layer in layers for x in layer.linears if x.active)
-        return self.element * (run + self.model.vocab_size * self.model.hidden_size)
+        return self.element * (run + self.model.head_products)
 
     # -- work ----------------------------------------------------------------------------------
 
@@ -428,7 +430,7 @@ def held_flops(held: AnyShape, of: ModelShape, tokens: int) -> float:
         of: The model that trains.
         tokens: Position that attention counts as.
     """
-    again = 2 * held.vocab_size * held.hidden_size if of.objective.held_again else 0
+    again = 2 * held.head_products if of.objective.held_again else 0
     return held.flops_per_token(tokens) + again
 
 

@@ -173,10 +173,14 @@ class Cache:
     """Elements per sequence however long it is: a state."""
     window: int | None = None
     """Most tokens that are kept; None keeps all."""
+    prompt: int | None = None
+    """Most tokens of a prompt that are kept, and all later ones; None keeps all."""
     element: float = 0
     """Bytes of an element; 0 takes the compute dtype's."""
     recent: int = 0
     """Last tokens whose elements are in the compute dtype all the same."""
+    group: int = 1
+    """Tokens that leave them together."""
 
     @property
     def per_token(self) -> Share:
@@ -187,11 +191,19 @@ class Cache:
         """Return the cache that a share of the tokens enters."""
         return replace(self, keys=self.keys * share, values=self.values * share)
 
-    def bytes(self, tokens: int, element: int) -> float:
-        """Return the bytes of one sequence of so many tokens."""
-        kept = tokens if self.window is None else min(tokens, self.window)
+    def bytes(self, tokens: float, element: int, prompt: int = 0) -> float:
+        """Return the bytes of one sequence.
+
+        Args:
+            tokens: That have come in.
+            element: Bytes of an element of the compute dtype.
+            prompt: The first of them, that were read as a prompt.
+        """
+        gone = 0 if self.prompt is None else max(0, prompt - self.prompt)
+        kept = tokens - gone if self.window is None else min(tokens - gone, self.window)
         held = self.element or element
-        late = self.per_token * min(kept, self.recent) * (element - held)
+        coded = max(0, kept - self.recent) // self.group * self.group
+        late = self.per_token * (kept - coded) * (element - held) if self.recent else 0
         return float((self.per_token * kept + self.constant) * held + late)
 
 
@@ -402,6 +414,13 @@ class LayerShape:
         cache = replace(self.mixer.cache, window=tokens)
         return replace(self, mixer=replace(self.mixer, cache=cache))
 
+    def keeping(self, tokens: int) -> LayerShape:
+        """Return the layer with a cache that keeps so many tokens of a prompt, and later ones."""
+        if self.mixer is None:
+            return self
+        cache = replace(self.mixer.cache, prompt=tokens)
+        return replace(self, mixer=replace(self.mixer, cache=cache))
+
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:
         """Return the layer computed `runs` times per token, its weights read `reads` times."""
         mixer = self.mixer and replace(self.mixer, runs=runs, reads=reads)
@@ -426,6 +445,34 @@ class Readout:
     """How often it is computed per token."""
     reads: Share | None = None
     """How often its weights are read per token; None is `runs`."""
+    before: tuple[Linear, ...] = ()
+    """Linears that the head reads through, such as BERT's pooler."""
+    learns: bool = False
+    """Whether it trains in float32 beside adapters, as the head of a classifier does."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linears in the order they run, the head last."""
+        return (*self.before, self.head)
+
+    @property
+    def products(self) -> int:
+        """Weights that a state is multiplied with."""
+        return sum(x.d_in * x.d_out for x in self.linears)
+
+    def map(self, linear: Callable[[Linear], Linear], norm: Callable[[Norm], Norm]) -> Readout:
+        """Return it with every linear and the norm changed."""
+        before = tuple(linear(x) for x in self.before)
+        return replace(self, norm=norm(self.norm), head=linear(self.head), before=before)
+
+    def learning(self) -> Readout:
+        """Return it as it is beside adapters."""
+        if not self.learns:
+            return self
+        return self.map(
+            lambda x: replace(x, format=FLOAT32, trains=True),
+            lambda x: replace(x, format=FLOAT32, trains=True),
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
@@ -33,6 +33,19 @@ NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Bits = Annotated[int, Interval(ge=2, le=8)]
+ESCAPES = "escapes"
+ModelText = Annotated[str, ESCAPES]
+r"""What a model reads or writes: typed in a command, \n in it is a line end."""
+
+
+def escaped(cls: type[Any]) -> set[str]:
+    """Return the fields of a dataclass that hold `ModelText`, or several."""
+
+    def holds(hint: Any) -> bool:
+        return ESCAPES in getattr(hint, "__metadata__", ()) or any(map(holds, get_args(hint)))
+
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name for field in dataclasses.fields(cls) if holds(hints[field.name])}
 
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:

@@ -128,6 +128,16 @@ class AnyShape:
         return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
+    def head_products(self) -> int:
+        """Weights that a state is multiplied with on its way to the logits."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a position."""
+        return self.vocab_size
+
+    @property
     def vector_params(self) -> int:
         """Elements of the norms of every block and the final one, and of the linears' biases."""
         inner = sum(n.params for layer in self.layers for n in layer.all_norms)
@@ -183,7 +193,7 @@ class AnyShape:
         linears = sum(x.d_in * x.d_out * x.active for layer in self.layers for x in layer.linears)
         states = (x.mixer.recurrence for x in self.layers if x.mixer and x.mixer.recurrence)
         linears += sum(x.mapping + x.stepping for x in states)
-        products = 2 * (int(linears) + self.vocab_size * self.hidden_size)
+        products = 2 * (int(linears) + self.head_products)
         return products + 4 * self.attention_width * context
 
     def pass_flops_per_token(self, tokens: int) -> float:
@@ -264,6 +274,8 @@ class ModelShape(AnyShape):
     anatomy: Anatomy = "plain"
     family: str = "llama"
     """Its `model_type` in transformers."""
+    kind: str = "causal"
+    """A file in `nn/model_kinds`."""
 
     @classmethod
     def of(cls, shape: AnyShape) -> ModelShape:
@@ -286,6 +298,22 @@ class ModelShape(AnyShape):
     def tied(self) -> bool:
         """Whether the output head shares the embedding's storage."""
         return self.readout.tied
+
+    @property
+    def embedding_params(self) -> int:
+        """Weights in the embedding and in what gives logits, but for a head that is tied."""
+        own = 0 if self.tied else self.readout.head.params
+        return self.embed.params + own + sum(x.params for x in self.readout.before)
+
+    @property
+    def head_products(self) -> int:
+        """Weights that a state is multiplied with on its way to the logits."""
+        return self.readout.products
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a position."""
+        return self.readout.head.d_out
 
     @property
     def num_layers(self) -> int:
@@ -312,7 +340,7 @@ class ModelShape(AnyShape):
         """Elements of all norms before the logits, and of biases."""
         inner = sum(n.params for layer in self.layers for n in layer.all_norms)
         biases = sum(x.biases for layer in self.layers for x in layer.linears)
-        ends = self.readout.norm.params + self.readout.head.biases
+        ends = self.readout.norm.params + sum(x.biases for x in self.readout.linears)
         return inner + biases + ends + sum(n.params for n in self.norms)
 
     @property
@@ -363,7 +391,10 @@ class ModelShape(AnyShape):
             made = None if linear.bare else make(index, linear)
             return replace(linear, adapter=made and made.on(linear.copies, linear.active))
 
-        return self.frozen().map_linears(put, self.chosen(names))
+        frozen = self.frozen()
+        return replace(frozen, readout=frozen.readout.learning()).map_linears(
+            put, self.chosen(names)
+        )
 
     def low_rank(
         self, rank: int, names: Collection[str] = LINEARS, used: int | None = None
@@ -408,7 +439,7 @@ class ModelShape(AnyShape):
             )
 
         def readout(x: Readout) -> Readout:
-            return replace(x, norm=norm(x.norm), head=linear(x.head))
+            return x.map(linear, norm)
 
         return replace(
             self.map(lambda _, x: x.map(linear).map_norms(norm)),

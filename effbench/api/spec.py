@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from effbench.api.schema import (
     Decay,
     Fraction,
+    ModelText,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -54,6 +55,12 @@ class ModelSpec:
     """Seed of random weights."""
     fingerprint: str = ""
     """Content hash of local files; filled in when the config is composed."""
+    kind: str = ""
+    """What kind of model it is, a file in `nn/model_kinds`; empty for what its config says."""
+    classes: NonNegativeInt = 0
+    """Classes of a classifier; 0 for as many as its config says."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Config of transformers with its `model_type`, for random weights that are no Llama's."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,13 @@ class DatasetSpec:
     files: dict[str, str | list[str]] = field(default_factory=dict)
     """Local files by split name, one or several (jsonl, ndjson, json, csv, tsv, parquet, txt;
     gzipped or not)."""
-    text: str = "{text}"
+    text: ModelText = "{text}"
     """Template of a row's text (kind `text`)."""
-    prompt: str = "{prompt}"
+    prompt: ModelText = "{prompt}"
     """Template of the prompt."""
-    answer: str = " {answer}"
+    answer: ModelText = " {answer}"
     """Template of the right answer (kind `pairs`)."""
-    choices: list[str] = field(default_factory=list)
+    choices: list[ModelText] = field(default_factory=list)
     """Templates of the answers (kind `choices`); one template with `{choice}` when they stand in
     the list field `choices_field`."""
     choices_field: str = ""

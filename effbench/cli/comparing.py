@@ -29,7 +29,7 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Two or more runs; the first is the one compared with.",
+            help="Two or more runs; the first, RUN or RUN@POINT, is the one compared with.",
             autocompletion=complete_run,
         ),
     ],
@@ -86,6 +86,7 @@ def compare(
     \b
     Examples:
       effbench compare latest 3f2a
+      effbench compare 3f2a@r8 91bc
       effbench compare 3f2a 91bc 07de --format md
       effbench compare 3f2a 91bc --margin loss=0.02 --margin accuracy=0.01
       effbench compare 3f2a 91bc --select loss@validation
@@ -96,6 +97,7 @@ def compare(
     """
     from effbench.report.comparison.compare import compare as compare_records
     from effbench.report.comparison.compare import margins_of
+    from effbench.report.comparison.reference import reference_of, said_of
     from effbench.report.comparison.select import Selection, criterion_of, select_points
     from effbench.report.facts import told_of
     from effbench.report.terminal import print_comparison
@@ -114,17 +116,24 @@ def compare(
             "--select leaves each run with one point, and --same-points compares at all of them.",
             "Leave one of the two out.",
         )
-    records = [find(results / "records", r) for r in runs]
+    if "@" in runs[0] and (select or same_points):
+        raise UserError(
+            f"{runs[0]} names a point, and {'--select' if select else '--same-points'} another.",
+            f"Name the run alone: {runs[0].partition('@')[0]}.",
+        )
+    folder = results / "records"
+    records = [reference_of(runs[0], folder), *(find(folder, run) for run in runs[1:])]
     tuned = [*tunings(results), *tuned_together(results)]
     known = told_of(records, Store(results), tuned)
     chosen = Selection(records, [])
     if select:
         chosen = select_points(records, criterion_of(select), known)
+    said = [] if select or same_points else said_of(runs[0], records[0])
     found = compare_records(
         chosen.records,
         known,
         margins_of(margin or []),
-        chosen.words,
+        [*chosen.words, *said],
         same_points=same_points,
         tunings=tuned,
     )
@@ -218,7 +227,7 @@ def report(
     against: Annotated[
         str,
         typer.Option(
-            metavar="RUN",
+            metavar="RUN[@POINT]",
             help="Run that others are held against; else the first one that is named.",
             autocompletion=complete_run,
         ),
@@ -234,6 +243,7 @@ def report(
     Examples:
       effbench report
       effbench report --against 3f2a -o all.html
+      effbench report --against 3f2a@r8
       effbench report 3f2a 91bc 07de
     """
     from effbench.report.page.write import write_report
@@ -303,6 +313,9 @@ def table(
     run: Annotated[
         bool, typer.Option("--run", help="First run what is missing, and write results/tables.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what --run takes and of what commands; run none.")
+    ] = False,
     scale: Annotated[
         str,
         typer.Option(
@@ -330,6 +343,7 @@ def table(
       effbench table
       effbench table qdylora
       effbench table qdylora --format latex
+      effbench table qdylora --run --dry-run
       effbench table qdylora --run
       effbench table qdylora --scale paper
       effbench table grand
@@ -342,6 +356,7 @@ def table(
         is_planned,
         listed,
         run_campaign,
+        would_run,
     )
     from effbench.report.campaign_table import rendered
 
@@ -351,7 +366,7 @@ def table(
     if gathers(name):
         from effbench.report.grand_table import rendered as whole
 
-        if run or scale or plot:
+        if run or dry_run or scale or plot:
             raise UserError(
                 f"{name} gathers other tables as they are: it runs nothing, and is not drawn.",
                 "Name one of them: effbench table qdylora --run",
@@ -359,6 +374,9 @@ def table(
         typer.echo(whole(grand_named(name, results), form, full), nl=False)
         return
     campaign = campaign_named(name, scale)
+    if dry_run:
+        typer.echo("\n".join(would_run(campaign, results)))
+        return
     if run:
         run_campaign(campaign, results, write)
     if is_planned(campaign, results):

@@ -66,7 +66,6 @@ def _stage(
     with Progress(sys.stderr.isatty()).during(f"{stage}: starting"):
         from effbench.config.compose import compose
         from effbench.config.overrides import is_sweep
-        from effbench.config.start import split_words
         from effbench.runner.local import execute, record_of
 
     words, extra = list(overrides or []), list(config_dir or [])
@@ -76,13 +75,8 @@ def _stage(
             "Leave -m out and give one value for each key.",
         )
     several = multirun or is_sweep(words)
-    if several and (like or split_words(words)[0]):
-        raise UserError(
-            "A file or --like says what one run is, not a grid.",
-            "Leave -m out, or write what the runs share as configs of your own: --config-dir.",
-        )
     if several and not (dry_run or print_key):
-        _grid(stage, words, extra, fresh, yes)
+        _grid(stage, words, extra, fresh, yes, like)
         return
     with Progress(sys.stderr.isatty()).during(f"{stage}: reading the configs"):
         job = compose(stage, words, extra, like)
@@ -101,11 +95,13 @@ def _stage(
     _show_record(before or execute(job, fresh))
 
 
-def _grid(stage: str, words: list[str], extra: list[Path], fresh: bool, yes: bool) -> None:
+def _grid(
+    stage: str, words: list[str], extra: list[Path], fresh: bool, yes: bool, like: str
+) -> None:
     from effbench.runner.grid.words import spelled_out
     from effbench.runner.sweep import sweep
 
-    outcomes = sweep(stage, words, extra, fresh, yes)
+    outcomes = sweep(stage, words, extra, fresh, yes, like)
     failed = [o for o in outcomes if o.error]
     for outcome in outcomes:
         state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"

@@ -8,11 +8,14 @@ from itertools import groupby
 from typing import Any
 
 from effbench.api.examples import IGNORED, Example, Tokens
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Spec
 from effbench.data.dataset import Data, first_text
 from effbench.data.kinds.base import find
+from effbench.data.tokenise import as_read
 from effbench.data.tokens import with_template
-from effbench.models.load import load_tokenizer
+from effbench.models.load import known_shape, load_tokenizer
+from effbench.nn.model_kinds.base import find as find_model
 from effbench.util.errors import printable
 
 COUNTS = ("\033[1;32m", "\033[0m")
@@ -33,15 +36,16 @@ def rows(spec: Spec, count: int, colour: bool, width: int) -> Iterator[str]:
     Raises:
         UserError: When the rows or the tokenizer cannot be had.
     """
-    data = Data(spec.dataset, load_tokenizer(spec.model))
+    data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model))
     filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
     split = "train" if "train" in filled else filled[0]
     kind, texts = find(spec.dataset.kind), data.rows(split)
     chosen = texts if kind.packs else texts[:count]
     examples = kind.examples(chosen, spec.dataset, data.tokenizer)[:count]
-    for number, example in enumerate(examples, 1):
+    speaks = data.model is None or find_model(data.model.kind).speaks
+    for number, example in enumerate(as_read(examples, data.model, data.tokenizer), 1):
         head = f"row {number} of {split}, {example.id}"
-        yield shown(head, example, data.tokenizer, COUNTS if colour else BRACKETS, width)
+        yield shown(head, example, data.tokenizer, COUNTS if colour else BRACKETS, width, speaks)
 
 
 def first(spec: Spec, colour: bool, width: int) -> str:
@@ -50,18 +54,33 @@ def first(spec: Spec, colour: bool, width: int) -> str:
     if text is None:
         return ""
     tokenizer = with_template(tokenizer, spec.dataset.template)
-    [example, *_] = find(spec.dataset.kind).examples([text], spec.dataset, tokenizer)
-    return shown("the first row", example, tokenizer, COUNTS if colour else BRACKETS, width)
+    shape = known_shape(spec.model)
+    model = ModelShape.of(shape) if shape else None
+    made = find(spec.dataset.kind).examples([text], spec.dataset, tokenizer)
+    [example, *_] = as_read(made, model, tokenizer)
+    speaks = model is None or find_model(model.kind).speaks
+    return shown("the first row", example, tokenizer, COUNTS if colour else BRACKETS, width, speaks)
 
 
-def shown(head: str, example: Example, tokenizer: Any, marks: Marks, width: int) -> str:
-    """Return a row as text: how many tokens, what they say, and which they are."""
+def shown(
+    head: str, example: Example, tokenizer: Any, marks: Marks, width: int, speaks: bool = True
+) -> str:
+    """Return a row as text: how many tokens, what they say, and which they are.
+
+    Args:
+        head: What stands before it.
+        example: The row.
+        tokenizer: Its own.
+        marks: Around what counts.
+        width: Of a line, in characters.
+        speaks: Whether what counts is text, and not the number of a class.
+    """
     tokens = example.sequences[0]
     counted = f"{len(tokens.ids)} tokens, {example.loss_tokens} of them count"
     lost = f", {sum(tokens.cut)} more were cut" if any(tokens.cut) else ""
     others = len(example.choices) - 1
     beside = f", {others} other answers" if others > 0 else ""
-    lines = [f"{head}: {counted}{lost}{beside}", *_said(tokens, tokenizer, marks)]
+    lines = [f"{head}: {counted}{lost}{beside}", *_said(tokens, tokenizer, marks, speaks)]
     return "\n".join((*lines, *_numbers(tokens, marks, width)))
 
 
@@ -73,11 +92,11 @@ def _runs(tokens: Tokens) -> Iterator[tuple[bool, list[int]]]:
         yield counts, [token for _, token in members]
 
 
-def _said(tokens: Tokens, tokenizer: Any, marks: Marks) -> list[str]:
+def _said(tokens: Tokens, tokenizer: Any, marks: Marks, speaks: bool) -> list[str]:
     start, stop = marks
     text = ""
     for counts, ids in _runs(tokens):
-        said = printable(tokenizer.decode(ids))
+        said = printable(tokenizer.decode(ids)) if speaks or not counts else f" class {ids[0]}"
         text += start + said.replace("\n", f"{stop}\n{start}") + stop if counts else said
     return [f"  | {line}" for line in text.replace(start + stop, "").split("\n")]
 

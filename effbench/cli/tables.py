@@ -74,6 +74,23 @@ def run_campaign(campaign: Campaign, results: Path, say: Callable[[str], None]) 
         say(f"Written: {path}")
 
 
+def would_run(campaign: Campaign, results: Path) -> list[str]:
+    """Return what running a campaign takes at the most, then the commands of its arms.
+
+    Raises:
+        UserError: When its start, or the first command of an arm, is none.
+    """
+    from effbench.runner.ahead import ahead
+
+    seeds = ", ".join(map(str, campaign.seeds))
+    shared = f"with experiment={campaign.experiment} " if campaign.experiment else ""
+    start = f", from the run of experiment={campaign.start}" if campaign.start else ""
+    lines = [ahead(campaign, results).sentence(), f"Each {shared}and seed {seeds}{start}:"]
+    for arm, steps in campaign.arms.items():
+        lines += [arm, *(f"  effbench {step}" for step in steps)]
+    return lines
+
+
 def is_planned(campaign: Campaign, results: Path) -> bool:
     """Whether cells at a scale beside the table's own have no runs yet, so that a plan is shown."""
     return AT in campaign.name and not campaign.manifest(results).is_file()

@@ -16,13 +16,14 @@ from typing import Any
 from effbench.api import registry
 from effbench.api.keys import sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
-from effbench.api.schema import Seed, build, plain
-from effbench.api.shape import AnyShape
+from effbench.api.schema import Seed, build, escaped, plain
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import (
     DatasetSpec,
     HardwareSpec,
     Job,
     Machine,
+    ModelSpec,
     Parallelism,
     Runtime,
     Spec,
@@ -32,20 +33,17 @@ from effbench.api.spec import (
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
 from effbench.config.files import groups, options
-from effbench.config.lineage import Lineage, dataset_after, inherit, plugin
+from effbench.config.lineage import Lineage, dataset_after, inherit, model_spec, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
 from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.models.load import known_shape
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
-
-ESCAPED = {f"dataset.{name}" for name in ("text", "prompt", "answer", "choices")}
-ESCAPED |= {"evaluator.generation.until"}
-"""Settings whose text is read as YAML reads text in double quotes."""
 
 
 def compose(
@@ -80,6 +78,16 @@ def compose(
     else:
         job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
     return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
+
+
+def model_named(name: str) -> ModelSpec:
+    """Return the model of a config, such as a teacher.
+
+    Raises:
+        UserError: When there is none of that name, or its files are not there.
+    """
+    words = check_overrides([f"model={name}"], ())
+    return model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
 
 
 def _started(
@@ -337,8 +345,9 @@ def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
 
     Hydra takes a backslash in a word as it is; two of them stand for one.
     """
-    config = copy.deepcopy(config) if ESCAPED & chosen else dict(config)
-    for place in ESCAPED & chosen:
+    places = {place for place in chosen if _is_model_text(place, config)}
+    config = copy.deepcopy(config) if places else dict(config)
+    for place in places:
         *path, last = place.split(".")
         part = config
         for name in path:
@@ -346,6 +355,22 @@ def _unescaped(config: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
         if last in part:
             part[last] = _with_line_ends(part[last])
     return config
+
+
+def _is_model_text(place: str, config: dict[str, Any]) -> bool:
+    """Whether the setting at a place is text that a model reads or writes."""
+    group, *inside = place.split(".")
+    name = inside.pop() if inside else ""
+    cls: type[Any] | None = None
+    if group == "dataset" and not inside:
+        cls = DatasetSpec
+    elif group == "method" and not inside and isinstance(config.get("method"), dict):
+        known, own = registry.names("methods"), config["method"].get("name")
+        cls = registry.find("methods", own) if own in known else None
+    elif group == "evaluator" and len(inside) == 1:
+        known = registry.names("evaluators")
+        cls = registry.find("evaluators", inside[0]) if inside[0] in known else None
+    return cls is not None and name in escaped(cls)
 
 
 def _with_line_ends(value: Any) -> Any:
@@ -464,6 +489,33 @@ def _check_data(spec: Spec) -> None:
             )
 
 
+def check_kind(spec: Spec, shape: AnyShape) -> None:
+    """Refuse rows and evaluators that a kind of model has no answers to.
+
+    Args:
+        spec: The run.
+        shape: Of its base model.
+
+    Raises:
+        UserError: With what to take instead.
+    """
+    from effbench.data.kinds.base import find as find_rows
+
+    kind = find_kind(ModelShape.of(shape).kind)
+    for evaluator in map(make_evaluator, spec.evaluators):
+        if evaluator.needs_model and kind.name not in evaluator.model_kinds:
+            classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
+            able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
+            raise UserError(
+                f"Evaluator {evaluator.name} cannot ask {spec.model.name}: it is a {kind.name} "
+                f"({kind.noun}).",
+                f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
+            )
+    if kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
+        message, hint = kind.other_rows
+        raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)
+
+
 def check_lengths(spec: Spec, shape: AnyShape) -> None:
     """Refuse rows and contexts that are longer than a model takes.
 
@@ -492,6 +544,7 @@ def check_lengths(spec: Spec, shape: AnyShape) -> None:
 def _check_evaluators(spec: Spec, lineage: Lineage) -> None:
     shape = known_shape(spec.model)
     if shape:
+        check_kind(spec, shape)
         check_lengths(spec, shape)
     for evaluator in map(make_evaluator, spec.evaluators):
         if evaluator.needs_model and not stages.find(spec.stage).loads:

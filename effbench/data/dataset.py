@@ -20,12 +20,13 @@ from effbench.api.account import Account, Reading
 from effbench.api.examples import Example
 from effbench.api.keys import WHOLE
 from effbench.api.schema import digest
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import DatasetSpec
 from effbench.data.generators import base as generators
 from effbench.data.kinds.base import find
 from effbench.data.readers import Row, hub_rows, package_rows, read_rows
 from effbench.data.render import MissingError, Place, Text, content_hash
-from effbench.data.tokenise import tokenise
+from effbench.data.tokenise import as_read, tokenise
 from effbench.data.tokens import with_template
 from effbench.util.errors import UserError, did_you_mean
 from effbench.util.hashes import hashes_of
@@ -93,8 +94,16 @@ def check_mix(spec: DatasetSpec) -> None:
 class Data:
     """The splits of one dataset, rendered at once and tokenised when asked for."""
 
-    def __init__(self, spec: DatasetSpec, tokenizer: Any) -> None:
+    def __init__(self, spec: DatasetSpec, tokenizer: Any, shape: AnyShape | None = None) -> None:
+        """Render the rows.
+
+        Args:
+            spec: Says which.
+            tokenizer: Of the model.
+            shape: The model's; None for a causal language model.
+        """
         self.spec = spec
+        self.model = ModelShape.of(shape) if shape else None
         self.kind = find(spec.kind)
         self.tokenizer = with_template(tokenizer, spec.template)
         self.texts, self.readings = read(spec)
@@ -125,7 +134,8 @@ class Data:
         key = split, whole and self.kind.packs
         if key not in self._tokenised:
             rows = self.rows(split)
-            self._tokenised[key] = tokenise(rows, self.spec, self.tokenizer, whole=whole)
+            examples = tokenise(rows, self.spec, self.tokenizer, whole=whole)
+            self._tokenised[key] = as_read(examples, self.model, self.tokenizer)
         return self._tokenised[key]
 
     def rows(self, split: str) -> list[Text]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from effbench.api.examples import Example, Tokens, Turns
 from effbench.api.schema import digest, plain
+from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.base import find
 from effbench.data.render import Text
-from effbench.data.tokens import prefix_token, tokenizer_hash
+from effbench.data.tokens import Encoder, prefix_token, tokenizer_hash
+from effbench.nn.model_kinds.base import CAUSAL
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.util.files import sweep_stale, write_atomic
 from effbench.util.seals import sealed, unsealed
 
@@ -51,6 +54,24 @@ def tokenise(
     sweep_stale(path.parent)
     write_atomic(path, sealed(json.dumps([plain(e) for e in examples]), path.name))
     return examples
+
+
+def as_read(examples: list[Example], model: ModelShape | None, tokenizer: Any) -> list[Example]:
+    """Return examples as a model of some kind reads them; see `nn.model_kinds`.
+
+    Args:
+        examples: As a causal language model does.
+        model: Its shape; None for a causal one.
+        tokenizer: Its own.
+
+    Raises:
+        UserError: When it cannot answer them.
+    """
+    kind = find_kind(model.kind) if model else None
+    if model is None or kind is None or kind.name == CAUSAL:
+        return examples
+    closing = Encoder(tokenizer).end
+    return [kind.example(example, closing, model.outputs) for example in examples]
 
 
 def _later(spec: DatasetSpec) -> list[str]:

@@ -47,6 +47,12 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids[: len(ids) - self.closing] if special else ids
 
+    @property
+    def end(self) -> list[int]:
+        """Tokens that the tokenizer puts at the end of every text."""
+        ids: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        return ids[len(ids) - self.closing :]
+
     def pair(self, prompt: str, answer: str, special: bool = True) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt and of an answer to it, neither of them empty.
 

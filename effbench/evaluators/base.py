@@ -133,6 +133,8 @@ class Evaluator:
     """Whether it works item by item through `Subject.journal`, so that it resumes at an item."""
     needs_model: ClassVar[bool] = True
     """Whether it asks a loaded model; a `Simulator` does not."""
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal"})
+    """Kinds of models that it can ask, files in `nn/model_kinds`."""
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
 
@@ -194,7 +196,10 @@ class Evaluator:
         if prompt := getattr(self, "prompt_tokens", 0):
             rows = getattr(self, "batch_size", 1)
             total = prompt + getattr(self, "new_tokens", 0)
-            found += [Pass("prefill", rows, prompt, rows), Pass("decode", rows, total, rows)]
+            found += [
+                Pass("prefill", rows, prompt, rows),
+                Pass("decode", rows, total, rows, prompt),
+            ]
         return found
 
 

@@ -1,8 +1,9 @@
 """Multiple choice by log-likelihood: the answer with the highest one wins.
 
 On the run's own dataset, `accuracy` compares summed log-likelihoods and `accuracy_norm` divides
-them by the answer's bytes first. On lm-eval's tasks the prompts, the metrics and their names are
-lm-eval's own (Gao et al., doi 10.5281/zenodo.10256836).
+them by the answer's bytes first; a classifier has `accuracy`, `macro_f1` and `loss`. On lm-eval's
+tasks the prompts, the metrics and their names are lm-eval's own (Gao et al., doi
+10.5281/zenodo.10256836).
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import NonNegativeInt, PositiveInt, digest
+from effbench.api.shape import ModelShape
 from effbench.evaluators.base import Evaluator, Result, check_splits, exponential
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.nn.model_kinds.base import find as find_model
 from effbench.nn.scoring import prefix_tree
 from effbench.results.records import Metric, Outcomes
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from effbench.api.examples import Tokens
+    from effbench.api.examples import Example, Tokens
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
     from effbench.data.lm_eval_tasks import BenchmarkTask
@@ -34,6 +37,7 @@ class Choices(Evaluator):
     """Multiple choice by log-likelihood on a split of the dataset, or on tasks of lm-eval."""
 
     headline: ClassVar[str] = "accuracy"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
 
     split: str | tuple[str, ...] = "test"
     """Which split of the dataset, or a list of several; not used with `tasks`."""
@@ -67,6 +71,11 @@ class Choices(Evaluator):
         """Refuse a dataset without choices, and tasks that cannot be had."""
         from effbench.data.kinds.base import find as find_kind
 
+        if self.tasks and shape and not find_model(ModelShape.of(shape).kind).speaks:
+            raise UserError(
+                "lm-eval's tasks ask for the likelihood of texts, and a classifier gives none.",
+                "Leave evaluator.choices.tasks out.",
+            )
         if self.tasks:
             self._check_tasks()
         elif not find_kind(spec.dataset.kind).choices:
@@ -122,10 +131,14 @@ class Choices(Evaluator):
         for (i, _), score in zip(flat, scores, strict=True):
             by_item[i].append(score)
 
+        if not subject.speaks:
+            _add_classes(subject, result, split, examples, by_item)
+            return
         right, right_norm = [], []
         for example, item in zip(examples, by_item, strict=True):
             sizes = [c.answer_bytes for c in example.choices]
-            normed = [s / b for s, b in zip(item, sizes, strict=True)]
+            # An answer that is cut within its first letter has no whole byte left.
+            normed = [s / max(b, 1) for s, b in zip(item, sizes, strict=True)]
             right.append(float(item.index(max(item)) == example.right))
             right_norm.append(float(normed.index(max(normed)) == example.right))
 
@@ -182,6 +195,55 @@ class Choices(Evaluator):
                 "Give fewer examples (evaluator.choices.num_fewshot), or leave out what is long: "
                 "another task, a lower evaluator.choices.limit.",
             )
+
+
+def _add_classes(
+    subject: Subject,
+    result: Result,
+    split: str,
+    examples: Sequence[Example],
+    scores: Sequence[Sequence[float]],
+) -> None:
+    """Add accuracy, macro F1 and the mean negative log-likelihood of the right class.
+
+    Args:
+        subject: What is evaluated.
+        result: Where it goes.
+        split: Of the dataset.
+        examples: Its rows.
+        scores: Log-likelihoods of the classes, by row.
+    """
+    ids, right = [e.id for e in examples], [e.right for e in examples]
+    chosen = [row.index(max(row)) for row in scores]
+    for name, values in (
+        ("accuracy", [float(c == r) for c, r in zip(chosen, right, strict=True)]),
+        ("macro_f1", linearised_macro_f1(chosen, right)),
+        ("loss", [-row[place] for row, place in zip(scores, right, strict=True)]),
+    ):
+        unit = "nats/row" if name == "loss" else ""
+        result.add_items(subject, "choices", name, values, ids, unit=unit, split=split)
+
+
+def linearised_macro_f1(chosen: Sequence[int], right: Sequence[int]) -> list[float]:
+    """Return a value for each row whose mean is macro F1, and whose spread is that of it.
+
+    F1 of a class is the ratio 2 TP / (2 TP + FP + FN) of two sums over rows; macro F1 is the mean
+    over the classes that are right or chosen anywhere. Ratios are linearised as in
+    `Result.add_ratio`.
+
+    Args:
+        chosen: The class of each row as the model has it.
+        right: As it is.
+    """
+    classes, rows = sorted({*chosen, *right}), len(right)
+    values = [0.0] * rows
+    for label in classes:
+        pairs = [(c == label, r == label) for c, r in zip(chosen, right, strict=True)]
+        tops, counts = [2 * (c and r) for c, r in pairs], [c + r for c, r in pairs]
+        ratio = sum(tops) / sum(counts)
+        for place, (top, count) in enumerate(zip(tops, counts, strict=True)):
+            values[place] += (ratio + (top - ratio * count) * rows / sum(counts)) / len(classes)
+    return values
 
 
 def _outcomes(

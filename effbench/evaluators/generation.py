@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Interval
 
 from effbench.api.batch import by_length
-from effbench.api.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, digest
+from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
@@ -56,7 +56,7 @@ class Generation(Evaluator):
     pattern: str = ""
     """For the own dataset: regular expression of what counts in an answer, its last match or the
     first group of that; empty for the whole answer."""
-    until: tuple[str, ...] = ()
+    until: tuple[ModelText, ...] = ()
     """Strings that end an answer, besides those of a task and the end token."""
     limit: PositiveInt | None = 100
     """Only the first so many questions of each task; null for all."""
@@ -106,6 +106,13 @@ class Generation(Evaluator):
             raise UserError(
                 f"evaluator.generation.pattern={self.pattern!r} is no regular expression: {error}."
             ) from None
+        if shape and (self.max_new_tokens or 0) >= shape.max_positions:
+            place = f"evaluator.{self.name}.max_new_tokens"
+            raise UserError(
+                f"{place}={self.max_new_tokens} leaves no position of {shape.max_positions} for a "
+                "prompt.",
+                f"Lower {place}.",
+            )
         if self.tasks:
             self._check_tasks()
 
@@ -133,7 +140,7 @@ class Generation(Evaluator):
         rows = max(1, self.batch_tokens // (prompt + new))
         return [
             Pass("prefill", rows, prompt, rows),
-            Pass("decode", rows, prompt + new, rows),
+            Pass("decode", rows, prompt + new, rows, prompt),
         ]
 
     def run(self, subject: Subject) -> Result:

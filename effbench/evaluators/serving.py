@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
 from effbench.evaluators.base import Result
 from effbench.evaluators.simulator import Scene, Simulator, quantile
-from effbench.resources.roofline import decode_bytes, decode_flops, prefill_flops
+from effbench.resources.roofline import decode_flops, prefill_flops
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Roofline:
     """Reached, FLOP/s."""
     bandwidth: float
     """Reached, bytes/s."""
+    prompt: int = 0
+    """Tokens of each request's prompt."""
 
     def prefill(self, requests: int, prompt: int) -> float:
         """Return the seconds of reading prompts in one pass."""
@@ -59,7 +61,9 @@ class Roofline:
         """
         first, further = self._flops
         work = requests * first + (positions - requests) * further
-        read = decode_bytes(self.scene.cost, 1, positions - 1, 1)
+        cost = self.scene.cost
+        read = cost.bytes_per_token + requests * cost.kv_bytes_per_sequence
+        read += cost.cached(positions / requests, requests, self.prompt)
         return max(work / self.flops, read / self.bandwidth)
 
     @cached_property
@@ -145,6 +149,7 @@ class Serving(Simulator):
     """Latencies and throughput of serving under load, simulated on stated ceilings."""
 
     headline: ClassVar[str] = "simulated_requests_per_second"
+    version: ClassVar[int] = 2
     trial: ClassVar[dict[str, Any]] = {
         "requests": 8,
         "prompt_tokens": 6,
@@ -196,7 +201,7 @@ class Serving(Simulator):
         if not self.memory_gib:
             return self.max_batch
         room = self.memory_gib * 2**30 - scene.whole.resident_bytes
-        request = scene.cost.cached(self.prompt_tokens + self.new_tokens)
+        request = scene.cost.cached(self.prompt_tokens + self.new_tokens, prompt=self.prompt_tokens)
         found = min(self.max_batch, int(room / request)) if request else self.max_batch
         if room <= 0 or not found:
             raise UserError(
@@ -208,9 +213,8 @@ class Serving(Simulator):
     def simulate(self, scene: Scene) -> Result:
         """Return throughput, quantiles of the latencies, and how full the batches were."""
         slots = self.slots(scene)
-        roofline = Roofline(
-            scene, self.tflops * self.mfu * 1e12, self.bandwidth_gbs * self.mbu * 1e9
-        )
+        flops, bandwidth = self.tflops * self.mfu * 1e12, self.bandwidth_gbs * self.mbu * 1e9
+        roofline = Roofline(scene, flops, bandwidth, self.prompt_tokens)
         times = arrivals(self.requests, self.rate, scene.seed)
         played = play(times, self.prompt_tokens, self.new_tokens, slots, roofline)
         per_second, tokens = self.requests / played.seconds, self.new_tokens + 1

@@ -155,7 +155,7 @@ class Speed(Evaluator):
             for cell in self.cells()
             for one in (
                 Pass("prefill", cell.batch, cell.prompt, cell.batch),
-                Pass("decode", cell.batch, cell.prompt + cell.new, cell.batch),
+                Pass("decode", cell.batch, cell.prompt + cell.new, cell.batch, cell.prompt),
             )
         ]
 
@@ -180,7 +180,10 @@ class Speed(Evaluator):
         with merge.merged(subject.model) as linears:
             if linears and shape and subject.shape and subject.cost and whole:
                 cost, whole = (cost_of(x.merged(), subject.dtype) for x in (subject.shape, shape))
-                plain = replace(cost, kv_bytes_per_token=subject.cost.kv_bytes_per_token)
+                kept = subject.cost
+                plain = replace(
+                    cost, kv_bytes_per_token=kept.kv_bytes_per_token, caches=kept.caches
+                )
                 subject = replace(subject, cost=plain, whole=whole)
             yield subject, {"merged_linears": linears}
 
@@ -275,7 +278,7 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyS
 
     dtype = spec.hardware.dtype
     cost = inference_cost(methods, shape, dtype, methods[-1].full_point(shape))
-    cache = cost.cached(cell.batch * (cell.prompt + cell.new), cell.batch)
+    cache = cost.cached(cell.prompt + cell.new, cell.batch, cell.prompt)
     need = cost.resident_bytes + cache + cell.batch * shape.vocab_size * DTYPE_BYTES[dtype]
     if spec.hardware.device == "cpu":
         have = memory_bytes()[1]

@@ -14,6 +14,7 @@ from effbench.api.points import Point
 from effbench.api.schema import digest
 from effbench.api.spec import Machine
 from effbench.methods.base import Method
+from effbench.nn.model_kinds.base import kind_of
 from effbench.nn.scoring import finite, multi_point, prefix_tree
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -84,6 +85,11 @@ class Subject:
     """Memory of the process before the model was loaded."""
     job: dict[str, Any] = field(default_factory=dict)
     """The job of the run as plain values, for an evaluator that repeats it in another process."""
+
+    @property
+    def speaks(self) -> bool:
+        """Whether what the model answers is text."""
+        return kind_of(self.model).speaks
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""

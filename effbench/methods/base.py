@@ -58,6 +58,9 @@ class Method(Decodes):
     anatomy: ClassVar[Anatomy] = "llama"
     """How the model's blocks have to be made: `other` needs nothing but linear layers with names
     and a forward pass, `plain` nothing that Llama itself lacks."""
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal"})
+    """Kinds of models that it works on, files in `nn/model_kinds`: those of which it asks nothing
+    but what they have alike."""
     eval_settings: ClassVar[frozenset[str]] = frozenset()
     """Settings on which nothing that is trained depends: `effbench eval from=RUN` can change them.
     """

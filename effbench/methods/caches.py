@@ -8,14 +8,15 @@ from typing import ClassVar, Self
 
 from effbench.api.shape import Anatomy, AnyShape
 from effbench.methods.base import Method
+from effbench.methods.driven import Drives
 from effbench.methods.reads import Reads
 from effbench.nn.decode.decoder import Decoder
 from effbench.util.errors import UserError
 
 
 @dataclass(frozen=True)
-class Caches(Reads):
-    """A method whose `decoder` names a cache policy; the model stays as it is."""
+class Caches(Drives, Reads):
+    """A method of evaluation with a cache of its own; the model stays as it is."""
 
     anatomy: ClassVar[Anatomy] = "llama"
 
@@ -23,10 +24,10 @@ class Caches(Reads):
         """Return the method.
 
         Raises:
-            UserError: For a model whose layers share states.
+            UserError: For a model whose layers share states, and as `Drives.resolve` does.
         """
         require_own_states(shape)
-        return self
+        return super().resolve(shape)
 
     def check_start(self, earlier: Sequence[Method]) -> None:
         """Refuse an artefact that decodes in a way of its own."""

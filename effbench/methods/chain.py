@@ -15,6 +15,7 @@ from effbench.api.spec import Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import held, is_packed
 from effbench.methods.base import Method
+from effbench.nn.model_kinds.base import CAUSAL, find
 from effbench.util.errors import UserError
 
 M = TypeVar("M", bound=Method)
@@ -37,7 +38,7 @@ def resolved(method: M, shape: AnyShape) -> M:
     if reason := _why_not(method, model):
         raise UserError(
             f"{method.name} does not work on this model ({model.family}): {reason}.",
-            "Methods for every causal model: " + ", ".join(_for_any()) + ".",
+            f"Methods for every {find(model.kind).noun}: {', '.join(_for_any(model.kind))}.",
         )
     method = method.resolve(shape)
     require_distinct(method.points(), method.name)
@@ -46,20 +47,22 @@ def resolved(method: M, shape: AnyShape) -> M:
 
 def _why_not(method: Method, model: ModelShape) -> str:
     """Return what keeps a method from a model; empty when nothing does."""
+    if model.kind not in method.model_kinds:
+        return f"it is no {find(CAUSAL).noun}, but a {model.kind} ({find(model.kind).noun})"
     if ANATOMIES[model.anatomy] < ANATOMIES[method.anatomy]:
         if model.anatomy == "llama":
             return "it needs Llama's own blocks, whose linear layers have no biases"
-        return "it needs blocks that are made as Llama's are"
+        return "it needs blocks that are made as Llama's are, where tokens see all before them"
     bare = [x.name for layer in model.layers for x in layer.linears if x.bare and x.copies > 1]
     if bare and (is_packed(method.weights) or is_packed(method.produces)):
         return f"{bare[-1]} is one tensor, which would stay as it is, and most of the model with it"
     return ""
 
 
-def _for_any() -> list[str]:
-    """Return the names of the methods that work on every causal model."""
+def _for_any(kind: str) -> list[str]:
+    """Return the names of the methods that work on every model of a kind."""
     classes = (registry.find("methods", name) for name in registry.names("methods"))
-    return sorted(cls.name for cls in classes if cls.anatomy == "other")
+    return sorted(cls.name for cls in classes if cls.anatomy == "other" and kind in cls.model_kinds)
 
 
 def shape_of(

@@ -9,12 +9,11 @@ from typing import Self
 from effbench.api.parts import LayerShape
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.methods.caches import Caches
-from effbench.nn.decode.decoder import Decoder
+from effbench.methods.codes import HoldsCodes
 from effbench.nn.decode.eviction_cache import PromptEviction, SteadyEviction
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
-from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
 from effbench.util.errors import UserError
 
 
@@ -37,7 +36,7 @@ class Evicts(Caches):
     budget: tuple[PositiveInt, ...] = (1024,)
     """Entries that stay in each head of keys and values; an operating point for each."""
 
-    def points(self) -> tuple[Point, ...]:
+    def cache_points(self) -> tuple[Point, ...]:
         """Return a point for each budget."""
         return tuple(Budget(tokens) for tokens in self.budget)
 
@@ -68,20 +67,18 @@ class Evicts(Caches):
         """Return what the cache keeps with so many entries."""
         raise NotImplementedError
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return ordinary decoding with a budget in the cache."""
-        return Decoder(cache=self.policy(point.tokens)) if isinstance(point, Budget) else Decoder()
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return what the cache keeps with a point's budget."""
+        return self.policy(point.tokens) if isinstance(point, Budget) else EVERYTHING
 
 
 @dataclass(frozen=True)
 class EvictsSteadily(Evicts):
     """Evicts at every token; `policy` gives a `SteadyEviction`."""
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model with caches that stop growing."""
-        policy = self.decoder(point).cache
+        policy = self.cache_at(point)
 
         def bounded(index: int, layer: LayerShape) -> LayerShape:
             if isinstance(policy, SteadyEviction) and policy.evicts(index):
@@ -92,24 +89,11 @@ class EvictsSteadily(Evicts):
 
 
 @dataclass(frozen=True)
-class EvictsPrompt(Evicts):
+class EvictsPrompt(HoldsCodes, Evicts):
     """Evicts when the prompt has been read; what stays, and later tokens, may be held in few bits.
 
     `evicting` gives the `PromptEviction`.
     """
-
-    bits: CodeBits | None = None
-    """Bits of an element of what stays and of later tokens, as `kv_quant` holds them; null for
-    the compute dtype."""
-    group_size: PositiveInt = 32
-    """With `bits`: entries over which a channel of keys has one range."""
-    recent: PositiveInt = 128
-    """With `bits`: last entries that stay in full precision."""
-
-    @property
-    def codes(self) -> QuantisedCache | None:
-        """How entries are held in few bits; None where they are not."""
-        return QuantisedCache(self.bits, self.group_size, self.recent) if self.bits else None
 
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method.
@@ -118,7 +102,7 @@ class EvictsPrompt(Evicts):
             UserError: For groups that fill no whole bytes, and as `Evicts.resolve` does.
         """
         if self.codes:
-            self.codes.require_bytes(shape)
+            self.codes.require_bytes(ModelShape.of(shape).head_dim)
         return super().resolve(shape)
 
     def evicting(self, budget: int) -> PromptEviction:
@@ -129,8 +113,9 @@ class EvictsPrompt(Evicts):
         """Return what the cache keeps with so many entries of a prompt."""
         return replace(self.evicting(budget), then=self.codes or EVERYTHING)
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Return the model, with codes in its cache where there are some."""
-        return self.codes.shape(base) if self.codes else base
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
+        """Return the model with caches that keep a part of a prompt, perhaps in codes."""
+        if not isinstance(point, Budget):
+            return base
+        model = base.map(lambda _, layer: layer.keeping(point.tokens))
+        return self.codes.shape(model) if self.codes else model

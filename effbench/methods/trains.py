@@ -18,6 +18,7 @@ from effbench.api.spec import Stage
 from effbench.api.weights import held
 from effbench.methods.base import Method
 from effbench.nn.llama import weights
+from effbench.nn.model_kinds.base import kind_of
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -219,7 +220,7 @@ def _auxiliary(key: str, name: str, model: torch.nn.Module, ctx: Context) -> tor
 def require_same_tokens(
     key: str, name: str, other: torch.nn.Module, model: torch.nn.Module
 ) -> None:
-    """Refuse another model that reads or writes other tokens than `model`.
+    """Refuse another model that reads other tokens than `model`, or has other answers.
 
     Raises:
         UserError: Naming `method.<key>`.
@@ -230,3 +231,16 @@ def require_same_tokens(
             f"method.{key}={name} has {theirs} vocabulary entries, the trained model {ours}.",
             "Choose a model with the same tokenizer.",
         )
+    theirs, ours = (_answers(m) for m in (other, model))
+    if theirs != ours:
+        raise UserError(
+            f"method.{key}={name} is a {theirs[0]} with {theirs[1]} answers, the trained model a "
+            f"{ours[0]} with {ours[1]}.",
+            "Choose a model that answers the same.",
+        )
+
+
+def _answers(model: torch.nn.Module) -> tuple[str, int]:
+    """Return the kind of a model, and how many answers it has to choose from."""
+    kind, config = kind_of(model), model.config
+    return kind.name, config.vocab_size if kind.speaks else config.num_labels  # type: ignore

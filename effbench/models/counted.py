@@ -16,38 +16,43 @@ from typing import Any
 
 from effbench.api.schema import digest
 from effbench.api.shape import ModelShape
-from effbench.models.written import decoded, encoded
+from effbench.models.written import KIND, decoded, encoded
+from effbench.nn.model_kinds.base import ModelKind
 from effbench.util.cache import cache_dir
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
+from effbench.util.seals import sealed, unsealed
 
-FORM = 2
+FORM = 3
 """Raised when a survey finds something else, or is written down in another way."""
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config says that changes nothing in a shape."""
 
 
-def counted(config: Mapping[str, Any], where: str) -> ModelShape:
+def counted(config: Mapping[str, Any], where: str, kind: ModelKind | None = None) -> ModelShape:
     """Return the shape of a model of transformers from its config alone.
 
     Args:
         config: As in `config.json`.
         where: What it is of, for messages.
+        kind: Of model; None for a causal one.
 
     Raises:
-        UserError: When transformers has no such causal model, or it cannot be counted.
+        UserError: When transformers has no such model, or it cannot be counted.
     """
     values = {k: v for k, v in config.items() if k not in NO_MATTER}
+    if kind:
+        values[KIND] = kind.name
     path = cache_dir() / "shapes" / f"{digest([FORM, version('transformers'), values], 32)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, UserError):
-        return decoded(json.loads(path.read_text()))
+        return decoded(json.loads(unsealed(path.read_text(), path.name)))
     try:
         found = surveyed(values) if "torch" in sys.modules else _elsewhere(values)
     except UserError as error:
         raise UserError(f"{where}: {error.message}", error.hint) from None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):  # it is found again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(encoded(found)))
+        write_atomic(path, sealed(json.dumps(encoded(found)), path.name))
     return found
 
 
@@ -55,7 +60,8 @@ def surveyed(config: Mapping[str, Any]) -> ModelShape:
     """Return a shape surveyed in this process."""
     from effbench.models.survey import empty_model, survey
 
-    return survey(empty_model(config))
+    values = dict(config)
+    return survey(empty_model(values, values.pop(KIND, "")))
 
 
 def _elsewhere(config: Mapping[str, Any]) -> ModelShape:

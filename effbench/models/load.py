@@ -30,6 +30,7 @@ from effbench.data import assets
 from effbench.models.counted import counted
 from effbench.models.gguf_convert import already_converted, converted
 from effbench.models.gguf_header import config_in, read_header
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, kind_in, kind_of
 from effbench.util.errors import UserError
 from effbench.util.hashes import hash_of, hashes_of
 from effbench.util.lazy import torch
@@ -45,10 +46,6 @@ SIZES = {
 """From the sizes that every Llama-style config states to their names there."""
 PLAIN = ("llama", SLICED, SHARED)
 """Model types whose shape follows from a few sizes, as long as nothing has a bias."""
-CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""How transformers ends the names of causal models."""
-BOTH_WAYS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "megatron-bert", "rembert")
-"""Model types that read in both directions unless their config says `is_decoder`."""
 UNREAD = re.compile(
     r"\..*|.*\.(md|pdf|png|jpe?g|gif|svg)|(licen[cs]e|notice|use_policy)(\..*)?"
     r"|(optimizer|scheduler|scaler|rng_state.*|training_args)\.(pt|pth|bin)|trainer_state\.json",
@@ -112,9 +109,14 @@ def load(
     held = torch.float32 if weights == "float32" else dtype
     if spec.source == "random":
         shape = shape_of(spec)
-        from effbench.models.random import random_model
+        from effbench.models.random import random_model, random_of
 
-        model = random_model(shape, spec.weights_seed, device, held)
+        if spec.config:
+            values = _with_classes(spec.config, spec)
+            model = random_of(values, require_kind(values, spec.name, spec.kind), spec.weights_seed)
+            model.to(device, held)
+        else:
+            model = random_model(shape, spec.weights_seed, device, held)
     else:
         spec = _at_hand(spec)
         model = _pretrained(spec, device, held)
@@ -122,9 +124,10 @@ def load(
             from effbench.nn.llama.weights import own_weights
 
             own_weights(model)
-        shape = shape_in(model.config.to_dict(), spec.name)
+        shape = shape_in(model.config.to_dict(), spec.name, spec)
         _check_stated(spec, shape)
     _check_model(model, shape)
+    kind_of(model).ready(model)
     if is_packed(weights):
         from effbench.nn.quant.linears import pack_linears
 
@@ -229,13 +232,16 @@ def shape_of(spec: ModelSpec) -> AnyShape:
     """
     if spec.shape:
         return _whole_groups(spec.shape)
+    if spec.config:
+        return shape_in(spec.config, f"model={spec.name}", spec)
     if spec.source == "random":
         raise UserError(
             f"model={spec.name} has random weights, but no shape.",
-            "Give model.shape, or a named model: model=tiny, model=llama2-7b model.source=random.",
+            "Give model.shape or model.config, or a named model: model=tiny, model=llama2-7b "
+            "model.source=random.",
         )
     if spec.source == "gguf":
-        return shape_in(config_in(read_header(_gguf_file(spec))), spec.path)
+        return shape_in(config_in(read_header(_gguf_file(spec))), spec.path, spec)
     path = _config_file(spec)
     try:
         config = json.loads(path.read_text())
@@ -247,18 +253,25 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no JSON object.", "The file is corrupt; get it anew.")
-    return shape_in(config, str(path))
+    return shape_in(config, str(path), spec)
 
 
-def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
-    """Return the shape of the causal model that a config of transformers makes.
+def shape_in(config: Mapping[str, Any], where: str, spec: ModelSpec | None = None) -> AnyShape:
+    """Return the shape of the model that a config of transformers makes.
 
     What is no plain Llama is counted from its modules (`models.counted`).
 
+    Args:
+        config: As in `config.json`.
+        where: What it is of, for messages.
+        spec: May say of what kind the model is, and how many classes it has.
+
     Raises:
-        UserError: When it is no causal model, or one that cannot be counted.
+        UserError: When it is no model of its kind, or one that cannot be counted.
     """
-    require_causal_config(config, where)
+    kind = require_kind(config, where, spec.kind if spec else "")
+    if kind.name != CAUSAL:
+        return counted(_with_classes(config, spec) if spec else config, where, kind)
     biased = config.get("attention_bias") or config.get("mlp_bias")
     if config.get("model_type", "llama") not in PLAIN or biased:
         return counted(config, where)
@@ -291,25 +304,42 @@ def shape_in(config: Mapping[str, Any], where: str) -> AnyShape:
     return sliced_shape(shape, shape.hidden_size, [LayerSize(*size) for size in sizes])
 
 
-def require_causal_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what reads its text in both directions, or with an encoder.
+def require_kind(config: Mapping[str, Any], where: str, stated: str = "") -> ModelKind:
+    """Return the kind of model that a config is of.
+
+    Args:
+        config: As in `config.json`.
+        where: What it is of, for messages.
+        stated: The kind that the spec says it is.
 
     Raises:
-        UserError: With what the config says.
+        UserError: When it is none of that kind, with what the config says.
     """
-    kind, classes = config.get("model_type"), config.get("architectures") or []
-    reason = ""
-    if config.get("is_encoder_decoder"):
-        reason = "it has an encoder"
-    elif classes and not any(name.endswith(CAUSAL) for name in classes):
-        reason = f"its weights are those of a {classes[0]}"
-    elif kind in BOTH_WAYS and not config.get("is_decoder"):
-        reason = "each of its tokens sees those after it"
-    if reason:
+    kind = kind_in(config, stated)
+    if reason := kind.why_not(config):
         raise UserError(
-            f"{where} ({kind}) is no causal language model: {reason}.",
-            "Give a decoder-only model: one of those that transformers calls ...ForCausalLM.",
+            f"{where} ({config.get('model_type')}) is no {kind.noun}: {reason}.", kind.instead
         )
+    return kind
+
+
+def _with_classes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Return a config with as many classes as the spec says.
+
+    Raises:
+        UserError: When it has a trained head for another number of them.
+    """
+    if not spec.classes:
+        return dict(config)
+    known = config.get("id2label") or {}
+    trained = kind_in(config).name == kind_in(config, spec.kind).name
+    if trained and known and len(known) != spec.classes:
+        raise UserError(
+            f"model.classes={spec.classes}, but the head of {spec.name} is for {len(known)}.",
+            "Leave model.classes out, or start from an encoder without a head.",
+        )
+    labels = {str(n): f"LABEL_{n}" for n in range(spec.classes)}
+    return {**config, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
 
 
 def _whole_groups(shape: AnyShape) -> AnyShape:
@@ -427,28 +457,41 @@ def _folder(spec: ModelSpec) -> Path:
 
 
 def _package_folder(spec: ModelSpec) -> Path:
-    """Return the converted folder of a package model, fetched and converted if need be."""
+    """Return the folder of a package model, fetched and converted if need be."""
+    if assets.GGUF not in assets.find(spec.id).contents:
+        return _saved_in(spec, assets.fetch(spec.id))
     sha256 = _package_sha256(spec)
     return already_converted(sha256, spec.id, whole=True) or converted(
         assets.fetch(spec.id) / assets.GGUF, sha256, spec.id
     )
 
 
-def _package_sha256(spec: ModelSpec) -> str:
-    contents = assets.find(spec.id).contents
-    if assets.GGUF not in contents:
+def _saved_in(spec: ModelSpec, folder: Path) -> Path:
+    """Return the folder of an asset, which holds a model as transformers saves it.
+
+    Raises:
+        UserError: When it does not.
+    """
+    if not (folder / "config.json").is_file():
         raise UserError(
-            f"The asset {spec.id!r} holds no causal language model.",
+            f"The asset {spec.id!r} holds no model.",
             "Models that can be had offline: " + ", ".join(offline_models()) + ".",
         )
-    return contents[assets.GGUF]
+    return folder
+
+
+def _package_sha256(spec: ModelSpec) -> str:
+    return assets.find(spec.id).contents[assets.GGUF]
 
 
 def _config_file(spec: ModelSpec) -> Path:
     if spec.source == "folder":
         return _folder(spec) / "config.json"
     if spec.source == "package":
-        folder = already_converted(_package_sha256(spec), spec.id)
+        if assets.GGUF in assets.find(spec.id).contents:
+            folder = already_converted(_package_sha256(spec), spec.id)
+        elif folder := assets.path_of(spec.id):
+            folder = _saved_in(spec, folder)
         if folder:
             return folder / "config.json"
         raise UserError(
@@ -528,26 +571,62 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
 
         with _load_errors(spec):
             return read_shared(Path(spec.path), device, dtype)
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from effbench.nn.llama.stack import as_linears
     from effbench.util.hf import quiet
 
     options = _options(spec)
-    if device != "cpu":
-        options["device_map"] = {"": device}
     with quiet(), _load_errors(spec), _hub_if_it_answers(spec):
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(spec.path or spec.id, **options)
+        known = config.to_dict()
+        reads = require_kind(known, spec.name, spec.kind)
+        if spec.classes:
+            config.num_labels = len(_with_classes(known, spec)["id2label"])
+        if device != "cpu":
+            options["device_map"] = {"": device}
+        both: Any = getattr(transformers, reads.auto).from_pretrained(
             spec.path or spec.id,
+            config=config,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     model, info = both
+    if kind_in(known).name != reads.name:
+        info = _without_heads(reads, model, info, spec)
     _require_same_weights(spec.name, info)
     as_linears(model)
     return model.eval()
+
+
+def _without_heads(
+    kind: ModelKind, model: Any, info: Mapping[str, Any], spec: ModelSpec
+) -> dict[str, Any]:
+    """Draw the heads that files of a model of another kind lack.
+
+    Args:
+        kind: As which it is loaded.
+        model: It.
+        info: What transformers says about its loading.
+        spec: Has the seed of random weights.
+
+    Returns:
+        What is still to be looked at: neither these heads nor those of the other kind.
+    """
+    from effbench.models.random import draw
+
+    heads = tuple(f"{name}." for name, _ in kind.heads(model))
+    fresh = [key for key in info["missing_keys"] if key.startswith(heads)]
+    draw({n: p for n, p in model.named_parameters() if n in fresh}, spec.weights_seed)
+    body = {name.partition(".")[0] for name, _ in model.base_model.named_parameters()}
+    own = {str(model.base_model_prefix), *body}
+    return {
+        **info,
+        "missing_keys": set(info["missing_keys"]) - {*fresh},
+        "unexpected_keys": [k for k in info["unexpected_keys"] if k.partition(".")[0] in own],
+    }
 
 
 def _require_same_weights(name: str, info: Mapping[str, Any]) -> None:
@@ -582,16 +661,18 @@ def _require_same_weights(name: str, info: Mapping[str, Any]) -> None:
 
 
 def _check_model(model: torch.nn.Module, shape: AnyShape) -> None:
-    """Refuse a model that is not what was counted, or that looks ahead.
+    """Refuse a model that is not what was counted, or whose answers depend on what they must not.
 
     Raises:
         UserError: With what differs.
     """
-    from effbench.models.survey import hold, require_causal
+    from effbench.models.survey import hold, require_causal, require_same_when_padded
     from effbench.nn.llama.walk import is_llama
 
     hold(shape, model)
-    if not is_llama(model):
+    if not kind_of(model).caches:
+        require_same_when_padded(model)
+    elif not is_llama(model):
         require_causal(model)
 
 

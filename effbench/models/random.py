@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from effbench.api.shape import AnyShape
+from effbench.nn.model_kinds.base import ModelKind
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -51,6 +53,39 @@ def random_model(shape: AnyShape, seed: int, device: str, dtype: torch.dtype) ->
                 drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
                 parameter.copy_(drawn.normal_(0.0, INITIAL_STD, generator=generator))
     return model.eval()
+
+
+def random_of(values: Mapping[str, Any], kind: ModelKind, seed: int) -> Any:
+    """Return a model of a config of transformers with random weights, float32 on the CPU.
+
+    Args:
+        values: As in `config.json`.
+        kind: As which it is made.
+        seed: Of its weights.
+    """
+    from effbench.models.survey import model_of
+
+    with torch.random.fork_rng(devices=[]):  # what transformers draws is drawn anew
+        model = model_of(values, kind.name, "cpu", torch.float32)
+    draw(dict(model.named_parameters()), seed)
+    return model
+
+
+def draw(parameters: Mapping[str, torch.Tensor], seed: int) -> None:
+    """Fill weights in place: matrices at random, norms with ones, biases with zeros.
+
+    Args:
+        parameters: By name; their order is that of the draws.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                drawn = torch.empty(parameter.shape).normal_(0.0, INITIAL_STD, generator=generator)
+                parameter.copy_(drawn)
 
 
 def byte_tokenizer(shape: AnyShape) -> Any:

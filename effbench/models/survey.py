@@ -1,4 +1,4 @@
-"""The shape of any causal model of transformers, read off its modules.
+"""The shape of any model of transformers, read off its modules.
 
 A survey looks at a model without weights: linears become `api.parts.Linear`, vectors norms or
 biases, and what a pass leaves in a cache is what one more token adds to it. What does not fit is
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
+from effbench.api.examples import IGNORED
 from effbench.api.parts import MLP, ROUTERS, Cache, LayerShape, Linear, Mixer, Norm, Readout
 from effbench.api.shape import AnyShape, ModelShape
-from effbench.models.written import encoded
+from effbench.models.written import KIND, encoded
 from effbench.nn.llama.experts import Experts, has_experts
 from effbench.nn.llama.stack import as_linears, decoder_layers, slides
 from effbench.nn.llama.walk import is_llama
+from effbench.nn.model_kinds.base import CAUSAL, find, kind_of
 from effbench.util.errors import UserError
 
 PROBE_TOKENS = 3
@@ -35,38 +37,53 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 """Names of the last linear of an attention, which some classes name before the others."""
 
 
-def empty_model(values: Mapping[str, Any]) -> Any:
-    """Return a causal model of a config, in evaluation mode, its tensors on the meta device.
+def empty_model(values: Mapping[str, Any], kind: str = "") -> Any:
+    """Return a model of a config, in evaluation mode, its tensors on the meta device.
 
     Raises:
-        UserError: When transformers has no causal model of that kind, or cannot make it.
+        UserError: As `model_of`.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    return model_of(values, kind, "meta", torch.bfloat16)
+
+
+def model_of(values: Mapping[str, Any], kind: str, device: str, dtype: torch.dtype) -> Any:
+    """Return a model of a config as transformers makes it, in evaluation mode.
+
+    Args:
+        values: As in `config.json`.
+        kind: A file in `nn/model_kinds`; empty for a causal model.
+        device: Where its tensors are made.
+        dtype: Of its weights.
+
+    Raises:
+        UserError: When transformers has no model of that kind, or cannot make it.
+    """
+    import transformers
 
     from effbench.util.hf import quiet
 
-    kind = str(values.get("model_type", ""))
-    if kind not in CONFIG_MAPPING:
+    family, auto = str(values.get("model_type", "")), find(kind or CAUSAL).auto
+    if family not in transformers.CONFIG_MAPPING:
         raise UserError(
-            f"transformers knows no model of type {kind!r}.",
-            "Choose a model that AutoModelForCausalLM loads.",
+            f"transformers knows no model of type {family!r}.",
+            f"Choose a model that {auto} loads.",
         )
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(dict(values))
-        with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        config: PreTrainedConfig = transformers.CONFIG_MAPPING[family].from_dict(dict(values))
+        with quiet(), torch.device(device):
+            model = getattr(transformers, auto).from_config(config, dtype=dtype)
         as_linears(model)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"transformers cannot make a model of type {kind!r}: {reason}.",
-            "Choose a model that AutoModelForCausalLM loads.",
+            f"transformers cannot make a model of type {family!r}: {reason}.",
+            f"Choose a model that {auto} loads.",
         ) from error
     return model.eval()
 
 
 def survey(model: Any) -> ModelShape:
-    """Return the shape of a causal model of transformers as its modules have it.
+    """Return the shape of a model of transformers as its modules have it.
 
     Args:
         model: On the meta device; nothing is computed.
@@ -75,38 +92,58 @@ def survey(model: Any) -> ModelShape:
         UserError: For a model that is more or something else than blocks of attention and MLP
             between an embedding and a head.
     """
-    config = model.config
+    config, kind = model.config, kind_of(model)
     blocks = decoder_layers(model)
-    head = model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
-    if head is None or head.weight.ndim != 2:
-        raise _odd(model, "it has no head that gives logits")
-    outside = _Outside.of(model, blocks, head, embedding)
+    readout = _readout(model, embedding)
+    outside = _Outside.of(model, blocks, embedding)
     width = int(embedding.shape[1])
-    caches = _caches(model, len(blocks))
+    caches = _caches(model, len(blocks)) if kind.caches else [Cache()] * len(blocks)
     active = _active_experts(config)
     layers = tuple(
         _layer(model, block, cache, width, active)
         for block, cache in zip(blocks, caches, strict=True)
     )
-    final, *others = outside.norms[::-1] or [Norm(0)]
-    tied = head.weight is model.get_input_embeddings().weight
+    norms = outside.norms
+    if not readout.learns:
+        final, *others = norms[::-1] or [Norm(0)]
+        readout, norms = replace(readout, norm=final), tuple(others)
     found = ModelShape(
         layers=layers,
         embed=Linear("embed_tokens", int(embedding.shape[0]), width),
-        readout=Readout(final, _linear("lm_head", head), tied),
+        readout=readout,
         tables=outside.tables,
-        norms=tuple(others),
-        max_positions=_number(config, "max_position_embeddings", "n_positions", "max_seq_len")
-        or 2048,
+        norms=norms,
+        max_positions=kind.positions(config),
         rope_theta=_theta(config),
         rms_eps=float(getattr(config, "rms_norm_eps", None) or 1e-6),
         head_dim=max((x.mixer.head_dim for x in layers if x.mixer), default=0),
         anatomy="llama" if is_llama(model) and not slides(config) else "other",
         family=str(config.model_type),
+        kind=kind.name,
     )
     hold(found, model)
     return found
+
+
+def _readout(model: Any, embedding: torch.Tensor) -> Readout:
+    """Return what gives a model's logits, the norm before it aside where it has no heads.
+
+    Raises:
+        UserError: When nothing does.
+    """
+    parts = [part for _, head in kind_of(model).heads(model) for part in head.modules()]
+    if not parts:
+        head = model.get_output_embeddings()
+        if head is None or head.weight.ndim != 2:
+            raise _odd(model, "it has no head that gives logits")
+        return Readout(Norm(0), _linear("lm_head", head), head.weight is embedding)
+    linears = [_linear("head", part) for part in parts if isinstance(part, torch.nn.Linear)]
+    vectors = [part for part in parts if not isinstance(part, torch.nn.Linear)]
+    norms = [n for part in vectors for n in _vectors(dict(part.named_parameters(recurse=False)))]
+    if not linears or linears[-1].d_out != model.config.num_labels or len(norms) > 1:
+        raise _odd(model, "its head is not made of linears that end in one logit a class")
+    return Readout([*norms, Norm(0)][0], linears[-1], before=tuple(linears[:-1]), learns=True)
 
 
 def hold(shape: AnyShape, model: Any) -> None:
@@ -164,6 +201,28 @@ def require_causal(model: Any) -> None:
         )
 
 
+@torch.inference_mode()
+def require_same_when_padded(model: Any) -> None:
+    """Refuse a model whose answer depends on what stands behind a text, where nothing is.
+
+    Raises:
+        UserError: When it does.
+    """
+    device = model.get_input_embeddings().weight.device
+    row = torch.arange(PROBED, device=device)[None] % model.config.vocab_size
+    labels = torch.full_like(row, IGNORED)
+    alone = kind_of(model).logits(model, row, torch.ones_like(row), labels)[:, 0]
+    wide, mask = (torch.cat([x, x * 0], 1) for x in (row, torch.ones_like(row)))
+    beside, both = wide.flip(1), torch.ones_like(mask)  # so that the batch is as wide as it
+    rows = torch.cat([wide, beside]), torch.cat([mask, both]), torch.cat([labels, labels], 1)
+    padded = kind_of(model).logits(model, rows[0], rows[1], rows[2].expand(2, -1))[:1, 0]
+    if (alone - padded).abs().amax() > ROUNDING * alone.abs().amax():
+        raise UserError(
+            f"{type(model).__name__} answers otherwise when padding stands behind a text.",
+            "Choose a model that takes an attention mask.",
+        )
+
+
 @dataclass(frozen=True)
 class _Outside:
     """What of a model is neither in its blocks nor its embedding nor its head."""
@@ -172,15 +231,14 @@ class _Outside:
     norms: tuple[Norm, ...]
 
     @classmethod
-    def of(
-        cls, model: Any, blocks: torch.nn.Module, head: Any, embedding: torch.Tensor
-    ) -> _Outside:
+    def of(cls, model: Any, blocks: torch.nn.Module, embedding: torch.Tensor) -> _Outside:
         """Return it.
 
         Raises:
             UserError: When there is anything but norms and tables.
         """
-        inside = {*blocks.modules(), head}
+        heads = [part for _, head in kind_of(model).heads(model) for part in head.modules()]
+        inside = {*blocks.modules(), *(heads or [model.get_output_embeddings()])}
         tables, norms = [], []
         for name, module in model.named_modules():
             if module in inside:
@@ -276,8 +334,11 @@ class _Block:
 def _layer(model: Any, block: torch.nn.Module, cache: Cache, width: int, active: int) -> LayerShape:
     parts = _Block(model, block, width, active)
     heads = _number(model.config, "num_attention_heads", "n_heads", "n_head")
-    kv_heads = min(heads, int(cache.keys)) if cache.width > 1 else heads
-    head_dim = cache.width if cache.width > 1 else int(cache.keys) // heads
+    if not cache.per_token:
+        kv_heads, head_dim = heads, width // heads
+    else:
+        kv_heads = min(heads, int(cache.keys)) if cache.width > 1 else heads
+        head_dim = cache.width if cache.width > 1 else int(cache.keys) // heads
     linears = sorted(parts.linears[True], key=lambda x: x.name in OUTPUTS)
     mixer = Mixer(tuple(linears), heads, kv_heads, head_dim, cache, norms=tuple(parts.norms[True]))
     first, second = [*parts.own, Norm(0), Norm(0)][:2]
@@ -373,7 +434,8 @@ def main() -> None:
     import sys
 
     try:
-        answer = encoded(survey(empty_model(json.load(sys.stdin))))
+        config = json.load(sys.stdin)
+        answer = encoded(survey(empty_model(config, config.pop(KIND, ""))))
     except UserError as error:
         answer = {"message": error.message, "hint": error.hint}
     print(json.dumps(answer))

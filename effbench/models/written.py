@@ -10,6 +10,9 @@ from typing import Any
 from effbench.api.schema import build
 from effbench.api.shape import ModelShape
 
+KIND = "effbench_kind"
+"""Key in a config that says of what kind the model is, where it is no causal one."""
+
 
 def encoded(shape: ModelShape) -> dict[str, Any]:
     """Return a surveyed shape as plain JSON values; layers that are alike stand there once."""

@@ -54,5 +54,5 @@ def _lines(campaign: Campaign, results: Path) -> dict[str, list[Line]]:
 
 
 def _trained(records: Sequence[Record], results: Path) -> list[Line]:
-    runs = [*records, *earlier(records, results / "records")]
-    return [own["training"] for own in curves(runs, Store(results)) if "training" in own]
+    keys = [r.key for r in (*records, *earlier(records, results / "records"))]
+    return [own["training"] for own in curves(keys, Store(results)) if "training" in own]

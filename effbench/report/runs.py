@@ -13,7 +13,7 @@ from effbench.report.facts import facts
 from effbench.report.labels import ABSENT
 from effbench.report.table import RUN_COLUMNS, Cell, Table, readable
 from effbench.results.store import RunFolder, Store
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError, did_you_mean, printable_values
 
 FILTERS = ("key", "stage", "method", "model", "dataset", "seed", "state")
 """What runs are chosen by."""
@@ -220,4 +220,4 @@ def _read(folder: RunFolder, name: str) -> dict[str, object]:
         found = folder.read_json(name)
     except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return printable_values(found) if isinstance(found, dict) else {}

@@ -342,8 +342,10 @@ def _line(cells: Iterable[str]) -> str:
 
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
-FORMULA = re.compile(r"[=+@\t\r-].")
-"""How a text begins that a spreadsheet would calculate."""
+FORMULA = re.compile(r"\s*[=+@\uff0b\uff0d\uff1d\uff20-].|\t")
+"""How a text begins that a spreadsheet would calculate; some of them pass over blanks, or take the
+wide forms of a sign for it."""
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def without_html(markdown: str) -> str:
@@ -353,7 +355,10 @@ def without_html(markdown: str) -> str:
 
 def _inert(cell: Any) -> Any:
     """Return a CSV cell that a spreadsheet takes for the text or number that it is."""
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+    if not isinstance(cell, str) or NUMBER.fullmatch(cell):
+        return cell
+    line = " ".join(cell.splitlines())  # the writer leaves a bare \r, which ends a row, as it is
+    return f"'{line}" if FORMULA.match(line) else line
 
 
 def _heads(name: str, wide: bool) -> list[str]:

@@ -70,7 +70,8 @@ class Caching(NamedTuple):
         if one.kind == "score" and self.policy == EVERYTHING:
             return 0
         caches = [x.mixer.cache for x in self.shape.layers if x.mixer]
-        return self.rows(one) * sum(c.bytes(one.tokens, element) for c in caches)
+        prompt = one.tokens if one.kind == "prefill" else one.prompt
+        return self.rows(one) * sum(c.bytes(one.tokens, element, prompt) for c in caches)
 
     def looking(self, one: Pass, element: int) -> float:
         """Return the bytes that the hungriest layer needs while its queries look."""
@@ -139,7 +140,7 @@ class Peaks:
         gradients = cost.trainable * GRADIENT_BYTES
         backward: Components = {
             "activations": kept + saved.fixed + saved.quadratic * one.size * one.tokens,
-            "logits": one.counted * self.shape.vocab_size * saved.loss_bytes,
+            "logits": one.counted * self.shape.outputs * saved.loss_bytes,
             "gradients": gradients if several else 0,
             "gathered blocks": spread.gathered,
         }
@@ -163,7 +164,7 @@ class Peaks:
         """
         passing: Components = {
             "activations": transient(self.shape, self.element, False) * one.size,
-            "logits": one.counted * self.shape.vocab_size * SCORE_BYTES,
+            "logits": one.counted * self.shape.outputs * SCORE_BYTES,
         }
         moving: Components = {"noise": saved.noise * GRADIENT_BYTES}
         highest = max((passing, moving), key=lambda m: sum(m.values()))
@@ -271,12 +272,12 @@ class Peaks:
         if caching and caching.policy != EVERYTHING:
             looking = 2 * residual + caching.looking(one, self.element)
             running = max(running, looking) + 2 * residual  # embeddings, and what a layer was given
-        logits = logit_bytes(one, self.shape.vocab_size, self.element, every)
+        logits = logit_bytes(one, self.shape.outputs, self.element, every)
         if together < one.rows:  # a row's logits, beside those of all
-            own = (one.size + together * one.tokens) * self.shape.vocab_size * self.element
+            own = (one.size + together * one.tokens) * self.shape.outputs * self.element
             logits = max(logits, own)
         last = {"activations": residual, "logits": logits}
-        held = cost.cached(one.size, one.rows) if one.kind in ("prefill", "decode") else 0
+        held = cost.cached(one.tokens, one.rows) if one.kind in ("prefill", "decode") else 0
         held = caching.held(one, self.element) if caching else held
         others = points - 1 if one.kind == "score" else 0
         kept = self.block if packed and self.cpu and others else 0

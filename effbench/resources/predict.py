@@ -8,7 +8,7 @@ kernels, and the pieces that the C library's allocator cannot use again. Nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from effbench.api.plugins import make_evaluator
 from effbench.api.shape import DTYPE_BYTES, LINEARS, AnyShape, ModelShape
 from effbench.api.spec import Machine, Parallelism, Spec
 from effbench.api.weights import is_packed
-from effbench.config.compose import compose
+from effbench.config.compose import model_named
 from effbench.methods.base import Method
 from effbench.methods.chain import (
     chain,
@@ -147,7 +147,7 @@ class Prediction:
             "phases": phases,
             "flops": self.flops,
             "seconds": self.seconds,
-            "cost": asdict(self.cost),
+            "cost": self.cost.told(),
         }
 
 
@@ -231,6 +231,7 @@ class RunShapes:
                 used,
                 kv_bytes_per_token=max(c.kv_bytes_per_token for c in costs.values()),
                 kv_bytes_per_sequence=max(c.kv_bytes_per_sequence for c in costs.values()),
+                caches=max(costs.values(), key=lambda c: c.cached(left.max_positions)).caches,
             ),
         )
 
@@ -386,10 +387,7 @@ def _others(method: Method, start: AnyShape, element: int) -> int:
 
 def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
     """Return the shapes of the other models that training holds, as far as they are known."""
-    shapes = (
-        known_shape(compose("eval", [f"model={name}"]).spec.model) if name else start
-        for name in method.holds()
-    )
+    shapes = (known_shape(model_named(name)) if name else start for name in method.holds())
     return [s for s in shapes if s]
 
 

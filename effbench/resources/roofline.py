@@ -173,7 +173,7 @@ def prefill_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int) -> float
 
     Layers that need that position alone count with it alone.
     """
-    head = 2 * shape.vocab_size * shape.hidden_size
+    head = 2 * shape.head_products
     first = shape.num_layers - shape.tail
     upper = sum(i * o for layer, _, i, o in shape.linears() if layer >= first)
     # Whatever lies beside the linears, as adapters do, is taken to be spread as they are.
@@ -197,9 +197,9 @@ def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
 
     States are read and written. The rows of the embedding and all activations are left out.
     """
-    cached = batch * cost.kv_bytes_per_token * _contexts(prompt, tokens)
-    states = 2 * batch * tokens * cost.kv_bytes_per_sequence
-    return tokens * cost.bytes_per_token + cached + states
+    read = sum(cost.cached(prompt + t, batch, prompt) for t in range(1, tokens + 1))
+    written = batch * tokens * cost.kv_bytes_per_sequence
+    return tokens * cost.bytes_per_token + read + written
 
 
 def _attention_flops(shape: AnyShape) -> int:

@@ -44,8 +44,10 @@ class Head(NamedTuple):
         return records.ended(self.started, self.seconds)
 
 
+Mark = list[int]
+"""Size, time and inode of a file."""
 Entry = list[Any]
-"""Size, time and inode of a file; its `Head`; texts."""
+"""`Mark` of a file; its `Head`; texts."""
 
 SETTLED_SECONDS = 2.0
 """Age from which a file that has changed once more has another time, on any file system."""
@@ -64,23 +66,19 @@ def summaries(
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    code = _code(made_by)
+    code = code_of(made_by)
     known = _kept(store.index, code)
     found, settled, now = dict[str, Entry](), dict[str, Entry](), time.time()
-    for name, mark in sorted(_marks(store.records).items()):
+    for name, mark in sorted(marks(store.records).items()):
         entry = known.get(name)
         if entry is None or entry[0] != mark:
             record = records.read(store.records / name, outcomes=False)
             entry = [mark, [*head_of(record)], list(summarise(record))]
         found[name] = entry
-        if now - mark[1] / 1e9 > SETTLED_SECONDS:
+        if is_settled(mark, now):
             settled[name] = entry
     if settled != known:
-        with suppress(UserError, OSError):  # an index that cannot be written is none
-            keep_out_of_git(store.runs)
-            kept = {"code": code, "reader": _code(()), "entries": settled}
-            text = json.dumps(kept, separators=(",", ":"))
-            write_atomic(store.index, sealed(text, store.index.name))
+        keep(store.index, {"code": code, "reader": code_of(()), "entries": settled})
     return [tuple(entry[2]) for entry in sorted(found.values(), key=lambda e: e[1])]
 
 
@@ -96,8 +94,8 @@ def heads(folder: Path, index: Path) -> list[Head]:
     Raises:
         UserError: That names the first file that cannot be read.
     """
-    known, found = _kept(index, _code(()), "reader"), list[Head]()
-    for name, mark in sorted(_marks(folder).items()):
+    known, found = _kept(index, code_of(()), "reader"), list[Head]()
+    for name, mark in sorted(marks(folder).items()):
         entry = known.get(name)
         fits = entry is not None and entry[0] == mark
         found.append(Head(*entry[1]) if entry and fits else _head(folder / name))
@@ -113,8 +111,11 @@ def head_of(record: Record) -> Head:
     return Head(record.started, record.key, record.seconds, record.parent)
 
 
-def _marks(folder: Path) -> dict[str, list[int]]:
-    """Return size, time and inode of the file of each record, by its name."""
+# -- what others may keep in the same way ------------------------------------------------------
+
+
+def marks(folder: Path) -> dict[str, Mark]:
+    """Return what changes with the file of each record, by its name."""
     if not folder.is_dir():
         return {}
     found = {}
@@ -126,23 +127,41 @@ def _marks(folder: Path) -> dict[str, list[int]]:
                 stat = file.stat()
             except OSError:
                 records.read(folder / file.name)  # says what is wrong with it
-                raise
-            found[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            else:
+                found[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     return found
 
 
-def _code(made_by: Sequence[Path]) -> str:
-    """Return a digest of the code that entries depend on."""
+def is_settled(mark: Mark, now: float) -> bool:
+    """Whether a file that changes once more will have another mark; `now` is before it was read."""
+    return now - mark[1] / 1e9 > SETTLED_SECONDS
+
+
+def code_of(made_by: Sequence[Path]) -> str:
+    """Return a digest of the code that reads records and of other files of code."""
     return _digest(*(path.read_bytes() for path in (*READERS, *made_by)))
 
 
-def _kept(place: Path, code: str, made_by: str = "code") -> dict[str, Entry]:
-    """Return the entries in a cache file that the same code made; none when it is damaged."""
+def kept(place: Path) -> dict[str, Any]:
+    """Return what a file of `keep` holds; nothing when it is damaged or is not there."""
     try:
-        kept = json.loads(unsealed(place.read_text(), place.name))
-        return kept["entries"] if kept[made_by] == code else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(unsealed(place.read_text(), place.name))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def keep(place: Path, content: dict[str, Any]) -> None:
+    """Keep what can be made again, in the folder of all runs; nothing where it has no room."""
+    with suppress(UserError, OSError):
+        keep_out_of_git(place.parent)
+        write_atomic(place, sealed(json.dumps(content, separators=(",", ":")), place.name))
+
+
+def _kept(place: Path, code: str, made_by: str = "code") -> dict[str, Entry]:
+    """Return the entries of an index that the same code made."""
+    found = kept(place)
+    return found["entries"] if found.get(made_by) == code else {}
 
 
 def _digest(*parts: bytes) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.results.store import record_files
-from effbench.util.errors import CONTROL, NewerVersionError, UserError, printable
+from effbench.util.errors import CONTROL, NewerVersionError, UserError, printable_values
 from effbench.util.files import write_atomic
 from effbench.util.seals import seal_of
 
@@ -247,16 +247,7 @@ def _parse(text: str, outcomes: bool) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     foreign = CONTROL.search(line) or r"\u00" in line
-    return _printable(values) if foreign else values
-
-
-def _printable(value: Any) -> Any:
-    """Return plain values whose texts a terminal may be given."""
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {printable(k): _printable(v) for k, v in value.items()}
-    return [_printable(v) for v in value] if isinstance(value, list) else value
+    return printable_values(values) if foreign else values
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:

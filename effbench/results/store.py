@@ -296,6 +296,8 @@ class Store:
         self.records = root / "records"
         self.index = self.runs / ".records.json"
         """What lists say of the records; can be deleted at any time."""
+        self.rows = self.runs / ".rows.json"
+        """What the report shows of them; can be deleted at any time."""
 
     def run(self, key: str) -> RunFolder:
         """Return the folder of a key, whether it exists or not."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effbench.results.store import Store
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError, did_you_mean, printable_values
 from effbench.util.files import write_atomic
 
 OUTCOME = "outcome.json"
@@ -94,7 +94,7 @@ def read_grid(folder: Path) -> Grid:
 def _declared(folder: Path) -> dict[str, Any]:
     path = folder / GRID
     try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
+        values = printable_values(json.loads(path.read_text())) if path.is_file() else {}
         return {**values, "cells": [{n: c[n] for n in DECLARED} for c in values.get("cells", ())]}
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(
@@ -171,7 +171,7 @@ def numbered_outcomes(grid: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path in sorted(grid.glob(f"*/{OUTCOME}"), key=lambda p: (len(p.parent.name), p)):
         with suppress(OSError, ValueError):
-            outcome = json.loads(path.read_text())
+            outcome = printable_values(json.loads(path.read_text()))
             if isinstance(outcome, dict):
                 found.append((path.parent.name, outcome))
     return found

@@ -105,7 +105,7 @@ class Nursery:
             send(self._control, {"job": text, "variables": variables})
             socket.send_fds(self._control, [b"f"], list(files))
             said = receive(self._control)
-        except BrokenPipeError:
+        except ConnectionError:
             said = None
         except KeyboardInterrupt:
             self.close()
@@ -127,7 +127,7 @@ class Nursery:
             )
 
     def close(self) -> None:
-        """End the process; a run that is at work in it saves its state and ends."""
+        """End the process, and with it a run that nobody waits for: it saves its state first."""
         if self._process:
             self._control.close()
             self._process.wait()

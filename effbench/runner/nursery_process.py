@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from effbench.runner.nursery import receive, send
@@ -42,20 +43,20 @@ def main() -> int:
             leave(_run(asked, files, pages))
         for number in files:
             os.close(number)
-        try:
+        with suppress(ConnectionError):  # nobody waits for the run; the next turn is the last
             send(control, {"pid": pid})
-        except BrokenPipeError:
-            return 0  # nobody waits for the run: the end of this process asks it to stop
-        send(control, {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+            send(control, {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
     return 0
 
 
 def _import_what_runs_need() -> None:
     """Import what every run that opens a model imports, and no more."""
-    from effbench.models.load import import_libraries
-    from effbench.runner import open, run, worker
+    from effbench.runner import worker
 
-    worker.quiet_libraries()
+    worker.quiet_libraries()  # they ask for it while they are imported
+    from effbench.models.load import import_libraries
+    from effbench.runner import open, run
+
     import_libraries()
     del open, run
 

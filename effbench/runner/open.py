@@ -20,7 +20,7 @@ from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import Job, ModelSpec, Spec
 from effbench.api.stages import base as stages
 from effbench.api.weights import find, is_packed
-from effbench.config.compose import check_lengths, compose
+from effbench.config.compose import check_kind, check_lengths, model_named
 from effbench.data.dataset import Data
 from effbench.data.overlap import Trained, kept, require_apart
 from effbench.methods.base import Method
@@ -73,6 +73,7 @@ def open_model(run: Run) -> Opened:
     with run.phase("load"):
         loaded = load_start(run, own)
     models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
+    check_kind(spec, loaded.shape)
     check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
     if stored is not None:
@@ -162,7 +163,7 @@ def context(run: Run) -> Context:
 
 def load_frozen(run: Run, name: str) -> torch.nn.Module:
     """Return another model by its config name, frozen, on the device."""
-    return _load_dense(run, compose("eval", [f"model={name}"]).spec.model)
+    return _load_dense(run, model_named(name))
 
 
 def load_base(run: Run) -> torch.nn.Module:
@@ -210,7 +211,7 @@ def open_data(run: Run) -> Data:
     """
     spec = run.spec
     run.progress.now(f"reading {spec.dataset.name} and making tokens of it")
-    data = Data(spec.dataset, run.tokenizer)
+    data = Data(spec.dataset, run.tokenizer, models.known_shape(spec.model))
     seen = Trained()
     trained = [spec.dataset] if stages.find(spec.stage).trains else []
     for key, earlier in run.store.ancestors(spec).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ LAST_LINES = 3
 """Of what a program said that are shown when it fails."""
 LINE = 160
 """Letters of a line that are shown."""
+COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+"""What tells a terminal to change its colours, or where it writes; it is not shown."""
 
 
 def run_program(
@@ -136,7 +139,7 @@ def _lines(said: BinaryIO) -> list[str]:
     size = os.fstat(said.fileno()).st_size
     start = max(0, size - 8 * LAST_LINES * LINE)
     text = os.pread(said.fileno(), size - start, start).decode(errors="replace")
-    lines = (line.strip() for line in text.replace("\r", "\n").splitlines())
+    lines = (line.strip() for line in COLOURS.sub("", text).replace("\r", "\n").splitlines())
     return [line[:LINE] for line in lines if line][-LAST_LINES:]
 
 

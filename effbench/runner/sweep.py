@@ -7,15 +7,18 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from effbench.api.spec import Stage
+from effbench.api.spec import Job, Stage
 from effbench.config.code import checked
-from effbench.config.compose import hydra_compose, results_of, to_plain
+from effbench.config.compose import compose, hydra_compose, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
+from effbench.config.start import split_words
+from effbench.results.lookup import find
 from effbench.results.store import Store
 from effbench.results.sweeps import Grid, declare, declare_tuning, outcomes_in
 from effbench.runner.grid.cells import Cells
@@ -33,30 +36,36 @@ def sweep(
     extra: Sequence[Path] = (),
     fresh: bool = False,
     agreed: bool = False,
+    like: str = "",
 ) -> list[Outcome]:
     """Run a grid; a run that fails does not stop the others.
 
     Args:
         stage: The command.
-        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`), and perhaps a grid's
+        overrides: Hydra overrides, with sweeps among them (`method.rank=4,8`), and perhaps a file
+            with a spec that the runs start from, a grid's
             config (`sweep=NAME`), an objective (`sweep.metric=loss@validation`) and how many go on
             at once (`sweep.jobs=2`).
         extra: Folders with the user's own configs.
         fresh: Run finished keys again.
         agreed: Whether any number of runs is meant.
+        like: An earlier run whose spec they start from; empty for none.
 
     Raises:
         UserError: When the grid itself cannot be composed.
         RunFailedError: When it was interrupted; the same command goes on.
     """
     extra = checked(extra)
-    command = shlex.join(["effbench", stage, "-m", *overrides])
+    told = ["--like", like] if like else []
+    command = shlex.join(["effbench", stage, "-m", *overrides, *told])
+    files, overrides = split_words(overrides)
     name, overrides = spelled_out(stage, overrides, extra)
     objective, overrides = objective_in(overrides)
     jobs, overrides = jobs_in(overrides)
     overrides = listed(overrides, extra)
     chosen = check_overrides(overrides, extra)
-    words = chosen.with_defaults(stage)
+    begun = bool(files or like)
+    words = list(chosen.words) if begun else chosen.with_defaults(stage)
     words += objective.for_sweeper(words) if objective else []
     check_size(words, agreed)
     launched = is_launched(words, extra)
@@ -64,11 +73,18 @@ def sweep(
         raise UserError(
             "sweep.jobs is for runs of this process.", "Say it to the launcher: hydra.launcher.*"
         )
+    if begun and (launched or points(words) is None):
+        raise UserError(
+            "Runs that start from a file or from an earlier run are made here, one for each value.",
+            "Leave the launcher or the sweeper out, or write what they share as configs of your "
+            "own: --config-dir.",
+        )
     results = _results(words, points(words) or [], extra)
     words = [_latest_now(w, results) for w in words]
     drawn = points(words)
+    over = _over(stage, files, extra, like, results) if begun else None
     work = Work(stage, chosen.chosen, fresh, objective)
-    cells = Cells(stage, drawn or [], chosen.chosen, extra)
+    cells = Cells(stage, drawn or [], chosen.chosen, extra, over)
     work.settle(cells)
     folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
     if drawn is None or (launched and any(cell.state == "waiting" for cell in cells.all)):
@@ -77,6 +93,28 @@ def sweep(
     else:  # here: no need to have Hydra compose each of them from its files
         run_here(cells, jobs, work, folder)
     return [Outcome(**found) for found in outcomes_in(folder)]
+
+
+def _over(
+    stage: Stage, files: Sequence[Path], extra: Sequence[Path], like: str, results: Path
+) -> Callable[[Sequence[str]], Job]:
+    """Return what puts the words of a run over a file or an earlier run.
+
+    Args:
+        stage: The command.
+        files: Of one's own, one at most.
+        extra: Folders with the user's own configs.
+        like: An earlier run; the latest is that of now, which the grid's own would replace.
+        results: Of all runs of the grid, whatever the file says.
+    """
+    key = find(results / "records", like).key if like else ""
+
+    def job_of(point: Sequence[str]) -> Job:
+        words = [word.lstrip("+") for word in point]
+        job = compose(stage, [*map(str, files), *words], extra, key)
+        return replace(job, runtime=replace(job.runtime, results=str(results)))
+
+    return job_of
 
 
 def _declared(results: Path, grid: Grid, objective: Objective | None) -> Path:

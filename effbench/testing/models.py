@@ -19,7 +19,7 @@ from effbench.api.plugins import make_method
 from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
-from effbench.config.compose import compose, settings_of
+from effbench.config.compose import compose, model_named, settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved
 from effbench.methods.compresses import Compresses, compress_whole
@@ -64,7 +64,7 @@ def fresh(name: str, dtype: str = "float32", **settings: Any) -> Fresh:
     loaded = models.load(spec, device="cpu", dtype=held, weights=method.weights, tokenizer=False)
 
     def load_model(other: str) -> torch.nn.Module:
-        spec = compose("eval", [f"model={other}"]).spec.model
+        spec = model_named(other)
         return models.load(spec, device="cpu", dtype=held, tokenizer=False).model
 
     draws = torch.Generator().manual_seed(0)

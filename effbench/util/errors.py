@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal acts upon, but for tabs and line ends."""
@@ -13,6 +14,15 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """Return a text that somebody else may have written without what a terminal would act upon."""
     return CONTROL.sub("\ufffd", text)
+
+
+def printable_values(value: Any) -> Any:
+    """Return plain values whose texts a terminal may be given."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(k): printable_values(v) for k, v in value.items()}
+    return [printable_values(v) for v in value] if isinstance(value, list) else value
 
 
 class UserError(Exception):

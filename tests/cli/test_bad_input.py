@@ -34,6 +34,7 @@ def refused(cli, *words: str) -> str:
 # -- words -----------------------------------------------------------------------------------------
 
 TRAIN = ["train", "model=tiny"]
+TOO_MANY = ["evaluator.generation.max_new_tokens=512"]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,22 @@ TRAIN = ["train", "model=tiny"]
         (
             ["eval", "model=tiny", "evaluator=memory", "evaluator.memory.new_tokens=9999"],
             ["evaluator.memory: a context of 10479 tokens", "512 positions", "new_tokens"],
+        ),
+        (
+            ["plan", "model=tiny", "evaluator=generation", *TOO_MANY],
+            ["max_new_tokens=512 leaves no position of 512", "Lower evaluator.generation"],
+        ),
+        (
+            ["plan", "model=tiny", "method=snapkv", "method.budget=[0]"],
+            ["method.budget.0=0", "greater than 0"],
+        ),
+        (
+            ["plan", "model=tiny", "method=lorc", "method.kept_keys=[1.5]"],
+            ["method.kept_keys.0=1.5", "less than or equal to 1"],
+        ),
+        (
+            ["plan", "model=tiny", "method=tova", "method.decoding=[speculative]"],
+            ["does not go with tova", "cannot be taken back", "Leave that way"],
         ),
         (
             ["compress", "model=tiny", "method=layer_drop", "method.layers=[]"],

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,16 @@ def test_what_cannot_be_exported_says_so_and_leaves_no_folder(cli, inline) -> No
     assert status == 2
     assert "made nothing to export" in said
     assert not Path("out").exists()
+
+
+def test_a_campaign_says_what_it_would_take(cli: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, _ = cli("table", "sorted_lora_mini", "--run", "--dry-run")
+    assert status == 0
+    first, shared, *arms = out.splitlines()
+    assert first.startswith("At most ") and "training tokens" in first
+    assert "experiment=sorted_lora_mini" in shared and "experiment=mini" in shared
+    assert "Sorted-LoRA" in arms and any(x.startswith("  effbench train method=") for x in arms)
+    assert not Path("results").exists()
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

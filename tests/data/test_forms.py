@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def test_templates_say_the_kind_and_a_given_kind_stays(tmp_path: Path) -> None:
     assert len(keys) == 1, "what is recognised is what could have been given"
 
 
+@pytest.mark.parametrize("system", [math.nan, None, "", "absent"])
+def test_a_system_prompt_that_is_none_is_no_word(system: Any) -> None:
+    given = {} if system == "absent" else {"system": system}
+    row = {"instruction": "Add.", "output": "4", **given}
+    [text] = render([row], DatasetSpec("mine", "file", "alpaca", chat=True), "split")
+    assert text.turns == (("user", "Add."),)
+
+
+def test_a_system_prompt_that_is_no_text_is_named() -> None:
+    row = {"instruction": "Add.", "output": "4", "system": ["Be brief"]}
+    with pytest.raises(UserError, match=r"field 'system' is .*which is no text"):
+        list(render([row], DatasetSpec("mine", "file", "alpaca", chat=True), "split"))
+
+
 # -- letters ---------------------------------------------------------------------------------------
 
 
@@ -155,6 +170,15 @@ def test_a_letter_names_an_answer(label: Any) -> None:
     spec = DatasetSpec("mine", "file", "choices", choices=["x", "y"])
     [text] = render([{"prompt": "p", "label": label}], spec, "split")
     assert (text.right, text.answer) == (1, "y")
+
+
+@pytest.mark.parametrize(
+    ("label", "right"), [("happy", 0), (" sad", 1), ("n", 2), ("a", 3), ("B", 1), ("1", 1), (2, 2)]
+)
+def test_an_answer_names_itself(label: Any, right: int) -> None:
+    spec = DatasetSpec("mine", "file", "choices", choices=[" happy", " sad", " n", " a", " 1"])
+    [text] = render([{"prompt": "p", "label": label}], spec, "split")
+    assert text.right == right
 
 
 @pytest.mark.parametrize("label", ["C", "Z", "(D)"])

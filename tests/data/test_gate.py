@@ -14,7 +14,7 @@ from conftest import Bench
 from helpers import BYTES_SHAPE
 
 from effbench.api.account import lines
-from effbench.api.plugins import make_evaluator
+from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.spec import DatasetSpec
 from effbench.data.dataset import Data, render
 from effbench.data.readers import read_rows
@@ -353,6 +353,13 @@ def test_a_line_end_is_the_same_from_a_command_and_a_file(bench: Bench, tmp_path
     assert make_evaluator(asked.spec.evaluators[0]).pattern == r"\n(\d)", "no text but a pattern"
     asked = bench.job("eval", *words, *own, r'evaluator.generation.until=["\n"]')
     assert make_evaluator(asked.spec.evaluators[0]).until == ("\n",)
+    asked = bench.job("eval", *words, "evaluator=best_of_n", r'evaluator.best_of_n.until=["\n"]')
+    assert make_evaluator(asked.spec.evaluators[0]).until == ("\n",), "what others inherit too"
+    rules = ["method=prboost", "dataset=noisy-classes", r'method.template="\nIt is"']
+    assert make_method(bench.job("train", *rules).spec.method).template == "\nIt is"
+    words[1] = r"dataset.files.all=C:\new\table.jsonl"
+    with pytest.raises(UserError, match=r"C:\\new\\table.jsonl"):
+        bench.job("eval", *words)
 
 
 def test_a_dry_run_shows_the_first_row(cli: Any, tmp_path: Path) -> None:

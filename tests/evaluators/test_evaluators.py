@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Bench
+from subjects import subject_of
 
 from effbench.api.batch import by_length
 from effbench.api.points import UNNAMED
@@ -80,6 +82,14 @@ def test_choices_are_those_of_a_naive_loop(subject: Subject) -> None:
         assert found[outcomes.metric].value == pytest.approx(mean)
     assert {o.metric for o in result.outcomes} == set(right)
     assert len({tuple(v) for v in right.values()}) == 2, "the two scores should be told apart"
+
+
+def test_an_answer_cut_within_its_first_letter_is_scored(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "label": 0}))
+    words = ["dataset=file", f"dataset.files.test={path}", "dataset.max_length=3"]
+    subject = subject_of(bench, *words, 'dataset.choices=["\U0001f99c", "b"]', "evaluator=choices")
+    assert {m.name for m in Choices().run(subject).metrics} >= {"accuracy", "accuracy_norm"}
 
 
 def test_the_batch_size_does_not_matter(subject: Subject) -> None:

@@ -10,6 +10,7 @@ import pytest
 from goldens import Golden
 
 from effbench.api import registry
+from effbench.api.cost import Cost
 from effbench.api.footprint import training_of
 from effbench.api.plugins import make_method
 from effbench.api.shape import Shape
@@ -44,4 +45,5 @@ def test_what_it_costs_stays(name: str, golden: Callable[[str], Golden]) -> None
 
 
 def _plain(counts: Any) -> dict[str, Any]:
-    return {k: v for k, v in asdict(counts).items() if v or k not in OF_STATES}
+    told = counts.told() if isinstance(counts, Cost) else asdict(counts)
+    return {k: v for k, v in told.items() if v or k not in OF_STATES}

@@ -275,7 +275,7 @@ def test_caches_grow_by_what_is_counted(layers: Any) -> None:
     for tokens, ids in ((7, some_ids(2, 7)), (8, some_ids(2, 1)), (9, some_ids(2, 1))):
         _ = held.prefill(ids) if tokens == 7 else held.step(ids)
         assert held.kv_bytes() == cache_bytes(shape, "float32", tokens, 2)
-        assert held.kv_bytes() == cost_of(shape, "float32").cached(2 * tokens, 2)
+        assert held.kv_bytes() == cost_of(shape, "float32").cached(tokens, 2)
         assert [held.cache.get_seq_length(i) for i in range(2)] == [tokens] * 2
     states = [x.state for x in held.cache.layers if hasattr(x, "state")]
     assert {s.dtype for s in states} == {torch.float32}

@@ -11,10 +11,13 @@ from evictions import BUDGET, FirstLayer, evicting, exact_model, held_columns, s
 from helpers import SHAPE, decoded, some_ids
 
 from effbench.api.batch import make_batch
-from effbench.api.cost import cache_bytes, cost_of
+from effbench.api.cost import cost_of
+from effbench.api.footprint import Pass
 from effbench.api.points import UNNAMED
 from effbench.api.shape import ModelShape
 from effbench.api.sharing import listed_map, shared_shape
+from effbench.evaluators.serving import Serving
+from effbench.evaluators.simulator import Scene
 from effbench.methods.cache.snapkv import SnapKV
 from effbench.methods.cache.streaming import SinkWindow
 from effbench.methods.depth.lora_drop import LoRADrop
@@ -23,6 +26,8 @@ from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.decode.selection import best
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession
+from effbench.resources.peaks import Caching
+from effbench.resources.roofline import decode_bytes
 from effbench.util.errors import UserError
 
 METHODS = list(evicting())
@@ -121,14 +126,21 @@ def test_its_bytes_are_those_of_its_tensors_and_as_counted(cls: type[Evicts]) ->
     [point] = method.points()
     shape = method.shape(ModelShape.of(SHAPE), point, "use", None)
     session, per_token = WholeSession(model, policy_of(method)), 2 * 2 * 2 * 16 * 4
+    cost, caching, read = cost_of(shape, "float32"), Caching(shape, policy_of(method)), 0
     session.prefill(ids[:, :20])
+    assert session.kv_bytes() == caching.held(Pass("prefill", 2, 20, 2), 4)
     for t in range(20, 40):
         session.step(ids[:, t : t + 1])
         later = 0 if issubclass(cls, EvictsSteadily) else t - 19
         assert session.kv_bytes() == held_bytes(session) == 2 * (BUDGET + later) * per_token
-    if issubclass(cls, EvictsSteadily):
-        assert session.kv_bytes() == cache_bytes(shape, "float32", 40, 2)
-    assert cost_of(shape, "float32").kv_bytes_per_token == per_token
+        assert session.kv_bytes() == cost.cached(t + 1, 2, prompt=20)
+        assert session.kv_bytes() == caching.held(Pass("decode", 2, t + 1, 2, 20), 4)
+        read += session.kv_bytes()
+    assert decode_bytes(cost, 2, 20, 20) == 20 * cost.bytes_per_token + read
+    room = cost.cached(40, 3, prompt=20) + cost.resident_bytes
+    serving = Serving(memory_gib=room / 2**30, prompt_tokens=20, new_tokens=20)
+    assert serving.slots(Scene(SHAPE, cost, cost)) == 3
+    assert cost.kv_bytes_per_token == per_token
     assert all(layer.view is None for layer in session.staged.cache.layers)  # type: ignore[union-attr]
 
 
@@ -204,7 +216,7 @@ def test_what_stays_may_be_held_in_codes(cls: type[Evicts]) -> None:
     shape = method.shape(ModelShape.of(SHAPE), method.points()[0], "use", None)
     lone = WholeSession(model.float(), policy)
     decoded(lone, ids[:1], 20)
-    assert lone.kv_bytes() == cache_bytes(shape, "float32", 12 + 20)
+    assert lone.kv_bytes() == cost_of(shape, "float32").cached(40, prompt=20)
     full = greedy(WholeSession(model, policy), ids[:, :20], 12)
     drafts = Decoder(driver=Drafts(1), cache=policy).session(model)
     assert greedy(drafts, ids[:, :20], 12).equal(full)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Bench
+from safetensors.torch import load_file, save_file
 
+from effbench.api.method_types import ProgramUsage
 from effbench.config.compose import compose
 from effbench.methods.compresses import compress_whole
 from effbench.methods.external import External, packages_beside
@@ -21,52 +26,58 @@ from effbench.resources.memory import PeakMemory
 from effbench.results.events import EventLog
 from effbench.results.records import read
 from effbench.runner.programs import run_program
-from effbench.testing.bench import HardKill
+from effbench.testing.bench import HardKill, without_evaluation
 from effbench.testing.models import fresh
 from effbench.util.errors import StoppedError, UserError
 
 HALVED = """
-import pathlib, shutil, sys
-from safetensors.torch import load_file, save_file
+import pathlib, shutil, sys, time
+from safetensors.numpy import load_file, save_file
+held = b"1" * (60 * 2**20)
 given, left = map(pathlib.Path, sys.argv[1:3])
 shutil.copytree(given, left)
 name = "model.safetensors"
-halves = {n: (t / 2).contiguous() for n, t in load_file(given / name).items()}
+halves = {n: t / 2 for n, t in load_file(given / name).items()}
 save_file(halves, left / name)
 print("halved", len(halves))
 if len(sys.argv) > 3:
     shutil.copy(sys.argv[3], sys.argv[4])
+while time.process_time() < 0.2:
+    pass
 """
-"""A program that halves all weights, and copies the calibration rows to where it is told."""
+"""A program that halves all weights, copies the calibration rows to where it is told, and takes at
+the least 60 MiB and 0.2 seconds of the processor."""
 
-LEFT = """
-import json, pathlib, shutil, sys
-import torch
-from safetensors.torch import load_file, save_file
-given, left, how = *map(pathlib.Path, sys.argv[1:3]), sys.argv[3]
-if how == "nothing":
-    sys.exit()
-shutil.copytree(given, left)
-weights = left / "model.safetensors"
-tensors = load_file(weights)
-first = min(tensors)
-if how == "packed":
-    (left / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-elif how == "config":
-    (left / "config.json").write_text("[")
-elif how == "no weights":
-    weights.unlink()
-elif how == "torn":
-    weights.write_bytes(weights.read_bytes()[:100])
-else:
-    if how == "lacks":
-        del tensors[first]
-    if how == "shape":
-        tensors[first] = tensors[first][:1].contiguous()
-    if how == "nan":
-        tensors[first][0] = float("nan")
-    save_file(tensors, weights)
-"""
+
+def left_by(how: str, words: Sequence[str]) -> ProgramUsage:
+    """Leave what no program should, as one of these words would."""
+    given, left = map(Path, words[-2:])
+    if how == "nothing":
+        return ProgramUsage(0.0, 0.0, 0)
+    if how == "deeper":
+        shutil.copytree(given, left / "model-w4")
+        return ProgramUsage(0.0, 0.0, 0)
+    shutil.copytree(given, left)
+    weights = left / "model.safetensors"
+    if how == "packed":
+        (left / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    elif how == "config":
+        (left / "config.json").write_text("[")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "torn":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        tensors = load_file(weights)
+        first = min(tensors)
+        if how == "lacks":
+            del tensors[first]
+        if how == "shape":
+            tensors[first] = tensors[first][:1].contiguous()
+        if how == "nan":
+            tensors[first][0] = float("nan")
+        save_file(tensors, weights)
+    return ProgramUsage(0.0, 0.0, 0)
 
 
 def script(folder: Path, text: str) -> str:
@@ -75,7 +86,10 @@ def script(folder: Path, text: str) -> str:
     return f"{sys.executable} {path} {{input}} {{output}}"
 
 
-def test_weights_are_what_the_program_makes_of_them(bench: Bench, tmp_path: Path) -> None:
+def test_weights_are_what_the_program_makes_of_them(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_evaluation(monkeypatch)
     kept = tmp_path / "kept.jsonl"
     command = f"{script(tmp_path, HALVED)} {{rows}} {kept}"
     words = ["method=external", f"method.command={json.dumps(command)}", "hardware.dtype=float32"]
@@ -89,8 +103,8 @@ def test_weights_are_what_the_program_makes_of_them(bench: Bench, tmp_path: Path
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(rows) == 64 and all(row["input_ids"] for row in rows)
     found = {m.name: m for m in record.metrics if m.name.startswith("program_")}
-    assert found["program_peak_bytes"].value > 50 * 2**20  # it imports torch
-    assert found["program_cpu_seconds"].value > 0.1
+    assert found["program_peak_bytes"].value > 60 * 2**20
+    assert found["program_cpu_seconds"].value >= 0.2
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size < found["program_bytes"].value < 1.2 * size
     assert {m.phase for m in found.values()} == {"compress"}
@@ -100,6 +114,7 @@ def test_weights_are_what_the_program_makes_of_them(bench: Bench, tmp_path: Path
 def test_a_program_that_has_ended_is_not_run_again(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_evaluation(monkeypatch)
     count = tmp_path / "count"
     command = script(tmp_path, f"open({str(count)!r}, 'a').write('x')\n{HALVED}")
     words = ["method=external", f"method.command={json.dumps(command)}", "hardware.dtype=float32"]
@@ -165,7 +180,8 @@ def test_commands_that_cannot_be_run_are_refused_at_once(command: str, said: str
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("nothing", "left no output/config.json"),
+        ("nothing", "left no output/config.json."),
+        ("deeper", "left no output/config.json, but output/model-w4/config.json."),
         ("config", "output/config.json is no JSON object"),
         ("packed", "left gptq weights"),
         ("no weights", "left no *.safetensors"),
@@ -176,22 +192,21 @@ def test_commands_that_cannot_be_run_are_refused_at_once(command: str, said: str
     ],
 )
 def test_what_is_no_such_model_is_refused(how: str, said: str, tmp_path: Path) -> None:
-    command = f"{script(tmp_path, LEFT)} '{how}'"
-    method, model, _, ctx = fresh("external", command=command)
+    method, model, _, ctx = fresh("external", command="program {input} {output}")
     before = {n: p.clone() for n, p in model.named_parameters()}
-    ctx.folder = tmp_path
+    ctx.folder, ctx.program = tmp_path, partial(left_by, how)
     with pytest.raises(UserError) as error:
         compress_whole(method, model, [], ctx)  # type: ignore[arg-type]
     assert said in error.value.message and error.value.hint
     assert all(p.equal(before[n]) for n, p in model.named_parameters())
-    assert [p.name for p in tmp_path.iterdir()] == ["program.py"]
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
     ("program", "said"),
     [
         (
-            "print('one'); print('no such bits'); raise SystemExit(3)",
+            "print('one'); print('\\x1b[31mno such\\x1b[0m bits'); raise SystemExit(3)",
             "status 3:\none\nno such bits",
         ),
         ("raise SystemExit(1)", "status 1:\nIt said nothing."),

@@ -22,9 +22,11 @@ from effbench.methods.compresses import compress_whole
 from effbench.models.survey import survey
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.decode.early_exit import confident
+from effbench.nn.decode.handing import KeepingLayer
 from effbench.nn.decode.latent import Basis, LatentLayer
 from effbench.nn.decode.latent_cache import LatentCache, hold
 from effbench.nn.decode.latent_plan import Plan, Ranks
+from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession, whole_logits
 from effbench.nn.llama.factorised import FactorisedLinear, bases, directions, factorised
@@ -183,7 +185,8 @@ def test_a_point_reads_the_first_directions_of_a_larger_one() -> None:
 def test_many_queries_have_values_made_and_few_mix_coordinates() -> None:
     """With the same result."""
     model = factorised_model(Plan(32, {"": Ranks([20, 20], [24, 24])}))
-    layer, draws = LatentLayer(model.model.layers[0].self_attn, 20, 24), generator(0)
+    attention, draws = model.model.layers[0].self_attn, generator(0)
+    layer = LatentLayer(attention, 20, 24, KeepingLayer())
     keys, values = torch.randn(2, 2, 2, 40, 16, generator=draws, dtype=torch.float64)
     many = layer.update(keys, values)[1]
     few = layer.update(keys[:, :, :1], values[:, :, :1])[1]
@@ -191,7 +194,7 @@ def test_many_queries_have_values_made_and_few_mix_coordinates() -> None:
     assert layer.view is not None and layer.view.expand is not None
     shares = torch.rand(2, 1, 4, 41, generator=draws, dtype=torch.float64)
     mixed = torch.einsum("bwhs,bhsr->bwhr", shares, few.repeat_interleave(2, 1))
-    made = layer.value_basis.states(layer.values).repeat_interleave(2, 1)  # type: ignore[union-attr]
+    made = layer.value_basis.states(layer.inner.values).repeat_interleave(2, 1)  # type: ignore[union-attr, arg-type]
     expected = torch.einsum("bwhs,bhsd->bwhd", shares, made)
     torch.testing.assert_close(layer.view.expand(mixed), expected, **EXACT)
 
@@ -208,7 +211,7 @@ def test_its_bytes_are_those_of_its_tensors_and_as_planned(order: Any, tmp_path:
     for point, planned in zip(method.points(), (102 + 64, 128 + 88), strict=True):
         session: Any = method.session(model, point)
         session.prefill(ids)
-        kept: Any = session.staged.cache.layers
+        kept: Any = [layer.inner for layer in session.staged.cache.layers]
         plan = model.config.latent_plan.at(point.name)
         assert [x.keys.numel() // 18 for x in kept] == plan.keys
         assert [x.values.numel() // 18 for x in kept] == plan.values
@@ -236,6 +239,28 @@ def test_keys_alone_and_values_alone_leave_the_other_as_it_is() -> None:
         expected = projections(model_of())[place::2]
         pairs = zip(untouched, expected, strict=True)
         assert all(a.weight.equal(b.weight) for a, b in pairs)
+
+
+def test_coordinates_are_held_in_codes() -> None:
+    """Also where a layer keeps all directions; counted token by token, whole while all are last."""
+    settings: Any = {"kept_keys": (0.7, 1), "kept_values": (0.75, 1), "protect": 1}
+    method = LoRC(**settings, bits=4, group_size=4, recent=6)
+    model, ids, dense = compressed(method, model_of()), some_ids(1, 24), LoRC(**settings)
+    for point in method.points():
+        session: Any = method.session(model, point)
+        plain = decoded(dense.session(model, point), ids, 3)
+        found = [session.prefill(ids[:, :3])]
+        shape = method.shape(ModelShape.of(SHAPE), point, "use", None)
+        for t in range(3, 24):
+            found.append(session.step(ids[:, t : t + 1]))
+            inner: Any = [getattr(x, "inner", x) for x in session.staged.cache.layers]
+            held = sum(x.keys.nbytes + x.values.nbytes for x in inner) / 2  # float64
+            held += sum(t.nbytes for x in inner for part in x.packed or () for t in part)
+            doubled = session.kv_bytes() - sum(x.keys.nbytes + x.values.nbytes for x in inner) / 2
+            assert doubled == held == cache_bytes(shape, "float32", t + 1)
+        codes = torch.cat(found)
+        assert codes[:7].equal(plain[0, :7])
+        assert 1e-3 < (codes - plain[0])[7:].abs().max() < 1
 
 
 def test_protected_layers_keep_all() -> None:
@@ -266,6 +291,11 @@ def test_exits_and_drafts_work_with_it() -> None:
     assert greedy(Decoder(driver=Drafts(2), cache=FEW).session(model), ids, 24).equal(full)
     never = Exits((2,), lambda exits: confident([2.0] * (exits - 1)))
     assert greedy(Decoder(never, cache=FEW).session(model), ids, 24).equal(full)
+    codes = replace(FEW, codes=QuantisedCache(2, 4, 1))
+    full = greedy(WholeSession(model, codes), ids, 24)
+    assert not greedy(WholeSession(model, FEW), ids, 24).equal(full)
+    assert greedy(Decoder(driver=Drafts(2), cache=codes).session(model), ids, 24).equal(full)
+    assert greedy(Decoder(never, cache=codes).session(model), ids, 24).equal(full)
     with pytest.raises(UserError, match="propagated"):
         Decoder(Exits((2,), lambda exits: confident([0.5]), propagate=True), cache=FEW)
 
@@ -313,8 +343,11 @@ def test_what_cannot_be_is_refused_before_loading() -> None:
         LoRC(kept_keys=(0.9, 0.8), kept_values=(0.9, 0.8, 0.7))
     with pytest.raises(UserError, match="needs dense linear layers, not factorised ones"):
         LoRC().check_start([LoRC()])
-    with pytest.raises(UserError, match="not factorised ones"):
-        KVQuant().check_start([LoRC()])
+    with pytest.raises(UserError, match="lorc has a cache of its own, which kv_quant") as error:
+        KVQuant(bits=8).check_start([LoRC()])
+    assert "method.bits=8 beside from=RUN" in error.value.hint
+    with pytest.raises(UserError, match="fills no whole bytes"):
+        LoRC(kept_keys=(0.7,), multiple=1, bits=2, group_size=2).resolve(SHAPE)
 
 
 def test_a_file_of_ranks_that_cannot_be_read_is_named(tmp_path: Path) -> None:

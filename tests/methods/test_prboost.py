@@ -247,6 +247,11 @@ def test_random_rows_are_other_rows_and_follow_from_the_seed() -> None:
     assert anchors[0] != anchors[1] == anchors[2]
 
 
+def test_the_largest_seed_draws_rows_too() -> None:
+    method = method_of(pick="random", anchors=3)
+    assert trained(method, seed=2**63 - 1)[1].evolution.judged
+
+
 def test_boosting_picks_from_the_cluster_that_was_missed() -> None:
     draws = torch.Generator().manual_seed(0)
     centres = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [-8.0, 8.0]])  # the third is of class 0

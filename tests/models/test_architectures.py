@@ -19,6 +19,7 @@ from effbench.api.shape import ModelShape
 from effbench.api.spec import Plugin
 from effbench.api.weights import find
 from effbench.methods.chain import resolved, shape_of
+from effbench.models.counted import counted
 from effbench.models.load import shape_in
 from effbench.models.survey import empty_model, require_causal, survey
 from effbench.models.written import decoded, encoded
@@ -175,6 +176,21 @@ def test_methods_that_need_more_say_so_before_anything_is_loaded(name: str) -> N
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bloom", "llama, biased"])
 def test_a_shape_comes_back_from_its_file(name: str) -> None:
     assert decoded(json.loads(json.dumps(encoded(shape(name))))) == shape(name)
+
+
+def test_a_shape_that_was_damaged_is_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
+    small = {**config("gpt2"), "n_positions": 77}
+    right = counted(small, "it")
+    (path,) = (tmp_path / "shapes").iterdir()
+    path.write_text(path.read_text().replace("77", "78"))
+    assert counted(small, "it") == right
+    assert right.max_positions == 77
+    path.unlink()
+    path.mkdir()
+    assert counted(small, "it") == right, "and where it cannot be kept"
 
 
 # -- what the documentation says ---------------------------------------------------------------

@@ -25,6 +25,8 @@ POLICIES = [
     QuantisedCache(2, 3, 1),
     LatentCache("few"),
     LatentValues("values"),
+    LatentCache("few", QuantisedCache(4, 4, 6)),
+    LatentValues("values", QuantisedCache(2, 2, 3)),
 ]
 """All of them leave something out or change it within a few tokens."""
 PLAN = Plan(32, {"few": Ranks([32, 20], [8, 28]), "values": Ranks([32, 32], [12, 16])})

@@ -10,8 +10,9 @@ from browser import CHROMIUM, Browser
 from report.test_page import HOSTILE, named
 from report.test_report import run
 
+from effbench.report.page.blocks import block_of
 from effbench.report.page.evidence import evidence
-from effbench.report.page.render import PLAIN_ROWS, page
+from effbench.report.page.render import PLAIN_ROWS, page_of
 
 pytestmark = [
     pytest.mark.browser,
@@ -30,7 +31,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything on it: tests, curves, a hostile label, more rows than plain ones."""
+    """A page with everything on it: tests, curves, a hostile label, more rows than plain ones.
+
+    Its rows are in two blocks, of which only the first has tests and a method of its own.
+    """
     first = run("lora", {"r1": 0.1, "r2": 0.05}, number=1)
     others = [run("full", {"": n / 50}, number=n, settings={"n": n}) for n in range(2, 8)]
     filler = [named(n, label=HOSTILE, notes=[HOSTILE]) for n in range(PLAIN_ROWS + 50)]
@@ -38,7 +42,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ([1.0, 2.0, 3.0], [3.0, 2.5, 2.2])
     curves = [{"key": r.key, "training": lines, "validation": lines} for r in others]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page(records, evidence(records, first, records), curves))
+    blocks = [block_of(records[:9]), block_of(records[9:])]
+    path.write_text(page_of(blocks, records, evidence(records, first, records), curves))
     return path
 
 

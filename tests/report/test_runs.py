@@ -15,7 +15,7 @@ from effbench.results import records
 from effbench.results.housekeeping import leftovers, removal_of
 from effbench.results.records import SCHEMA, Metric, Record
 from effbench.results.store import Store
-from effbench.util.errors import UserError
+from effbench.util.errors import CONTROL, UserError
 
 FIRST, SECOND, STOPPED = "a" * 16, "b" * 16, "c" * 16
 
@@ -165,6 +165,15 @@ def test_no_run_is_removed_unasked(store: Store, cli: Callable[..., tuple[int, s
     assert not store.run(STOPPED).path.exists()
     assert "Nothing to remove." in cli("runs", "clean", *at)[2]
     assert "lora" in cli("runs", "method=lora", *at)[1]
+
+
+def test_what_a_terminal_would_act_upon_is_not_listed(store: Store) -> None:
+    spec = {"stage": "train", "method": {"name": "\x1b]0;owned\x07"}}
+    folder = store.run(STOPPED).path
+    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "environment.json").write_text(json.dumps({"command": "effbench \x1b[2J"}))
+    (run,) = listed(store, ["state=interrupted"])
+    assert not CONTROL.search(f"{run.method}{run.command}"), "nor in the command"
 
 
 def test_a_damaged_spec_of_an_unfinished_run_is_listed(store: Store) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 import peft
@@ -173,8 +176,17 @@ def test_the_card_tells_data_metrics_and_command(bench: Bench, tmp_path: Path) -
     export(record.key, tmp_path / "new", "", bench.root)
     card = (tmp_path / "new" / "README.md").read_text()
     assert "| loss | test |" in card and record.key in card and "Trained on `arithmetic`" in card
-    assert "effbench train" in card and "method=lora" in card
-    assert '"rank": 16' in card
+    assert json.loads(card.partition("```json")[2].partition("```")[0]) == record.spec
+    front = card.split("---")[1].split("\n")
+    assert "library_name: peft" in front and 'base_model: "tiny"' in front
+    [loss] = [m for m in record.metrics if (m.name, m.split) == ("loss", "test")]
+    [row] = [line for line in card.splitlines() if line.startswith("| loss | test |")]
+    found = [float(number) for number in re.findall(r"[\d.]+", row)]
+    assert found == pytest.approx([loss.value, loss.low, loss.high, loss.n], rel=0.02)
+    # The command that stands there is one that gives this very run.
+    [command] = re.findall(rf"\| `{record.key}` \| `(.*)` \|", card)
+    _, stage, *words = shlex.split(command)
+    assert compose(stage, words).spec.key == record.key
 
 
 def test_what_would_say_something_else_does_not_leave(

@@ -16,6 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 
+from effbench.config.compose import compose
 from effbench.results.sweeps import tunings
 from effbench.runner import sweep
 from effbench.runner.objective import objective_in
@@ -46,6 +47,26 @@ def test_a_grid_runs_once_and_the_second_time_not_at_all(cli, inline) -> None:
     assert len(inline) == 3, "a further seed is one run"
     assert cli("train", "-m", "--fresh", "seed=0,1", *RUN, *STEPS)[0] == 0
     assert inline == [0] * 5
+
+
+def test_a_grid_starts_from_a_file_or_from_an_earlier_run(cli, inline) -> None:
+    Path("my.yaml").write_text(
+        "method: {name: lora, rank: 2}\nmodel: tiny\ndataset: {name: arithmetic, max_length: 32}\n"
+        "evaluator: []\ntrain: {max_steps: 1, batch_size: 2}\nhardware: cpu\n"
+    )
+    quiet = "run.progress=false"
+    status, out, _ = cli("train", "-m", "my.yaml", "seed=0,1", quiet)
+    assert (status, inline) == (0, [0, 0])
+    alone = [compose("train", ["my.yaml", f"seed={n}"]).spec.key for n in (0, 1)]
+    assert [line.split()[0] for line in out.strip().splitlines()[-2:]] == alone
+    # What has the latest run's own values is that run; the others differ in what is typed.
+    status, out, _ = cli("train", "-m", "--like", alone[1], "train.max_steps=1,2", quiet)
+    assert (status, inline) == (0, [0, 0, 0])
+    [first, second] = [line.split()[0] for line in out.strip().splitlines()[-2:]]
+    assert first == alone[1]
+    assert second == compose("train", ["train.max_steps=2"], like=alone[1]).spec.key
+    status, _, said = cli("train", "-m", "my.yaml", "seed=0,1", "launcher=slurm")
+    assert status == 2 and "are made here" in said
 
 
 def test_a_run_that_fails_does_not_stop_the_others(cli, inline, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.pairs import Pairs
-from effbench.data.render import Place, Text, Turn, columns_of, content_hash
+from effbench.data.render import Place, Text, Turn, columns_of, content_hash, is_missing
 from effbench.util.errors import UserError
 
 OPENING = "Below is an instruction that describes a task"
@@ -68,18 +68,18 @@ class Alpaca(Pairs):
 
 
 def _value(place: Place, spec: DatasetSpec, name: str) -> str:
-    """Return the text of a field; an input may be missing."""
+    """Return the text of a field; an input and a system prompt may be missing."""
     field = spec.columns.get(name, name)
-    if name == "input" and place.row.get(field) is None:
+    if name in ("input", "system") and is_missing(place.row.get(field)):
         return ""
     return place.fill("{" + field + "}")
 
 
 def _turns(place: Place, spec: DatasetSpec) -> tuple[Turn, ...]:
     """Return what stands before the instruction: a system prompt, and earlier turns."""
-    system = place.row.get(spec.columns.get("system", "system"))
+    system = _value(place, spec, "system")
     earlier = place.row.get(spec.columns.get("history", "history")) or []
-    turns: list[Turn] = [("system", str(system))] if system else []
+    turns: list[Turn] = [("system", system)] if system else []
     for pair in _pairs(place, earlier):
         turns += [("user", pair[0]), ("assistant", pair[1])]
     return tuple(turns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from effbench.api.spec import DatasetSpec
@@ -21,7 +22,7 @@ class Choices(Pairs):
         """Return a row's prompt, its answers and which is right."""
         prompt = place.fill(spec.prompt)
         answers = _answers(place, spec)
-        right = _right(place, spec, len(answers))
+        right = _right(place, spec, answers)
         columns = columns_of(place, spec, self.columns)
         id_ = content_hash(prompt, *answers)
         return Text(id_, prompt, answers[right], tuple(answers), right, columns=columns)
@@ -44,18 +45,22 @@ def _answers(place: Place, spec: DatasetSpec) -> list[str]:
     return [place.answer(spec.choices[0], choice=choice) for choice in listed]
 
 
-def _right(place: Place, spec: DatasetSpec, count: int) -> int:
+def _right(place: Place, spec: DatasetSpec, answers: Sequence[str]) -> int:
     label = place.field(spec.label)
     if spec.label_names:
         listed = _listed(place, spec.label_names)
         if label not in listed:
             raise UserError(f"{place.where}: label {label!r} is not among {listed}.")
         return listed.index(label)
-    right = _index(label)
+    right = _index(label, answers)
     if right is None:
-        raise UserError(f"{place.where}: label {label!r} is no index.", "Set dataset.label_names.")
-    if not 0 <= right < count:
-        raise UserError(f"{place.where}: label {label} is not one of {count} answers.")
+        raise UserError(
+            f"{place.where}: label {label!r} is no index, no letter and none of the answers.",
+            "Write dataset.choices as the labels are, or name a field that lists the names of the "
+            "answers: dataset.label_names",
+        )
+    if not 0 <= right < len(answers):
+        raise UserError(f"{place.where}: label {label} is not one of {len(answers)} answers.")
     return right
 
 
@@ -63,8 +68,10 @@ LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]?\s*")
 """A letter that names an answer: B, (B), b."""
 
 
-def _index(label: Any) -> int | None:
-    """Return a label as a whole number, A is 0; None where it is none."""
+def _index(label: Any, answers: Sequence[str]) -> int | None:
+    """Return the place of an answer that a label means, A is 0; None where it means none."""
+    if isinstance(label, str) and (named := _named(label, answers)) is not None:
+        return named
     if isinstance(label, str) and (letter := LETTER.fullmatch(label)):
         return ord(letter[1].upper()) - ord("A")
     try:
@@ -72,6 +79,13 @@ def _index(label: Any) -> int | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return None if isinstance(label, float) and label != right else right
+
+
+def _named(label: str, answers: Sequence[str]) -> int | None:
+    """Return the place of the one answer that is a label's text, unless that is a number."""
+    said = [answer.strip() for answer in answers]
+    text = label.strip()
+    return said.index(text) if said.count(text) == 1 and not text.isdigit() else None
 
 
 def _listed(place: Place, dotted: str) -> list[Any]:

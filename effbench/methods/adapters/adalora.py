@@ -39,6 +39,7 @@ from effbench.methods.adapters.targets import check_rank_fits, check_targets, ta
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora, rank_budget, svd
 from effbench.nn.llama import surgery, weights
+from effbench.nn.model_kinds import base as model_kinds
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -55,6 +56,7 @@ class AdaLoRA(Trains):
         "2303.10512",
     )
     anatomy: ClassVar[Anatomy] = "other"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
     learning_rate: ClassVar[float] = 5e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
@@ -114,7 +116,7 @@ class AdaLoRA(Trains):
             scale = self.alpha / self.highest
             return svd.SVDLinear(linear, self.highest, scale, self.dropout, ctx.seed, name)
 
-        model.requires_grad_(False)
+        model_kinds.freeze(model)
         surgery.replace_linears(model, adapt, self.targets)
         return model
 
@@ -156,7 +158,7 @@ class AdaLoRA(Trains):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the plain adapters of an artefact."""
-        model.requires_grad_(False)
+        model_kinds.freeze(model)
         svd.follow_ranks(model, self.alpha / self.highest, folder)
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model

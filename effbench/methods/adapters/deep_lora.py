@@ -42,6 +42,7 @@ from effbench.methods.adapters.targets import check_rank_fits, check_targets, ta
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import deep, peft_lora
 from effbench.nn.llama import surgery
+from effbench.nn.model_kinds import base as model_kinds
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -58,6 +59,7 @@ class DeepLoRA(Trains):
         "2406.04112",
     )
     anatomy: ClassVar[Anatomy] = "other"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
     learning_rate: ClassVar[float] = 1e-2
     version: ClassVar[int] = 2
     """2: the frames come from all rows of the first step, and not from its first micro-batch."""
@@ -105,7 +107,7 @@ class DeepLoRA(Trains):
                 linear, self.form, self.rank, self.depth, self.init_scale, ctx.seed, name
             )
 
-        model.requires_grad_(False)
+        model_kinds.freeze(model)
         surgery.replace_linears(model, adapt, self.targets)
         for _, layer in deep.deep_layers(model):
             layer.factors.requires_grad_(True)

@@ -29,6 +29,7 @@ from effbench.api.shape import ModelShape, Phase
 from effbench.methods.adapters.lora import LoRA
 from effbench.nn.adapters import dora, peft_lora
 from effbench.nn.llama import surgery
+from effbench.nn.model_kinds import base as model_kinds
 from effbench.util.lazy import torch
 
 
@@ -49,7 +50,7 @@ class DoRA(LoRA):
             scale = self.numerator / self.rank
             return dora.DoRALinear(linear, self.rank, scale, self.dropout, ctx.seed, name)
 
-        model.requires_grad_(False)
+        model_kinds.freeze(model)
         surgery.replace_linears(model, adapt, self.targets)
         return model
 

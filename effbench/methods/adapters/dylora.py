@@ -39,6 +39,7 @@ from effbench.methods.adapters.targets import (
 from effbench.methods.trains import Trains
 from effbench.nn.adapters import lowrank, peft_lora
 from effbench.nn.llama import surgery
+from effbench.nn.model_kinds import base as model_kinds
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -54,6 +55,7 @@ class DyLoRA(Trains):
         "2210.07558",
     )
     anatomy: ClassVar[Anatomy] = "other"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
@@ -118,7 +120,7 @@ class DyLoRA(Trains):
         def adapt(name: str, linear: torch.nn.Module) -> lowrank.LowRankLinear:
             return lowrank.adapter(linear, name, control, self.alpha, ctx.seed, self.dropout)
 
-        model.requires_grad_(False)
+        model_kinds.freeze(model)
         surgery.replace_linears(model, adapt, self.targets)
         return model
 

@@ -27,6 +27,7 @@ is saved for real; time is not, as every step expands all codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -34,10 +35,13 @@ from typing import ClassVar, Self
 from effbench.api.method_types import Paper
 from effbench.api.points import Point
 from effbench.api.schema import PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape
+from effbench.methods.base import Method
 from effbench.methods.caches import Caches
-from effbench.nn.decode.decoder import Decoder
+from effbench.methods.codes import HoldsCodes
+from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.quantised_cache import CodeBits, QuantisedCache
+from effbench.util.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,34 @@ class KVQuant(Caches):
     window: PositiveInt = 128
     """Last tokens that stay in full precision, w, the token that looks among them."""
 
+    def check_start(self, earlier: Sequence[Method]) -> None:
+        """Refuse an artefact that decodes in a way of its own, or can hold codes itself."""
+        if earlier and isinstance(earlier[-1], HoldsCodes):
+            raise UserError(
+                f"{earlier[-1].name} has a cache of its own, which {self.name} would leave out.",
+                f"Set method.bits={self.bits} beside from=RUN in the place of method={self.name}: "
+                "what that cache keeps is then in codes.",
+            )
+        super().check_start(earlier)
+
     def resolve(self, shape: AnyShape) -> Self:
         """Return the method.
 
         Raises:
             UserError: For layers that share states, and groups that fill no whole bytes.
         """
-        method = super().resolve(shape)
-        self.cache.require_bytes(shape)
-        return method
+        self.cache.require_bytes(ModelShape.of(shape).head_dim)
+        return super().resolve(shape)
 
     @property
     def cache(self) -> QuantisedCache:
         """What the cache keeps."""
         return QuantisedCache(self.bits, self.group_size, self.window)
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return ordinary decoding with codes in the cache."""
-        return Decoder(cache=self.cache)
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return what the cache keeps."""
+        return self.cache
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model with caches in which a token is in codes once it has left the window."""
         return self.cache.shape(base)

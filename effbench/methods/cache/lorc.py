@@ -18,7 +18,9 @@ add up to the share exactly; s below 1e-6 of the largest counts as that; an arte
 ranks, of which each point reads the first; U_v is not multiplied into W_o; a matrix with all
 directions at every point stays as it is; z is taken from what the projections give, which costs a
 token U_k^T and U_v^T. `whiten` takes the directions of W S^{1/2}, S = sum of x x^T over calibration
-rows, as ASVD and Palu do.
+rows, as ASVD and Palu do. `bits` holds coordinates as `kv_quant` holds keys and values (Liu et al.,
+arXiv 2402.02750): a range for each coordinate of keys over a group of tokens, ranges for each token
+of values.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
+from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape
 from effbench.api.sharing import require_own_states
+from effbench.methods.codes import HoldsCodes
 from effbench.methods.compresses import Compresses, Part
+from effbench.methods.driven import DRIVING, Drives
 from effbench.nn.decode import latent_cache, latent_plan, ranks
-from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.llama import factorised, stack, weights
 from effbench.nn.quant import calibration as calibrating
 from effbench.util.errors import UserError
@@ -64,7 +68,7 @@ class Kept(Point):
 
 
 @dataclass(frozen=True)
-class LoRC(Compresses):
+class LoRC(HoldsCodes, Drives, Compresses):
     """Factorises the projections of keys and values, and caches what lies between the factors."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -74,6 +78,7 @@ class LoRC(Compresses):
     )
     produces: ClassVar[str] = "factorised"
     replays: ClassVar[bool] = True
+    eval_settings: ClassVar[frozenset[str]] = DRIVING | {"bits", "group_size", "recent"}
 
     kept_keys: tuple[Share, ...] = (0.9, 0.75, 0.6)
     """Shares of the cache of keys that stay, over all layers; an operating point for each. 1 keeps
@@ -101,7 +106,7 @@ class LoRC(Compresses):
                 "Give as many of both, or one of one of them.",
             )
 
-    def points(self) -> tuple[Kept, ...]:
+    def cache_points(self) -> tuple[Kept, ...]:
         """Return a point for each pair of shares."""
         keys, values = self.kept_keys, self.kept_values or self.kept_keys
         count = max(len(keys), len(values))
@@ -120,13 +125,16 @@ class LoRC(Compresses):
                 f"Set method.protect={model.num_layers - 1} or less.",
             )
         self._plan(ranks.Spectra.unknown(model))
-        return self
+        if self.codes:
+            unit = math.gcd(self.multiple, model.num_kv_heads * model.head_dim)
+            self.codes.require_bytes(math.gcd(unit, model.head_dim))
+        return super().resolve(shape)
 
     def _plan(self, spectra: ranks.Spectra) -> latent_plan.Plan:
         """Return the ranks of every point."""
         layers, width = len(spectra.keys), len(spectra.keys[0])
         sizes = ranks.Sizes(layers, width, math.gcd(self.multiple, width), self.protect)
-        shares = {p.name: (p.keys, p.values) for p in self.points()}
+        shares = {p.name: (p.keys, p.values) for p in self.cache_points()}
         return latent_plan.planned(self.order, spectra, sizes, shares)
 
     @property
@@ -177,21 +185,20 @@ class LoRC(Compresses):
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return decoding with coordinates in the cache; what is kept whole is as ever."""
-        points = [point] if isinstance(point, Kept) else self.points()
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return a cache of coordinates; what is kept whole is as ever."""
+        points = [point] if isinstance(point, Kept) else self.cache_points()
         if max(p.keys for p in points) < 1:
-            return Decoder(cache=latent_cache.LatentCache(point.name))
+            return latent_cache.LatentCache(point.name, self.codes)
         if max(p.values for p in points) < 1:
-            return Decoder(cache=latent_cache.LatentValues(point.name))
-        return Decoder()
+            return latent_cache.LatentValues(point.name, self.codes)
+        return self.codes or EVERYTHING
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Narrow the cache; which layers have which ranks, only an artefact tells."""
         made = folder is not None and (folder / latent_plan.FILE).exists()
         unknown = ranks.Spectra.unknown(base)
         plan = latent_plan.Plan.read(folder) if folder and made else self._plan(unknown)
         own, held = list(plan.at(point.name).by_layer()), list(plan.factors().by_layer())
-        return base.map(lambda i, layer: latents.latent_layer(layer, own[i], held[i]))
+        model = base.map(lambda i, layer: latents.latent_layer(layer, own[i], held[i]))
+        return self.codes.shape(model) if self.codes else model

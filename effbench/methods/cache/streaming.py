@@ -28,10 +28,9 @@ from effbench.api.method_types import Paper
 from effbench.api.parts import Mixer
 from effbench.api.points import Point
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.api.shape import AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.methods.caches import Caches
 from effbench.nn.decode import sinks, view
-from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.scratch import GATHERED, states
 from effbench.nn.llama import stack
@@ -101,7 +100,6 @@ class Streaming(Caches):
             UserError: For more places than the model has positions, layers that there are not, and
                 layers that share states.
         """
-        super().resolve(shape)
         if self.layers == ():
             raise UserError("method.layers names no layer.", "Leave it out, for all of them.")
         if unknown := [i for i in self.layers or () if i >= shape.num_layers]:
@@ -110,7 +108,7 @@ class Streaming(Caches):
                 f"Name layers up to {shape.num_layers - 1}.",
             )
         most = max(1, shape.max_positions - self.sinks)
-        method = replace(self, window=self.window or min(PAPER_WINDOW, most))
+        method = replace(super().resolve(shape), window=self.window or min(PAPER_WINDOW, most))
         if self.sinks + (method.window or 0) > shape.max_positions:
             raise UserError(
                 f"method.sinks={self.sinks} and method.window={method.window} are more than the "
@@ -119,18 +117,16 @@ class Streaming(Caches):
             )
         return method
 
-    def decoder(self, point: Point) -> Decoder:
-        """Return ordinary decoding with sinks and a window in the cache."""
-        return Decoder(cache=self.cache)
+    def cache_at(self, point: Point) -> CachePolicy:
+        """Return what the cache keeps."""
+        return self.cache
 
     @property
     def cache(self) -> SinkWindow:
         """What the cache keeps."""
         return SinkWindow(self.sinks, self.window or PAPER_WINDOW, self.layers)
 
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
+    def cached(self, base: ModelShape, point: Point, folder: Path | None) -> ModelShape:
         """Return the model with caches that stop growing."""
         own = self.cache
         most = own.sinks + own.window

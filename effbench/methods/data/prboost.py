@@ -32,7 +32,7 @@ from effbench.api.evolution import Evolution
 from effbench.api.examples import Example
 from effbench.api.keys import WHOLE
 from effbench.api.method_types import Context, Paper
-from effbench.api.schema import Fraction, NonNegativeInt, PositiveInt, digest
+from effbench.api.schema import Fraction, ModelText, NonNegativeInt, PositiveInt, digest
 from effbench.methods.data.classifiers import Classifiers, heads_of
 from effbench.nn.weak_labels import boosting, judging, reading, rules
 from effbench.nn.weak_labels import pool as pools
@@ -76,7 +76,7 @@ class PRBoost(Classifiers):
     """Which: those of largest weight, or any (the baseline)."""
     source: Literal["prompt", "text"] = "prompt"
     """Where words of rules come from: what the model expects, or the text itself (the baseline)."""
-    template: str = "\nIn one word, this is"
+    template: ModelText = "\nIn one word, this is"
     """What stands between a text and the word that the model is asked for."""
     words: PositiveInt = 10
     """Words of a row."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from effbench.api.points import Point
+from effbench.api.shape import ModelShape
 from effbench.util.errors import UserError
 
+Way = Literal["exit", "speculative"]
+"""A way of decoding through one depth or another."""
 MOST_POINTS = 64
 """Longest window of which all shorter ones are evaluated without being listed."""
 
@@ -34,7 +37,7 @@ class Mixed(Point):
 
     skips_layers: ClassVar[bool] = True
 
-    decoding: Literal["exit", "speculative"]
+    decoding: Way
 
     @property
     def name(self) -> str:
@@ -79,3 +82,25 @@ def check_windows(window: int, windows: Sequence[int] | None) -> None:
         raise UserError("method.windows is empty.", "Leave it out, or list a window.")
     elif list(windows) != sorted(set(windows)):
         raise UserError(f"method.windows={list(windows)} is not a rising list.", "List each once.")
+
+
+def read_mixed(
+    whole: ModelShape, way: Way, exits: Sequence[int], draft: int, tokens: int
+) -> ModelShape:
+    """Return a model as a way of decoding reads it out.
+
+    Both depend on the text; stated is the most that they can need per token: nobody leaves early,
+    or no draft is kept.
+
+    Args:
+        whole: All layers.
+        way: Of decoding.
+        exits: Depths at which tokens can leave.
+        draft: Layers that draft.
+        tokens: Drafted tokens of a round.
+    """
+    if way == "exit":
+        return replace(whole, readout=replace(whole.readout, runs=len(exits)))
+    drafting = whole.map(lambda i, x: x.running(tokens + 1, 1 + tokens * (i < draft)))
+    readout = replace(whole.readout, runs=2 * tokens + 1, reads=tokens + 1)
+    return replace(drafting, readout=readout)

@@ -21,7 +21,7 @@ from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.api.submodels import check_depths, depth_set
 from effbench.methods.base import Method
-from effbench.methods.depth.points import Depth, Mixed
+from effbench.methods.depth.points import Depth, Mixed, Way, read_mixed
 from effbench.nn.decode import early_exit
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.llama import stack
@@ -43,7 +43,7 @@ class ReadsDepths(Method):
 
     eval_depths: tuple[PositiveInt, ...] = ()
     """Depths to evaluate; empty for the default ones."""
-    decoding: tuple[Literal["exit", "speculative"], ...] = ()
+    decoding: tuple[Way, ...] = ()
     """Ways of decoding that are operating points too."""
     thresholds: tuple[NonNegativeFloat, ...] = ()
     """Least probability to leave at each exit but the last; empty for the paper's. 0 always
@@ -179,18 +179,11 @@ class ReadsDepths(Method):
         return self.with_depths(base.num_layers).read_out(base, point)
 
     def read_out(self, whole: ModelShape, point: Point) -> ModelShape:
-        """Return the sub-model of a point.
-
-        `exit` and `speculative` depend on the text; stated is the most that they can need per
-        token: nobody leaves early, or no draft is kept.
-        """
+        """Return the sub-model of a point."""
         count = whole.num_layers
         cut = whole.only(self.kept(self.depth_of(point, count), count))
         if not isinstance(point, Mixed):
             return cut
         exits = self.exits(count)
-        if point.decoding == "exit":
-            return replace(cut, readout=replace(cut.readout, runs=len(exits)))
-        draft, k = self.draft_depth or exits[0], self.draft_tokens
-        drafting = cut.map(lambda i, x: x.running(k + 1, 1 + k * (i < draft)))
-        return replace(drafting, readout=replace(cut.readout, runs=2 * k + 1, reads=k + 1))
+        draft = self.draft_depth or exits[0]
+        return read_mixed(cut, point.decoding, exits, draft, self.draft_tokens)

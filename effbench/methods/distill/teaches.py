@@ -42,6 +42,7 @@ class Teaches(Trains):
     """Training of every weight towards a teacher's distribution, as `teaching` says."""
 
     anatomy: ClassVar[Anatomy] = "other"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
     learning_rate: ClassVar[float] = 5e-5
 
     teacher: str = ""

@@ -48,6 +48,7 @@ class Reward(LoRA):
         "NeurIPS 2022",
         "2203.02155",
     )
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal"})
     learning_rate: ClassVar[float] = 2e-4
     merges: ClassVar[bool] = False
     answers_with: ClassVar[str] = "a head of its own"

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from effbench.nn.adapters.lowrank import Factors, init_a
 from effbench.nn.llama.experts import OUT, has_experts, layers_of
 from effbench.nn.llama.stack import base_name, decoder_layers, turned_in_files
+from effbench.nn.model_kinds.base import CAUSAL, freeze, kind_of
 from effbench.util.errors import UserError
 
 Adapters = Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]
@@ -50,7 +51,10 @@ def inject(
         target_modules=list(targets),
     )
     # Given a model with experts, peft would look for the tensors that transformers holds them in.
-    place = decoder_layers(model.requires_grad_(False)) if has_experts(model) else model
+    # Around other kinds' blocks stand linears whose names are those of some inside.
+    freeze(model)
+    alone = has_experts(model) or kind_of(model).name != CAUSAL
+    place = decoder_layers(model) if alone else model
     # peft draws a start of its own; the numbers that training draws must not depend on that.
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, place)

@@ -29,6 +29,7 @@ from effbench.nn.decode import (
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.depth import droppable
 from effbench.nn.llama import shared_attention, stack, walk
+from effbench.nn.model_kinds.base import kind_of
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
@@ -309,7 +310,5 @@ def by_prompts(logits: Callable[[torch.Tensor, int], torch.Tensor], batch: Batch
 
 def forward_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Return the logits of a model's own forward pass, [B, T, V]."""
-    logits: torch.Tensor = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits
-    return logits
+    inputs = batch.input_ids, batch.attention_mask, batch.labels
+    return kind_of(model).logits(model, *inputs)

@@ -16,25 +16,13 @@ from functools import partial
 
 import torch
 
+from effbench.nn.decode.handing import HandingLayer, KeepingLayer
 from effbench.nn.decode.importance import Score
 from effbench.nn.decode.selection import evicted
 from effbench.nn.decode.view import LayerCache, Own, View
 
 
-class KeepingLayer(LayerCache):
-    """Keeps all keys and values, [B, G, S, D]."""
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
-        """Take in keys and values [B, G, W, D] and return what their queries see."""
-        assert self.keys is not None and self.values is not None
-        if self.get_seq_length():
-            keys = torch.cat([self.keys, keys], dim=2)
-            values = torch.cat([self.values, values], dim=2)
-        self.keys, self.values = keys, values
-        return View(keys, values, self.empty)
-
-
-class PromptLayer(LayerCache):
+class PromptLayer(HandingLayer):
     """Evicts once, when the prompt has been read, and hands what stays to another entry.
 
     Whatever that entry makes of it, a prompt sees itself as it is.
@@ -46,8 +34,8 @@ class PromptLayer(LayerCache):
     """
 
     def __init__(self, budget: int, score: Score, inner: LayerCache) -> None:
-        super().__init__()
-        self.budget, self.score, self.inner = budget, score, inner
+        super().__init__(inner)
+        self.budget, self.score = budget, score
         self.kept = 0
         """Columns of the prompt that stay, once it has been handed on."""
 
@@ -55,7 +43,7 @@ class PromptLayer(LayerCache):
         """Take in keys and values [B, G, W, D] and return what their queries see."""
         whole = self.prompt <= self.budget and isinstance(self.inner, KeepingLayer)
         if whole or self.inner.is_initialized:
-            return self._later(keys, values, self.empty)
+            return self.hand_on(keys, values, self.empty)
         return View(keys, values, answer=partial(self._answer, keys, values))
 
     def _answer(
@@ -69,22 +57,11 @@ class PromptLayer(LayerCache):
         if cut > self.budget:
             stay, empty = evicted(self.score, self.budget, asked, view)
         self.kept = min(cut, self.budget)
-        self._later(*stay, empty)
+        self.hand_on(*stay, empty)
         if query.shape[2] == cut:
             return mixed
-        later = self._later(keys[:, :, cut:], values[:, :, cut:], None)
+        later = self.hand_on(keys[:, :, cut:], values[:, :, cut:], None)
         return torch.cat([mixed, own(query[:, :, cut:], later)], dim=1)
-
-    def _later(self, keys: torch.Tensor, values: torch.Tensor, empty: torch.Tensor | None) -> View:
-        """Hand keys and values on; `empty` is that of what comes first."""
-        if not self.inner.is_initialized:
-            self.inner.lazy_initialization(keys, values)
-            self.inner.empty = empty
-        return self.inner.append(keys, values)
-
-    def get_seq_length(self) -> int:
-        """Return the columns that are held."""
-        return self.inner.get_seq_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
@@ -94,15 +71,7 @@ class PromptLayer(LayerCache):
         """
         if self.get_seq_length() + min(0, tokens_to_remove) < self.kept:
             raise ValueError("only tokens after the prompt can be taken back")
-        self.inner.crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the sequences `beam_idx`, in this order."""
-        self.inner.reorder_cache(beam_idx)
-
-    def kv_bytes(self) -> int:
-        """Return the bytes of all that is held."""
-        return self.inner.kv_bytes()
+        super().crop(tokens_to_remove)
 
 
 class SteadyLayer(LayerCache):

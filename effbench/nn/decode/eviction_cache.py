@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.nn.decode import eviction
+from effbench.nn.decode import eviction, handing
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.scratch import states
 from effbench.nn.llama import stack
@@ -62,7 +62,7 @@ class PromptEviction(Eviction):
         score, inner = self.score(model), self.then
         count = len(stack.decoder_layers(model))
         kept = (
-            [eviction.KeepingLayer() for _ in range(count)]
+            [handing.KeepingLayer() for _ in range(count)]
             if inner == EVERYTHING
             else inner.layers(model, undo)
         )
@@ -86,7 +86,7 @@ class SteadyEviction(Eviction):
         return [
             eviction.SteadyLayer(self.budget, score)
             if self.evicts(index)
-            else eviction.KeepingLayer()
+            else handing.KeepingLayer()
             for index in range(len(stack.decoder_layers(model)))
         ]
 

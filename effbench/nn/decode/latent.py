@@ -14,10 +14,12 @@ so that a few queries mix coordinates and only what they mixed is expanded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from effbench.nn.decode.handing import HandingLayer
 from effbench.nn.decode.view import LayerCache, View
 
 
@@ -62,17 +64,18 @@ class Basis(NamedTuple):
         return out.flatten(2, 3)
 
 
-class LatentLayer(LayerCache):
-    """Keeps coordinates of keys and values, [B, 1, S, r]; what has no basis stays as it came.
+class LatentLayer(HandingLayer):
+    """Has coordinates of keys and values kept, [B, 1, S, r]; what has no basis stays as it came.
 
     Args:
         attention: The layer whose projections say the directions.
         keys: Rank of keys.
         values: Rank of values.
+        inner: Holds coordinates.
     """
 
-    def __init__(self, attention: Any, keys: int, values: int) -> None:
-        super().__init__()
+    def __init__(self, attention: Any, keys: int, values: int, inner: LayerCache) -> None:
+        super().__init__(inner)
         self.key_basis = Basis.of(attention, "k_proj", keys)
         self.value_basis = Basis.of(attention, "v_proj", values)
         self.query_heads = attention.o_proj.in_features // attention.head_dim
@@ -82,16 +85,14 @@ class LatentLayer(LayerCache):
         width = keys.shape[2]
         new_keys = self.key_basis.coordinates(keys) if self.key_basis else keys
         new_values = self.value_basis.coordinates(values) if self.value_basis else values
-        assert self.keys is not None and self.values is not None
-        self.keys = torch.cat([self.keys, new_keys], dim=-2)
-        self.values = torch.cat([self.values, new_values], dim=-2)
-        seen = self.key_basis.states(self.keys) if self.key_basis else self.keys
+        held = self.hand_on(new_keys, new_values, self.empty)
+        made = self.key_basis.states(held.keys) if self.key_basis else held.keys
         if self.value_basis is None:
-            return View(seen, self.values, self.empty)
+            return replace(held, keys=made)
         if self._rebuilds(width, self.value_basis):
-            return View(seen, self.value_basis.states(self.values), self.empty)
-        shared = self.values.expand(-1, keys.shape[1], -1, -1)
-        return View(seen, shared, self.empty, expand=self.value_basis.expanded)
+            return replace(held, keys=made, values=self.value_basis.states(held.values))
+        shared = held.values.expand(-1, keys.shape[1], -1, -1)
+        return replace(held, keys=made, values=shared, expand=self.value_basis.expanded)
 
     def _rebuilds(self, width: int, basis: Basis) -> bool:
         """Whether it takes fewer products to make values than to let so many queries mix z."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effbench.nn.decode import latent, view
+from effbench.nn.decode import handing, latent, view
 from effbench.nn.decode.latent_plan import Plan
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.scratch import states
 from effbench.nn.llama import factorised, stack
 from effbench.util.lazy import torch
@@ -26,16 +27,31 @@ class LatentCache(CachePolicy):
 
     point: str
     """The operating point whose ranks the model's config tells."""
+    codes: QuantisedCache | None = None
+    """How coordinates, and what has none, are held in few bits; None where they are not."""
 
     def layers(self, model: Any, undo: int) -> Sequence[view.LayerCache]:
         """Return an empty entry for each layer."""
         own = model.config.latent_plan.at(self.point).by_layer()
         blocks = stack.decoder_layers(model)
-        return [latent.LatentLayer(b.self_attn, *r) for b, r in zip(blocks, own, strict=True)]
+        return [
+            latent.LatentLayer(block.self_attn, keys, values, self._inner(undo))
+            for block, (keys, values) in zip(blocks, own, strict=True)
+        ]
+
+    def _inner(self, undo: int) -> view.LayerCache:
+        return self.codes.layer(undo) if self.codes else handing.KeepingLayer()
+
+    def cycle(self) -> tuple[int, int]:
+        """Return after how many tokens the cache grows evenly, and over how many at a time."""
+        return self.codes.cycle() if self.codes else super().cycle()
 
     def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
         """Return the bytes of the keys of all tokens, made and turned, and of values."""
-        return 5 * states(mixer, rows, tokens, element)
+        made = 5 * states(mixer, rows, tokens, element)
+        if self.codes is None:
+            return made
+        return made + self.codes.scratch(mixer, rows, tokens, queries, element)
 
 
 @dataclass(frozen=True)

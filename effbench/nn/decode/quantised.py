@@ -37,7 +37,8 @@ class QuantisedLayer(LayerCache):
         self.counts = torch.zeros(1, dtype=torch.long)
         """Groups of each sequence, n, [B]; [1] where none is padded."""
         self.packed: tuple[Ranges, Ranges] | None = None
-        """Keys [B, G, N, D groups of g] and values [B, G, N, g, D / c groups of c], N the most."""
+        """Keys [B, G, N, D groups of g] and values [B, G, N, g, D / c groups of c], N the most; G
+        and D are their own."""
 
     def get_seq_length(self) -> int:
         """Return the columns that came in."""
@@ -103,20 +104,19 @@ class QuantisedLayer(LayerCache):
         Places where there is none give codes that mean nothing.
         """
         assert self.keys is not None and self.values is not None
-        rows, heads, kept, size = self.keys.shape
-        index = places.clamp(0, kept - 1)[:, None, :, None].expand(rows, heads, -1, size)
+        index = places.clamp(0, self.keys.shape[2] - 1)[:, None, :, None]
         keys, values = (
-            t.gather(2, index).view(rows, heads, -1, self.group, size)
+            t.gather(2, index.expand(*t.shape[:2], -1, t.shape[3])).unflatten(2, (-1, self.group))
             for t in (self.keys, self.values)
         )
-        values = values.unflatten(-1, (-1, channels_of(self.group, size)))
+        values = values.unflatten(-1, (-1, channels_of(self.group, values.shape[-1])))
         return encode(keys.transpose(3, 4), self.bits, 3), encode(values, self.bits, 3)
 
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of all groups, [B, G, N g, D]."""
-        assert self.packed is not None and self.keys is not None
+        assert self.packed is not None and self.values is not None
         keys = decode(self.packed[0], self.bits, self.group, self.dtype)
-        channels = channels_of(self.group, self.keys.shape[3])
+        channels = channels_of(self.group, self.values.shape[3])
         values = decode(self.packed[1], self.bits, channels, self.dtype)
         return keys.transpose(3, 4).flatten(2, 3), values.flatten(4).flatten(2, 3)
 
@@ -131,11 +131,12 @@ class QuantisedLayer(LayerCache):
             torch.cat([old, new], dim=2)
             for old, new in zip(self._decoded(), (self.keys, self.values), strict=True)
         )
-        seen = self._seen(width)
-        return View(keys, values, seen=None if seen.all() else seen)
+        seen, places = self._seen(width)
+        return View(keys, values) if seen.all() else View(keys, values, seen=seen, places=places)
 
-    def _seen(self, width: int) -> torch.Tensor:
-        """Return which codes and which columns each query sees, [B or 1, W, N g + F].
+    def _seen(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which codes and which columns each query sees, [B or 1, W, N g + F], and the
+        places of their tokens, [B or 1, N g + F].
 
         A query of padding sees itself, for a row of attention with nothing in it is NaN.
         """
@@ -146,7 +147,9 @@ class QuantisedLayer(LayerCache):
         slots = torch.arange(self.packed[0].codes.shape[2] * self.group, device=starts.device)
         columns = torch.arange(self.first, self.length, device=starts.device)
         later = ((columns - starts)[:, None] >= coded) & (columns <= own[:, None])
-        return torch.cat([slots < coded, later | (columns == own[:, None])], dim=2)
+        seen = torch.cat([slots < coded, later | (columns == own[:, None])], dim=2)
+        behind = (columns - starts).clamp(min=0)
+        return seen, torch.cat([slots.expand(len(behind), -1), behind], dim=1)
 
     def _forget(self) -> None:
         """Keep of what came as it is what is in no code, or `crop` may need again."""

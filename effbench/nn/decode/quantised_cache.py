@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from effbench.api.parts import LayerShape, Mixer
-from effbench.api.shape import AnyShape, ModelShape
+from effbench.api.shape import ModelShape
 from effbench.nn.decode import quantised, view
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.scratch import states
@@ -43,13 +43,16 @@ class QuantisedCache(CachePolicy):
         each = mixer.heads / mixer.kv_heads if queries > 1 else 0
         return (4 + 2 * each) * states(mixer, rows, tokens, element)
 
-    def require_bytes(self, shape: AnyShape) -> None:
-        """Refuse groups that fill no whole bytes in a model's heads.
+    def require_bytes(self, width: int) -> None:
+        """Refuse groups that fill no whole bytes.
+
+        Args:
+            width: Elements of a head, or what the number of coordinates is a multiple of.
 
         Raises:
             UserError: With the next number of tokens that does.
         """
-        if ModelShape.of(shape).head_dim * self.group * self.bits % 8:
+        if width * self.group * self.bits % 8:
             raise UserError(
                 f"method.group_size={self.group} fills no whole bytes.",
                 f"Set method.group_size={4 * -(self.group // -4)}.",
@@ -62,8 +65,11 @@ class QuantisedCache(CachePolicy):
     def _coded(self, layer: LayerShape) -> LayerShape:
         if layer.mixer is None:
             return layer
-        cache = layer.mixer.cache
-        sizes = self.group, channels_of(self.group, cache.width)
-        ranges = sum(RANGE_BYTES / size for size in sizes) / 2  # of keys and of values
-        coded = replace(cache, element=self.bits / 8 + ranges, recent=self.window)
-        return replace(layer, mixer=replace(layer.mixer, cache=coded))
+        mixer, cache = layer.mixer, layer.mixer.cache
+        values = int(cache.values * cache.width)
+        whole = values == mixer.kv_heads * mixer.head_dim
+        channels = channels_of(self.group, mixer.head_dim if whole else values)
+        ranges = cache.keys / self.group + cache.values / channels
+        element = self.bits / 8 + RANGE_BYTES * ranges / (cache.keys + cache.values)
+        coded = replace(cache, element=float(element), recent=self.window, group=self.group)
+        return replace(layer, mixer=replace(mixer, cache=coded))

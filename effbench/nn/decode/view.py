@@ -51,8 +51,10 @@ class View:
     """For each of the last U queries the columns that it sees, [B or 1, U, T], the last one its
     own; columns that are empty are not seen. Earlier queries see all up to their own."""
     seen: torch.Tensor | None = None
-    """Which columns each query sees, [B or 1, W, S] bool; nothing else then says so. Keys are
-    turned already, and may lie in any order."""
+    """Which columns each query sees, [B or 1, W, S] bool; nothing else then says so, and columns
+    may lie in any order."""
+    places: torch.Tensor | None = field(default=None, kw_only=True)
+    """With `seen`: the place of each column, [B or 1, S], for keys that are not turned yet."""
     expand: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, kw_only=True)
     """From mixed coordinates [B, W, H, r] to mixed values [B, W, H, D]; None where values are no
     coordinates."""
@@ -176,8 +178,12 @@ def _mixed(
         return view.answer(query, lambda q, v: _mixed(module, q, v, None, stretch, context))
     width = query.shape[2]
     if view.seen is not None:
-        seen = as_mask(view.seen[:, None], stretch.kind, query.dtype)
-        return _plain(module, query, view.keys, view.values, seen, stretch, context)
+        seen, keys = as_mask(view.seen[:, None], stretch.kind, query.dtype), view.keys
+        if stretch.angles is not None:
+            assert view.places is not None
+            query = turned(query, stretch.angles, view.places[:, -width:])
+            keys = turned(keys, stretch.angles, view.places)
+        return _plain(module, query, keys, view.values, seen, stretch, context)
     later = 0 if view.chosen is None else view.chosen.shape[1]
     parts = []
     if later < width:

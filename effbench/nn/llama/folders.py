@@ -43,7 +43,11 @@ def _require_dense(folder: Path) -> None:
     try:
         packed = json.loads(config.read_text()).get("quantization_config")
     except OSError:
-        raise UserError(f"The program left no {folder.name}/{config.name}.", SAVING) from None
+        deeper = [x.relative_to(folder.parent) for x in sorted(folder.glob("*/config.json"))]
+        there = f", but {deeper[0]}" if deeper else ""
+        raise UserError(
+            f"The program left no {folder.name}/{config.name}{there}.", SAVING
+        ) from None
     except (ValueError, AttributeError):
         raise UserError(f"{folder.name}/{config.name} is no JSON object.", SAVING) from None
     if packed:

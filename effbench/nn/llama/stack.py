@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.api.shape import LAYERS_DIFFER
 from effbench.nn.llama.experts import split_experts
+from effbench.nn.model_kinds.base import kind_of
 from effbench.util.errors import UserError
 
 
@@ -85,24 +86,12 @@ def require_layers_alike(model: torch.nn.Module) -> None:
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Return the decoder blocks of a causal language model, in the order they run.
-
-    They are the list of modules with the most parameters, whatever it is called and wherever it is.
+    """Return the blocks of a model, in the order they run.
 
     Raises:
         UserError: When it has no list of blocks.
     """
-    causal: Any = model
-    inner = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
-    named = getattr(inner, "layers", None)
-    if isinstance(named, torch.nn.ModuleList):
-        return named
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    if not lists:
-        raise UserError(
-            f"{type(model).__name__} has no list of blocks.", "Choose a decoder-only model."
-        )
-    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    return kind_of(model).blocks(model)
 
 
 def as_linears(model: torch.nn.Module) -> None:

@@ -29,10 +29,13 @@ def decoder_linears(
     if set(wanted) == set(LINEARS):
         known = linear_names(model)
         wanted = wanted if set(LINEARS) <= {*known} and not has_experts(model) else known
+    inside = {id(module) for module in decoder_layers(model).modules()}
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in wanted and hasattr(module, "in_features")
+        if name.rpartition(".")[2] in wanted
+        and hasattr(module, "in_features")
+        and id(module) in inside
     ]
     seen = {name.rpartition(".")[2] for name, _ in found}
     for target in wanted:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from effbench.nn.llama.head import IGNORED, PLAIN_HEADS
+from effbench.nn.llama.head import IGNORED, has_plain_head
+from effbench.nn.model_kinds.base import kind_of
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ def answer_nll(
     most positions do not, and the head is a fifth of the work of a small model.
 
     Args:
-        model: A causal language model of transformers.
+        model: A model of transformers.
         input_ids: [B, T].
         attention_mask: [B, T].
         labels: [B, T], not shifted; -100 where a token does not count.
@@ -52,8 +53,8 @@ def answer_nll(
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     causal: Any = model
-    if causal.config.model_type not in PLAIN_HEADS:
-        return token_nll(causal(**inputs).logits, labels)
+    if not has_plain_head(causal):
+        return token_nll(kind_of(causal).logits(causal, input_ids, attention_mask, labels), labels)
     decoder = getattr(causal, causal.base_model_prefix)
     return head_nll(causal, decoder(**inputs).last_hidden_state, labels)
 
@@ -76,7 +77,7 @@ def counted_readout(
     """Return what the logits of the positions that count are made of, row by row; see `answer_nll`.
 
     Args:
-        model: A causal language model of transformers.
+        model: A model of transformers.
         input_ids: [B, T].
         attention_mask: [B, T].
         labels: [B, T], not shifted; -100 where a token does not count.
@@ -84,8 +85,9 @@ def counted_readout(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     counted = labels[:, 1:] != IGNORED
     causal: Any = model
-    if causal.config.model_type not in PLAIN_HEADS:
-        return Readout(causal(**inputs).logits[:, :-1][counted], lambda logits: logits)
+    if not has_plain_head(causal):
+        logits = kind_of(causal).logits(causal, input_ids, attention_mask, labels)
+        return Readout(logits[:, :-1][counted], lambda logits: logits)
     decoder = getattr(causal, causal.base_model_prefix)
     states = decoder(**inputs).last_hidden_state[:, :-1][counted]
     return Readout(states, causal.get_output_embeddings())

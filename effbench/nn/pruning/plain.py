@@ -68,6 +68,11 @@ def plain_model(model: Any, dtype: torch.dtype | None = None) -> Plain:
             "of transformers has this one.",
             "Its artefact can be used through `effbench eval from=RUN` and `effbench generate`.",
         )
+    if any(isinstance(m, QuantisedLinear) and m.rounds_inputs for m in model.modules()):
+        raise UserError(
+            "Linears of this model round what they multiply, which no class of transformers does.",
+            "Compress with method.threshold=0, which gives the same weights, to have these alone.",
+        )
     linears = dict(_changed(model))
     packed = {n: x for n, x in linears.items() if isinstance(x, QuantisedLinear)}
     if dtype is None:

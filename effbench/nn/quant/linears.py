@@ -96,6 +96,11 @@ class QuantisedLinear(torch.nn.Linear):
         """The packed codes, uint8."""
         return self.codes
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether x is rounded too, so that no dense weight says what a product is."""
+        return False
+
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded, [d_out, d_in] in `dtype`."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from effbench.nn.llama.head import PLAIN_HEADS
+from effbench.nn.llama.head import has_plain_head
 from effbench.nn.llama.shared_attention import hands_down
 from effbench.nn.llama.walk import why_not
 from effbench.nn.losses.token import head_nll
@@ -33,7 +33,7 @@ At = Callable[[], AbstractContextManager[Any]]
 
 def can_walk(model: Any) -> bool:
     """Whether the blocks of a model can be called one by one, and its head after them."""
-    plain = not why_not(model) and model.config.model_type in PLAIN_HEADS
+    plain = not why_not(model) and has_plain_head(model)
     return plain and not hands_down(model.model)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
-from effbench.nn.llama.head import PLAIN_HEADS
+from effbench.nn.llama.head import has_plain_head
 from effbench.nn.llama.stack import keeps_states, slides
 from effbench.nn.scoring.attention import in_pieces
 from effbench.nn.scoring.finite import require_finite
@@ -319,7 +319,7 @@ def has_trees(model: Any) -> bool:
     """
     config = model.config
     return (
-        config.model_type in PLAIN_HEADS
+        has_plain_head(model)
         and config._attn_implementation in ("sdpa", "eager")
         and not slides(config)
         and not keeps_states(model)

@@ -277,7 +277,7 @@ class Boosting(Evolution):
         """Return the rows that give anchors, of those that have something new to ask."""
         weighed, count = self.pool.weighed, self.settings.anchors
         if self.settings.pick == "random":
-            draws = torch.Generator().manual_seed(self.ctx.seed * 1_000_003 + member)
+            draws = torch.Generator().manual_seed((self.ctx.seed * 1_000_003 + member) % 2**63)
             order = torch.randperm(len(weighed), generator=draws).tolist()
         else:
             sure = self.ensemble.probabilities(self.features[weighed], "probability")

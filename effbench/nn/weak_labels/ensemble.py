@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from effbench.api.batch import Batch
+from effbench.nn.model_kinds.base import kind_of
 from effbench.nn.weak_labels import samme
 from effbench.nn.weak_labels.rules import Rule
 
@@ -60,16 +59,9 @@ def mean_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     rows = torch.tensor(firsts or range(len(batch.input_ids)), device=batch.input_ids.device)
     ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
     asked = mask * (batch.labels[rows] == -100)
-    return pooled(hidden_states(model, ids, mask), asked)
-
-
-def hidden_states(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return a model's last hidden states, after its last norm, [B, T, d]."""
-    decoder: Any = getattr(model, str(model.base_model_prefix))
-    states: torch.Tensor = decoder(
-        input_ids=ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return states
+    kind = kind_of(model)
+    seen = mask if kind.caches else asked  # where nothing looks ahead, the answer does not matter
+    return pooled(kind.states(model, ids, seen), asked)
 
 
 def pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ import torch
 
 from effbench.api.batch import by_length, make_batch
 from effbench.api.schema import digest
+from effbench.nn.model_kinds.base import kind_of
 from effbench.nn.weak_labels import words
-from effbench.nn.weak_labels.ensemble import hidden_states, pooled
+from effbench.nn.weak_labels.ensemble import pooled
 from effbench.util.cache import cache_dir, make_once
 
 CONTENT_FREE = "N/A"
@@ -97,7 +98,7 @@ class Reader:
         device = next(self.model.parameters()).device
         batch, training = batch.to(device), self.model.training
         self.model.eval()
-        states = hidden_states(self.model, batch.input_ids, batch.attention_mask)
+        states = kind_of(self.model).states(self.model, batch.input_ids, batch.attention_mask)
         self.model.train(training)
         sizes = torch.tensor([len(p) for p in prompts], device=device)
         asked = torch.arange(states.shape[1], device=device)[None] < sizes[:, None]

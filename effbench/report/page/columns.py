@@ -50,11 +50,18 @@ class Column:
     better: str = ""
     values: list[Any] = field(default_factory=list)
     bounds: dict[int, tuple[float, float]] = field(default_factory=dict)
+    place: Place = ()
+    """What tells it from others of its group, where its name alone does not."""
 
-    def plain(self) -> dict[str, Any]:
-        """Return the column for JSON, without what is empty."""
+    def head(self) -> dict[str, str]:
+        """Return what the column is, without what is empty; columns of one `id` are one."""
         told = {"name": self.name, "group": self.group, "unit": self.unit, "better": self.better}
-        return {**{k: v for k, v in told.items() if v}, **_packed(self.values), **self._ends()}
+        own = " ".join((self.group, *(self.place or (self.name,))))
+        return {"id": own, **{k: v for k, v in told.items() if v}}
+
+    def packed(self) -> dict[str, Any]:
+        """Return the values for JSON, without what is empty."""
+        return {**_packed(self.values), **self._ends()}
 
     def _ends(self) -> dict[str, list[Any]]:
         if not self.bounds:
@@ -107,7 +114,7 @@ class Rows:
             column.values += [None] * (self.count - len(column.values))
         parts = (part.columns(group, self.count) for (group, _), part in self._parts.items())
         shared = [c for found in parts for c in found if any(v is not None for v in c.values)]
-        return sorted([*self._columns.values(), *shared], key=_order)
+        return sorted([*self._columns.values(), *shared], key=lambda c: order(c.name, c.group))
 
     def add(self, record: Record) -> None:
         """Add a row for each operating point of a run."""
@@ -135,7 +142,8 @@ class Rows:
         column = self._columns.get(place)
         if column is None:
             group = "usual" if metric.name in USUAL else "metrics"
-            column = Column(metric_head(metric), group, metric.unit, better(metric.name))
+            head = metric_head(metric)
+            column = Column(head, group, metric.unit, better(metric.name), place=place)
             self._columns[place] = column
         self._set(column, metric.value)
         if metric.low is not None and metric.high is not None:
@@ -161,10 +169,9 @@ def artefact_of(record: Record) -> str:
     return record.key if makes or not record.parent else record.parent
 
 
-def _order(column: Column) -> tuple[int, int]:
-    """Return where a column stands; the sort keeps those of a group in order of appearance."""
-    name = column.name.partition(" ")[0]
-    return GROUPS.index(column.group), USUAL.index(name) if column.group == "usual" else 0
+def order(name: str, group: str) -> tuple[int, int]:
+    """Return where a column stands; a sort keeps those of a group in order of appearance."""
+    return GROUPS.index(group), USUAL.index(name.partition(" ")[0]) if group == "usual" else 0
 
 
 # -- what a run says in each of its rows -------------------------------------------------------
@@ -179,7 +186,8 @@ def _own(record: Record) -> Iterable[tuple[str, str, Any]]:
         yield "run", part, record.name_of(part)
     yield "run", "seed", record.spec.get("seed")
     yield "run", "label", record.label
-    yield "run", "artefact", artefact_of(record)
+    artefact = artefact_of(record)
+    yield "run", "artefact", "" if artefact == record.key else artefact  # which the script knows
     yield "run", "seconds", record.seconds
     yield "run", "command", command_of(record)
     yield "run", "notes", " ".join(record.notes)

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from effbench.results.events import read_events
-from effbench.results.records import Record
 from effbench.results.store import Store
 
 PLACES = 20_000
@@ -19,19 +17,23 @@ Line = tuple[list[float], list[float]]
 """Steps and losses."""
 
 
-def curves(records: Sequence[Record], store: Store) -> list[dict[str, Any]]:
+def curves(keys: Sequence[str], store: Store) -> list[dict[str, Any]]:
     """Return the curves of runs, in their order; a run without a folder has none.
 
     Args:
-        records: The runs; of more than there is room for, the first ones.
+        keys: Of the runs; of more than there is room for, the first ones.
         store: Where their folders are.
 
     Raises:
         UserError: When the log of one is damaged.
     """
-    logs = {r.key: store.run(r.key).path / "events.jsonl" for r in records}
+    logs = {key: store.run(key).path / "events.jsonl" for key in keys}
     there = [key for key, log in logs.items() if log.is_file()][: PLACES // FEWEST]
     places = max(FEWEST, min(MOST, PLACES // max(1, len(there))))
+    if not there:
+        return []
+    from effbench.results.events import read_events  # reads the schema, which takes a while
+
     found = [{"key": key, **_lines(read_events(logs[key]), places)} for key in there]
     return [curve for curve in found if len(curve) > 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,22 +25,30 @@ class Evidence:
     """A metric each: its title, and the paired differences with their intervals."""
 
 
-def evidence(records: Sequence[Record], against: Record, known: Sequence[Record]) -> Evidence:
+def evidence(
+    records: Sequence[Record],
+    against: Record,
+    known: Sequence[Record],
+    tunings: Sequence[Collection[str]] = (),
+    runs: int = 0,
+) -> Evidence:
     """Hold runs against one of them, with the tests of `effbench compare`.
 
     Args:
         records: The runs, with their outcomes; those that share no items with the reference are
             left out, and a note says how many.
         against: The reference.
-        known: All finished runs of the folder.
+        known: Of all finished runs those that `compare` must know of.
+        tunings: Keys of the runs of each grid that was declared to tune.
+        runs: How many there are on the page, where some that share no items are not in `records`.
     """
     others = [r for r in records if r.key != against.key]
     near = [r for r in others if _items(r) & _items(against)]
     notes = []
-    if far := len(others) - len(near):
+    if far := max(runs - 1, len(others)) - len(near):
         notes.append(f"Not held against it, as no items are the same: {far} run{'s'[: far - 1]}.")
     try:
-        found = compare([against, *near], known, all_pairs=False)
+        found = compare([against, *near], known, tunings=tunings, all_pairs=False)
     except UserError as error:  # one run at one point
         return Evidence([], [*notes, error.message], [])
     forest = [_forest(table) for table in found.metrics if any(r.difference for r in table.rows)]

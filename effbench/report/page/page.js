@@ -20,16 +20,44 @@
 
   // -- data ------------------------------------------------------------------------------------
   if (!("DecompressionStream" in window)) return;
-  const bytes = Uint8Array.from(atob(byId("data").textContent), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const data = JSON.parse(await new Response(stream).text());
-  const columns = data.columns.map((c) => {
-    const numeric = "numbers" in c || typeof c.value === "number";
-    const at = "value" in c ? () => c.value : "numbers" in c ? (i) => c.numbers[i] : (i) => c.levels[c.codes[i]];
-    return { group: "", unit: "", better: "", ...c, numeric, at };
+  async function inflated(line) {
+    const bytes = Uint8Array.from(atob(line), (c) => c.charCodeAt(0));
+    return JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
+  }
+  // The first line says what the columns are and which of them each block has; a block is a line.
+  const [data, ...blocks] = await Promise.all(byId("data").textContent.split("\n").map(inflated));
+  data.rows = data.blocks.reduce((sum, [rows]) => sum + rows, 0);
+  const pieces = data.columns.map(() => []);
+  let begin = 0;
+  data.blocks.forEach(([rows, places], i) => {
+    places.forEach((place, k) => pieces[place].push({ begin, rows, ...(blocks[i][blocks[i][k].like ?? k]) }));
+    begin += rows;
+  });
+  const NOT_FINITE = ["inf", "-inf", "nan"];
+  function joined(parts) {
+    const [first] = parts, whole = parts.reduce((sum, p) => sum + p.rows, 0) === data.rows;
+    const ends = parts.some((p) => p.low) ? { low: new Array(data.rows).fill(null), high: new Array(data.rows).fill(null) } : {};
+    for (const p of parts) for (let i = 0; p.low && i < p.rows; i++) { ends.low[p.begin + i] = p.low[i]; ends.high[p.begin + i] = p.high[i]; }
+    if (whole && parts.every((p) => "value" in p && p.value === first.value)) return { value: first.value, ...ends };
+    const ofNumbers = (p) => "numbers" in p || typeof p.value === "number";
+    const numeric = parts.some(ofNumbers) && parts.every((p) => ofNumbers(p) || ("value" in p && (p.value == null || NOT_FINITE.includes(p.value))));
+    const levels = [null], codes = new Map([[null, 0]]), found = new Array(data.rows).fill(numeric ? null : 0);
+    const code = (v) => { const t = v == null ? null : String(v); if (!codes.has(t)) codes.set(t, levels.push(t) - 1); return codes.get(t); };
+    for (const p of parts) {
+      const known = numeric ? null : p.levels?.map(code) ?? ("value" in p ? code(p.value) : null);
+      for (let i = 0; i < p.rows; i++) found[p.begin + i] = numeric ? ("value" in p ? p.value : p.numbers[i]) : p.codes ? known[p.codes[i]] : known ?? code(p.numbers[i]);
+    }
+    return numeric ? { numbers: found, ...ends } : { levels, codes: found, ...ends };
+  }
+  const columns = data.columns.map((head, place) => {
+    const c = joined(pieces[place]), numeric = "numbers" in c || typeof c.value === "number";
+    const at = "value" in c ? () => c.value : numeric ? (i) => c.numbers[i] : (i) => c.levels[c.codes[i]];
+    return { group: "", unit: "", better: "", ...head, ...c, numeric, at };
   });
   const all = Array.from({ length: data.rows }, (_, i) => i);
   const run = Object.fromEntries(columns.filter((c) => c.group === "run").map((c) => [c.name, c]));
+  const others = run.artefact?.at;  // of runs that are not the artefact themselves
+  run.artefact = Object.assign(run.artefact ?? {}, { at: (row) => others?.(row) ?? run.key?.at(row) });
   const text = (name, row) => { const v = run[name]?.at(row); return v == null ? "" : String(v); };
   const called = (row) => [text("method", row), text("point", row), `seed ${text("seed", row)}`, text("key", row).slice(0, 8)]
     .filter(Boolean).join(" ");
@@ -41,13 +69,15 @@
       : [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1, ""]];
     return steps.find(([factor]) => Math.abs(size) >= factor) ?? steps.at(-1);
   }
+  // Made once each: a filter formats some ten thousand numbers between a key and the paint.
+  const plain = Array.from({ length: 7 }, (_, digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
   const digits = (v) => v ? Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(Math.abs(v))))) : 0;
   function readable(v, unit = "") {
     if (typeof v !== "number") return v == null ? "" : String(v);
     const [factor, prefix] = scale(v, unit);
     const s = v / factor;
     const shown = s && Math.abs(s) < 1e-3 ? s.toPrecision(3) : Number.isInteger(s) && Math.abs(s) < 1e6
-      ? s.toLocaleString("en") : s.toLocaleString("en", { minimumFractionDigits: digits(s), maximumFractionDigits: digits(s) });
+      ? plain[0].format(s) : plain[digits(s)].format(s);
     return `${shown} ${prefix}`.trim();
   }
   const isMetric = (c) => c.group === "usual" || c.group === "metrics";
@@ -68,6 +98,11 @@
   function searched(row) {
     return haystack[row] ??= columns.filter((c) => !c.numeric && c.group !== "environment")
       .map((c) => c.at(row) ?? "").join("\n").toLowerCase() + "\n" + Object.values(run).map((c) => c.at(row) ?? "").join("\n");
+  }
+  // What is searched is gathered before the first key, some rows at a time.
+  function gather(from) {
+    for (let row = from; row < Math.min(from + 500, all.length); row++) searched(row);
+    if (from + 500 < all.length) setTimeout(() => gather(from + 500), 20);
   }
   function columnOf(name) {
     const fits = (c) => [c.name, c.name.split(" ")[0], c.name.split(".").at(-1)].includes(name);
@@ -207,7 +242,7 @@
     count.textContent = `${shown.length.toLocaleString("en")} of ${plural(all.length, "row")}, ${plural(visible.length, "column")}`;
     if (!filtered) return;
     clearTimeout(later);
-    later = setTimeout(() => charts.forEach((c) => c.paint()), 150);
+    later = setTimeout(() => { charts.forEach((c) => c.paint()); document.documentElement.dataset.ready = ""; }, 150);
   }
 
   // -- charts ----------------------------------------------------------------------------------
@@ -445,7 +480,7 @@
   byId("grid").hidden = byId("charts").hidden = byId("sections").hidden = false;
   byId("sections").append(...[...document.querySelectorAll("section[id]")].map((s) => el("a", { href: `#${s.id}` }, s.querySelector("h2").textContent)));
   refresh();
+  setTimeout(() => gather(0), 400);
   let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; painted = ""; paintRows(); charts.forEach((c) => c.paint()); });
-  document.documentElement.dataset.ready = "";
+  addEventListener("resize", () => { painted = ""; paintRows(); if (innerWidth === width) return; width = innerWidth; charts.forEach((c) => c.paint()); });
 })();

@@ -9,19 +9,20 @@ policy lets nothing in but the style and the script of the file itself, by their
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effbench.report.page.columns import Column, rows_of
-from effbench.report.page.evidence import Evidence
+from effbench.report.page.blocks import Block, block_of, compressed
+from effbench.report.page.columns import Column, order, rows_of
 from effbench.report.table import Value, readable
 from effbench.results.records import Record, strict
+
+if TYPE_CHECKING:
+    from effbench.report.page.evidence import Evidence
 
 PLAIN_ROWS = 200
 """Rows of the table for readers without JavaScript."""
@@ -49,27 +50,48 @@ def page(
         curves: Loss curves, as `curves.curves` returns them.
         maps: Heat maps of layers, as `layers.layer_maps` returns them.
     """
-    rows = rows_of(records)
-    columns = rows.columns
+    return page_of([block_of(records)], records[:PLAIN_ROWS], found, curves, maps)
+
+
+def page_of(
+    blocks: Sequence[Block],
+    first: Sequence[Record],
+    found: Evidence | None = None,
+    curves: Sequence[dict[str, Any]] = (),
+    maps: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Return the report of runs whose rows are packed already; see `page`.
+
+    Args:
+        blocks: The rows, in their order.
+        first: The runs that they begin with, as many as there are rows for who has no JavaScript.
+        found: As for `page`.
+        curves: As for `page`.
+        maps: As for `page`.
+    """
+    heads = _heads(blocks)
+    places = {name: place for place, name in enumerate(heads)}
     data = {
-        "rows": rows.count,
-        "columns": [column.plain() for column in columns],
+        "columns": [{k: v for k, v in head.items() if k != "id"} for head in heads.values()],
+        "blocks": [[block.rows, [places[h["id"]] for h in block.heads]] for block in blocks],
         "forest": strict(found.forest if found else []),
         "curves": strict(list(curves)),
     }
+    runs, rows = (sum(counts) for counts in zip(*(block[:2] for block in blocks), strict=True))
     style, script = _asset("page.css"), _asset("page.js")
     policy = f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
     policy += "base-uri 'none'; form-action 'none'"
-    body = "\n".join([_head(len(records), rows.count), _words(found), _table(columns, records)])
+    body = "\n".join([_head(runs, rows), _words(found), _table(first, rows)])
+    packed = "\n".join([compressed(data), *(block.packed for block in blocks)])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>effbench report</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"{body}\n{CHARTS}\n{_maps(maps)}{_flips(found)}{_environment(columns)}\n</main>\n"
+        f"{body}\n{CHARTS}\n{_maps(maps)}{_flips(found)}{_environment(blocks, rows)}\n</main>\n"
         '<dialog id="details" aria-label="One run at one operating point"></dialog>\n'
-        f'<script type="application/octet-stream" id="data">{_compressed(data)}</script>\n'
+        f'<script type="application/octet-stream" id="data">{packed}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
@@ -86,9 +108,13 @@ def _source(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _compressed(data: dict[str, Any]) -> str:
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+def _heads(blocks: Iterable[Block]) -> dict[str, dict[str, str]]:
+    """Return the heads of the columns of all blocks by their `id`, in the order of the page."""
+    found: dict[str, dict[str, str]] = {}
+    for block in blocks:
+        for head in block.heads:
+            found.setdefault(head["id"], head)
+    return dict(sorted(found.items(), key=lambda item: order(item[1]["name"], item[1]["group"])))
 
 
 # -- what is readable without JavaScript -------------------------------------------------------
@@ -124,13 +150,13 @@ def _folded(line: str) -> str:
     return f"<details><summary>{escape(head)}</summary><ul>{listed}</ul></details>"
 
 
-def _table(columns: Sequence[Column], records: Sequence[Record]) -> str:
+def _table(first: Sequence[Record], rows: int) -> str:
     """Return the section of rows, with the first of them as a table."""
+    columns = rows_of(first).columns
     names = {column.name: column for column in columns if column.group == "run"}
     told = [names[name] for name in TOLD if name in names]
     told += [c for c in columns if c.group == "usual"][:PLAIN_METRICS]
     told += [names["command"]] if "command" in names else []
-    rows = len(told[0].values) if told else 0
     head = "".join(f'<th scope="col">{escape(column.name)}</th>' for column in told)
     body = "\n".join(
         f"<tr>{''.join(_cell(column, row) for column in told)}</tr>"
@@ -179,12 +205,15 @@ def _flips(found: Evidence | None) -> str:
     return f'<section id="flips"><h2>Items that change sides</h2>\n{shown}</section>\n'
 
 
-def _environment(columns: Iterable[Column]) -> str:
+def _environment(blocks: Iterable[Block], rows: int) -> str:
     """Return on what the runs ran: each value, with the number of its rows where it varies."""
-    facts = [column for column in columns if column.group == "environment"]
+    facts: dict[str, Counter[str]] = {}
+    for block in blocks:
+        for name, counts in block.environment.items():
+            facts.setdefault(name, Counter()).update(counts)
     lines = "\n".join(
-        f'<tr><th scope="row">{escape(c.name)}</th><td>{_counted(Counter(c.values))}</td></tr>'
-        for c in facts
+        f'<tr><th scope="row">{escape(name)}</th><td>{_counted(found, rows)}</td></tr>'
+        for name, found in facts.items()
     )
     return (
         '<section id="environment"><h2>Environment</h2>\n'
@@ -192,8 +221,8 @@ def _environment(columns: Iterable[Column]) -> str:
     )
 
 
-def _counted(found: Counter[Any]) -> str:
-    if len(found) == 1:
-        return escape(str(next(iter(found))))
-    kinds = [f"{escape(str(v))} ({n:,})" for v, n in found.most_common(SHOWN) if v is not None]
+def _counted(found: Counter[str], rows: int) -> str:
+    if list(found.values()) == [rows]:
+        return escape(next(iter(found)))
+    kinds = [f"{escape(value)} ({n:,})" for value, n in found.most_common(SHOWN)]
     return ", ".join([*kinds, *(["…"] if len(found) > SHOWN else [])])

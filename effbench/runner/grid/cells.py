@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from effbench.api.spec import Job, Spec, Stage
@@ -22,6 +22,7 @@ class Cells:
         points: The words of each run.
         chosen: The groups and keys that they set.
         extra: Folders with the user's own configs.
+        job_of: Makes the job of some words, where they stand over a file or an earlier run.
 
     Raises:
         UserError: When none of them can be composed: what is wrong with the first one.
@@ -33,8 +34,14 @@ class Cells:
         points: Sequence[Sequence[str]],
         chosen: set[str],
         extra: Sequence[Path],
+        job_of: Callable[[Sequence[str]], Job] | None = None,
     ) -> None:
-        self._stage, self._chosen, self._compose = stage, chosen, Composer(extra)
+        compose = Composer(extra)
+
+        def from_configs(point: Sequence[str]) -> Job:
+            return commanded(job_from(stage, compose(point), chosen), point)
+
+        self._job_of = job_of or from_configs
         self.jobs: dict[int, Job] = {}
         self._problems: list[UserError] = []
         self.all = [self._cell(number, point) for number, point in enumerate(points)]
@@ -44,12 +51,12 @@ class Cells:
     def _cell(self, number: int, point: Sequence[str]) -> Cell:
         cell = Cell(number, [word.lstrip("+") for word in point])
         try:
-            job = job_from(self._stage, self._compose(point), self._chosen)
+            job = self._job_of(point)
         except UserError as problem:
             self._problems.append(problem)
             cell.state, cell.error = "failed", str(problem)
             return cell
-        self.jobs[number] = commanded(job, point)
+        self.jobs[number] = job
         cell.key, cell.kind = job.spec.key, kind_of(job.spec)
         return cell
 

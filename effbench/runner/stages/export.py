@@ -8,8 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.api.points import Point, find_point
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Job, Runtime, Spec
 from effbench.api.stages import base as stages
+from effbench.models.load import known_shape
+from effbench.nn.model_kinds.base import find
 from effbench.report.model_card import Card, write_card
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
@@ -72,6 +75,7 @@ def export(
     """
     store = Store(results)
     key, spec = _maker(store, ref)
+    _require_speaking(spec)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -100,6 +104,21 @@ def export(
             write_card(_card(work, kind, store), new)
             replace_folder(new, folder)
     return work.said
+
+
+def _require_speaking(spec: Spec) -> None:
+    """Refuse what was made of a model whose answers are no text.
+
+    Raises:
+        UserError: Before anything is loaded.
+    """
+    shape = known_shape(spec.model)
+    kind = find(ModelShape.of(shape).kind) if shape else None
+    if kind and not kind.speaks:
+        raise UserError(
+            f"{spec.model.name} is a {kind.name} ({kind.noun}), for which there is no export.",
+            "Use it through `effbench eval from=RUN`.",
+        )
 
 
 def _maker(store: Store, ref: str) -> tuple[str, Spec]:

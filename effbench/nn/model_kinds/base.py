@@ -1,0 +1,186 @@
+"""What a kind of model is, and how it is found: by its file here.
+
+Everything above speaks of rows as prompts with answers, and of logits [B, T, V] whose position t is
+for what stands at t + 1. A kind makes that true of its models, whatever they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from effbench.api.examples import Example, Tokens
+from effbench.util.errors import UserError, did_you_mean
+from effbench.util.lazy import torch
+from effbench.util.package_data import only_class
+
+CAUSAL = "causal"
+"""The kind of a model that nothing else is said of."""
+
+
+class ModelKind:
+    """Base of all kinds, and what causal language models are."""
+
+    name: ClassVar[str] = ""
+    """The name of its file; set when it is found."""
+    noun: ClassVar[str] = "causal language model"
+    instead: ClassVar[str] = ""
+    """What to do about a model that is none."""
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads its models."""
+    endings: ClassVar[tuple[str, ...]] = ()
+    """How transformers ends the names of their classes."""
+    caches: ClassVar[bool] = True
+    """Whether a pass leaves keys and values, from which decoding goes on."""
+
+    speaks: ClassVar[bool] = True
+    """Whether what it answers is text."""
+    rows: ClassVar[str] = ""
+    """What a kind of dataset has to say of its rows (`data.kinds.base.Kind`) for it to learn from
+    them; empty where any will do."""
+    other_rows: ClassVar[tuple[str, str]] = ("", "")
+    """What is wrong with other rows, and what to do about it."""
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config of transformers is of such a model, where nobody says so."""
+        return False
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return what keeps a config from being that of such a model; empty when nothing does."""
+        return ""
+
+    def made(self, model: Any) -> bool:
+        """Whether a loaded model is one."""
+        return bool(self.endings) and type(model).__name__.endswith(self.endings)
+
+    # -- rows ----------------------------------------------------------------------------------
+
+    def example(self, example: Example, closing: list[int], outputs: int) -> Example:
+        """Return a row as its models read it.
+
+        Args:
+            example: Prompt and answers as one text.
+            closing: Tokens that its tokenizer ends every text with.
+            outputs: Logits of the model.
+
+        Raises:
+            UserError: For a row that they cannot answer.
+        """
+        return example
+
+    def positions(self, config: Any) -> int:
+        """Return the longest text that a config of transformers has positions for, in tokens."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        found = (getattr(config, name, None) for name in names)
+        return next((x for x in found if isinstance(x, int)), 0) or 2048
+
+    # -- passes --------------------------------------------------------------------------------
+
+    def logits(
+        self, model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits of rows, [B, T, V].
+
+        Args:
+            model: One of them.
+            ids: [B, T], padded on the right.
+            mask: [B, T], 1 for real tokens.
+            labels: [B, T], not shifted; -100 where a token does not count.
+        """
+        found: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return found
+
+    def states(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states of texts, [B, T, d]."""
+        inner = getattr(model, str(model.base_model_prefix))
+        found: torch.Tensor = inner(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return found
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def blocks(self, model: Any) -> torch.nn.ModuleList:
+        """Return the blocks, in the order they run.
+
+        They are the list of modules with the most parameters, whatever it is called and wherever it
+        is.
+
+        Raises:
+            UserError: When it has no list of blocks.
+        """
+        inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        named = getattr(inner, "layers", None)
+        if isinstance(named, torch.nn.ModuleList):
+            return named
+        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+        if not lists:
+            raise UserError(
+                f"{type(model).__name__} has no list of blocks.", "Choose a decoder-only model."
+            )
+        return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+
+    def heads(self, model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Yield what reads the last states and learns with every method, in the order it runs."""
+        yield from ()
+
+    def ready(self, model: Any) -> None:
+        """Make a model that was just loaded usable."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all kinds, sorted."""
+    own = {"__init__", Path(__file__).stem}
+    return tuple(sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - own))
+
+
+@cache
+def find(name: str) -> ModelKind:
+    """Return the kind called `name`.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if name not in names():
+        raise UserError(f"model.kind={name} is not a kind of model.", did_you_mean(name, names()))
+    kind: type[ModelKind] = only_class(f"effbench.nn.model_kinds.{name}", ModelKind)
+    kind.name = name
+    return kind()
+
+
+def kind_in(config: Mapping[str, Any], stated: str = "") -> ModelKind:
+    """Return the kind of model that a config of transformers is of.
+
+    Args:
+        config: As in `config.json`.
+        stated: Name of the kind that somebody says it is; empty for what the config says.
+
+    Raises:
+        UserError: When there is no such kind.
+    """
+    if stated:
+        return find(stated)
+    return next((k for k in map(find, names()) if k.claims(config)), find(CAUSAL))
+
+
+def kind_of(model: Any) -> ModelKind:
+    """Return the kind of a loaded model."""
+    return next((k for k in map(find, names()) if k.made(model)), find(CAUSAL))
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Let nothing of a model train but its heads, which are float32 from now on."""
+    model.requires_grad_(False)
+    for _, head in kind_of(model).heads(model):
+        head.float().requires_grad_(True)
+
+
+def closed(tokens: Tokens, closing: list[int]) -> Tokens:
+    """Return a sequence whose prompt ends as a text of its own does."""
+    at = tokens.prompt_length
+    ids = [*tokens.ids[:at], *closing, *tokens.ids[at:]]
+    return replace(tokens, ids=ids, prompt_length=at + len(closing))

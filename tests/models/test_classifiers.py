@@ -1,0 +1,219 @@
+"""Encoders with a classification head: counted as they are, and never shown the answer."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, BertModel
+
+from effbench.api import registry
+from effbench.api.batch import collate
+from effbench.api.cost import cost_of
+from effbench.api.examples import Example, Tokens
+from effbench.api.method_types import Context
+from effbench.api.shape import ModelShape
+from effbench.api.spec import ModelSpec
+from effbench.cli.rows import rows
+from effbench.config.compose import compose, model_named
+from effbench.evaluators.choices import linearised_macro_f1
+from effbench.methods.base import Method
+from effbench.methods.chain import resolved, shape_of
+from effbench.methods.trains import Trains, require_same_tokens
+from effbench.models import load as models
+from effbench.models.random import byte_tokenizer, random_of
+from effbench.models.survey import empty_model, require_same_when_padded, survey
+from effbench.nn.model_kinds.base import find, kind_of
+from effbench.nn.quant.linears import storage_bytes
+from effbench.resources.counting import flops, parameters
+from effbench.testing.models import given, tiny_shape
+from effbench.util.errors import UserError
+
+KIND = find("classifier")
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "num_labels": 3}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": SIZES,
+    "roberta": SIZES,
+    "distilbert": {**DISTIL, "vocab_size": 64, "max_position_embeddings": 64},
+    "modernbert": {**SIZES, **SPECIAL},
+    "electra": {**SIZES, "embedding_size": 32},
+    "mpnet": SIZES,
+}
+"""Smallest models of the encoders that people bring; their `model_type` is in the documentation."""
+
+
+def config(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = CONFIG_MAPPING[name](**ENCODERS[name]).to_dict()
+    return found
+
+
+@cache
+def shape(name: str) -> ModelShape:
+    return survey(empty_model(config(name), "classifier"))
+
+
+def made(name: str) -> Any:
+    model = random_of(config(name), KIND, 0)
+    KIND.ready(model)
+    return model
+
+
+def row(ids: list[int], right: int) -> Example:
+    choices = tuple(Tokens([*ids, 9], len(ids), 1) for _ in range(3))
+    return KIND.example(Example(str(ids), (), choices, right), [2], 3)
+
+
+def context() -> Context:
+    draws = torch.Generator().manual_seed(0)
+    return Context(0, torch.device("cpu"), torch.bfloat16, draws, lambda name: made(name))
+
+
+WHOLE = ("full", "kd")
+"""Methods that train every weight."""
+ROWS = [row([5, 6, 7, 8], 2), row([9, 10], 0)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_what_is_counted_is_what_the_modules_have(name: str) -> None:
+    model, cost = made(name), cost_of(shape(name), "float32")
+    model.set_attn_implementation("eager")  # whose products are counted
+    assert cost.params == shape(name).params == parameters(model).total
+    assert cost.resident_bytes == storage_bytes(model)
+    assert cost.kv_bytes_per_token == 0
+    with torch.no_grad():
+        one = flops(lambda: model(input_ids=torch.tensor([[5]])))
+    assert cost.flops_per_token + 4 * shape(name).attention_width == one
+    require_same_when_padded(model)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_class_never_reaches_the_model(name: str) -> None:
+    model = made(name).requires_grad_(False)
+    for parameter in model.parameters():  # so that a token more is felt at all
+        parameter.mul_(10 if parameter.ndim > 1 else 1)
+    batch = collate([r.compared() for r in ROWS], 0)
+    nll = Method().token_nll(model, batch)
+    alone = [model(input_ids=torch.tensor([r.ids[:-1]])).logits[0].log_softmax(0) for r in ROWS]
+    expected = [-alone[0][[2, 0, 1]], -alone[1][[0, 1, 2]]]
+    torch.testing.assert_close(nll.sum(1), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "lora") for name in ENCODERS),
+        *(("bert", m) for m in ("adalora", "deep_lora", "dora", "dylora", "full", "kd", "rslora")),
+        ("modernbert", "full"),
+    ],
+)
+def test_methods_train_the_head_and_change_what_they_count(name: str, method: str) -> None:
+    ready = resolved(given(method, **({} if method in WHOLE else {"rank": 4})), shape(name))
+    model, dtype = made(name), "float32" if method in WHOLE else "bfloat16"
+    model = ready.prepare(model.to(getattr(torch, dtype)), context())
+    working = shape_of(ready, shape(name), phase="train")
+    cost, found = cost_of(working, dtype), parameters(model)
+    assert (cost.params, cost.trainable) == (found.total, found.trainable)
+    assert cost.resident_bytes - working.held_bytes == storage_bytes(model)
+    batch = collate(ROWS, 0)
+    batch.window_tokens = batch.loss_tokens
+    assert isinstance(ready, Trains)
+    ctx = context()
+    ctx.aux = {"teacher": made(name)}
+    ready.loss(model.train(), batch, ctx).backward()
+    for part, head in KIND.heads(model):
+        for parameter in head.parameters():
+            assert parameter.grad is not None, part
+            assert parameter.dtype == torch.float32
+
+
+def test_other_methods_and_evaluators_say_no_before_anything_is_loaded() -> None:
+    for method in ("layer_drop", "rtn", "reward", "external"):
+        with pytest.raises(UserError, match="encoder with a classification head"):
+            resolved(given(method), shape("bert"))
+    base = ["model=tiny-encoder", "hardware.device=cpu"]
+    with pytest.raises(UserError, match="Evaluator perplexity cannot ask tiny-encoder"):
+        compose("train", [*base, "dataset=arithmetic", "method=full", "evaluator=perplexity"])
+    with pytest.raises(UserError, match="the rows have none"):
+        rows = ["dataset=arithmetic", "dataset.kind=pairs"]
+        compose("train", [*base, *rows, "method=full", "evaluator=choices"])
+    with pytest.raises(UserError, match="2 classes, but the rows 3 answers"):
+        KIND.example(ROWS[0], [], 2)
+
+
+def test_a_head_is_put_on_an_encoder_without_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = {k: v for k, v in ENCODERS["bert"].items() if k != "num_labels"}
+    BertModel(CONFIG_MAPPING["bert"](**{**values, "vocab_size": 300})).save_pretrained(tmp_path)
+    byte_tokenizer(tiny_shape()).save_pretrained(tmp_path)
+    plain = ModelSpec("own", "folder", path=str(tmp_path))
+    with pytest.raises(UserError, match="is no causal language model"):
+        models.shape_of(plain)
+    spec = ModelSpec("own", "folder", path=str(tmp_path), kind="classifier", classes=4)
+    first, again = (models.load(spec, device="cpu", dtype=torch.float32) for _ in range(2))
+    assert models.shape_of(spec) == first.shape
+    assert first.shape.outputs == 4 == first.model.config.num_labels  # type: ignore[union-attr]
+    assert kind_of(first.model) is KIND
+    for (name, a), b in zip(first.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    # With a trained head, the config says what it is, and of how many classes.
+    first.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    saved = models.load(plain, device="cpu", dtype=torch.float32)
+    assert torch.equal(saved.model.classifier.weight, first.model.classifier.weight)  # type: ignore
+    with pytest.raises(UserError, match="is for 4"):
+        models.shape_of(ModelSpec("own", "folder", path=str(tmp_path), classes=3))
+
+
+def test_a_row_is_shown_as_it_is_read() -> None:
+    words = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes", "evaluator=choices"]
+    [text] = rows(compose("train", [*words, "method=full"]).spec, 1, False, 80)
+    assert "1 of them count, 2 other answers" in text and "is of[ class 1]" in text
+
+
+def test_a_teacher_has_the_same_classes() -> None:
+    student, teacher = made("bert"), empty_model({**config("bert"), "num_labels": 2}, "classifier")
+    with pytest.raises(UserError, match="classifier with 2 answers"):
+        require_same_tokens("teacher", "other", teacher, student)
+    assert model_named("tiny-encoder").classes == 2
+
+
+def test_macro_f1_is_the_mean_of_its_rows() -> None:
+    chosen, right = [0, 0, 1, 2, 2, 2, 1], [0, 1, 1, 2, 0, 2, 1]
+    by_class = [2 * 1 / (2 + 2), 2 * 2 / (2 + 3), 2 * 2 / (3 + 2)]
+    values = linearised_macro_f1(chosen, right)
+    assert sum(values) / 7 == pytest.approx(sum(by_class) / 3)
+    assert linearised_macro_f1(right, right) == [1.0] * 7
+
+
+# -- what the documentation says ---------------------------------------------------------------
+
+
+def test_the_table_of_encoders_is_what_was_counted() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name in ENCODERS:
+        names = ", ".join(f"`{x}`" for x in shape(name).linear_names)
+        assert f"| {name} | {names} |" in text, f"| {name} | {names} |"
+    able = [n for n in registry.names("methods") if works(n)]
+    assert f"On encoders work {', '.join(f'`{n}`' for n in able)}." in " ".join(text.split()), able
+
+
+def works(method: str) -> bool:
+    try:
+        resolved(given(method), shape("bert"))
+    except UserError as error:
+        assert "does not work on this model (bert)" in error.message
+        return False
+    return True
