@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from effbench.report.comparison.compare import compare
 from effbench.results.lookup import find
 from effbench.results.migrations import present_spec
 from effbench.results.records import read_all
+from effbench.results.store import MARKER, Store
 from effbench.runner.campaign import done
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +57,18 @@ def test_a_campaign_has_all_its_records(path: Path) -> None:
     assert all((RECORDS / f"{key}.json").is_file() for keys in noted.values() for key in keys)
 
 
+def begun(experiment: str, results: Path) -> list[str]:
+    """Return words that go on from a run of an experiment, which is there without its weights."""
+    spec = compose(None, [f"experiment={experiment}"]).spec
+    run = Store(results).run(spec.key)
+    run.create(spec)
+    (run.path / MARKER).write_text("1\n")
+    return [f"from={spec.key}", f"run.results={results}"]
+
+
 @pytest.mark.parametrize("name", CAMPAIGNS)
 def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16, with which they were made, where the experiment leaves the dtype open."""
     monkeypatch.chdir(ROOT)
@@ -70,13 +79,13 @@ def test_the_commands_of_a_campaign_have_the_keys_of_its_records(
     )
     dtype = said.get("hardware", {}).get("dtype", "bfloat16")
     noted = json.loads(path.read_text()) if path.is_file() else {}
-    start = compose(None, [f"experiment={campaign.start}"]).spec.key if campaign.start else ""
+    start = begun(campaign.start, tmp_path) if campaign.start else []
     arms = campaign.tuned_arms(ROOT / "results") if noted else campaign.arms
     for arm, (first, *later) in arms.items():
         stage, *words = first.split()
         settings = [f"experiment={campaign.experiment}", "hardware=cpu", f"hardware.dtype={dtype}"]
         words += [] if stage == "eval" else [f"seed={campaign.seeds[0]}"]
-        spec = replace(compose(stage, [*settings, *words]).spec, parent=start)
+        spec = compose(stage, [*settings, *start, *words]).spec
         if not later and arm in noted:
             assert done(spec, ROOT / "results", True, print) == noted[arm][0], arm
             assert noted[arm][0] in (spec.key, *earlier_keys(spec)), arm
