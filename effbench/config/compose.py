@@ -86,6 +86,8 @@ def model_named(name: str) -> ModelSpec:
     Raises:
         UserError: When there is none of that name, or its files are not there.
     """
+    if name not in (known := options("model")):
+        raise UserError(f"There is no model called {name!r}.", did_you_mean(name, known))
     words = check_overrides([f"model={name}"], ())
     found = model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
     return dataclasses.replace(found, name=name)

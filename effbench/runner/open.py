@@ -39,7 +39,7 @@ from effbench.util.libraries import import_uncompiled
 
 SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
-OWN = "stand in split 'train' too, with other white space or in other fields"
+OWN = "stand in split 'train' too, written in another way"
 EARLIER = "were training data of the run that this one goes on from"
 
 

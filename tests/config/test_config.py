@@ -430,9 +430,11 @@ def test_what_is_text_stays_as_it_was_typed(word: str, place: tuple[str, str], v
 
 
 def test_names_of_plugins_and_folders_are_text_too() -> None:
-    words = ["model=tiny", "run.results=2024", "method=kd", "method.teacher=1e5"]
-    job = compose("train", words)
-    assert (job.runtime.results, job.spec.method.settings["teacher"]) == ("2024", "1e5")
+    words = ["model=tiny", "run.results=2024", "method=kd"]
+    job = compose("train", [*words, "method.teacher=tiny"])
+    assert (job.runtime.results, job.spec.method.settings["teacher"]) == ("2024", "tiny")
+    with pytest.raises(UserError, match="no model called '1e5'"):
+        compose("train", [*words, "method.teacher=1e5"])
     with pytest.raises(UserError, match="'1e5'"):
         compose("eval", ["model=tiny", "evaluator=choices", "evaluator.choices.tasks=[1e5]"])
 

@@ -157,9 +157,10 @@ def test_7_the_base_never_changes():
 
 def test_8_nf4_bytes_per_weight():
     layer = torch.nn.Linear(256, 128, bias=False)
-    model = torch.nn.ModuleDict({"q_proj": layer})
+    block = torch.nn.ModuleDict({"q_proj": layer})
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block])})
     pack_linears(model, NF4Format(), torch.float32, ("q_proj",))
-    assert isinstance(model["q_proj"], NF4Linear)
+    assert isinstance(block["q_proj"], NF4Linear)
     exact = 256 * 128 * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4  # and the mean of the scales, once
     assert storage_bytes(model) == nf4_bytes(256, 128) == exact
     cost = chain_cost([QDyLoRA(rank=1)], SMOLLM2, "bfloat16")
