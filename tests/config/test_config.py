@@ -18,6 +18,7 @@ from effbench.cli.listing import entries
 from effbench.cli.show import describe
 from effbench.config.compose import compose, settings_of
 from effbench.config.files import options
+from effbench.data.assets import path_of
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
@@ -42,6 +43,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("word", [*NAMED, *(f"evaluator={n}" for n in options("evaluator"))])
 def test_every_named_config_composes(word: str, folder: Path) -> None:
+    if word == "model=minilm" and not path_of("minilm"):
+        pytest.skip("its shape is known once it is fetched")
     needs = NEEDS.get(word, [])
     if needs is None:
         pytest.skip("needs a file that is no text")

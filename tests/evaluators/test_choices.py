@@ -314,6 +314,7 @@ def test_the_sets_of_our_datasets_are_known(config: str, name: str, shared: bool
     assert lm_eval_tasks.overlaps(name, dataset) == shared
 
 
+@pytest.mark.real
 def test_rows_of_tasks_are_found_by_what_they_hold() -> None:
     task = lm_eval_rows.rows_of(lm_eval_rows.find("piqa"), "validation", {})[:40]
     rows = [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in task]
@@ -334,6 +335,7 @@ def test_rows_of_tasks_are_found_by_what_they_hold() -> None:
     assert not found(extra) and found([*extra, rows[last]])
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     "name", [n for n, e in lm_eval_tasks.TASKS.items() if e.stored and "mmlu" not in n]
 )
