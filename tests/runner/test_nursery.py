@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,30 +19,39 @@ from effbench.runner import nursery as module
 from effbench.runner.local import execute
 from effbench.runner.nursery import Nursery, nursery, nursery_for
 
-WORDS = ["method=lora", "train.max_steps=2", "dataset=file", "evaluator=[]"]
-LONG = "of a text that is longer than tokenizers like, which they would say. " * 10
+WORDS = ["method=lora", "train.max_steps=2", "dataset.limit.test=4", "evaluator=[]"]
 ALIKE = 0.02
 """Most by which the memory before a model is loaded may differ from that of a fresh process."""
 
 
-def test_a_run_is_that_of_a_fresh_process(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": f"{number} {LONG}", "answer": f"{number}"} for number in range(40)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = [*WORDS, f"dataset.files.all={tmp_path / 'rows.jsonl'}"]
+def test_a_run_is_that_of_a_fresh_process(tmp_path: Path) -> None:
     alone, together = Bench(tmp_path / "alone"), Bench(tmp_path / "together")
-    one = alone.job("train", *words)
+    one = alone.job("train", *WORDS)
     fresh = execute(one)
     with nursery():
         assert nursery_for("cpu") is not None
         for seed in (1, 0):
-            record = execute(job := together.job("train", *words, f"seed={seed}"))
+            record = execute(job := together.job("train", *WORDS, f"seed={seed}"))
     assert nursery_for("cpu") is None
     assert together.artefact(job) == alone.artefact(one)
     assert together.losses(job) == alone.losses(one)
-    assert "[transformers]" not in capfd.readouterr().err, "libraries say nothing of their own"
     assert base_bytes(record) == pytest.approx(base_bytes(fresh), rel=ALIKE)
+
+
+QUIETED = """
+import sys
+from effbench.runner import nursery_process, worker
+def quieted():
+    sys.exit(bool({"torch", "transformers"} & set(sys.modules)))
+worker.quiet_libraries = quieted
+nursery_process._import_what_runs_need()
+sys.exit("never")
+"""
+
+
+def test_libraries_are_quieted_before_they_are_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", QUIETED], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def base_bytes(record: Record) -> float:
