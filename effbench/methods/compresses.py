@@ -10,8 +10,10 @@ from typing import ClassVar
 
 from effbench.api.batch import Batch
 from effbench.api.method_types import CALIBRATION_ROWS, Context
-from effbench.api.shape import AnyShape
+from effbench.api.points import Point
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
+from effbench.api.weights import Packed
 from effbench.methods.base import Method
 from effbench.nn.llama import surgery, weights
 from effbench.nn.quant import linears
@@ -108,9 +110,20 @@ class CompressesLinears(Compresses):
         """Return what takes the place of a linear; its buffers are the artefact."""
         raise NotImplementedError
 
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the same module with nothing in its buffers yet."""
+    @property
+    def format(self) -> Packed:
+        """What weights become, for a method that makes one format of all of them."""
         raise NotImplementedError
+
+    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return the same module with nothing in its buffers yet. Default: that of `format`."""
+        return self.format.empty(linear)
+
+    def shape(
+        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
+    ) -> ModelShape:
+        """Pack every decoder linear."""
+        return base.packed(self.format)
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return the number of dense linears."""

@@ -243,10 +243,6 @@ class AnyPrecision(DrawsRows, CompressesLinears):
         if self.budget:
             mixed.write(model, folder)
 
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return a nested linear without codes."""
-        return self.format.empty(linear)
-
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the codes of `folder`, as far as they are held."""
         if not self.budget and self.held_bits == self.bits:

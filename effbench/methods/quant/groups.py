@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from effbench.api.points import Point
 from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.api.shape import Anatomy
 from effbench.methods.base import Method
 from effbench.nn.quant.formats.grouped import Grouped
-from effbench.util.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,3 @@ class PacksGroups(Method):
     def format(self) -> Grouped:
         """What weights become."""
         return Grouped(self.bits, self.group_size, self.symmetric)
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return a packed linear without codes."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)

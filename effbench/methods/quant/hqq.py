@@ -18,15 +18,13 @@ blocks are quantised; embeddings, norms and head are not. No data is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from annotated_types import Interval
 
 from effbench.api.method_types import Paper
-from effbench.api.points import Point
 from effbench.api.schema import Bits, PositiveFloat, PositiveInt
-from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.api.shape import Anatomy
 from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant import shifted, shifted_linear
 from effbench.nn.quant.formats.shifted import ShiftedCodes
@@ -67,13 +65,3 @@ class HQQ(CompressesLinears):
         """Return a linear of shifted codes."""
         search = shifted.Search(self.p, self.beta, self.kappa, self.rounds)
         return shifted_linear.ShiftedLinear.quantise(linear, self.bits, self.group_size, search)
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the same linear without codes."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)

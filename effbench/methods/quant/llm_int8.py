@@ -18,13 +18,11 @@ numbers here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.method_types import Paper
-from effbench.api.points import Point
 from effbench.api.schema import NonNegativeFloat
-from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.api.shape import Anatomy
 from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant.formats.int8 import RowsOfIntegers
 from effbench.util.lazy import torch
@@ -54,13 +52,3 @@ class LLMInt8(CompressesLinears):
     def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return a linear of 8-bit integers."""
         return self.format.quantise(linear)
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the same linear without codes."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)

@@ -22,13 +22,11 @@ A model expands its weights instead: the memory is saved for real, time is not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from effbench.api.method_types import Paper
-from effbench.api.points import Point
 from effbench.api.schema import Bits, NonNegativeInt, PositiveInt
-from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
+from effbench.api.shape import Anatomy, AnyShape
 from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant import plane_linears
 from effbench.nn.quant.binary import TABLE_INPUTS
@@ -83,13 +81,3 @@ class LUTGEMM(CompressesLinears):
         return plane_linears.BinaryLinear.quantise(
             linear, self.bits, self.group_size, self.offset, self.rounds
         )
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the same linear without signs."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)

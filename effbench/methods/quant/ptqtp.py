@@ -22,15 +22,13 @@ not. The memory is saved for real; time is not, as each product first expands it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from annotated_types import Interval
 
 from effbench.api.method_types import Paper
-from effbench.api.points import Point
 from effbench.api.schema import PositiveFloat, PositiveInt
-from effbench.api.shape import Anatomy, ModelShape, Phase
+from effbench.api.shape import Anatomy
 from effbench.methods.compresses import CompressesLinears
 from effbench.nn.quant import plane_linears, trits
 from effbench.nn.quant.formats.trits import Trits
@@ -69,13 +67,3 @@ class PTQTP(CompressesLinears):
         """Return a linear of trit planes."""
         search = trits.Search(self.max_iters, self.tolerance, self.condition)
         return plane_linears.TritLinear.quantise(linear, self.planes, self.group_size, search)
-
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the same linear without trits."""
-        return self.format.empty(linear)
-
-    def shape(
-        self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
-    ) -> ModelShape:
-        """Pack every decoder linear."""
-        return base.packed(self.format)
