@@ -34,7 +34,6 @@ class QDyLoRA(DyLoRA):
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
 
     @property
     def weights(self) -> Weights:

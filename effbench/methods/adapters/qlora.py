@@ -27,7 +27,6 @@ class QLoRA(LoRA):
     )
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
 
     @property
     def weights(self) -> Weights:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from effbench.api.examples import IGNORED, Example, Turns
@@ -109,3 +110,23 @@ class Seq2Seq(ModelKind):
     def encoding(self, model: Any) -> int:
         """Return how many of its blocks read prompts alone."""
         return len(super().blocks(model.get_encoder()))
+
+    def ready(self, model: Any) -> None:
+        """Let feed-forward layers take adapters and packed weights, which T5's own would not.
+
+        Theirs casts what the last linear reads to the dtype of its weight, whatever stands there.
+        """
+        for block in self.blocks(model):
+            for module in block.modules():
+                if hasattr(module, "wo"):
+                    vars(module)["forward"] = partial(_feed_forward, module)
+
+
+def _feed_forward(module: Any, states: torch.Tensor) -> torch.Tensor:
+    """Return what a feed-forward layer of T5 makes of states [B, T, d]."""
+    if hasattr(module, "wi"):
+        inner = module.act(module.wi(states))
+    else:
+        inner = module.act(module.wi_0(states)) * module.wi_1(states)
+    out: torch.Tensor = module.wo(module.dropout(inner))
+    return out
