@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 from effbench.api.schema import NonNegativeInt
 from effbench.api.weights import COMPUTE, FLOAT32, WeightFormat
@@ -378,9 +379,9 @@ class LayerShape:
         """Return the layer with every linear changed."""
         mixer, mlp = self.mixer, self.mlp
         if mixer:
-            mixer = replace(mixer, linears=tuple(change(x) for x in mixer.linears))
+            mixer = replace(mixer, linears=tuple(map(change, mixer.linears)))
         if mlp:
-            mlp = replace(mlp, linears=tuple(change(x) for x in mlp.linears))
+            mlp = replace(mlp, linears=tuple(map(change, mlp.linears)))
         return replace(self, mixer=mixer, mlp=mlp)
 
     def map_norms(self, change: Callable[[Norm], Norm]) -> LayerShape:
@@ -397,10 +398,10 @@ class LayerShape:
         """Return the layer with nothing in it that trains."""
 
         def frozen(linear: Linear) -> Linear:
-            return replace(linear, trains=False, adapter=_still(linear.adapter))
+            quiet = _still(linear)
+            return replace(quiet, adapter=_still(linear.adapter)) if linear.adapter else quiet
 
-        quiet = self.map(frozen).map_norms(lambda norm: replace(norm, trains=False))
-        return replace(quiet, bypass=_still(self.bypass))
+        return replace(self.map(frozen).map_norms(_still), bypass=_still(self.bypass))
 
     def training(self) -> LayerShape:
         """Return the layer with all of its weights training."""
@@ -429,8 +430,12 @@ class LayerShape:
         )
 
 
-def _still(adapter: Adapter | None) -> Adapter | None:
-    return adapter and replace(adapter, trains=False)
+Part = TypeVar("Part", "Adapter | None", Linear, Norm)
+
+
+def _still(part: Part) -> Part:
+    """Return a part with nothing that trains: the same one where nothing does."""
+    return replace(part, trains=False) if part and part.trains else part
 
 
 @dataclass(frozen=True)
