@@ -321,8 +321,8 @@ def job_from(
     _check_methods(spec, lineage)
     check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
-    _check_evaluators(spec, lineage)
     spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
+    _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
 
 
