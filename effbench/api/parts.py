@@ -188,6 +188,12 @@ class Cache:
         """Elements that one more token adds, as long as the window is not full."""
         return (self.keys + self.values) * self.width
 
+    @property
+    def bounds(self) -> list[tuple[int, str]]:
+        """How many tokens are kept at the most, and of which."""
+        bounds = ((self.window, "tokens"), (self.prompt, "of a prompt"))
+        return [(n, of) for n, of in bounds if n is not None]
+
     def shared_out(self, share: Share) -> Cache:
         """Return the cache that a share of the tokens enters."""
         return replace(self, keys=self.keys * share, values=self.values * share)
