@@ -13,7 +13,7 @@ from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import COMPUTE
 
 Saving = Literal["none", "physical", "simulated"]
-LONG = 2**24
+_LONG = 2**24
 """Tokens of a prompt at which what a cache keeps at the most is reached, whatever it is."""
 
 
@@ -106,7 +106,7 @@ def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:
         or cost.bytes_per_token < base.bytes_per_token
         or cost.flops_per_token < base.flops_per_token
         or cost.kv_bytes_per_token < base.kv_bytes_per_token
-        or cost.cached(LONG, prompt=LONG) < base.cached(LONG, prompt=LONG)
+        or cost.cached(_LONG, prompt=_LONG) < base.cached(_LONG, prompt=_LONG)
     )
     return "physical" if smaller or model.formats else "none"
 
