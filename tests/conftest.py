@@ -157,7 +157,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         captured: dict[str, int] = {}
 
         def command() -> None:
-            result = runner.invoke(module.app, list(words), prog_name="effbench")
+            result = runner.invoke(module._only(words), list(words), prog_name="effbench")
             captured["status"] = result.exit_code
             captured["out"] = result.stdout  # type: ignore[assignment]
             captured["err"] = result.stderr  # type: ignore[assignment]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_command(command: str, at_desk: Path, keys: dict[str, str]) -> None:
         for word in shlex.split(command)[1:]
     ]
     if len(words) == 1:
-        assert words[0] in get_command(app).commands  # type: ignore[attr-defined]
+        assert words[0] in command_line().commands
         return
     if words[0] in ("list", "show") or "--help" in words:
         result = CliRunner().invoke(app, words)
@@ -175,9 +176,15 @@ def test_command(command: str, at_desk: Path, keys: dict[str, str]) -> None:
             assert compose(STAGES[words[0]], point).spec.key  # type: ignore[arg-type]
 
 
+@cache
+def command_line() -> Any:
+    """Return the command line, which takes a moment to make."""
+    return get_command(app)
+
+
 def parsed(words: list[str]) -> Any:
     """Return the context of the last command in `words`, its options checked, nothing run."""
-    command: Any = get_command(app)
+    command = command_line()
     name, context = "effbench", None
     while True:
         context = command.make_context(name, list(words), parent=context)

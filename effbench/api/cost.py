@@ -13,6 +13,8 @@ from effbench.api.shape import DTYPE_BYTES, AnyShape, ModelShape
 from effbench.api.weights import COMPUTE
 
 Saving = Literal["none", "physical", "simulated"]
+_LONG = 2**24
+"""Tokens of a prompt at which what a cache keeps at the most is reached, whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Cost:
             prompt: The first tokens of each, that were read as a prompt.
         """
         return sequences * sum(n * c.bytes(tokens, self.element, prompt) for c, n in self.caches)
+
+    @property
+    def kept(self) -> list[str]:
+        """What caches keep at the most, in words: each bound once, the narrowest first."""
+        bounds = sorted({(n, of) for c, _ in self.caches for n, of in c.bounds})
+        return [f"at most {n:,} {of}" for n, of in bounds]
 
     def told(self) -> dict[str, float | str]:
         """Return the numbers that a record has of it."""
@@ -105,6 +113,7 @@ def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:
         or cost.bytes_per_token < base.bytes_per_token
         or cost.flops_per_token < base.flops_per_token
         or cost.kv_bytes_per_token < base.kv_bytes_per_token
+        or cost.cached(_LONG, prompt=_LONG) < base.cached(_LONG, prompt=_LONG)
     )
     return "physical" if smaller or model.formats else "none"
 

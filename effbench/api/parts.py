@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 from effbench.api.schema import NonNegativeInt
 from effbench.api.weights import COMPUTE, FLOAT32, WeightFormat
@@ -186,6 +187,12 @@ class Cache:
     def per_token(self) -> Share:
         """Elements that one more token adds, as long as the window is not full."""
         return (self.keys + self.values) * self.width
+
+    @property
+    def bounds(self) -> list[tuple[int, str]]:
+        """How many tokens are kept at the most, and of which."""
+        bounds = ((self.window, "tokens"), (self.prompt, "of a prompt"))
+        return [(n, of) for n, of in bounds if n is not None]
 
     def shared_out(self, share: Share) -> Cache:
         """Return the cache that a share of the tokens enters."""
@@ -378,9 +385,9 @@ class LayerShape:
         """Return the layer with every linear changed."""
         mixer, mlp = self.mixer, self.mlp
         if mixer:
-            mixer = replace(mixer, linears=tuple(change(x) for x in mixer.linears))
+            mixer = replace(mixer, linears=tuple(map(change, mixer.linears)))
         if mlp:
-            mlp = replace(mlp, linears=tuple(change(x) for x in mlp.linears))
+            mlp = replace(mlp, linears=tuple(map(change, mlp.linears)))
         return replace(self, mixer=mixer, mlp=mlp)
 
     def map_norms(self, change: Callable[[Norm], Norm]) -> LayerShape:
@@ -397,10 +404,10 @@ class LayerShape:
         """Return the layer with nothing in it that trains."""
 
         def frozen(linear: Linear) -> Linear:
-            return replace(linear, trains=False, adapter=_still(linear.adapter))
+            quiet = _still(linear)
+            return replace(quiet, adapter=_still(linear.adapter)) if linear.adapter else quiet
 
-        quiet = self.map(frozen).map_norms(lambda norm: replace(norm, trains=False))
-        return replace(quiet, bypass=_still(self.bypass))
+        return replace(self.map(frozen).map_norms(_still), bypass=_still(self.bypass))
 
     def training(self) -> LayerShape:
         """Return the layer with all of its weights training."""
@@ -429,8 +436,12 @@ class LayerShape:
         )
 
 
-def _still(adapter: Adapter | None) -> Adapter | None:
-    return adapter and replace(adapter, trains=False)
+Part = TypeVar("Part", "Adapter | None", Linear, Norm)
+
+
+def _still(part: Part) -> Part:
+    """Return a part with nothing that trains: the same one where nothing does."""
+    return replace(part, trains=False) if part and part.trains else part
 
 
 @dataclass(frozen=True)

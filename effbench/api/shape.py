@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from effbench.api.parts import (
     MLP,
@@ -30,6 +30,8 @@ from effbench.api.parts import (
 )
 from effbench.api.schema import Layers, PositiveInt
 from effbench.api.weights import COMPUTE, MASTERS, WeightFormat
+
+Held = TypeVar("Held", Norm, Linear)
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -360,8 +362,20 @@ class ModelShape(AnyShape):
     # -- changes -------------------------------------------------------------------------------
 
     def map(self, change: Callable[[int, LayerShape], LayerShape]) -> ModelShape:
-        """Return the model with every layer changed."""
-        return replace(self, layers=tuple(change(i, x) for i, x in enumerate(self.layers)))
+        """Return the model with every layer changed; neighbours that are equal become one."""
+        made: list[LayerShape] = []
+        for index, layer in enumerate(self.layers):
+            new = change(index, layer)
+            made.append(made[-1] if made and new == made[-1] else new)
+        return replace(self, layers=tuple(made))
+
+    def each(self, change: Callable[[LayerShape], LayerShape]) -> ModelShape:
+        """Return the model with every layer changed alike, wherever it is."""
+        made: dict[int, LayerShape] = {}
+        for layer in self.layers:
+            if id(layer) not in made:
+                made[id(layer)] = change(layer)
+        return replace(self, layers=tuple(made[id(layer)] for layer in self.layers))
 
     def map_linears(
         self, change: Callable[[int, Linear], Linear], names: Collection[str] | None = None
@@ -380,7 +394,11 @@ class ModelShape(AnyShape):
     def packed(self, weights: WeightFormat) -> ModelShape:
         """Return the model with its decoder linears in another format, frozen."""
         names = self.chosen(LINEARS)
-        return self.map_linears(lambda _, x: replace(x, format=weights, trains=False), names)
+        return self.each(
+            lambda layer: layer.map(
+                lambda x: replace(x, format=weights, trains=False) if x.name in names else x
+            )
+        )
 
     def adapted(
         self, make: Callable[[int, Linear], Adapter | None], names: Collection[str] = LINEARS
@@ -412,11 +430,13 @@ class ModelShape(AnyShape):
     def frozen(self) -> ModelShape:
         """Return the model with nothing that trains."""
         bare = self._weights(lambda held: held, trains=False)
-        return bare.map(lambda _, layer: layer.still())
+        return bare.each(lambda layer: layer.still())
 
     def merged(self) -> ModelShape:
         """Return the model with its adapters added to dense weights."""
-        return self.map_linears(lambda _, x: replace(x, adapter=None, format=COMPUTE))
+        return self.each(
+            lambda layer: layer.map(lambda x: replace(x, adapter=None, format=COMPUTE))
+        )
 
     def dense(self) -> ModelShape:
         """Return the frozen model with its adapters added, all weights in the compute dtype."""
@@ -431,21 +451,19 @@ class ModelShape(AnyShape):
     ) -> ModelShape:
         """Return the model with the format of all weights changed, and whether they train."""
 
-        def norm(x: Norm) -> Norm:
-            return replace(
-                x, format=change(x.format), trains=x.trains if trains is None else trains
-            )
+        def held(x: Held) -> Held:
+            now, learns = change(x.format), x.trains if trains is None else trains
+            same = now is x.format and learns == x.trains
+            return x if same else replace(x, format=now, trains=learns)
 
-        def linear(x: Linear) -> Linear:
-            return replace(
-                x, format=change(x.format), trains=x.trains if trains is None else trains
-            )
+        norm: Callable[[Norm], Norm] = held
+        linear: Callable[[Linear], Linear] = held
 
         def readout(x: Readout) -> Readout:
             return x.map(linear, norm)
 
         return replace(
-            self.map(lambda _, x: x.map(linear).map_norms(norm)),
+            self.each(lambda x: x.map(linear).map_norms(norm)),
             norms=tuple(norm(x) for x in self.norms),
             embed=linear(self.embed),
             readout=readout(self.readout),

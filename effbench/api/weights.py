@@ -7,19 +7,12 @@ counted of a format needs no torch; what packs and multiplies is imported where 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from effbench.util.errors import UserError, did_you_mean
-from effbench.util.offered import class_offered, offered
-from effbench.util.package_data import only_class
+from effbench.util.rooms import Room
 
 if TYPE_CHECKING:
     from effbench.util.lazy import torch
-
-ROOM = "effbench.nn.quant.formats"
-"""The package that has a file for each packed format."""
 
 
 @dataclass(frozen=True)
@@ -112,29 +105,8 @@ HELD = {"compute": COMPUTE, "float32": MASTERS}
 """Names of the ways to hold a base that are no packed formats."""
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Return the names of all packed formats, sorted, without importing any."""
-    room = Path(__file__).parents[1] / "nn" / "quant" / "formats"
-    return tuple(sorted({*(p.stem for p in room.glob("[!_]*.py")), *offered("formats")}))
-
-
-@cache
-def find(name: str) -> type[Packed]:
-    """Return the class of the packed format `name`.
-
-    Raises:
-        UserError: When there is none.
-    """
-    if name not in names():
-        raise UserError(f"There is no weight format {name!r}.", did_you_mean(name, names()))
-    found: type[Packed] = (
-        class_offered("formats", name, Packed)
-        if name in offered("formats")
-        else only_class(f"{ROOM}.{name}", Packed)
-    )
-    found.name = name
-    return found
+ROOM = Room("nn.quant.formats", Packed, "There is no weight format {!r}.", "formats")
+names, find = ROOM.names, ROOM.find
 
 
 def held(name: str) -> WeightFormat:

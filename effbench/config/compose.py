@@ -189,7 +189,7 @@ def choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list
     return choices, values
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)
 def files_composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> bytes:
     """Return Hydra's config of a choice of files, as they were at the time that `files` tells.
 
@@ -321,8 +321,8 @@ def job_from(
     _check_methods(spec, lineage)
     check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
-    _check_evaluators(spec, lineage)
     spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
+    _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
 
 

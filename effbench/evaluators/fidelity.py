@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from effbench.api.schema import NonNegativeInt, PositiveInt, build
+from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.nn.losses import divergence
 from effbench.nn.scoring import prefix_tree
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Fidelity(Evaluator):
         self._check_tasks()
         if not self.reference:
             return
-        theirs = model_spec(self.reference).shape
+        theirs = self._told(spec.others).shape
         check_sizes("evaluator.fidelity", self.window, self.stride, limit, theirs)
         if theirs and shape and theirs.vocab_size != shape.vocab_size:
             raise self._other_vocabulary(f"{theirs.vocab_size} entries, not {shape.vocab_size}")
@@ -134,10 +134,14 @@ class Fidelity(Evaluator):
         if self.reference:
             from effbench.models.load import load_tokenizer
 
-            tokenizer = load_tokenizer(model_spec(self.reference))
+            tokenizer = load_tokenizer(self._told(subject.others))
             if tokenizer.get_vocab() != subject.data.tokenizer.get_vocab():
                 raise self._other_vocabulary("other tokens")
         return replace(subject, model=model, method=Method())
+
+    def _told(self, others: Sequence[ModelSpec]) -> ModelSpec:
+        """Return the reference among the other models of a run, as its key knows it."""
+        return next(model for model in others if model.name == self.reference)
 
     def _other_vocabulary(self, what: str) -> UserError:
         return UserError(
@@ -299,21 +303,3 @@ def check_lengths(
             f"{subject.shape.max_positions} positions of the model.",
             "Lower evaluator.fidelity.num_fewshot, or leave the task out.",
         )
-
-
-def model_spec(name: str) -> ModelSpec:
-    """Return the model that a config names.
-
-    Raises:
-        UserError: When there is no such config.
-    """
-    import yaml
-
-    from effbench.api.spec import ModelSpec
-    from effbench.config.files import options
-
-    known = options("model")
-    path = known.get(name)
-    if path is None:
-        raise UserError(f"There is no model {name!r}.", did_you_mean(name, known))
-    return build(ModelSpec, yaml.safe_load(path.read_text()), "model")

@@ -22,6 +22,7 @@ from effbench.util.lazy import torch
 if TYPE_CHECKING:
     from effbench.api.session import Session
     from effbench.api.shape import ModelShape
+    from effbench.api.spec import ModelSpec
     from effbench.data.dataset import Data
     from effbench.nn.decode.decoder import Engine
     from effbench.results.journal import Journal
@@ -78,6 +79,8 @@ class Subject:
     """Writes rows that are too much for the record into the run folder, one JSON line each."""
     load_model: Callable[[str], torch.nn.Module] = _no_model
     """Loads another model by its config name, frozen, on the device."""
+    others: Sequence[ModelSpec] = ()
+    """The models that it can load, as the key of the run knows them."""
     load_base: Callable[[], torch.nn.Module] = _no_base
     """Loads the dense model that the run started from, whatever made `model` of it; frozen, on the
     device."""

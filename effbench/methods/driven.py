@@ -16,7 +16,7 @@ from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.api.submodels import check_depths, depth_set
 from effbench.methods.base import Method
-from effbench.methods.depth.points import Way, read_mixed
+from effbench.methods.depth.points import Way, check_exits, read_mixed
 from effbench.nn.decode import early_exit
 from effbench.nn.decode.decoder import Decoder, Drafts, Driver, Exits, Route
 from effbench.nn.decode.policy import CachePolicy
@@ -88,18 +88,7 @@ class Drives(Method):
             raise UserError(*LAYERS_DIFFER)
         check_depths("exit_depths", self.exit_depths, shape.num_layers)
         method = self._with_exits(shape.num_layers)
-        if len(exits := method.exit_depths) < 2:
-            raise UserError(
-                f"method.decoding={list(self.decoding)} needs an exit below layer "
-                f"{shape.num_layers}, the last one.",
-                "List a shallower depth in method.exit_depths.",
-            )
-        if self.thresholds and len(self.thresholds) != len(exits) - 1:
-            raise UserError(
-                f"method.thresholds has {len(self.thresholds)} values for the exits "
-                f"{list(exits[:-1])}.",
-                f"Give {len(exits) - 1}.",
-            )
+        check_exits(self.decoding, method.exit_depths, self.thresholds, "exit_depths")
         for point in method.points():
             cache, (route, driver) = self.cache_at(_cache_point(point)), method._way(point)
             if reason := route.why_not(cache) or driver.why_not(route, cache):
@@ -128,7 +117,7 @@ class Drives(Method):
 
     def rule(self, exits: int) -> early_exit.Rule:
         """Return who leaves at each of so many exits."""
-        return early_exit.confident(self.thresholds or early_exit.paper_thresholds(exits - 1))
+        return early_exit.chosen(self.thresholds, exits)
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None

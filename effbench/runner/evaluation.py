@@ -120,6 +120,7 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Re
         beside={p: partial(journal, p) for p in later},
         keep=lambda name, rows: _write_rows(run, path(point, f"{name}.jsonl").name, rows),
         load_model=partial(load_frozen, run),
+        others=run.spec.others,
         load_base=partial(load_base, run),
         base_bytes=opened.base_bytes,
         job=plain(run.job),

@@ -36,12 +36,13 @@ def main() -> int:
 
 def decode(work: dict[str, Any]) -> None:
     """Load what the run evaluates, under the cap, and decode at the operating point."""
+    job = build(Job, work["job"], "job")
+
     import torch
 
     from effbench.evaluators.memory import random_tokens
     from effbench.runner.open import evaluated
 
-    job = build(Job, work["job"], "job")
     store = Store(Path(job.runtime.results))
     if job.spec.hardware.threads:
         torch.set_num_threads(job.spec.hardware.threads)

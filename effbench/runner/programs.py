@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,12 +19,9 @@ from effbench.api.method_types import ProgramUsage
 from effbench.resources.memory import PeakMemory
 from effbench.util.errors import StoppedError, UserError
 
-TETHER = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-)
-"""Becomes another program that gets SIGTERM when the process that started it is gone."""
+TETHER = Path(__file__).with_name("tether.py")
 SAMPLE_SECONDS = 0.1
-"""Between two looks at the program's processes."""
+"""Between two looks at what a program says."""
 GRACE_SECONDS = 5.0
 """Between asking a program to end and ending it."""
 LAST_LINES = 3
@@ -52,71 +50,52 @@ def run_program(
         UserError: When it fails, with the last that it said.
         StoppedError: When it was ended because `stop` said so.
     """
-    with TemporaryFile() as said:
+    told, tells = os.pipe()
+    with TemporaryFile() as said, os.fdopen(told) as told_file:
         begun = time.monotonic()
-        process = subprocess.Popen(
-            [*_tether(), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**(environment or {}), **os.environ},
-            process_group=0,
-        )
         try:
-            peak, processor = _watched(process, said, stop, show)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(TETHER), str(tells), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env={**(environment or {}), **os.environ},
+                process_group=0,
+                pass_fds=[tells],
+            )
+        finally:
+            os.close(tells)
+        try:
+            _wait(process, said, stop, show)
         finally:
             _end(process)
-        if process.returncode:
-            raise _failed(words[0], process.returncode, _lines(said))
+        status, peak, processor = _took(told_file.read(), process.returncode)
+        if status:
+            raise _failed(words[0], status, _lines(said))
     PeakMemory.saw(peak)
     return ProgramUsage(time.monotonic() - begun, processor, peak)
 
 
-def _tether() -> list[str]:
-    return [sys.executable, "-P", "-c", TETHER] if sys.platform == "linux" else []
-
-
-def _watched(
+def _wait(
     process: subprocess.Popen[bytes],
     said: BinaryIO,
     stop: Callable[[], bool],
     show: Callable[[str], None],
-) -> tuple[int, float]:
-    """Wait for a program; return its largest resident size and its processor time.
-
-    The system's own figure of the largest size is that of who started it, where that was larger, so
-    processes are looked at; it stands in only where none was seen.
-    """
-    peak = 0
-    while True:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if ended:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            scale = 1 if sys.platform == "darwin" else 1024
-            return peak or usage.ru_maxrss * scale, usage.ru_utime + usage.ru_stime
-        peak = max([peak, *map(_largest, _family(process.pid))])
+) -> None:
+    while process.poll() is None:
         show(next(iter(_lines(said)[-1:]), ""))
         if stop():
             raise StoppedError("ending the program, which will begin anew")
         time.sleep(SAMPLE_SECONDS)
 
 
-def _family(number: int) -> Iterator[int]:
-    """Yield a process and all that it and they started, as far as the system tells."""
-    yield number
-    with suppress(OSError):
-        for task in Path(f"/proc/{number}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                yield from _family(int(child))
-
-
-def _largest(number: int) -> int:
-    """Return the largest resident size of a process so far, in bytes; 0 where it is gone."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{number}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
+def _took(told: str, returned: int) -> tuple[int, int, float]:
+    """Return a program's status, its largest resident size in bytes and its processor seconds."""
+    if not told:  # ended together with the process that waits for it
+        return returned or -signal.SIGKILL, 0, 0.0
+    status, resident, processor = json.loads(told)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return os.waitstatus_to_exitcode(status), resident * scale, processor
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,8 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import pytest
+
 from effbench.api import registry
 from effbench.api.stages import base as stages
 from effbench.api.weights import is_packed
@@ -107,6 +109,11 @@ def first_of_each(names: Sequence[Any], kind: Callable[[Any], Any]) -> list[Any]
     return list(found.values())
 
 
+def others_slow(names: Sequence[Any], first: Sequence[Any]) -> list[Any]:
+    """Return parameters of a test: those that come first, and the others marked `slow`."""
+    return [*first, *(pytest.param(n, marks=pytest.mark.slow) for n in names if n not in first)]
+
+
 def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return all ordered pairs of methods that leave something, with one of `methods` in each."""
     makers = [n for n in registry.names("methods") if makes(n)]
@@ -116,3 +123,15 @@ def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
 def pair_kind(pair: tuple[str, str]) -> Any:
     """Return all that decides whether the second method can go on from the first, and how."""
     return left_kind(pair[0]), follower_kind(pair[1])
+
+
+def pairs_in_turn(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return every other pair of kinds, so that each kind meets half of those of the other sort."""
+    chosen = first_of_each(pairs(methods), pair_kind)
+    lefts, followers = (list(dict.fromkeys(pair_kind(p)[side] for p in chosen)) for side in (0, 1))
+
+    def place(pair: tuple[str, str]) -> int:
+        left, follower = pair_kind(pair)
+        return lefts.index(left) + followers.index(follower)
+
+    return [pair for pair in chosen if place(pair) % 2 == 0]

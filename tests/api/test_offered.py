@@ -19,7 +19,7 @@ from effbench.config.compose import compose
 from effbench.data.dataset import Data
 from effbench.data.kinds import base as kinds
 from effbench.models.load import load_tokenizer
-from effbench.util import offered
+from effbench.util import offered, rooms
 from effbench.util.errors import UserError
 
 FILES = {
@@ -118,9 +118,8 @@ CACHES: tuple[Callable[..., object], ...] = (
     offered.offered,
     offered._named_by_packages,
     registry.find,
-    weights.names,
-    weights.find,
-    kinds.names,
+    rooms._names,
+    rooms._found,
     kinds.find,
     stages.names,
     stages.find,

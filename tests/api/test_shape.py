@@ -104,6 +104,27 @@ def test_a_mixer_with_a_state_attends_to_nothing() -> None:
     assert cache_bytes(model, "float32", 7) == 7 * 64 * 4 + 3 * 1024 * 4
 
 
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({"window": 96}, ["at most 96 tokens"]),
+        ({"prompt": 1024}, ["at most 1,024 of a prompt"]),
+        ({"window": 96, "prompt": 50}, ["at most 50 of a prompt", "at most 96 tokens"]),
+    ],
+)
+def test_a_cache_that_stops_growing_is_a_saving(bounds: dict[str, int], said: list[str]) -> None:
+    def bounded(_: int, layer: LayerShape) -> LayerShape:
+        assert layer.mixer
+        cache = replace(layer.mixer.cache, **bounds)  # type: ignore[arg-type]
+        return replace(layer, mixer=replace(layer.mixer, cache=cache))
+
+    narrow = BASE.map(bounded)
+    cost = cost_of(narrow, "float32", BASE)
+    assert (cost.saving, cost.kept) == ("physical", said)
+    assert cost_of(narrow, "float32", narrow).saving == "none"
+    assert cost_of(BASE, "float32", BASE).kept == []
+
+
 @pytest.mark.parametrize("name", ["nf4", "grouped"])
 def test_weights_of_each_linear_in_a_format_of_its_own(name: str) -> None:
     packed = find(name)()

@@ -18,9 +18,12 @@ from effbench.methods.depth.exit_heads import ExitHeads
 from effbench.methods.depth.sorted_full import SortedFull
 from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.nn.depth import layerskip
+from effbench.testing.kinds import evaluation_kind, first_of_each, others_slow
+
+METHODS = accounting._methods()
 
 
-@pytest.mark.parametrize("name", accounting._methods())
+@pytest.mark.parametrize("name", others_slow(METHODS, first_of_each(METHODS, evaluation_kind)))
 def test_counts_of_every_method_at_every_point(name: str) -> None:
     checks = list(accounting._counts(name))
     assert not [c for c in checks if not c.passed]

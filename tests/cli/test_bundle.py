@@ -328,6 +328,7 @@ def test_all_that_it_needs(demo: Path, tmp_path: Path) -> None:
     assert left == set()
 
 
+@pytest.mark.slow
 def test_left_out_takes_along_what_only_it_needs(demo: Path, tmp_path: Path) -> None:
     said: list[str] = []
     without = {"demo-torch": "2.9.0a0+vendor", "nothing-of-ours": ""}
@@ -561,7 +562,7 @@ def test_what_is_missing_or_damaged_is_named(
     assert not (tmp_path / "eff").exists()
 
 
-@pytest.mark.parametrize("found", ["", "2.7.0"])
+@pytest.mark.parametrize("found", ["", pytest.param("2.7.0", marks=pytest.mark.slow)])
 def test_what_was_left_out_and_will_not_do(
     found: str, in_parts: Path, tmp_path: Path, blocked: Run
 ) -> None:

@@ -40,6 +40,7 @@ def subject_of(bench: Bench, *words: str, strength: float = 5) -> Subject:
         tokenizer=work.tokenizer,
         shape=opened.base,
         load_model=lambda name: _load_dense(work, model_named(name)),
+        others=[model_named("tiny")],
         load_base=lambda: strengthened(load_base(work), strength),
     )
 

@@ -276,7 +276,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_loading(bench: Benc
     words = ["evaluator=fidelity", "evaluator.fidelity.reference=smollm2-135m"]
     with pytest.raises(UserError, match="another vocabulary: 49152 entries, not 512"):
         bench.job("eval", *words)
-    with pytest.raises(UserError, match="There is no model 'tny'") as error:
+    with pytest.raises(UserError, match="There is no model called 'tny'") as error:
         bench.job("eval", "evaluator=fidelity", "evaluator.fidelity.reference=tny")
     assert "'tiny'" in error.value.hint
 
@@ -285,6 +285,13 @@ def test_a_reference_with_other_tokens_is_refused(subject: Subject) -> None:
     subject.data.tokenizer.add_tokens(["ab"])
     with pytest.raises(UserError, match="another vocabulary: other tokens"):
         Fidelity(reference="tiny").run(subject)
+
+
+def test_a_reference_is_the_one_that_the_key_knows(subject: Subject) -> None:
+    """Its config may have changed since, or be none of those that lie here."""
+    spec = dataclasses.replace(subject.others[0], name="elsewhere")
+    seen = dataclasses.replace(subject, others=[spec], load_model=lambda name: subject.load_base())
+    assert by_name(Fidelity(reference="elsewhere").run(seen))["kl"].value == 0
 
 
 def test_a_reference_with_another_embedding_is_refused(subject: Subject) -> None:

@@ -87,7 +87,7 @@ def test_a_trial_in_a_process_of_its_own(bench: Bench) -> None:
     assert succeeds_under(2**40, work, "cpu")
     assert not succeeds_under(2**20, work, "cpu")
     with pytest.raises(UserError, match="not for memory"):
-        succeeds_under(2**40, {**work, "point": "r3", "prompt_tokens": -1}, "cpu")
+        succeeds_under(2**40, {**work, "job": {}}, "cpu")
 
 
 def test_what_speaks_of_memory() -> None:

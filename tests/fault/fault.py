@@ -27,7 +27,7 @@ from scenes import RUNS, SHORT
 from effbench.testing.bench import Bench
 
 FAMILIES = ("kills", "full", "damage", "hostile", "commands", "extremes")
-SHORT_FORM = {"kills": 61, "full": 131, "damage": 37, "hostile": 15, "extremes": 43}
+SHORT_FORM = {"kills": 151, "full": 331, "damage": 97, "hostile": 31, "extremes": 43}
 """Every how many points each family is tried in the form that takes seconds."""
 SHORT_RUNS = ("train", "compress", "eval")
 

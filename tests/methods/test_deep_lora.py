@@ -181,7 +181,10 @@ def descent(layer: DeepLinear, target: torch.Tensor, steps: int, rate: float) ->
     return path
 
 
-@pytest.mark.parametrize(("size", "bound"), [("square", 1e-6), ("tall", 1e-2), ("wide", 1e-2)])
+@pytest.mark.parametrize(
+    ("size", "bound"),
+    [("square", 1e-6), ("tall", 1e-2), pytest.param("wide", 1e-2, marks=pytest.mark.slow)],
+)
 def test_the_compressed_trajectory_is_that_of_the_full_width(size: str, bound: float) -> None:
     """Gradient descent in float64 from one start, eps = 0.01, a target of rank 2 and r = 4.
 

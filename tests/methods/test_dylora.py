@@ -129,8 +129,9 @@ def test_a_rank_above_what_a_layer_can_have_is_refused():
         DyLoRA(rank=33).resolve(SHAPE)
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "inverse", "proportional"])
-@pytest.mark.parametrize("ranks", [(), "powers"])
+@pytest.mark.parametrize(
+    ("distribution", "ranks"), [("uniform", ()), ("inverse", "powers"), ("proportional", ())]
+)
 def test_ten_thousand_draws_follow_the_distribution(distribution, ranks):
     method = DyLoRA(rank=8, ranks=ranks, distribution=distribution, targets=("q_proj",))
     model, ctx = prepared(method, seed=4)

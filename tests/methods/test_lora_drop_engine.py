@@ -43,7 +43,10 @@ def policy(name: str, **settings: Any) -> tuple[LoRADrop, Any, Window]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("layers", "window"), SETS)
+@pytest.mark.parametrize(
+    ("layers", "window"),
+    [*SETS[1:3], *(pytest.param(*s, marks=pytest.mark.slow) for s in SETS[::3])],
+)
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_our_engine_gives_what_whole_modules_give(

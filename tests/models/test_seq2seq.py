@@ -192,7 +192,7 @@ def test_what_needs_a_decoder_says_no_before_anything_is_loaded() -> None:
     for method in ("layer_drop", "rtn", "reward"):
         with pytest.raises(UserError, match="is no causal language model, but a seq2seq"):
             resolved(given(method), shape("t5"))
-    for evaluator in ("generation", "speed", "fidelity", "memory"):
+    for evaluator in ("generation", "speed"):
         words = [*base, "dataset=arithmetic", "method=full", f"evaluator={evaluator}"]
         with pytest.raises(UserError, match=f"Evaluator {evaluator} cannot ask tiny-seq2seq"):
             compose("train", words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.staged import StagedDecoder, WholeSession
 from effbench.nn.llama.factorised import bases
+from effbench.testing.kinds import others_slow
 
 POLICIES = [
     SinkWindow(4, 8),
@@ -43,12 +45,15 @@ def model_of(policy: CachePolicy) -> Any:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("steps", [0, 11])
-@pytest.mark.parametrize("prompt", [5, 9, 21, 30])
+@pytest.mark.parametrize(
+    "lengths",
+    others_slow([*product([5, 9, 21, 30], [0, 11])], [(5, 11), (9, 0), (21, 11), (30, 0)]),
+)
 def test_padded_rows_decode_as_alone_and_are_reordered(
-    policy: CachePolicy, prompt: int, steps: int
+    policy: CachePolicy, lengths: tuple[int, int]
 ) -> None:
     """Reordered rows are the short ones: the longest, which holds the most, is dropped."""
+    prompt, steps = lengths
     model, ids, end = model_of(policy), some_ids(3, prompt + steps + 8), prompt + steps
     pads = [3, 0, prompt - 1]
     mask = torch.tensor([[0] * p + [1] * (prompt - p) for p in pads])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.spec import DatasetSpec
 from effbench.data.readers import Row
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.package_data import only_class
+from effbench.util.rooms import Room
 
 
 class Generator:
@@ -28,11 +27,8 @@ class Generator:
         raise NotImplementedError
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Return the names of all generators, sorted."""
-    own = {"__init__", Path(__file__).stem}
-    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in own))
+ROOM = Room("data.generators", Generator, "There is no generator {!r}.")
+names = ROOM.names
 
 
 @cache
@@ -42,11 +38,7 @@ def find(name: str) -> Generator:
     Raises:
         UserError: When there is none.
     """
-    if name not in names():
-        raise UserError(f"There is no generator {name!r}.", did_you_mean(name, names()))
-    generator: type[Generator] = only_class(f"effbench.data.generators.{name}", Generator)
-    generator.name = name
-    return generator()
+    return ROOM.find(name)()
 
 
 def sources(spec: DatasetSpec) -> dict[str, Iterable[Row]]:

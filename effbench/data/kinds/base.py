@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 from effbench.api.examples import Example
 from effbench.api.sources import source_of
 from effbench.api.spec import DatasetSpec
 from effbench.data.render import Place, Text
-from effbench.util.errors import UserError, did_you_mean
-from effbench.util.offered import class_offered, offered
-from effbench.util.package_data import only_class
+from effbench.util.rooms import Room
 
 
 class Kind:
@@ -60,12 +57,8 @@ class Kind:
         return self.examples(texts, spec, tokenizer)
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Return the names of all kinds, sorted."""
-    own = {"__init__", Path(__file__).stem}
-    files = {p.stem for p in Path(__file__).parent.glob("*.py")} - own
-    return tuple(sorted(files.union(offered("kinds"))))
+ROOM = Room("data.kinds", Kind, "dataset.kind={} is not a kind.", "kinds")
+names = ROOM.names
 
 
 @cache
@@ -75,12 +68,6 @@ def find(name: str) -> Kind:
     Raises:
         UserError: When there is none.
     """
-    if name not in names():
-        raise UserError(f"dataset.kind={name} is not a kind.", did_you_mean(name, names()))
-    kind: type[Kind] = (
-        class_offered("kinds", name, Kind)
-        if name in offered("kinds")
-        else only_class(f"effbench.data.kinds.{name}", Kind)
-    )
-    kind.name, kind.code = name, source_of(kind)
+    kind = ROOM.find(name)
+    kind.code = source_of(kind)
     return kind()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import ClassVar
 
 from effbench.api.schema import digest
 from effbench.evaluators.trustworthiness.replies import Reply, parse
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.rooms import Room
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,10 @@ class Dimension:
         return {}
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Return the names of all dimensions, sorted."""
-    folder = Path(__file__).parent / "dimensions"
-    return tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+ROOM = Room(
+    "evaluators.trustworthiness.dimensions", Dimension, "There is no dimension of trust {!r}."
+)
+names = ROOM.names
 
 
 @cache
@@ -92,14 +88,4 @@ def find(name: str) -> Dimension:
     Raises:
         UserError: When there is none.
     """
-    if name not in names():
-        raise UserError(f"There is no dimension of trust {name!r}.", did_you_mean(name, names()))
-    module = import_module(f"effbench.evaluators.trustworthiness.dimensions.{name}")
-    (cls,) = (
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Dimension) and c.__module__ == module.__name__
-    )
-    cls.name = name
-    found: Dimension = cls()
-    return found
+    return ROOM.find(name)()

@@ -84,6 +84,33 @@ def check_windows(window: int, windows: Sequence[int] | None) -> None:
         raise UserError(f"method.windows={list(windows)} is not a rising list.", "List each once.")
 
 
+def check_exits(
+    decoding: Sequence[Way], exits: Sequence[int], thresholds: Sequence[float], setting: str
+) -> None:
+    """Refuse ways of decoding that have no exit to leave at, and thresholds of other exits.
+
+    Args:
+        decoding: At least one.
+        exits: Depths at which tokens can leave; the last is that of the deepest exit.
+        thresholds: One for each but the last; empty for the paper's.
+        setting: Which setting of the method lists the depths.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if len(exits) < 2:
+        raise UserError(
+            f"method.decoding={list(decoding)} needs an exit below layer {exits[-1]}, the last "
+            "one.",
+            f"List a shallower depth in method.{setting}.",
+        )
+    if thresholds and len(thresholds) != len(exits) - 1:
+        raise UserError(
+            f"method.thresholds has {len(thresholds)} values for the exits {list(exits[:-1])}.",
+            f"Give {len(exits) - 1}.",
+        )
+
+
 def read_mixed(
     whole: ModelShape, way: Way, exits: Sequence[int], draft: int, tokens: int
 ) -> ModelShape:

@@ -21,7 +21,7 @@ from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.shape import LAYERS_DIFFER, AnyShape, ModelShape, Phase
 from effbench.api.submodels import check_depths, depth_set
 from effbench.methods.base import Method
-from effbench.methods.depth.points import Depth, Mixed, Way, read_mixed
+from effbench.methods.depth.points import Depth, Mixed, Way, check_exits, read_mixed
 from effbench.nn.decode import early_exit
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.llama import stack
@@ -107,17 +107,7 @@ class ReadsDepths(Method):
             )
 
     def _check_exits(self, exits: Sequence[int]) -> None:
-        if len(exits) < 2:
-            raise UserError(
-                f"method.decoding={list(self.decoding)} needs an exit below the last one.",
-                "List a shallower depth in method.eval_depths.",
-            )
-        if self.thresholds and len(self.thresholds) != len(exits) - 1:
-            raise UserError(
-                f"method.thresholds has {len(self.thresholds)} values for the exits "
-                f"{list(exits[:-1])}.",
-                f"Give {len(exits) - 1}.",
-            )
+        check_exits(self.decoding, exits, self.thresholds, "eval_depths")
         if self.draft_depth is not None and self.draft_depth >= exits[-1]:
             raise UserError(
                 f"method.draft_depth={self.draft_depth} is not below {exits[-1]}, the depth that "
@@ -158,7 +148,7 @@ class ReadsDepths(Method):
 
     def rule(self, exits: int) -> early_exit.Rule:
         """Return who leaves at each of so many exits."""
-        return early_exit.confident(self.thresholds or early_exit.paper_thresholds(exits - 1))
+        return early_exit.chosen(self.thresholds, exits)
 
     def decoder(self, point: Point) -> Decoder:
         """Return the way of decoding that a point names; a depth decodes as a model of its own."""

@@ -27,6 +27,11 @@ def paper_thresholds(count: int) -> tuple[float, ...]:
     return tuple(PAPER_THRESHOLDS[i * len(PAPER_THRESHOLDS) // count] for i in range(count))
 
 
+def chosen(thresholds: Sequence[float], exits: int) -> Rule:
+    """Return the rule of so many exits: `confident` in thresholds, the paper's where none are."""
+    return confident(thresholds or paper_thresholds(exits - 1))
+
+
 def confident(thresholds: Sequence[float]) -> Rule:
     """Return the rule: leave where the most likely token's probability exceeds the threshold.
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 from effbench.api.examples import Example, Tokens
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
-from effbench.util.package_data import only_class
+from effbench.util.rooms import Room
 
 CAUSAL = "causal"
 """The kind of a model that nothing else is said of."""
@@ -142,11 +141,8 @@ class ModelKind:
         """Make a model that was just loaded usable."""
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Return the names of all kinds, sorted."""
-    own = {"__init__", Path(__file__).stem}
-    return tuple(sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - own))
+ROOM = Room("nn.model_kinds", ModelKind, "model.kind={} is not a kind of model.")
+names = ROOM.names
 
 
 @cache
@@ -156,11 +152,7 @@ def find(name: str) -> ModelKind:
     Raises:
         UserError: When there is none.
     """
-    if name not in names():
-        raise UserError(f"model.kind={name} is not a kind of model.", did_you_mean(name, names()))
-    kind: type[ModelKind] = only_class(f"effbench.nn.model_kinds.{name}", ModelKind)
-    kind.name = name
-    return kind()
+    return ROOM.find(name)()
 
 
 def kind_in(config: Mapping[str, Any], stated: str = "") -> ModelKind:

@@ -51,7 +51,7 @@ class Seq2Seq(ModelKind):
         if config.get("model_type") not in FAMILIES:
             return "it has an encoder, and how its decoder begins an answer is not known here"
         if not isinstance(config.get(START), int):
-            return f"its config has no {START}"
+            return f"it has an encoder, and its config has no {START}"
         return ""
 
     def made(self, model: Any) -> bool:
