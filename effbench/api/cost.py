@@ -41,6 +41,9 @@ class Cost:
     """What layers keep of the tokens read, and how many of them do."""
     element: int = 0
     """Bytes of an element of the compute dtype."""
+    per_token: bool = True
+    """Whether each token goes through all layers; where not, figures per token are of one that an
+    encoder reads and one that a decoder writes together, and nobody is told of them."""
 
     def cached(self, tokens: float, sequences: int = 1, prompt: int = 0) -> float:
         """Return the bytes of the caches of some sequences.
@@ -60,7 +63,10 @@ class Cost:
 
     def told(self) -> dict[str, float | str]:
         """Return the numbers that a record has of it."""
-        return {k: v for k, v in vars(self).items() if k not in ("caches", "element")}
+        hidden = {"caches", "element", "per_token"}
+        if not self.per_token:
+            hidden |= {name for name in vars(self) if "_per_" in name}
+        return {k: v for k, v in vars(self).items() if k not in hidden}
 
 
 class Piece(NamedTuple):
@@ -93,6 +99,7 @@ def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
         kv_bytes_per_sequence=model.kv_bytes_per_sequence(element),
         caches=tuple(Counter(x.mixer.cache for x in model.layers if x.mixer).items()),
         element=element,
+        per_token=not model.encoder,
     )
     return replace(cost, saving=_saving(model, cost, cost_of(base, dtype))) if base else cost
 

@@ -278,6 +278,9 @@ class ModelShape(AnyShape):
     """Its `model_type` in transformers."""
     kind: str = "causal"
     """A file in `nn/model_kinds`."""
+    encoder: int = 0
+    """The first layers, which read prompts alone, and the others answers alone: nothing is counted
+    per token then."""
 
     @classmethod
     def of(cls, shape: AnyShape) -> ModelShape:

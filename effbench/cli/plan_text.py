@@ -16,9 +16,10 @@ def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) 
     cost = prediction.cost
     lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
-    lines.append(f"  weights read     {format_bytes(cost.bytes_per_token)} per decoded token")
-    grows = f"{cost.kv_bytes_per_token / 1024:.1f} KiB per token"
-    lines.append(f"  KV cache         {', '.join([grows, *cost.kept])}")
+    if cost.per_token:
+        lines.append(f"  weights read     {format_bytes(cost.bytes_per_token)} per decoded token")
+        grows = f"{cost.kv_bytes_per_token / 1024:.1f} KiB per token"
+        lines.append(f"  KV cache         {', '.join([grows, *cost.kept])}")
     if cost.kv_bytes_per_sequence:
         kib = cost.kv_bytes_per_sequence / 1024
         lines.append(f"  state            {kib:.1f} KiB per sequence, however long it is")

@@ -528,7 +528,7 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
 
     kind = find_kind(ModelShape.of(shape).kind)
     for evaluator in map(make_evaluator, spec.evaluators):
-        if evaluator.needs_model and kind.name not in evaluator.model_kinds:
+        if kind.name not in evaluator.model_kinds:
             classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
             able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
             raise UserError(
@@ -536,6 +536,11 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
                 f"({kind.noun}).",
                 f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
             )
+    if spec.hardware.dtype == "float16" and ModelShape.of(shape).encoder:
+        raise UserError(
+            f"{spec.model.name} leaves the range of hardware.dtype=float16, as T5 does.",
+            "Use hardware.dtype=bfloat16 or float32.",
+        )
     if kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
         message, hint = kind.other_rows
         raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)

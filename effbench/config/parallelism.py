@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from effbench.api.plugins import make_method
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Parallelism, Spec
 from effbench.api.stages import base as stages
 from effbench.methods.trains import data_parallel
+from effbench.models.load import known_shape
 from effbench.util.errors import UserError
 
 
@@ -28,6 +30,13 @@ def check_parallelism(spec: Spec, parallelism: Parallelism) -> None:
             )
         return
     _check_training(spec, devices)
+    shape = known_shape(spec.model)
+    if shape and ModelShape.of(shape).encoder:
+        raise UserError(
+            f"{spec.model.name} has an encoder, and was not shown to train on several devices as "
+            "on one.",
+            "Leave hardware.devices out.",
+        )
     if sharding not in (ways := data_parallel(make_method(spec.method))):
         name = spec.method.name
         where = "on several devices" if not ways else f"with hardware.sharding={sharding}"

@@ -38,7 +38,7 @@ class Choices(Evaluator):
     """Multiple choice by log-likelihood on a split of the dataset, or on tasks of lm-eval."""
 
     headline: ClassVar[str] = "accuracy"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
 
     split: str | tuple[str, ...] = "test"
     """Which split of the dataset, or a list of several; not used with `tasks`."""
@@ -72,9 +72,11 @@ class Choices(Evaluator):
         """Refuse a dataset without choices, and tasks that cannot be had."""
         from effbench.data.kinds.base import find as find_kind
 
-        if self.tasks and shape and not find_model(ModelShape.of(shape).kind).speaks:
+        kind = find_model(ModelShape.of(shape).kind) if shape else None
+        if self.tasks and kind and not kind.caches:
             raise UserError(
-                "lm-eval's tasks ask for the likelihood of texts, and a classifier gives none.",
+                "lm-eval's tasks ask for the likelihood of texts that go on from others, which "
+                f"a {kind.name} does not give.",
                 "Leave evaluator.choices.tasks out.",
             )
         if self.tasks:

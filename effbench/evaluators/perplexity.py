@@ -34,6 +34,7 @@ class Perplexity(Evaluator):
     """Teacher-forced loss on a split of the dataset."""
 
     headline: ClassVar[str] = "loss"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
 
     split: str | tuple[str, ...] = "test"
     """Which split, or a list of several."""
@@ -104,7 +105,7 @@ class Perplexity(Evaluator):
 
         limit = subject.data.spec.max_length
         check_sizes("evaluator.perplexity", self.window, self.stride, limit, subject.shape)
-        windows = cut(examples, *sizes(self.window, self.stride, limit))
+        windows = cut(examples, *sizes(self.window, self.stride, limit), subject.data.model)
         journals = subject.journals(split, [w.name(examples[w.row]) for w in windows])
         own = journals[subject.point]
         for group, points in pending(journals, groups(windows, self.batch_tokens)):

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from effbench.api.batch import by_length
 from effbench.api.examples import IGNORED, Example
 from effbench.api.footprint import Pass
-from effbench.api.shape import AnyShape
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.data.dataset import Data
+from effbench.nn.model_kinds.base import find
 from effbench.util.errors import UserError
 
 
@@ -56,14 +57,19 @@ def spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int
         yield stop - window, first, stop
 
 
-def cut(examples: Sequence[Example], window: int, stride: int) -> list[Window]:
+def cut(
+    examples: Sequence[Example], window: int, stride: int, model: ModelShape | None = None
+) -> list[Window]:
     """Return the windows of all rows; those that would score nothing are left out.
 
     Args:
         examples: The rows.
         window: Most tokens of a window.
         stride: Tokens that a window after the first one scores; less than `window`.
+        model: Where rows of its kind are not read window by window, each is a window.
     """
+    if not _slides(model):
+        window = max((e.longest for e in examples), default=window)
     return [
         Window(row, start, first, stop)
         for row, example in enumerate(examples)
@@ -89,7 +95,7 @@ def passes(
         largest = max(window, batch_tokens)
         return [Pass("score", 1, largest, largest)]
     examples = data.documents(split)
-    windows = cut(examples, window, stride)
+    windows = cut(examples, window, stride, data.model)
     labels = [w.sequence(examples[w.row])[1] for w in windows]
     counted = [sum(label != IGNORED for label in row[1:]) for row in labels]
     return [
@@ -101,6 +107,11 @@ def passes(
 def groups(windows: Sequence[Window], batch_tokens: int) -> list[list[int]]:
     """Return which windows are computed together, each batch at most `batch_tokens`."""
     return list(by_length([w.stop - w.start for w in windows], batch_tokens))
+
+
+def _slides(model: ModelShape | None) -> bool:
+    """Whether a model reads rows that are too long window by window."""
+    return model is None or find(model.kind).windows
 
 
 def spread(stream: Sequence[int], length: int, step: int, most: int) -> list[list[int]]:
@@ -148,6 +159,12 @@ def check_sizes(
     if size < 2:
         raise UserError(
             f"{where}.window={size} is too short to predict anything.", "Give at least 2."
+        )
+    if window and shape and not _slides(ModelShape.of(shape)):
+        raise UserError(
+            f"{where}.window={size} would cut prompts and answers, which an encoder and a decoder "
+            "read apart.",
+            f"Leave {where}.window out.",
         )
     if step >= size:
         raise UserError(

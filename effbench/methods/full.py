@@ -19,7 +19,7 @@ class Full(Trains):
     """Training of every weight."""
 
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none", "fsdp"})
     learning_rate: ClassVar[float] = 5e-5
 

@@ -14,4 +14,4 @@ class Unchanged(Reads):
     """Changes nothing and trains nothing."""
 
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})

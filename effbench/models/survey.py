@@ -72,6 +72,7 @@ def model_of(values: Mapping[str, Any], kind: str, device: str, dtype: torch.dty
         config: PreTrainedConfig = transformers.CONFIG_MAPPING[family].from_dict(dict(values))
         with quiet(), torch.device(device):
             model = getattr(transformers, auto).from_config(config, dtype=dtype)
+            find(kind or CAUSAL).adjust(model, values)
         as_linears(model)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -100,9 +101,10 @@ def survey(model: Any) -> ModelShape:
     width = int(embedding.shape[1])
     caches = _caches(model, len(blocks)) if kind.caches else [Cache()] * len(blocks)
     active = _active_experts(config)
+    encoder = kind.encoding(model)
     layers = tuple(
-        _layer(model, block, cache, width, active)
-        for block, cache in zip(blocks, caches, strict=True)
+        _layer(model, block, cache, width, active, 2 if encoder and index >= encoder else 1)
+        for index, (block, cache) in enumerate(zip(blocks, caches, strict=True))
     )
     norms = outside.norms
     if not readout.learns:
@@ -121,6 +123,7 @@ def survey(model: Any) -> ModelShape:
         anatomy="llama" if is_llama(model) and not slides(config) else "other",
         family=str(config.model_type),
         kind=kind.name,
+        encoder=encoder,
     )
     hold(found, model)
     return found
@@ -210,12 +213,14 @@ def require_same_when_padded(model: Any) -> None:
     """
     device = model.get_input_embeddings().weight.device
     row = torch.arange(PROBED, device=device)[None] % model.config.vocab_size
-    labels = torch.full_like(row, IGNORED)
-    alone = kind_of(model).logits(model, row, torch.ones_like(row), labels)[:, 0]
+    asked, ignored = slice(PROBED // 2 - 1, PROBED - 1), torch.full_like(row, IGNORED)
+    labels = torch.cat([ignored[:, : PROBED // 2], row[:, PROBED // 2 :]], 1)
+    alone = kind_of(model).logits(model, row, torch.ones_like(row), labels)[:, asked]
     wide, mask = (torch.cat([x, x * 0], 1) for x in (row, torch.ones_like(row)))
     beside, both = wide.flip(1), torch.ones_like(mask)  # so that the batch is as wide as it
-    rows = torch.cat([wide, beside]), torch.cat([mask, both]), torch.cat([labels, labels], 1)
-    padded = kind_of(model).logits(model, rows[0], rows[1], rows[2].expand(2, -1))[:1, 0]
+    rows = torch.cat([wide, beside]), torch.cat([mask, both])
+    known = torch.cat([torch.cat([labels, ignored], 1), torch.cat([ignored, row], 1)])
+    padded = kind_of(model).logits(model, *rows, known)[:1, asked]
     if (alone - padded).abs().amax() > ROUNDING * alone.abs().amax():
         raise UserError(
             f"{type(model).__name__} answers otherwise when padding stands behind a text.",
@@ -241,12 +246,12 @@ class _Outside:
         inside = {*blocks.modules(), *(heads or [model.get_output_embeddings()])}
         tables, norms = [], []
         for name, module in model.named_modules():
-            if module in inside:
-                continue
             if isinstance(module, torch.nn.Embedding):
                 if module.weight is not embedding:
                     sizes = module.num_embeddings, module.embedding_dim
                     tables.append(Linear(_last(name), *sizes))
+            elif module in inside:
+                continue
             elif own := dict(module.named_parameters(recurse=False)):
                 if any(p.ndim != 1 for p in own.values()):
                     raise _odd(model, f"{name} stands outside its blocks")
@@ -257,23 +262,28 @@ class _Outside:
 class _Block:
     """Sorts the tensors of one block into those of its attention and those of its MLP."""
 
-    def __init__(self, model: Any, block: torch.nn.Module, width: int, active: int) -> None:
+    def __init__(
+        self, model: Any, block: torch.nn.Module, width: int, active: int, attentions: int
+    ) -> None:
         self.model, self.width, self.active = model, width, active
-        attending = [n for n, m in block.named_children() if _attends(m)]
-        if len(attending) != 1:
-            raise _odd(model, f"a {type(block).__name__} has {len(attending)} attentions, not one")
+        attending = tuple(n for n, m in _children(block) if _attends(m))
+        if len(attending) != attentions:
+            found = f"a {type(block).__name__} has {len(attending)} attentions"
+            raise _odd(model, f"{found}, not {attentions}")
         self.own: list[Norm] = []
         self.linears: dict[bool, list[Linear]] = {True: [], False: []}
         self.norms: dict[bool, list[Norm]] = {True: [], False: []}
         inside = [name for name, module in block.named_modules() if isinstance(module, Experts)]
         for name, module in block.named_modules():
-            mixes = name.split(".")[0] in attending
+            mixes = f"{name}.".startswith(tuple(f"{path}." for path in attending))
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, Experts):
                 self.linears[mixes] += self._split(module)
             elif isinstance(module, torch.nn.Linear):
                 if not any(name.startswith(f"{path}.") for path in inside):
                     self.linears[mixes].append(_linear(_last(name), module))
+            elif isinstance(module, torch.nn.Embedding):
+                continue  # a table, see `_Outside`
             elif any(p.ndim > 1 for p in own.values()):
                 self.linears[mixes] += self._tensors(name, own)
             elif "." not in name and name not in attending:
@@ -331,11 +341,19 @@ class _Block:
         return MLP(linears, neurons, norms=tuple(self.norms[False]), gated=entering > neurons)
 
 
-def _layer(model: Any, block: torch.nn.Module, cache: Cache, width: int, active: int) -> LayerShape:
-    parts = _Block(model, block, width, active)
+def _layer(
+    model: Any,
+    block: torch.nn.Module,
+    cache: Cache,
+    width: int,
+    active: int,
+    attentions: int,
+) -> LayerShape:
+    parts = _Block(model, block, width, active, attentions)
     heads = _number(model.config, "num_attention_heads", "n_heads", "n_head")
     if not cache.per_token:
-        kv_heads, head_dim = heads, width // heads
+        head_dim = _number(model.config, "head_dim") or width // heads
+        heads = kv_heads = attentions * heads
     else:
         kv_heads = min(heads, int(cache.keys)) if cache.width > 1 else heads
         head_dim = cache.width if cache.width > 1 else int(cache.keys) // heads
@@ -396,6 +414,15 @@ def _vectors(own: Mapping[str, torch.Tensor]) -> list[Norm]:
     if both:
         del sizes["bias"]
     return [Norm(size, bias=both and name == "weight") for name, size in sizes.items()]
+
+
+def _children(block: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules that a block is made of, those in a list of its own each for itself."""
+    for name, module in block.named_children():
+        if isinstance(module, torch.nn.ModuleList):
+            yield from ((f"{name}.{index}", inner) for index, inner in module.named_children())
+        else:
+            yield name, module
 
 
 def _attends(module: torch.nn.Module) -> bool:

@@ -392,7 +392,12 @@ def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
 
 
 def _flops_per_trained_token(spec: Spec, shapes: RunShapes) -> float:
-    """Return the FLOPs of a training step per token, with rows of full length."""
+    """Return the FLOPs of a training step per token, with rows of full length.
+
+    0 where they are not counted.
+    """
+    if not shapes.training.per_token:
+        return 0.0
     rows, length = spec.train.batch_size, spec.dataset.max_length
     work = training_of(shapes.working, spec.hardware.dtype)
     batch = Pass("train", rows, length, rows * length)
@@ -413,13 +418,18 @@ def _first_reads(spec: Spec, shapes: RunShapes, rows: int) -> tuple[int, float]:
     count = shapes.own.reads_first(rows) if isinstance(shapes.own, Trains) else 0
     reader = next(iter(_other_shapes(shapes.own, shapes.start)), shapes.start) if count else None
     length = spec.dataset.max_length
-    return count, count * length * reader.flops_per_token(length // 2) if reader else 0.0
+    if reader is None or ModelShape.of(reader).encoder:
+        return count, 0.0
+    return count, count * length * reader.flops_per_token(length // 2)
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:
     notes = []
     if cost.saving == "simulated":
         notes.append("The saving is simulated: it is computed, but not held, in fewer bytes.")
+    if not cost.per_token:
+        notes.append("FLOPs are not counted: a token goes through encoder or decoder alone.")
+        notes.append("Memory is modelled as if each went through both.")
     if spec.hardware.device == "cpu" and any(is_packed(m.weights) for m in methods):
         notes.append("On a CPU, 4-bit weights save memory, not time.")
     return notes

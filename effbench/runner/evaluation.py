@@ -148,6 +148,8 @@ def count_cost(run: Run, cost: Cost, point: Point, held: int | None = None) -> N
     run.count("params", cost.params, "parameters", point.name)
     if held is not None:
         run.count("weight_bytes", held, "bytes", point.name)
+    if not cost.per_token:
+        return
     run.count("bytes_per_token", cost.bytes_per_token, "bytes/token", point.name)
     run.count("flops_per_token", cost.flops_per_token, "FLOP/token", point.name)
     run.count("kv_bytes_per_token", cost.kv_bytes_per_token, "bytes/token", point.name)

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from effbench.api.points import Point, find_point
+from effbench.api.shape import ModelShape
 from effbench.api.spec import Job
 from effbench.data.render import Turn
 from effbench.data.tokens import chat_prompt
 from effbench.methods.base import Method
+from effbench.models.load import known_shape
 from effbench.nn.decode.generate import Sampling, sample
+from effbench.nn.model_kinds.base import find
 from effbench.results.store import RunFolder, Store
 from effbench.runner.open import open_model
 from effbench.runner.run import open_run
@@ -23,6 +26,17 @@ from effbench.util.errors import UserError
 
 UNFINISHED = "�"
 """What a decoder says of bytes that are no character yet."""
+
+
+def _require_decoding(job: Job) -> None:
+    """Refuse a model that keeps nothing from which a text could go on, before it is loaded."""
+    shape = known_shape(job.spec.model)
+    kind = find(ModelShape.of(shape).kind) if shape else None
+    if kind and not kind.caches:
+        raise UserError(
+            f"{job.spec.model.name} is a {kind.name} ({kind.noun}), which writes no text here.",
+            "Ask it with an evaluator: effbench eval evaluator=choices",
+        )
 
 
 @dataclass
@@ -47,8 +61,9 @@ class Speaker:
             scratch: An empty folder for logs that nobody reads.
 
         Raises:
-            UserError: When there is no such point, or the model cannot be loaded.
+            UserError: When there is no such point, or the model cannot be loaded or writes nothing.
         """
+        _require_decoding(job)
         run = open_run(job, RunFolder(scratch), Store(Path(job.runtime.results)))
         opened = open_model(run)
         run.events.close()

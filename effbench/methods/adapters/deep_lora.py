@@ -59,7 +59,7 @@ class DeepLoRA(Trains):
         "2406.04112",
     )
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     learning_rate: ClassVar[float] = 1e-2
     version: ClassVar[int] = 2
     """2: the frames come from all rows of the first step, and not from its first micro-batch."""

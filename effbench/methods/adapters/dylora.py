@@ -55,7 +55,7 @@ class DyLoRA(Trains):
         "2210.07558",
     )
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})

@@ -60,7 +60,7 @@ class LoRA(Trains):
         "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022", "2106.09685"
     )
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none", "fsdp"})
     learning_rate: ClassVar[float] = 1e-3
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})

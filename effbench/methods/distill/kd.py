@@ -35,7 +35,7 @@ class Distillation(Trains):
         "Distilling the Knowledge in a Neural Network", "NIPS 2014 workshop", "1503.02531"
     )
     anatomy: ClassVar[Anatomy] = "other"
-    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier"})
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     learning_rate: ClassVar[float] = 5e-5
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 

@@ -35,6 +35,8 @@ class ModelKind:
     caches: ClassVar[bool] = True
     """Whether a pass leaves keys and values, from which decoding goes on."""
 
+    windows: ClassVar[bool] = True
+    """Whether a row that is longer than a window may be read window by window."""
     speaks: ClassVar[bool] = True
     """Whether what it answers is text."""
     evaluator: ClassVar[str] = ""
@@ -124,9 +126,16 @@ class ModelKind:
             )
         return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
 
+    def encoding(self, model: Any) -> int:
+        """Return how many of its first blocks read prompts alone, and no answer."""
+        return 0
+
     def heads(self, model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
         """Yield what reads the last states and learns with every method, in the order it runs."""
         yield from ()
+
+    def adjust(self, model: Any, config: Mapping[str, Any]) -> None:
+        """Make a model without its weights what a config says, where transformers does not."""
 
     def ready(self, model: Any) -> None:
         """Make a model that was just loaded usable."""

@@ -75,7 +75,7 @@ def export(
     """
     store = Store(results)
     key, spec = _maker(store, ref)
-    _require_speaking(spec)
+    _require_causal(spec)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -106,15 +106,15 @@ def export(
     return work.said
 
 
-def _require_speaking(spec: Spec) -> None:
-    """Refuse what was made of a model whose answers are no text.
+def _require_causal(spec: Spec) -> None:
+    """Refuse what was made of a model that nothing else would read: one that is not causal.
 
     Raises:
         UserError: Before anything is loaded.
     """
     shape = known_shape(spec.model)
     kind = find(ModelShape.of(shape).kind) if shape else None
-    if kind and not kind.speaks:
+    if kind and not kind.caches:
         raise UserError(
             f"{spec.model.name} is a {kind.name} ({kind.noun}), for which there is no export.",
             "Use it through `effbench eval from=RUN`.",
