@@ -20,7 +20,7 @@ from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
@@ -53,8 +53,7 @@ class Trust(Evaluator):
     """Length of a generated answer."""
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
-        """Refuse an unknown dimension or reference, and seeds that are none or the same."""
-        from effbench.config.files import options
+        """Refuse an unknown dimension, and seeds that are none or the same."""
         from effbench.evaluators.trustworthiness.base import find
 
         for name in self.dimensions:
@@ -64,11 +63,6 @@ class Trust(Evaluator):
                 raise UserError(f"evaluator.trust.{key} names one twice.", "Name each once.")
         if not self.seeds:
             raise UserError("evaluator.trust.seeds is empty.", "Set evaluator.trust.seeds=[0].")
-        if self.reference is not None and self.reference not in options("model"):
-            raise UserError(
-                f"evaluator.trust.reference: {self.reference!r} is not a model.",
-                did_you_mean(self.reference, options("model")),
-            )
 
     def others(self) -> tuple[str, ...]:
         """Return the reference, where it is another model."""

@@ -9,32 +9,45 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 
-DEATH_SIGNAL, TERMINATE = 1, 15
+DEATH_SIGNAL = 1
 """Of `prctl(2)`: the signal that a process gets when the one that started it is gone."""
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that are the program's to heed."""
 
 
-def tied() -> None:
-    """End with the process that started this one, where the system can tell (Linux)."""
+def tied(number: int) -> None:
+    """Get a signal when the process that started this one is gone, where the system can (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, TERMINATE)
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, number)
+
+
+def stand_aside() -> None:
+    """Leave the group of processes to the program, to outlive and to wait for it."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):
+        os.setpgid(0, os.getpgid(os.getppid()))
 
 
 def run(pipe: int, words: list[str]) -> None:
     """Run a program, and write its wait status, its resident KiB and its seconds into a pipe."""
     os.set_inheritable(pipe, False)
-    tied()
+    tied(signal.SIGKILL)
     number = os.fork()
     if not number:
-        tied()
+        tied(signal.SIGTERM)
         try:
             os.execvp(words[0], words)
         except OSError as error:
             print(error, flush=True)
             os._exit(127)
+    stand_aside()
     _, status, usage = os.wait4(number, 0)
     took = [status, usage.ru_maxrss, usage.ru_utime + usage.ru_stime]
     os.write(pipe, json.dumps(took).encode())

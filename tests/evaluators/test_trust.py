@@ -519,7 +519,7 @@ def test_the_base_is_the_model_before_any_method(bench: Bench, tmp_path: Path) -
         ("dimensions=[ethics,ethics]", "names one twice"),
         ("seeds=[]", "seeds is empty"),
         ("seeds=[1,1]", "names one twice"),
-        ("reference=tinny", "'tinny' is not a model"),
+        ("reference=tinny", "There is no model called 'tinny'"),
         ("items=0", "items=0 is not possible"),
     ],
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from effbench.nn.llama.weights import read_tensors
 from effbench.resources.memory import PeakMemory
 from effbench.results.events import EventLog
 from effbench.results.records import read
+from effbench.runner import programs
 from effbench.runner.programs import run_program
 from effbench.testing.bench import HardKill, without_evaluation
 from effbench.testing.models import fresh
@@ -235,16 +237,54 @@ def test_a_program_is_measured_as_it_is_and_not_as_who_started_it() -> None:
     assert memory.peak.peak_bytes > used.peak_bytes
 
 
-def test_a_program_ends_with_the_run_that_asks_for_it(tmp_path: Path) -> None:
-    told = tmp_path / "pid"
-    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_program_ends_with_the_run_that_asks_for_it(
+    heeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone, and waited for, when the run goes on."""
+    monkeypatch.setattr(programs, "GRACE_SECONDS", 30 if heeds else 0.2)
+    told, ignored = tmp_path / "pid", "" if heeds else "signal.signal(15, signal.SIG_IGN);"
+    child = (
+        f"import os, signal, sys, time; {ignored}"
+        "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    )
     begun = time.monotonic()
     with pytest.raises(StoppedError, match="begin anew"):
-        run_program([sys.executable, "-c", child, str(told)], stop=lambda: told.exists())
-    assert time.monotonic() - begun < 30
-    number = int(told.read_text() or 0)
+        run_program(
+            [sys.executable, "-c", child, str(told)],
+            stop=lambda: told.exists() and bool(told.read_text()),
+        )
+    assert time.monotonic() - begun < 20
     with pytest.raises(ProcessLookupError):
-        os.kill(number or 2**22, 0)
+        os.kill(int(told.read_text()), 0)
+
+
+def test_a_program_ends_when_the_run_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    words = [sys.executable, "-c", child, str(told)]
+    asks = f"from effbench.runner.programs import run_program\nrun_program({words!r})"
+    run = subprocess.Popen([sys.executable, "-c", asks])
+    assert _within(20, lambda: told.is_file() and bool(told.read_text()))
+    run.kill()
+    run.wait()
+    assert _within(20, lambda: not _lives(int(told.read_text())))
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return held
+
+
+def _lives(number: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        status = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_what_it_says_is_shown() -> None:
