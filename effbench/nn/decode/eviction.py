@@ -122,7 +122,7 @@ class SteadyLayer(LayerCache):
             else:
                 new = (t[:, :, begin:end] for t in both)
                 shown = [torch.cat(pair, dim=2) for pair in zip(held, new, strict=True)]
-            view = View(*shown, self.empty)
+            view = View(shown[0], shown[1], self.empty)
             asked = query[:, :, begin - before : end - before]
             mixed.append(own(asked, view))
             held, begin = self._kept(asked, view), end
