@@ -27,6 +27,9 @@ from effbench.methods.trains import Trains
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
 from effbench.models.survey import empty_model, require_same_when_padded, survey
+from effbench.nn.decode import generate
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.encoded import EncodedSession
 from effbench.nn.model_kinds.base import find, kind_of
 from effbench.nn.quant.linears import pack_linears, storage_bytes
 from effbench.resources.counting import flops, parameters
@@ -146,6 +149,27 @@ def test_choices_are_scored_after_one_prompt() -> None:
     torch.testing.assert_close(nll, -at[[21, 20]], rtol=1e-5, atol=1e-5)
 
 
+def test_answers_are_those_of_transformers() -> None:
+    model, asked = made("t5"), [[5, 6, 7, 8, 9], [20], [40, 41]]
+    prompts = [generate.Prompt(KIND.prompt(ids, [1]), 6, frozenset([1])) for ids in asked]
+    session = Decoder().session(model)
+    assert isinstance(session, EncodedSession)
+    found = generate.generate(session, prompts, str, device=torch.device("cpu"))
+    assert session.kv_bytes() > 0
+    for ids, answer in zip(asked, found, strict=True):
+        theirs = model.generate(torch.tensor([[*ids, 1]]), max_new_tokens=6, do_sample=False)
+        assert answer.ids == theirs[0, 1:].tolist()
+    assert len({tuple(answer.ids) for answer in found}) > 1
+    with pytest.raises(ValueError, match="no static engine"):
+        Decoder().session(model, "static")
+
+
+def test_what_a_row_reads_is_what_a_question_reads() -> None:
+    """Else a model would be asked otherwise than it was taught."""
+    [tokens] = row([5, 6], [11]).sequences
+    assert tokens.ids[: tokens.prompt_length] == KIND.prompt([5, 6], [1])
+
+
 WHOLE = ("full", "kd", "subset")
 """Methods that train every weight."""
 
@@ -192,7 +216,7 @@ def test_what_needs_a_decoder_says_no_before_anything_is_loaded() -> None:
     for method in ("layer_drop", "rtn", "reward"):
         with pytest.raises(UserError, match="is no causal language model, but a seq2seq"):
             resolved(given(method), shape("t5"))
-    for evaluator in ("generation", "speed"):
+    for evaluator in ("long_context", "speed"):
         words = [*base, "dataset=arithmetic", "method=full", f"evaluator={evaluator}"]
         with pytest.raises(UserError, match=f"Evaluator {evaluator} cannot ask tiny-seq2seq"):
             compose("train", words)
