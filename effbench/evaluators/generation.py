@@ -225,7 +225,8 @@ class Generation(Evaluator):
 
         tokenizer = subject.data.tokenizer
         ends, added, encoder = end_tokens(subject), tokenizer.get_added_vocab(), Encoder(tokenizer)
-        prompts, kind = [], kind_of(subject.model)
+        kind = kind_of(subject.model)
+        prompts = []
         for q in questions.asked:
             stop = (*q.until, *self.until)
             prompts.append(
