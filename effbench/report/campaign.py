@@ -26,6 +26,7 @@ from effbench.results.store import Store
 from effbench.results.tunings import tuned_together
 from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
+from effbench.util.files import write_atomic
 
 AT = "@"
 """Between the name of a table and the scale of its cells."""
@@ -212,13 +213,12 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 
 
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
     made = f"Made by `{_target(campaign.name)}`."
     tuned = "".join(f"{line}\n\n" for line in campaign.tuned(stem.parents[1]))
     text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{tuned}{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
-        path.write_text(content)
+        write_atomic(path, content)
     return files
 
 
