@@ -70,7 +70,7 @@ def test_losses_are_told_in_the_unit_of_the_method() -> None:
         ("prboost", {}, "nats/row"),
         ("ptloss", {"teacher": "tiny"}, "nats/token"),
         ("ptloss", {"teacher": "tiny", "over": "answers"}, "nats/row"),
-        ("dorm", {"objective": "ratings"}, ""),
+        ("dorm", {"objective": "ratings", "search": "heads"}, ""),
         ("dorm", {}, "nats/row"),
     ],
 )
