@@ -18,6 +18,8 @@ from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, Pos
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, kind_of
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.nn.scoring import finite
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -42,6 +44,7 @@ class Generation(Evaluator):
     """Exact match of written answers, and how long they are."""
 
     headline: ClassVar[str] = "exact_match"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
     trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
 
     tasks: tuple[str, ...] = ("gsm8k_cot",)
@@ -150,7 +153,8 @@ class Generation(Evaluator):
         """Yield the passes of a task's questions, in the batches in which they are answered."""
         from effbench.api.footprint import Pass
 
-        prompts = [len(ids) for ids in _prompt_ids(data.tokenizer, questions)]
+        kind = find_kind(data.model.kind if data.model else CAUSAL)
+        prompts = [len(ids) for ids in _prompt_ids(data.tokenizer, questions, kind)]
         longest = [self.max_new_tokens or q.max_new_tokens for q in questions.asked]
         sizes = [prompt + new for prompt, new in zip(prompts, longest, strict=True)]
         for group in by_length(sizes, self.batch_tokens):
@@ -236,8 +240,9 @@ class Generation(Evaluator):
     def _prompts(self, subject: Subject, questions: Questions) -> list[generate.Prompt]:
         tokenizer = subject.data.tokenizer
         ends, added = end_tokens(subject), tokenizer.get_added_vocab()
+        kind = kind_of(subject.model)
         prompts = []
-        for q, ids in zip(questions.asked, _prompt_ids(tokenizer, questions), strict=True):
+        for q, ids in zip(questions.asked, _prompt_ids(tokenizer, questions, kind), strict=True):
             stop = (*q.until, *self.until)
             prompts.append(
                 generate.Prompt(
@@ -338,9 +343,10 @@ def end_tokens(subject: Subject) -> frozenset[int]:
     return frozenset(int(t) for t in found if t is not None)
 
 
-def _prompt_ids(tokenizer: Any, questions: Questions) -> list[list[int]]:
-    """Return the tokens of each question's prompt."""
+def _prompt_ids(tokenizer: Any, questions: Questions, kind: ModelKind) -> list[list[int]]:
+    """Return the tokens of each question's prompt, as a kind of model reads it."""
     from effbench.data.tokens import Encoder
 
     encoder = Encoder(tokenizer)
-    return [encoder.context(q.prompt, q.special) for q in questions.asked]
+    texts = [encoder.context(q.prompt, q.special) for q in questions.asked]
+    return [kind.prompt(ids, encoder.end) for ids in texts]
