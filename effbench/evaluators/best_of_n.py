@@ -88,7 +88,7 @@ class BestOfN(Generation):
         model = subject.load_model(named) if named else subject.load_base()
         writer = replace(subject, model=model, method=Unchanged(), point=UNNAMED)
         result = Result()
-        for questions in self._questions(writer):
+        for questions in self._questions(subject.data):
             drawn = [self._draw(writer, questions, k) for k in range(self.n)]
             scores = self._scores(subject, questions, drawn)
             for size in self.sizes:

@@ -18,7 +18,8 @@ from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, Pos
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
-from effbench.nn.model_kinds.base import kind_of
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, kind_of
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.nn.scoring import finite
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -134,10 +135,12 @@ class Generation(Evaluator):
             tasks.check(name, self.num_fewshot, self.files)
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
-        """Return a full batch of prompts and answers; what prompts a task has is not known here."""
+        """Return the batches of prompts and answers, or a full one where no data is given."""
         from effbench.api.footprint import Pass
         from effbench.evaluators.questions import NEW_TOKENS
 
+        if data is not None:
+            return [one for asked in self._questions(data) for one in self._batches(data, asked)]
         new = self.max_new_tokens or NEW_TOKENS
         prompt = TASK_PROMPT if self.tasks else spec.dataset.max_length
         rows = max(1, self.batch_tokens // (prompt + new))
@@ -146,6 +149,20 @@ class Generation(Evaluator):
             Pass("decode", rows, prompt + new, rows, prompt),
         ]
 
+    def _batches(self, data: Data, questions: Questions) -> Iterator[Pass]:
+        """Yield the passes of a task's questions, in the batches in which they are answered."""
+        from effbench.api.footprint import Pass
+
+        kind = find_kind(data.model.kind if data.model else CAUSAL)
+        prompts = [len(ids) for ids in _prompt_ids(data.tokenizer, questions, kind)]
+        longest = [self.max_new_tokens or q.max_new_tokens for q in questions.asked]
+        sizes = [prompt + new for prompt, new in zip(prompts, longest, strict=True)]
+        for group in by_length(sizes, self.batch_tokens):
+            rows, prompt = len(group), max(prompts[i] for i in group)
+            total = prompt + max(longest[i] for i in group)
+            yield Pass("prefill", rows, prompt, rows)
+            yield Pass("decode", rows, total, rows, prompt)
+
     def run(self, subject: Subject) -> Result:
         """Return each task's own metrics, `output_tokens` and `truncated`, with intervals.
 
@@ -153,18 +170,18 @@ class Generation(Evaluator):
             UserError: When a prompt and its answer need more positions than the model has.
         """
         result = Result()
-        for questions in self._questions(subject):
+        for questions in self._questions(subject.data):
             self._add(result, subject, questions, self._answers(subject, questions))
         return result
 
-    def _questions(self, subject: Subject) -> Iterator[Questions]:
+    def _questions(self, data: Data) -> Iterator[Questions]:
         from effbench.data import lm_eval_tasks as tasks
         from effbench.data.lm_eval_rows import find, rows_of
         from effbench.evaluators.questions import of_dataset, of_ifeval, of_task
 
         if not self.tasks:
-            yield of_dataset(subject.data, self.split, self.limit, self.pattern)
-        chat = subject.data.tokenizer if self.chat else None
+            yield of_dataset(data, self.split, self.limit, self.pattern)
+        chat = data.tokenizer if self.chat else None
         for name in self.tasks:
             if name == "ifeval" and name in self.files:
                 yield of_ifeval(rows_of(find(name), "train", self.files), self.limit, chat)
@@ -221,17 +238,15 @@ class Generation(Evaluator):
         return generate.Sampling(temperature, self.top_k, self.top_p)
 
     def _prompts(self, subject: Subject, questions: Questions) -> list[generate.Prompt]:
-        from effbench.data.tokens import Encoder
-
         tokenizer = subject.data.tokenizer
-        ends, added, encoder = end_tokens(subject), tokenizer.get_added_vocab(), Encoder(tokenizer)
+        ends, added = end_tokens(subject), tokenizer.get_added_vocab()
         kind = kind_of(subject.model)
         prompts = []
-        for q in questions.asked:
+        for q, ids in zip(questions.asked, _prompt_ids(tokenizer, questions, kind), strict=True):
             stop = (*q.until, *self.until)
             prompts.append(
                 generate.Prompt(
-                    kind.prompt(encoder.context(q.prompt, q.special), encoder.end),
+                    ids,
                     self.max_new_tokens or q.max_new_tokens,
                     ends | {added[s] for s in stop if s in added},
                     tuple(s for s in stop if s),
@@ -326,3 +341,12 @@ def end_tokens(subject: Subject) -> frozenset[int]:
     listed = ends if isinstance(ends, list) else [ends]
     found = [subject.data.tokenizer.eos_token_id, *listed]
     return frozenset(int(t) for t in found if t is not None)
+
+
+def _prompt_ids(tokenizer: Any, questions: Questions, kind: ModelKind) -> list[list[int]]:
+    """Return the tokens of each question's prompt, as a kind of model reads it."""
+    from effbench.data.tokens import Encoder
+
+    encoder = Encoder(tokenizer)
+    texts = [encoder.context(q.prompt, q.special) for q in questions.asked]
+    return [kind.prompt(ids, encoder.end) for ids in texts]

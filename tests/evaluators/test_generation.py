@@ -278,6 +278,17 @@ def test_its_passes_are_those_of_a_full_batch(bench: Bench) -> None:
     assert all(p.counted == 10 for p in (prefill, decode))
 
 
+def test_its_passes_are_those_of_the_questions_where_there_is_data(subject: Subject) -> None:
+    spec = compose("eval", []).spec
+    evaluator = Generation(tasks=(), max_new_tokens=5, batch_tokens=80)
+    passes = evaluator.passes(spec, subject.data)
+    [asked] = evaluator._questions(subject.data)
+    lengths = sorted((len(p.ids) for p in evaluator._prompts(subject, asked)), reverse=True)
+    assert sum(p.rows for p in passes if p.kind == "decode") == len(lengths) == 6
+    assert [p.tokens for p in passes][:2] == [lengths[0], lengths[0] + 5]
+    assert all(p.rows * (p.tokens + 5) <= 80 for p in passes if p.kind == "prefill")
+
+
 def test_texts_are_kept_in_the_run_folder(bench: Bench) -> None:
     words = ["evaluator=generation", "evaluator.generation.tasks=[]", *HARDWARE]
     words += ["evaluator.generation.limit=3", "evaluator.generation.max_new_tokens=4"]
@@ -308,7 +319,7 @@ def gsm8k(folder: Path) -> dict[str, dict[str, str]]:
 def test_tasks_are_graded_through_lm_evals_filters(bench: Bench, tmp_path: Path) -> None:
     subject = subject_of(bench, "dataset=arithmetic")
     evaluator = Generation(tasks=("gsm8k",), num_fewshot=0, files=gsm8k(tmp_path))
-    [questions] = list(evaluator._questions(subject))
+    [questions] = list(evaluator._questions(subject.data))
     assert questions.asked[0].prompt == "Question: What is 2 + 3?\nAnswer:"
     assert questions.asked[0].until[0] == "Question:" and questions.asked[0].temperature == 0
     assert questions.grade(0, " It is #### 5") == {
@@ -361,7 +372,7 @@ def test_instructions_are_judged_on_a_file_of_rows(bench: Bench, tmp_path: Path)
     files = {"ifeval": {"train": str(path)}}
     evaluator = Generation(tasks=("ifeval",), files=files, max_new_tokens=4)
     subject = subject_of(bench, "dataset=arithmetic")
-    [questions] = list(evaluator._questions(subject))
+    [questions] = list(evaluator._questions(subject.data))
     assert questions.asked[0].max_new_tokens == 1280
     assert questions.grade(0, "no comma")["inst_level_strict_acc"] == [1.0, 0.0]
     found = by_name(evaluator.run(subject))
@@ -445,7 +456,7 @@ def test_logits_that_are_not_numbers_name_the_layer(subject: Subject) -> None:
 
 def test_a_stop_that_is_a_token_of_its_own_ends_an_answer(subject: Subject) -> None:
     evaluator = Generation(tasks=(), until=("<unk>", "\n"))
-    [questions] = list(evaluator._questions(subject))
+    [questions] = list(evaluator._questions(subject.data))
     prompt = evaluator._prompts(subject, questions)[0]
     tokenizer = subject.data.tokenizer
     assert prompt.stop_ids == {tokenizer.eos_token_id, tokenizer.unk_token_id}

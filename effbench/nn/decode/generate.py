@@ -79,6 +79,9 @@ def generate(
     choose = _Choice(sampling or Sampling(), [p.seed for p in prompts])
     made: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt of each row of the session
+    width = max(len(p.ids) for p in prompts)
+    if reserve := getattr(session, "reserve", None):  # a cache that grows is there twice meanwhile
+        reserve(len(prompts), width + max(p.max_new_tokens for p in prompts), width)
     logits = session.prefill(*left_padded([p.ids for p in prompts], pad_token_id, device))
     while True:
         check(logits)
