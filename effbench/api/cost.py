@@ -39,6 +39,8 @@ class Cost:
     """Whether smaller figures here are real on the device or only modelled."""
     caches: tuple[tuple[Cache, int], ...] = ()
     """What layers keep of the tokens read, and how many of them do."""
+    attending: tuple[tuple[Cache, int], ...] = ()
+    """What layers keep, and the query heads of those that keep it, times their width."""
     element: int = 0
     """Bytes of an element of the compute dtype."""
     per_token: bool = True
@@ -55,6 +57,15 @@ class Cost:
         """
         return sequences * sum(n * c.bytes(tokens, self.element, prompt) for c, n in self.caches)
 
+    def attention(self, tokens: float, prompt: int = 0) -> float:
+        """Return the FLOPs of one token that attends to what is kept of all tokens so far.
+
+        Args:
+            tokens: Of its sequence, itself among them.
+            prompt: The first of them, that were read as a prompt.
+        """
+        return 4 * sum(width * c.places(tokens, prompt) for c, width in self.attending)
+
     @property
     def kept(self) -> list[str]:
         """What caches keep at the most, in words: each bound once, the narrowest first."""
@@ -63,7 +74,7 @@ class Cost:
 
     def told(self) -> dict[str, float | str]:
         """Return the numbers that a record has of it."""
-        hidden = {"caches", "element", "per_token"}
+        hidden = {"caches", "attending", "element", "per_token"}
         if not self.per_token:
             hidden |= {name for name in vars(self) if "_per_" in name}
         return {k: v for k, v in vars(self).items() if k not in hidden}
@@ -98,10 +109,19 @@ def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
         kv_bytes_per_token=model.kv_bytes_per_token(element),
         kv_bytes_per_sequence=model.kv_bytes_per_sequence(element),
         caches=tuple(Counter(x.mixer.cache for x in model.layers if x.mixer).items()),
+        attending=tuple(_attending(model).items()),
         element=element,
         per_token=not model.encoder,
     )
     return replace(cost, saving=_saving(model, cost, cost_of(base, dtype))) if base else cost
+
+
+def _attending(model: ModelShape) -> Counter[Cache]:
+    """Return the width of all query heads by what they attend to."""
+    found = Counter[Cache]()
+    for mixer in (x.mixer for x in model.layers if x.mixer):
+        found[mixer.cache] += mixer.heads * mixer.head_dim
+    return found
 
 
 def _saving(model: ModelShape, cost: Cost, base: Cost) -> Saving:

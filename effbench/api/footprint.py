@@ -437,11 +437,20 @@ def held_flops(held: AnyShape, of: ModelShape, tokens: int) -> float:
 def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     """Return the bytes per token that a layer needs while it runs and nothing is kept.
 
-    The widest moment is in the MLP: residual stream, normed input, three inner tensors, and in
-    float32 the input and the output of an adapter.
+    The embeddings and what the layer was given are there all along. In the MLP what it adds to and
+    what it has normed come on top, and the inner tensors: two of them, and a third one where it is
+    gated; in float32 the input and the output of an adapter. In attention it is what it has normed,
+    queries, keys and values, and three times the queries while they are turned.
     """
     d, m = shape.hidden_size, shape.intermediate_size
-    return element * (2 * d + 3 * m) + (8 * m if adapted else 0)
+    found = [0]
+    for layer in {id(x): x for x in shape.layers}.values():
+        if layer.mlp:
+            found.append(4 * d + (3 if layer.mlp.gated else 2) * layer.mlp.width)
+        if layer.mixer:
+            heads = 4 * layer.mixer.heads + 2 * layer.mixer.kv_heads
+            found.append(3 * d + heads * layer.mixer.head_dim)
+    return element * max(found) + (8 * m if adapted else 0)
 
 
 def logit_bytes(one: Pass, vocabulary: int, element: int, every: bool) -> int:

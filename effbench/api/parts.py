@@ -182,6 +182,8 @@ class Cache:
     """Last tokens whose elements are in the compute dtype all the same."""
     group: int = 1
     """Tokens that leave them together."""
+    undo: int = 0
+    """Tokens that can be taken back, for which what they made leave is kept a while longer."""
 
     @property
     def per_token(self) -> Share:
@@ -198,6 +200,16 @@ class Cache:
         """Return the cache that a share of the tokens enters."""
         return replace(self, keys=self.keys * share, values=self.values * share)
 
+    def places(self, tokens: float, prompt: int = 0) -> float:
+        """Return how many of the tokens that have come in are still seen.
+
+        Args:
+            tokens: All of them.
+            prompt: The first of them, that were read as a prompt.
+        """
+        gone = 0 if self.prompt is None else max(0, prompt - self.prompt)
+        return tokens - gone if self.window is None else min(tokens - gone, self.window)
+
     def bytes(self, tokens: float, element: int, prompt: int = 0) -> float:
         """Return the bytes of one sequence.
 
@@ -206,12 +218,17 @@ class Cache:
             element: Bytes of an element of the compute dtype.
             prompt: The first of them, that were read as a prompt.
         """
-        gone = 0 if self.prompt is None else max(0, prompt - self.prompt)
-        kept = tokens - gone if self.window is None else min(tokens - gone, self.window)
-        held = self.element or element
-        coded = max(0, kept - self.recent) // self.group * self.group
-        late = self.per_token * (kept - coded) * (element - held) if self.recent else 0
-        return float((self.per_token * kept + self.constant) * held + late)
+        room = self if self.window is None else replace(self, window=self.window + self.undo)
+        kept, held = room.places(tokens, prompt), self.element or element
+        if not self.recent:
+            return float((self.per_token * kept + self.constant) * held)
+        coded = self._left(kept)
+        late = kept - self._left(kept - self.undo)
+        return float(self.per_token * (coded * held + late * element) + self.constant * held)
+
+    def _left(self, tokens: float) -> float:
+        """Return how many of so many tokens have left the recent ones."""
+        return max(0, tokens - self.recent) // self.group * self.group
 
 
 def stretches(tokens: int, chunk: int) -> tuple[float, float]:
@@ -426,6 +443,13 @@ class LayerShape:
         if self.mixer is None:
             return self
         cache = replace(self.mixer.cache, prompt=tokens)
+        return replace(self, mixer=replace(self.mixer, cache=cache))
+
+    def undoing(self, tokens: int) -> LayerShape:
+        """Return the layer with a cache of which so many tokens can be taken back."""
+        if self.mixer is None:
+            return self
+        cache = replace(self.mixer.cache, undo=tokens)
         return replace(self, mixer=replace(self.mixer, cache=cache))
 
     def running(self, runs: Share, reads: Share | None = None) -> LayerShape:

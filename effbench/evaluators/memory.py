@@ -111,8 +111,8 @@ class Memory(Evaluator):
         peaks = Peaks(subject.shape, DTYPE_BYTES[subject.dtype], on_cpu)
         trained = subject.job.get("spec", {}).get("stage") == "train"
         expands = on_cpu or not all(x.fused for x in subject.shape.formats)
-        policy = subject.method.decoder(subject.point).cache
-        caching = [Caching(subject.used, policy)] if subject.used else ()
+        decoder = subject.method.decoder(subject.point)
+        caching = [Caching.of(subject.used, decoder)] if subject.used else ()
         return peaks.inference(subject.cost, one, trained=trained, expands=expands, caching=caching)
 
     def _count(self, subject: Subject, result: Result, session: Session) -> None:

@@ -20,13 +20,12 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import Fraction, NonNegativeFloat, PositiveInt
 from effbench.evaluators.base import Result
 from effbench.evaluators.simulator import Scene, Simulator, quantile
-from effbench.resources.roofline import decode_flops, prefill_flops
+from effbench.resources.roofline import prefill_flops
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,19 +58,11 @@ class Roofline:
             requests: How many there are.
             positions: That they attend to, the new ones included, all together.
         """
-        first, further = self._flops
-        work = requests * first + (positions - requests) * further
-        cost = self.scene.cost
+        cost, mean = self.scene.cost, positions / requests
+        work = requests * (cost.flops_per_token + cost.attention(mean, self.prompt))
         read = cost.bytes_per_token + requests * cost.kv_bytes_per_sequence
-        read += cost.cached(positions / requests, requests, self.prompt)
+        read += cost.cached(mean, requests, self.prompt)
         return max(work / self.flops, read / self.bandwidth)
-
-    @cached_property
-    def _flops(self) -> tuple[float, float]:
-        """FLOPs of a token that attends to itself alone, and of each further position."""
-        cost, shape = self.scene.cost, self.scene.shape
-        first, second = (decode_flops(cost, shape, 1, before, 1) for before in (0, 1))
-        return first, second - first
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def _shares(
     reading = subject.whole if times[0].kinds and subject.whole else cost  # all layers read prompts
     work = {
         "mfu@prefill": prefill_flops(reading, shape, cell.batch, cell.prompt),
-        "mfu@decode": decode_flops(cost, shape, *cell),
+        "mfu@decode": decode_flops(cost, *cell),
         "mbu@decode": decode_bytes(cost, *cell),
     }
     limits = {

@@ -127,7 +127,10 @@ class Drives(Method):
         if not isinstance(point, Driven):
             return own
         exits = self._with_exits(base.num_layers).exit_depths
-        return read_mixed(own, point.decoding, exits, exits[0], Drafts(exits[0]).tokens)
+        drafts = Drafts(exits[0])
+        if point.decoding == "speculative":
+            own = own.map(lambda _, layer: layer.undoing(drafts.ahead))
+        return read_mixed(own, point.decoding, exits, exits[0], drafts.tokens)
 
 
 def _cache_point(point: Point) -> Point:

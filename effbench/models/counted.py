@@ -51,7 +51,6 @@ def counted(config: Mapping[str, Any], where: str, kind: ModelKind | None = None
     except UserError as error:
         raise UserError(f"{where}: {error.message}", error.hint) from None
     with contextlib.suppress(OSError, UserError):  # it is found again the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, sealed(json.dumps(encoded(found)), path.name))
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from effbench.report.campaign import AT, Campaign
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.curves import comparison_plot
+from effbench.util.files import write_atomic
 
 
 def write_tables(campaign: Campaign, results: Path) -> list[Path]:
@@ -28,13 +29,12 @@ def write_tables(campaign: Campaign, results: Path) -> list[Path]:
 
 
 def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
     made = f"Made by `{_target(campaign.name)}`."
     tuned = "".join(f"{line}\n\n" for line in campaign.tuned(stem.parents[1]))
     text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{tuned}{found.markdown()}"
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     for path, content in zip(files, (text, found.csv()), strict=True):
-        path.write_text(content)
+        write_atomic(path, content)
     return files
 
 

@@ -13,6 +13,7 @@ from effbench.report.grand import MISSING, Grand, Ground, Group, Row, System
 from effbench.report.plots.pareto import Place, pareto_plot
 from effbench.report.table import Cell, Table, Value
 from effbench.util.errors import UserError
+from effbench.util.files import write_atomic
 
 WIDTH = 80
 NAME = 20
@@ -51,7 +52,6 @@ def rendered(grand: Grand, form: Form = "terminal", full: bool = False) -> str:
 def write_grand(grand: Grand, results: Path) -> list[Path]:
     """Write the grand table as Markdown, CSV and LaTeX, and a Pareto plot; return the files."""
     stem = results / "tables" / grand.name
-    stem.parent.mkdir(parents=True, exist_ok=True)
     head = f"# {grand.name}\n\n{grand.title}\n\nMade by `make tables`.\n\n"
     texts = {
         ".md": head + rendered(grand, "markdown"),
@@ -59,7 +59,7 @@ def write_grand(grand: Grand, results: Path) -> list[Path]:
         ".tex": rendered(grand, "latex"),
     }
     for suffix, text in texts.items():
-        stem.with_suffix(suffix).write_text(text)
+        write_atomic(stem.with_suffix(suffix), text)
     plot = _pareto(grand.groups[0], stem.with_name(f"{grand.name}_pareto.png"))
     return [*(stem.with_suffix(suffix) for suffix in texts), plot]
 

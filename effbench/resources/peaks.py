@@ -14,7 +14,9 @@ from effbench.api.cost import Cost
 from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, transient
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import TrainSpec
+from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.scratch import BLOCK
 
 BUCKET_BYTES = 25 * 2**20
 """Most bytes of gradients that several devices sum at once, in a copy (what PyTorch's
@@ -59,6 +61,13 @@ class Caching(NamedTuple):
     shape: ModelShape
     """As it is used there."""
     policy: CachePolicy
+    ahead: int = 0
+    """Most tokens that are there and not read yet, as drafts are."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, decoder: Decoder) -> Caching:
+        """Return what is kept where a model decodes in a way."""
+        return cls(shape, decoder.cache, decoder.driver.ahead)
 
     def rows(self, one: Pass) -> int:
         """Return the sequences of a pass that go in together: prompts that matter go alone."""
@@ -71,7 +80,14 @@ class Caching(NamedTuple):
             return 0
         caches = [x.mixer.cache for x in self.shape.layers if x.mixer]
         prompt = one.tokens if one.kind == "prefill" else one.prompt
-        return self.rows(one) * sum(c.bytes(one.tokens, element, prompt) for c in caches)
+        tokens = one.tokens + (self.ahead if one.kind == "decode" else 0)
+        return self.rows(one) * sum(c.bytes(tokens, element, prompt) for c in caches)
+
+    def spare(self, one: Pass, element: int) -> float:
+        """Return the bytes by which our engine's buffers are larger than what is kept."""
+        if one.kind == "score" or self.policy != EVERYTHING or self.shape.anatomy == "other":
+            return 0
+        return one.rows * BLOCK * self.shape.kv_bytes_per_token(element)
 
     def looking(self, one: Pass, element: int) -> float:
         """Return the bytes that the hungriest layer needs while its queries look."""
@@ -270,8 +286,8 @@ class Peaks:
         residual = self.element * self.shape.hidden_size * positions
         running: float = transient(self.shape, self.element, adapted) * positions
         if caching and caching.policy != EVERYTHING:
-            looking = 2 * residual + caching.looking(one, self.element)
-            running = max(running, looking) + 2 * residual  # embeddings, and what a layer was given
+            # Embeddings, what a layer was given, what it adds to, and what it has normed.
+            running = max(running, 4 * residual + caching.looking(one, self.element))
         logits = logit_bytes(one, self.shape.outputs, self.element, every)
         if together < one.rows:  # a row's logits, beside those of all
             own = (one.size + together * one.tokens) * self.shape.outputs * self.element
@@ -285,6 +301,7 @@ class Peaks:
         return {
             "weights": cost.resident_bytes,
             "kv cache": held,
+            "spare cache": caching.spare(one, self.element) if caching else 0,
             **({"activations": running} if running > residual + logits else last),
             "other points": others * residual + kept,
             **self._around(room + _code(kernels), trained=trained),

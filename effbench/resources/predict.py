@@ -224,7 +224,7 @@ class RunShapes:
             training=cost_of(working, dtype) if spec.stage == "train" else cost,
             cost=cost,
             caching=tuple(
-                Caching(last_shape(methods, shape, p, folders).used(), own.decoder(p).cache)
+                Caching.of(last_shape(methods, shape, p, folders).used(), own.decoder(p))
                 for p in own.points()
             ),
             used=replace(

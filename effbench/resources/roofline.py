@@ -186,9 +186,12 @@ def prefill_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int) -> float
     return batch * (layers + head + attention)
 
 
-def decode_flops(cost: Cost, shape: AnyShape, batch: int, prompt: int, tokens: int) -> float:
-    """Return the FLOPs of `tokens` steps after prompts of `prompt` positions."""
-    attention = _attention_flops(shape) * _contexts(prompt, tokens)
+def decode_flops(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
+    """Return the FLOPs of `tokens` steps after prompts of `prompt` positions.
+
+    Each attends to what its layers keep of all positions so far, the new one included.
+    """
+    attention = sum(cost.attention(prompt + t, prompt) for t in range(1, tokens + 1))
     return batch * (tokens * cost.flops_per_token + attention)
 
 
@@ -205,11 +208,6 @@ def decode_bytes(cost: Cost, batch: int, prompt: int, tokens: int) -> float:
 def _attention_flops(shape: AnyShape) -> int:
     """Return the FLOPs of attending from one position to one other, over all layers."""
     return shape.flops_per_token(1) - shape.flops_per_token(0)
-
-
-def _contexts(prompt: int, tokens: int) -> int:
-    """Return the positions that all steps together attend to, the new one included."""
-    return tokens * prompt + tokens * (tokens + 1) // 2
 
 
 def share(what: str, done: float, seconds: float, ceiling: float, source: str) -> float:

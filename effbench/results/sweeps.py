@@ -184,7 +184,7 @@ def outcomes_in(grid: Path) -> list[dict[str, Any]]:
 
 def declare_tuning(grid: Path, objective: Mapping[str, str]) -> None:
     """Note that the runs of a grid are trials, and what they are chosen by."""
-    (grid / OBJECTIVE).write_text(json.dumps(dict(objective)))
+    write_atomic(grid / OBJECTIVE, json.dumps(dict(objective)))
 
 
 def tunings(results: Path) -> list[frozenset[str]]:

@@ -23,7 +23,6 @@ class Trials:
 
     def write(self, path: Path) -> None:
         """Write them, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(self.arms, indent=1) + "\n")
 
 

@@ -45,7 +45,6 @@ def run(campaign: Campaign, results: Path, say: Say) -> None:
     with nursery():
         keys = _made(campaign, results, say)
     path = campaign.manifest(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(keys, indent=1) + "\n")
 
 

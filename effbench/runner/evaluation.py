@@ -61,7 +61,6 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
     # Frozen, because torch multiplies by a weight that requires gradients in another order.
     model, method = opened.model.eval().requires_grad_(False), opened.method
     done = run.folder.path / "evaluations"
-    done.mkdir(exist_ok=True)
     plugins = [make_evaluator(p) for p in run.spec.evaluators]
     run.know(evaluate=tuple(p for e in plugins for p in e.passes(run.spec, data)))
     with run.phase("evaluate"):

@@ -28,6 +28,7 @@ from effbench.runner.objective import Objective, objective_in
 from effbench.util.errors import UserError
 from effbench.util.files import mendable
 from effbench.util.package_data import conf_dir
+from effbench.util.safe_path import safe_path
 
 
 def sweep(
@@ -138,11 +139,13 @@ def _hand_to_hydra(
     search = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
 
     def task(config: Any) -> float:
+        at_work()
         context = HydraConfig.get()
         point = [str(word) for word in context.overrides.task]
         return run(partial(to_plain, config), point, Path(context.runtime.output_dir))
 
-    with _arguments(["effbench", "-m", *words, *search, f"hydra.sweep.dir={folder}"]):
+    arguments = ["effbench", "-m", *words, *search, f"hydra.sweep.dir={folder}"]
+    with safe_path() as at_work, _arguments(arguments):
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
                 task

@@ -14,6 +14,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from effbench.util.errors import UserError
+from effbench.util.files import write_atomic
 
 PROBE_SECONDS = 4
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -101,9 +102,8 @@ def commit_of(
             return noted
     found = _asked(name, revision, kind) if hub_reachable() else ""
     if found:
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(found)
+        with contextlib.suppress(OSError, UserError):
+            write_atomic(place, found)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -51,7 +52,8 @@ class RayLauncher(ClusterLauncher):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        ray.init(**self._start())
+        with chdir(cells[0].place.parent):  # its workers import from where it is started
+            ray.init(**self._start())
         try:
             tasks = [self._submit(cell, ray.cluster_resources()) for cell in cells]
             return [_outcome(cell, task) for cell, task in zip(cells, tasks, strict=True)]

@@ -130,7 +130,7 @@ def test_shares_are_work_over_time_and_ceiling(
     cost, shape = subject.cost, subject.shape
     prefill, decode = (
         prefill_flops(cost, shape, 2, 10),
-        decode_flops(cost, shape, 2, 10, 7),
+        decode_flops(cost, 2, 10, 7),
     )
     moved = decode_bytes(cost, 2, 10, 7)
     for key, value in {

@@ -101,7 +101,27 @@ def test_ways_of_decoding_give_the_tokens_of_the_cache(name: str) -> None:
     assert [p.name.rpartition("-")[2] for p in driven] == [*ways]
     for point in driven:
         assert isinstance(point, Driven)
-        assert greedy(method.session(model, point), ids, 6).equal(expected)
+        session = method.session(model, point)
+        held = bytes_when_taken_back(session)
+        assert greedy(session, ids, 6).equal(expected)
+        assert bool(held) == (point.decoding == "speculative")
+        layers = method.shape(ModelShape.of(DEEP), point, "use", None).layers
+        for length, found in held:
+            assert found == sum(x.mixer.cache.bytes(length, 8, 12) for x in layers if x.mixer)
+            assert length - session.length <= method.decoder(point).driver.ahead
+
+
+def bytes_when_taken_back(session: Any) -> list[tuple[int, int]]:
+    """Return a list to which each round of drafts adds the most tokens and bytes that it held."""
+    staged, found = session.staged, []
+    crop = staged.crop
+
+    def noted(length: int) -> None:
+        found.append((staged.length, session.kv_bytes()))
+        crop(length)
+
+    staged.crop = noted
+    return found
 
 
 @pytest.mark.parametrize("name", list(caching()))

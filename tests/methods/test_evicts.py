@@ -254,3 +254,16 @@ def test_a_method_that_follows_an_evicting_one_is_refused() -> None:
     with pytest.raises(UserError, match="way of its own at b1024"):
         SnapKV().check_start([SnapKV()])
     assert SinkWindow(1, 1) != policy_of(SnapKV())
+
+
+def test_one_entry_leaves_as_it_would_with_others() -> None:
+    """The worst is found without sorting: of equal ones the last, and an empty one before any."""
+    draws = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        scores = torch.randint(3, (2, 2, 7), generator=draws).double()
+        for empty in (None, torch.tensor([0, 3])):
+            own = scores.clone()
+            if empty is not None:
+                own[1, :, :3] = -torch.inf
+            order = own.sort(dim=2, descending=True, stable=True).indices[..., :6]
+            assert best(scores, 6, empty).equal(order.sort(dim=2).values)

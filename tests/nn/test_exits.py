@@ -11,8 +11,9 @@ from helpers import SHAPE, generator, tiny_model
 
 from effbench.nn.decode.early_exit import ExitSession, confident, exit_logits, stepwise_logits
 from effbench.nn.decode.native import LARGEST_BATCH, kernels
+from effbench.nn.decode.scratch import MOST_DRAFTS
 from effbench.nn.decode.session import CachedSession, greedy
-from effbench.nn.decode.speculative import MOST_DRAFTS, SpeculativeSession
+from effbench.nn.decode.speculative import SpeculativeSession
 from effbench.nn.decode.staged import StagedDecoder
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.depth.exit_heads import attach_heads

@@ -1,4 +1,4 @@
-"""Predicted peaks of passes under a cache policy, against the tensors that are alive in them."""
+"""Predicted peaks of passes without gradients, against the tensors that are alive in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from effbench.api.spec import Plugin
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
 from effbench.models.random import random_model
-from effbench.resources.peaks import Caching, Peaks
+from effbench.resources.peaks import WORKSPACE, Caching, Peaks
 
 WIDE = Shape(
     hidden_size=192,
@@ -34,6 +34,7 @@ WIDE = Shape(
 ROWS, TOKENS, COUNTED = 3, 320, 16
 BOUND = 0.10
 CASES: dict[str, dict[str, Any]] = {
+    "none": {},
     "streaming": {"window": 60},
     "snapkv": {"budget": [60], "window": 16},
     "expected_attention": {"budget": [60]},
@@ -78,12 +79,12 @@ def planned(method: Method, kind: Kind, counted_tokens: int) -> float:
     """Return the predicted bytes beside weights and what the process needs."""
     [point], shape = method.points(), ModelShape.of(WIDE)
     cost = inference_cost([method], WIDE, "float32", point)
-    caching = Caching(method.shape(shape, point, "use", None), method.decoder(point).cache)
+    caching = Caching.of(method.shape(shape, point, "use", None), method.decoder(point))
     every = not method.forward(point).shares_prefixes
     found = Peaks(shape, 4).inference(
         cost, Pass(kind, ROWS, TOKENS, counted_tokens), every=every, caching=[caching]
     )
-    return sum(size for name, size in found.items() if name not in ("weights", "workspace"))
+    return sum(size for name, size in found.items() if name != "weights") - WORKSPACE
 
 
 @pytest.mark.parametrize("name", CASES)

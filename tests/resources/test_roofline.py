@@ -10,6 +10,8 @@ import torch
 from helpers import SHAPE, tiny_model
 
 from effbench.api.cost import cost_of
+from effbench.methods.cache.streaming import Streaming
+from effbench.methods.chain import inference_cost
 from effbench.nn.decode.session import CachedSession
 from effbench.resources import roofline, timing
 from effbench.resources.counting import flops
@@ -35,7 +37,18 @@ def test_flops_are_those_of_torchs_counter() -> None:
     masked = 3 * (SHAPE.flops_per_token(1) - SHAPE.flops_per_token()) * (10 * 10 - 55)
     assert prefill_flops(COST, SHAPE, 3, 10) + masked == counted
     counted = sum(flops(lambda t=t: session.step(ids[:, t : t + 1])) for t in range(4))  # type: ignore[misc]
-    assert decode_flops(COST, SHAPE, 3, 10, 4) == counted
+    assert decode_flops(COST, 3, 10, 4) == counted
+
+
+def test_flops_of_a_bounded_cache_are_of_what_it_keeps() -> None:
+    method = Streaming(sinks=2, window=5)
+    cost = inference_cost([method], SHAPE, "float32")
+    model = tiny_model().eval().requires_grad_(False)
+    model.set_attn_implementation("eager")
+    session, ids = method.session(model), torch.randint(SHAPE.vocab_size, (3, 14))
+    session.prefill(ids[:, :4])  # three steps until it is full, and seven after that
+    counted = sum(flops(lambda t=t: session.step(ids[:, t : t + 1])) for t in range(4, 14))  # type: ignore[misc]
+    assert decode_flops(cost, 3, 4, 10) == counted < decode_flops(COST, 3, 4, 10)
 
 
 def test_bytes_are_weights_and_the_cache_so_far() -> None:

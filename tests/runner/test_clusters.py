@@ -36,7 +36,9 @@ RUN = [
     "hardware.threads=1",
 ]
 """Long enough to be hit, short enough to end."""
-MAIN = [sys.executable, "-c", "from effbench.cli.main import main; main()"]
+MAIN = [sys.executable, "-P", "-c", "from effbench.cli.main import main; main()"]
+STRAY = ("yaml", "logging", "effbench", "ray", "submitit")
+"""Modules in the folder where a grid is given, with names that a run imports."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
@@ -69,8 +71,10 @@ needs_submitit = pytest.mark.skipif(not find_spec("submitit"), reason="needs eff
 
 @contextmanager
 def grid(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the command of a grid of two seeds in a folder."""
+    """Start the command of a grid of two seeds in a folder, whose modules must not be run."""
     folder.mkdir(exist_ok=True)
+    for module in STRAY:
+        (folder / f"{module}.py").write_text("open(__file__ + '.ran', 'w')")
     told = (folder / "said").open("w")
     command = [*MAIN, "train", "-m", "seed=0,1", *RUN, *words]
     process = subprocess.Popen(
@@ -82,6 +86,7 @@ def grid(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[str
         if process.poll() is None:
             process.terminate()
             process.wait(60)
+    assert not list(folder.glob("*.ran"))
 
 
 def steps(folder: Path) -> dict[str, list[tuple[int, float]]]:

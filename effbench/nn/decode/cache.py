@@ -8,8 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-BLOCK = 128
-"""Positions by which the cache is larger than the prompt."""
+from effbench.nn.decode.scratch import BLOCK
 
 
 def held_bytes(cache: Cache) -> int:

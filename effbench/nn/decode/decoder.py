@@ -27,6 +27,7 @@ from effbench.nn.decode import (
     temporal_static,
 )
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.scratch import most_drafts
 from effbench.nn.depth import droppable
 from effbench.nn.llama import shared_attention, stack, walk
 from effbench.nn.model_kinds.base import kind_of
@@ -217,6 +218,11 @@ class Exits(Route):
 class Driver:
     """Who asks for tokens; on its own, each token goes in by itself."""
 
+    @property
+    def ahead(self) -> int:
+        """Most tokens that are in the cache and may be taken back."""
+        return 0
+
     def why_not(self, route: Route, cache: CachePolicy) -> str:
         """Return what keeps it from a route and a cache; empty when nothing does."""
         return ""
@@ -240,6 +246,11 @@ class Drafts(Driver):
     """Drafted tokens of the first round."""
     adaptive: bool = True
     """Whether their number follows what was kept."""
+
+    @property
+    def ahead(self) -> int:
+        """Most tokens that are in the cache and may be taken back."""
+        return most_drafts(self.tokens)
 
     def why_not(self, route: Route, cache: CachePolicy) -> str:
         """Return what keeps it from a route and a cache; empty when nothing does."""

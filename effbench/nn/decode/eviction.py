@@ -111,20 +111,21 @@ class SteadyLayer(LayerCache):
         own: Own,
     ) -> torch.Tensor:
         """Return what queries [B, H, W, D] are given: all that fit at once, then one by one."""
-        held = keys[:, :, :before], values[:, :, :before]
         fits = max(self.budget, 0 if before else self.prompt)
         at_once = max(0, min(fits, keys.shape[2]) - before)
-        mixed, begin = [], before
+        both = keys, values
+        mixed, begin, held = [], before, both
         for count in [at_once] * (at_once > 0) + [1] * (query.shape[2] - at_once):
-            new = slice(begin, begin + count)
-            view = View(
-                torch.cat([held[0], keys[:, :, new]], dim=2),
-                torch.cat([held[1], values[:, :, new]], dim=2),
-                self.empty,
-            )
-            asked = query[:, :, begin - before : begin - before + count]
+            end = begin + count
+            if begin == before:
+                shown = [t[:, :, :end] for t in both]
+            else:
+                new = (t[:, :, begin:end] for t in both)
+                shown = [torch.cat(pair, dim=2) for pair in zip(held, new, strict=True)]
+            view = View(shown[0], shown[1], self.empty)
+            asked = query[:, :, begin - before : end - before]
             mixed.append(own(asked, view))
-            held, begin = self._kept(asked, view), begin + count
+            held, begin = self._kept(asked, view), end
         self.keys, self.values = held
         return torch.cat(mixed, dim=1)
 

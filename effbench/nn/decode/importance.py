@@ -38,6 +38,8 @@ def attention(
     heads, length, size = keys.shape[1:]
     asked = _exact(query).unflatten(1, (heads, -1))
     products = asked @ _exact(keys)[:, :, None].mT / size**0.5
+    if query.shape[2] == 1 and empty is None:  # it sees all
+        return products.softmax(-1)
     columns = torch.arange(length, device=keys.device)
     own = columns[length - query.shape[2] :, None]
     real = torch.ones_like(columns, dtype=torch.bool)[None, None]

@@ -24,11 +24,18 @@ def evicted(
     """
     keys, values, empty = view.keys, view.values, view.empty
     columns = best(score(query, keys, values, empty), budget, empty)
-    index = columns[..., None].expand(-1, keys.shape[1], -1, keys.shape[3])
     if empty is not None:
         empty = (empty - (keys.shape[2] - budget)).clamp(min=0)
         empty = empty if empty.any() else None
-    return (keys.gather(2, index), values.gather(2, index)), empty
+    return (_taken(keys, columns), _taken(values, columns)), empty
+
+
+def _taken(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return some columns [B, G or 1, k] of [B, G, S, D], as [B, G, k, D]."""
+    rows, heads, length, width = states.shape
+    begins = torch.arange(rows * heads, device=states.device).view(rows, heads, 1) * length
+    places = (begins + columns).flatten()
+    return states.reshape(-1, width).index_select(0, places).view(rows, heads, -1, width)
 
 
 def best(scores: torch.Tensor, count: int, empty: torch.Tensor | None) -> torch.Tensor:
@@ -43,5 +50,9 @@ def best(scores: torch.Tensor, count: int, empty: torch.Tensor | None) -> torch.
         columns = torch.arange(scores.shape[2], device=scores.device)
         nothing = (columns < empty[:, None])[:, None]
         scores = scores.masked_fill(nothing, -torch.inf)
+    if count == scores.shape[2] - 1:  # as after each token; there is no need to sort
+        worst = count - scores.flip(2).argmin(2, keepdim=True)
+        columns = torch.arange(count, device=scores.device)
+        return columns + (columns >= worst)
     order = scores.sort(dim=2, descending=True, stable=True).indices
     return order[..., :count].sort(dim=2).values

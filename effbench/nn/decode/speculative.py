@@ -16,10 +16,8 @@ from collections import deque
 import torch
 
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.scratch import MOST_DRAFTS, most_drafts
 from effbench.nn.decode.staged import StagedSession
-
-MOST_DRAFTS = 16
-"""Longest window."""
 
 
 class SpeculativeSession(StagedSession):
@@ -45,7 +43,7 @@ class SpeculativeSession(StagedSession):
         adaptive: bool = True,
         policy: CachePolicy = EVERYTHING,
     ) -> None:
-        super().__init__(model, exits, policy, max(window, MOST_DRAFTS))
+        super().__init__(model, exits, policy, most_drafts(window))
         self.window = window
         self.adaptive = adaptive
         self.length = 0

@@ -27,8 +27,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from effbench.nn.decode.cache import BLOCK
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
+from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.verify import multi_token_engine
 from effbench.nn.decode.view import Stretch, as_mask, looking
 from effbench.nn.depth.droppable import causal_mask

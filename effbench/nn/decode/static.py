@@ -32,10 +32,11 @@ from transformers.cache_utils import Cache
 
 from effbench.api.session import Session
 from effbench.nn.decode import native
-from effbench.nn.decode.cache import BLOCK, StaticLayer, StaticValues, Store, Stored
+from effbench.nn.decode.cache import StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import EAGER, Pointwise
+from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.shared import SharedSession
 from effbench.nn.decode.step import Runs, StandIn

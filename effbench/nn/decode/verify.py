@@ -14,8 +14,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from effbench.nn.decode import native
-from effbench.nn.decode.cache import BLOCK
 from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.walk import plain, untouched, why_not
 

@@ -24,6 +24,7 @@ from effbench.runner.nursery import nursery
 from effbench.runner.objective import Objective
 from effbench.runner.signals import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
+from effbench.util.files import write_atomic
 from effbench.util.wrap import write
 
 
@@ -116,9 +117,8 @@ def keep(cell: Cell, place: Path) -> None:
         cell: The run.
         place: Its folder in that of the grid.
     """
-    place.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(cell.words, cell.key, cell.error, cell.value, cell.seconds)
-    (place / OUTCOME).write_text(json.dumps(vars(outcome)))
+    write_atomic(place / OUTCOME, json.dumps(vars(outcome)))
 
 
 def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
