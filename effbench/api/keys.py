@@ -244,7 +244,6 @@ def earlier_keys(spec: Any) -> list[str]:
     return [dataclasses.replace(spec, versions=versions).key for versions in lowered]
 
 
-@cache
 def later_fields(cls: type, name: str) -> Mapping[str, Any]:
     """Return the fields that came later with the value that means what was done without them."""
     founding = FOUNDING.get(name, "").split()
