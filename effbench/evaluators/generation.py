@@ -18,6 +18,7 @@ from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, Pos
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
+from effbench.nn.model_kinds.base import kind_of
 from effbench.nn.scoring import finite
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -42,6 +43,7 @@ class Generation(Evaluator):
     """Exact match of written answers, and how long they are."""
 
     headline: ClassVar[str] = "exact_match"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
     trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
 
     tasks: tuple[str, ...] = ("gsm8k_cot",)
@@ -223,12 +225,13 @@ class Generation(Evaluator):
 
         tokenizer = subject.data.tokenizer
         ends, added, encoder = end_tokens(subject), tokenizer.get_added_vocab(), Encoder(tokenizer)
+        kind = kind_of(subject.model)
         prompts = []
         for q in questions.asked:
             stop = (*q.until, *self.until)
             prompts.append(
                 generate.Prompt(
-                    encoder.context(q.prompt, q.special),
+                    kind.prompt(encoder.context(q.prompt, q.special), encoder.end),
                     self.max_new_tokens or q.max_new_tokens,
                     ends | {added[s] for s in stop if s in added},
                     tuple(s for s in stop if s),

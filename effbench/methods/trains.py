@@ -86,6 +86,14 @@ class Trains(Method):
         """Return what trains, in groups, each with its share of the run's learning rate."""
         return [([p for p in model.parameters() if p.requires_grad], 1.0)]
 
+    @property
+    def loss_unit(self) -> str:
+        """What `loss` is in, once summed over a window: `nats/token`, or over rows, or nothing.
+
+        A token of a classifier is the class of its row.
+        """
+        return "nats/token"
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of one micro-batch, a scalar.
 

@@ -164,7 +164,7 @@ def hold(shape: AnyShape, model: Any) -> None:
         raise UserError(
             f"{type(model).__name__} has {found:,} parameters, but its config says "
             f"{shape.params:,}.",
-            "The config does not belong to these weights, or effbench counts them wrongly.",
+            kind_of(model).uncounted,
         )
     bare = {(i, x.name) for i, layer in enumerate(shape.layers) for x in layer.linears if x.bare}
     named = [

@@ -16,9 +16,9 @@ from effbench.results.records import Metric, Record
 from effbench.util.package_data import conf_dir
 
 LOAD = {
-    "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
+    "transformers": """from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({folder!r})
+model = {auto}.from_pretrained({folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
     "peft": """from peft import AutoPeftModelForCausalLM
 
@@ -34,6 +34,8 @@ class Card:
 
     kind: str
     """A key of `LOAD`."""
+    auto: str
+    """The class of transformers that loads it."""
     folder: str
     """Its name."""
     spec: Spec
@@ -59,7 +61,8 @@ def _text(card: Card) -> Iterator[str]:
     yield from ("tags: [effbench]", "---", "", f"# {Path(base).name}, {spec.method.name}", "")
     yield f"Made by effbench from `{base}`{at}."
     yield from (f"\n{note}" for note in card.notes)
-    yield from ("", "```python", LOAD[card.kind].format(folder=card.folder), "```", "")
+    load = LOAD[card.kind].format(folder=card.folder, auto=card.auto)
+    yield from ("", "```python", load, "```", "")
     yield from ("## How it was made", "", "| run | command |", "|---|---|")
     yield from (f"| `{r.key}` | `{command_of(r)}` |" for r in card.records)
     yield from ("", "## Data", "", *_data(card), "")

@@ -59,7 +59,7 @@ def fold(events: Iterable[dict[str, Any]], seed: int) -> Folded:
         elif kind == "step":
             steps.append(facts)
         elif kind == "made" and steps:
-            found.metrics += training_metrics(steps, seed)
+            found.metrics += training_metrics(steps, seed, facts.get("loss_unit", "nats/token"))
         elif kind == "note":
             found.notes.append(facts["text"])
         elif kind == "evaluated":
@@ -84,12 +84,15 @@ def phase_metrics(facts: dict[str, Any]) -> list[Metric]:
     ]
 
 
-def training_metrics(steps: Sequence[dict[str, Any]], seed: int) -> list[Metric]:
+def training_metrics(
+    steps: Sequence[dict[str, Any]], seed: int, unit: str = "nats/token"
+) -> list[Metric]:
     """Return what the steps of a training amount to.
 
     Args:
         steps: Facts of the `step` events, in order.
         seed: Of the resampling.
+        unit: Of their losses.
     """
     from effbench.stats import median_interval
 
@@ -104,8 +107,8 @@ def training_metrics(steps: Sequence[dict[str, Any]], seed: int) -> list[Metric]
     counted: dict[str, Any] = {"phase": "train", "obtained": "counted"}
     rate: dict[str, Any] = {"n": len(rates), "low": slow, "high": fast, "phase": "train"}
     return [
-        Metric("train_loss_first", _mean(losses[:tail]), "nats/token", n=tail, phase="train"),
-        Metric("train_loss_last", _mean(losses[-tail:]), "nats/token", n=tail, phase="train"),
+        Metric("train_loss_first", _mean(losses[:tail]), unit, n=tail, phase="train"),
+        Metric("train_loss_last", _mean(losses[-tail:]), unit, n=tail, phase="train"),
         Metric("train_steps", steps[-1]["step"], "steps", **counted),
         Metric("train_tokens", tokens, "tokens", **counted),
         Metric("train_layer_forwards", forwards, "positions x layers", **counted),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def save_artefact(run: Run, method: Method, model: torch.nn.Module) -> None:
     run.count("artefact_bytes", size, "bytes")
 
 
-def note_made(run: Run) -> None:
-    """Remember that the artefact is whole, and the batches that it was made with."""
-    run.events.append("made", workload=plain(run.workload))
+def note_made(run: Run, **facts: Any) -> None:
+    """Remember that the artefact is whole, the batches that it was made with, and more facts."""
+    run.events.append("made", workload=plain(run.workload), **facts)
 
 
 def load_made(run: Run, method: Method, model: torch.nn.Module) -> torch.nn.Module | None:

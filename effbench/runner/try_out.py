@@ -29,10 +29,10 @@ UNFINISHED = "�"
 
 
 def _require_decoding(job: Job) -> None:
-    """Refuse a model that keeps nothing from which a text could go on, before it is loaded."""
+    """Refuse a model that writes no text, before it is loaded."""
     shape = known_shape(job.spec.model)
     kind = find(ModelShape.of(shape).kind) if shape else None
-    if kind and not kind.caches:
+    if kind and not kind.writes:
         raise UserError(
             f"{job.spec.model.name} is a {kind.name} ({kind.noun}), which writes no text here.",
             "Ask it with an evaluator: effbench eval evaluator=choices",

@@ -27,6 +27,9 @@ from effbench.methods.trains import Trains
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
 from effbench.models.survey import empty_model, require_same_when_padded, survey
+from effbench.nn.decode import generate
+from effbench.nn.decode.decoder import Decoder
+from effbench.nn.decode.encoded import EncodedSession
 from effbench.nn.model_kinds.base import find, kind_of
 from effbench.nn.quant.linears import pack_linears, storage_bytes
 from effbench.resources.counting import flops, parameters
@@ -146,6 +149,45 @@ def test_choices_are_scored_after_one_prompt() -> None:
     torch.testing.assert_close(nll, -at[[21, 20]], rtol=1e-5, atol=1e-5)
 
 
+def test_answers_are_those_of_transformers() -> None:
+    model, asked = made("t5"), [[5, 6, 7, 8, 9], [20], [40, 41]]
+    prompts = [generate.Prompt(KIND.prompt(ids, [1]), 6, frozenset([1])) for ids in asked]
+    session = Decoder().session(model)
+    assert isinstance(session, EncodedSession)
+    found = generate.generate(session, prompts, str, device=torch.device("cpu"))
+    assert session.kv_bytes() > 0
+    for ids, answer in zip(asked, found, strict=True):
+        # With a cache, transformers makes one for as many layers as the encoder has.
+        settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": False}
+        theirs = model.generate(torch.tensor([[*ids, 1]]), **settings)
+        assert answer.ids == theirs[0, 1:].tolist()
+    with pytest.raises(ValueError, match="no static engine"):
+        Decoder().session(model, "static")
+
+
+def test_a_step_is_what_a_whole_pass_says() -> None:
+    model, asked = made("t5").double(), [[5, 6, 7, 8, 9, 1], [20, 1], [40, 41, 1]]
+    session, answers = EncodedSession(model), torch.tensor([[11, 31], [12, 32], [13, 33]])
+    steps = [session.prefill(*generate.left_padded(asked, 0, torch.device("cpu")))]
+    steps.append(session.step(answers[:, :1]))
+    kept = torch.tensor([2, 0])
+    session.reorder(kept)
+    steps = [logits[kept] for logits in steps] + [session.step(answers[kept, 1:])]
+    for place, row in enumerate(kept.tolist()):
+        read = {"input_ids": torch.tensor([asked[row]]), "use_cache": False}
+        with torch.no_grad():
+            alone = model(**read, decoder_input_ids=torch.tensor([[0, *answers[row]]])).logits[0]
+        found = torch.stack([logits[place] for logits in steps])
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
+    assert (steps[0][0] - steps[0][1]).abs().max() > 1e-3
+
+
+def test_what_a_row_reads_is_what_a_question_reads() -> None:
+    """Else a model would be asked otherwise than it was taught."""
+    [tokens] = row([5, 6], [11]).sequences
+    assert tokens.ids[: tokens.prompt_length] == KIND.prompt([5, 6], [1])
+
+
 WHOLE = ("full", "kd", "subset")
 """Methods that train every weight."""
 
@@ -192,7 +234,7 @@ def test_what_needs_a_decoder_says_no_before_anything_is_loaded() -> None:
     for method in ("layer_drop", "rtn", "reward"):
         with pytest.raises(UserError, match="is no causal language model, but a seq2seq"):
             resolved(given(method), shape("t5"))
-    for evaluator in ("generation", "speed"):
+    for evaluator in ("long_context", "speed"):
         words = [*base, "dataset=arithmetic", "method=full", f"evaluator={evaluator}"]
         with pytest.raises(UserError, match=f"Evaluator {evaluator} cannot ask tiny-seq2seq"):
             compose("train", words)

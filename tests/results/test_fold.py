@@ -11,6 +11,7 @@ from conftest import Bench
 from effbench.results.events import EventLog, read_events
 from effbench.results.fold import fold
 from effbench.results.records import Metric, Record
+from effbench.testing.models import given
 
 LORA = ["method=lora", "method.rank=2", "train.max_steps=4", "train.checkpoint_every=2"]
 
@@ -51,6 +52,32 @@ def test_steps_become_losses_and_speed_once_it_is_made() -> None:
     assert (found["train_loss_first"], found["train_loss_last"]) == (4.0, 1.0)
     assert (found["train_steps"], found["train_tokens"]) == (4, 100)
     assert found["train_tokens_per_second"] == 80.0  # of the fourth step: three warm up
+
+
+def test_losses_are_told_in_the_unit_of_the_method() -> None:
+    step = event("step", step=1, loss=1.0, seconds=1.0, tokens=1, layer_forwards=1)
+    for facts, unit in (({}, "nats/token"), ({"loss_unit": "nats/row"}, "nats/row")):
+        found = {m.name: m.unit for m in fold([step, event("made", **facts)], 0).metrics}
+        assert found["train_loss_first"] == found["train_loss_last"] == unit
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "unit"),
+    [
+        ("lora", {}, "nats/token"),
+        ("kd", {"teacher": "tiny"}, "nats/token"),
+        ("reward", {}, "nats/row"),
+        ("prboost", {}, "nats/row"),
+        ("ptloss", {"teacher": "tiny"}, "nats/token"),
+        ("ptloss", {"teacher": "tiny", "over": "answers"}, "nats/row"),
+        ("dorm", {"objective": "ratings", "search": "heads"}, ""),
+        ("dorm", {}, "nats/row"),
+    ],
+)
+def test_a_method_says_what_its_loss_is_in(
+    method: str, settings: dict[str, Any], unit: str
+) -> None:
+    assert given(method, **settings).loss_unit == unit
 
 
 def of_run(bench: Bench, record: Record) -> Any:

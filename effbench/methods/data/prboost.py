@@ -194,6 +194,11 @@ class PRBoost(Classifiers):
             self.patience,
         )
 
+    @property
+    def loss_unit(self) -> str:
+        """Losses are those of texts."""
+        return "nats/row"
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of the present classifier on rows that stand for texts, a scalar."""
         loss: torch.Tensor = ctx.evolution.loss(batch)

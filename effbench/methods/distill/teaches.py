@@ -151,6 +151,11 @@ class Teaches(Trains):
         """Return what has been fitted to labels: here nothing, and so plain KL."""
         return fitting.Fitting(fitting.Fit(fitting.zeros(1, 0)))
 
+    @property
+    def loss_unit(self) -> str:
+        """Losses are those of tokens, or of questions."""
+        return "nats/token" if self.over == "tokens" else "nats/row"
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the loss of a micro-batch over the tokens or the questions of the window."""
         return (self._token_loss if self.over == "tokens" else self._answer_loss)(model, batch, ctx)

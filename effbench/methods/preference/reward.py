@@ -116,6 +116,11 @@ class Reward(LoRA):
         found: torch.Tensor = head(last_states(model, batch).to(head.weight.dtype))
         return found.squeeze(1).float()
 
+    @property
+    def loss_unit(self) -> str:
+        """Losses are those of questions."""
+        return "nats/row"
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the losses of a micro-batch's pairs over the examples of the window, a scalar."""
         losses, _ = self.validation(model, batch)

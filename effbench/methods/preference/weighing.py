@@ -189,6 +189,11 @@ class Weighs(Reward):
             return [examples[i] for i in grouping.repeated(weights, draws)]
         return pairs.with_column(examples, WEIGHT, weights)
 
+    @property
+    def loss_unit(self) -> str:
+        """Losses are those of pairs; ratings are squared differences."""
+        return "" if self.objective == "ratings" else super().loss_unit
+
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the losses of a micro-batch's pairs, weighted, over the pairs of the window."""
         losses = self.objectives(self.scores(model, batch), batch.sizes)

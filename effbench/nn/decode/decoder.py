@@ -19,6 +19,7 @@ from effbench.api.session import Session
 from effbench.nn.decode import (
     copied_maps,
     early_exit,
+    encoded,
     session,
     speculative,
     staged,
@@ -84,6 +85,10 @@ class Route:
 
         if cache != EVERYTHING:
             return staged.WholeSession(model, cache)
+        if kind_of(model).encoding(model):
+            if engine == "static":
+                raise ValueError("An encoder-decoder has no static engine.")
+            return encoded.EncodedSession(model)
         if engine == "static":
             return static.StaticSession(model)
         return session.CachedSession(model) if engine == "eager" else static.session_for(model)

@@ -28,6 +28,10 @@ class ModelKind:
     noun: ClassVar[str] = "causal language model"
     instead: ClassVar[str] = ""
     """What to do about a model that is none."""
+    uncounted: ClassVar[str] = (
+        "The config does not belong to these weights, or effbench counts them wrongly."
+    )
+    """What to do about a model with more or less parameters than its config says."""
     auto: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads its models."""
     endings: ClassVar[tuple[str, ...]] = ()
@@ -39,6 +43,10 @@ class ModelKind:
     """Whether a row that is longer than a window may be read window by window."""
     speaks: ClassVar[bool] = True
     """Whether what it answers is text."""
+    writes: ClassVar[bool] = True
+    """Whether it writes text, token by token."""
+    forms: ClassVar[tuple[str, ...]] = ("transformers", "peft", "gguf")
+    """In what its models leave; one form alone is what `--to auto` writes."""
     evaluator: ClassVar[str] = ""
     """What asks its models where no evaluator is chosen; empty for what the stage has."""
     rows: ClassVar[str] = ""
@@ -73,6 +81,15 @@ class ModelKind:
             UserError: For a row that they cannot answer.
         """
         return example
+
+    def prompt(self, ids: list[int], closing: list[int]) -> list[int]:
+        """Return a prompt as its models read it when they are to write an answer.
+
+        Args:
+            ids: Tokens of the prompt.
+            closing: Tokens that its tokenizer ends every text with.
+        """
+        return ids
 
     def positions(self, config: Any) -> int:
         """Return the longest text that a config of transformers has positions for, in tokens."""
@@ -139,6 +156,10 @@ class ModelKind:
 
     def ready(self, model: Any) -> None:
         """Make a model that was just loaded usable."""
+
+    def stated(self, model: Any) -> dict[str, Any]:
+        """Return entries of `config.json` that transformers would write otherwise."""
+        return {}
 
 
 ROOM = Room("nn.model_kinds", ModelKind, "model.kind={} is not a kind of model.")

@@ -34,6 +34,8 @@ class Classifier(ModelKind):
     endings: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
     caches: ClassVar[bool] = False
     speaks: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+    forms: ClassVar[tuple[str, ...]] = ("transformers",)
     evaluator: ClassVar[str] = "choices"
     rows: ClassVar[str] = "choices"
     other_rows: ClassVar[tuple[str, str]] = (

@@ -33,7 +33,12 @@ class Seq2Seq(ModelKind):
     )
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     caches: ClassVar[bool] = False
+    uncounted: ClassVar[str] = (
+        "If its files hold lm_head.weight, set tie_word_embeddings to false in its config.json: "
+        "transformers 5 writes true there whatever is so."
+    )
     windows: ClassVar[bool] = False
+    forms: ClassVar[tuple[str, ...]] = ("transformers",)
     rows: ClassVar[str] = "asks"
     other_rows: ClassVar[tuple[str, str]] = (
         "A model with an encoder answers prompts, and the rows are plain text.",
@@ -66,6 +71,12 @@ class Seq2Seq(ModelKind):
         if config.get("tie_word_embeddings") is False:
             head = model.get_output_embeddings()
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+            model.all_tied_weights_keys.pop("lm_head.weight", None)
+
+    def stated(self, model: Any) -> dict[str, Any]:
+        """Return whether the head is tied: transformers' own config holds it to be, always."""
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return {"tie_word_embeddings": tied}
 
     def example(self, example: Example, closing: list[int], outputs: int) -> Example:
         """Return a row whose prompts end as texts of their own do."""
@@ -77,6 +88,10 @@ class Seq2Seq(ModelKind):
         sequences = tuple(closed(s, closing) for s in example.sequences)
         choices = tuple(closed(c, closing) for c in example.choices)
         return replace(example, sequences=sequences, choices=choices)
+
+    def prompt(self, ids: list[int], closing: list[int]) -> list[int]:
+        """Return a prompt that ends as a text of its own does."""
+        return [*ids, *closing]
 
     def logits(
         self, model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor

@@ -11,6 +11,7 @@ residual stream the norms would take the mean over more dimensions; with d of d'
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from effbench.api.parts import LayerSize
 from effbench.nn.adapters.merge import bias_of, is_adapted, merged_weight, update_of
 from effbench.nn.llama.experts import stacked
 from effbench.nn.llama.stack import keeps_states
+from effbench.nn.model_kinds.base import CAUSAL, kind_of
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
 from effbench.nn.quant.linears import QuantisedLinear
@@ -52,7 +54,7 @@ class Plain:
 
 
 def plain_model(model: Any, dtype: torch.dtype | None = None) -> Plain:
-    """Return a causal model of transformers' own class with the weights of `model` as it is now.
+    """Return a model of transformers' own class with the weights of `model` as it is now.
 
     Args:
         model: At one operating point.
@@ -126,11 +128,16 @@ def _config(model: Any, dtype: torch.dtype) -> Any:
     for name in OURS:
         if hasattr(config, name):
             delattr(config, name)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    config.tie_word_embeddings = tied
+    if kind_of(model).name == CAUSAL:
+        config.tie_word_embeddings = _tied(model)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     return config
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _require_unshared(model: Any) -> None:
@@ -147,6 +154,7 @@ def _made(model: Any, config: Any, tensors: Tensors) -> Any:
     with torch.device("meta"), no_init_weights():
         new: Any = type(model)._from_config(config, attn_implementation=attention)
     new.tie_weights()
+    kind_of(new).adjust(new, {"tie_word_embeddings": _tied(model)})
     wanted = dict(new.named_parameters())
     tensors = stacked(new, tensors)
     turned = {n for n, module in new.named_modules() if isinstance(module, Conv1D)}
@@ -157,7 +165,7 @@ def _made(model: Any, config: Any, tensors: Tensors) -> Any:
     }
     _require_all(type(model).__name__, wanted, ready)
     new.load_state_dict(ready, strict=False, assign=True)
-    new.tie_weights()
+    new.tie_weights(recompute_mapping=False)
     _fill_buffers(new, model)
     if getattr(model, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(model.generation_config)
@@ -192,6 +200,11 @@ def write(plain: Plain, folder: Path) -> None:
     """Write a plain model into an existing folder, as transformers does."""
     with quiet():
         plain.model.save_pretrained(folder)
+    stated = kind_of(plain.model).stated(plain.model)
+    if stated:
+        path = folder / "config.json"
+        both = {**json.loads(path.read_text()), **stated}
+        path.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n")
 
 
 # -- layers that differ ------------------------------------------------------------------------

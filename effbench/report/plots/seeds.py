@@ -48,7 +48,7 @@ def seeds_plot(lines: Mapping[str, Sequence[Line]], path: Path, size: Size = "sc
         )
         ends.append((float(losses[:, -1].mean()), name, colour))
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("training loss (nats/token)")
+    axes.set_ylabel("training loss")
     headline(axes, "Loss over training", size)
     most = max(map(len, there.values()))
     footnote(figure, [f"bands: least and most of up to {most} seeds"] if most > 1 else [])

@@ -12,7 +12,7 @@ from effbench.api.shape import ModelShape
 from effbench.api.spec import Job, Runtime, Spec
 from effbench.api.stages import base as stages
 from effbench.models.load import known_shape
-from effbench.nn.model_kinds.base import find
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find
 from effbench.report.model_card import Card, write_card
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
@@ -75,7 +75,8 @@ def export(
     """
     store = Store(results)
     key, spec = _maker(store, ref)
-    _require_causal(spec)
+    kind = _kind(spec)
+    to = _form(spec, kind, to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -100,25 +101,31 @@ def export(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder.parent, folder.name) as new:
             work = Exporting(run, own, model, at, held, folder.absolute())
-            kind = writer(work, new, base)
-            write_card(_card(work, kind, store), new)
+            form = writer(work, new, base)
+            write_card(_card(work, form, kind.auto, store), new)
             replace_folder(new, folder)
     return work.said
 
 
-def _require_causal(spec: Spec) -> None:
-    """Refuse what was made of a model that nothing else would read: one that is not causal.
+def _kind(spec: Spec) -> ModelKind:
+    shape = known_shape(spec.model)
+    return find(ModelShape.of(shape).kind if shape else CAUSAL)
+
+
+def _form(spec: Spec, kind: ModelKind, to: Target) -> Target:
+    """Return in what form a model of a kind leaves.
 
     Raises:
-        UserError: Before anything is loaded.
+        UserError: Before anything is loaded, for a form that has no place for it.
     """
-    shape = known_shape(spec.model)
-    kind = find(ModelShape.of(shape).kind) if shape else None
-    if kind and not kind.caches:
+    if to == "auto":
+        return "transformers" if kind.forms == ("transformers",) else to
+    if to not in kind.forms:
         raise UserError(
-            f"{spec.model.name} is a {kind.name} ({kind.noun}), for which there is no export.",
-            "Use it through `effbench eval from=RUN`.",
+            f"{spec.model.name} is a {kind.name} ({kind.noun}), which is not written for {to}.",
+            f"Leave --to out, or choose: {', '.join(kind.forms)}.",
         )
+    return to
 
 
 def _maker(store: Store, ref: str) -> tuple[str, Spec]:
@@ -213,16 +220,17 @@ def _checked(work: Exporting) -> Plain:
     """
     made = work.method.as_plain(work.model, work.point, work.dtype)
     work.said += _cost(made)
-    import torch
-
     from effbench.api.batch import make_batch
+    from effbench.api.examples import IGNORED
+    from effbench.nn.decode.decoder import forward_logits
 
     width = made.model.config.vocab_size
     ids = [token % width for token in PROBE]
-    batch = make_batch([(ids, ids)], 0).to(work.run.device)
+    half = len(ids) // 2  # a prompt and its answer: encoders read the one alone
+    batch = make_batch([(ids, [IGNORED] * half + ids[half:])], 0)
     with work.method.at(work.model, work.point):
-        own = work.method.logits(work.model, batch, work.point).float().cpu()
-    found = made.model(input_ids=torch.tensor([ids])).logits.float()
+        own = work.method.logits(work.model, batch.to(work.run.device), work.point).float().cpu()
+    found = forward_logits(made.model, batch).float()
     off = float((found - own).abs().mean() / own.std())
     held = {str(d).removeprefix("torch.") for d in (made.model.dtype, work.run.dtype)}
     if not off <= max(AGREE[name] for name in held):
@@ -252,14 +260,15 @@ def _cost(made: Plain) -> list[str]:
     return said
 
 
-def _card(work: Exporting, kind: str, store: Store) -> Card:
+def _card(work: Exporting, form: str, auto: str, store: Store) -> Card:
     """Return what the folder's README says."""
     from effbench.results.records import read
 
     spec, keys = work.run.spec, [*store.ancestors(work.run.spec), work.run.spec.key]
     files = [store.records / f"{key}.json" for key in keys]
     return Card(
-        kind=kind,
+        kind=form,
+        auto=auto,
         folder=work.final.name,
         spec=spec,
         point=work.point.name,

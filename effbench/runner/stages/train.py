@@ -9,8 +9,9 @@ import torch
 
 from effbench.api.batch import Batch, by_length, collate
 from effbench.data.dataset import Data
-from effbench.methods.trains import begin_training
+from effbench.methods.trains import Trains, begin_training
 from effbench.nn.llama.weights import cast_parameters
+from effbench.nn.model_kinds.base import kind_of
 from effbench.runner import sharding
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -61,6 +62,12 @@ def assist(run: Run) -> None:
         _whole_model(trainer)
 
 
+def _loss_unit(method: Trains, model: torch.nn.Module) -> str:
+    """Return what the losses were in; a token of a classifier is the class of its row."""
+    unit = method.loss_unit
+    return unit if kind_of(model).speaks else unit.replace("token", "row")
+
+
 def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
     """Train and save; the optimiser, gradients and other models are gone when this returns."""
     trainer = build_trainer(run, opened, data)
@@ -77,7 +84,7 @@ def _made(run: Run, opened: Opened, data: Data) -> torch.nn.Module:
         run.count(name, amount, unit)
     count_model(run, model)
     save_artefact(run, method, model)
-    note_made(run)
+    note_made(run, loss_unit=_loss_unit(method, model))
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.ctx.aux.clear()
     return model

@@ -1,0 +1,115 @@
+"""Classifiers and encoder-decoders leave as what stock transformers loads, and says the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Bench
+
+from effbench.models import load as models
+from effbench.models.random import byte_tokenizer, random_of
+from effbench.nn.model_kinds.base import find
+from effbench.nn.pruning import plain
+from effbench.runner.open import context, open_model
+from effbench.runner.run import open_run
+from effbench.runner.stages.export import export
+from effbench.testing.models import tiny_shape
+from effbench.util.errors import UserError
+
+SMALL = [
+    "train.max_steps=1",
+    "train.batch_size=2",
+    "train.learning_rate=0.05",
+    "+dataset.limit.train=8",
+    "evaluator=[]",
+    "hardware.device=cpu",
+    "hardware.dtype=float32",
+    "hardware.threads=1",
+]
+CLASSES = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes"]
+ANSWERS = ["model=tiny-seq2seq", "dataset=arithmetic"]
+IDS = torch.arange(5, 35).view(2, 15)
+
+
+WRITTEN = [
+    "evaluator=generation",
+    "evaluator.generation.tasks=[]",
+    "evaluator.generation.limit=3",
+    "evaluator.generation.max_new_tokens=2",
+]
+
+
+def made(bench: Bench, words: list[str], unit: str) -> tuple[str, Any]:
+    """Return the key of a training, and the model that it made."""
+    words = [*(w for w in SMALL if w != "evaluator=[]" or WRITTEN[0] not in words), *words]
+    record = bench.run("train", *words)
+    [last] = [m for m in record.metrics if m.name == "train_loss_last"]
+    assert last.unit == unit
+    if WRITTEN[0] in words:
+        found = {m.name: m.n for m in record.metrics if m.split == "test"}
+        assert found["exact_match"] == found["output_tokens"] == 3
+    key, job = record.key, bench.job("train", *words)
+    work = open_run(job, bench.folder(job), bench.store)
+    opened = open_model(work)
+    model = opened.method.load(opened.model, bench.folder(job).artefact, context(work))
+    return key, model.eval().requires_grad_(False)
+
+
+def read(folder: Path, auto: str) -> Any:
+    assert f"model = {auto}.from_pretrained" in (folder / "README.md").read_text()
+    return getattr(transformers, auto).from_pretrained(folder).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_classifier_says_the_same(bench: Bench, tmp_path: Path, method: str) -> None:
+    key, ours = made(bench, [*CLASSES, f"method={method}"], "nats/row")
+    said = export(key, tmp_path / "new", "", bench.root)
+    assert bool(said) is (method == "lora")
+    theirs = read(tmp_path / "new", "AutoModelForSequenceClassification")
+    assert theirs.config.num_labels == 3 and theirs.config.id2label.keys() == {0, 1, 2}
+    found, wanted = theirs(IDS).logits, ours(IDS).logits
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    for form in ("peft", "gguf"):
+        with pytest.raises(UserError, match=f"a classifier .* is not written for {form}"):
+            export(key, tmp_path / "other", "", bench.root, form)  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_encoder_decoder_says_the_same(bench: Bench, tmp_path: Path) -> None:
+    key, ours = made(bench, [*ANSWERS, "method=lora", *WRITTEN], "nats/token")
+    export(key, tmp_path / "new", "", bench.root)
+    theirs = read(tmp_path / "new", "AutoModelForSeq2SeqLM")
+    both = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    torch.testing.assert_close(theirs(**both).logits, ours(**both).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_a_head_of_its_own_stays_one(tmp_path: Path, family: str, tied: bool) -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    values = {"vocab_size": 260, "decoder_start_token_id": 0, **sizes}
+    config = transformers.CONFIG_MAPPING[family](**values, tie_word_embeddings=tied).to_dict()
+    model = random_of({**config, "tie_word_embeddings": tied}, find("seq2seq"), 0)
+    plain.write(plain.plain_model(model), tmp_path)
+    byte_tokenizer(tiny_shape()).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    spec = models.ModelSpec("own", "folder", path=str(tmp_path))
+    stated = json.loads((tmp_path / "config.json").read_text())
+    again = models.load(spec, device="cpu", dtype=torch.float32)
+    assert again.shape.tied is tied
+    both = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    with torch.no_grad():
+        wanted = model(**both).logits
+        for other in (theirs, again.model):
+            torch.testing.assert_close(other(**both).logits, wanted, atol=1e-6, rtol=1e-5)
+    if not tied:  # as transformers itself would have written it
+        (tmp_path / "config.json").write_text(json.dumps({**stated, "tie_word_embeddings": True}))
+        with pytest.raises(UserError, match="but its config says") as error:
+            models.load(spec, device="cpu", dtype=torch.float32)
+        assert "set tie_word_embeddings to false" in error.value.hint
