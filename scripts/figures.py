@@ -25,10 +25,11 @@ SUFFIXES = ("png", "svg", "pdf")
 
 def drawn(campaign: Campaign, size: Size) -> None:
     """Draw a table, from one comparison of its records."""
-    found, stem = campaign.compared(RESULTS), FOLDER / campaign.name
+    metric, stem = campaign.metrics[0], FOLDER / campaign.name
+    found = campaign.compared(RESULTS, metrics=[metric])
     for suffix in SUFFIXES:
         for name, draw in (("values", comparison_plot), ("differences", forest_plot)):
-            print(draw(found, campaign.metrics[0], Path(f"{stem}_{name}.{suffix}"), size))
+            print(draw(found, metric, Path(f"{stem}_{name}.{suffix}"), size))
     try:
         for suffix in SUFFIXES:
             print(plot(campaign, RESULTS, Path(f"{stem}_curves.{suffix}"), "curves", size))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from effbench.cli.tables import campaign_named, grand_named
-from effbench.report.campaign import write_tables
+from effbench.report.campaign_written import write_tables
 from effbench.report.grand_table import in_readme, write_grand
 from effbench.report.table import RUN_COLUMNS, Table, run_row
 from effbench.results.records import read_all

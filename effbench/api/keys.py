@@ -12,9 +12,8 @@ package offers, such as a method, is known by its code too, in `Spec.sources`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import product
 from pathlib import PurePath
@@ -143,6 +142,13 @@ def hashed(spec: Any) -> dict[str, Any]:
     return values
 
 
+def copied(value: Any) -> Any:
+    """Return plain values of which nothing is shared with the given ones."""
+    if isinstance(value, dict):
+        return {name: copied(inner) for name, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
+
+
 def leave_places_out(part: dict[str, Any]) -> None:
     """Take out of plain values where local files lie, if the hash of their content is there."""
     known = part.get("fingerprint")
@@ -173,10 +179,10 @@ def completed(cls: type, spec: dict[str, Any]) -> dict[str, Any]:
     """
     if all(came_later.keys() <= part.keys() for _, part, came_later in _parts(cls, spec)):
         return spec
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for _, part, came_later in _parts(cls, spec):
-        for name, absent in came_later.items():
-            part.setdefault(name, absent)
+        for name in came_later.keys() - part.keys():
+            part[name] = copied(came_later[name])
     return spec
 
 
@@ -238,7 +244,7 @@ def earlier_keys(spec: Any) -> list[str]:
     return [dataclasses.replace(spec, versions=versions).key for versions in lowered]
 
 
-def later_fields(cls: type, name: str) -> dict[str, Any]:
+def later_fields(cls: type, name: str) -> Mapping[str, Any]:
     """Return the fields that came later with the value that means what was done without them."""
     founding = FOUNDING.get(name, "").split()
     found = {}
@@ -256,7 +262,7 @@ def later_fields(cls: type, name: str) -> dict[str, Any]:
 
 # -- the parts of a spec -----------------------------------------------------------------------
 
-Part = tuple[type, dict[str, Any], dict[str, Any]]
+Part = tuple[type, dict[str, Any], Mapping[str, Any]]
 """A dataclass, its plain values within a spec, and its later fields with what absence means."""
 
 

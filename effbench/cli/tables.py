@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from effbench.config.files import options, summary
-from effbench.report.campaign import AT, Campaign, campaign_in, write_tables
+from effbench.report.campaign import AT, Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.report.grand import Grand, gathered, is_grand
 from effbench.util.errors import UserError, did_you_mean
 
@@ -67,6 +68,7 @@ def listed() -> str:
 
 def run_campaign(campaign: Campaign, results: Path, say: Callable[[str], None]) -> None:
     """Run what a campaign lacks, and write its whole tables and plots."""
+    from effbench.report.campaign_written import write_tables
     from effbench.runner.campaign import run
 
     run(campaign, results, say)

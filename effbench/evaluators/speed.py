@@ -182,7 +182,10 @@ class Speed(Evaluator):
                 cost, whole = (cost_of(x.merged(), subject.dtype) for x in (subject.shape, shape))
                 kept = subject.cost
                 plain = replace(
-                    cost, kv_bytes_per_token=kept.kv_bytes_per_token, caches=kept.caches
+                    cost,
+                    kv_bytes_per_token=kept.kv_bytes_per_token,
+                    caches=kept.caches,
+                    attending=kept.attending,
                 )
                 subject = replace(subject, cost=plain, whole=whole)
             yield subject, {"merged_linears": linears}

@@ -1,32 +1,28 @@
-"""A table of finished runs: arms with their seeds, named in a file of conf/table.
+"""A table of finished runs: arms with their seeds, and the records of each.
 
-The file says by which commands each arm is made; `results/campaigns/NAME.json` which runs they
-were. From these records alone come the table, its findings and what would overturn them.
+`results/campaigns/NAME.json` says which runs they were; from these records alone come the table,
+its findings and what would overturn them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from effbench.api.schema import build
 from effbench.report.claims import Claim, Verdict
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.facts import told_of
-from effbench.report.plots.curves import comparison_plot
 from effbench.report.scales import SCALES, Cells, Scale
 from effbench.report.tuned import Tuned
 from effbench.report.tuning import Tuning
 from effbench.results.records import Record, read
 from effbench.results.store import Store
 from effbench.results.tunings import tuned_together
-from effbench.util import yamls
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.files import write_atomic
 
 AT = "@"
 """Between the name of a table and the scale of its cells."""
@@ -117,12 +113,16 @@ class Campaign:
                 raise UserError(f"{said} is not here, for table {self.name}.", again)
         return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in wanted}
 
-    def compared(self, results: Path, same_points: bool = False) -> Comparison:
+    def compared(
+        self, results: Path, same_points: bool = False, metrics: Collection[str] = ()
+    ) -> Comparison:
         """Return its arms side by side.
 
         Args:
             results: Folder of runs and records.
             same_points: Whether each arm is held against the first one at the same point.
+            metrics: Names of those that are compared, without letters, which take longest; none
+                for all of them.
 
         Raises:
             UserError: When a record is missing.
@@ -132,7 +132,15 @@ class Campaign:
         runs = [record for records in arms.values() for record in records]
         tunings = tuned_together(results)
         known = told_of(runs, Store(results), tunings)
-        return compare(runs, known, names=names, same_points=same_points, tunings=tunings)
+        return compare(
+            runs,
+            known,
+            names=names,
+            same_points=same_points,
+            tunings=tunings,
+            all_pairs=not metrics,
+            metrics=metrics,
+        )
 
     def tuned(self, results: Path) -> list[str]:
         """Return what was chosen by tuning and what that cost, in words; nothing without.
@@ -152,77 +160,3 @@ class Campaign:
 
     def _tuned(self, tuning: Tuning, results: Path) -> Tuned:
         return Tuned.read(tuning, results, self.name, f"Make it: {self.command}")
-
-
-def campaign_in(path: Path) -> Campaign:
-    """Return the campaign of a file.
-
-    Raises:
-        UserError: When it cannot be read, has unknown keys, a claim without a source, or a verdict
-            that rests on nothing.
-    """
-    values = yamls.read(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys.", "It needs seeds: and arms:.")
-    words = values.pop("words", {})
-    scales = values.get("scales")
-    for part in (values, *(scales.values() if isinstance(scales, dict) else ())):
-        if isinstance(part, dict) and isinstance(arms := part.get("arms"), dict):
-            part["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
-    own = {"name": path.stem, "title": title_of(path)}
-    campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
-    if campaign.verdict:
-        campaign.verdict.check(campaign.arms, path.name)
-    return campaign
-
-
-def _filled(steps: Any, words: Any, path: Path) -> Any:
-    """Return the commands of an arm with the words that they name; other values as they are."""
-    if not (isinstance(steps, list) and isinstance(words, dict)):
-        return steps
-    try:
-        return [str(step).format(**words) for step in steps]
-    except (LookupError, ValueError) as error:
-        raise UserError(
-            f"{path} names words that it does not have: {error}.", "Add it to words:."
-        ) from None
-
-
-def title_of(path: Path) -> str:
-    """Return the first line of a file, as a sentence or question."""
-    first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-    return first if first.endswith("?") else f"{first}."
-
-
-def write_tables(campaign: Campaign, results: Path) -> list[Path]:
-    """Write the whole comparison as Markdown and CSV, and a plot of each metric; return the files.
-
-    Raises:
-        UserError: When a record is missing.
-    """
-    found, name, tables = campaign.compared(results), campaign.name, results / "tables"
-    files = _write(found, tables / name, campaign, campaign.title)
-    for metric in campaign.metrics:
-        files.append(comparison_plot(found, metric, tables / f"{name}_{metric}.png"))
-    if campaign.points:
-        first = next(iter(campaign.arms))
-        about = f"[{name}]({name}.md), each arm against {first} at the same operating point."
-        same = campaign.compared(results, same_points=True)
-        files += _write(same, tables / f"{name}_points", campaign, about)
-    return files
-
-
-def _write(found: Comparison, stem: Path, campaign: Campaign, about: str) -> list[Path]:
-    made = f"Made by `{_target(campaign.name)}`."
-    tuned = "".join(f"{line}\n\n" for line in campaign.tuned(stem.parents[1]))
-    text = f"# {stem.name}\n\n{about}\n\n{made}\n\n{tuned}{found.markdown()}"
-    files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
-    for path, content in zip(files, (text, found.csv()), strict=True):
-        write_atomic(path, content)
-    return files
-
-
-def _target(name: str) -> str:
-    """Return the command of make that writes the files of a table."""
-    name, _, scale = name.replace("_", "-").partition(AT)
-    return f"make table-{name} SCALE={scale} RUN=1" if scale else f"make campaign-{name}"

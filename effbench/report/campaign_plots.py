@@ -38,7 +38,8 @@ def plot(
     if kind == "curves":
         return seeds_plot(_lines(campaign, results), path, size)
     draw = forest_plot if kind == "differences" else comparison_plot
-    return draw(campaign.compared(results), campaign.metrics[0], path, size)
+    metric = campaign.metrics[0]
+    return draw(campaign.compared(results, metrics=[metric]), metric, path, size)
 
 
 def _lines(campaign: Campaign, results: Path) -> dict[str, list[Line]]:

@@ -31,7 +31,7 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
     Raises:
         UserError: When a record is missing, or none has the campaign's metric with a test.
     """
-    found = campaign.compared(results)
+    found = campaign.compared(results, metrics=() if full else campaign.metrics[:1])
     tables = found.tables() if full else [short(campaign, found)]
     if form == "csv" and full:
         return found.csv()

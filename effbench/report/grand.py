@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from effbench.api.schema import build
-from effbench.report.campaign import Campaign, title_of
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import title_of
 from effbench.report.claims import OPEN, split_row
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
 from effbench.report.comparison.versions import of_versions
-from effbench.report.table import Value, as_value, points
+from effbench.report.facts import Facts, facts
+from effbench.report.speeds import at_point, decoding_speed
+from effbench.report.table import Value, points
 from effbench.report.verdicts import Tested, retested
 from effbench.results.lookup import earlier
 from effbench.results.records import Outcomes, Record
+from effbench.results.store import Store
 from effbench.stats import Difference
 from effbench.util import yamls
 from effbench.util.errors import UserError
@@ -91,7 +95,7 @@ class Row:
     flops_per_token: float | None
     """Of decoding, counted from the shape."""
     tokens_per_second: Value | None
-    """Of decoding, where a record has it."""
+    """Of decoding, where a record of the same artefact or untouched model has it."""
     train_tokens: float | None
     """Of the run and those that it went on from, a mean over seeds."""
     train_layer_forwards: float | None
@@ -168,7 +172,8 @@ def gathered(path: Path, results: Path, tables: Sequence[Campaign]) -> Grand:
         raise UserError(f"Unknown key {next(iter(values))!r} in {path.name}.", f"Only {KEY}: is.")
     systems = [System(table, _found(table, results)) for table in tables if table.verdict]
     members = [m for s in systems if s.found for m in _members(s, results, wanted.model)]
-    groups = [_group(ground, own, results) for ground, own in _grounds(members).items()]
+    there = facts(Store(results))
+    groups = [_group(ground, own, results, there) for ground, own in _grounds(members).items()]
     return Grand(path.stem, title_of(path), groups, systems)
 
 
@@ -237,14 +242,20 @@ def _grounds(members: Sequence[tuple[Ground, Member]]) -> dict[Ground, list[Memb
 # -- one group ---------------------------------------------------------------------------------
 
 
-def _group(ground: Ground, members: Sequence[Member], results: Path) -> Group:
+def _group(
+    ground: Ground, members: Sequence[Member], results: Path, there: Sequence[Facts]
+) -> Group:
     """Return the rows of a group, held against its first one, with letters for all pairs."""
     runs = [_only(record, ground, m.points) for m in members for record in m.records]
     known = earlier(runs, results / "records")
     by_name = {f"{m.table}: {m.arm}": m for m in members}
     names = {"+".join(r.key for r in m.records): name for name, m in by_name.items()}
     found = compare(runs, known, names=names, held=False)
-    rows = [_row(row, by_name[row.label], known) for row in _tested(found.metrics).rows]
+    rows = []
+    for row in _tested(found.metrics).rows:
+        member = by_name[row.label]
+        speed = decoding_speed(member.records, row.point, there, results / "records")
+        rows.append(_row(row, member, known, speed))
     return Group(ground, rows, of_versions(found.notes))
 
 
@@ -265,10 +276,9 @@ def _only(record: Record, ground: Ground, wanted: Sequence[str]) -> Record:
     return replace(record, metrics=metrics, outcomes=outcomes)
 
 
-def _row(row: Compared, member: Member, known: Sequence[Record]) -> Row:
+def _row(row: Compared, member: Member, known: Sequence[Record], speed: Value | None) -> Row:
     d = row.difference
     runs = [_lineage(record, known) for record in member.records]
-    speed = _at(member.records[0], "decode_tokens_per_second", row.point)
     return Row(
         member.table,
         f"{member.arm} {row.point}".rstrip(),
@@ -276,8 +286,8 @@ def _row(row: Compared, member: Member, known: Sequence[Record]) -> Row:
         row.value,
         _exact(d) if d else None,
         row.letters,
-        _mean([_at(r, "weight_bytes", row.point) for r in member.records]),
-        _mean([_at(r, "flops_per_token", row.point) for r in member.records]),
+        _mean([at_point(r, "weight_bytes", row.point) for r in member.records]),
+        _mean([at_point(r, "flops_per_token", row.point) for r in member.records]),
         speed,
         _mean([_summed(own, "train_tokens") for own in runs]),
         _mean([_summed(own, "train_layer_forwards") for own in runs]),
@@ -297,12 +307,6 @@ def _lineage(record: Record, known: Sequence[Record]) -> list[Record]:
     while found[-1].parent in by_key:
         found.append(by_key[found[-1].parent])
     return found
-
-
-def _at(record: Record, name: str, point: str) -> Value | None:
-    """Return a metric at an operating point, or that of the run as a whole."""
-    own = {m.point: as_value(m) for m in record.metrics if m.name == name}
-    return own.get(point) or own.get("")
 
 
 def _summed(runs: Sequence[Record], name: str) -> Value | None:

@@ -18,6 +18,8 @@ from effbench.util.files import write_atomic
 WIDTH = 80
 NAME = 20
 """Characters of a row's name on one line of a terminal."""
+SPEED = 8
+"""Fewer of them beside a column of speeds."""
 MARK, END = "<!-- grand -->", "<!-- /grand -->"
 """Between which the README has the short form."""
 STATES: tuple[State, ...] = (
@@ -111,25 +113,24 @@ def _pair(system: System) -> tuple[str, str]:
 
 def _wide(group: Group) -> Table:
     """Return a group with all its columns."""
-    speed = any(row.tokens_per_second for row in group.rows)
     rows: list[tuple[Cell, ...]] = [
         (
             *(row.table, row.name, row.seeds),
             *(row.value._replace(unit=""), row.difference, row.letters),
-            *(_bytes(row), row.flops_per_token, *_cost(row, speed), row.train_layer_forwards),
+            *(_bytes(row), row.flops_per_token, row.tokens_per_second),
+            *(row.train_tokens, row.train_layer_forwards),
         )
         for row in group.rows
     ]
     columns = ("table", "row", "seeds", group.ground.metric, "difference", "letters")
-    paid = (*(("tokens/s",) if speed else ()), "training tokens", "layer forwards")
-    cost = ("weight bytes", "FLOPs/token", *paid)
+    cost = ("weight bytes", "FLOPs/token", "tokens/s", "training tokens", "layer forwards")
     return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
 
 
 def _narrow(group: Group) -> str:
     """Return a group in the columns of a terminal: names go on below, and empty columns go."""
     speed = any(row.tokens_per_second for row in group.rows)
-    names = [textwrap.wrap(row.name, NAME) for row in group.rows]
+    names = [textwrap.wrap(row.name, NAME - SPEED * speed) for row in group.rows]
     rows: list[tuple[Cell, ...]] = [
         (f"  {name[0]}", row.difference, row.letters, _bytes(row), *_cost(row, speed))
         for name, row in zip(names, group.rows, strict=True)
@@ -156,6 +157,19 @@ def _notes(group: Group) -> tuple[str, ...]:
         f"Difference: {unit}against {first.name}, 95 % intervals; a shared letter: not told apart.",
         *group.versions,
     )
+
+
+def _not_timed(grand: Grand) -> list[str]:
+    """Return how rows without a decoding speed get one; nothing where all have it."""
+    rows = [row for group in grand.groups for row in group.rows]
+    lacking = sum(row.tokens_per_second is None for row in rows)
+    if not lacking:
+        return []
+    said = "No row has" if lacking == len(rows) else f"{lacking} of {len(rows)} rows have no"
+    return [
+        f"{said} tokens/s, as no record times their decoding; an idle machine measures it: "
+        "effbench eval from=KEY evaluator=speed"
+    ]
 
 
 def _bytes(row: Row) -> Value | None:
@@ -220,6 +234,7 @@ def sentences(grand: Grand) -> list[str]:
             [f"No records here: {', '.join(gone)}. Make them: effbench table NAME --run"]
             * bool(gone)
         ),
+        *_not_timed(grand),
         "Compared: rows of one group alone, which have metric, items, length and dtype in common, "
         "by all pairs after Holm; training differs from table to table, as its tokens say.",
         f"Asked: {grand.title}",

@@ -17,7 +17,7 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.select import REPORTED
 from effbench.report.table import Value, points
 from effbench.results.lookup import earlier
-from effbench.results.records import Record
+from effbench.results.records import Record, as_now
 from effbench.stats import finding, holm
 from effbench.util.errors import UserError, did_you_mean
 
@@ -65,6 +65,7 @@ def retested(campaign: Campaign, results: Path) -> list[Tested]:
     names = {_arm(campaign, name) for pair in pairs for name in (pair.row, pair.against)}
     arms = campaign.records(results, [arm for arm in campaign.arms if arm in names])
     known = earlier([r for records in arms.values() for r in records], results / "records")
+    arms, known = {arm: as_now(records) for arm, records in arms.items()}, as_now(known)  # once
     tables = [_compared(campaign, arms, pair, known) for pair in pairs]
     adjusted = iter(holm([d.p for table in tables if (d := table.rows[1].difference)]))
     return [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ from effbench.util.errors import UserError
 
 NUMBER = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+")
 """What JSON and people write as a number and YAML 1.1 reads as text: 1e-05."""
+
+
+SHALLOW = 4000
+"""Levels within each other that libyaml bears, which is ten times as fast and has no limit."""
 
 
 def read(path: Path) -> Any:
@@ -21,7 +27,11 @@ def read(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _loader())
+        text = path.read_text(encoding="utf-8")
+        if yaml.__with_libyaml__ and _levels(text) < SHALLOW:
+            with suppress(yaml.YAMLError):  # which the other reader says in words we know
+                return yaml.load(text, _loader(yaml.CSafeLoader))
+        return yaml.load(text, _loader(yaml.SafeLoader))
     except FileNotFoundError:
         raise UserError(f"{path} is not there.", "Correct the path.") from None
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
@@ -35,11 +45,16 @@ def _reason(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}."
 
 
-def _loader() -> Any:
-    """Return a loader of plain values that reads numbers as JSON does."""
-    import yaml
+def _levels(text: str) -> int:
+    """Return a bound of how deep values are within each other: by brackets, and by columns."""
+    return text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
 
-    class Loader(yaml.SafeLoader):
+
+@cache
+def _loader(base: Any) -> Any:
+    """Return a loader of plain values that reads numbers as JSON does."""
+
+    class Loader(base):
         """Of plain values."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))

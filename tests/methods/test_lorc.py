@@ -29,7 +29,16 @@ from effbench.nn.decode.latent_plan import Plan, Ranks
 from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import StagedDecoder, WholeSession, whole_logits
-from effbench.nn.llama.factorised import FactorisedLinear, bases, directions, factorised
+from effbench.nn.llama.factorised import (
+    AbsorbedOutput,
+    FactorisedLinear,
+    absorb,
+    bases,
+    directions,
+    factorised,
+)
+from effbench.nn.quant import linears
+from effbench.resources.counting import flops
 from effbench.util.errors import UserError
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
@@ -197,6 +206,47 @@ def test_many_queries_have_values_made_and_few_mix_coordinates() -> None:
     made = layer.value_basis.states(layer.inner.values).repeat_interleave(2, 1)  # type: ignore[union-attr, arg-type]
     expected = torch.einsum("bwhs,bhsd->bwhd", shares, made)
     torch.testing.assert_close(layer.view.expand(mixed), expected, **EXACT)
+
+
+@pytest.mark.parametrize("config", [None, Qwen2Config])
+def test_an_output_projection_that_absorbs_directions_gives_the_same(config: Any) -> None:
+    """Also with as many coordinates as a head is wide, one more, and where all values are kept."""
+    ranks = {n: Ranks([24, 24], [r, 32]) for n, r in (("a", 24), ("b", 16), ("c", 17), ("d", 8))}
+    plan, found = Plan(32, {**ranks, "e": Ranks([24, 24], [32, 32])}), []
+    ids, mask = some_ids(2, 12), torch.tensor([[0, 0, 0, 1, 1], [1] * 5])
+    for absorbs in (False, True):
+        model = other_model(config) if config else model_of()
+        hold(model, plan, [bases(x.self_attn) for x in layers(model)])
+        if absorbs:
+            absorb(model)
+            kinds = [type(x.self_attn.o_proj) for x in layers(model)]
+            assert kinds == [AbsorbedOutput, torch.nn.Linear]
+        sessions = [WholeSession(model, LatentCache(point)) for point in plan.points]
+        found.append(torch.stack([decoded(x, ids, 5, mask) for x in sessions]))
+    torch.testing.assert_close(*found, **ROUNDED)
+    assert (found[0][0] - found[0][3]).abs().max() > 0.01
+
+
+def test_what_absorbing_costs_is_counted(tmp_path: Path) -> None:
+    settings: Any = {"kept_keys": (1.0,), "kept_values": (0.75, 0.5), "order": "uniform"}
+    ids = some_ids(1, 2)
+    off, on = LoRC(**settings), LoRC(**settings, absorb=True)
+    off.save(model := compressed(off, model_of()), tmp_path)
+    taken = on.load(model_of(), tmp_path, context())
+    assert linears.storage_bytes(taken) - linears.storage_bytes(model) == 2 * 4 * 24 * 64 * 8
+    for point in on.points():
+        work, stated = [], []
+        for method, own in ((off, model), (on, taken)):
+            session = method.session(own, point)
+            session.prefill(ids[:, :1])
+            work.append(flops(lambda s=session: s.step(ids[:, 1:])))  # type: ignore[misc]
+            shape = method.shape(ModelShape.of(SHAPE), point, "use", tmp_path)
+            stated.append(cost_of(shape, "float64"))
+        assert work[1] - work[0] == stated[1].flops_per_token - stated[0].flops_per_token
+        assert stated[1].resident_bytes - stated[0].resident_bytes == 2 * 4 * 24 * 64 * 8
+        assert stated[1].params == sum(p.numel() for p in taken.parameters())
+    with pytest.raises(UserError, match="nothing to absorb"):
+        LoRC(kept_values=(1.0,), absorb=True).resolve(SHAPE)
 
 
 # -- the cache -------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from test_report import run
 
-from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.results.records import write
 
 

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from effbench.cli.main import app
 from effbench.cli.tables import campaign_named, listed
-from effbench.report.campaign import Campaign, campaign_in, write_tables
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.report.campaign_table import rendered, with_lines
+from effbench.report.campaign_written import write_tables
 from effbench.report.table import Table, as_latex
 from effbench.results.records import write
 from effbench.util.errors import UserError
@@ -148,7 +150,7 @@ def test_the_page_shows_what_the_command_prints() -> None:
 
 
 def test_a_committed_table_is_what_its_records_give(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("effbench.report.campaign.comparison_plot", lambda *_: tmp_path)
+    monkeypatch.setattr("effbench.report.campaign_written.comparison_plot", lambda *_: tmp_path)
     for part in ("records", "campaigns"):
         (tmp_path / part).symlink_to(ROOT / "results" / part)
     for path in write_tables(campaign_named("lora_drop_tuning"), tmp_path)[:2]:

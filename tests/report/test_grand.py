@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from effbench.cli.main import app
 from effbench.cli.tables import campaigns
-from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.report.grand import Grand, gathered
 from effbench.report.grand_table import END, MARK, in_readme, rendered, short
 from effbench.report.plots.pareto import Place, front
 from effbench.report.table import Value
-from effbench.results.records import Record, write
+from effbench.results.records import Metric, Record, write
 from effbench.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,27 @@ def test_other_models_are_left_out(table: Any, gather: Any, tmp_path: Path) -> N
     (tmp_path / "all.yaml").write_text("# What?\ngathers: {model: llama2-7b}\n")
     grand = gather(table("A", 1))
     assert not grand.groups and [s.campaign.name for s in grand.systems] == ["A"]
+
+
+@pytest.mark.parametrize(("dtype", "row"), [("float16", None), (None, 41.5)])
+def test_a_speed_may_be_that_of_another_run_of_the_artefact(
+    table: Any, gather: Any, tmp_path: Path, dtype: str | None, row: float | None
+) -> None:
+    """On the same hardware alone; the other row has none, and it is said how it gets one."""
+    tables = table("A", 1)
+    [own, *_] = tables.records(tmp_path)["A"]
+    hardware = {"dtype": dtype} if dtype else own.spec.get("hardware")
+    speed = Metric("decode_tokens_per_second", 41.5, "tokens/s", phase="decode")
+    timed = replace(run("full", {}, number=9), stage="eval", parent=own.key, metrics=[speed])
+    write(replace(timed, spec={**own.spec, "hardware": hardware}), tmp_path / "records")
+    grand = gather(tables)
+    [base, other] = grand.groups[0].rows
+    assert base.tokens_per_second is None
+    assert (other.tokens_per_second and other.tokens_per_second.value) == row
+    said = rendered(grand, "markdown")
+    assert ("1 of 2 rows have no tokens/s" if row else "No row has tokens/s") in said
+    assert "evaluator=speed" in said and "| tokens/s |" in said
+    assert max(map(len, rendered(grand).splitlines())) <= 80
 
 
 def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from effbench.report.campaign_plots import plot
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
 from effbench.report.plots.canvas import SIZES, Size
+from effbench.report.plots.curves import comparison_plot
 from effbench.report.plots.forest import forest_plot
 from effbench.report.plots.seeds import over_seeds
 from effbench.util.errors import UserError
@@ -84,6 +85,20 @@ def test_what_has_no_test_is_not_drawn(
         forest_plot(found, metric, tmp_path / "a.png")
     assert said in f"{caught.value} {caught.value.hint}"
     assert not (tmp_path / "a.png").exists()
+
+
+def test_values_without_an_order_of_points_are_a_list(tmp_path: Path) -> None:
+    """A line between two names would say that one comes after the other."""
+    family = {f"{n}": run("qdylora", {f"{n}1": 0.0, f"{n}2": 0.1}) for n in "rd"}
+    other = run("qdylora", {"d1": 0.0, "r2": 0.1})
+    for record, drawn_as_list in ((family["r"], False), (family["d"], False), (other, True)):
+        said = texts(comparison_plot(compare([record]), "loss", tmp_path / "a.svg"))
+        assert ("operating point" in said) is not drawn_as_list
+        assert any("[" in text for text in said) is drawn_as_list
+    alone = compare([run("lora", {"": 0.0}), run("full", {"": 0.3}, number=1)])
+    said = texts(comparison_plot(alone, "loss", tmp_path / "a.svg"))
+    assert [name for name in said if name in ("lora", "full")] == ["lora", "full"]
+    assert "95 % intervals of each value alone, not of differences" in said
 
 
 # -- losses over training ----------------------------------------------------------------------

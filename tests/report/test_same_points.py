@@ -15,7 +15,8 @@ import pytest
 from test_report import run, text_of
 
 from effbench.cli.tables import campaign_named
-from effbench.report.campaign import campaign_in, write_tables
+from effbench.report.campaign_file import campaign_in
+from effbench.report.campaign_written import write_tables
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.entries import NO_POINT
 from effbench.report.comparison.metric_table import MetricTable, Row

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from effbench.cli.main import app
 from effbench.cli.plan_table import planned
 from effbench.cli.tables import campaign_named, campaigns
-from effbench.report.campaign import campaign_in
+from effbench.report.campaign_file import campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.results.records import write
 from effbench.util.errors import UserError

@@ -12,7 +12,8 @@ from test_report import run
 
 from effbench.api.spec import Plugin
 from effbench.cli.tuning import tuning_in
-from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.comparison.budgets import Tried
 from effbench.report.tuned import chosen

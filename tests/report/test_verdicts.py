@@ -10,7 +10,8 @@ import pytest
 from test_report import run
 
 from effbench.cli.tables import campaigns
-from effbench.report.campaign import Campaign, campaign_in
+from effbench.report.campaign import Campaign
+from effbench.report.campaign_file import campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.claims import OPEN
 from effbench.report.verdicts import retested

@@ -10,7 +10,7 @@ import pytest
 
 from effbench.api.spec import Job
 from effbench.config.compose import compose
-from effbench.report.campaign import campaign_in
+from effbench.report.campaign_file import campaign_in
 from effbench.results.records import SCHEMA, Metric, Record, write
 from effbench.results.store import MARKER, Store
 from effbench.runner import campaign

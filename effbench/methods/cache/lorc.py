@@ -15,12 +15,12 @@ is trained.
 
 Ours: shares of the cache are set, the least rank follows; ranks are multiples of `multiple` that
 add up to the share exactly; s below 1e-6 of the largest counts as that; an artefact has its largest
-ranks, of which each point reads the first; U_v is not multiplied into W_o; a matrix with all
-directions at every point stays as it is; z is taken from what the projections give, which costs a
-token U_k^T and U_v^T. `whiten` takes the directions of W S^{1/2}, S = sum of x x^T over calibration
-rows, as ASVD and Palu do. `bits` holds coordinates as `kv_quant` holds keys and values (Liu et al.,
-arXiv 2402.02750): a range for each coordinate of keys over a group of tokens, ranges for each token
-of values.
+ranks, of which each point reads the first; U_v is multiplied into W_o on request (`absorb`), which
+stays for prompts; a matrix with all directions at every point stays as it is; z is taken from what
+the projections give, which costs a token U_k^T and U_v^T. `whiten` takes the directions of W
+S^{1/2}, S = sum of x x^T over calibration rows, as ASVD and Palu do. `bits` holds coordinates as
+`kv_quant` holds keys and values (Liu et al., arXiv 2402.02750): a range for each coordinate of keys
+over a group of tokens, ranges for each token of values.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LoRC(HoldsCodes, Drives, Compresses):
     )
     produces: ClassVar[str] = "factorised"
     replays: ClassVar[bool] = True
-    eval_settings: ClassVar[frozenset[str]] = DRIVING | {"bits", "group_size", "recent"}
+    eval_settings: ClassVar[frozenset[str]] = DRIVING | {"absorb", "bits", "group_size", "recent"}
 
     kept_keys: tuple[Share, ...] = (0.9, 0.75, 0.6)
     """Shares of the cache of keys that stay, over all layers; an operating point for each. 1 keeps
@@ -96,6 +96,8 @@ class LoRC(HoldsCodes, Drives, Compresses):
     """What ranks are multiples of, or of its largest common divisor with the full rank."""
     whiten: bool = False
     """Whether directions are those of what calibration rows make of the weights."""
+    absorb: bool = False
+    """Whether U_v is multiplied into the output projection, which is then there twice."""
 
     def __post_init__(self) -> None:
         counts = {len(self.kept_keys), len(self.kept_values or self.kept_keys)}
@@ -119,6 +121,11 @@ class LoRC(HoldsCodes, Drives, Compresses):
         require_own_states(model, self.name)
         if not model.uniform:
             raise UserError(*LAYERS_DIFFER)
+        if self.absorb and min(self.kept_values or self.kept_keys) == 1:
+            raise UserError(
+                "method.absorb=true has nothing to absorb: values are kept as they are.",
+                "Leave it out, or keep fewer: 'method.kept_values=[0.9]'",
+            )
         if self.protect >= model.num_layers:
             raise UserError(
                 f"method.protect={self.protect} leaves no layer of {model.num_layers}.",
@@ -168,6 +175,7 @@ class LoRC(HoldsCodes, Drives, Compresses):
         for index, block in enumerate(stack.decoder_layers(model)):
             yield Part(f"blocks.{index}", partial(latent_cache.bases_of, block, walk), put)
         latent_cache.hold(model, self._plan(ranks.Spectra.of(found)), found)
+        self._absorb(model)
 
     def artefact_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return both factors of every projection that has some."""
@@ -183,7 +191,12 @@ class LoRC(HoldsCodes, Drives, Compresses):
         """Return the base `model` with the factors of `folder`."""
         latent_cache.hold(model, latent_plan.Plan.read(folder))
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
+        self._absorb(model)
         return model
+
+    def _absorb(self, model: torch.nn.Module) -> None:
+        if self.absorb:
+            factorised.absorb(model)
 
     def cache_at(self, point: Point) -> CachePolicy:
         """Return a cache of coordinates; what is kept whole is as ever."""
@@ -200,5 +213,5 @@ class LoRC(HoldsCodes, Drives, Compresses):
         unknown = ranks.Spectra.unknown(base)
         plan = latent_plan.Plan.read(folder) if folder and made else self._plan(unknown)
         own, held = list(plan.at(point.name).by_layer()), list(plan.factors().by_layer())
-        model = base.map(lambda i, layer: latents.latent_layer(layer, own[i], held[i]))
+        model = base.map(lambda i, x: latents.latent_layer(x, own[i], held[i], self.absorb))
         return self.codes.shape(model) if self.codes else model

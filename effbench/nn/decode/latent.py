@@ -9,7 +9,8 @@ turned at their places; values are not, for
 
     sum_s p_s (U_g z_s + b_g) = U_g (sum_s p_s z_s) + b_g      U_g [d, r]: the rows of head g
 
-so that a few queries mix coordinates and only what they mixed is expanded.
+so that a few queries mix coordinates and only what they mixed is expanded, if the output projection
+has not absorbed U (`effbench.nn.llama.factorised`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from effbench.nn.decode.handing import HandingLayer
 from effbench.nn.decode.view import LayerCache, View
+from effbench.nn.llama.factorised import AbsorbedOutput
 
 
 class Basis(NamedTuple):
@@ -78,6 +80,9 @@ class LatentLayer(HandingLayer):
         super().__init__(inner)
         self.key_basis = Basis.of(attention, "k_proj", keys)
         self.value_basis = Basis.of(attention, "v_proj", values)
+        output = attention.o_proj
+        self.absorbing = output if isinstance(output, AbsorbedOutput) else None
+        """Takes coordinates that were mixed, so that they are not expanded."""
         self.query_heads = attention.o_proj.in_features // attention.head_dim
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
@@ -92,7 +97,8 @@ class LatentLayer(HandingLayer):
         if self._rebuilds(width, self.value_basis):
             return replace(held, keys=made, values=self.value_basis.states(held.values))
         shared = held.values.expand(-1, keys.shape[1], -1, -1)
-        return replace(held, keys=made, values=shared, expand=self.value_basis.expanded)
+        expand = self.absorbing.marked if self.absorbing else self.value_basis.expanded
+        return replace(held, keys=made, values=shared, expand=expand)
 
     def _rebuilds(self, width: int, basis: Basis) -> bool:
         """Whether it takes fewer products to make values than to let so many queries mix z."""

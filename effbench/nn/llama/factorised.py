@@ -51,6 +51,58 @@ class FactorisedLinear(torch.nn.Module):
         return found
 
 
+class AbsorbedOutput(torch.nn.Linear):
+    """An output projection that takes values, or their coordinates with U_v multiplied into it.
+
+        sum_h W_h (U_g c_h + b_g) = sum_h M_h c_h + W b,      M_h = W_h U_g [d, R]
+
+    for the coordinates c_h [r] that query head h mixed, W_h [d, D] its columns of W, and U_g the
+    rows of its head of values. Which of the two it is given, their width says.
+
+    Args:
+        output: W.
+        values: The projection of values.
+        width: D, of a head.
+    """
+
+    def __init__(self, output: torch.nn.Linear, values: FactorisedLinear, width: int) -> None:
+        with torch.device("meta"):
+            super().__init__(output.in_features, output.out_features, bias=False)
+        self.weight, self.width = output.weight, width
+        self.register_parameter("bias", output.bias)
+        up, bias = values.up.weight.detach(), values.up.bias
+        groups = values.out_features // width
+        heads = output.weight.detach().double().unflatten(1, (groups, -1, width))
+        made = torch.einsum("oghw,gwr->ghro", heads, up.double().unflatten(0, (groups, width)))
+        self.absorbed = torch.nn.Parameter(made.flatten(0, 1).to(up.dtype), requires_grad=False)
+        """M of every query head, [H, R, d]."""
+        own = torch.zeros(values.out_features) if bias is None else bias.detach()
+        constant = heads.sum(2) * own.to(heads).view(groups, width)
+        self.register_buffer("constant", constant.sum((1, 2)).to(up.dtype), persistent=False)
+
+    def marked(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Return coordinates [B, W, H, r] so that they are no values: r = D have R + 1 - D zeros.
+
+        No coordinates are as wide as that, and no values.
+        """
+        if mixed.shape[3] != self.width:
+            return mixed
+        return torch.nn.functional.pad(mixed, (0, self.absorbed.shape[1] + 1 - self.width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., d] of values [..., H D], or of marked coordinates [..., H r]."""
+        if x.shape[-1] == self.in_features:
+            return super().forward(x)
+        heads, most = self.absorbed.shape[:2]
+        given = x.reshape(-1, heads, x.shape[-1] // heads).transpose(0, 1)
+        rank = self.width if given.shape[2] > most else given.shape[2]
+        made = torch.bmm(given[..., :rank], self.absorbed[:, :rank]).sum(0) + self.get_buffer(
+            "constant"
+        )
+        made = made if self.bias is None else made + self.bias
+        return made.view(*x.shape[:-1], -1)
+
+
 def directions(
     weight: torch.Tensor, gram: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +165,19 @@ def factorise(
                 setattr(attention, name, factorised(linear, basis))
             elif rank:
                 setattr(attention, name, FactorisedLinear.empty(linear, rank))
+
+
+def absorb(model: Any) -> None:
+    """Multiply the directions of values into the output projections, where they are factorised.
+
+    Args:
+        model: With the weights of its factors.
+    """
+    for layer in decoder_layers(model):
+        attention: Any = layer.self_attn
+        if isinstance(attention.v_proj, FactorisedLinear):
+            parts = attention.o_proj, attention.v_proj, attention.head_dim
+            attention.o_proj = AbsorbedOutput(*parts)
 
 
 def factors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

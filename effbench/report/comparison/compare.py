@@ -52,6 +52,7 @@ def compare(
     tunings: Sequence[Collection[str]] = (),
     all_pairs: bool = True,
     held: bool = True,
+    metrics: Collection[str] = (),
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -66,6 +67,7 @@ def compare(
         all_pairs: Whether rows get letters, for which each is tested against every other: work
             that grows with the square of the rows.
         held: Whether to say what was held equal, for which tuning trials are counted.
+        metrics: Names of those that are compared; all where none of them is in the first run.
 
     Raises:
         UserError: For one run at one point alone, for a margin of a metric that is not compared,
@@ -78,6 +80,8 @@ def compare(
         check_points(groups)
     labels = [group.label for group in groups]
     kinds = [_by_kind(group) for group in groups]
+    if any(kind.metric in metrics for kind in kinds[0]):
+        kinds = [{k: own for k, own in found.items() if k.metric in metrics} for found in kinds]
     tables, notes = [], different_versions(groups, known)
     missing: dict[str, list[str]] = {}
     for kind, own in kinds[0].items():

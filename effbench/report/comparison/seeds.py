@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from effbench.api.keys import leave_places_out
+from effbench.api.keys import copied, leave_places_out
 from effbench.api.stages import base as stages
 from effbench.api.stages.base import trains
 from effbench.report.labels import labels
@@ -99,7 +98,7 @@ def identity(record: Record, known: Mapping[str, Record]) -> tuple[str, Seeds]:
 
 def settings(record: Record) -> dict[str, Any]:
     """Return a copy of the spec without what its stage does not use, and where local files lie."""
-    spec = copy.deepcopy(record.spec)
+    spec: dict[str, Any] = copied(record.spec)
     evaluators = (plugin.get("settings") or {} for plugin in spec.get("evaluators") or ())
     for part in (spec.get("model") or {}, spec.get("dataset") or {}, *evaluators):
         leave_places_out(part)

@@ -170,7 +170,12 @@ def artefact_of(record: Record) -> str:
 
 
 def order(name: str, group: str) -> tuple[int, int]:
-    """Return where a column stands; a sort keeps those of a group in order of appearance."""
+    """Return where a column stands; a sort keeps those of a group in order of appearance.
+
+    Notes, which are wide and mostly empty, stand behind the usual metrics.
+    """
+    if (group, name) == ("run", "notes"):
+        return GROUPS.index("usual"), len(USUAL)
     return GROUPS.index(group), USUAL.index(name.partition(" ")[0]) if group == "usual" else 0
 
 

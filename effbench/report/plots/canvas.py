@@ -84,6 +84,8 @@ def direct_labels(axes: Axes, marks: Sequence[tuple[float, str, str]]) -> None:
             if overlap > 0:
                 heights[below] -= overlap / 2
                 heights[above] += overlap / 2
+        if heights and len(heights) * LABEL_GAP < 1:  # else there is no room for all within
+            heights[0], heights[-1] = max(0.0, heights[0]), min(1.0, heights[-1])
     for height, (_, name, colour) in zip(heights, ordered, strict=True):
         axes.annotate(
             name,

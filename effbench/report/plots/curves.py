@@ -13,11 +13,11 @@ from effbench.report.plots.canvas import (
     COLOURS,
     Size,
     canvas,
-    direct_labels,
     footnote,
     headline,
     save,
 )
+from effbench.report.plots.rows import Mark, rows_of
 from effbench.report.table import scale
 from effbench.util.errors import UserError, did_you_mean
 
@@ -32,6 +32,8 @@ MARKERS = "osD^vPX"
 """So that lines stay distinct without colour too."""
 
 
+MODELLED = ("modelled, not measured",)
+ALONE = ("95 % intervals of each value alone, not of differences",)
 CROWD = 4
 """Most lines or levels that have bars; more of them would hide each other."""
 
@@ -41,7 +43,8 @@ def comparison_plot(found: Comparison, metric: str, path: Path, size: Size = "sc
 
     Several seeds are one line, through their means. Bars and bands are 95 % intervals. Points whose
     names hold a number (`r1`, `r2`, `r4`) are put at that number, on a logarithmic axis when they
-    span a factor of four or more.
+    span a factor of four or more. Where nothing has two points, or their names have no
+    order, there is no line to draw: the rows are a list.
 
     Args:
         found: The comparison.
@@ -58,15 +61,22 @@ def comparison_plot(found: Comparison, metric: str, path: Path, size: Size = "sc
     names = list(dict.fromkeys(row.label for row in table.rows))
     series = [[r for r in table.rows if r.label == name] for name in names]
     factor, unit = _factor([r.value.value for rows in series for r in rows], series[0][0])
-    drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
-    figure = _drawn(names, drawn, kind.obtained == "modelled", size)
+    modelled = kind.obtained == "modelled"
+    points = [{r.point for r in rows if r.point} for rows in series]
+    lines = any(len(own) > 1 for own in points) and bool(_axis(set[str]().union(*points))[0])
+    if lines:
+        drawn = [[_Place(r.point, *_over(r.value, factor)) for r in rows] for rows in series]
+        figure = _drawn(names, drawn, modelled, size)
+    else:
+        figure = _listed(table.rows, factor, modelled, size)
     where = f" on {kind.split}" if kind.split else ""
     direction = f", {better(metric)} is better" if better(metric) else ""
     task = f" of {kind.task}" if kind.task else ""
     title = f"{words(metric)}{task}{where}{direction}"
     axes = figure.axes[0]
     headline(axes, title[0].upper() + title[1:], size)
-    axes.set_ylabel(f"{words(metric)} ({unit})" if unit else words(metric))
+    name = f"{words(metric)} ({unit})" if unit else words(metric)
+    (axes.set_ylabel if lines else axes.set_xlabel)(name)
     return save(figure, path, size)
 
 
@@ -99,13 +109,27 @@ class _Place(NamedTuple):
     high: float | None
 
 
+def _listed(rows: Sequence[Row], factor: float, modelled: bool, size: Size) -> Any:
+    """Return a figure with a line for each row: its value, its interval and its number."""
+    marks = []
+    for row in rows:
+        value, low, high = _over(row.value, factor)
+        bounds = (low, high) if _bounded(_Place("", value, low, high)) else (None, None)
+        number = str(row.value._replace(unit="")) if factor == 1 else str(row.value)
+        marks.append(Mark(row.name, value, *bounds, number, COLOURS[0]))
+    figure, _ = rows_of(marks, size)
+    said = ALONE if any(mark.low is not None for mark in marks) else ()
+    footnote(figure, [*MODELLED * modelled, *said])
+    return figure
+
+
 def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, size: Size) -> Any:
     """Return a figure with a line or a level for each name."""
     positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
-    places = _places(sum(not any(m.point for m in values) for values in series), bool(positions))
-    figure, axes = canvas(size)
-    axes.margins(x=0.1 if len(places) > 1 else 0.05)
     bars = len(series) <= CROWD
+    places = _places(sum(not any(m.point for m in values) for values in series), bars)
+    figure, axes = canvas(size)
+    axes.margins(x=0.1 if any(places) else 0.05)
     marks = []
     for number, (name, values) in enumerate(zip(names, series, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
@@ -114,14 +138,12 @@ def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, siz
         if pointed:
             _line(axes, [positions[m.point] for m in pointed], pointed, colour, number)
         else:
-            _level(axes, shown[0], colour, places.pop())
+            _level(axes, values[0], colour, places.pop(), MARKERS[number % len(MARKERS)])
         marks.append(((pointed or shown)[-1].value, name, colour))
     _finish_x(axes, positions, axis_name, log)
-    notes = ["modelled, not measured"] if modelled else []
-    if bars and any(_bounded(m) for values in series for m in values):
-        notes.append("bars and bands: 95 % interval of each value alone, not of differences")
-    footnote(figure, notes)
-    direct_labels(axes, marks)
+    barred = (values for values in series if bars or not any(m.point for m in values))
+    said = ALONE if any(_bounded(m) for values in barred for m in values) else ()
+    footnote(figure, [*MODELLED * modelled, *said])
     return figure
 
 
@@ -145,12 +167,15 @@ def _over(value: Value, factor: float) -> tuple[float, float | None, float | Non
 
 
 def _axis(names: Iterable[str]) -> tuple[dict[str, float], str, bool]:
-    """Return where each point lies, what the axis is called, and whether it is logarithmic."""
+    """Return where each point lies, what the axis is called, and whether it is logarithmic.
+
+    Nowhere, when their names are more than one number in the same words.
+    """
     unique = list(dict.fromkeys(names))
     parts = [re.fullmatch(r"(\D*)(\d+(?:\.\d+)?)(\D*)", name) for name in unique]
     matches = [m for m in parts if m]
     if len(matches) < len(unique) or len({(m[1], m[3]) for m in matches}) != 1:
-        return {name: float(i) for i, name in enumerate(unique)}, "operating point", False
+        return {}, "", False
     positions = {name: float(m[2]) for name, m in zip(unique, matches, strict=True)}
     least, most = min(positions.values()), max(positions.values())
     log = least > 0 and most / least >= 4
@@ -166,18 +191,19 @@ def _line(axes: Axes, xs: list[float], metrics: list[_Place], colour: str, numbe
             _bar(axes, x, metric, colour)
 
 
-def _places(levels: int, points: bool) -> list[float | None]:
-    """Return where across the axes each level has its bar; a single one gets a band instead."""
-    if levels == 1:
+def _places(levels: int, bars: bool) -> list[float | None]:
+    """Return where across the axes each level has its bar; a single one among few gets a band."""
+    if levels == 1 and bars:
         return [None]
-    if points:
-        return [0.99 - 0.018 * i for i in range(levels)]
-    return [(i + 1) / (levels + 1) for i in reversed(range(levels))]
+    return [0.99 - 0.03 * i for i in range(levels)]
 
 
-def _level(axes: Axes, metric: _Place, colour: str, place: float | None) -> None:
-    """Draw a run without points: a band, or a bar at `place` when bands would cover each other."""
-    axes.axhline(metric.value, color=colour, linewidth=1.8, linestyle="--")
+def _level(axes: Axes, metric: _Place, colour: str, place: float | None, marker: str) -> None:
+    """Draw a run without points: a band, or a mark at `place` when bands would cover each other."""
+    axes.axhline(metric.value, color=colour, linewidth=1.4, linestyle="--", zorder=1)
+    if place is not None:
+        across = axes.get_yaxis_transform()
+        axes.plot(place, metric.value, color=colour, marker=marker, markersize=6, transform=across)
     if not _bounded(metric):
         return
     if place is None:
@@ -211,9 +237,6 @@ def words(metric: str) -> str:
 
 
 def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> None:
-    if not positions:
-        axes.set_xticks([])
-        return
     if log:
         axes.set_xscale("log", base=2)
     axes.set_xticks(list(positions.values()), list(positions))

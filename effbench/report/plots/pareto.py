@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, NamedTuple
 
 from effbench.report.plots.canvas import COLOURS, GREY, canvas, footnote, save
 from effbench.report.plots.curves import MARKERS
 from effbench.report.table import Value, scale
 from effbench.util.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FAR = 1.0
 """Differences above are not drawn: they would press all others together."""

@@ -1,0 +1,59 @@
+"""Decoding speeds of a table's rows, which other runs of the same artefact may have measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effbench.report.facts import Facts
+from effbench.report.table import Value, as_value
+from effbench.results.records import Record, read
+
+DECODING = "decode_tokens_per_second"
+
+
+def decoding_speed(
+    records: Sequence[Record], point: str, there: Sequence[Facts], folder: Path
+) -> Value | None:
+    """Return the decoding speed of runs at an operating point; None where no record has it.
+
+    It is that of the first of them, else that of an evaluation of the same artefact, or of the same
+    untouched model, with the same method, model and hardware.
+
+    Args:
+        records: Runs of one row.
+        point: Where it is wanted.
+        there: What is kept of all records.
+        folder: Where they are.
+    """
+    own = (at_point(record, DECODING, point) for record in records)
+    others = (
+        at_point(other, DECODING, point)
+        for record in records
+        for other in _evaluations(record, there, folder)
+    )
+    return next((speed for found in (own, others) for speed in found if speed), None)
+
+
+def at_point(record: Record, name: str, point: str) -> Value | None:
+    """Return a metric at an operating point, or that of the run as a whole."""
+    found = {m.point: as_value(m) for m in record.metrics if m.name == name}
+    return found.get(point) or found.get("")
+
+
+def _evaluations(record: Record, there: Sequence[Facts], folder: Path) -> list[Record]:
+    """Return other runs that evaluated what a run's numbers are of."""
+    near = [f.key for f in there if f.key != record.key and _near(f, record)]
+    found = (read(folder / f"{key}.json", outcomes=False) for key in near)
+    return [other for other in found if _setting(other) == _setting(record)]
+
+
+def _near(fact: Facts, record: Record) -> bool:
+    if fact.stage != "eval" or fact.method != record.name_of("method"):
+        return False
+    return fact.parent == (record.parent if record.stage == "eval" else record.key)
+
+
+def _setting(record: Record) -> list[Any]:
+    return [record.spec.get(part) for part in ("method", "model", "hardware")]
