@@ -181,8 +181,9 @@ def completed(cls: type, spec: dict[str, Any]) -> dict[str, Any]:
         return spec
     spec = copied(spec)
     for _, part, came_later in _parts(cls, spec):
-        for name in came_later.keys() - part.keys():
-            part[name] = copied(came_later[name])
+        for name, absent in came_later.items():  # in their order, which tables show
+            if name not in part:
+                part[name] = copied(absent)
     return spec
 
 

@@ -170,6 +170,14 @@ def test_a_new_plugin_leaves_all_its_defaults_out(grow: Grow, monkeypatch) -> No
     assert keys.hashed(spec)["method"] == {"name": "lora", "settings": {}}
 
 
+def test_fields_that_came_later_are_in_the_order_in_which_they_are_declared() -> None:
+    spec = keys.completed(Spec, {"method": {"name": "lorc", "settings": {}}})
+    found = list(spec["method"]["settings"])
+    declared = dataclasses.fields(registry.find("methods", "lorc"))
+    assert found == [f.name for f in declared if f.name in found]
+    assert len(found) > 5
+
+
 def test_a_default_that_changed_is_in_the_key_and_old_runs_keep_the_earlier_one(
     bench, grow: Grow
 ) -> None:

@@ -65,7 +65,7 @@ def read(folder: Path, auto: str) -> Any:
     return getattr(transformers, auto).from_pretrained(folder).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_classifier_says_the_same(bench: Bench, tmp_path: Path, method: str) -> None:
     key, ours = made(bench, [*CLASSES, f"method={method}"], "nats/row")
     said = export(key, tmp_path / "new", "", bench.root)
@@ -89,8 +89,7 @@ def test_an_encoder_decoder_says_the_same(bench: Bench, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(**both).logits, ours(**both).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["t5", "mt5"])
+@pytest.mark.parametrize(("family", "tied"), [("t5", False), ("mt5", True)])
 def test_a_head_of_its_own_stays_one(tmp_path: Path, family: str, tied: bool) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     values = {"vocab_size": 260, "decoder_start_token_id": 0, **sizes}

@@ -438,7 +438,7 @@ def test_a_crash_between_artefact_and_note_is_survived(
 ) -> None:
     made = job(bench, "lora", "train.checkpoint_every=2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "note_made", lambda run: interrupt())
+        patch.setattr(train, "note_made", lambda *_, **__: interrupt())
         run_here(made)
     first = weights(bench, made)
     run_here(made)
