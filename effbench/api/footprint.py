@@ -42,6 +42,8 @@ POINTS_AT_ONCE = 8
 that they share is an eighth by then."""
 SCORE_BYTES = 8
 """Float32 bytes per logit at the peak of a loss without gradients: logits, their log-softmax."""
+HEAD_ROWS = 128
+"""Positions whose logits over the vocabulary are in memory at a time where answers are scored."""
 
 
 @dataclass(frozen=True)

@@ -234,19 +234,27 @@ def _check_group(override: Any, text: str, extra: Sequence[Path]) -> str:
 
 
 def _names_in(override: Any) -> list[str]:
+    """Return the options that an override names.
+
+    Raises:
+        UserError: When a list holds what is no name, which Hydra would not bear.
+    """
     from hydra.core.override_parser.types import QuotedString, Sweep
 
     value = override._value
-    if isinstance(value, Sweep):
-        value = getattr(value, "list", None) or []
+    swept = isinstance(value, Sweep)
+    values = (getattr(value, "list", None) or []) if swept else [value]
     names: list[str] = []
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, QuotedString):
-            names.append(item.text)
-        elif isinstance(item, list):
-            names += [str(i) for i in item]
-        elif item is not None:
-            names.append(str(item))
+    for choice in values:
+        for item in choice if isinstance(choice, list) else [choice]:
+            if isinstance(choice, list) and (item is None or isinstance(item, list | dict)):
+                group = override.key_or_group
+                raise UserError(
+                    f"{override.input_line}: a list for {group} holds names.",
+                    f"For none: {group}=[]",
+                )
+            if item is not None:
+                names.append(item.text if isinstance(item, QuotedString) else str(item))
     return names
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.batch import by_length
-from effbench.api.footprint import Pass
+from effbench.api.footprint import HEAD_ROWS, Pass
 from effbench.api.schema import digest
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
@@ -243,6 +243,11 @@ def scored(data: Data | None, split: str, batch_tokens: int) -> list[Pass]:
         Pass("score", len(group), lengths[group[0]], sum(counted[i] for i in group))
         for group in by_length(lengths, batch_tokens)
     ]
+
+
+def answered(passes: Sequence[Pass]) -> list[Pass]:
+    """Return passes that score answers: the head reads few of their positions at once."""
+    return [replace(one, counted=min(one.counted, HEAD_ROWS)) for one in passes]
 
 
 def exponential(value: float | None) -> float:

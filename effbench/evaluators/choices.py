@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import NonNegativeInt, PositiveInt, digest
 from effbench.api.shape import ModelShape
-from effbench.evaluators.base import Evaluator, Result, check_splits, exponential
+from effbench.evaluators.base import Evaluator, Result, answered, check_splits, exponential
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.nn.model_kinds.base import find as find_model
@@ -24,8 +24,10 @@ from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from effbench.api.examples import Example, Tokens
+    from effbench.api.footprint import Pass
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, Spec
+    from effbench.data.dataset import Data
     from effbench.data.lm_eval_tasks import BenchmarkTask
     from effbench.data.overlap import Trained
 
@@ -61,6 +63,10 @@ class Choices(Evaluator):
     def splits(self) -> tuple[str, ...]:
         """Return the dataset's splits, unless lm-eval's tasks are evaluated."""
         return () if self.tasks else super().splits()
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of answers that it scores."""
+        return answered(super().passes(spec, data))
 
     def sealed(self) -> Choices:
         """Return itself with the hash of its files."""

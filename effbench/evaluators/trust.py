@@ -17,14 +17,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effbench.api.schema import NonNegativeInt, PositiveInt
-from effbench.evaluators.base import Evaluator, Result
+from effbench.evaluators.base import Evaluator, Result, answered
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
+    from effbench.api.footprint import Pass
     from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
+    from effbench.data.dataset import Data
     from effbench.evaluators.trustworthiness.answers import Asked
 
 
@@ -67,6 +69,10 @@ class Trust(Evaluator):
     def others(self) -> tuple[str, ...]:
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
+
+    def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return the batches of answers that it scores."""
+        return answered(super().passes(spec, data))
 
     def run(self, subject: Subject) -> Result:
         """Return scores, differences and shifts by dimension, and how far the model moved."""

@@ -147,6 +147,8 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["method.rank=4,8", "--dry-run"], ["several runs", "-m"]),
         (["model=null"], ["exactly one model", "tiny"]),
         (["~dataset"], ["exactly one dataset", "gsm8k-test"]),
+        (["evaluator=[null]"], ["a list for evaluator holds names", "evaluator=[]"]),
+        (["evaluator=[perplexity,[choices]]"], ["a list for evaluator holds names"]),
         (["method=[lora,full]"], ["exactly one method", "adalora"]),
         (["model=hub"], ["model.id has no value", "model.id=VALUE"]),
         (["model=folder"], ["model.path has no value", "model.path=VALUE"]),

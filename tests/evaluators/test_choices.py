@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Bench
 
+from effbench.api.footprint import HEAD_ROWS
 from effbench.api.points import UNNAMED
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
@@ -48,6 +49,14 @@ def piqa(path: Path) -> list[str]:
 
 def of_task(record: Record, task: str) -> dict[str, Any]:
     return {m.name: m for m in record.metrics if m.task == task}
+
+
+def test_the_head_reads_few_positions_at_once(bench: Bench) -> None:
+    spec = bench.job("eval").spec
+    [one] = Choices(tasks=["piqa"], batch_tokens=2048).passes(spec)
+    assert (one.size, one.counted) == (2048, HEAD_ROWS)
+    [one] = Choices(tasks=["piqa"], batch_tokens=100).passes(spec)
+    assert (one.size, one.counted) == (100, 100)
 
 
 # -- against lm-eval -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
+from effbench.api.footprint import HEAD_ROWS
 from effbench.nn.llama.head import has_plain_head
 from effbench.nn.llama.stack import keeps_states, slides
 from effbench.nn.scoring.attention import in_pieces
@@ -38,9 +39,6 @@ LEAST_SAVING = 64
 
 DEEPEST = 64
 """Levels of common starts within common starts that are searched for stems."""
-
-HEAD_ROWS = 128
-"""Places at which logits over the vocabulary are in memory at a time."""
 
 
 @dataclass(frozen=True)
