@@ -24,7 +24,7 @@ from effbench.runner.nursery import nursery
 from effbench.runner.objective import Objective
 from effbench.runner.signals import INTERRUPTED
 from effbench.util.errors import RunFailedError, UserError
-from effbench.util.files import write_atomic
+from effbench.util.files import mendable
 from effbench.util.wrap import write
 
 
@@ -118,7 +118,9 @@ def keep(cell: Cell, place: Path) -> None:
         place: Its folder in that of the grid.
     """
     outcome = Outcome(cell.words, cell.key, cell.error, cell.value, cell.seconds)
-    write_atomic(place / OUTCOME, json.dumps(vars(outcome)))
+    with mendable(place):  # not forced to the disk one by one: a grid may have thousands
+        place.mkdir(parents=True, exist_ok=True)
+        (place / OUTCOME).write_text(json.dumps(vars(outcome)))
 
 
 def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
