@@ -242,13 +242,12 @@ def _names_in(override: Any) -> list[str]:
     from hydra.core.override_parser.types import QuotedString, Sweep
 
     value = override._value
-    swept = isinstance(value, Sweep)
-    values = (getattr(value, "list", None) or []) if swept else [value]
+    values = (getattr(value, "list", None) or []) if isinstance(value, Sweep) else [value]
     names: list[str] = []
     for choice in values:
         for item in choice if isinstance(choice, list) else [choice]:
-            if isinstance(choice, list) and (item is None or isinstance(item, list | dict)):
-                group = override.key_or_group
+            several = isinstance(choice, list) and (group := override.key_or_group) in SEVERAL
+            if several and (item is None or isinstance(item, list | dict)):
                 raise UserError(
                     f"{override.input_line}: a list for {group} holds names.",
                     f"For none: {group}=[]",

@@ -196,8 +196,8 @@ def _evaluators(value: Any, where: str) -> dict[str, Any]:
     """Return settings by evaluator, from a list of names or of plug-ins, or from a mapping."""
     if isinstance(value, dict):
         value = [{"name": name, "settings": settings or {}} for name, settings in value.items()]
-    listed = value if isinstance(value, list) else [value]
-    plugged = [_plugged("evaluators", v, where) for v in listed if v is not None]
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    plugged = [_plugged("evaluators", v, where) for v in listed]
     return {p["name"]: {k: v for k, v in p.items() if k != "name"} for p in plugged}
 
 

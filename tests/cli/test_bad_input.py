@@ -147,6 +147,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         (["method.rank=4,8", "--dry-run"], ["several runs", "-m"]),
         (["model=null"], ["exactly one model", "tiny"]),
         (["~dataset"], ["exactly one dataset", "gsm8k-test"]),
+        (["hardware=[null]"], ["exactly one hardware"]),
         (["evaluator=[null]"], ["a list for evaluator holds names", "evaluator=[]"]),
         (["evaluator=[perplexity,[choices]]"], ["a list for evaluator holds names"]),
         (["method=[lora,full]"], ["exactly one method", "adalora"]),

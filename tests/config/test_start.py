@@ -117,6 +117,7 @@ def test_an_earlier_run_is_started_from(job: Job) -> None:
         ("model: tniy", [], "no model called 'tniy'", "'tiny'"),
         ("model: {path: x}", [], "model.name is missing", "effbench list models"),
         ("method: {rank: 3}", [], "one of its methods has no name", "name: NAME"),
+        ("evaluators: [null]", [], "one of its evaluators has no name", "name: NAME"),
         ("method: qdlora", [], "no method called 'qdlora'", "'qdylora'"),
         ("method: {name: lora, rnak: 3}", [], "'method.rnak'", "'rank'"),
         ("train: 5", [], "train must hold keys", "train: {KEY: VALUE}"),

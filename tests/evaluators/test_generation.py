@@ -77,6 +77,18 @@ def test_the_batch_changes_nothing(subject: Subject) -> None:
         assert together == turned == alone
 
 
+def test_a_cache_is_made_at_its_full_size_at_once(subject: Subject) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    class Ready(CachedSession):
+        def reserve(self, *sizes: int) -> None:
+            asked.append(sizes)
+
+    prompts = [*prompts_of([9, 4]), *prompts_of([6], max_new_tokens=11)]
+    generate(Ready(subject.model), prompts, str, device=CPU)
+    assert asked == [(3, 9 + 11, 9)]
+
+
 def test_any_padding_token_will_do(subject: Subject) -> None:
     prompts = prompts_of([9, 4, 1])
     results = [decoded(subject, prompts, pad_token_id=pad) for pad in (0, 2, 99)]
