@@ -23,7 +23,7 @@ from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.seals import sealed, unsealed
 
-FORM = 3
+FORM = 4
 """Raised when a survey finds something else, or is written down in another way."""
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config says that changes nothing in a shape."""

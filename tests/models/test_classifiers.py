@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,19 @@ def test_classes_are_asked_for_unless_something_else_is() -> None:
     assert asked == chosen
     other = ["model=tiny", "dataset=noisy-classes", "method=full"]
     assert [e.name for e in compose("train", other).spec.evaluators] == ["perplexity"]
+
+
+@pytest.mark.parametrize("ending", ["ForCausalLM", "ForSequenceClassification"])
+def test_what_answers_at_its_last_token_needs_one_for_padding(tmp_path: Path, ending: str) -> None:
+    values = CONFIG_MAPPING["qwen2"](**SIZES, num_key_value_heads=2).to_dict()
+    values |= {"architectures": [f"Qwen2{ending}"], "pad_token_id": None}
+    spec = ModelSpec("own", "folder", path=str(tmp_path), kind="classifier", classes=3)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="'qwen2' needs a token for padding") as caught:
+        models.shape_of(spec)
+    assert "pad_token_id" in caught.value.hint
+    (tmp_path / "config.json").write_text(json.dumps({**values, "pad_token_id": 0}))
+    assert models.shape_of(spec).outputs == 3  # type: ignore[union-attr]
 
 
 def test_a_head_is_put_on_an_encoder_without_one(tmp_path: Path) -> None:

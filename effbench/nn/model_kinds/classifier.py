@@ -56,6 +56,14 @@ class Classifier(ModelKind):
             return f"it is for {config['problem_type']}"
         return ""
 
+    def adjust(self, model: Any, config: Mapping[str, Any]) -> None:
+        """Refuse a model that cannot tell where a text ends: decoders answer at its last token."""
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise UserError(
+                f"A classifier of type {model.config.model_type!r} needs a token for padding.",
+                "Set pad_token_id in its config.json to a token that no text ends with.",
+            )
+
     def positions(self, config: Any) -> int:
         """Return the longest text; RoBERTa's positions begin behind that of its padding."""
         found = super().positions(config)
