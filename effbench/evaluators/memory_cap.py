@@ -18,6 +18,9 @@ from effbench.util.errors import UserError, says_out_of_memory
 OUT_OF_MEMORY = 97
 """Exit status of a trial that ran out of memory."""
 
+NO_THREAD = ("can't start new thread", "resource temporarily unavailable")
+"""How Python and Rust say that a thread could not be had: under a cap, for want of its stack."""
+
 
 def succeeds_under(cap: int, work: Mapping[str, Any], device: str) -> bool:
     """Return whether `work` succeeds with at most `cap` bytes.
@@ -39,10 +42,14 @@ def succeeds_under(cap: int, work: Mapping[str, Any], device: str) -> bool:
     )
     if done.returncode == 0:
         return True
-    if done.returncode == OUT_OF_MEMORY or says_out_of_memory(done.stderr):
+    if done.returncode == OUT_OF_MEMORY or _speaks_of_memory(done.stderr):
         return False
     last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
     raise UserError(f"A trial of the smallest cap failed, and not for memory: {last}")
+
+
+def _speaks_of_memory(text: str) -> bool:
+    return says_out_of_memory(text) or any(sign in text.lower() for sign in NO_THREAD)
 
 
 def cap_here(cap: int, device: str) -> None:

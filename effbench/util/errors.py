@@ -69,8 +69,10 @@ MEMORY_SIGNS = (
     "bad_alloc",
     "out of memory",
     "storage size calculation overflowed",
+    "memoryerror",
+    "memory allocation of",
 )
-"""How C++ libraries say that an allocation failed, in lower case."""
+"""How libraries in C++, Python and Rust say that an allocation failed, in lower case."""
 
 
 def says_out_of_memory(text: str) -> bool:

@@ -93,4 +93,11 @@ def test_a_trial_in_a_process_of_its_own(bench: Bench) -> None:
 def test_what_speaks_of_memory() -> None:
     assert memory_cap.says_out_of_memory("DefaultCPUAllocator: can't allocate memory: you tried")
     assert memory_cap.says_out_of_memory("terminate called after throwing 'std::bad_alloc'")
-    assert not memory_cap.says_out_of_memory("KeyError: 'weights'")
+    assert memory_cap.says_out_of_memory("  File ..., in get_data\nMemoryError: \n")
+    assert memory_cap.says_out_of_memory("memory allocation of 4194304 bytes failed")
+    assert memory_cap._speaks_of_memory("RuntimeError: can't start new thread")
+    assert memory_cap._speaks_of_memory(
+        "ThreadPoolBuildError { Os { code: 11, kind: WouldBlock, "
+        'message: "Resource temporarily unavailable" } }\nnote: run with `RUST_BACKTRACE=1` ...'
+    )
+    assert not memory_cap._speaks_of_memory("KeyError: 'weights'")
