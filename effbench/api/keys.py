@@ -247,8 +247,12 @@ def earlier_keys(spec: Any) -> list[str]:
 
 def later_fields(cls: type, name: str) -> Mapping[str, Any]:
     """Return the fields that came later with the value that means what was done without them."""
-    founding = FOUNDING.get(name, "").split()
-    found = {}
+    return _beside(cls, FOUNDING.get(name, ""))
+
+
+@cache
+def _beside(cls: type, founding_names: str) -> Mapping[str, Any]:
+    founding, found = founding_names.split(), {}
     for field in dataclasses.fields(cls):
         if field.name in founding:
             continue

@@ -10,6 +10,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
@@ -38,14 +39,15 @@ ModelText = Annotated[str, ESCAPES]
 r"""What a model reads or writes: typed in a command, \n in it is a line end."""
 
 
-def escaped(cls: type[Any]) -> set[str]:
+@cache
+def escaped(cls: type[Any]) -> frozenset[str]:
     """Return the fields of a dataclass that hold `ModelText`, or several."""
 
     def holds(hint: Any) -> bool:
         return ESCAPES in getattr(hint, "__metadata__", ()) or any(map(holds, get_args(hint)))
 
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name for field in dataclasses.fields(cls) if holds(hints[field.name])}
+    return frozenset(f.name for f in dataclasses.fields(cls) if holds(hints[f.name]))
 
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -158,10 +160,16 @@ def _names_in(cls: type, path: list[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+_LEAVES = frozenset({str, int, float, bool, type(None)})
+
+
 def plain(value: Any) -> Any:
     """Return a dataclass, mapping or sequence as plain JSON values, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(kind)}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -175,8 +183,8 @@ def canonical(value: Any) -> str:
 
 
 def _one_form(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, dict):
         return {k: _one_form(v) for k, v in value.items()}
     if isinstance(value, list):

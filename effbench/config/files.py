@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 from effbench.api import registry
@@ -19,8 +20,16 @@ PLUGGED: dict[str, registry.Kind] = {"method": "methods", "evaluator": "evaluato
 
 def groups(extra: Sequence[Path] = ()) -> list[str]:
     """Return the config groups, sorted."""
-    folders = {p.name for d in (conf_dir(), *extra) for p in d.iterdir() if p.is_dir()}
-    return sorted(folders - READ_ALONE)
+    return sorted(_own_folders().union(*map(_folders, extra)) - READ_ALONE)
+
+
+@cache
+def _own_folders() -> frozenset[str]:
+    return frozenset(_folders(conf_dir()))
+
+
+def _folders(place: Path) -> set[str]:
+    return {p.name for p in place.iterdir() if p.is_dir()}
 
 
 def options(group: str, extra: Sequence[Path] = ()) -> dict[str, Path | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class Grid:
 
 def declare(folder: Path, grid: Grid) -> None:
     """Note the runs of a grid before the first one begins."""
-    cells = [{name: asdict(cell)[name] for name in DECLARED} for cell in grid.cells]
+    cells = [{name: getattr(cell, name) for name in DECLARED} for cell in grid.cells]
     values = {"name": grid.name, "command": grid.command, "jobs": grid.jobs, "cells": cells}
     write_atomic(folder / GRID, json.dumps(values, indent=1) + "\n")
 
