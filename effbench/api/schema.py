@@ -40,7 +40,7 @@ r"""What a model reads or writes: typed in a command, \n in it is a line end."""
 
 
 @cache
-def escaped(cls: type[Any]) -> frozenset[str]:
+def escaped(cls: type) -> frozenset[str]:
     """Return the fields of a dataclass that hold `ModelText`, or several."""
 
     def holds(hint: Any) -> bool:

@@ -386,7 +386,7 @@ def _is_model_text(place: str, config: dict[str, Any]) -> bool:
     """Whether the setting at a place is text that a model reads or writes."""
     group, *inside = place.split(".")
     name = inside.pop() if inside else ""
-    cls: type[Any] | None = None
+    cls: type | None = None
     if group == "dataset" and not inside:
         cls = DatasetSpec
     elif group == "method" and not inside and isinstance(config.get("method"), dict):
