@@ -259,7 +259,7 @@ def test_mistakes_are_named(judged: Judge, policy: Any, ref: str, said: str) -> 
 
 
 def test_a_metric_of_another_point_is_named(judged: Judge) -> None:
-    with pytest.raises(UserError, match="It has it at r1. Judge 0009@r1"):
+    with pytest.raises(UserError, match=r"at this point\.\nIt has it at r1\. Judge 0009@r1"):
         judged(metrics(margin_of_score=1), f"{FAMILY}@r8", f"{FAMILY}@r1")
 
 
