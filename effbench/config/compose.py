@@ -541,7 +541,8 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
             f"{spec.model.name} leaves the range of hardware.dtype=float16, as T5 does.",
             "Use hardware.dtype=bfloat16 or float32.",
         )
-    if kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
+    reads = bool(spec.evaluators) or stages.find(spec.stage).makes
+    if reads and kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
         message, hint = kind.other_rows
         raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)
 

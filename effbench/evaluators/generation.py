@@ -267,7 +267,8 @@ class Generation(Evaluator):
                 f"{name}: a prompt of {len(longest.ids)} tokens and an answer of up to "
                 f"{longest.max_new_tokens} are more than the "
                 f"{subject.shape.max_positions} positions of the model.",
-                f"{questions.shorten}, or evaluator.generation.max_new_tokens.",
+                f"{questions.shorten}, or evaluator.generation.max_new_tokens"
+                f"{'; or ask the own dataset: evaluator.generation.tasks=[]' if self.tasks else ''}.",
             )
 
     # -- metrics -------------------------------------------------------------------------------

@@ -254,6 +254,10 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no JSON object.", "The file is corrupt; get it anew.")
+    if not config.get("model_type"):
+        raise UserError(
+            f"{path} has no model_type.", "Give the folder of a saved transformers model."
+        )
     return shape_in(config, str(path), spec)
 
 
@@ -707,6 +711,8 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    from effbench.util.hf import reason_of
+
     try:
         yield
     except UnpicklingError as error:
@@ -725,10 +731,9 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
     ) as error:
         if spec.source == "hub" and not isinstance(error, ImportError):
             raise _hub_error(spec, error) from error
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         files = isinstance(error, OSError | SafetensorError | json.JSONDecodeError)
         raise UserError(
-            f"{spec.path or spec.name} cannot be loaded: {reason.rstrip('.')}.",
+            f"{spec.path or spec.name} cannot be loaded: {reason_of(error)}.",
             "A file is missing, truncated or corrupt; get the model's files anew."
             if files
             else "That is what transformers says of it; its files may be right.",
@@ -736,9 +741,10 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
 
 
 def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    from effbench.util.hf import reason_of
+
     return UserError(
-        f"{spec.id} cannot be had from the model hub: {reason.rstrip('.')}.",
+        f"{spec.id} cannot be had from the model hub: {reason_of(error)}.",
         "Check the id and the network (a gated model needs `hf auth login`). "
         f"Without the hub: {', '.join(offline_models())}.",
     )
