@@ -674,11 +674,27 @@ def _check_model(model: torch.nn.Module, shape: AnyShape) -> None:
     from effbench.models.survey import hold, require_causal, require_same_when_padded
     from effbench.nn.llama.walk import is_llama
 
+    _require_tied(model, shape)
     hold(shape, model)
     if not kind_of(model).caches:
         require_same_when_padded(model)
     elif not is_llama(model):
         require_causal(model)
+
+
+def _require_tied(model: Any, shape: AnyShape) -> None:
+    """Refuse a head of its own where the config says that the model has none, as T5's always does.
+
+    Raises:
+        UserError: With what to write there.
+    """
+    head = model.get_output_embeddings()
+    if shape.tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            "The files hold lm_head.weight, but by config.json the embedding is the head too.",
+            "Set tie_word_embeddings to false in its config.json: transformers 5 writes true there "
+            "for this type, whatever is so.",
+        )
 
 
 def _own_kind(folder: Path) -> str:

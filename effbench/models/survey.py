@@ -172,7 +172,7 @@ def hold(shape: AnyShape, model: Any) -> None:
         raise UserError(
             f"{type(model).__name__} has {found:,} parameters, but its config says "
             f"{shape.params:,}.",
-            kind_of(model).uncounted,
+            "The config does not belong to these weights, or effbench counts them wrongly.",
         )
     bare = {(i, x.name) for i, layer in enumerate(shape.layers) for x in layer.linears if x.bare}
     named = [
