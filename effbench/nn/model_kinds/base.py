@@ -28,10 +28,6 @@ class ModelKind:
     noun: ClassVar[str] = "causal language model"
     instead: ClassVar[str] = ""
     """What to do about a model that is none."""
-    uncounted: ClassVar[str] = (
-        "The config does not belong to these weights, or effbench counts them wrongly."
-    )
-    """What to do about a model with more or less parameters than its config says."""
     auto: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads its models."""
     endings: ClassVar[tuple[str, ...]] = ()

@@ -33,10 +33,6 @@ class Seq2Seq(ModelKind):
     )
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     caches: ClassVar[bool] = False
-    uncounted: ClassVar[str] = (
-        "If its files hold lm_head.weight, set tie_word_embeddings to false in its config.json: "
-        "transformers 5 writes true there whatever is so."
-    )
     windows: ClassVar[bool] = False
     forms: ClassVar[tuple[str, ...]] = ("transformers",)
     rows: ClassVar[str] = "asks"

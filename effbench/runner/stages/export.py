@@ -11,8 +11,9 @@ from effbench.api.points import Point, find_point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Job, Runtime, Spec
 from effbench.api.stages import base as stages
+from effbench.data.dataset import class_names
 from effbench.models.load import known_shape
-from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find, kind_of
 from effbench.report.model_card import Card, write_card
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
@@ -162,9 +163,26 @@ def _plain(work: Exporting, new: Path, base: Any) -> str:
     from effbench.nn.pruning import plain
 
     made = _checked(work)
+    _name_classes(work, made.model)
     plain.write(made, new)
     work.run.tokenizer.save_pretrained(new)
     return "transformers"
+
+
+def _name_classes(work: Exporting, model: Any) -> None:
+    """Let a classifier call its classes what the rows that it last learnt from call them."""
+    run = work.run
+    learnt = [s for s in (*run.store.ancestors(run.spec).values(), run.spec) if _trains(s)]
+    if kind_of(model).speaks or not learnt:
+        return
+    names = class_names(learnt[-1].dataset)
+    if len(names) == model.config.num_labels:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: n for n, name in enumerate(names)}
+
+
+def _trains(spec: Spec) -> bool:
+    return stages.find(spec.stage).trains
 
 
 def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
