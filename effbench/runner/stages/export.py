@@ -113,14 +113,14 @@ def _kind(spec: Spec) -> ModelKind:
     return find(ModelShape.of(shape).kind if shape else CAUSAL)
 
 
-def _form(spec: Spec, kind: ModelKind, to: Target) -> Target:
+def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
     """Return in what form a model of a kind leaves.
 
     Raises:
         UserError: Before anything is loaded, for a form that has no place for it.
     """
     if to == "auto":
-        return "transformers" if kind.forms == ("transformers",) else to
+        return to if "gguf" in kind.forms else kind.forms[0]
     if to not in kind.forms:
         raise UserError(
             f"{spec.model.name} is a {kind.name} ({kind.noun}), which is not written for {to}.",
@@ -209,6 +209,9 @@ def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
             f"It was trained on {work.method.weights} weights: load its base so for the same "
             "answers, or write a whole model with --to transformers."
         )
+    if not kind_of(work.model).speaks:
+        classes = work.model.config.num_labels
+        work.said.append(f"The head comes with it: load its base with num_labels={classes}.")
     peft_lora.write_adapter(adapter, new, replace(peft_lora.base_of(work.model), name=name))
     return "peft"
 
