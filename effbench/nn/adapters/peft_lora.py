@@ -186,7 +186,7 @@ def _config(
         alpha_pattern={name: adapter.alpha * r / rank for name, r in lower.items()},
         use_dora=bool(adapter.magnitudes),
         modules_to_save=[*adapter.whole, *base.heads] or None,
-        task_type=base.task,  # type: ignore[arg-type]
+        task_type=base.task,
         base_model_name_or_path=base.name,
         inference_mode=True,
     )

@@ -77,7 +77,7 @@ def export(
     store = Store(results)
     key, spec = _maker(store, ref)
     kind = _kind(spec)
-    to = _form(spec, kind, to)
+    wanted = _form(spec, kind, to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -94,9 +94,9 @@ def export(
     at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
     artefact = store.run(key).check_artefact(whole=True)
     held = None if dtype == "auto" else getattr(torch, dtype)
-    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[to]
+    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[wanted]
     with torch.no_grad():
-        stands = to == "peft" and bool(run.lineage.earlier)
+        stands = wanted == "peft" and bool(run.lineage.earlier)
         base = plain.plain_model(opened.model) if stands else None
         model = own.load(opened.model, artefact, context(run)).eval()
         folder.parent.mkdir(parents=True, exist_ok=True)
