@@ -44,6 +44,7 @@ class Generation(Evaluator):
     """Exact match of written answers, and how long they are."""
 
     headline: ClassVar[str] = "exact_match"
+    gives: ClassVar[tuple[str, ...]] = ("output_tokens", "truncated")
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
     trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
 
