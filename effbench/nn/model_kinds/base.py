@@ -42,7 +42,9 @@ class ModelKind:
     writes: ClassVar[bool] = True
     """Whether it writes text, token by token."""
     forms: ClassVar[tuple[str, ...]] = ("transformers", "peft", "gguf")
-    """In what its models leave; one form alone is what `--to auto` writes."""
+    """In what its models leave; without GGUF among them `--to auto` writes the first."""
+    task: ClassVar[str] = "CAUSAL_LM"
+    """What peft calls the work of its models."""
     evaluator: ClassVar[str] = ""
     """What asks its models where no evaluator is chosen; empty for what the stage has."""
     rows: ClassVar[str] = ""

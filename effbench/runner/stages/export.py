@@ -77,7 +77,7 @@ def export(
     store = Store(results)
     key, spec = _maker(store, ref)
     kind = _kind(spec)
-    to = _form(spec, kind, to)
+    wanted = _form(spec, kind, to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -94,9 +94,9 @@ def export(
     at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
     artefact = store.run(key).check_artefact(whole=True)
     held = None if dtype == "auto" else getattr(torch, dtype)
-    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[to]
+    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[wanted]
     with torch.no_grad():
-        stands = to == "peft" and bool(run.lineage.earlier)
+        stands = wanted == "peft" and bool(run.lineage.earlier)
         base = plain.plain_model(opened.model) if stands else None
         model = own.load(opened.model, artefact, context(run)).eval()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -113,14 +113,14 @@ def _kind(spec: Spec) -> ModelKind:
     return find(ModelShape.of(shape).kind if shape else CAUSAL)
 
 
-def _form(spec: Spec, kind: ModelKind, to: Target) -> Target:
+def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
     """Return in what form a model of a kind leaves.
 
     Raises:
         UserError: Before anything is loaded, for a form that has no place for it.
     """
     if to == "auto":
-        return "transformers" if kind.forms == ("transformers",) else to
+        return to if "gguf" in kind.forms else kind.forms[0]
     if to not in kind.forms:
         raise UserError(
             f"{spec.model.name} is a {kind.name} ({kind.noun}), which is not written for {to}.",
@@ -209,6 +209,9 @@ def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
             f"It was trained on {work.method.weights} weights: load its base so for the same "
             "answers, or write a whole model with --to transformers."
         )
+    if not kind_of(work.model).speaks:
+        classes = work.model.config.num_labels
+        work.said.append(f"The head comes with it: load its base with num_labels={classes}.")
     peft_lora.write_adapter(adapter, new, replace(peft_lora.base_of(work.model), name=name))
     return "peft"
 
