@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from effbench.api import registry
 from effbench.config.files import options
 from effbench.report.flips import flips, flips_text
 from effbench.report.gate.arms import arm
+from effbench.report.gate.lacking import Measures
 from effbench.report.gate.policy import policy_in
 from effbench.report.gate.verdict import Judgement, judge
-from effbench.results.records import read
+from effbench.results.records import Record, read
 from effbench.results.store import Store, record_files
 from effbench.util.errors import UserError
 
@@ -31,7 +33,7 @@ def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
     own = options("policy").get(str(policy))
     rules, folder = policy_in(own or policy), results / "records"
     sides = arm(run, folder), arm(base, folder)
-    return judge(rules, sides[0], sides[1], lambda metric: evaluator_of(metric, folder))
+    return judge(rules, *sides, measures(folder))
 
 
 def flips_of(runs: Sequence[str], results: Path, most: int) -> str:
@@ -52,16 +54,33 @@ def flips_of(runs: Sequence[str], results: Path, most: int) -> str:
     return "\n\n".join(flips_text(f, first, second, Store(results), most) for f in found)
 
 
-def evaluator_of(metric: str, folder: Path) -> str:
-    """Return the evaluator that a metric is the headline of, or that gave it to a record.
+def measures(folder: Path) -> Measures:
+    """Return what evaluators measure, as they say and as the records of a folder show."""
+    classes = [registry.find("evaluators", name) for name in registry.names("evaluators")]
+    known = frozenset(metric for cls in classes for metric in (cls.headline, *cls.gives) if metric)
+    return Measures(lambda metric: evaluators_of(metric, folder), known)
+
+
+def evaluators_of(metric: str, folder: Path) -> list[str]:
+    """Return the evaluators that say that they give a metric, else the one that gave it to records.
 
     Args:
         metric: Its name.
         folder: Folder of the records.
     """
-    for name in registry.names("evaluators"):
-        if registry.find("evaluators", name).headline == metric:
-            return name
-    measured = (read(path) for path in record_files(folder) if metric in path.read_text("utf-8"))
-    kept = (o for record in measured for o in record.outcomes)
-    return next((o.evaluator for o in kept if o.metric == metric), "")
+    known = {name: registry.find("evaluators", name) for name in registry.names("evaluators")}
+    said = [name for name, cls in known.items() if metric in (cls.headline, *cls.gives)]
+    return said or _seen(metric, folder)
+
+
+def _seen(metric: str, folder: Path) -> list[str]:
+    """Return the one evaluator that all records with a metric have in common, where there is."""
+    named = f'"name":{json.dumps(metric)}'
+    measured = (path for path in record_files(folder) if named in path.read_text("utf-8"))
+    used = [_evaluators(read(path, outcomes=False)) for path in measured]
+    shared = set.intersection(*used) if used else set()
+    return [*shared] if len(shared) == 1 else []
+
+
+def _evaluators(record: Record) -> set[str]:
+    return {plugin["name"] for plugin in record.spec.get("evaluators") or ()}

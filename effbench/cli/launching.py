@@ -180,14 +180,19 @@ def plan(
 def _first_row(job: Any) -> None:
     from effbench.data.dataset import first_row
 
-    if shown := first_row(job.spec.dataset):
+    spec = job.spec
+    if shown := first_row(spec.dataset):
         typer.echo(f"First row  {shown}")
-    if stages.trains(job.spec.stage) and job.spec.dataset.source == "file":
+    if stages.trains(spec.stage) and spec.dataset.source == "file":
         from effbench.cli.rows import first
         from effbench.models.load import tokenizer_at_hand
 
-        if tokenizer_at_hand(job.spec.model):
-            typer.echo(first(job.spec, sys.stdout.isatty(), columns()))
+        if tokenizer_at_hand(spec.model):
+            typer.echo(first(spec, sys.stdout.isatty(), columns()))
+            with Progress(sys.stderr.isatty()).during(f"reading the rows of {spec.dataset.name}"):
+                from effbench.runner.open import check_rows
+
+                check_rows(job)
 
 
 def _plan(job: Any) -> None:

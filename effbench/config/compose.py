@@ -39,6 +39,7 @@ from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
+from effbench.methods.trains import Read, Trains, require_same
 from effbench.models.load import known_shape
 from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
@@ -81,14 +82,18 @@ def compose(
 
 
 def model_named(name: str) -> ModelSpec:
-    """Return the model of a config, such as a teacher.
+    """Return the model of a config or in a folder, such as a teacher.
 
     Raises:
         UserError: When there is none of that name, or its files are not there.
     """
-    if name not in (known := options("model")):
-        raise UserError(f"There is no model called {name!r}.", did_you_mean(name, known))
-    words = check_overrides([f"model={name}"], ())
+    if name in (known := options("model")):
+        words = check_overrides([f"model={name}"], ())
+    elif Path(name).expanduser().is_dir():
+        words = check_overrides(["model=folder", f"model.path='{name}'"], ())
+    else:
+        hint = f"{did_you_mean(name, known)} Or give the path of a model's folder."
+        raise UserError(f"There is no model called {name!r}.", hint)
     found = model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
     return dataclasses.replace(found, name=name)
 
@@ -322,6 +327,7 @@ def job_from(
     check_parallelism(spec, runtime.parallelism)
     _check_data(spec)
     spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
+    _check_auxiliary(spec)
     _check_evaluators(spec, lineage)
     return Job(spec, runtime, notes=(note,) if note else ())
 
@@ -541,7 +547,8 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
             f"{spec.model.name} leaves the range of hardware.dtype=float16, as T5 does.",
             "Use hardware.dtype=bfloat16 or float32.",
         )
-    if kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
+    reads = bool(spec.evaluators) or stages.find(spec.stage).makes
+    if reads and kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
         message, hint = kind.other_rows
         raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)
 
@@ -569,6 +576,20 @@ def check_lengths(spec: Spec, shape: AnyShape) -> None:
                 f"{place}: a context of {context} tokens {most}",
                 f"Lower {place}.prompt_tokens or {place}.new_tokens.",
             )
+
+
+def _check_auxiliary(spec: Spec) -> None:
+    """Refuse a teacher that reads or answers otherwise than the trained model, as far as is known.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    method, ours = make_method(spec.method), known_shape(spec.model)
+    if ours and isinstance(method, Trains) and stages.find(spec.stage).trains:
+        known = {other.name: known_shape(other) for other in spec.others}
+        for key, name in method.aux_models().items():
+            if theirs := known.get(name):
+                require_same(key, name, Read.by(theirs), Read.by(ours))
 
 
 def _check_evaluators(spec: Spec, lineage: Lineage) -> None:

@@ -268,6 +268,17 @@ def known_rows(spec: DatasetSpec, split: str) -> int:
     return len(splits(spec).get(split, ()))
 
 
+def class_names(spec: DatasetSpec) -> tuple[str, ...]:
+    """Return the answers that all rows have, in order; none where rows differ or are not here."""
+    if not find(spec.kind).choices or not at_hand(spec):
+        return ()
+    found = set[tuple[str, ...]]()
+    with suppress(UserError):  # files that have changed since
+        found = {tuple(map(str.strip, t.choices)) for texts in splits(spec).values() for t in texts}
+    names = found.pop() if len(found) == 1 else ()
+    return names if all(names) and len(set(names)) == len(names) else ()
+
+
 def at_hand(spec: DatasetSpec) -> bool:
     """Whether the rows are on this machine."""
     from effbench.data.assets import path_of

@@ -163,7 +163,8 @@ def _parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Mend the file.") from None
+        said = str(error).rstrip(".")
+        raise UserError(f"{path} cannot be read: {said}.", "Mend the file.") from None
     return rows
 
 

@@ -132,6 +132,8 @@ class Evaluator:
     """The name of its file and its config; set by the registry."""
     headline: ClassVar[str] = ""
     """The metric that it is there for, zero or more; the contract tests look for it."""
+    gives: ClassVar[tuple[str, ...]] = ()
+    """Further metrics, by which it is named where somebody asks for one that nobody measured."""
     version: ClassVar[int] = 1
     """Raised when the same settings would give other numbers; from then on in the key."""
     itemwise: ClassVar[bool] = True

@@ -40,6 +40,7 @@ class Choices(Evaluator):
     """Multiple choice by log-likelihood on a split of the dataset, or on tasks of lm-eval."""
 
     headline: ClassVar[str] = "accuracy"
+    gives: ClassVar[tuple[str, ...]] = ("acc", "acc_norm", "accuracy_norm", "macro_f1")
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
 
     split: str | tuple[str, ...] = "test"

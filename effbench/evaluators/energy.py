@@ -34,6 +34,7 @@ class EnergyPerToken(Evaluator):
 
     itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "co2_g"
+    gives: ClassVar[tuple[str, ...]] = ("j_per_token", "water_l", "cost_usd")
     trial: ClassVar[dict[str, Any]] = {
         "prompt_tokens": 6,
         "new_tokens": 4,

@@ -39,6 +39,13 @@ class Fidelity(Evaluator):
     """Agreement with a reference model, and the distance between the two distributions."""
 
     headline: ClassVar[str] = "agreement"
+    gives: ClassVar[tuple[str, ...]] = (
+        "kl",
+        "reverse_kl",
+        "js",
+        "logit_mse",
+        "probability_loyalty",
+    )
 
     reference: str = ""
     """Name of a model config; empty is the dense model that the run started from."""

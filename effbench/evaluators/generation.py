@@ -44,6 +44,7 @@ class Generation(Evaluator):
     """Exact match of written answers, and how long they are."""
 
     headline: ClassVar[str] = "exact_match"
+    gives: ClassVar[tuple[str, ...]] = ("output_tokens", "truncated")
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
     trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
 
@@ -263,11 +264,12 @@ class Generation(Evaluator):
         needed = len(longest.ids) + longest.max_new_tokens
         if subject.shape and needed > subject.shape.max_positions:
             name = questions.task or subject.data.spec.name
+            own = ", or ask the own dataset: evaluator.generation.tasks=[]" if self.tasks else ""
             raise UserError(
                 f"{name}: a prompt of {len(longest.ids)} tokens and an answer of up to "
                 f"{longest.max_new_tokens} are more than the "
                 f"{subject.shape.max_positions} positions of the model.",
-                f"{questions.shorten}, or evaluator.generation.max_new_tokens.",
+                f"{questions.shorten}, or evaluator.generation.max_new_tokens{own}.",
             )
 
     # -- metrics -------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class LongContext(Evaluator):
     """Exact match of answers, loss and bytes of cache, by the length of the context."""
 
     headline: ClassVar[str] = "exact_match"
+    gives: ClassVar[tuple[str, ...]] = ("kv_saved",)
     trial: ClassVar[dict[str, Any]] = {
         "lengths": [128],
         "tasks": ["needle"],

@@ -37,6 +37,7 @@ class Memory(Evaluator):
 
     itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "kv_cache_bytes"
+    gives: ClassVar[tuple[str, ...]] = ("added_bytes", "planned_peak_bytes", "smallest_cap_bytes")
     trial: ClassVar[dict[str, Any]] = {"prompt_tokens": 6, "new_tokens": 4}
 
     batch_size: PositiveInt = 1

@@ -34,6 +34,7 @@ class Perplexity(Evaluator):
     """Teacher-forced loss on a split of the dataset."""
 
     headline: ClassVar[str] = "loss"
+    gives: ClassVar[tuple[str, ...]] = ("perplexity", "bits_per_byte")
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "seq2seq"})
 
     split: str | tuple[str, ...] = "test"

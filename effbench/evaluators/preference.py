@@ -34,6 +34,7 @@ class Preference(Evaluator):
     """Pair accuracy on a split of preference pairs, or of questions with choices."""
 
     headline: ClassVar[str] = "pair_accuracy"
+    gives: ClassVar[tuple[str, ...]] = ("top_accuracy", "score_margin", "answer_loss")
     version: ClassVar[int] = 3
 
     split: str | tuple[str, ...] = "test"

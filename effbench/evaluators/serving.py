@@ -140,6 +140,7 @@ class Serving(Simulator):
     """Latencies and throughput of serving under load, simulated on stated ceilings."""
 
     headline: ClassVar[str] = "simulated_requests_per_second"
+    gives: ClassVar[tuple[str, ...]] = ("simulated_tokens_per_second",)
     version: ClassVar[int] = 2
     trial: ClassVar[dict[str, Any]] = {
         "requests": 8,

@@ -76,6 +76,15 @@ class Speed(Evaluator):
 
     itemwise: ClassVar[bool] = False
     headline: ClassVar[str] = "decode_tokens_per_second"
+    gives: ClassVar[tuple[str, ...]] = (
+        "prefill_tokens_per_second",
+        "decode_speedup",
+        "ttft_ms",
+        "tpot_ms",
+        "tpot_p95_ms",
+        "mbu",
+        "mfu",
+    )
     trial: ClassVar[dict[str, Any]] = {
         "prompt_tokens": 6,
         "new_tokens": 5,

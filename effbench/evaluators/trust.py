@@ -35,6 +35,7 @@ class Trust(Evaluator):
     """Asks the model and a reference the same questions of up to eight dimensions."""
 
     headline: ClassVar[str] = "trust_shift"
+    gives: ClassVar[tuple[str, ...]] = ("trust_score", "trust_delta", "refusal_rate")
     trial: ClassVar[dict[str, Any]] = {"dimensions": ["ethics"], "items": 2}
 
     dimensions: list[str] = field(default_factory=list)

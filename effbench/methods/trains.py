@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 from effbench.api.batch import Batch
 from effbench.api.evolution import Evolution
@@ -233,22 +233,39 @@ def require_same_tokens(
     Raises:
         UserError: Naming `method.<key>`.
     """
-    theirs, ours = (m.config.vocab_size for m in (other, model))  # type: ignore[union-attr]
-    if theirs != ours:
+    require_same(key, name, _read(other), _read(model))
+
+
+class Read(NamedTuple):
+    """What a model reads, and what it chooses from."""
+
+    tokens: int
+    kind: str
+    answers: int
+
+    @classmethod
+    def by(cls, shape: AnyShape) -> Self:
+        """Return that of a model of a shape."""
+        return cls(shape.vocab_size, ModelShape.of(shape).kind, shape.outputs)
+
+
+def require_same(key: str, name: str, theirs: Read, ours: Read) -> None:
+    """Refuse what `require_same_tokens` refuses, where no model is loaded yet."""
+    if theirs.tokens != ours.tokens:
         raise UserError(
-            f"method.{key}={name} has {theirs} vocabulary entries, the trained model {ours}.",
+            f"method.{key}={name} has {theirs.tokens} vocabulary entries, the trained model "
+            f"{ours.tokens}.",
             "Choose a model with the same tokenizer.",
         )
-    theirs, ours = (_answers(m) for m in (other, model))
     if theirs != ours:
         raise UserError(
-            f"method.{key}={name} is a {theirs[0]} with {theirs[1]} answers, the trained model a "
-            f"{ours[0]} with {ours[1]}.",
+            f"method.{key}={name} is a {theirs.kind} with {theirs.answers} answers, the trained "
+            f"model a {ours.kind} with {ours.answers}.",
             "Choose a model that answers the same.",
         )
 
 
-def _answers(model: torch.nn.Module) -> tuple[str, int]:
-    """Return the kind of a model, and how many answers it has to choose from."""
+def _read(model: torch.nn.Module) -> Read:
     kind, config = kind_of(model), model.config
-    return kind.name, config.vocab_size if kind.speaks else config.num_labels  # type: ignore
+    tokens: int = config.vocab_size  # type: ignore[assignment, union-attr]
+    return Read(tokens, kind.name, tokens if kind.speaks else config.num_labels)  # type: ignore

@@ -254,6 +254,10 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no JSON object.", "The file is corrupt; get it anew.")
+    if not config.get("model_type"):
+        raise UserError(
+            f"{path} has no model_type.", "Give the folder of a saved transformers model."
+        )
     return shape_in(config, str(path), spec)
 
 
@@ -670,11 +674,27 @@ def _check_model(model: torch.nn.Module, shape: AnyShape) -> None:
     from effbench.models.survey import hold, require_causal, require_same_when_padded
     from effbench.nn.llama.walk import is_llama
 
+    _require_tied(model, shape)
     hold(shape, model)
     if not kind_of(model).caches:
         require_same_when_padded(model)
     elif not is_llama(model):
         require_causal(model)
+
+
+def _require_tied(model: Any, shape: AnyShape) -> None:
+    """Refuse a head of its own where the config says that the model has none, as T5's always does.
+
+    Raises:
+        UserError: With what to write there.
+    """
+    head = model.get_output_embeddings()
+    if shape.tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            "The files hold lm_head.weight, but by config.json the embedding is the head too.",
+            "Set tie_word_embeddings to false in its config.json: transformers 5 writes true there "
+            "for this type, whatever is so.",
+        )
 
 
 def _own_kind(folder: Path) -> str:
@@ -707,6 +727,8 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    from effbench.util.hf import reason_of
+
     try:
         yield
     except UnpicklingError as error:
@@ -725,10 +747,9 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
     ) as error:
         if spec.source == "hub" and not isinstance(error, ImportError):
             raise _hub_error(spec, error) from error
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         files = isinstance(error, OSError | SafetensorError | json.JSONDecodeError)
         raise UserError(
-            f"{spec.path or spec.name} cannot be loaded: {reason.rstrip('.')}.",
+            f"{spec.path or spec.name} cannot be loaded: {reason_of(error)}.",
             "A file is missing, truncated or corrupt; get the model's files anew."
             if files
             else "That is what transformers says of it; its files may be right.",
@@ -736,9 +757,10 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
 
 
 def _hub_error(spec: ModelSpec, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    from effbench.util.hf import reason_of
+
     return UserError(
-        f"{spec.id} cannot be had from the model hub: {reason.rstrip('.')}.",
+        f"{spec.id} cannot be had from the model hub: {reason_of(error)}.",
         "Check the id and the network (a gated model needs `hf auth login`). "
         f"Without the hub: {', '.join(offline_models())}.",
     )

@@ -59,8 +59,9 @@ def model_of(values: Mapping[str, Any], kind: str, device: str, dtype: torch.dty
         UserError: When transformers has no model of that kind, or cannot make it.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
-    from effbench.util.hf import quiet
+    from effbench.util.hf import quiet, reason_of
 
     family, auto = str(values.get("model_type", "")), find(kind or CAUSAL).auto
     if family not in transformers.CONFIG_MAPPING:
@@ -74,10 +75,17 @@ def model_of(values: Mapping[str, Any], kind: str, device: str, dtype: torch.dty
             model = getattr(transformers, auto).from_config(config, dtype=dtype)
             find(kind or CAUSAL).adjust(model, values)
         as_linears(model)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         raise UserError(
-            f"transformers cannot make a model of type {family!r}: {reason}.",
+            f"transformers cannot make a model of type {family!r}: {reason_of(error)}.",
             f"Choose a model that {auto} loads.",
         ) from error
     return model.eval()
@@ -164,7 +172,7 @@ def hold(shape: AnyShape, model: Any) -> None:
         raise UserError(
             f"{type(model).__name__} has {found:,} parameters, but its config says "
             f"{shape.params:,}.",
-            kind_of(model).uncounted,
+            "The config does not belong to these weights, or effbench counts them wrongly.",
         )
     bare = {(i, x.name) for i, layer in enumerate(shape.layers) for x in layer.linears if x.bare}
     named = [

@@ -20,12 +20,18 @@ LOAD = {
 
 model = {auto}.from_pretrained({folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
-    "peft": """from peft import AutoPeftModelForCausalLM
+    "peft": """from peft import {peft}
 
-model = AutoPeftModelForCausalLM.from_pretrained({folder!r})""",
+model = {peft}.from_pretrained({folder!r})""",
     "gguf": "# llama-cli -m {folder}/model.gguf",
 }
 """How each form is loaded."""
+LOAD_INSIDE = """from transformers import {auto}
+
+model = {auto}.from_pretrained({base!r})
+model.load_adapter({folder!r})"""
+INSIDE = ("AutoModelForSeq2SeqLM",)
+"""What peft 0.21 cannot wrap with transformers 5, which puts its layers in all the same."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ def _text(card: Card) -> Iterator[str]:
     yield from ("tags: [effbench]", "---", "", f"# {Path(base).name}, {spec.method.name}", "")
     yield f"Made by effbench from `{base}`{at}."
     yield from (f"\n{note}" for note in card.notes)
-    load = LOAD[card.kind].format(folder=card.folder, auto=card.auto)
+    peft = card.auto.replace("AutoModel", "AutoPeftModel")
+    form = LOAD_INSIDE if card.kind == "peft" and card.auto in INSIDE else LOAD[card.kind]
+    load = form.format(folder=card.folder, auto=card.auto, peft=peft, base=base)
     yield from ("", "```python", load, "```", "")
     yield from ("## How it was made", "", "| run | command |", "|---|---|")
     yield from (f"| `{r.key}` | `{command_of(r)}` |" for r in card.records)

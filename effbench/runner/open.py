@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ from effbench.util.libraries import import_uncompiled
 
 SAME_DTYPE = 0.1
 """Most bytes per weight by which files in the dtype that is loaded differ from it, for headers."""
-OWN = "stand in split 'train' too, written in another way"
+OWN = "stand in split 'train' too, written in another way or as a part of a row"
 EARLIER = "were training data of the run that this one goes on from"
 
 
@@ -223,16 +224,39 @@ def open_data(run: Run) -> Data:
     Raises:
         UserError: When this run or an earlier one trains on items that this one evaluates.
     """
-    spec = run.spec
-    run.progress.now(f"reading {spec.dataset.name} and making tokens of it")
-    data = Data(spec.dataset, run.tokenizer, models.known_shape(spec.model))
+    run.progress.now(f"reading {run.spec.dataset.name} and making tokens of it")
+    data, asked_before = _apart(run.spec, run.tokenizer, run.store)
+    _account(run, data, asked_before)
+    return data
+
+
+def check_rows(job: Job) -> None:
+    """Read the rows that a training uses as it will; their tokens are kept for it.
+
+    Raises:
+        UserError: As `open_data`, and for rows that have no place in the template.
+    """
+    spec = job.spec
+    data, _ = _apart(spec, models.load_tokenizer(spec.model), Store(Path(job.runtime.results)))
+    data.examples("train")
+    for split in _evaluated(spec):
+        data.documents(split)
+
+
+def _apart(spec: Spec, tokenizer: Any, store: Store) -> tuple[Data, dict[str, int]]:
+    """Return the data of a run, and by split the rows whose prompt was trained on otherwise.
+
+    Raises:
+        UserError: When this run or an earlier one trains on items that it evaluates.
+    """
+    data = Data(spec.dataset, tokenizer, models.known_shape(spec.model))
     trains = stages.find(spec.stage).trains
     own, earlier = Trained(), Trained()
     if trains:
         own.add(kept(data.rows("train")))
     trained = [(spec.dataset, own)] if trains else []
-    for key, parent in run.store.ancestors(spec).items():
-        rows = run.store.run(key).read_json("data.json")
+    for key, parent in store.ancestors(spec).items():
+        rows = store.run(key).read_json("data.json")
         if rows:
             earlier.add(rows)
             trained.append((parent.dataset, Trained()))
@@ -241,8 +265,7 @@ def open_data(run: Run) -> Data:
     _refuse_benchmarks(spec, trained)
     if trains:
         _check_splits(spec, data)
-    _account(run, data, asked_before)
-    return data
+    return data, asked_before
 
 
 def _refuse_trained(spec: Spec, data: Data, seen: Mapping[str, Trained]) -> dict[str, int]:
@@ -270,7 +293,8 @@ def _refuse_trained(spec: Spec, data: Data, seen: Mapping[str, Trained]) -> dict
             if shared.rows and not spec.dataset.allow_overlap:
                 raise UserError(
                     f"{shared.rows} items of split {split!r} {where}.",
-                    "Evaluate on another split, or say dataset.allow_overlap=true.",
+                    "Remove them from one, evaluate on another split, or say "
+                    "dataset.allow_overlap=true.",
                 )
     return asked_before
 

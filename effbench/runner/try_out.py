@@ -14,11 +14,11 @@ from effbench.api.points import Point, find_point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Job
 from effbench.data.render import Turn
-from effbench.data.tokens import chat_prompt
+from effbench.data.tokens import Encoder, chat_prompt
 from effbench.methods.base import Method
 from effbench.models.load import known_shape
 from effbench.nn.decode.generate import Sampling, sample
-from effbench.nn.model_kinds.base import find
+from effbench.nn.model_kinds.base import find, kind_of
 from effbench.results.store import RunFolder, Store
 from effbench.runner.open import open_model
 from effbench.runner.run import open_run
@@ -35,7 +35,7 @@ def _require_decoding(job: Job) -> None:
     if kind and not kind.writes:
         raise UserError(
             f"{job.spec.model.name} is a {kind.name} ({kind.noun}), which writes no text here.",
-            "Ask it with an evaluator: effbench eval evaluator=choices",
+            f"Ask it with an evaluator: effbench eval evaluator={kind.evaluator or 'choices'}",
         )
 
 
@@ -82,7 +82,8 @@ class Speaker:
         """Return the tokens of a conversation, ready for an answer; plain text has no template."""
         if self.chats:
             text = chat_prompt(turns, self.tokenizer)
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            return kind_of(self.model).prompt(ids, Encoder(self.tokenizer).end)
         return self.plain("\n".join(what for _, what in turns))
 
     def plain(self, text: str) -> list[int]:

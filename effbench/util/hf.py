@@ -36,6 +36,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an error of transformers or the hub says, in one line without its full stop.
+
+    That is the first line; of a config that fails a check, whose first line names the check alone,
+    the last.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip().rstrip(".")
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Look nothing up on the model hub: what is not in a file at hand is not there."""

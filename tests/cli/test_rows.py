@@ -46,6 +46,26 @@ def test_a_dry_run_of_a_training_shows_the_first(cli: Any, words: list[str]) -> 
     assert "the first row" not in cli("eval", *words, "--dry-run")[1]
 
 
+def test_a_dry_run_of_a_training_reads_every_row(cli: Any, words: list[str]) -> None:
+    told = [{"role": "system", "content": "Be kind."}, *SAID]
+    rows = [SAID, told, [*SAID, {"role": "user", "content": "Why?"}, SAID[3]]]
+    lines = [json.dumps({"messages": row}) + "\n" for row in rows]
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system') }}"
+    )
+    Path("plain.jinja").write_text(template + "{% endif %}{{ m.role + m.content }}{% endfor %}")
+    train, test = ["train", "dataset=file", *words, "--dry-run"], "dataset.files.test=test.jsonl"
+    Path("test.jsonl").write_text(lines[0])
+    Path("chat.jsonl").write_text("".join(lines[:2]))
+    status, out, said = cli(*train, "dataset.template=plain.jinja", "evaluator=[]")
+    assert status == 2 and "No system" in said and "dataset.system=user" in said
+    assert "the first row" in out
+    Path("chat.jsonl").write_text(lines[2])
+    status, _, said = cli(*train, test)
+    assert status == 2 and "1 items of split 'test' stand in split 'train' too" in said
+    assert not Path("results").exists()
+
+
 @pytest.mark.parametrize("width", [30, 60, 400])
 def test_colours_close_at_each_line_and_hide_no_token(width: int) -> None:
     ids = list(range(40, 90))

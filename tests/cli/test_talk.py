@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from effbench.runner.try_out import _pieces
+from effbench.config.compose import compose
+from effbench.runner.try_out import Speaker, _pieces
 
 Cli = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny", "dataset=arithmetic", "hardware.threads=1")
@@ -50,6 +53,22 @@ def test_a_chat_remembers_and_begins_anew(
 def test_what_cannot_be_is_said(cli: Cli, words: list[str], why: str) -> None:
     status, _, err = cli("generate", *TINY, *words)
     assert status == 2 and why in err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "2"], ["chat"]])
+def test_what_writes_no_text_says_so_whatever_the_dataset_is(cli: Cli, command: list[str]) -> None:
+    status, _, err = cli(*command, "model=tiny-encoder")
+    assert status == 2 and "writes no text here" in err and "evaluator=choices" in err
+
+
+def test_an_encoder_reads_a_conversation_as_a_closed_text(tmp_path: Path) -> None:
+    job = compose("eval", ["model=tiny-seq2seq", "hardware.device=cpu", "evaluator=[]"])
+    speaker = Speaker.of(job, "", tmp_path)
+    tokenizer = speaker.tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain = speaker.rendered([("user", "ab")])
+    tokenizer._tokenizer.post_processor = TemplateProcessing("$A <e>", special_tokens=[("<e>", 7)])
+    assert speaker.rendered([("user", "ab")]) == [*plain, 7]
 
 
 def test_no_character_is_broken() -> None:

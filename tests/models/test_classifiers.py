@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Bench
 from transformers import CONFIG_MAPPING, BertModel
 
 from effbench.api import registry
@@ -32,6 +33,7 @@ from effbench.nn.quant.linears import storage_bytes
 from effbench.resources.counting import flops, parameters
 from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError
+from effbench.util.hf import quiet
 
 KIND = find("classifier")
 SIZES = {
@@ -210,6 +212,27 @@ def test_a_teacher_has_the_same_classes() -> None:
     with pytest.raises(UserError, match="classifier with 2 answers"):
         require_same_tokens("teacher", "other", teacher, student)
     assert model_named("tiny-encoder").classes == 2
+
+
+def test_a_teacher_may_be_a_folder(bench: Bench, tmp_path: Path) -> None:
+    teacher = random_of({**config("bert"), "vocab_size": 512, "num_labels": 3}, KIND, 5)
+    with quiet():
+        teacher.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer(tiny_shape()).save_pretrained(tmp_path / "teacher")
+    words = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes", "method=kd"]
+    words += ["train.max_steps=1", "train.batch_size=2", "evaluator=[]"]
+    record = bench.run("train", *words, f"method.teacher={tmp_path / 'teacher'}")
+    assert [m.unit for m in record.metrics if m.name == "train_loss_last"] == ["nats/row"]
+    [seen] = bench.job("train", *words, f"method.teacher={tmp_path / 'teacher'}").spec.others
+    assert seen.fingerprint and seen.source == "folder"
+    for other, said in (
+        ("tiny-encoder", "a classifier with 2 answers, the trained model a classifier with 3"),
+        ("tiny", "a causal with 512 answers, the trained model a classifier with 3"),
+        ("mini", "vocabulary entries, the trained model 512"),
+        ("tiny-encodr", "no model called 'tiny-encodr'"),
+    ):
+        with pytest.raises(UserError, match=said):  # before anything is loaded
+            compose("train", [*words, f"method.teacher={other}"])
 
 
 def test_macro_f1_is_the_mean_of_its_rows() -> None:

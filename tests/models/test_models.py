@@ -236,6 +236,21 @@ def test_corrupt_config(saved: Path) -> None:
         on_cpu(folder_spec(saved))
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 9}, "number of `layer_types`"),
+        ({"model_type": "qwen2", "hidden_size": "wide"}, "'hidden_size' expected int"),
+    ],
+)
+def test_a_config_that_contradicts_itself(saved: Path, change: dict[str, Any], said: str) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(UserError, match=said):
+        shape_of(folder_spec(saved))
+
+
 def test_stated_shape_must_be_the_files_shape(saved: Path) -> None:
     wrong = replace(folder_spec(saved), shape=replace(SMALL, num_layers=3))
     with pytest.raises(UserError, match=r"num_layers=3, but the files of folder have 2"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report.test_report import run
 from results.test_records import record
 from typer.testing import CliRunner
 
@@ -158,6 +159,17 @@ def test_runs_are_held_against_the_reference_where_they_saw_the_same_items() -> 
     assert found.notes[0].endswith("1 run.")
     text = page(records, found)
     assert "Higher" in text and payload(text)[0]["forest"] == found.forest
+
+
+def test_many_rows_are_counted_in_a_sentence() -> None:
+    """One of ten is alike, and the metric is a loss."""
+    shifts = [0.0, 0.0, *(0.5 + n / 10 for n in range(7)), -0.5, -0.6]
+    runs = [run(f"m{n}", {"": s}, number=n) for n, s in enumerate(shifts)]
+    counted = (
+        "loss on test, 10 rows against m0: 2 lower (better), 7 higher, 1 cannot be told apart."
+    )
+    assert evidence(runs, runs[0], runs).words[0] == counted
+    assert "rows against" not in " ".join(evidence(runs[:5], runs[0], runs).words)
 
 
 # -- safety ------------------------------------------------------------------------------------

@@ -143,6 +143,23 @@ def test_the_keyboard_does_all_that_the_mouse_does(browser: Browser, report: Pat
     assert browser.run("document.activeElement.matches('td .open')"), "where one was before"
 
 
+def test_many_differences_are_folded(browser: Browser, tmp_path: Path) -> None:
+    """24 of 30, the best ones first, and all of them after a press of Enter."""
+    records = [run("lora", {"": n / 50}, number=n, settings={"n": n}) for n in range(31)]
+    found = evidence(records, records[-1], records)
+    page = tmp_path / "report.html"
+    page.write_text(page_of([block_of(records)], records, found))
+    browser.open(page, width=1400)
+    rows = "document.querySelectorAll('#forest svg[role=group] title').length"
+    first = "document.querySelector('#forest svg[role=group] title').textContent"
+    assert browser.run(rows) == 24 and browser.run(first) == found.forest[0]["rows"][0][0]
+    assert browser.run("document.querySelector('#forest').offsetHeight") < 1000
+    browser.run("document.querySelector('#forest .more').focus()")
+    browser.press("Enter", "\r")
+    assert browser.run(rows) == 30
+    assert browser.run("document.activeElement.getAttribute('aria-expanded')") == "true"
+
+
 def test_without_a_script_it_is_read(browser: Browser, report: Path) -> None:
     browser.open(report, width=390, script=False)
     assert wrong(browser) == []

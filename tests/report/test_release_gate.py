@@ -15,10 +15,11 @@ import yaml
 from test_report import ITEMS, run
 from typer.testing import CliRunner
 
-from effbench.cli.gate import evaluator_of
+from effbench.cli.gate import evaluators_of
 from effbench.cli.main import app
 from effbench.report.comparison.contrast import contrast
 from effbench.report.gate.arms import arm
+from effbench.report.gate.lacking import Measures
 from effbench.report.gate.policy import policy_in
 from effbench.report.gate.verdict import STATUS, Judgement, judge
 from effbench.results.records import Metric, Outcomes, Record, write
@@ -27,7 +28,9 @@ from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
 
 ROOT = Path(__file__).parents[2]
-BASE, SAME, WORSE, NEAR = "0000", "0001", "0002", "0003"
+BASE, SAME, WORSE, NEAR, TWO, FAMILY = "0000", "0001", "0002", "0003", "0004", "0009"
+JOINED = "0005+0006+0007"
+MEASURE = "Measure it: effbench eval from="
 Judge = Callable[..., Judgement]
 
 
@@ -45,28 +48,50 @@ def right(record: Record, wrong: int) -> Record:
     return replace(record, metrics=[*record.metrics, metric], outcomes=[*record.outcomes, kept])
 
 
-@pytest.fixture
-def judged(tmp_path: Path) -> Judge:
-    """Return a function that judges runs by a policy, given as plain values."""
+def scored(record: Record, point: str) -> Record:
+    """Return a record with a metric whose name says no direction, at one point."""
+    values = [0.5] * 120
+    metric = Metric("margin_of_score", 0.5, "", point, "test", 120)
+    kept = Outcomes("mine", "margin_of_score", point, "test", "aa", values)
+    return replace(record, metrics=[*record.metrics, metric], outcomes=[*record.outcomes, kept])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of records to be judged."""
     runs = [
         right(speed(run("none", {"": 0.0}), 100, 98, 102), 30),
         right(speed(run("lora", {"": 0.001}, number=1), 130, 126, 134), 31),
         right(speed(run("rtn", {"": 0.3}, number=2), 121, 110, 132), 60),
         run("dylora", {"r1": 0.05, "r8": 0.0}, number=3),
-        run("other", {"": 0.0}, number=4, ids="bb"),
+        scored(run("other", {"": 0.0}, number=4, ids="bb"), ""),
         *(run("seeds", {"": 0.001}, number=n, seed=n - 5) for n in (5, 6, 7)),
+        replace(
+            speed(run("far", {"": 0.0}, number=8), 500, 499, 501),
+            environment={"cpu": {"model": "another"}},
+        ),
+        scored(run("dylora", {"r1": 0.05, "r8": 0.0}, number=9), "r1"),
     ]
+    there = tmp_path_factory.mktemp("gate") / "records"
     for record in runs:
-        write(record, tmp_path / "records")
+        write(record, there)
+    return there
+
+
+@pytest.fixture
+def judged(folder: Path, tmp_path: Path) -> Judge:
+    """Return a function that judges runs by a policy, given as plain values."""
 
     def call(policy: Any, ref: str = SAME, base: str = BASE) -> Judgement:
         path = tmp_path / "policy.yaml"
         path.write_text(
             policy if isinstance(policy, str) else yaml.safe_dump(policy, sort_keys=False)
         )
-        sides = [arm(r, tmp_path / "records") for r in (ref, base)]
-        known = {"bits_per_byte": "perplexity"}
-        return judge(policy_in(path), sides[0], sides[1], lambda m: known.get(m, ""))
+        sides = [arm(r, folder) for r in (ref, base)]
+        known = {m: ["perplexity"] for m in ("loss", "bits_per_byte")}
+        known |= {"kl": ["fidelity"], "accuracy": ["choices"]}
+        measures = Measures(lambda m: known.get(m, []), frozenset(known))
+        return judge(policy_in(path), sides[0], sides[1], measures)
 
     return call
 
@@ -149,9 +174,8 @@ def test_a_relative_margin_is_of_the_other_run(judged: Judge) -> None:
     assert check.wanted == f"+{check.base.value * 0.02:.4g}"
 
 
-def test_seeds_are_joined(judged: Judge, tmp_path: Path) -> None:
+def test_seeds_are_joined(judged: Judge, folder: Path) -> None:
     [check] = judged(metrics(loss="1 %"), "0005+0006+0007").checks
-    folder = tmp_path / "records"
     own, other = arm("0005+0006+0007", folder), arm(BASE, folder)
     place = own.places("loss")[0]
     direct = contrast(own.side("loss", place, 0), other.side("loss", place, 1), 0.1, "lower")
@@ -187,9 +211,7 @@ def test_limits_of_bytes_have_units(judged: Judge) -> None:
     assert judged({"limits": {"weight_bytes": "<= 1x"}}).verdict == "GO"
 
 
-def test_speeds_of_two_machines_show_nothing(judged: Judge, tmp_path: Path) -> None:
-    other = speed(run("far", {"": 0.0}, number=8), 500, 499, 501)
-    write(replace(other, environment={"cpu": {"model": "another"}}), tmp_path / "records")
+def test_speeds_of_two_machines_show_nothing(judged: Judge) -> None:
     rule = {"limits": {"decode_tokens_per_second": ">= 1.2x", "weight_bytes": "<= 1x"}}
     found = judged(rule, "0008")
     assert [c.state for c in found.checks] == ["open", "kept"], "counts hold everywhere"
@@ -204,14 +226,25 @@ def test_speeds_of_two_machines_show_nothing(judged: Judge, tmp_path: Path) -> N
         (metrics(loss={"margin": 1, "tier": "may"}), SAME, "metrics.loss.tier"),
         (metrics(loss="little"), SAME, "metrics.loss.margin: 'little'"),
         (metrics(loss=0), SAME, "is no number above zero"),
-        (metrics(kl=0.1), SAME, "Whether more or less of kl is better is not known"),
+        (metrics(margin_of_score=1), TWO, "0000 has no margin_of_score.\n0004 has it"),
         (metrics(loss={"margin": 1, "tier": "should"}), SAME, "no metric or limit that must"),
         ({"limits": {"peak_bytes": "2 GiB"}}, SAME, "'2 GiB' is no limit"),
         ({"limits": {"peak_bytes": "<= 2 s"}}, SAME, "It is measured in B, MiB"),
         ({"limits": {"peak_bytes": {"limit": "< 9", "phase": "trai"}}}, SAME, "mean 'train'"),
-        ({"limits": {"peak_byte": "<= 2"}}, SAME, "has no peak_byte.\nDid you mean 'peak_bytes'"),
-        (metrics(bits_per_byte=1), SAME, "eval from=00010000 evaluator=perplexity"),
+        ({"limits": {"peak_byte": "<= 2"}}, SAME, "it.\nDid you mean 'peak_bytes'"),
+        (metrics(bits_per_byte=1), SAME, "Nobody measured bits_per_byte: neither 0001 nor 0000"),
+        (metrics(kl=0.1), SAME, f"{MEASURE}00010000 evaluator=fidelity; effbench eval from=0000"),
+        (metrics(loss=1, kl=1), SAME, f"{MEASURE}00010000 evaluator=[perplexity,fidelity]; "),
+        (metrics(accuracy=1), TWO, f"{TWO} has no accuracy.\n{MEASURE}{TWO}0000 evaluator=choices"),
+        (metrics(kl=1), JOINED, "effbench eval -m from=00050000,00060000,00070000 evaluator=fid"),
+        (metrics(acuracy=1), SAME, "has it.\nDid you mean 'accuracy'?"),
+        (metrics(bits_per_bite=1), SAME, "has it.\nDid you mean 'bits_per_byte'?"),
+        (metrics(colour=1), SAME, "No evaluator is known to give it. Known: accuracy, decode"),
+        ({"limits": {"kl": "<= 1"}}, SAME, f"{MEASURE}00010000 evaluator=fidelity"),
+        ({"limits": {"decode_tokens_per_second": "> 1x"}}, f"{NEAR}@r1", "0003@r1 has no decode_"),
         (metrics(loss={"margin": 1, "split": "validation"}), SAME, "It has loss on test"),
+        (metrics(loss={"margin": 1, "split": "tset"}), SAME, "Did you mean 'test'? It has loss"),
+        (metrics(loss={"margin": 1, "task": "piqa"}), SAME, "has no loss of piqa.\nIt has loss on"),
         (metrics(loss=1), "0004", "did not see the same items of loss on test (120 and 120)"),
         (metrics(loss=1), NEAR, "Name one of r1, r8: 0003@r8"),
         (metrics(loss=1), f"{NEAR}@r9", "no operating point 'r9'"),
@@ -223,6 +256,18 @@ def test_mistakes_are_named(judged: Judge, policy: Any, ref: str, said: str) -> 
     with pytest.raises(UserError) as caught:
         judged(policy, ref)
     assert said in str(caught.value)
+
+
+def test_a_metric_of_another_point_is_named(judged: Judge) -> None:
+    with pytest.raises(UserError, match=r"at this point\.\nIt has it at r1\. Judge 0009@r1"):
+        judged(metrics(margin_of_score=1), f"{FAMILY}@r8", f"{FAMILY}@r1")
+
+
+def test_a_metric_that_was_measured_needs_a_direction(judged: Judge) -> None:
+    with pytest.raises(UserError, match="Whether more or less of margin_of_score is better"):
+        judged(metrics(margin_of_score=1), TWO, TWO)
+    rule = {"margin": 1, "direction": "lower"}
+    assert judged(metrics(margin_of_score=rule), TWO, TWO).verdict == "GO"
 
 
 def test_points_of_one_run_can_be_held_against_each_other(judged: Judge) -> None:
@@ -259,11 +304,24 @@ def test_the_exit_status_is_that_of_the_verdict() -> None:
     assert sorted(STATUS.values()) == [0, 1, 3], "2 is that of a mistake"
 
 
-def test_what_measures_a_metric_is_known() -> None:
-    folder = ROOT / "results" / "records"
+def test_what_measures_a_metric_is_known(tmp_path: Path) -> None:
     known = {"accuracy": "choices", "decode_tokens_per_second": "speed", "kl": "fidelity"}
-    assert {name: evaluator_of(name, folder) for name in known} == known
-    assert evaluator_of("nothing", folder) == ""
+    assert {name: evaluators_of(name, tmp_path) for name in known} == {
+        name: [evaluator] for name, evaluator in known.items()
+    }
+    assert evaluators_of("nothing", ROOT / "results" / "records") == []
+    assert "generation" in evaluators_of("exact_match", tmp_path)
+
+
+def test_what_measured_a_metric_is_seen_in_records(tmp_path: Path) -> None:
+    """Of what all records with it were evaluated by, one must be left."""
+    both = [{"name": "perplexity", "settings": {}}, {"name": "mine", "settings": {}}]
+    for number, parts in enumerate((both, both[1:])):
+        record = run("none", {"": 0.0}, number=number)
+        colour = [*record.metrics, Metric("colour", 1.0, "")]
+        spec = {**record.spec, "evaluators": parts}
+        write(replace(record, spec=spec, metrics=colour), tmp_path)
+    assert evaluators_of("colour", tmp_path) == ["mine"]
 
 
 def test_the_policies_that_come_along_can_be_read() -> None:

@@ -40,7 +40,7 @@ class Distillation(Trains):
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 
     teacher: str = ""
-    """Name of the teacher's model config; has to be set."""
+    """Name of the teacher's model config, or the path of its folder; has to be set."""
     temperature: PositiveFloat = 2.0
     """T, by which both models' logits are divided."""
     weight: Fraction = 0.5

@@ -46,8 +46,8 @@ class Teaches(Trains):
     learning_rate: ClassVar[float] = 5e-5
 
     teacher: str = ""
-    """Name of the teacher's model config, or `start`, a frozen copy of what training starts from;
-    has to be set."""
+    """Name of the teacher's model config, the path of its folder, or `start`, a frozen copy of what
+    training starts from; has to be set."""
     over: Literal["tokens", "answers"] = "tokens"
     """What p is over: next tokens, or the answers of a question (`dataset.kind=choices`)."""
     labels: PositiveInt = 200

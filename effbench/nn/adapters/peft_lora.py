@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from effbench.nn.adapters.lowrank import Factors, init_a
 from effbench.nn.llama.experts import OUT, has_experts, layers_of
 from effbench.nn.llama.stack import base_name, decoder_layers, turned_in_files
-from effbench.nn.model_kinds.base import CAUSAL, freeze, kind_of
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, freeze, kind_of
 from effbench.util.errors import UserError
 
 Adapters = Iterator[tuple[str, torch.nn.Linear, torch.nn.Linear]]
@@ -118,12 +118,18 @@ class Base:
     """Where its experts are, each layer's a module of transformers with single tensors."""
     config: Any = None
     """Of transformers."""
+    task: str = ModelKind.task
+    """What peft calls its work."""
+    heads: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    """What learns beside any adapter, by qualified name."""
 
 
 def base_of(model: torch.nn.Module) -> Base:
     """Return what adapters of a model are loaded onto."""
-    places = tuple(name for name, _ in layers_of(model))
-    return Base(base_name(model), turned_in_files(model), places, getattr(model, "config", None))
+    places, kind = tuple(name for name, _ in layers_of(model)), kind_of(model)
+    config = getattr(model, "config", None)
+    turned, heads = turned_in_files(model), dict(kind.heads(model))
+    return Base(base_name(model), turned, places, config, kind.task, heads)
 
 
 def write_adapter(adapter: PeftAdapter, folder: Path, base: Base) -> None:
@@ -153,6 +159,8 @@ def write_adapter(adapter: PeftAdapter, folder: Path, base: Base) -> None:
             tensors |= {f"{path}.{key}": t for key, t in _named(pair)}
     tensors |= {f"{n}.lora_magnitude_vector": norms for n, norms in adapter.magnitudes.items()}
     tensors |= {f"{n}.weight": weight for n, weight in adapter.whole.items()}
+    for name, head in base.heads.items():
+        tensors |= {f"{name}.{part}": weight for part, weight in head.named_parameters()}
     config.save_pretrained(str(folder))
     save_file(
         {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()},
@@ -167,6 +175,8 @@ def _config(
     """Return the settings of an adapter whose modules are those of `factors`."""
     lower = {name: len(a) for name, (a, _) in factors.items() if len(a) < rank}
     targets = [t for t in adapter.targets if any(f".{n}".endswith(f".{t}") for n in factors)]
+    if base.task != ModelKind.task:  # where a name inside a block may stand outside of them too
+        targets = list(factors)
     return LoraConfig(
         r=rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -175,8 +185,8 @@ def _config(
         rank_pattern=lower,
         alpha_pattern={name: adapter.alpha * r / rank for name, r in lower.items()},
         use_dora=bool(adapter.magnitudes),
-        modules_to_save=list(adapter.whole) or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=[*adapter.whole, *base.heads] or None,
+        task_type=base.task,
         base_model_name_or_path=base.name,
         inference_mode=True,
     )

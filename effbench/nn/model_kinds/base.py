@@ -28,10 +28,6 @@ class ModelKind:
     noun: ClassVar[str] = "causal language model"
     instead: ClassVar[str] = ""
     """What to do about a model that is none."""
-    uncounted: ClassVar[str] = (
-        "The config does not belong to these weights, or effbench counts them wrongly."
-    )
-    """What to do about a model with more or less parameters than its config says."""
     auto: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads its models."""
     endings: ClassVar[tuple[str, ...]] = ()
@@ -46,7 +42,9 @@ class ModelKind:
     writes: ClassVar[bool] = True
     """Whether it writes text, token by token."""
     forms: ClassVar[tuple[str, ...]] = ("transformers", "peft", "gguf")
-    """In what its models leave; one form alone is what `--to auto` writes."""
+    """In what its models leave; without GGUF among them `--to auto` writes the first."""
+    task: ClassVar[str] = "CAUSAL_LM"
+    """What peft calls the work of its models."""
     evaluator: ClassVar[str] = ""
     """What asks its models where no evaluator is chosen; empty for what the stage has."""
     rows: ClassVar[str] = ""

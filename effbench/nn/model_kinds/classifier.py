@@ -35,7 +35,8 @@ class Classifier(ModelKind):
     caches: ClassVar[bool] = False
     speaks: ClassVar[bool] = False
     writes: ClassVar[bool] = False
-    forms: ClassVar[tuple[str, ...]] = ("transformers",)
+    forms: ClassVar[tuple[str, ...]] = ("transformers", "peft")
+    task: ClassVar[str] = "SEQ_CLS"
     evaluator: ClassVar[str] = "choices"
     rows: ClassVar[str] = "choices"
     other_rows: ClassVar[tuple[str, str]] = (

@@ -33,12 +33,9 @@ class Seq2Seq(ModelKind):
     )
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     caches: ClassVar[bool] = False
-    uncounted: ClassVar[str] = (
-        "If its files hold lm_head.weight, set tie_word_embeddings to false in its config.json: "
-        "transformers 5 writes true there whatever is so."
-    )
     windows: ClassVar[bool] = False
-    forms: ClassVar[tuple[str, ...]] = ("transformers",)
+    forms: ClassVar[tuple[str, ...]] = ("transformers", "peft")
+    task: ClassVar[str] = "SEQ_2_SEQ_LM"
     rows: ClassVar[str] = "asks"
     other_rows: ClassVar[tuple[str, str]] = (
         "A model with an encoder answers prompts, and the rows are plain text.",

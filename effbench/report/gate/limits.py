@@ -8,47 +8,40 @@ from collections.abc import Sequence
 from effbench.report.comparison.metric_table import Kind
 from effbench.report.gate.arms import Arm
 from effbench.report.gate.checks import Check, State
-from effbench.report.gate.policy import HOLDS, Limit, Policy
-from effbench.report.gate.quality import EvaluatorOf
+from effbench.report.gate.lacking import Asked, Sides
+from effbench.report.gate.policy import HOLDS, Limit
 from effbench.report.table import Value, readable
 from effbench.results.records import Metric, Record
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 
 Found = dict[Kind, list[Metric]]
 
 
-def resources(policy: Policy, run: Arm, base: Arm, evaluator_of: EvaluatorOf) -> list[Check]:
+def resources(sides: Sides) -> list[Check]:
     """Return which limits of a policy a run keeps.
 
     A limit is kept when the whole interval of the value is within it, and broken when none of it
     is; a value without an interval is taken as it is, the mean over seeds with the widest one.
 
     Args:
-        policy: With the limits.
-        run: What is to be let through.
-        base: What multiples are of.
-        evaluator_of: Says what measures a metric that nobody measured.
+        sides: Policy, the run, and what multiples are of.
 
     Raises:
         UserError: When a metric was not measured, or the limit is in another unit.
     """
-    return [
-        check
-        for metric, limit in policy.limits.items()
-        for check in _checks(metric, limit, run, base, evaluator_of)
-    ]
+    limits = sides.policy.limits.items()
+    return [check for metric, limit in limits for check in _checks(metric, limit, sides)]
 
 
-def _checks(
-    metric: str, limit: Limit, run: Arm, base: Arm, evaluator_of: EvaluatorOf
-) -> list[Check]:
-    own, other = (_measured(metric, limit, arm) for arm in (run, base))
+def _checks(metric: str, limit: Limit, sides: Sides) -> list[Check]:
+    run, base = sides.arms
+    own, other = (_measured(metric, limit, arm) for arm in sides.arms)
     relative = limit.parts(metric)[2] == "x"
     if not own:
-        raise _lacks(metric, limit, run, evaluator_of)
+        raise _lacks(metric, limit, run, sides)
     shared = [kind for kind in own if kind in other] if relative else [*own]
     if not shared:
-        raise _lacks(metric, limit, base, evaluator_of)
+        raise _lacks(metric, limit, base, sides)
     return [_check(kind, limit, (run, own[kind]), (base, other.get(kind, []))) for kind in shared]
 
 
@@ -61,15 +54,10 @@ def _measured(metric: str, limit: Limit, arm: Arm) -> Found:
     return {kind: values for kind, values in found.items() if len(values) == len(arm.records)}
 
 
-def _lacks(metric: str, limit: Limit, arm: Arm, evaluator_of: EvaluatorOf) -> UserError:
-    name, where = evaluator_of(metric), f" in phase {limit.phase}" if limit.phase else ""
-    if metric in arm.names():
-        phases = {m.phase for own in arm.values(metric) for m in own if m.phase}
-        hint = did_you_mean(limit.phase, phases) if limit.phase else "Name another point or run."
-    else:
-        measure = f"Measure it: effbench eval from={arm.records[0].key[:8]} evaluator={name}"
-        hint = measure if name else did_you_mean(metric, arm.names())
-    return UserError(f"{arm.ref} has no {metric}{where}.", hint)
+def _lacks(metric: str, limit: Limit, arm: Arm, sides: Sides) -> UserError:
+    if metric not in arm.names():
+        return sides.unmeasured(metric)
+    return sides.elsewhere(metric, Asked(phase=limit.phase), arm)
 
 
 def _check(

@@ -156,7 +156,6 @@ def _long(value: Any, key: str) -> Any:
 def _check(policy: Policy, path: Path) -> None:
     """Refuse what no run could be judged by, before any run is read."""
     for metric, rule in policy.metrics.items():
-        rule.better(metric)
         rule.size(metric, 1.0)
     for metric, limit in policy.limits.items():
         limit.parts(metric)

@@ -7,21 +7,19 @@ metric of no direction has to be equivalent: two one-sided tests (Schuirmann, 19
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from effbench.report.comparison.contrast import Contrast, contrast
 from effbench.report.gate.arms import Arm, Place
 from effbench.report.gate.checks import Check, State
-from effbench.report.gate.policy import Policy, Rule
+from effbench.report.gate.lacking import Asked, Sides
+from effbench.report.gate.policy import Rule
 from effbench.report.power import Wanted, estimate, items_needed, seeds_needed
 from effbench.report.table import Value, readable
 from effbench.results.records import Record
 from effbench.stats import ALPHA, Equivalence, holm
-from effbench.util.errors import UserError, did_you_mean
-
-EvaluatorOf = Callable[[str], str]
-"""Returns the name of the evaluator that measures a metric, empty when it is not known."""
+from effbench.util.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,22 +55,20 @@ class Tested:
         return abs(margin - (abs(value) if sign is None else sign * value))
 
 
-def quality(policy: Policy, run: Arm, base: Arm, evaluator_of: EvaluatorOf) -> list[Check]:
+def quality(sides: Sides) -> list[Check]:
     """Return what the items of both runs show of each metric of a policy.
 
     Args:
-        policy: With the margins.
-        run: What is to be let through.
-        base: What it is held against.
-        evaluator_of: Says what measures a metric that nobody measured.
+        sides: Policy and runs.
 
     Raises:
-        UserError: When a metric was not measured, kept no items, or has none in common.
+        UserError: When a metric was not measured, kept no items, has none in common, or no
+            direction.
     """
     tests = [
-        _test(metric, rule, place, run, base)
-        for metric, rule in policy.metrics.items()
-        for place in _shared(metric, rule, run, base, evaluator_of)
+        _test(metric, rule, place, sides.run, sides.base)
+        for metric, rule in sides.policy.metrics.items()
+        for place in _shared(metric, rule, sides)
     ]
     found: list[Check] = []
     for tier in ("must", "should"):
@@ -83,17 +79,18 @@ def quality(policy: Policy, run: Arm, base: Arm, evaluator_of: EvaluatorOf) -> l
 # -- which items -------------------------------------------------------------------------------
 
 
-def _shared(metric: str, rule: Rule, run: Arm, base: Arm, evaluator_of: EvaluatorOf) -> list[Place]:
+def _shared(metric: str, rule: Rule, sides: Sides) -> list[Place]:
     """Return where both kept the items of a metric, and the rule looks."""
-    places = [[p for p in arm.places(metric) if _asked(p, rule)] for arm in (run, base)]
-    for arm, there in zip((run, base), places, strict=True):
+    places = [[p for p in arm.places(metric) if _asked(p, rule)] for arm in sides.arms]
+    for arm, there in zip(sides.arms, places, strict=True):
         if not there:
-            raise _lacks(metric, rule, arm, evaluator_of)
+            raise _lacks(metric, rule, arm, sides)
     both = [place for place in places[0] if place in places[1]]
     if not both:
-        where = [f"{arm.ref} has it{own[0]}" for arm, own in zip((run, base), places, strict=True)]
+        had = zip(sides.arms, places, strict=True)
         raise UserError(
-            f"{metric} has no items in common: {', '.join(where)}.",
+            f"{metric} has no items in common: "
+            f"{', '.join(f'{arm.ref} has it{own[0]}' for arm, own in had)}.",
             "Evaluate both on the same data: effbench eval from=RUN dataset=NAME.",
         )
     return both
@@ -103,22 +100,17 @@ def _asked(place: Place, rule: Rule) -> bool:
     return rule.task in ("", place.task) and rule.split in ("", place.split)
 
 
-def _lacks(metric: str, rule: Rule, arm: Arm, evaluator_of: EvaluatorOf) -> UserError:
+def _lacks(metric: str, rule: Rule, arm: Arm, sides: Sides) -> UserError:
     """Return why an arm has no items of a metric, and what would give it some."""
+    if any(metric not in side.names() for side in sides.arms):
+        return sides.unmeasured(metric)
     kept = {o.metric for record in arm.records for o in record.outcomes}
-    if metric in kept:
-        where = Place("", rule.task, rule.split)
-        there = ", ".join(f"{metric}{place}" for place in arm.places(metric))
-        return UserError(f"{arm.ref} has no {metric}{where}.", f"It has {there or 'none here'}.")
-    if metric in arm.names():
-        return UserError(
-            f"{arm.ref} kept no items of {metric}, so there is no test of it.",
-            f"Put it under limits:, or test one of: {', '.join(sorted(kept)) or 'none is there'}.",
-        )
-    name = evaluator_of(metric)
-    key = arm.records[0].key[:8]
-    hint = f"Measure it: effbench eval from={key} evaluator={name}" if name else ""
-    return UserError(f"{arm.ref} has no {metric}.", hint or did_you_mean(metric, kept))
+    if metric in kept or not any(map(len, arm.values(metric))):
+        return sides.elsewhere(metric, Asked(rule.task, rule.split), arm)
+    return UserError(
+        f"{arm.ref} kept no items of {metric}, so there is no test of it.",
+        f"Put it under limits:, or test one of: {', '.join(sorted(kept)) or 'none is there'}.",
+    )
 
 
 # -- the tests ---------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from typing import Literal
 
 from effbench.report.gate.arms import Arm
 from effbench.report.gate.checks import Check
+from effbench.report.gate.lacking import Measures, Sides
 from effbench.report.gate.limits import resources
 from effbench.report.gate.policy import Policy
-from effbench.report.gate.quality import EvaluatorOf, quality
+from effbench.report.gate.quality import quality
 from effbench.report.table import Cell, Table
 from effbench.results.records import strict
 
@@ -90,23 +91,20 @@ COLUMNS = (
 FIELDS = ("value", "unit", "low", "high")
 
 
-def judge(policy: Policy, run: Arm, base: Arm, evaluator_of: EvaluatorOf) -> Judgement:
+def judge(policy: Policy, run: Arm, base: Arm, measures: Measures) -> Judgement:
     """Return what a policy says of a run that is held against another one.
 
     Args:
         policy: Margins and limits.
         run: What is to be let through.
         base: What it is held against.
-        evaluator_of: Returns the evaluator of a metric, empty when it is not known.
+        measures: What would measure a metric that nobody measured.
 
     Raises:
         UserError: When something that the policy names was not measured, or not on the same items.
     """
-    checks = [
-        *quality(policy, run, base, evaluator_of),
-        *resources(policy, run, base, evaluator_of),
-    ]
-    return Judgement(run.ref, base.ref, _ordered(checks))
+    sides = Sides(policy, run, base, measures)
+    return Judgement(run.ref, base.ref, _ordered([*quality(sides), *resources(sides)]))
 
 
 def _ordered(checks: Sequence[Check]) -> list[Check]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.metric_table import MetricTable, Row
+from effbench.report.comparison.sentences import APART
 from effbench.report.labels import better
 from effbench.results.records import Record
 from effbench.util.errors import UserError
+
+FEW = 8
+"""Rows of a metric up to which no sentence counts them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,24 @@ def evidence(
     except UserError as error:  # one run at one point
         return Evidence([], [*notes, error.message], [])
     forest = [_forest(table) for table in found.metrics if any(r.difference for r in table.rows)]
-    return Evidence(found.words, [*notes, *found.notes], forest)
+    counts = [line for table in found.metrics if (line := _counted(table))]
+    return Evidence([*counts, *found.words], [*notes, *found.notes], forest)
 
 
 def _items(record: Record) -> set[tuple[str, ...]]:
     """Return the items that a run saw, by what they are of."""
     return {(o.evaluator, o.metric, o.task, o.split, o.ids) for o in record.outcomes}
+
+
+def _counted(table: MetricTable) -> str:
+    """Return how many rows differ and how, where they are too many to be read one by one."""
+    said = Counter(row.finding for row in table.rows if row.difference)
+    if said.total() <= FEW:
+        return ""
+    good = better(table.kind.metric)
+    counts = [f"{said[way]} {way}{' (better)' * (way == good)}" for way in ("lower", "higher")]
+    head = f"{table.kind}, {said.total()} rows against {table.against}"
+    return f"{head}: {', '.join(counts)}, {said[APART]} {APART}."
 
 
 def _forest(table: MetricTable) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _drawn(layers: Layers, name: str, title: str) -> str:
         for shade, cells in sorted(shades.items())
     )
     lowest = min(min(row) for row in matrix)
-    words = f"{title}, {size} layers from bottom left, lowest {lowest:.2f}, darkest is 1"
+    words = f"{title}: {size} layers from bottom left; full colour is 1, lowest {lowest:.2f}"
     return (
         f'<figure class="map"><svg viewBox="0 0 {size} {size}" role="img" '
         f'aria-label="{escape(words)}">{paths}</svg><figcaption>{escape(words)}</figcaption></figure>'

@@ -138,7 +138,8 @@
   }
   const ALWAYS = ["key"], NEVER = ["artefact", "label", "command"];
   function chooseColumns() {
-    visible = columns.filter((c) => state.groups.has(c.group) && !(c.group === "run" && NEVER.includes(c.name))
+    const first = run.key ? [run.key, ...columns.filter((c) => c !== run.key)] : columns;
+    visible = first.filter((c) => state.groups.has(c.group) && !(c.group === "run" && NEVER.includes(c.name))
       && ((c.group === "run" && ALWAYS.includes(c.name)) || (state.differing ? differs(c) : shown.some((row) => c.at(row) != null))));
   }
 
@@ -246,7 +247,7 @@
   }
 
   // -- charts ----------------------------------------------------------------------------------
-  const MOST = 3000, KEYED = 300;
+  const MOST = 3000, KEYED = 300, FOLDED = 24;
   const tip = el("div", { id: "tip", hidden: true });
   function say(node, words, row) {
     const show = () => { const box = node.getBoundingClientRect(); tip.textContent = words; tip.hidden = false;
@@ -260,8 +261,9 @@
   const SHAPES = ["M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0Z", "M-4-4H4V4H-4Z", "M0-5L5 0L0 5L-5 0Z", "M-5 4L0-5L5 4Z", "M-5-4L0 5L5-4Z",
     "M-2-5H2V-2H5V2H2V5H-2V2H-5V-2H-2Z", "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z", "M-2 0A2 2 0 1 0 2 0A2 2 0 1 0-2 0Z"];
   const mark = (k, x, y) => draw("path", { class: `fill k${k}`, d: SHAPES[k], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
-  function legend(names) {
-    return el("ul", { class: "legend" }, ...names.map((name, k) => el("li", {}, draw("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, mark(k, 0, 0)), ` ${name}`)));
+  function legend(names, lines = false) {
+    const line = (k) => lines ? draw("path", { class: `path stroke k${k}`, d: "M-18 0H18" }) : null;
+    return el("ul", { class: "legend" }, ...names.map((name, k) => el("li", { class: lines ? "lines" : null }, draw("svg", { viewBox: lines ? "-18 -7 36 14" : "-7 -7 14 14", "aria-hidden": "true" }, ...[line(k), mark(k, 0, 0)].filter(Boolean)), ` ${name}`)));
   }
   // The seven most frequent names have colours and shapes of their own, all others the last.
   function keyed(names) {
@@ -310,7 +312,7 @@
     }
     svg.append(draw("line", { class: "axis", x1: L, x2: W - R, y1: H - B, y2: H - B }),
       draw("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle" }, xName), draw("text", { transform: `translate(12 ${(H - B + T) / 2}) rotate(-90)`, "text-anchor": "middle" }, yName));
-    for (const p of paths) svg.append(say(draw("path", { class: p.class ?? `path stroke k${p.k}`, opacity: p.opacity, d: p.points.map((m, i) => `${i ? "L" : "M"}${px(m.x).toFixed(1)} ${py(m.y).toFixed(1)}`).join("") }), p.words ?? title));
+    for (const p of paths) svg.append(say(draw("path", { class: p.class ?? `path stroke k${p.k} ${p.kind ?? ""}`, opacity: p.opacity, d: p.points.map((m, i) => `${i ? "L" : "M"}${px(m.x).toFixed(1)} ${py(m.y).toFixed(1)}`).join("") }), p.words ?? title));
     for (const m of marks.slice(0, MOST)) {
       if (m.low != null && m.high != null && marks.length <= KEYED) svg.append(draw("line", { class: `stroke k${m.k}`, x1: px(m.x), x2: px(m.x), y1: py(m.low), y2: py(m.high), opacity: 0.7 }));
       const node = say(mark(m.k, px(m.x), py(m.y)), m.words, m.row);
@@ -379,28 +381,49 @@
 
   if (data.forest.length) {
     const [pick, select] = menu("metric", data.forest.map((f, i) => [String(i), f.title]), "0");
-    chart("forest", "Paired differences", [pick], (box, key, warning) => paintForest(box, warning, data.forest[Number(select.value)]));
+    const [order, by] = menu("order", [["difference", "by difference"], ["table", "as compared"]], "difference");
+    let open = false;
+    const here = chart("forest", "Paired differences", [pick, order], (box, key, warning) => {
+      const f = data.forest[Number(select.value)], keys = new Set(shown.map((row) => text("key", row)));
+      const rows = f.rows.filter((r) => r[6].split("+").some((k) => keys.has(k)));
+      if (by.value === "difference") rows.sort((a, b) => (f.better === "higher" ? -1 : 1) * (number(a[1]) - number(b[1])));
+      const some = open ? rows : rows.slice(0, FOLDED);
+      const few = some.length < f.rows.length ? ` ${some.length} of them are shown.` : "";
+      warning.textContent = `Against ${f.against}: value minus its value${f.better ? `, ${f.better} is better` : ""}. 95 % intervals, Holm's correction over all ${plural(f.rows.length, "row")}.${few}`;
+      if (!rows.length) { box.replaceChildren(el("p", { class: "note" }, "None of the shown rows was tested.")); key.replaceChildren(); return; }
+      paintForest(box, f, some);
+      const fold = () => { open = !open; here.paint(); key.querySelector("button")?.focus(); };
+      key.replaceChildren(forestLegend(f), ...(rows.length > FOLDED ? [el("button", { type: "button", class: "more", "aria-expanded": String(open), click: fold }, open ? `Show ${FOLDED} rows` : `Show all ${rows.length} rows`)] : []));
+    });
   }
-  function paintForest(box, warning, f) {
-    const keys = new Set(shown.map((row) => text("key", row)));
-    const rows = f.rows.filter((r) => r[6].split("+").some((k) => keys.has(k)));
-    warning.textContent = `Against ${f.against}: value minus its value${f.better ? `, ${f.better} is better` : ""}. 95 % intervals; filled marks differ after Holm's correction over all ${f.rows.length} rows. ${rows.length < f.rows.length ? `${rows.length} of them are shown.` : ""}`;
-    if (!rows.length) { box.replaceChildren(el("p", { class: "note" }, "None of the shown rows was tested.")); return; }
-    const W = Math.max(300, box.clientWidth || 700), wide = W > 700, L = wide ? Math.min(460, W * 0.42) : 8, step = wide ? 24 : 40, R = 14, H = rows.length * step + 34;
+  function forestMark(f, finding, x, y) {
+    const differs_ = finding === "lower" || finding === "higher", k = !differs_ || !f.better ? 0 : finding === f.better ? 2 : 1;
+    const dot = mark(k, x, y);
+    if (!differs_) { dot.setAttribute("class", `stroke k${k}`); dot.setAttribute("fill", "none"); }
+    return [dot, k];
+  }
+  function forestLegend(f) {
+    const kinds = f.better ? [[f.better, "better"], [f.better === "lower" ? "higher" : "lower", "worse"]] : [["lower", "differs"]];
+    return el("ul", { class: "legend" }, ...[...kinds, ["", "cannot be told apart"]].map(([finding, name]) =>
+      el("li", {}, draw("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, forestMark(f, finding, 0, 0)[0]), ` ${name}`)));
+  }
+  function paintForest(box, f, rows) {
+    const W = Math.max(300, box.clientWidth || 700), wide = W > 700, L = wide ? Math.min(460, W * 0.4) : 8, step = wide ? 24 : 40, R = wide ? 216 : 14, T = 20, H = T + rows.length * step + 48;
     const ax = axis([0, ...rows.flatMap((r) => [r[2], r[3]].map(number))], false);
     const px = (v) => L + Math.max(0, Math.min(1, ax.at(v))) * (W - L - R);
     const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": `Paired differences: ${f.title}, ${plural(rows.length, "row")}` });
-    for (const t of ax.ticks) svg.append(draw("line", { class: "grid", x1: px(t), x2: px(t), y1: 0, y2: H - 30 }), draw("text", { class: "soft", x: px(t), y: H - 14, "text-anchor": "middle" }, tickText(t, "")));
-    svg.append(draw("line", { class: "zero", x1: px(0), x2: px(0), y1: 0, y2: H - 30 }));
+    for (const t of ax.ticks) svg.append(draw("line", { class: "grid", x1: px(t), x2: px(t), y1: T - 4, y2: H - 44 }),
+      ...[T - 8, H - 28].map((y) => draw("text", { class: "soft", x: px(t), y, "text-anchor": "middle" }, tickText(t, ""))));
+    svg.append(draw("line", { class: "zero", x1: px(0), x2: px(0), y1: T - 4, y2: H - 44 }),
+      draw("text", { x: (L + W - R) / 2, y: H - 8, "text-anchor": "middle" }, `difference${f.unit ? ` (${f.unit})` : ""}`));
     rows.forEach((r, i) => {
-      const [name, value, low, high, p, finding] = r, y = i * step + (wide ? 13 : 28), differsHere = finding === "lower" || finding === "higher";
-      const good = differsHere && f.better ? (finding === f.better ? 2 : 1) : 0, long = Math.floor((wide ? L : W) / 6.6);
+      const [name, value, low, high, p, finding] = r, y = T + i * step + (wide ? 13 : 28), long = Math.floor((wide ? L : W) / 6.6);
+      const [dot, good] = forestMark(f, finding, px(value), y), said = `${readable(value)} [${readable(low)}, ${readable(high)}]`;
       svg.append(draw("text", { x: wide ? L - 10 : 8, y: wide ? y + 4 : y - 12, "text-anchor": wide ? "end" : "start" }, name.length > long ? `${name.slice(0, long - 15)}…${name.slice(-14)}` : name, draw("title", {}, name)),
         draw("line", { class: `stroke k${good}`, x1: px(low), x2: px(high), y1: y, y2: y, "stroke-width": 2 }));
-      const dot = mark(good, px(value), y);
-      if (!differsHere) { dot.setAttribute("class", `stroke k${good}`); dot.setAttribute("fill", "none"); }
+      if (wide) svg.append(draw("text", { class: "soft", x: W, y: y + 4, "text-anchor": "end" }, said));
       dot.setAttribute("tabindex", 0);
-      svg.append(say(dot, `${name}\n${readable(value)} [${readable(low)}, ${readable(high)}] ${f.unit}\np ${p < 0.001 ? "< 0.001" : p.toFixed(3)}: ${finding}`));
+      svg.append(say(dot, `${name}\n${said} ${f.unit}\np ${p < 0.001 ? "< 0.001" : p.toFixed(3)}: ${finding}`));
     });
     box.replaceChildren(svg);
   }
@@ -428,19 +451,21 @@
   const POINT = /^(\D*)(\d+(?:\.\d+)?)(.*)$/;
   if (metrics.length && run.point) {
     const y = menu("metric", listed, preferred("loss", "accuracy", "acc"));
-    const kinds = [...new Set(all.map((row) => POINT.exec(text("point", row))).filter(Boolean).map((m) => m[1]))].sort();
-    const x = menu("points", kinds.map((p) => [p, `${{ r: "rank ", d: "depth ", b: "bits ", k: "k: " }[p] ?? ""}${p}…`]), kinds[0]);
+    const found = all.map((row) => POINT.exec(text("point", row))).filter(Boolean).map((m) => m[1]), NAMES = { r: "rank", d: "depth", b: "bits" };
+    const kinds = [...new Set(found)].sort(), frequent = (names) => kinds.reduce((a, b) => names.filter((n) => n === b).length > names.filter((n) => n === a).length ? b : a);
+    const x = menu("points", kinds.map((p) => [p, NAMES[p] ? `${NAMES[p]} (${p}…)` : `${p}…`]), kinds.length ? frequent(found) : "");
     const k = menu("colour", pickGroups, "method");
     chart("points", "Over operating points", [y[0], x[0], k[0]], (box, key, warning) => {
-      const cy = columns[y[1].value];
+      const cy = columns[y[1].value], there = shown.map((row) => POINT.exec(text("point", row))?.[1]).filter((p) => p != null);
+      if (there.length && !there.includes(x[1].value)) x[1].value = frequent(there);
       const marks = shown.map((row) => ({ row, found: POINT.exec(text("point", row)), y: number(cy.at(row)) })).filter((p) => p.found?.[1] === x[1].value && Number.isFinite(p.y))
         .map((p) => ({ ...p, x: Number(p.found[2]) }));
       const several = [...grouped(marks, (p) => `${text("key", p.row)}${p.found[3]}`).values()].filter((g) => g.length > 1);
       const kept = several.flat(), colours = keyed(kept.map((p) => text(k[1].value, p.row)));
       for (const p of kept) Object.assign(p, { k: colours.of(text(k[1].value, p.row)), low: cy.low?.[p.row], high: cy.high?.[p.row], words: `${called(p.row)}\n${valueWords(cy, p.row)}` });
       const ticks = [...new Map(kept.map((p) => [p.x, { x: p.x, label: `${p.found[1]}${p.found[2]}` }])).values()].sort((a, b) => a.x - b.x);
-      plot(box, { title: "Over operating points", marks: kept, paths: several.map((g) => ({ points: g.sort((a, b) => a.x - b.x), k: g[0].k, words: called(g[0].row) })), xName: "operating point", yName: cy.name.replaceAll("_", " "), yUnit: cy.unit, xLog: true, xTicks: ticks });
-      key.replaceChildren(legend(colours.named));
+      plot(box, { title: "Over operating points", marks: kept, paths: several.map((g) => ({ points: g.sort((a, b) => a.x - b.x), k: g[0].k, words: called(g[0].row) })), xName: NAMES[x[1].value] ?? "operating point", yName: cy.name.replaceAll("_", " "), yUnit: cy.unit, xLog: true, xTicks: ticks });
+      key.replaceChildren(legend(colours.named, true));
       warning.textContent = `A line for each run. ${mixed(kept.map((p) => p.row))}`;
     });
   }
@@ -452,10 +477,13 @@
       const keys = new Set(shown.map((row) => text("key", row)));
       const here = data.curves.filter((c) => keys.has(c.key)), colour = (c) => text(k[1].value, rowsByKey.get(c.key));
       const colours = keyed(here.map(colour));
-      const line = (c, kind) => ({ points: c[kind][0].map((x, i) => ({ x, y: c[kind][1][i] })), k: colours.of(colour(c)), opacity: kind === "validation" ? 1 : 0.75, words: `${called(rowsByKey.get(c.key))}, ${kind}` });
-      plot(box, { title: "Loss over training", paths: here.flatMap((c) => ["training", "validation"].filter((kind) => c[kind]).map((kind) => line(c, kind))), xName: "optimiser step", yName: "loss (nats/token)" });
-      key.replaceChildren(legend(colours.named));
-      warning.textContent = `${here.length} of the shown runs have a folder here; a place is the mean over a few steps where a run has many.`;
+      const line = (c, kind) => ({ points: c[kind][0].map((x, i) => ({ x, y: c[kind][1][i] })), k: colours.of(colour(c)), kind, words: `${called(rowsByKey.get(c.key))}, ${kind}` });
+      const paths = here.flatMap((c) => ["training", "validation"].filter((kind) => c[kind]).map((kind) => line(c, kind)));
+      const ends = paths.map((p) => ({ ...p.points.at(-1), k: p.k, words: p.words, row: null }));
+      plot(box, { title: "Loss over training", paths, marks: ends, xName: "optimiser step", yName: "loss that is minimised" });
+      key.replaceChildren(legend(colours.named, true));
+      const thick = paths.some((p) => p.kind === "validation") ? " Thick lines: validation." : "";
+      warning.textContent = `${here.length} of the shown runs have a folder here; a place is the mean over a few steps where a run has many. The loss is the method's own: nats per token, or per row where it ranks or classifies.${thick}`;
     });
   }
 
@@ -464,11 +492,13 @@
     const of = Object.fromEntries(phases.map((p) => [p, [columnOf(`${p}: predicted bytes`), columnOf(`${p}: measured bytes`), columnOf(`${p}: error`)]]));
     chart("plan", "Plan against measured", [], (box, key, warning) => {
       const firsts = [...grouped(shown, (row) => text("key", row)).values()].map((g) => g[0]);
-      const marks = phases.flatMap((p, k) => firsts.map((row) => ({ row, k: Math.min(k, 7), x: number(of[p][0].at(row)), y: number(of[p][1].at(row)), words: `${called(row)}, ${p}\npredicted ${readable(of[p][0].at(row), "bytes")}, measured ${readable(of[p][1].at(row), "bytes")}\nerror ${readable(of[p][2]?.at(row))}` }))).filter((m) => m.x > 0 && m.y > 0);
+      const expected = (p, row) => number(of[p][1].at(row)) * (1 + number(of[p][2]?.at(row) ?? NaN));
+      const told = (p, row) => `${called(row)}, ${p}\npredicted ${readable(of[p][0].at(row), "bytes")}, with the process ${readable(expected(p, row), "bytes")}\nmeasured ${readable(of[p][1].at(row), "bytes")}, error ${(100 * number(of[p][2]?.at(row))).toFixed(1)} %`;
+      const marks = phases.flatMap((p, k) => firsts.map((row) => ({ row, k: Math.min(k, 7), x: expected(p, row), y: number(of[p][1].at(row)), words: told(p, row) }))).filter((m) => m.x > 0 && m.y > 0);
       const ends = marks.length ? [Math.min(...marks.map((m) => Math.max(m.x, m.y))), Math.max(...marks.map((m) => Math.min(m.x, m.y)))] : [];
-      plot(box, { title: "Plan against measured", marks, paths: ends[0] < ends[1] ? [{ points: ends.map((v) => ({ x: v, y: v })), class: "zero", words: "as predicted" }] : [], xName: "predicted peak", yName: "measured peak", xUnit: "bytes", yUnit: "bytes", xLog: true, yLog: true });
+      plot(box, { title: "Plan against measured", marks, paths: ends[0] < ends[1] ? [{ points: ends.map((v) => ({ x: v, y: v })), class: "zero", words: "as predicted" }] : [], xName: "predicted peak and what the process had before", yName: "measured peak", xUnit: "bytes", yUnit: "bytes", xLog: true, yLog: true });
       key.replaceChildren(legend(phases));
-      warning.textContent = "Peak memory by phase. What was measured holds what the process had before; the error that is told leaves that out.";
+      warning.textContent = "Peak memory by phase. Dashed: as predicted; above it, more was needed.";
     });
   }
 

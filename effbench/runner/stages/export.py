@@ -11,8 +11,9 @@ from effbench.api.points import Point, find_point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Job, Runtime, Spec
 from effbench.api.stages import base as stages
+from effbench.data.dataset import class_names
 from effbench.models.load import known_shape
-from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find
+from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find, kind_of
 from effbench.report.model_card import Card, write_card
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
@@ -76,7 +77,7 @@ def export(
     store = Store(results)
     key, spec = _maker(store, ref)
     kind = _kind(spec)
-    to = _form(spec, kind, to)
+    wanted = _form(spec, kind, to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
     import torch
@@ -93,9 +94,9 @@ def export(
     at = find_point(own.points(), point, f"Run {key}") if point else own.default_point()
     artefact = store.run(key).check_artefact(whole=True)
     held = None if dtype == "auto" else getattr(torch, dtype)
-    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[to]
+    writer = {"auto": _auto, "transformers": _plain, "peft": _peft, "gguf": _gguf}[wanted]
     with torch.no_grad():
-        stands = to == "peft" and bool(run.lineage.earlier)
+        stands = wanted == "peft" and bool(run.lineage.earlier)
         base = plain.plain_model(opened.model) if stands else None
         model = own.load(opened.model, artefact, context(run)).eval()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +113,14 @@ def _kind(spec: Spec) -> ModelKind:
     return find(ModelShape.of(shape).kind if shape else CAUSAL)
 
 
-def _form(spec: Spec, kind: ModelKind, to: Target) -> Target:
+def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
     """Return in what form a model of a kind leaves.
 
     Raises:
         UserError: Before anything is loaded, for a form that has no place for it.
     """
     if to == "auto":
-        return "transformers" if kind.forms == ("transformers",) else to
+        return to if "gguf" in kind.forms else kind.forms[0]
     if to not in kind.forms:
         raise UserError(
             f"{spec.model.name} is a {kind.name} ({kind.noun}), which is not written for {to}.",
@@ -162,9 +163,26 @@ def _plain(work: Exporting, new: Path, base: Any) -> str:
     from effbench.nn.pruning import plain
 
     made = _checked(work)
+    _name_classes(work, made.model)
     plain.write(made, new)
     work.run.tokenizer.save_pretrained(new)
     return "transformers"
+
+
+def _name_classes(work: Exporting, model: Any) -> None:
+    """Let a classifier call its classes what the rows that it last learnt from call them."""
+    run = work.run
+    learnt = [s for s in (*run.store.ancestors(run.spec).values(), run.spec) if _trains(s)]
+    if kind_of(model).speaks or not learnt:
+        return
+    names = class_names(learnt[-1].dataset)
+    if len(names) == model.config.num_labels:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: n for n, name in enumerate(names)}
+
+
+def _trains(spec: Spec) -> bool:
+    return stages.find(spec.stage).trains
 
 
 def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
@@ -191,6 +209,9 @@ def _peft(work: Exporting, new: Path, base: Plain | None) -> str:
             f"It was trained on {work.method.weights} weights: load its base so for the same "
             "answers, or write a whole model with --to transformers."
         )
+    if not kind_of(work.model).speaks:
+        classes = work.model.config.num_labels
+        work.said.append(f"The head comes with it: load its base with num_labels={classes}.")
     peft_lora.write_adapter(adapter, new, replace(peft_lora.base_of(work.model), name=name))
     return "peft"
 
