@@ -59,6 +59,8 @@ class Pass:
     """Positions whose logits are needed, in all."""
     prompt: int = 0
     """For `decode`, the first positions of each, that were read as a prompt."""
+    after: int = 0
+    """For `prefill`, the positions of each that follow: our engine makes room for them at once."""
 
     @property
     def size(self) -> int:

@@ -185,6 +185,13 @@ class Evaluator:
         """
         return _largest(self, "prompt_tokens") + _largest(self, "new_tokens")
 
+    def libraries(self) -> tuple[str, ...]:
+        """Return the modules that it imports to ask a model, so that no peak counts them.
+
+        Default: lm-eval's, where it has `tasks`.
+        """
+        return ("lm_eval.tasks", "datasets") if getattr(self, "tasks", ()) else ()
+
     def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return what of its own data was trained on, `rows` of `dataset`; empty for none."""
         return ""
@@ -211,7 +218,7 @@ class Evaluator:
             rows = getattr(self, "batch_size", 1)
             total = prompt + getattr(self, "new_tokens", 0)
             found += [
-                Pass("prefill", rows, prompt, rows),
+                Pass("prefill", rows, prompt, rows, after=total - prompt),
                 Pass("decode", rows, total, rows, prompt),
             ]
         return found

@@ -146,7 +146,7 @@ class Generation(Evaluator):
         prompt = TASK_PROMPT if self.tasks else spec.dataset.max_length
         rows = max(1, self.batch_tokens // (prompt + new))
         return [
-            Pass("prefill", rows, prompt, rows),
+            Pass("prefill", rows, prompt, rows, after=new),
             Pass("decode", rows, prompt + new, rows, prompt),
         ]
 
@@ -161,7 +161,7 @@ class Generation(Evaluator):
         for group in by_length(sizes, self.batch_tokens):
             rows, prompt = len(group), max(prompts[i] for i in group)
             total = prompt + max(longest[i] for i in group)
-            yield Pass("prefill", rows, prompt, rows)
+            yield Pass("prefill", rows, prompt, rows, after=total - prompt)
             yield Pass("decode", rows, total, rows, prompt)
 
     def run(self, subject: Subject) -> Result:

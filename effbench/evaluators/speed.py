@@ -163,7 +163,7 @@ class Speed(Evaluator):
             one
             for cell in self.cells()
             for one in (
-                Pass("prefill", cell.batch, cell.prompt, cell.batch),
+                Pass("prefill", cell.batch, cell.prompt, cell.batch, after=cell.new),
                 Pass("decode", cell.batch, cell.prompt + cell.new, cell.batch, cell.prompt),
             )
         ]

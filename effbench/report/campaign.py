@@ -19,7 +19,8 @@ from effbench.report.facts import told_of
 from effbench.report.scales import SCALES, Cells, Scale
 from effbench.report.tuned import Tuned
 from effbench.report.tuning import Tuning
-from effbench.results.records import Record, read
+from effbench.results.reader import Reader
+from effbench.results.records import Record
 from effbench.results.store import Store
 from effbench.results.tunings import tuned_together
 from effbench.util.errors import UserError, did_you_mean
@@ -91,8 +92,24 @@ class Campaign:
         """Return where the keys of its runs are."""
         return results / "campaigns" / f"{self.name}.json"
 
-    def records(self, results: Path, arms: Sequence[str] = ()) -> dict[str, list[Record]]:
+    def records(
+        self, results: Path, arms: Sequence[str] = (), reader: Reader | None = None
+    ) -> dict[str, list[Record]]:
         """Return the records of each arm, from the keys that were noted.
+
+        Args:
+            results: Folder of runs and records.
+            arms: Names of those that are wanted; none for all.
+            reader: What has read some of them already.
+
+        Raises:
+            UserError: When one is missing, with the command that makes it.
+        """
+        of = (reader or Reader(results / "records")).of
+        return {arm: [of(key) for key in own] for arm, own in self.keys(results, arms).items()}
+
+    def keys(self, results: Path, arms: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Return the keys of the runs of each arm, whose records are there.
 
         Args:
             results: Folder of runs and records.
@@ -111,7 +128,7 @@ class Campaign:
             if gone or not keys.get(arm):
                 said = f"Record {gone[0]} of {arm}" if gone else f"A run of {arm}"
                 raise UserError(f"{said} is not here, for table {self.name}.", again)
-        return {arm: [read(folder / f"{key}.json") for key in keys[arm]] for arm in wanted}
+        return {arm: keys[arm] for arm in wanted}
 
     def compared(
         self, results: Path, same_points: bool = False, metrics: Collection[str] = ()

@@ -8,7 +8,7 @@ group each row is held against the untouched model, where that is in one of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from effbench.report.speeds import at_point, decoding_speed
 from effbench.report.table import Value, points
 from effbench.report.verdicts import Tested, retested
 from effbench.results.lookup import earlier
+from effbench.results.reader import Reader
 from effbench.results.records import Outcomes, Record
 from effbench.results.store import Store
 from effbench.stats import Difference
@@ -170,31 +171,38 @@ def gathered(path: Path, results: Path, tables: Sequence[Campaign]) -> Grand:
     wanted = build(Gathers, values.pop(KEY) or {}, f"{path.name}.{KEY}")
     if values:
         raise UserError(f"Unknown key {next(iter(values))!r} in {path.name}.", f"Only {KEY}: is.")
-    systems = [System(table, _found(table, results)) for table in tables if table.verdict]
-    members = [m for s in systems if s.found for m in _members(s, results, wanted.model)]
-    there = facts(Store(results))
-    groups = [_group(ground, own, results, there) for ground, own in _grounds(members).items()]
+    reader, there = Reader(results / "records"), facts(Store(results))
+    systems = [System(table, _found(table, results, reader)) for table in tables if table.verdict]
+    known = {fact.key: fact for fact in there}
+    found = [s for s in systems if s.found]
+    members = [m for s in found for m in _members(s, results, wanted.model, known, reader)]
+    groups = [_group(ground, own, there, reader) for ground, own in _grounds(members).items()]
     return Grand(path.stem, title_of(path), groups, systems)
 
 
-def _found(table: Campaign, results: Path) -> list[Tested]:
-    return retested(table, results) if table.manifest(results).is_file() else []
+def _found(table: Campaign, results: Path, reader: Reader) -> list[Tested]:
+    return retested(table, results, reader) if table.manifest(results).is_file() else []
 
 
 # -- which rows --------------------------------------------------------------------------------
 
 
-def _members(system: System, results: Path, model: str) -> Iterator[tuple[Ground, Member]]:
+def _members(
+    system: System, results: Path, model: str, known: Mapping[str, Facts], reader: Reader
+) -> Iterator[tuple[Ground, Member]]:
     """Yield the rows of a verdict, and the untouched model, by what they can be compared with."""
-    table, arms = system.campaign, system.campaign.records(results)
-    wanted = {arm: {""} for arm, records in arms.items() if _untouched(records[0])}
+    table, keys = system.campaign, system.campaign.keys(results)
+    wanted = {arm: {""} for arm, own in keys.items() if _is_untouched(known[own[0]])}
     metric = table.metrics[0]
     for pair in system.found:
         for name in (pair.pair.row, pair.pair.against) if pair.by_test else ():
-            arm, point = split_row(name, arms, table.name)
+            arm, point = split_row(name, keys, table.name)
             wanted.setdefault(arm, set()).add(point)
             metric = pair.pair.metric or metric
-    for arm, own in ((arm, wanted[arm]) for arm in arms if arm in wanted):
+    if not wanted:  # nothing was tested
+        return
+    arms = table.records(results, [arm for arm in keys if arm in wanted], reader)
+    for arm, own in ((arm, wanted[arm]) for arm in arms):
         ground = _ground(arms[arm][0], metric)
         if ground and arms[arm][0].name_of("model") == model:
             shown = [p for p in points(arms[arm][0]) if p in own]
@@ -203,6 +211,10 @@ def _members(system: System, results: Path, model: str) -> Iterator[tuple[Ground
 
 def _untouched(record: Record) -> bool:
     return record.stage == "eval" and not record.parent and record.name_of("method") == "none"
+
+
+def _is_untouched(fact: Facts) -> bool:
+    return fact.stage == "eval" and not fact.parent and fact.method == "none"
 
 
 def _ground(record: Record, metric: str) -> Ground | None:
@@ -243,18 +255,18 @@ def _grounds(members: Sequence[tuple[Ground, Member]]) -> dict[Ground, list[Memb
 
 
 def _group(
-    ground: Ground, members: Sequence[Member], results: Path, there: Sequence[Facts]
+    ground: Ground, members: Sequence[Member], there: Sequence[Facts], reader: Reader
 ) -> Group:
     """Return the rows of a group, held against its first one, with letters for all pairs."""
     runs = [_only(record, ground, m.points) for m in members for record in m.records]
-    known = earlier(runs, results / "records")
+    known = earlier(runs, reader)
     by_name = {f"{m.table}: {m.arm}": m for m in members}
     names = {"+".join(r.key for r in m.records): name for name, m in by_name.items()}
-    found = compare(runs, known, names=names, held=False)
+    found = compare(runs, known, names=names, held=False, alone=False)
     rows = []
     for row in _tested(found.metrics).rows:
         member = by_name[row.label]
-        speed = decoding_speed(member.records, row.point, there, results / "records")
+        speed = decoding_speed(member.records, row.point, there, reader)
         rows.append(_row(row, member, known, speed))
     return Group(ground, rows, of_versions(found.notes))
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from effbench.report.facts import Facts
 from effbench.report.table import Value, as_value
-from effbench.results.records import Record, read
+from effbench.results.reader import Reader
+from effbench.results.records import Record
 
 DECODING = "decode_tokens_per_second"
 
 
 def decoding_speed(
-    records: Sequence[Record], point: str, there: Sequence[Facts], folder: Path
+    records: Sequence[Record], point: str, there: Sequence[Facts], reader: Reader
 ) -> Value | None:
     """Return the decoding speed of runs at an operating point; None where no record has it.
 
@@ -25,13 +25,13 @@ def decoding_speed(
         records: Runs of one row.
         point: Where it is wanted.
         there: What is kept of all records.
-        folder: Where they are.
+        reader: Of their records.
     """
     own = (at_point(record, DECODING, point) for record in records)
     others = (
         at_point(other, DECODING, point)
         for record in records
-        for other in _evaluations(record, there, folder)
+        for other in _evaluations(record, there, reader)
     )
     return next((speed for found in (own, others) for speed in found if speed), None)
 
@@ -42,10 +42,10 @@ def at_point(record: Record, name: str, point: str) -> Value | None:
     return found.get(point) or found.get("")
 
 
-def _evaluations(record: Record, there: Sequence[Facts], folder: Path) -> list[Record]:
+def _evaluations(record: Record, there: Sequence[Facts], reader: Reader) -> list[Record]:
     """Return other runs that evaluated what a run's numbers are of."""
     near = [f.key for f in there if f.key != record.key and _near(f, record)]
-    found = (read(folder / f"{key}.json", outcomes=False) for key in near)
+    found = (reader.of(key, outcomes=False) for key in near)
     return [other for other in found if _setting(other) == _setting(record)]
 
 

@@ -17,7 +17,8 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.select import REPORTED
 from effbench.report.table import Value, points
 from effbench.results.lookup import earlier
-from effbench.results.records import Record, as_now
+from effbench.results.reader import Reader
+from effbench.results.records import Record
 from effbench.stats import finding, holm
 from effbench.util.errors import UserError, did_you_mean
 
@@ -49,12 +50,13 @@ class Tested:
         return f"{said} ({self.difference}){stale}"
 
 
-def retested(campaign: Campaign, results: Path) -> list[Tested]:
+def retested(campaign: Campaign, results: Path, reader: Reader | None = None) -> list[Tested]:
     """Return the pairs that the verdict of a table rests on, tested anew.
 
     Args:
         campaign: The table.
         results: Folder of runs and records.
+        reader: What has read some of them already.
 
     Raises:
         UserError: When a record, a row or a metric is missing.
@@ -63,9 +65,9 @@ def retested(campaign: Campaign, results: Path) -> list[Tested]:
     if not pairs:
         return []
     names = {_arm(campaign, name) for pair in pairs for name in (pair.row, pair.against)}
-    arms = campaign.records(results, [arm for arm in campaign.arms if arm in names])
-    known = earlier([r for records in arms.values() for r in records], results / "records")
-    arms, known = {arm: as_now(records) for arm, records in arms.items()}, as_now(known)  # once
+    reader = reader or Reader(results / "records")
+    arms = campaign.records(results, [arm for arm in campaign.arms if arm in names], reader)
+    known = earlier([r for records in arms.values() for r in records], reader)
     tables = [_compared(campaign, arms, pair, known) for pair in pairs]
     adjusted = iter(holm([d.p for table in tables if (d := table.rows[1].difference)]))
     return [
@@ -105,7 +107,8 @@ def _compared(campaign: Campaign, arms: Arms, pair: Pair, known: Sequence[Record
         wanted.setdefault(arm, []).append(point)
     runs = [at_points(record, metric, own) for arm, own in wanted.items() for record in arms[arm]]
     names = {"+".join(r.key for r in arms[arm]): arm for arm in wanted}
-    tables = [t for t in compare(runs, known, names=names, held=False).metrics if len(t.rows) == 2]
+    found = compare(runs, known, names=names, held=False, alone=False).metrics
+    tables = [table for table in found if len(table.rows) == 2]
     if not tables:
         has = {m.name for arm in wanted for record in arms[arm] for m in record.metrics}
         raise UserError(

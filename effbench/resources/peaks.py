@@ -37,9 +37,9 @@ from measurements (oneDNN in PyTorch 2.13, AVX512-BF16). Float32 products need n
 KERNELS = 1024
 """Sizes of which it keeps the code: the capacity of its cache."""
 HOLES = 0.2
-"""Share by which the C library's allocator needs more than the tensors that a training step makes
-and frees, because it cannot use freed blocks again whole; modelled from measurements with glibc
-2.36, where it was 0.14 to 0.57, and more with gradient checkpointing."""
+"""Share by which the C library's allocator needs more than the tensors that a step makes and frees,
+because it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it
+was 0.14 to 0.57 of a training step and more with gradient checkpointing, and 0 to 1 of a prompt."""
 
 Components = dict[str, float]
 """Bytes by component."""
@@ -87,7 +87,10 @@ class Caching(NamedTuple):
         """Return the bytes by which our engine's buffers are larger than what is kept."""
         if one.kind == "score" or self.policy != EVERYTHING or self.shape.anatomy == "other":
             return 0
-        return one.rows * BLOCK * self.shape.kv_bytes_per_token(element)
+        room = BLOCK
+        if one.prompt or one.after:  # made at once, in whole blocks
+            room = -(one.tokens + one.after) % BLOCK + one.after
+        return one.rows * room * self.shape.kv_bytes_per_token(element)
 
     def looking(self, one: Pass, element: int) -> float:
         """Return the bytes that the hungriest layer needs while its queries look."""
@@ -292,7 +295,9 @@ class Peaks:
         if together < one.rows:  # a row's logits, beside those of all
             own = (one.size + together * one.tokens) * self.shape.outputs * self.element
             logits = max(logits, own)
-        last = {"activations": residual, "logits": logits}
+        passing: Components = {"activations": residual, "logits": logits}
+        if running > residual + logits:
+            passing = {"activations": running}
         held = cost.cached(one.tokens, one.rows) if one.kind in ("prefill", "decode") else 0
         held = caching.held(one, self.element) if caching else held
         others = points - 1 if one.kind == "score" else 0
@@ -302,9 +307,9 @@ class Peaks:
             "weights": cost.resident_bytes,
             "kv cache": held,
             "spare cache": caching.spare(one, self.element) if caching else 0,
-            **({"activations": running} if running > residual + logits else last),
+            **passing,
             "other points": others * residual + kept,
-            **self._around(room + _code(kernels), trained=trained),
+            **self._around(room + _code(kernels), HOLES * sum(passing.values()), trained=trained),
         }
 
     @property

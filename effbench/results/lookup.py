@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effbench.results.index import heads
+from effbench.results.reader import Reader
 from effbench.results.records import Record, read
 from effbench.results.store import Store, record_files
 from effbench.util.errors import UserError, did_you_mean
@@ -41,14 +42,19 @@ def find(folder: Path, ref: str) -> Record:
     )
 
 
-def earlier(records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return the runs that others went on from, as far as their records are there."""
+def earlier(records: Sequence[Record], there: Path | Reader) -> list[Record]:
+    """Return the runs that others went on from, as far as their records are there.
+
+    Args:
+        records: The others.
+        there: The folder of the records, or what has read some of them already.
+    """
+    reader = there if isinstance(there, Reader) else Reader(there)
     found: dict[str, Record] = {}
     parents = [record.parent for record in records]
     while parents:
         key = parents.pop()
-        path = folder / f"{key}.json"
-        if key and key not in found and path.is_file():
-            found[key] = read(path, outcomes=False)
+        if key not in found and reader.has(key):
+            found[key] = reader.of(key, outcomes=False)
             parents.append(found[key].parent)
     return list(found.values())

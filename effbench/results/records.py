@@ -205,12 +205,19 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
     return sorted(records, key=lambda r: (r.started, r.key))
 
 
+class Completed(dict[str, Any]):
+    """A spec that has the fields that are known here, so that nobody looks for them again."""
+
+
 def as_now(records: Sequence[Record]) -> list[Record]:
     """Return records whose specs have the fields that came since, so that specs can be compared."""
     from effbench.api.keys import completed
     from effbench.api.spec import Spec
 
-    return [replace(record, spec=completed(Spec, migrated_spec(record.spec))) for record in records]
+    def now(spec: dict[str, Any]) -> Completed:
+        return Completed(completed(Spec, migrated_spec(spec)))
+
+    return [r if isinstance(r.spec, Completed) else replace(r, spec=now(r.spec)) for r in records]
 
 
 # -- reading and writing one line --------------------------------------------------------------

@@ -119,9 +119,11 @@ def _import_all(run: Run, own: Method) -> int | None:
     _ = run.tokenizer  # loaded by now
     if run.spec.train.optimizer == "adamw8bit":
         importlib.import_module("bitsandbytes")  # its steps on a CPU are compiled
-    for method in (own, *run.lineage.earlier):
-        for library in method.libraries:
-            import_uncompiled(library)
+    libraries = [name for method in (own, *run.lineage.earlier) for name in method.libraries]
+    for plugin in run.spec.evaluators:
+        libraries += make_evaluator(plugin).libraries()
+    for library in libraries:
+        import_uncompiled(library)
     release()
     return stored
 

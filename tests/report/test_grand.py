@@ -23,7 +23,8 @@ from effbench.report.grand import Grand, gathered
 from effbench.report.grand_table import END, MARK, in_readme, rendered, short
 from effbench.report.plots.pareto import Place, front
 from effbench.report.table import Value
-from effbench.results.records import Metric, Record, write
+from effbench.results import reader
+from effbench.results.records import Metric, Record, read, write
 from effbench.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,30 @@ def test_the_untouched_model_is_what_others_are_held_against(table: Any, gather:
     grand = gather(table("A", 1), table("B", 4, bare), table("C", 7, bare))
     assert names(grand) == [["Base", "Base", "A", "B", "C"]]
     assert grand.groups[0].rows[0].value.value == pytest.approx(bare.metrics[0].value)
+
+
+def test_each_record_is_read_once(table: Any, gather: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The untouched model is in all tables, and no verdict rests on the third arm of any."""
+    bare = untouched(20)
+    tables = [table("A", 1), table("B", 4, bare), table("C", 7, bare)]
+    gather(*tables)  # the index of records reads all of them
+    seen: list[str] = []
+
+    def counted(path: Path, outcomes: bool = True) -> Record:
+        seen.append(path.stem)
+        return read(path, outcomes)
+
+    monkeypatch.setattr(reader, "read", counted)
+    found = gather(*tables)
+    assert sorted(seen) == sorted(run("", {}, number=n).key for n in (1, 2, 5, 8, 20))
+    assert sum(len(group.rows) for group in found.groups) == 5
+
+
+def test_a_verdict_on_what_is_counted_has_no_rows(table: Any, gather: Any) -> None:
+    campaign = table("A", 1)
+    pair = replace(campaign.verdict.rests_on[0], metric="weight_bytes", finding="equal")
+    grand = gather(replace(campaign, verdict=replace(campaign.verdict, rests_on=[pair])))
+    assert grand.groups == [] and grand.systems[0].state == "direction"
 
 
 def test_versions_that_made_the_rows_are_named(table: Any, gather: Any, tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ def test_values_without_an_order_of_points_are_a_list(tmp_path: Path) -> None:
 # -- losses over training ----------------------------------------------------------------------
 
 
+def test_lines_and_levels_have_their_names_beside_them(tmp_path: Path) -> None:
+    runs = [run("full", {"": 0.3}), run("dylora", {"r1": 0.2, "r8": 0.0}, number=1)]
+    said = texts(comparison_plot(compare(runs), "loss", tmp_path / "a.svg"))
+    assert {"full", "dylora", "r1", "r8"} <= {*said}
+
+
 def test_seeds_are_held_against_each_other_at_the_same_steps() -> None:
     steps, losses = over_seeds([([1, 2, 3], [3, 2, 1]), ([1, 3], [5, 3])])
     assert steps.tolist() == [1, 2, 3]

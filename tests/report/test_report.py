@@ -646,3 +646,13 @@ def test_forms_agree_on_seeds_and_margins() -> None:
     assert float(line["margin"]) == 0.01 and int(line["seeds"]) == row["seeds"] == 4
     assert json.loads(found.json())["words"] == found.words
     assert all(word in found.markdown() for word in found.words)
+
+
+SIX = [(method, shift) for method, shift in (("full", 0.0), ("lora", 0.1)) for _ in range(3)]
+
+
+def test_a_difference_is_the_same_without_the_tests_that_cover_less() -> None:
+    runs = [run(m, {"": s}, number=n, seed=n % 3) for n, (m, s) in enumerate(SIX)]
+    whole, short = (compare(runs, alone=alone).metrics[0].rows[1] for alone in (True, False))
+    assert whole.items and whole.over_seeds and whole.covers == "seeds and items"
+    assert short == replace(whole, items=None, over_seeds=None)

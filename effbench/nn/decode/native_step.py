@@ -158,6 +158,10 @@ class NativeStep:
             need = self.kernels.scratch_floats(self.sizes, rows, session.capacity)
             self.scratch = torch.empty(need, dtype=torch.float32)
 
+    def forget(self) -> None:
+        """Let go of a cache that is about to be made anew, so that it is not there twice."""
+        self._seen = []
+
     def _point(self, session: StepSession) -> None:
         """Note where caches, stand-ins and tables lie."""
         places = zip(self.blocks, session.blocks, session.caches, strict=True)

@@ -270,11 +270,18 @@ class StaticSession:
     def _make_room(self, layers: Sequence[StaticLayer], more: int = 1) -> None:
         """Make room for half as many positions again, in each of the layers that lacks some."""
         full = [layer for layer in layers if layer.length + more > layer.capacity]
+        if full:
+            self._forget()
         for layer in full:
             layer.reserve(layer.buffers[1], layer.capacity + max(BLOCK, more, layer.capacity // 2))
         if full:
             self._tables()
-            self._graph = None
+
+    def _forget(self) -> None:
+        """Let go of caches that are made anew one by one, so that all are not there twice."""
+        self._graph = None
+        if self._native is not None:
+            self._native.forget()
 
     def _tables(self) -> None:
         """Compute cosine and sine of every position that there is room for, [capacity, D]."""
@@ -289,11 +296,11 @@ class StaticSession:
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the sequences `rows`, in this order."""
         rows = rows.to(self.device).long()
+        self._forget()
         for layer in self.layers:
             layer.keys, layer.values = (buffer[rows] for buffer in layer.buffers)
         for stand_in in self.stand_ins.values():
             stand_in.anchor = None if stand_in.anchor is None else stand_in.anchor[rows]
-        self._graph = None
         self._place(self.starts[rows])
 
     def kv_bytes(self) -> int:

@@ -53,6 +53,7 @@ def compare(
     all_pairs: bool = True,
     held: bool = True,
     metrics: Collection[str] = (),
+    alone: bool = True,
 ) -> Comparison:
     """Compare runs, or the operating points of one run, with the first run's first point.
 
@@ -68,6 +69,7 @@ def compare(
             that grows with the square of the rows.
         held: Whether to say what was held equal, for which tuning trials are counted.
         metrics: Names of those that are compared; all where none of them is in the first run.
+        alone: Whether to test over items and over seeds alone too, where one test covers both.
 
     Raises:
         UserError: For one run at one point alone, for a margin of a metric that is not compared,
@@ -97,7 +99,8 @@ def compare(
             for number, (group, found) in enumerate(zip(groups, kinds, strict=True))
             for point, metrics in found.get(kind, {}).items()
         ]
-        tables.append(_table(kind, entries, _margin(kind, margins or {}), same_points, all_pairs))
+        margin = _margin(kind, margins or {})
+        tables.append(_table(kind, entries, margin, same_points, all_pairs, alone))
     if not tables and len(records) == 1:
         raise UserError(
             f"{records[0].key} is one run at one operating point, which has nothing beside it.",
@@ -204,6 +207,7 @@ def _table(
     margin: float | None,
     same_points: bool,
     all_pairs: bool,
+    alone: bool,
 ) -> MetricTable:
     places = references(entries, same_points)
     rows = [_plain(entry, entries, at) for entry, at in zip(entries, places, strict=True)]
@@ -217,7 +221,7 @@ def _table(
         if at is None:
             rows[i] = replace(rows[i], finding=NO_POINT, verdict=NO_POINT)
         elif other is not None and side.same_items(other):
-            found[i] = contrast(side, other, margin, direction)
+            found[i] = contrast(side, other, margin, direction, alone)
         elif other is not None:
             rows[i] = replace(rows[i], finding=OTHER_ITEMS, verdict=OTHER_ITEMS)
     _judge(rows, found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,9 @@ class Contrast:
     """The tests over seeds alone, where both sides have several."""
 
 
-def contrast(a: Side, b: Side, margin: float | None = None, better: Better = "") -> Contrast:
+def contrast(
+    a: Side, b: Side, margin: float | None = None, better: Better = "", alone: bool = True
+) -> Contrast:
     """Return what the difference a - b shows.
 
     Runs are paired by their seed where both sides have the same seeds: rows, their order and the
@@ -81,20 +82,25 @@ def contrast(a: Side, b: Side, margin: float | None = None, better: Better = "")
         b: The other side, on the same items.
         margin: Difference that would still count as none.
         better: Which direction of the metric is the good one.
+        alone: Whether to test over items and over seeds alone too, where one test covers both.
     """
-    x, y = a.values, b.values
-    clusters = a.outcomes[0].clusters
-    options: dict[str, Any] = {"clusters": clusters, "margin": margin, "better": better}
-    options["bounds"] = a.bounds
-    items = paired_difference(x.mean(axis=0).tolist(), y.mean(axis=0).tolist(), **options)
     joint = _joint(a, b)
     if joint is None:
-        return Contrast(items, "items")
+        return Contrast(_over_items(a, b, margin, better), "items")
     same = None if margin is None else equivalence(joint, margin, better)
     value, low, high = joint.interval()
-    size = x.shape[1]
+    size = a.values.shape[1]
     whole = Difference(value, low, high, joint.p_zero(), size, "t over seeds and items", same)
-    return Contrast(whole, "seeds and items", items, _over_seeds(a, b))
+    if not alone:
+        return Contrast(whole, "seeds and items")
+    return Contrast(whole, "seeds and items", _over_items(a, b, margin, better), _over_seeds(a, b))
+
+
+def _over_items(a: Side, b: Side, margin: float | None, better: Better) -> Difference:
+    """Return what the items alone show, each a mean over seeds."""
+    x, y = (side.values.mean(axis=0).tolist() for side in (a, b))
+    clusters = a.outcomes[0].clusters
+    return paired_difference(x, y, clusters=clusters, margin=margin, better=better, bounds=a.bounds)
 
 
 def p_of_difference(a: Side, b: Side) -> float:

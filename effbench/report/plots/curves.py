@@ -13,6 +13,7 @@ from effbench.report.plots.canvas import (
     COLOURS,
     Size,
     canvas,
+    direct_labels,
     footnote,
     headline,
     save,
@@ -141,6 +142,7 @@ def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, siz
             _level(axes, values[0], colour, places.pop(), MARKERS[number % len(MARKERS)])
         marks.append(((pointed or shown)[-1].value, name, colour))
     _finish_x(axes, positions, axis_name, log)
+    direct_labels(axes, marks)
     barred = (values for values in series if bars or not any(m.point for m in values))
     said = ALONE if any(_bounded(m) for values in barred for m in values) else ()
     footnote(figure, [*MODELLED * modelled, *said])

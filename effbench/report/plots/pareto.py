@@ -66,7 +66,7 @@ def pareto_plot(places: Sequence[Place], title: str, about: str, path: Path) -> 
         where = (place.cost / factor, place.quality.value)
         axes.annotate(place.name, where, shift, textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"bytes of the weights ({unit})")
-    axes.set_ylabel("difference")
+    axes.set_ylabel("difference, lower is better")
     axes.set_title(title, loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     far = len(places) - len(near)
