@@ -10,27 +10,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bench
+from counting import context, counted, learn, require_counted, require_documented
 from transformers import CONFIG_MAPPING, BertModel
 
-from effbench.api import registry
 from effbench.api.batch import collate
-from effbench.api.cost import cost_of
 from effbench.api.examples import Example, Tokens
-from effbench.api.method_types import Context
 from effbench.api.shape import ModelShape
 from effbench.api.spec import ModelSpec
 from effbench.cli.rows import rows
 from effbench.config.compose import compose, model_named
 from effbench.evaluators.choices import linearised_macro_f1
 from effbench.methods.base import Method
-from effbench.methods.chain import resolved, shape_of
-from effbench.methods.trains import Trains, require_same_tokens
+from effbench.methods.chain import resolved
+from effbench.methods.trains import require_same_tokens
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
-from effbench.models.survey import empty_model, require_same_when_padded, survey
+from effbench.models.survey import empty_model, survey
 from effbench.nn.model_kinds.base import find, kind_of
-from effbench.nn.quant.linears import storage_bytes
-from effbench.resources.counting import flops, parameters
 from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError
 from effbench.util.hf import quiet
@@ -80,11 +76,6 @@ def row(ids: list[int], right: int) -> Example:
     return KIND.example(Example(str(ids), (), choices, right), [2], 3)
 
 
-def context() -> Context:
-    draws = torch.Generator().manual_seed(0)
-    return Context(0, torch.device("cpu"), torch.bfloat16, draws, lambda name: made(name))
-
-
 WHOLE = ("full", "kd")
 """Methods that train every weight."""
 ROWS = [row([5, 6, 7, 8], 2), row([9, 10], 0)]
@@ -92,15 +83,9 @@ ROWS = [row([5, 6, 7, 8], 2), row([9, 10], 0)]
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_what_is_counted_is_what_the_modules_have(name: str) -> None:
-    model, cost = made(name), cost_of(shape(name), "float32")
-    model.set_attn_implementation("eager")  # whose products are counted
-    assert cost.params == shape(name).params == parameters(model).total
-    assert cost.resident_bytes == storage_bytes(model)
+    model = made(name)
+    cost = counted(model, shape(name), lambda: model(input_ids=torch.tensor([[5]])))
     assert cost.kv_bytes_per_token == 0
-    with torch.no_grad():
-        one = flops(lambda: model(input_ids=torch.tensor([[5]])))
-    assert cost.flops_per_token + 4 * shape(name).attention_width == one
-    require_same_when_padded(model)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -126,17 +111,10 @@ def test_a_class_never_reaches_the_model(name: str) -> None:
 def test_methods_train_the_head_and_change_what_they_count(name: str, method: str) -> None:
     ready = resolved(given(method, **({} if method in WHOLE else {"rank": 4})), shape(name))
     model, dtype = made(name), "float32" if method in WHOLE else "bfloat16"
-    model = ready.prepare(model.to(getattr(torch, dtype)), context())
-    working = shape_of(ready, shape(name), phase="train")
-    cost, found = cost_of(working, dtype), parameters(model)
-    assert (cost.params, cost.trainable) == (found.total, found.trainable)
-    assert cost.resident_bytes - working.held_bytes == storage_bytes(model)
-    batch = collate(ROWS, 0)
-    batch.window_tokens = batch.loss_tokens
-    assert isinstance(ready, Trains)
-    ctx = context()
-    ctx.aux = {"teacher": made(name)}
-    ready.loss(model.train(), batch, ctx).backward()
+    ctx = context(lambda _: made(name))
+    model = ready.prepare(model.to(getattr(torch, dtype)), ctx)
+    require_counted(ready, model, shape(name), dtype)
+    learn(ready, model.train(), collate(ROWS, 0), ctx)
     for part, head in KIND.heads(model):
         for parameter in head.parameters():
             assert parameter.grad is not None, part
@@ -247,18 +225,4 @@ def test_macro_f1_is_the_mean_of_its_rows() -> None:
 
 
 def test_the_table_of_encoders_is_what_was_counted() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    for name in ENCODERS:
-        names = ", ".join(f"`{x}`" for x in shape(name).linear_names)
-        assert f"| {name} | {names} |" in text, f"| {name} | {names} |"
-    able = [n for n in registry.names("methods") if works(n)]
-    assert f"On encoders work {', '.join(f'`{n}`' for n in able)}." in " ".join(text.split()), able
-
-
-def works(method: str) -> bool:
-    try:
-        resolved(given(method), shape("bert"))
-    except UserError as error:
-        assert "does not work on this model (bert)" in error.message
-        return False
-    return True
+    require_documented("encoders", {name: shape(name) for name in ENCODERS}, shape("bert"))

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from counting import context, counted, learn, require_counted, require_documented
 from transformers import CONFIG_MAPPING
 
-from effbench.api import registry
 from effbench.api.batch import collate
-from effbench.api.cost import cost_of
 from effbench.api.examples import IGNORED, Example, Tokens, Turns
-from effbench.api.method_types import Context
 from effbench.api.shape import ModelShape
 from effbench.api.spec import ModelSpec
 from effbench.api.weights import find as find_format
@@ -22,17 +20,15 @@ from effbench.api.weights import is_packed
 from effbench.config.compose import compose
 from effbench.evaluators.windows import cut
 from effbench.methods.base import Method
-from effbench.methods.chain import resolved, shape_of
-from effbench.methods.trains import Trains
+from effbench.methods.chain import resolved
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
-from effbench.models.survey import empty_model, require_same_when_padded, survey
+from effbench.models.survey import empty_model, survey
 from effbench.nn.decode import generate
 from effbench.nn.decode.decoder import Decoder
 from effbench.nn.decode.encoded import EncodedSession
 from effbench.nn.model_kinds.base import find, kind_of
-from effbench.nn.quant.linears import pack_linears, storage_bytes
-from effbench.resources.counting import flops, parameters
+from effbench.nn.quant.linears import pack_linears
 from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError
 
@@ -96,18 +92,12 @@ def test_losses_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_counted_is_what_the_modules_have(name: str) -> None:
-    model, cost = made(name), cost_of(shape(name), "float32")
-    model.set_attn_implementation("eager")  # whose products are counted
-    assert cost.params == shape(name).params == parameters(model).total
-    assert cost.resident_bytes == storage_bytes(model)
+    model, one = made(name), torch.tensor([[5]])
+    both = {"input_ids": one, "decoder_input_ids": one, "use_cache": False}
+    cost = counted(model, shape(name), lambda: model(**both))
     assert kind_of(model) is KIND
     assert (shape(name).encoder, shape(name).num_layers) == (2, 5)
-    with torch.no_grad():
-        one = torch.tensor([[5]])
-        both = flops(lambda: model(input_ids=one, decoder_input_ids=one, use_cache=False))
-    assert cost.flops_per_token + 4 * shape(name).attention_width == both
     assert not any("per" in key for key in cost.told())
-    require_same_when_padded(model)
 
 
 def logits(model: Any, rows: list[Example]) -> torch.Tensor:
@@ -206,18 +196,11 @@ def test_methods_change_what_they_count(name: str, method: str) -> None:
     if is_packed(ready.weights):
         pack_linears(base, find_format(ready.weights)(), torch.bfloat16)
     before = Method().token_nll(base, batch).sum()
-    draws = torch.Generator().manual_seed(0)
-    ctx = Context(0, torch.device("cpu"), torch.bfloat16, draws, lambda name: made(name))
+    ctx = context(lambda _: made(name))
     model = ready.prepare(base, ctx)
-    working = shape_of(ready, shape(name), phase="train")
-    cost, found = cost_of(working, dtype), parameters(model)
-    assert (cost.params, cost.trainable) == (found.total, found.trainable)
-    assert cost.resident_bytes - working.held_bytes == storage_bytes(model)
-    assert isinstance(ready, Trains)
+    require_counted(ready, model, shape(name), dtype)
     torch.testing.assert_close(ready.token_nll(model, batch).sum(), before, rtol=0.02, atol=0)
-    batch.window_tokens = batch.loss_tokens
-    ctx.aux = {"teacher": made(name)}
-    ready.loss(model.eval(), batch, ctx).backward()
+    learn(ready, model.eval(), batch, ctx)
     reached = {n for n, p in model.named_parameters() if p.grad is not None}
     assert any("encoder" in n for n in reached) and any("EncDecAttention" in n for n in reached)
 
@@ -279,19 +262,4 @@ def test_other_models_with_an_encoder_are_refused() -> None:
 
 
 def test_the_documentation_names_what_works() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    able = [n for n in registry.names("methods") if works(n)]
-    listed = ", ".join(f"`{n}`" for n in able)
-    assert f"On encoder-decoders work {listed}." in " ".join(text.split()), listed
-    for name in MODELS:
-        names = ", ".join(f"`{x}`" for x in shape(name).linear_names)
-        assert f"| {name} | {names} |" in text, names
-
-
-def works(method: str) -> bool:
-    try:
-        resolved(given(method), shape("t5"))
-    except UserError as error:
-        assert "does not work on this model (t5)" in error.message
-        return False
-    return True
+    require_documented("encoder-decoders", {name: shape(name) for name in MODELS}, shape("t5"))
