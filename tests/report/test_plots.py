@@ -110,6 +110,15 @@ def test_lines_and_levels_have_their_names_beside_them(tmp_path: Path) -> None:
     assert {"full", "dylora", "r1", "r8"} <= {*said}
 
 
+def test_a_label_is_no_formula(tmp_path: Path) -> None:
+    name = "$\\evil{$ _a"
+    lines = [run("full", {"r1": 0.3, "r8": 0.1}), run(name, {"r1": 0.2, "r8": 0.0}, number=1)]
+    rows = [run("full", {"": 0.3}), run(name, {"": 0.0}, number=1)]
+    for runs in (lines, rows):
+        assert name in texts(comparison_plot(compare(runs), "loss", tmp_path / "a.svg"))
+    assert name in texts(forest_plot(compare(rows), "loss", tmp_path / "a.svg"))
+
+
 def test_seeds_are_held_against_each_other_at_the_same_steps() -> None:
     steps, losses = over_seeds([([1, 2, 3], [3, 2, 1]), ([1, 3], [5, 3])])
     assert steps.tolist() == [1, 2, 3]

@@ -127,10 +127,23 @@ def save(figure: Any, path: Path, size: Size = "screen") -> Path:
     kind = path.suffix.removeprefix(".")
     if kind not in kinds:
         raise UserError(f"{path.name} is not a kind of picture.", "End it with .png, .pdf or .svg.")
-    for text in figure.findobj(Text) if size != "screen" else ():
-        text.set_fontsize(min(text.get_fontsize(), SIZES[size][2]))
+    powers = _powers(figure)
+    for text in figure.findobj(Text):
+        if text not in powers:  # a label of a record is text, whatever its dollars hold
+            text.set_parse_math(False)
+        if size != "screen":
+            text.set_fontsize(min(text.get_fontsize(), SIZES[size][2]))
     picture = io.BytesIO()
     with rc_context({"svg.hashsalt": "effbench"}):
         figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED.get(kind))
     write_atomic(path, picture.getvalue())
     return path
+
+
+def _powers(figure: Any) -> set[Any]:
+    """Return the labels of logarithmic axes, which matplotlib writes as formulas."""
+    from matplotlib.ticker import LogFormatter
+
+    sides = [side for axes in figure.axes for side in (axes.xaxis, axes.yaxis)]
+    logs = [side for side in sides if isinstance(side.get_major_formatter(), LogFormatter)]
+    return {label for side in logs for label in side.get_ticklabels(which="both")}
