@@ -43,13 +43,23 @@ def _command_of(stage: str) -> Callable[..., None]:
         dry_run: DryRun = False,
         fresh: Fresh = False,
         print_key: PrintKey = False,
-        like: Like = "",
+        like: Like = None,
         config_dir: ConfigDirs = None,
         yes: Yes = False,
     ) -> None:
-        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key, like, yes)
+        start = _named(like)
+        _stage(stage, overrides, config_dir, multirun, dry_run, fresh, print_key, start, yes)
 
     return command
+
+
+def _named(like: str | None) -> str:
+    """Return the run that --like names; empty without it."""
+    if like is not None and not like.strip():
+        raise UserError(
+            "--like names no run.", "Name one, for example --like latest, or leave --like out."
+        )
+    return like or ""
 
 
 def _stage(
@@ -161,7 +171,7 @@ def tune(
 
 def plan(
     overrides: Overrides = None,
-    like: Like = "",
+    like: Like = None,
     config_dir: ConfigDirs = None,
 ) -> None:
     """Say what a run will need before it runs: memory by component, work, least time.
@@ -174,7 +184,7 @@ def plan(
     """
     from effbench.config.compose import compose
 
-    _plan(compose(None, list(overrides or []), list(config_dir or []), like))
+    _plan(compose(None, list(overrides or []), list(config_dir or []), _named(like)))
 
 
 def _first_row(job: Any) -> None:

@@ -47,7 +47,7 @@ Fresh = Annotated[
     bool, typer.Option("--fresh", help="Run anew what is finished or was interrupted.")
 ]
 Like = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--like",
         metavar="RUN",

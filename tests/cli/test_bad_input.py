@@ -91,6 +91,8 @@ TOO_MANY = ["evaluator.generation.max_new_tokens=512"]
         (["show", "method", "qdlora"], ["'qdlora'", "'qdylora'"]),
         (["show", "evaluator", "perplexty"], ["'perplexty'", "'perplexity'"]),
         ([*TRAIN, "--config-dir", "nowhere"], ["nowhere is not a folder", "Create it"]),
+        ([*TRAIN, "--like", ""], ["--like names no run", "leave --like out"]),
+        (["plan", "--like", ""], ["--like names no run", "leave --like out"]),
     ],
 )
 def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:

@@ -90,6 +90,7 @@ def judged(folder: Path, tmp_path: Path) -> Judge:
         sides = [arm(r, folder) for r in (ref, base)]
         known = {m: ["perplexity"] for m in ("loss", "bits_per_byte")}
         known |= {"kl": ["fidelity"], "accuracy": ["choices"]}
+        known["exact_match"] = ["best_of_n", "generation"]
         measures = Measures(lambda m: known.get(m, []), frozenset(known))
         return judge(policy_in(path), sides[0], sides[1], measures)
 
@@ -236,6 +237,7 @@ def test_speeds_of_two_machines_show_nothing(judged: Judge) -> None:
         (metrics(kl=0.1), SAME, f"{MEASURE}00010000 evaluator=fidelity; effbench eval from=0000"),
         (metrics(loss=1, kl=1), SAME, f"{MEASURE}00010000 evaluator=[perplexity,fidelity]; "),
         (metrics(accuracy=1), TWO, f"{TWO} has no accuracy.\n{MEASURE}{TWO}0000 evaluator=choices"),
+        (metrics(exact_match=1), SAME, "=NAME (NAME: for exact_match best_of_n or generation)"),
         (metrics(kl=1), JOINED, "effbench eval -m from=00050000,00060000,00070000 evaluator=fid"),
         (metrics(acuracy=1), SAME, "has it.\nDid you mean 'accuracy'?"),
         (metrics(bits_per_bite=1), SAME, "has it.\nDid you mean 'bits_per_byte'?"),

@@ -22,6 +22,10 @@ class Measures:
     """Metrics that evaluators are known to give."""
 
 
+NAME = "NAME"
+"""Stands for an evaluator that is to be chosen."""
+
+
 class Asked(NamedTuple):
     """Where a metric is looked for, or was measured; empty is anywhere."""
 
@@ -95,17 +99,20 @@ class Sides:
         """Return what measures all metrics of the policy on an arm, in one record."""
         own = keys or [record.key[:8] for record in arm.records]
         names = [*self.policy.metrics, *self.policy.limits]
-        wanted = [*dict.fromkeys(filter(None, map(self._evaluator, names)))]
+        by = {metric: found for metric in names if (found := self._evaluators(metric))}
+        wanted = [*dict.fromkeys(e[0] if len(e) == 1 else NAME for e in by.values())]
         evaluators = f"[{','.join(wanted)}]" if len(wanted) > 1 else "".join(wanted)
         several = "-m " if len(own) > 1 else ""
-        return f"effbench eval {several}from={','.join(own)} evaluator={evaluators}"
+        left = [f"for {metric} {' or '.join(e)}" for metric, e in by.items() if len(e) > 1]
+        which = f" ({NAME}: {', '.join(left)})" if left else ""
+        return f"effbench eval {several}from={','.join(own)} evaluator={evaluators}{which}"
 
-    def _evaluator(self, metric: str) -> str:
-        """Return what gives a metric, where several do what the arms have, else all of them."""
+    def _evaluators(self, metric: str) -> Sequence[str]:
+        """Return what gives a metric; where several do, the one that the arms have, if any."""
         names = self.measures.evaluators_of(metric)
         specs = [record.spec for arm in self.arms for record in arm.records]
         used = {plugin["name"] for spec in specs for plugin in spec.get("evaluators") or ()}
-        return next((name for name in names if name in used), "/".join(names))
+        return next(([name] for name in names if name in used), names)
 
 
 def _place(metric: Metric) -> Asked:
