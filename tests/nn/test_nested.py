@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import generator
 
-from effbench.nn.quant import nested
+from effbench.nn.quant import intervals, nested
 from effbench.nn.quant.nested import Nested, SortedRows
+from effbench.util import cpp
 
 TRUTH = Path(__file__).parents[3] / "shared" / "truth"
 
@@ -57,6 +58,27 @@ def test_the_seed_is_the_best_of_all_partitions(columns: int, clusters: int) -> 
 
         best = min(total(inner) for inner in combinations(range(1, columns), clusters - 1))
         assert total(tuple(bounds[row, 1:-1].tolist())) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("clusters", [2, 8, 16])
+@pytest.mark.parametrize("columns", [1, 2, 3, 33, 300])
+@pytest.mark.parametrize("kind", ["all differ", "many are equal", "some count for nothing"])
+def test_the_kernel_finds_the_same_bounds(
+    monkeypatch: pytest.MonkeyPatch, kind: str, columns: int, clusters: int
+) -> None:
+    if cpp.why_off() or cpp.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    weight = torch.randn(20, columns, generator=generator(1))
+    mass = torch.randn(20, columns, generator=generator(2)) ** 2
+    if kind == "many are equal":
+        weight = (3 * weight).round()
+    if kind == "some count for nothing":
+        mass[:, : columns // 2] = 0
+    found = SortedRows.of(weight, mass)
+    by_kernel = intervals.best_intervals(*found.sums, found.barred, clusters)
+    assert by_kernel is not None
+    monkeypatch.setattr(nested, "best_intervals", lambda *given: None)
+    assert torch.equal(by_kernel, found.seed(clusters))
 
 
 def test_every_cut_is_the_best_of_its_interval() -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from effbench.nn.quant import released
+from effbench.nn.quant.intervals import best_intervals
 
 TOGETHER = 2**18
 """Weights of the rows that are computed at once: what they need stays near the processor."""
@@ -153,6 +154,8 @@ class SortedRows:
     def seed(self, clusters: int) -> torch.Tensor:
         """Return the bounds of the best intervals, [N, clusters + 1]."""
         mass, moment = self.sums
+        if (found := best_intervals(mass, moment, self.barred, clusters)) is not None:
+            return found
         gains, starts = _gain(mass, moment), []
         for _ in range(clusters - 1):
             gains, start = self._one_more(gains)
