@@ -75,10 +75,15 @@ def test_the_kernel_finds_the_same_bounds(
     if kind == "some count for nothing":
         mass[:, : columns // 2] = 0
     found = SortedRows.of(weight, mass)
-    by_kernel = intervals.best_intervals(*found.sums, found.barred, clusters)
-    assert by_kernel is not None
+    assert intervals.best_intervals(intervals.Rows(*found.sums, found.barred), 2) is not None
+    by_kernel = found.seed(clusters)
+    cut = found.split(by_kernel)
+    again = found.split(cut)
     monkeypatch.setattr(nested, "best_intervals", lambda *given: None)
+    monkeypatch.setattr(nested, "best_cuts", lambda *given: None)
     assert torch.equal(by_kernel, found.seed(clusters))
+    assert torch.equal(cut, found.split(by_kernel))
+    assert torch.equal(again, found.split(cut))
 
 
 def test_every_cut_is_the_best_of_its_interval() -> None:

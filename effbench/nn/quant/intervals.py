@@ -6,6 +6,7 @@ import ctypes
 from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,31 +17,51 @@ OPTIONS = (*cpp.OPTIONS, "-ffp-contract=off")
 """As written, each operation rounded by itself, so that it finds what torch's operations find."""
 
 
-def best_intervals(
-    mass: torch.Tensor, moment: torch.Tensor, barred: torch.Tensor, clusters: int
-) -> torch.Tensor | None:
-    """Return the bounds of the best intervals, [N, clusters + 1] int64; None without a kernel.
+class Rows(NamedTuple):
+    """Sorted rows, as their running sums tell them."""
 
-    Args:
-        mass: Running sums, [N, K + 1] float64 on a CPU.
-        moment: The same of what is gained by.
-        barred: Whether no interval may start at a place, [N, K + 1].
-        clusters: Intervals of each row.
-    """
-    if mass.device.type != "cpu" or cpp.why_off() or (library := _library()) is None:
+    mass: torch.Tensor
+    """[N, K + 1] float64."""
+    moment: torch.Tensor
+    """[N, K + 1] float64."""
+    barred: torch.Tensor
+    """Whether no interval may start at a place, [N, K + 1]."""
+
+
+def best_intervals(rows: Rows, clusters: int) -> torch.Tensor | None:
+    """Return the bounds of the best intervals, [N, clusters + 1] int64; None without a kernel."""
+    library = _library(rows)
+    if library is None:
         return None
-    rows, places = mass.shape
-    bounds = torch.empty(rows, clusters + 1, dtype=torch.int64)
-    given = [t.contiguous() for t in (mass, moment, barred.to(torch.uint8))]
-    addresses = [t.data_ptr() for t in given]
-    threads = torch.get_num_threads()
-    library.best_intervals(*addresses, rows, places, clusters, bounds.data_ptr(), threads)
+    bounds = torch.empty(len(rows.mass), clusters + 1, dtype=torch.int64)
+    _call(library.best_intervals, rows, clusters, bounds)
     return bounds
 
 
+def best_cuts(rows: Rows, bounds: torch.Tensor) -> torch.Tensor | None:
+    """Return bounds [N, C + 1] after the best cut of every interval, [N, 2 C + 1]; as above."""
+    library = _library(rows)
+    if library is None:
+        return None
+    clusters = bounds.shape[1] - 1
+    cut = torch.empty(len(bounds), 2 * clusters + 1, dtype=torch.int64)
+    _call(library.best_cuts, rows, clusters, bounds.contiguous(), cut)
+    return cut
+
+
+def _call(function: Any, rows: Rows, clusters: int, *bounds: torch.Tensor) -> None:
+    given = rows.mass.contiguous(), rows.moment.contiguous(), rows.barred.to(torch.uint8)
+    addresses, last = [t.data_ptr() for t in given], [t.data_ptr() for t in bounds]
+    function(*addresses, *rows.mass.shape, clusters, *last, torch.get_num_threads())
+
+
+def _library(rows: Rows) -> ctypes.CDLL | None:
+    """Return the library for rows on a CPU, or None where it cannot be compiled or loaded."""
+    return None if rows.mass.device.type != "cpu" or cpp.why_off() else _loaded()
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """Return the library, or None where it cannot be compiled or loaded."""
+def _loaded() -> ctypes.CDLL | None:
     found = cpp.library(SOURCE, OPTIONS)
     if isinstance(found, str):
         return None
@@ -49,5 +70,6 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     library.best_intervals.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, c_void_p, c_int64]
-    library.best_intervals.restype = None
+    library.best_cuts.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, *[c_void_p] * 2, c_int64]
+    library.best_intervals.restype = library.best_cuts.restype = None
     return library

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from effbench.nn.quant import released
-from effbench.nn.quant.intervals import best_intervals
+from effbench.nn.quant.intervals import Rows, best_cuts, best_intervals
 
 TOGETHER = 2**18
 """Weights of the rows that are computed at once: what they need stays near the processor."""
@@ -154,7 +154,7 @@ class SortedRows:
     def seed(self, clusters: int) -> torch.Tensor:
         """Return the bounds of the best intervals, [N, clusters + 1]."""
         mass, moment = self.sums
-        if (found := best_intervals(mass, moment, self.barred, clusters)) is not None:
+        if (found := best_intervals(Rows(mass, moment, self.barred), clusters)) is not None:
             return found
         gains, starts = _gain(mass, moment), []
         for _ in range(clusters - 1):
@@ -170,10 +170,12 @@ class SortedRows:
 
         One that holds no two values is the left child as it is, and the right child is empty.
         """
+        mass, moment = self.sums
+        if (found := best_cuts(Rows(mass, moment, self.barred), bounds)) is not None:
+            return found
         segment = self.clusters(bounds)
         place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
         low, high = bounds.gather(1, segment), bounds.gather(1, segment + 1)
-        mass, moment = self.sums
         left = mass[:, :-1] - mass.gather(1, low), moment[:, :-1] - moment.gather(1, low)
         right = mass.gather(1, high) - mass[:, :-1], moment.gather(1, high) - moment[:, :-1]
         barred = self.barred[:, :-1] | (place == low)

@@ -21,6 +21,19 @@ struct Row {
   const uint8_t* barred;        // [places]
   int64_t places;
 
+  // The best cut of an interval, the first of equally good ones; its end where there is none.
+  int64_t cut(int64_t low, int64_t high) const {
+    double best = kNever;
+    int64_t at = high;
+    for (int64_t i = low + 1; i < high; ++i) {
+      if (barred[i]) continue;
+      const double left = gain(mass[i] - mass[low], moment[i] - moment[low]);
+      const double found = left + gain(mass[high] - mass[i], moment[high] - moment[i]);
+      if (found > best) best = found, at = i;
+    }
+    return at;
+  }
+
   // Adds an interval at the end of every prefix. Ends are done by halving: with those at multiples of
   // 2 half known, the start for an end between two of them lies between their two starts.
   void one_more(std::vector<double>& gains, std::vector<double>& before, int32_t* starts) const {
@@ -65,5 +78,22 @@ extern "C" void best_intervals(const double* mass, const double* moment, const u
     own[clusters] = places - 1;
     for (int64_t c = clusters - 1; c > 0; --c) own[c] = starts[(c - 1) * places + own[c + 1]];
     own[0] = 0;
+  }
+}
+
+// Writes the bounds [rows, 2 clusters + 1] after the best cut of every interval of bounds [rows, clusters + 1].
+extern "C" void best_cuts(const double* mass, const double* moment, const uint8_t* barred, int64_t rows,
+                          int64_t places, int64_t clusters, const int64_t* bounds, int64_t* cut,
+                          int64_t threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row{mass + r * places, moment + r * places, barred + r * places, places};
+    const int64_t* own = bounds + r * (clusters + 1);
+    int64_t* out = cut + r * (2 * clusters + 1);
+    for (int64_t c = 0; c < clusters; ++c) {
+      out[2 * c] = own[c];
+      out[2 * c + 1] = row.cut(own[c], own[c + 1]);
+    }
+    out[2 * clusters] = own[clusters];
   }
 }
