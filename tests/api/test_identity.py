@@ -144,6 +144,8 @@ TASK = ["evaluator=[choices]", "evaluator.choices.tasks=[copa]"]
 TASK += ["evaluator.choices.files.copa.validation=rows.jsonl", *BASE]
 MOVES = "tinyllama-1.1b"
 """A config of a model that is a branch on the hub."""
+AS_THEIRS = "model.shape.vocab_size=32000"
+"""Gives a model as many tokens as that one has."""
 LONGER = '{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 + 2 =", "answer": "3"}\n'
 
 IN_THE_KEY: dict[str, list[Case]] = {
@@ -180,7 +182,7 @@ IN_THE_KEY: dict[str, list[Case]] = {
     "other models that are loaded": [
         Case([*words, *BASE], act=noted("models--TinyLlama--TinyLlama_v1.1"), stage=stage)
         for stage, words in (
-            ("train", ["method=kd", f"method.teacher={MOVES}"]),
+            ("train", ["method=kd", f"method.teacher={MOVES}", AS_THEIRS]),
             ("train", ["method=subset", "method.by=lowest_loss", f"method.reference={MOVES}"]),
             ("train", ["evaluator=[trust]", f"evaluator.trust.reference={MOVES}"]),
             ("eval", ["evaluator=[best_of_n]", f"evaluator.best_of_n.policy={MOVES}"]),
@@ -331,7 +333,7 @@ def test_the_model_that_the_key_names_is_loaded_and_no_other(
 ) -> None:
     loaded: list[ModelSpec] = []
     monkeypatch.setattr("effbench.runner.open._load_dense", lambda _, model: loaded.append(model))
-    words = ["method=kd", f"method.teacher={MOVES}", *BASE]
+    words = ["method=kd", f"method.teacher={MOVES}", AS_THEIRS, *BASE]
     noted("models--TinyLlama--TinyLlama_v1.1")(place)
     run = SimpleNamespace(spec=compose("train", words).spec)
     (place / "hub" / "models--TinyLlama--TinyLlama_v1.1" / "refs" / "main").write_text("d" * 40)

@@ -34,8 +34,8 @@ NAMED = [f"{g}={n}" for g in ("model", "method", "dataset", "hardware") for n in
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    more = {"num_attention_heads": 4, "vocab_size": 512}
+    shape = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}
+    more = {"intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(shape | more))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     return tmp_path

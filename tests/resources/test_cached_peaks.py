@@ -76,12 +76,12 @@ def counted(work: Callable[[], object]) -> int:
 
 
 def planned(method: Method, kind: Kind, counted_tokens: int) -> float:
-    """Return the predicted bytes beside weights and what the process needs."""
+    """Return the predicted bytes of tensors beside the weights."""
     [point], shape = method.points(), ModelShape.of(WIDE)
     cost = inference_cost([method], WIDE, "float32", point)
     caching = Caching.of(method.shape(shape, point, "use", None), method.decoder(point))
     every = not method.forward(point).shares_prefixes
-    found = Peaks(shape, 4).inference(
+    found = Peaks(shape, 4, exact=True).inference(
         cost, Pass(kind, ROWS, TOKENS, counted_tokens), every=every, caching=[caching]
     )
     return sum(size for name, size in found.items() if name != "weights") - WORKSPACE
