@@ -61,16 +61,16 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     Raises:
         UserError: For an unknown key, a missing key, a wrong type or an impossible value.
     """
-    from pydantic import ValidationError
-
     try:
         text = json.dumps(values, allow_nan=False)
         checked: T = _adapter(cls).validate_json(text, strict=True)
         return checked
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
-        raise _explain(cls, first, where) from None
     except (TypeError, ValueError) as error:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
+            raise _explain(cls, first, where) from None
         place, value = next(_unwritable(values, where), (where, None))
         if value is None:
             raise UserError(f"{place} holds a value that JSON cannot hold: {error}.") from None
@@ -93,9 +93,9 @@ _ADAPTERS: dict[type, Any] = {}
 
 
 def _adapter(cls: type) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
-
     if cls not in _ADAPTERS:
+        from pydantic import ConfigDict, TypeAdapter
+
         for part in _dataclasses_in(cls):
             part.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
         _ADAPTERS[cls] = TypeAdapter(cls)

@@ -584,6 +584,8 @@ def _check_auxiliary(spec: Spec) -> None:
     Raises:
         UserError: Naming the setting.
     """
+    if not spec.others:
+        return
     method, ours = make_method(spec.method), known_shape(spec.model)
     if ours and isinstance(method, Trains) and stages.find(spec.stage).trains:
         known = {other.name: known_shape(other) for other in spec.others}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 CPU_INFO = Path("/proc/cpuinfo")
 MEMORY_INFO = Path("/proc/meminfo")
 DEVICES = Path("/dev")
+GPU_FILE = re.compile(r"nvidia\d")
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 """CPU flags of bfloat16 matrix products: x86, then Arm."""
 REPACKING_FLAG = "avx512_bf16"
@@ -89,7 +91,8 @@ def has_cuda_files() -> bool:
     """Whether there are device files of an NVIDIA GPU that this process may use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return False
-    return any(DEVICES.glob("nvidia[0-9]*")) or ((DEVICES / "dxg").exists() and bool(gpus()))
+    names = [path.name for path in DEVICES.iterdir()] if DEVICES.is_dir() else []
+    return any(map(GPU_FILE.match, names)) or ((DEVICES / "dxg").exists() and bool(gpus()))
 
 
 def torch_has_cuda() -> bool:
