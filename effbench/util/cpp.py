@@ -8,6 +8,7 @@ lacks. They use OpenMP as torch does: both share one pool of threads.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -71,6 +72,17 @@ def library(source: Path, options: Sequence[str] = OPTIONS) -> Path | str:
     except OSError as error:
         return f"they cannot be compiled ({error})"
     return folder / name
+
+
+def loaded(source: Path, options: Sequence[str] = OPTIONS) -> ctypes.CDLL | None:
+    """Return the library of a source, loaded; None where it cannot be compiled or loaded."""
+    found = library(source, options)
+    if isinstance(found, str):
+        return None
+    try:
+        return ctypes.CDLL(str(found))
+    except OSError:
+        return None
 
 
 def _compile(program: str, options: Sequence[str], source: Path, target: Path) -> None:

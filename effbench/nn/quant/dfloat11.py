@@ -173,12 +173,8 @@ def _decode_natively(library: ctypes.CDLL, encoded: Encoded, out: torch.Tensor) 
 @cache
 def _library() -> ctypes.CDLL | None:
     """Return the C++ kernel, compiled at the first call of all; None where it cannot be had."""
-    found = cpp.library(SOURCE)
-    if isinstance(found, str):
-        return None
-    try:
-        library = ctypes.CDLL(str(found))
-    except OSError:
+    library = cpp.loaded(SOURCE)
+    if library is None:
         return None
     library.decode_bf16.argtypes = [c_void_p, c_void_p, c_int64]
     library.decode_bf16.restype = c_int64

@@ -56,18 +56,14 @@ def _call(function: Any, rows: Rows, clusters: int, *bounds: torch.Tensor) -> No
 
 
 def _library(rows: Rows) -> ctypes.CDLL | None:
-    """Return the library for rows on a CPU, or None where it cannot be compiled or loaded."""
+    """Return the library for rows on a CPU, or None where it cannot be had."""
     return None if rows.mass.device.type != "cpu" or cpp.why_off() else _loaded()
 
 
 @cache
 def _loaded() -> ctypes.CDLL | None:
-    found = cpp.library(SOURCE, OPTIONS)
-    if isinstance(found, str):
-        return None
-    try:
-        library = ctypes.CDLL(str(found))
-    except OSError:
+    library = cpp.loaded(SOURCE, OPTIONS)
+    if library is None:
         return None
     library.best_intervals.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, c_void_p, c_int64]
     library.best_cuts.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, *[c_void_p] * 2, c_int64]
