@@ -15,9 +15,10 @@ from typing import Any
 
 from effbench.api.spec import Job, Stage
 from effbench.config.code import checked
-from effbench.config.compose import compose, hydra_compose, results_of, to_plain
+from effbench.config.compose import compose, results_of, to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.config.start import split_words
+from effbench.config.vary import Composer
 from effbench.results.lookup import find
 from effbench.results.store import Store
 from effbench.results.sweeps import Grid, declare, declare_tuning, outcomes_in
@@ -167,7 +168,7 @@ def _results(words: Sequence[str], points: Sequence[Sequence[str]], extra: Seque
     if any(parse(w).key_or_group == "run.results" for w in words if parse(w).is_sweep_override()):
         raise UserError("A grid has one folder of results.", "Give run.results one value.")
     one = points[0] if points else [_first(word) for word in words if not word.startswith("hydra")]
-    return results_of(hydra_compose(one, extra)).resolve()
+    return results_of(Composer(extra)(one)).resolve()
 
 
 def _first(word: str) -> str:
