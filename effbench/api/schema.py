@@ -163,13 +163,24 @@ def _names_in(cls: type, path: list[str]) -> list[str]:
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
+_FIELDS: dict[type, tuple[str, ...] | None] = {}
+
+
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Return the names of a dataclass's fields; None for another type."""
+    if kind not in _FIELDS:
+        known = dataclasses.is_dataclass(kind)
+        _FIELDS[kind] = tuple(f.name for f in dataclasses.fields(kind)) if known else None
+    return _FIELDS[kind]
+
+
 def plain(value: Any) -> Any:
     """Return a dataclass, mapping or sequence as plain JSON values, tuples as lists."""
     kind = type(value)
     if kind in _LEAVES:
         return value
-    if dataclasses.is_dataclass(kind):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(kind)}
+    if (names := _field_names(kind)) is not None:
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -183,12 +194,14 @@ def canonical(value: Any) -> str:
 
 
 def _one_form(value: Any) -> Any:
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else value
-    if isinstance(value, dict):
+    """Return plain values with whole numbers as integers."""
+    kind = type(value)
+    if kind is dict:
         return {k: _one_form(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if kind is list:
         return [_one_form(v) for v in value]
+    if kind is float:
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
     return value
 
 

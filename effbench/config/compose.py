@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -455,18 +455,26 @@ def _hardware(values: dict[str, Any]) -> tuple[HardwareSpec, dict[str, Any]]:
     """Return what of the hardware is in the key, and the parts of `Runtime` by name."""
     from effbench.util.hardware import default_device, default_dtype
 
-    kinds = {"": HardwareSpec, "machine": Machine, "parallelism": Parallelism}
-    known = {f.name: part for part, cls in kinds.items() for f in dataclasses.fields(cls)}
+    known = _parts_of_hardware()
     if unknown := sorted(values.keys() - known.keys()):
         raise UserError(f"Unknown key 'hardware.{unknown[0]}'.", did_you_mean(unknown[0], known))
-    parts = {part: {k: v for k, v in values.items() if known[k] == part} for part in kinds}
-    rest, around = parts.pop(""), parts
+    around: dict[str, Any] = {part: {} for part in known.values()}
+    for name, value in values.items():
+        around[known[name]][name] = value
+    rest = around.pop("")
     if rest.get("device") == "auto":
         rest["device"] = default_device()
     if rest.get("dtype") == "auto":
         rest["dtype"] = default_dtype(str(rest.get("device")))
     around["parallelism"] = plain(build(Parallelism, around["parallelism"], "hardware"))
     return build(HardwareSpec, rest, "hardware"), around
+
+
+@cache
+def _parts_of_hardware() -> dict[str, str]:
+    """Return the part of `Runtime` that a key of the hardware is in; empty for the run's key."""
+    kinds = {"": HardwareSpec, "machine": Machine, "parallelism": Parallelism}
+    return {f.name: part for part, cls in kinds.items() for f in dataclasses.fields(cls)}
 
 
 def _check_methods(spec: Spec, lineage: Lineage) -> None:

@@ -1,8 +1,9 @@
 """Grids on the disk: which runs they have, what came of each, and which grids were there to tune.
 
 A grid is a folder in `sweeps/` of the results. `grid.json` declares its runs before the first one
-begins; a folder for each run has `outcome.json` once it has ended. One with an objective has
-`objective.json` too: its runs are declared to be trials of a tuning.
+begins; a folder for each run has `outcome.json` once it has ended. Of runs that there is nothing to
+do for, which may be all of thousands, `settled.json` says what came of them. A grid with an
+objective has `objective.json` too: its runs are declared to be trials of a tuning.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from effbench.util.errors import UserError, did_you_mean, printable_values
 from effbench.util.files import write_atomic
 
 OUTCOME = "outcome.json"
+SETTLED = "settled.json"
 OBJECTIVE = "objective.json"
 GRID = "grid.json"
 DECLARED = ("words", "key", "error", "kind", "work")
@@ -168,13 +170,30 @@ def find_grid(results: Path, ref: str) -> Path:
 
 def numbered_outcomes(grid: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return what came of each run of a grid, by the name of its folder, in their order."""
-    found = []
-    for path in sorted(grid.glob(f"*/{OUTCOME}"), key=lambda p: (len(p.parent.name), p)):
-        with suppress(OSError, ValueError):
-            outcome = printable_values(json.loads(path.read_text()))
-            if isinstance(outcome, dict):
-                found.append((path.parent.name, outcome))
-    return found
+    found = settled_in(grid)
+    for path in grid.glob(f"*/{OUTCOME}"):
+        if isinstance(outcome := _read(path), dict):
+            found[path.parent.name] = outcome
+    return sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+
+
+def settle(grid: Path, outcomes: Mapping[int, Mapping[str, Any]]) -> None:
+    """Note what came of runs that have no folder, by their numbers."""
+    write_atomic(grid / SETTLED, json.dumps(outcomes))
+
+
+def settled_in(grid: Path) -> dict[str, dict[str, Any]]:
+    """Return what `settle` noted of a grid; nothing where that cannot be read."""
+    found = _read(grid / SETTLED)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {number: outcome for number, outcome in pairs if isinstance(outcome, dict)}
+
+
+def _read(path: Path) -> Any:
+    """Return what a file of JSON holds; None where it cannot be read."""
+    with suppress(OSError, ValueError):
+        return printable_values(json.loads(path.read_text()))
+    return None
 
 
 def outcomes_in(grid: Path) -> list[dict[str, Any]]:

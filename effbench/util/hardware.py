@@ -91,8 +91,14 @@ def has_cuda_files() -> bool:
     """Whether there are device files of an NVIDIA GPU that this process may use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return False
-    names = [path.name for path in DEVICES.iterdir()] if DEVICES.is_dir() else []
-    return any(map(GPU_FILE.match, names)) or ((DEVICES / "dxg").exists() and bool(gpus()))
+    return _lists_gpus(DEVICES)
+
+
+@cache
+def _lists_gpus(devices: Path) -> bool:
+    """Whether a folder of device files holds those of an NVIDIA GPU."""
+    names = [path.name for path in devices.iterdir()] if devices.is_dir() else []
+    return any(map(GPU_FILE.match, names)) or ("dxg" in names and bool(gpus()))
 
 
 def torch_has_cuda() -> bool:

@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from effbench.results.sweeps import OUTCOME
+from effbench.results.sweeps import settled_in
 
 GONE = "The same command goes on from its last checkpoint."
 """What to do about a run whose machine or process is gone."""
@@ -101,17 +101,14 @@ class ClusterLauncher(Launcher, ABC):
             initial_job_idx: Number of the first of them.
         """
         points = dict(enumerate((list(words) for words in job_overrides), initial_job_idx))
-        cells = {n: self._cell(point, n) for n, point in points.items() if not self._settled(n)}
+        settled = settled_in(Path(str(self._config.hydra.sweep.dir)))
+        cells = {n: self._cell(point, n) for n, point in points.items() if str(n) not in settled}
         done = dict(zip(cells, self.run(list(cells.values())) if cells else [], strict=True))
         return [done.get(n) or _answer(point, self._config) for n, point in points.items()]
 
     @abstractmethod
     def run(self, cells: Sequence[Cell]) -> Sequence[JobReturn]:
         """Run cells elsewhere, at least one, and return what came of them, in order."""
-
-    def _settled(self, number: int) -> bool:
-        """Whether there was nothing to do for a run before the grid was launched."""
-        return (Path(str(self._config.hydra.sweep.dir)) / str(number) / OUTCOME).exists()
 
     def _cell(self, point: list[str], number: int) -> Cell:
         config = self._context.config_loader.load_sweep_config(self._config, point)

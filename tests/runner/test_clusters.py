@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from slurm_here import found, slurm
 
 from effbench.results.events import read_events
 from effbench.results.store import Store
+from effbench.results.sweeps import outcomes_in
 
 RUN = [
     "model=tiny",
@@ -233,8 +233,8 @@ def jobs(folder: Path, env: dict[str, str]) -> str:
 
 
 def without_errors(folder: Path) -> None:
-    outcomes = (folder / "results" / "sweeps").glob("*/*/outcome.json")
-    assert not any(json.loads(path.read_text())["error"] for path in outcomes)
+    grids = (folder / "results" / "sweeps").iterdir()
+    assert not any(outcome["error"] for grid in grids for outcome in outcomes_in(grid))
 
 
 @needs_submitit

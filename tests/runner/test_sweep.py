@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 
 from effbench.config.compose import compose
-from effbench.results.sweeps import tunings
+from effbench.results.sweeps import outcomes_in, tunings
 from effbench.runner import sweep
 from effbench.runner.objective import objective_in
 from effbench.util.errors import UserError
@@ -28,8 +28,7 @@ STEPS = ["train.max_steps=1", "train.batch_size=2", "method.rank=2"]
 
 
 def outcomes() -> list[dict]:
-    files = sorted(Path("results/sweeps").glob("*/*/outcome.json"))
-    return [json.loads(f.read_text()) for f in files]
+    return [o for grid in sorted(Path("results/sweeps").iterdir()) for o in outcomes_in(grid)]
 
 
 def test_a_grid_runs_once_and_the_second_time_not_at_all(cli, inline) -> None:
@@ -224,7 +223,7 @@ def test_a_launcher_gets_the_runs_that_are_not_done(
     assert Here.sent == [["seed=1"], ["seed=0", "seed=2"]]
     assert inline == [0] * 3
     last = max(Path("results/sweeps").iterdir())
-    told = [json.loads((last / f"{n}/outcome.json").read_text()) for n in range(6)]
+    told = outcomes_in(last)
     for number, outcome in enumerate(told):
         words = {f"seed={number // 2}", f"method.rank={(999, 2)[number % 2]}"}
         assert words < set(outcome["overrides"])

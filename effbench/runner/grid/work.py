@@ -14,7 +14,7 @@ from effbench.api.spec import Job, Stage
 from effbench.config.compose import commanded, job_from
 from effbench.report.grid import counts
 from effbench.results.store import Store
-from effbench.results.sweeps import OUTCOME, Cell
+from effbench.results.sweeps import OUTCOME, Cell, settle
 from effbench.runner.grid.cells import Cells
 from effbench.runner.grid.room import need_of, this_machine
 from effbench.runner.grid.schedule import Schedule
@@ -117,10 +117,13 @@ def keep(cell: Cell, place: Path) -> None:
         cell: The run.
         place: Its folder in that of the grid.
     """
-    outcome = Outcome(cell.words, cell.key, cell.error, cell.value, cell.seconds)
     with mendable(place):  # not forced to the disk one by one: a grid may have thousands
         place.mkdir(parents=True, exist_ok=True)
-        (place / OUTCOME).write_text(json.dumps(vars(outcome)))
+        (place / OUTCOME).write_text(json.dumps(vars(_outcome(cell))))
+
+
+def _outcome(cell: Cell) -> Outcome:
+    return Outcome(cell.words, cell.key, cell.error, cell.value, cell.seconds)
 
 
 def run_here(cells: Cells, jobs: int, work: Work, folder: Path) -> None:
@@ -167,7 +170,7 @@ def keep_ended(cells: Cells, folder: Path) -> None:
         cells: All runs of the grid.
         folder: Of the grid.
     """
-    for cell in cells.all:
-        place = folder / str(cell.number)
-        if cell.state in ("done", "failed") and not place.exists():
-            keep(cell, place)
+    own = {path.name for path in folder.iterdir()}
+    ended = [c for c in cells.all if c.state in ("done", "failed") and str(c.number) not in own]
+    with mendable(folder):
+        settle(folder, {cell.number: vars(_outcome(cell)) for cell in ended})
