@@ -33,6 +33,8 @@ class Result:
 
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the record."""
 
     def add_items(
         self,
