@@ -147,6 +147,15 @@ class Evaluator:
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
 
+    @classmethod
+    def suited(cls, dataset: DatasetSpec) -> dict[str, Any]:
+        """Return settings that suit a dataset, in the place of defaults that nobody changed.
+
+        Args:
+            dataset: Of the run.
+        """
+        return {}
+
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse what cannot be evaluated, before any weight is loaded.
 
