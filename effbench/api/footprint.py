@@ -444,17 +444,21 @@ def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     The embeddings and what the layer was given are there all along. In the MLP what it adds to and
     what it has normed come on top, and the inner tensors: two of them, and a third one where it is
     gated; in float32 the input and the output of an adapter. In attention it is what it has normed,
-    queries, keys and values, and three times the queries while they are turned.
+    queries, keys and values, and three times the queries while they are turned; or what a
+    recurrence has in their place.
     """
     d, m = shape.hidden_size, shape.intermediate_size
     found = [0]
     for layer in {id(x): x for x in shape.layers}.values():
         if layer.mlp:
-            found.append(4 * d + (3 if layer.mlp.gated else 2) * layer.mlp.width)
+            found.append(element * (4 * d + (3 if layer.mlp.gated else 2) * layer.mlp.width))
         if layer.mixer:
             heads = 4 * layer.mixer.heads + 2 * layer.mixer.kv_heads
-            found.append(3 * d + heads * layer.mixer.head_dim)
-    return element * max(found) + (8 * m if adapted else 0)
+            own = element * heads * layer.mixer.head_dim
+            if layer.mixer.recurrence:
+                own = layer.mixer.recurrence.running(element)
+            found.append(element * 3 * d + own)
+    return max(found) + (8 * m if adapted else 0)
 
 
 def logit_bytes(one: Pass, vocabulary: int, element: int, every: bool) -> int:

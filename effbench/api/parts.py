@@ -258,6 +258,9 @@ class Recurrence:
     """Tensors that a gradient needs of the features of a query or key."""
     learned: bool = False
     """Whether its rates of decay train."""
+    made: tuple[int, int] = (2, 3)
+    """Float32 tensors of a query's size that there are while features are made of one that is in
+    float32, and of one that is not."""
 
     @property
     def state(self) -> int:
@@ -300,6 +303,23 @@ class Recurrence:
         own = self.features * (q + k) + 3 * k + 2 * q
         scores = self.chunk * (1 + self.learned)
         return FLOAT32.element * (own + self.heads * (scores + 2))
+
+    def running(self, element: int) -> int:
+        """Return the bytes per token of a pass that keeps nothing for a gradient, at its peak.
+
+        Queries are turned, with three more tensors of their size; or their features are made; or
+        there are all features, the values as they came, and in float32 what was read, the same side
+        by side, and normed.
+
+        Args:
+            element: Bytes of a compute element.
+        """
+        q, k = self.heads * self.width, self.kv_heads * self.width
+        made = self.made[element < FLOAT32.element]
+        turned = element * (4 * q + 2 * k)
+        mapped = element * (q + 2 * k) + FLOAT32.element * made * q
+        normed = FLOAT32.element * (4 * q + k) + element * k
+        return max(turned, mapped, normed)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ CHUNK = 64
 """Positions of a stretch, within which a pass over many compares all with each other."""
 FEATURES = {"softmax": 1, "elu": 2, "exp": 3, "prf": 4}
 """Tensors that a gradient needs of each kind of features."""
+MADE = {"softmax": (2, 3), "elu": (2, 3), "exp": (3, 4), "prf": (5, 5)}
+"""Float32 tensors of a query's size that there are while its features are made: of one in float32,
+and of one that is cast to it first."""
 
 
 def linear_attention(
@@ -29,7 +32,8 @@ def linear_attention(
     assert mixer is not None
     *read, out = mixer.linears
     sizes, mapped = (mixer.heads, mixer.kv_heads, mixer.head_dim), features != "elu"
-    own = Recurrence(*sizes, mapped, CHUNK, FEATURES[features], "rates" in learned)
+    kept, made = FEATURES[features], MADE[features]
+    own = Recurrence(*sizes, mapped, CHUNK, kept, "rates" in learned, made)
     gates = [Linear("g_proj", out.d_out, out.d_in)] if gate else []
     extra = [Linear(n, 1, size, bare=True, active=0) for n, size in learned.items()]
     state = replace(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from effbench.api.spec import Job
 from effbench.api.stages import base as stages
 from effbench.cli.options import (
     ConfigDirs,
@@ -95,6 +96,7 @@ def _stage(
         return
     for note in job.notes:
         write(note)
+    _require_models(job)
     if dry_run:
         _plan(job)
         _first_row(job)
@@ -103,6 +105,16 @@ def _stage(
     if before:
         write(f"Done before, nothing to run (--fresh runs it anew): {before.key}")
     _show_record(before or execute(job, fresh))
+
+
+def _require_models(job: Job) -> None:
+    """Refuse folders of models in which something is missing, before anything is begun."""
+    from effbench.models.load import require_files
+
+    if stages.find(job.spec.stage).loads:
+        require_files(job.spec.model)
+        for model in job.spec.others:
+            require_files(model, tokenizer=False)
 
 
 def _grid(

@@ -31,6 +31,7 @@ from effbench.api.spec import (
 )
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
+from effbench.config.composed import settings_of
 from effbench.config.files import groups, options
 from effbench.config.lineage import Lineage, dataset_after, inherit, model_spec, plugin
 from effbench.config.overrides import TOP_LEVEL, check_overrides
@@ -182,6 +183,9 @@ def job_from(
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
+    asked = _asked(config, chosen, model)
+    if typed is None or "evaluator" in typed:
+        asked = {name: _suited(name, own, chosen, dataset) for name, own in asked.items()}
     spec = Spec(
         stage=stage,
         method=method,
@@ -189,7 +193,7 @@ def job_from(
         dataset=dataset,
         evaluators=[
             plugin("evaluators", name, settings, f"evaluator.{name}")
-            for name, settings in sorted(_asked(config, chosen, model).items())
+            for name, settings in sorted(asked.items())
         ],
         train=train,
         hardware=hardware,
@@ -216,6 +220,27 @@ def _asked(config: dict[str, Any], chosen: set[str], model: ModelSpec) -> dict[s
         own = find_kind(ModelShape.of(shape).kind).evaluator if shape else ""
         return {own: {}} if own else found
     return found
+
+
+def _suited(
+    name: str, settings: dict[str, Any], chosen: set[str], dataset: DatasetSpec
+) -> dict[str, Any]:
+    """Return the settings of an evaluator, with those that suit a dataset where they are defaults.
+
+    Args:
+        name: Of the evaluator.
+        settings: Of a config.
+        chosen: The groups and keys that are no defaults.
+        dataset: Of the run.
+    """
+    if name not in registry.names("evaluators"):
+        return settings
+    cls = registry.find("evaluators", name)
+    usual = settings_of(cls)
+    left = {k for k, v in usual.items() if plain(settings.get(k, v)) == v} - {
+        place.split(".")[2] for place in chosen if place.startswith(f"evaluator.{name}.")
+    }
+    return {**settings, **{k: v for k, v in cls.suited(dataset).items() if k in left}}
 
 
 def _one_length(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:

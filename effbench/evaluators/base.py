@@ -33,6 +33,8 @@ class Result:
 
     metrics: list[Metric] = field(default_factory=list)
     outcomes: list[Outcomes] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the record."""
 
     def add_items(
         self,
@@ -144,6 +146,15 @@ class Evaluator:
     """Kinds of models that it can ask, files in `nn/model_kinds`."""
     trial: ClassVar[dict[str, Any]] = {}
     """Settings with which it takes a moment on a tiny model, for the contract tests."""
+
+    @classmethod
+    def suited(cls, dataset: DatasetSpec) -> dict[str, Any]:
+        """Return settings that suit a dataset, in the place of defaults that nobody changed.
+
+        Args:
+            dataset: Of the run.
+        """
+        return {}
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse what cannot be evaluated, before any weight is loaded.

@@ -49,7 +49,8 @@ class Generation(Evaluator):
     trial: ClassVar[dict[str, Any]] = {"tasks": [], "limit": 3, "max_new_tokens": 4}
 
     tasks: tuple[str, ...] = ("gsm8k_cot",)
-    """lm-eval's generation tasks; none asks the prompts of the run's own dataset."""
+    """lm-eval's generation tasks; none asks the prompts of the run's own dataset, and so does the
+    default where these are other prompts than the task's."""
     num_fewshot: NonNegativeInt | None = None
     """Examples before each question of a task; null is what lm-eval defines."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -78,6 +79,18 @@ class Generation(Evaluator):
     own dataset)."""
     batch_tokens: PositiveInt = 8192
     """Largest batch, prompts and the longest possible answers, in tokens."""
+
+    @classmethod
+    def suited(cls, dataset: DatasetSpec) -> dict[str, Any]:
+        """Return that a dataset is asked which has prompts, unless it is that of the task.
+
+        Pairs of answers are none that could be right word for word.
+        """
+        from effbench.data.kinds.base import find
+
+        subjects = {task.partition("_")[0] for task in cls.tasks}
+        own = find(dataset.kind).asks and dataset.kind != "preference"
+        return {"tasks": []} if own and dataset.name.partition("-")[0] not in subjects else {}
 
     def splits(self) -> tuple[str, ...]:
         """Return the dataset's split, unless tasks are asked."""

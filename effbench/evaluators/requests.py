@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,10 +36,17 @@ class Times(NamedTuple):
     """Steps after which such a schedule begins anew."""
 
 
-def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any) -> Times:
+def timed_session(
+    session: Session,
+    prompt: torch.Tensor,
+    new: int,
+    device: Any,
+    around: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext(),
+) -> Times:
     """Decode a prompt [B, P] and `new` more tokens after the first one.
 
     A session that can be made ready before its prompt is (`reserve`), before the clock runs.
+    `around` gives what is entered around `prefill` and `decode`, while the clock does not run.
     """
     from effbench.api.session import Counting, Cyclic
 
@@ -48,16 +56,20 @@ def timed_session(session: Session, prompt: torch.Tensor, new: int, device: Any)
     reserve = getattr(session, "reserve", None)
     if reserve is not None:
         reserve(prompt.shape[0], prompt.shape[1] + new, prompt.shape[1])
-    marks = [clock.now()]
-    tokens = [session.prefill(prompt).argmax(-1, keepdim=True)]
-    marks.append(clock.now())
-    for _ in range(new):
-        tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
-        marks.append(clock.now())
-        if cycle is not None:
-            kinds.append(cycle.kind)
+    with around("prefill"):
+        start = clock.now()
+        tokens = [session.prefill(prompt).argmax(-1, keepdim=True)]
+        first = clock.now() - start
+    with around("decode"):
+        marks = [clock.now()]
+        for _ in range(new):
+            tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
+            marks.append(clock.now())
+            if cycle is not None:
+                kinds.append(cycle.kind)
     counts = session.counts() if isinstance(session, Counting) else {}
-    times = _times(marks, session.kv_bytes(), torch.cat(tokens, dim=1))
+    gaps = [b - a for a, b in pairwise(marks)]
+    times = Times(first, gaps, session.kv_bytes(), torch.cat(tokens, dim=1))
     if cycle is not None:
         passes = cycle.passes / max(1, cycle.tokens)
         times = times._replace(kinds=kinds, passes=passes, cycle=cycle.window + 1)
@@ -98,9 +110,5 @@ def timed_generate(model: Any, prompt: torch.Tensor, new: int, device: Any) -> T
         past_key_values=held,
         streamer=watch,
     )
-    return _times(watch.marks, cache.held_bytes(held), out[:, prompt.shape[1] :])
-
-
-def _times(marks: Sequence[float], kv_bytes: int, tokens: torch.Tensor) -> Times:
-    gaps = [b - a for a, b in pairwise(marks)]
-    return Times(gaps[0], gaps[1:], kv_bytes, tokens)
+    first, *gaps = (b - a for a, b in pairwise(watch.marks))
+    return Times(first, gaps, cache.held_bytes(held), out[:, prompt.shape[1] :])

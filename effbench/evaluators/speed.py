@@ -4,12 +4,14 @@ Prompts are random tokens, so the speed does not depend on the data. Each cell o
 a few times; the first time warms up and is dropped. Prefill ends with the first token, so its time
 is the time to first token (TTFT); the gaps after it are the times per output token (TPOT).
 
-Shares of the machine's roofline stand beside the times: see `effbench.resources.roofline`.
+Shares of the machine's roofline stand beside the times: see `effbench.resources.roofline`. With
+`baseline=dense` memory is measured beside time, and a sentence says from which cell on the method
+pays on this machine: see `effbench.evaluators.beside_dense`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -21,11 +23,13 @@ from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt, canonical
 from effbench.api.shape import DTYPE_BYTES
 from effbench.api.weights import is_packed
+from effbench.evaluators import paying
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes, inference_cost, resolved
 from effbench.nn.adapters import merge
+from effbench.nn.quant.linears import storage_bytes
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
+    from effbench.evaluators.beside_dense import Beside
     from effbench.evaluators.requests import Times
     from effbench.nn.decode.decoder import Engine as DecodeEngine
     from effbench.resources.roofline import Ceilings
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "static", "eager", "generate", "merged"]
 Grid = PositiveInt | list[PositiveInt]
+Timer = Callable[..., "Times"]
 
 UNITS = {
     "ttft_ms": "ms",
@@ -52,6 +58,10 @@ UNITS = {
     "tpot_refresh_ms": "ms",
     "prefill_tokens_per_second": "tokens/s",
     "decode_tokens_per_second": "tokens/s",
+    "held_bytes": "bytes",
+    "dense_ttft_ms": "ms",
+    "dense_tpot_ms": "ms",
+    "dense_held_bytes": "bytes",
 }
 """Units of what is timed; shares have none."""
 PROBES = 3
@@ -84,6 +94,8 @@ class Speed(Evaluator):
         "tpot_p95_ms",
         "mbu",
         "mfu",
+        "memory_gain",
+        "ttft_speedup",
     )
     trial: ClassVar[dict[str, Any]] = {
         "prompt_tokens": 6,
@@ -105,9 +117,10 @@ class Speed(Evaluator):
     """`auto`: the method's own session, which is our engine wherever it applies. `static`: our
     engine or an error. `eager`: the model's forward pass with a growing cache. `generate`:
     transformers' own loop. `merged`: as `auto`, on the plain model that the adapters amount to."""
-    baseline: Literal["none", "self", "whole", "eager", "generate"] = "none"
+    baseline: Literal["none", "self", "whole", "eager", "generate", "dense"] = "none"
     """What each cell is timed against in turn, for `speedup`; `self` is the engine once more,
-    `whole` the same engine at the method's point that needs all of the model."""
+    `whole` the same engine at the method's point that needs all of the model, `dense` the model
+    that the run started from with a cache of all keys and values, whose memory is measured too."""
     roofline: bool = True
     """Whether the machine is probed for its ceilings."""
     probe_mb: PositiveInt = 256
@@ -146,6 +159,7 @@ class Speed(Evaluator):
                 f"{last.name} has no whole model beside each of its points to be timed against.",
                 "Leave evaluator.speed.baseline=none.",
             )
+        self._check_dense()
         packed = any(is_packed(m.weights) or is_packed(m.produces) for m in methods)
         if self.engine == "merged" and packed:
             raise UserError(
@@ -156,6 +170,25 @@ class Speed(Evaluator):
         for cell in self.cells() if shape else ():
             assert shape is not None
             _check_memory(cell, spec, methods, shape)
+
+    def _check_dense(self) -> None:
+        """Refuse what `baseline=dense` cannot say of itself."""
+        from effbench.stats import FEWEST_REPEATS
+
+        if self.baseline != "dense":
+            return
+        if self.engine == "generate":
+            raise UserError(
+                "evaluator.speed.engine=generate is one loop around all phases, and "
+                "baseline=dense measures each of them.",
+                "Set evaluator.speed.engine=auto or eager.",
+            )
+        if self.repeats < FEWEST_REPEATS:
+            raise UserError(
+                f"evaluator.speed.repeats={self.repeats} gives ratios no interval, by which "
+                "baseline=dense tells whether the method pays.",
+                f"Set evaluator.speed.repeats={FEWEST_REPEATS} or more.",
+            )
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return prefill and decode of every cell, with room in the cache for all its tokens."""
@@ -204,22 +237,34 @@ class Speed(Evaluator):
         settings = [self.engine, self.baseline, self.repeats, self.roofline]
         journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
         ceilings: Ceilings | None = None
+        dense: Subject | None = None
         for index, cell in enumerate(cells):
             if index in journal:
                 continue
+            if self.baseline == "dense":
+                dense = dense or subject.dense()
             if self.roofline and ceilings is None and subject.cost and subject.shape:
                 ceilings = self._probe(subject)
-            found, ceilings = self._cell(subject, cell, ceilings, (index, len(cells)))
+            found, ceilings = self._cell(subject, cell, ceilings, (index, len(cells)), dense)
             found["counts"] |= counted
             journal.add({index: found})
         named = [str(cell) if len(cells) > 1 else "" for cell in cells]
+        known = journal.values()
         return Result(
             [
                 metric
-                for task, found in zip(named, journal.values(), strict=True)
-                for metric in _metrics(subject, task, found)
-            ]
+                for task, of_cell in zip(named, known, strict=True)
+                for metric in _metrics(subject, task, of_cell)
+            ],
+            notes=self._told(subject, [of_cell.get("gains", {}) for of_cell in known]),
         )
+
+    def _told(self, subject: Subject, gains: Sequence[Mapping[str, Sequence[float]]]) -> list[str]:
+        """Return where the method pays; a sentence for each number of new tokens."""
+        if self.baseline != "dense":
+            return []
+        who = f"{subject.method.name} {subject.point.name}".strip()
+        return paying.sentences(who, dict(zip(self.cells(), gains, strict=True)))
 
     def _probe(self, subject: Subject) -> Ceilings:
         from effbench.resources.roofline import probe
@@ -240,16 +285,13 @@ class Speed(Evaluator):
         cell: Cell,
         ceilings: Ceilings | None,
         place: tuple[int, int],
+        dense: Subject | None,
     ) -> tuple[dict[str, Any], Ceilings | None]:
         """Return what one cell gave, as plain values, and the ceilings as they are known then."""
-        request = timer(subject, self.engine, cell)
-        times = []
-        for repeat in range(self.repeats + 1):
-            times.append(request())
-            done = place[0] * (self.repeats + 1) + repeat + 1
-            subject.progress("speed", done, place[1] * (self.repeats + 1))
+        beside = self._beside(subject, dense, cell, place) if dense else None
+        times = [took.times for took in beside.own] if beside else self._times(subject, cell, place)
         last = times[-1]
-        found: dict[str, Any] = {"values": _rates(cell, times[1:]), "kv_bytes": last.kv_bytes}
+        found: dict[str, Any] = {"values": _rates(cell, times), "kv_bytes": last.kv_bytes}
         found["counts"] = dict(last.counts)
         if not last.counts:  # else the cost states only a bound
             found["counts"] |= _ceiling(subject)
@@ -257,17 +299,48 @@ class Speed(Evaluator):
         if last.kinds:
             found["counts"]["layer_passes"] = last.passes
         if ceilings is not None and exact:
-            shares, ceilings = self._shares(subject, cell, times[1:], ceilings)
+            shares, ceilings = self._shares(subject, cell, times, ceilings)
             found["values"] |= shares
             found["ceilings"] = [*astuple(ceilings)][: 4 if ceilings.read else 3]
-        if self.baseline != "none":
+        if beside:
+            found["values"] |= beside.values()
+            found["gains"] = {k: list(v) for k, v in beside.gains(subject.seed).items()}
+        elif self.baseline != "none":
             named: dict[str, Engine] = {"eager": "eager", "generate": "generate"}
             other = named.get(self.baseline, self.engine)
             whole = self.baseline == "whole"
             ratio, steps = compared(subject, self.engine, other, cell, self.repeats, whole)
-            found["speedup"] = list(ratio.speedup)
-            found["decode_speedup"] = list(steps.speedup)
+            found["gains"] = {
+                "speedup@": list(ratio.speedup),
+                "decode_speedup@decode": list(steps.speedup),
+            }
         return found, ceilings
+
+    def _times(self, subject: Subject, cell: Cell, place: tuple[int, int]) -> list[Times]:
+        """Return the times of the requests that count of one cell."""
+        request, times = timer(subject, self.engine, cell), []
+        for repeat in range(self.repeats + 1):
+            times.append(request())
+            done = place[0] * (self.repeats + 1) + repeat + 1
+            subject.progress("speed", done, place[1] * (self.repeats + 1))
+        return times[1:]
+
+    def _beside(
+        self, subject: Subject, dense: Subject, cell: Cell, place: tuple[int, int]
+    ) -> Beside:
+        """Return what requests of one cell took, in turn with those of the dense cache."""
+        from effbench.evaluators.beside_dense import measured
+
+        own, other = (
+            (timer(side, self.engine, cell), storage_bytes(side.model)) for side in (subject, dense)
+        )
+        of_cell = 2 * (self.repeats + 1)
+
+        def progress(done: int) -> None:
+            total = of_cell * place[1]
+            subject.progress(f"speed beside dense, {cell}", of_cell * place[0] + done, total)
+
+        return measured(own, other, self.repeats, subject.device, progress)
 
     def _shares(
         self, subject: Subject, cell: Cell, times: Sequence[Times], ceilings: Ceilings
@@ -307,8 +380,10 @@ def _check_memory(cell: Cell, spec: Spec, methods: Sequence[Method], shape: AnyS
 # -- timing ------------------------------------------------------------------------------------
 
 
-def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
+def timer(subject: Subject, engine: Engine, cell: Cell) -> Timer:
     """Return a function that decodes one request of a cell and says how long it took.
+
+    It may be given what is entered around `prefill` and `decode`, which `generate` has no use for.
 
     Raises:
         UserError: When the engine does not apply to the model.
@@ -320,9 +395,9 @@ def timer(subject: Subject, engine: Engine, cell: Cell) -> Callable[[], Times]:
     prompt = torch.randint(vocabulary, (cell.batch, cell.prompt), generator=draws)
     prompt = prompt.to(subject.device)
     if engine == "generate":
-        return lambda: timed_generate(subject.model, prompt, cell.new, subject.device)
+        return lambda *_: timed_generate(subject.model, prompt, cell.new, subject.device)
     make = session_maker(subject, "auto" if engine == "merged" else engine)
-    return lambda: timed_session(make(), prompt, cell.new, subject.device)
+    return lambda *around: timed_session(make(), prompt, cell.new, subject.device, *around)
 
 
 def session_maker(subject: Subject, engine: DecodeEngine) -> Callable[[], Session]:
@@ -477,13 +552,12 @@ def _metrics(subject: Subject, task: str, found: dict[str, Any]) -> list[Metric]
                 phase,
             )
         )
-    for name, phase in (("speedup", ""), ("decode_speedup", "decode")):
-        if name in found:
-            value, low, high = found[name]
-            n = len(next(iter(found["values"].values())))
-            metrics.append(
-                Metric(name, value, "", subject.point.name, "", n, low, high, "measured", phase)
-            )
+    for key, (value, low, high) in found.get("gains", {}).items():
+        name, _, phase = key.partition("@")
+        n = len(next(iter(found["values"].values())))
+        metrics.append(
+            Metric(name, value, "", subject.point.name, "", n, low, high, "measured", phase)
+        )
     for name, rate in zip(CEILINGS, found.get("ceilings", ()), strict=False):
         unit = "FLOP/s" if name == "ceiling_gemm" else "bytes/s"
         metrics.append(Metric(name, rate, unit, subject.point.name, phase="roofline"))

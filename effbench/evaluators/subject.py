@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from effbench.api.batch import Batch, by_length, make_batch
 from effbench.api.cost import Cost
-from effbench.api.points import Point
+from effbench.api.points import UNNAMED, Point
 from effbench.api.schema import digest
 from effbench.api.spec import Machine
 from effbench.methods.base import Method
+from effbench.methods.caches import Caches
 from effbench.nn.model_kinds.base import kind_of
 from effbench.nn.scoring import finite, multi_point, prefix_tree
 from effbench.util.errors import UserError
@@ -93,6 +94,15 @@ class Subject:
     def speaks(self) -> bool:
         """Whether what the model answers is text."""
         return kind_of(self.model).speaks
+
+    def dense(self) -> Subject:
+        """Return the dense model that the run started from, whose cache keeps everything.
+
+        It is the same model where nothing but the cache is another one, else it is loaded.
+        """
+        same = isinstance(self.method, Caches) and not self.job.get("spec", {}).get("parent")
+        model = self.model if same else self.load_base()
+        return replace(self, model=model, method=Method(), point=UNNAMED)
 
     def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Return `(ids, labels)` pairs as one padded batch on the device."""

@@ -28,6 +28,7 @@ from effbench.api.spec import ModelSpec
 from effbench.api.weights import find, is_packed
 from effbench.data import assets
 from effbench.models.counted import counted
+from effbench.models.files import no_model, require_tokenizer, require_weights
 from effbench.models.gguf_convert import already_converted, converted
 from effbench.models.gguf_header import config_in, read_header
 from effbench.nn.model_kinds.base import CAUSAL, ModelKind, kind_in, kind_of
@@ -119,6 +120,7 @@ def load(
             model = random_model(shape, spec.weights_seed, device, held)
     else:
         spec = _at_hand(spec)
+        require_files(spec, tokenizer)
         model = _pretrained(spec, device, held)
         if device == "cpu":
             from effbench.nn.llama.weights import own_weights
@@ -151,8 +153,26 @@ def fetch(spec: ModelSpec) -> int | None:
     """
     if spec.source not in ("package", "gguf", "folder"):
         return None
-    folder = Path(_at_hand(spec).path)
+    there = _at_hand(spec)
+    require_files(there)
+    folder = Path(there.path)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None
+
+
+def require_files(spec: ModelSpec, tokenizer: bool = True) -> None:
+    """Refuse a folder in which weights or the tokenizer are missing, or not whole.
+
+    Args:
+        spec: A model; one that is no folder is passed over.
+        tokenizer: Whether its tokenizer is used.
+
+    Raises:
+        UserError: With the file and what to do.
+    """
+    if spec.source == "folder":
+        require_weights(_folder(spec))
+        if tokenizer:
+            require_tokenizer(_folder(spec))
 
 
 def import_libraries() -> None:
@@ -191,6 +211,8 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     from effbench.util.hf import quiet
 
     spec = _at_hand(spec)
+    if spec.path:
+        require_tokenizer(Path(spec.path))
     with quiet(), _load_errors(spec), _hub_if_it_answers(spec):
         tokenizer = AutoTokenizer.from_pretrained(spec.path or spec.id, **_options(spec))
     if tokenizer.pad_token is None:
@@ -247,9 +269,7 @@ def shape_of(spec: ModelSpec) -> AnyShape:
     try:
         config = json.loads(path.read_text())
     except OSError:
-        raise UserError(
-            f"{path.parent} holds no config.json.", "Give the folder of a saved transformers model."
-        ) from None
+        raise no_model(path.parent) from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.", "The file is corrupt.") from None
     if not isinstance(config, dict):
@@ -450,12 +470,20 @@ def _ends(path: Path) -> list[Any]:
 def _gguf_file(spec: ModelSpec) -> Path:
     path = Path(spec.path).expanduser()
     if not spec.path or not path.is_file():
-        raise UserError(f"There is no GGUF file {spec.path!r}.", "Set model.path=FILE.gguf.")
+        within = "Set model.path=FILE.gguf."
+        if spec.path and path.is_dir():
+            found = sorted(path.glob("*.gguf"))
+            within = f"Name one in that folder: model.path={found[0]}" if found else within
+            if (path / "config.json").is_file():
+                within = f"That is a folder of transformers: model=folder model.path={spec.path}"
+        raise UserError(f"There is no GGUF file {spec.path!r}.", within)
     return path
 
 
 def _folder(spec: ModelSpec) -> Path:
     path = Path(spec.path).expanduser()
+    if spec.path and path.is_file():
+        raise no_model(path)
     if not spec.path or not path.is_dir():
         raise UserError(f"There is no folder {spec.path!r}.", "Set model.path=FOLDER.")
     return path

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as as_html
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.labels import ABSENT, labels
@@ -103,6 +104,31 @@ class Table:
         for row in self.rows:
             table.add_row(*(escape(show(cell)) for cell in row))
         return table
+
+    def fitted(self, width: int, named: int) -> list[Table]:
+        """Return tables of this one's columns that a terminal has room for, one below the other.
+
+        Args:
+            width: Of the terminal, in characters.
+            named: First columns, which say what a row is and are in each of them.
+        """
+        sizes = [3 + max(map(len, self._words(i)), default=0) for i in range(len(self.columns))]
+        room = width - 1 - sum(sizes[:named])
+        parts: list[list[int]] = [[]]
+        for i in range(named, len(self.columns)):
+            if parts[-1] and sum(sizes[j] for j in (*parts[-1], i)) > room:
+                parts.append([])
+            parts[-1].append(i)
+        return [self._only([*range(named), *part]) for part in parts]
+
+    def _words(self, column: int) -> list[str]:
+        """Return what a column is as wide as: its cells, and the words of its head."""
+        return [*self.columns[column].split("_"), *(show(row[column]) for row in self.rows)]
+
+    def _only(self, columns: Sequence[int]) -> Table:
+        """Return the table with some of its columns."""
+        rows = [tuple(row[i] for i in columns) for row in self.rows]
+        return Table(self.title, tuple(self.columns[i] for i in columns), rows, self.notes)
 
     def text(self) -> str:
         """Return the table as aligned columns, without rich, for commands that start at once."""
@@ -254,13 +280,15 @@ def comparison(records: Sequence[Record], metrics: Sequence[str] = ()) -> Table:
 def tasks_table(record: Record) -> Table:
     """Return one row per benchmark task and operating point of a run, one column per metric."""
     found = [m for m in record.metrics if m.task]
-    names = list(dict.fromkeys(m.name for m in found))
-    cells = {(m.task, m.point, m.name): as_value(m) for m in found}
+    names = list(dict.fromkeys((m.name, m.phase) for m in found))
+    several = {name for (name, _), (other, _) in pairwise(sorted(names)) if name == other}
+    cells = {(m.task, m.point, m.name, m.phase): as_value(m) for m in found}
     rows: list[tuple[Cell, ...]] = [
-        (task, point, *(cells.get((task, point, name)) for name in names))
+        (task, point, *(cells.get((task, point, *name)) for name in names))
         for task, point in dict.fromkeys((m.task, m.point) for m in found)
     ]
-    table = Table("", ("task", "point", *names), rows)
+    heads = (f"{name}_{phase}" if name in several and phase else name for name, phase in names)
+    table = Table("", ("task", "point", *heads), rows)
     return table if any(row[1] for row in rows) else _without(table, 1)
 
 

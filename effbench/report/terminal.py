@@ -68,7 +68,8 @@ def print_record(record: Record, full: bool = False) -> None:
     print_table(_evaluated(record))
     tasks = tasks_table(record)
     if tasks.rows:
-        print_table(tasks)
+        for part in _fitted(tasks, 2 if "point" in tasks.columns else 1):
+            print_table(part)
     print_table(_every(record) if full else _others(record))
     for line in lines(record.data):
         write(f"Data, {line}", sys.stdout)
@@ -77,6 +78,11 @@ def print_record(record: Record, full: bool = False) -> None:
     write(f"Key {record.key}: {record.label}, {record.seconds:.0f} s", sys.stdout)
     if not full and (hidden := len(record.metrics) - _shown(record)):
         write(f"{hidden} more metrics: effbench runs show {record.key[:8]} --full", sys.stdout)
+
+
+def _fitted(table: Table, named: int) -> list[Table]:
+    """Return a table in parts that the terminal has room for; whole where it is none."""
+    return table.fitted(_console().width, named) if sys.stdout.isatty() else [table]
 
 
 def _evaluated(record: Record) -> Table:

@@ -20,8 +20,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 MARKER = "FINISHED"
 ARTEFACT = "artefact"
+IGNORE = ".gitignore"
+TRIES = 10
+"""How often the folder of a lock is made again that vanishes before the lock is held."""
 
 
 def results_dir() -> Path:
@@ -254,16 +257,35 @@ class RunFolder:
     def locked(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
         """Hold the run alone; wait for another process that holds it.
 
+        The lock's file goes when nothing of the run is there by then.
+
         Args:
             on_wait: Called once with the holder's description before waiting.
         """
-        lock = self._lock
         with ExitStack() as held:
-            with mendable(lock):
-                lock.parent.mkdir(parents=True, exist_ok=True)
-                keep_out_of_git(lock.parent)
-                held.enter_context(locked(lock, on_wait))
+            with mendable(self._lock):
+                held.enter_context(self._acquired(on_wait))
+            held.callback(self._drop_lock)
             yield
+
+    def _acquired(
+        self, on_wait: Callable[[str], None] | None, tries: int = TRIES
+    ) -> ExitStack[bool | None]:
+        """Return the lock, held; its folder may go meanwhile, with a run that is refused."""
+        with ExitStack() as held:
+            try:
+                keep_out_of_git(self._lock.parent)
+                held.enter_context(locked(self._lock, on_wait))
+            except FileNotFoundError:
+                if not tries:
+                    raise
+                return self._acquired(on_wait, tries - 1)
+            return held.pop_all()
+
+    def _drop_lock(self) -> None:
+        """Remove the file of the lock, which is held, unless there is a run to lock."""
+        if not self.path.exists():
+            self._lock.unlink(missing_ok=True)
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -281,7 +303,7 @@ def is_record(name: str) -> bool:
 
 def keep_out_of_git(runs: Path) -> None:
     """Have git pass over the folder of all runs, which are large and can be made again."""
-    ignore = runs / ".gitignore"
+    ignore = runs / IGNORE
     if not (ignore.is_file() and ignore.stat().st_size):
         runs.mkdir(parents=True, exist_ok=True)
         ignore.write_text("*\n")
@@ -302,6 +324,24 @@ class Store:
     def run(self, key: str) -> RunFolder:
         """Return the folder of a key, whether it exists or not."""
         return RunFolder(self.runs / key)
+
+    def missing(self) -> list[Path]:
+        """Return the folders that a first run makes to be kept in, innermost first."""
+        return [p for p in (self.runs, *self.runs.parents) if not p.exists()]
+
+    def give_back(self, made: Sequence[Path]) -> None:
+        """Remove folders that `missing` named, as far as there is nothing in them.
+
+        Args:
+            made: As `missing` gave them before what was refused.
+        """
+        for folder in made:
+            with suppress(OSError):
+                if [file.name for file in folder.iterdir()] == [IGNORE]:
+                    (folder / IGNORE).unlink()
+                folder.rmdir()
+        if self.runs.is_dir():  # another run has begun meanwhile
+            keep_out_of_git(self.runs)
 
     def sweep(self, key: str) -> None:
         """Remove what a killed process left of a run; it must be locked."""

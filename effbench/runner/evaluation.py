@@ -74,6 +74,8 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
                         result = _run_one(run, subject, plugin, point)
                         run.folder.write_json(f"evaluations/{path.name}", asdict(result))
                     run.add(result.metrics)
+                    for note in result.notes:
+                        run.note(note)
                     run.events.append("evaluated", name=path.stem)
                 count_cost(run, subject.costs[point], point, storage_bytes(model))
 
@@ -83,7 +85,9 @@ def _read_result(run: Run, path: Path) -> Result | None:
         return None
     values = run.folder.read_json(f"evaluations/{path.name}")
     return Result(
-        [Metric(**m) for m in values["metrics"]], [Outcomes(**o) for o in values["outcomes"]]
+        [Metric(**m) for m in values["metrics"]],
+        [Outcomes(**o) for o in values["outcomes"]],
+        values.get("notes", []),
     )
 
 

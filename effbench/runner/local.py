@@ -72,6 +72,7 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
         RunFailedError: When the run's process failed or was interrupted.
     """
     store = Store(Path(job.runtime.results))
+    made = store.missing()
     if fresh:
         folder = store.run(job.spec.key)
         with folder.locked():
@@ -89,6 +90,7 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
     if status == REFUSED:
         with store.run(job.spec.key).locked():
             store.run(job.spec.key).discard_unless_begun()
+        store.give_back(made)
     if status < 0:
         if -status in ASKED and not hands.listen:  # sooner than the process could say so
             write("Stopped before the run began.")

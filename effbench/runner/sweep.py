@@ -28,7 +28,7 @@ from effbench.runner.grid.words import check_size, is_launched, jobs_in, listed,
 from effbench.runner.grid.work import Outcome, Work, keep_ended, run_here
 from effbench.runner.objective import Objective, objective_in
 from effbench.util.errors import UserError
-from effbench.util.files import mendable
+from effbench.util.files import mendable, remove
 from effbench.util.package_data import conf_dir
 from effbench.util.safe_path import safe_path
 
@@ -89,13 +89,34 @@ def sweep(
     work = Work(stage, chosen.chosen, fresh, objective)
     cells = Cells(stage, drawn or [], chosen.chosen, extra, over)
     work.settle(cells)
+    made = Store(results).missing()
     folder = _declared(results, Grid(name, command, jobs, cells.all), objective)
-    if drawn is None or (launched and any(cell.state == "waiting" for cell in cells.all)):
-        keep_ended(cells, folder)
-        _hand_to_hydra(words, extra, folder, work.of_config)
-    else:  # here: no need to have Hydra compose each of them from its files
-        run_here(cells, jobs, work, folder)
-    return [Outcome(**found) for found in outcomes_in(folder)]
+    try:
+        if drawn is None or (launched and any(cell.state == "waiting" for cell in cells.all)):
+            keep_ended(cells, folder)
+            _hand_to_hydra(words, extra, folder, work.of_config)
+        else:  # here: no need to have Hydra compose each of them from its files
+            run_here(cells, jobs, work, folder)
+    except UserError:
+        _forget_unless_begun(folder, made)
+        raise
+    outcomes = [Outcome(**found) for found in outcomes_in(folder)]
+    _forget_unless_begun(folder, made)
+    return outcomes
+
+
+def _forget_unless_begun(folder: Path, made: Sequence[Path]) -> None:
+    """Remove the folder of a grid that was refused, or all of whose runs were before they began.
+
+    Args:
+        folder: Of the grid.
+        made: Folders of results that were not there before.
+    """
+    store = Store(folder.parents[1])
+    found = outcomes_in(folder)
+    if all(o["error"] and not (o["key"] and store.run(o["key"]).path.exists()) for o in found):
+        remove(folder)
+        store.give_back([folder.parent, *made])
 
 
 def _over(

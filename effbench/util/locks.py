@@ -40,8 +40,8 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
     """Hold the lock `path`; wait for another process that holds it.
 
     Args:
-        path: The lock's file, in an existing folder. It stays when the lock is let go of: waiting
-            processes have it open.
+        path: The lock's file, in an existing folder. It stays when the lock is let go of. Who holds
+            the lock may remove it: those that wait look whether what they opened has a name still.
         on_wait: Called once with the holder's description before waiting.
     """
     lock = _acquired(path, on_wait)

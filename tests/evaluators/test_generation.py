@@ -14,6 +14,7 @@ from conftest import Bench
 from scipy import stats
 from subjects import HARDWARE, by_name, subject_of, text_file
 
+from effbench.api.schema import plain
 from effbench.config.compose import compose
 from effbench.evaluators.generation import Generation, end_tokens, flattened
 from effbench.evaluators.questions import extracted
@@ -427,6 +428,28 @@ def test_settings_that_cannot_be_are_refused(bench: Bench, words: list[str], mes
     settings = [f"evaluator.generation.{w}" for w in words]
     with pytest.raises(UserError, match=message):
         bench.job("eval", "evaluator=generation", *settings)
+
+
+def test_what_is_asked_is_the_dataset_where_that_has_other_questions(bench: Bench) -> None:
+    def tasks(*words: str) -> list[str]:
+        [plugin] = bench.job("eval", "evaluator=generation", *words).spec.evaluators
+        return list(plugin.settings["tasks"])
+
+    assert tasks("dataset=arithmetic") == []
+    for dataset in ("gsm8k-test", "prose", "noisy-pairs"):
+        assert tasks(f"dataset={dataset}") == ["gsm8k_cot"], dataset
+    named = "evaluator.generation.tasks=[gsm8k_cot]"
+    assert tasks("dataset=arithmetic", named) == ["gsm8k_cot"]
+    other = "evaluator.generation.tasks=[gsm8k_cot_zeroshot]"
+    assert tasks("dataset=arithmetic", other) == ["gsm8k_cot_zeroshot"]
+
+
+def test_what_was_asked_stays_where_a_run_starts_from_its_spec(tmp_path: Path) -> None:
+    words = ["model=tiny", "dataset=arithmetic", "evaluator=generation", *HARDWARE]
+    job = compose("eval", [*words, "evaluator.generation.tasks=[gsm8k_cot]"])
+    file = tmp_path / "my.yaml"
+    file.write_text(json.dumps(plain(job.spec)))
+    assert compose("eval", [str(file)]).spec.key == job.spec.key
 
 
 def test_plain_text_has_no_prompts(bench: Bench, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import pytest
@@ -16,10 +16,11 @@ from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Machine
 from effbench.data.dataset import Data
-from effbench.evaluators import speed
+from effbench.evaluators import beside_dense, paying, speed
 from effbench.evaluators.base import Result
 from effbench.evaluators.speed import Cell, Speed, compared, timer
 from effbench.evaluators.subject import Subject
+from effbench.methods.cache.kv_quant import KVQuant
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.points import Window
@@ -197,6 +198,66 @@ def test_an_engine_is_as_fast_as_itself(subject: Subject, ticks: None) -> None:
     assert found["speedup", "", ""].value == 1.0
 
 
+# -- beside the dense cache ----------------------------------------------------------------------
+
+
+def test_a_run_says_where_its_cache_pays(bench: Bench) -> None:
+    """The whole way: both sides in turn, gains of what was measured, a sentence in the record."""
+    grid = ["prompt_tokens=[8,24]", "new_tokens=2", "repeats=6", "roofline=false"]
+    words = [f"evaluator.speed.{word}" for word in ("baseline=dense", *grid)]
+    own = ["method=kv_quant", "method.window=8", "method.group_size=8", "evaluator=speed"]
+    record = bench.run("eval", *own, *words, *WORDS)
+    found = {(m.name, m.phase, m.task): m for m in record.metrics}
+    weights = found["weight_bytes", "", ""].value
+    for task, name in product(("b1 p8 n2", "b1 p24 n2"), ("held_bytes", "dense_held_bytes")):
+        assert found[name, "decode", task].value >= weights
+    gains = {
+        key: {(1, tokens): _gain(found, key, f"b1 p{tokens} n2") for tokens in (8, 24)}
+        for key in paying.QUANTITIES
+    }
+    told = {what: gains[key] for key, what in paying.QUANTITIES.items()}
+    assert record.notes == [paying.sentence("kv_quant", told)]
+
+
+def _gain(found: dict[tuple[str, str, str], Metric], key: str, task: str) -> tuple[float, ...]:
+    """Return a gain with the ends of its interval as a run has recorded it."""
+    metric = found[*key.split("@"), task]  # type: ignore[index]
+    assert metric.low is not None and metric.high is not None and metric.n == 6
+    return metric.value, metric.low, metric.high
+
+
+def test_gains_are_of_bytes_and_seconds_in_turn(
+    subject: Subject, ticks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside itself: times are those of the clock, and twice the memory is half the gain."""
+    held = iter([*([100] * 14)])
+    monkeypatch.setattr(beside_dense, "memory_in_use", lambda device: next(held))
+    peaks = count(300)
+    monkeypatch.setattr(beside_dense, "beyond", lambda peak, before: next(peaks) - before)
+    subject.load_base = lambda: subject.model
+    result = Speed(**SMALL, baseline="dense").run(subject)
+    found = metrics(result)
+    assert found["ttft_speedup", "prefill", ""].value == 1.0
+    assert found["decode_speedup", "decode", ""].value == found["speedup", "", ""].value == 1.0
+    assert found["dense_ttft_ms", "prefill", ""].value == 1000.0
+    assert found["dense_tpot_ms", "decode", ""].value == 1000.0
+    own, dense = (found[f"{n}held_bytes", "decode", ""].value for n in ("", "dense_"))
+    assert found["memory_gain", "decode", ""].value == pytest.approx(dense / own, rel=1e-5)
+    assert len(result.notes) == 1 and result.notes[0].startswith("none against the dense cache")
+
+
+def test_the_dense_model_is_the_one_itself_where_only_the_cache_differs(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = object()
+    monkeypatch.setattr(subject, "load_base", lambda: other)
+    cached = replace(subject, method=KVQuant(), job={"spec": {"parent": ""}})
+    assert cached.dense().model is subject.model
+    assert isinstance(cached.dense().session(), StaticSession), "all keys and values are kept"
+    assert replace(cached, job={"spec": {"parent": "a run"}}).dense().model is other
+    assert replace(subject, job={"spec": {"parent": ""}}).dense().model is other
+
+
 def test_our_engine_where_it_does_not_apply_is_an_error(subject: Subject) -> None:
     subject.model.model.layers[0].mlp.forward = lambda x: x  # type: ignore[union-attr, index]
     with pytest.raises(UserError, match="engine=static does not apply: the forward pass of a"):
@@ -212,6 +273,8 @@ def test_our_engine_where_it_does_not_apply_is_an_error(subject: Subject) -> Non
         (["evaluator.speed.new_tokens=[]"], "grid of evaluator.speed is empty"),
         (["evaluator.speed.batch_sizes=0"], "evaluator.speed.batch_sizes"),
         (["evaluator.speed.engine=fast"], "evaluator.speed.engine='fast' is not possible"),
+        (["evaluator.speed.baseline=dense", "evaluator.speed.repeats=5"], "no interval"),
+        (["evaluator.speed.baseline=dense", "evaluator.speed.engine=generate"], "one loop"),
     ],
 )
 def test_what_cannot_be_is_refused_before_loading(

@@ -317,6 +317,27 @@ def test_tasks_are_kept_apart() -> None:
     assert heads == ("run", "point", "accuracy (piqa)", "accuracy (copa)")
 
 
+def test_phases_of_a_task_have_columns_of_their_own() -> None:
+    speeds = [
+        Metric("mfu", value, "", phase=phase, task=task)
+        for task, shift in (("b1", 0.0), ("b8", 0.1))
+        for phase, value in (("prefill", 0.5 + shift), ("decode", 0.2 + shift))
+    ]
+    table = tasks_table(replace(LORA, metrics=[*speeds, Metric("kv", 1.0, "", task="b1")]))
+    assert table.columns == ("task", "mfu_prefill", "mfu_decode", "kv")
+    assert table.text().splitlines()[2].split() == ["b1", "0.5000", "0.2000", "1"]
+
+
+def test_a_table_too_wide_for_a_terminal_goes_on_below() -> None:
+    table = Table("", ("task", "first", "wide_column", "last"), [("b1", "1", "2" * 20, "3")])
+    parts = [part.columns for part in table.fitted(40, 1)]
+    assert parts == [("task", "first", "wide_column"), ("task", "last")]
+    assert table.fitted(80, 1)[0].columns == table.columns
+    assert [part.columns for part in table.fitted(10, 1)] == [
+        ("task", name) for name in table.columns[1:]
+    ]
+
+
 def test_a_plot_names_its_task(tmp_path: Path) -> None:
     path = comparison_plot(compare([with_tasks(1)]), "accuracy", tmp_path / "x.svg")
     assert path.stat().st_size > 2000

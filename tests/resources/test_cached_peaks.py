@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from effbench.api.batch import make_batch
 from effbench.api.footprint import Kind, Pass
+from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.shape import ModelShape, Shape
 from effbench.api.spec import Plugin
 from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
+from effbench.methods.linear_attention.dijiang import DiJiang
 from effbench.models.random import random_model
 from effbench.resources.peaks import WORKSPACE, Caching, Peaks
 
@@ -69,6 +72,10 @@ def _place(tensor: torch.Tensor) -> int:
     return place
 
 
+LINEAR = replace(WIDE, head_dim=64, intermediate_size=256)
+"""Where what linear attention has in float32 is more than what the MLP needs."""
+
+
 def counted(work: Callable[[], object]) -> int:
     with torch.no_grad(), Alive() as alive:
         work()
@@ -105,3 +112,31 @@ def test_peaks_under_a_policy_are_those_of_its_tensors(name: str) -> None:
         (read, planned(method, "prefill", ROWS)),
     ):
         assert (weights + expected) / (weights + found) == pytest.approx(1, abs=BOUND)
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [
+        ("softmax", torch.float32),
+        ("softmax", torch.bfloat16),
+        ("exp", torch.bfloat16),
+        ("prf", torch.float32),
+    ],
+)
+def test_float32_features_of_linear_attention_are_in_the_peak(
+    features: Any, dtype: torch.dtype
+) -> None:
+    """Within three in a hundred of the tensors beside the weights."""
+    method = DiJiang(features=features).resolve(LINEAR)
+    model, [point] = random_model(LINEAR, 0, "cpu", dtype), method.points()
+    context = Context(0, torch.device("cpu"), dtype, torch.Generator(), lambda name: model)
+    model = method.prepare(model, context).eval()
+    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) * 7 % LINEAR.vocab_size
+    session = method.session(model, point)
+    read = counted(lambda: session.prefill(ids))
+    used = method.shape(ModelShape.of(LINEAR), point, "use", None)
+    cost = inference_cost([method], LINEAR, str(dtype).removeprefix("torch."), point)
+    one = Pass("prefill", ROWS, TOKENS, ROWS)
+    found = Peaks(used, dtype.itemsize, exact=True).inference(cost, one)
+    planned = sum(size for name, size in found.items() if name != "weights") - WORKSPACE
+    assert planned / read == pytest.approx(1, abs=0.03)

@@ -125,6 +125,15 @@ def test_a_grid_with_no_possible_run_says_why_and_leaves_nothing(cli, words, par
     assert not list(Path().iterdir())
 
 
+def test_a_grid_none_of_whose_runs_began_leaves_nothing(cli, inline) -> None:
+    words = ["train", "-m", "seed=0,1", *RUN, *STEPS, "dataset.cut.train=0"]
+    words += ["dataset=file", "dataset.files.all=rows.jsonl"]
+    Path("rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 9)
+    assert cli(*words)[0] == 2
+    assert inline == [2, 2]
+    assert [*Path().iterdir()] == [Path("rows.jsonl")]
+
+
 def test_latest_means_the_run_before_the_grid(cli, inline) -> None:
     assert cli("train", *RUN, *STEPS)[0] == 0
     [first] = Path("results/records").glob("*.json")
