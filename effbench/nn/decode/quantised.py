@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from effbench.nn.decode import entries
 from effbench.nn.decode.view import LayerCache, View
 from effbench.nn.quant.ranges import Ranges, channels_of, decode, encode
 
@@ -112,6 +113,21 @@ class QuantisedLayer(LayerCache):
         values = values.unflatten(-1, (-1, channels_of(self.group, values.shape[-1])))
         return encode(keys.transpose(3, 4), self.bits, 3), encode(values, self.bits, 3)
 
+    def _all(self, step: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all groups and of what is as it came, [B, G, N g + F, D].
+
+        In a step by a kernel where there is one; see `view.turned`.
+        """
+        assert self.packed is not None and self.keys is not None and self.values is not None
+        recent = self.keys, self.values
+        found = entries.expanded(self.packed, self.bits, self.group, recent) if step else None
+        if found is not None:
+            return found
+        keys, values = (
+            torch.cat(pair, dim=2) for pair in zip(self._decoded(), recent, strict=True)
+        )
+        return keys, values
+
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of all groups, [B, G, N g, D]."""
         assert self.packed is not None and self.values is not None
@@ -127,10 +143,7 @@ class QuantisedLayer(LayerCache):
         assert self.keys is not None and self.values is not None
         if self.packed is None:
             return View(self.keys, self.values, self.empty)
-        keys, values = (
-            torch.cat([old, new], dim=2)
-            for old, new in zip(self._decoded(), (self.keys, self.values), strict=True)
-        )
+        keys, values = self._all(step=width == 1)
         seen, places = self._seen(width)
         return View(keys, values) if seen.all() else View(keys, values, seen=seen, places=places)
 

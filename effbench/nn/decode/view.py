@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
+from effbench.nn.decode import entries
 from effbench.nn.decode.scratch import GATHERED
 from effbench.util.errors import UserError
 
@@ -182,7 +183,7 @@ def _mixed(
         if stretch.angles is not None:
             assert view.places is not None
             query = turned(query, stretch.angles, view.places[:, -width:])
-            keys = turned(keys, stretch.angles, view.places)
+            keys = turned(keys, stretch.angles, view.places, step=width == 1)
         return _plain(module, query, keys, view.values, seen, stretch, context)
     later = 0 if view.chosen is None else view.chosen.shape[1]
     parts = []
@@ -212,7 +213,7 @@ def _whole(
     places = columns if part.empty is None else (columns - part.empty[:, None]).clamp(min=0)
     if stretch.angles is not None:
         query = turned(query, stretch.angles, places[:, -width:])
-        keys = turned(keys, stretch.angles, places)
+        keys = turned(keys, stretch.angles, places, step=width == 1)
     causal = width > 1 and (width < columns.shape[1] or stretch.kind != "sdpa")
     if mask is None and (part.empty is not None or causal):
         own = columns[0, -width:, None]
@@ -251,7 +252,7 @@ def _chosen(
             places = (seen.cumsum(1) - 1).clamp(min=0)
             places = places[:1] if all_seen else places
             asked = turned(asked, stretch.angles, places[:, -1:])
-            keys = turned(keys, stretch.angles, places)
+            keys = turned(keys, stretch.angles, places, step=many == 1)
         mask = None if all_seen else as_mask(seen[:, None, None], stretch.kind, query.dtype)
         mixed = _plain(module, asked, keys, values, mask, stretch, context)
         found.append(mixed.view(rows, count, heads, -1))
@@ -274,9 +275,19 @@ def _plain(
 
 
 def turned(
-    x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor
+    x: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+    step: bool = False,
 ) -> torch.Tensor:
-    """Return [B, H, T, D] turned at places [B or 1, T], as Llama turns queries and keys."""
+    """Return [B, H, T, D] turned at places [B or 1, T], as Llama turns queries and keys.
+
+    What the one query of a step looks at is turned by a kernel where there is one; what those of a
+    prompt look at is not, as its peak is planned with what torch has beside it.
+    """
+    found = entries.turned(x, angles, places) if step else None
+    if found is not None:
+        return found
     cos, sin = (table[places][:, None] for table in angles)
     return x * cos + rotate_half(x) * sin
 

@@ -1,0 +1,75 @@
+"""Kernels of caches: codes expanded and keys turned, to the bit as torch's operations do it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import generator
+
+from effbench.nn.decode import entries, view
+from effbench.nn.decode.quantised import QuantisedLayer
+from effbench.util import cpp
+
+native = pytest.mark.skipif(cpp.compiler() is None, reason="there is no C++ compiler")
+
+
+def held(bits: int, group: int, keys: int, values: int, dtype: torch.dtype) -> QuantisedLayer:
+    """Return a layer with two rows of three heads, some groups of which are in codes."""
+    layer, draws = QuantisedLayer(bits, group, 5), generator(7)
+    sizes = ((2, 3, 6 * group + 7, width) for width in (keys, values))
+    k, v = (3 * torch.randn(*size, generator=draws) + 1 for size in sizes)
+    layer.update(k.to(dtype), v.to(dtype))
+    assert layer.packed is not None and layer.keys is not None and layer.keys.shape[2] >= 5
+    return layer
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(("group", "keys", "values"), [(32, 64, 64), (8, 24, 40), (4, 6, 10)])
+def test_codes_are_expanded_as_torch_expands_them(
+    bits: int, group: int, keys: int, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = held(bits, group, keys, values, torch.float32)
+    assert layer.packed and layer.keys is not None and layer.values is not None
+    found = entries.expanded(layer.packed, bits, group, (layer.keys, layer.values))
+    monkeypatch.setenv("EFFBENCH_NATIVE", "0")
+    assert entries.expanded(layer.packed, bits, group, (layer.keys, layer.values)) is None
+    expected = layer._all(step=True)
+    assert found is not None
+    assert found[0].equal(expected[0]) and found[1].equal(expected[1])
+
+
+@native
+@pytest.mark.parametrize("shared", [True, False])
+def test_keys_are_turned_as_torch_turns_them(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = generator(3)
+    angles = torch.randn(40, 16, generator=draws), torch.randn(40, 16, generator=draws)
+    places = torch.randint(40, (1 if shared else 2, 30), generator=draws)
+    flat = torch.randn(2, 30, 48, generator=draws)
+    for x in (
+        flat.unflatten(2, (3, 16)).transpose(1, 2),
+        flat.view(2, 3, 30, 16),
+        flat[:, -1:].view(2, 3, 1, 16),
+    ):
+        at = places[:, : x.shape[2]]
+        found = entries.turned(x, angles, at)
+        with monkeypatch.context() as off:
+            off.setenv("EFFBENCH_NATIVE", "0")
+            expected = view.turned(x, angles, at)
+        assert found is not None and found.equal(expected)
+        assert view.turned(x, angles, at, step=True).equal(expected)
+
+
+def test_what_the_kernels_are_not_for_is_left_to_torch() -> None:
+    layer = held(4, 32, 64, 64, torch.bfloat16)
+    assert layer.packed and layer.keys is not None and layer.values is not None
+    assert entries.expanded(layer.packed, 4, 32, (layer.keys, layer.values)) is None
+    halves = held(4, 1, 64, 64, torch.float32)  # a channel of one token, half a byte
+    assert halves.packed and halves.keys is not None and halves.values is not None
+    assert entries.expanded(halves.packed, 4, 1, (halves.keys, halves.values)) is None
+    angles, places = (torch.ones(9, 16), torch.ones(9, 16)), torch.arange(9)[None]
+    assert entries.turned(torch.ones(1, 2, 9, 16).bfloat16(), angles, places) is None
+    learned = torch.ones(1, 2, 9, 16, requires_grad=True)
+    assert entries.turned(learned, angles, places) is None
+    apart = torch.ones(1, 2, 16, 9).transpose(2, 3)
+    assert entries.turned(apart, angles, places) is None
