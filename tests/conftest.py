@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import io
 import json
 import pickle
@@ -24,6 +25,7 @@ from effbench.config.compose import compose
 from effbench.data.assets import path_of
 from effbench.testing.bench import Bench, forget_accelerator
 
+gc.disable()  # what is collected stays: see pytest_collection_finish
 collect_ignore = ["plugin_example", "offline"]
 
 HEAVIEST = (
@@ -49,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: n for n, name in enumerate(HEAVIEST)}
     assert all(path.is_file() for path in places), "HEAVIEST names a file that is gone"
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at what tests make alone."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

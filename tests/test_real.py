@@ -8,13 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from effbench.cli.selfcheck.accounting import PEAK_BOUND
-from effbench.config.compose import compose
-from effbench.models import load as models
-from effbench.nn.llama.surgery import decoder_linears
-from effbench.nn.quant.linears import storage_bytes
 from effbench.results.events import read_events
 from effbench.results.records import Record, read
 from effbench.results.store import Store
@@ -74,11 +69,3 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         ("bits_per_byte", 2),
     ]
     assert len(list((tmp_path / "results/records").iterdir())) == 1
-
-
-def test_the_base_takes_the_bytes_it_should() -> None:
-    spec = compose("train", ["method=qdylora", "model=smollm2-135m"]).spec.model
-    loaded = models.load(spec, device="cpu", dtype=torch.bfloat16, weights="nf4", tokenizer=False)
-    linears = [module for _, module in decoder_linears(loaded.model)]
-    assert len(linears) == 30 * 7
-    assert sum(storage_bytes(linear) for linear in linears) == LINEAR_BYTES

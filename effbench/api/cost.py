@@ -100,10 +100,11 @@ def cost_of(shape: AnyShape, dtype: str, base: AnyShape | None = None) -> Cost:
     """
     model, element = ModelShape.of(shape), DTYPE_BYTES[dtype]
     pieces = list(_pieces(model, element))
+    fixed = model.embed.format.bytes(1, model.fixed, element) if model.fixed else 0
     cost = Cost(
         params=sum(p.params for p in pieces),
         trainable=sum(p.trainable for p in pieces),
-        resident_bytes=sum(p.resident for p in pieces) + model.held_bytes,
+        resident_bytes=sum(p.resident for p in pieces) + fixed + model.held_bytes,
         bytes_per_token=_plain(sum(p.read for p in pieces)),
         flops_per_token=_plain(sum(p.flops for p in pieces)),
         kv_bytes_per_token=model.kv_bytes_per_token(element),

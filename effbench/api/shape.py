@@ -271,6 +271,8 @@ class ModelShape(AnyShape):
     """Bytes of what else training holds beside the weights."""
     grown: int = 0
     """Float32 parameters by which adapters may grow while it trains."""
+    fixed: int = 0
+    """Numbers that are held as the embedding is and are no parameters, such as fixed positions."""
     simulated: bool = False
     """Whether fewer bytes are only computed with, and not held."""
     anatomy: Anatomy = "plain"

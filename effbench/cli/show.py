@@ -14,8 +14,8 @@ from effbench.api.plugins import make_method
 from effbench.api.schema import field_docs
 from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
-from effbench.config import compose as config
 from effbench.config import files as conf_files
+from effbench.config.composed import settings_of
 from effbench.methods.chain import inference_cost, resolved
 from effbench.util.errors import UserError, did_you_mean
 
@@ -71,7 +71,7 @@ def _settings(cls: Any, prefix: str) -> list[str]:
     docs = field_docs(cls)
     lines = []
     for field in dataclasses.fields(cls):
-        default = config.settings_of(cls)[field.name]
+        default = settings_of(cls)[field.name]
         lines.append(f"  {prefix}.{field.name} = {_word(default)}  ({_type(field.type)})")
         if docs.get(field.name):
             lines.append("      " + " ".join(docs[field.name].split()))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pickle
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from effbench.api import registry
-from effbench.api.keys import sources_of, versions_of
+from effbench.api.keys import copied, sources_of, versions_of
 from effbench.api.plugins import make_evaluator, make_method
 from effbench.api.schema import Seed, build, escaped, plain
 from effbench.api.shape import AnyShape, ModelShape
@@ -32,11 +31,13 @@ from effbench.api.spec import (
 )
 from effbench.api.stages import base as stages
 from effbench.config.code import checked
+from effbench.config.composed import settings_of
 from effbench.config.files import groups, options
 from effbench.config.lineage import Lineage, dataset_after, inherit, model_spec, plugin
-from effbench.config.overrides import TOP_LEVEL, check_overrides, explain, parse
+from effbench.config.overrides import TOP_LEVEL, check_overrides
 from effbench.config.parallelism import check_parallelism
 from effbench.config.start import Start, split_words, start_of
+from effbench.config.vary import Composer
 from effbench.data.forms import recognised
 from effbench.methods.chain import resolved
 from effbench.methods.trains import Read, Trains, require_same
@@ -44,7 +45,6 @@ from effbench.models.load import known_shape
 from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
-from effbench.util.package_data import conf_dir
 
 
 def compose(
@@ -77,7 +77,7 @@ def compose(
     if begun := start_of(files, like, _results_in(overrides), stage, extra):
         job = job_from(stage, *_started(begun, stage, overrides, extra))
     else:
-        job = job_from(stage, hydra_compose(words.with_defaults(stage), extra), words.chosen)
+        job = job_from(stage, Composer(extra)(words.with_defaults(stage)), words.chosen)
     return commanded(job, [*map(str, files), *overrides, *(["--like", like] if like else [])])
 
 
@@ -94,7 +94,7 @@ def model_named(name: str) -> ModelSpec:
     else:
         hint = f"{did_you_mean(name, known)} Or give the path of a model's folder."
         raise UserError(f"There is no model called {name!r}.", hint)
-    found = model_spec(hydra_compose(words.with_defaults("eval"), ())["model"])
+    found = model_spec(Composer()(words.with_defaults("eval"))["model"])
     return dataclasses.replace(found, name=name)
 
 
@@ -115,7 +115,7 @@ def _started(
     """Return the config of a spec with words over it, what is chosen, and what of it was typed."""
     typed = check_overrides(overrides, extra).chosen
     words = check_overrides([*overrides, *start.words(typed)], extra)
-    composed = _unescaped(hydra_compose(words.with_defaults(stage), extra), typed)
+    composed = _unescaped(copied(Composer(extra)(words.with_defaults(stage))), typed)
     config = start.under(composed, typed)
     if "known_by" in start.parts.get("dataset", {}) and "dataset" not in typed:
         earlier = build(DatasetSpec, start.parts["dataset"], "dataset")
@@ -139,129 +139,6 @@ def commanded(job: Job, words: Sequence[str]) -> Job:
     told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
     command = shlex.join(["effbench", job.spec.stage, *told])
     return dataclasses.replace(job, command=command)
-
-
-def hydra_compose(overrides: Sequence[str], extra: Sequence[Path]) -> dict[str, Any]:
-    """Return the composed config of one run as plain values.
-
-    Hydra composes the same choice of files once in a process, and puts the values into a copy.
-
-    Raises:
-        UserError: When it cannot be composed, with the reason.
-    """
-    from hydra.errors import HydraException
-
-    register_plugin_configs()
-
-    def composes(words: Sequence[str]) -> bool:
-        try:
-            _with_values(words, extra)
-        except HydraException:
-            return False
-        return True
-
-    try:
-        return to_plain(_with_values(overrides, extra))
-    except HydraException as error:
-        raise explain(error, overrides, composes) from None
-
-
-def _with_values(words: Sequence[str], extra: Sequence[Path]) -> Any:
-    """Return Hydra's config of some words.
-
-    Raises:
-        HydraException: When it cannot be composed.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    choices, values = choices_and_values(words, groups(extra))
-    config = pickle.loads(files_composed(tuple(choices), tuple(extra), files_now(extra)))
-    ConfigLoaderImpl._apply_overrides_to_config(values, config)
-    return config
-
-
-def choices_and_values(words: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[Any]]:
-    """Return the words that choose files, and the parsed rest, which only set values in them."""
-    choices, values = [], []
-    for word in words:
-        override = parse(word)
-        key = override.key_or_group
-        sets = key not in known and not re.match(r"hydra\b", key) and override.package is None
-        if sets and not override.is_sweep_override():
-            values.append(override)
-        else:
-            choices.append(word)
-    return choices, values
-
-
-@lru_cache(maxsize=512)
-def files_composed(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> bytes:
-    """Return Hydra's config of a choice of files, as they were at the time that `files` tells.
-
-    It is pickled: a copy of it is made in a seventh of the time.
-    """
-    from hydra import compose, initialize_config_dir
-
-    paths = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in extra)}]"] if extra else []
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return pickle.dumps(compose("config", overrides=[*paths, *choices]))
-
-
-def files_now(extra: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Return the path, time and size of every config file there is."""
-    files = (p for folder in (conf_dir(), *extra) for p in folder.rglob("*.yaml"))
-    return tuple((str(p), s.st_mtime_ns, s.st_size) for p in files if (s := p.stat()))
-
-
-def to_plain(config: Any) -> dict[str, Any]:
-    """Return a composed config as plain values, interpolations resolved.
-
-    Raises:
-        UserError: When a value is missing (`???`) or cannot be resolved.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-    try:
-        values: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            config, resolve=True, throw_on_missing=True
-        )
-    except MissingMandatoryValue:
-        first = min(OmegaConf.missing_keys(config))
-        raise UserError(f"{first} has no value.", f"Give one: {first}=VALUE.") from None
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{error.full_key or 'The config'} cannot be resolved: {reason}.",
-            "Write ${train.max_steps} for another setting, ${oc.env:NAME} for a variable.",
-        ) from None
-    return values
-
-
-def register_plugin_configs() -> None:
-    """Offer a config for what another package offers, which has no file of its own."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    for name in registry.plugins("methods"):
-        defaults = settings_of(registry.find("methods", name))
-        store.store(name, {"name": name, **defaults}, group="method")
-    for name in registry.plugins("evaluators"):
-        defaults = settings_of(registry.find("evaluators", name))
-        store.store(name, defaults, group="evaluator", package=f"evaluator.{name}")
-
-
-def settings_of(cls: type) -> dict[str, Any]:
-    """Return a plug-in's fields with their default values, `???` where there is none."""
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
-            values[field.name] = plain(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            values[field.name] = plain(field.default_factory())
-        else:
-            values[field.name] = "???"
-    return values
 
 
 def job_from(

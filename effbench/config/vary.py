@@ -1,20 +1,23 @@
 """Many sets of words composed as one: Hydra puts each choice of files together once.
 
 The runs of a grid mostly differ in single values. Those are put into a copy of what Hydra made of
-the choice of files, which takes a hundredth of the time. What is not a plain value at a key that is
-there is left to Hydra: interpolations, deletions, additions, mappings, values in the place of keys.
+the choice of files, which takes a hundredth of the time. What is not a plain value is left to
+Hydra: interpolations, deletions, mappings, values in the place of keys.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from effbench.config.compose import (
+from effbench.config.composed import (
     choices_and_values,
     files_composed,
     files_now,
@@ -26,8 +29,8 @@ from effbench.util.errors import UserError
 
 PATH = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 """Keys that stand for themselves."""
-FROM_OUTSIDE = re.compile(r"\$\{oc\.env:[^${}]*\}")
-"""An interpolation that no other key can change."""
+FROM_OUTSIDE = re.compile(r"\$\{oc\.env:([^${},]*)[^${}]*\}")
+"""An interpolation that no other key can change, with the name of its variable."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Base:
     """Plain, never changed."""
     missing: frozenset[str]
     """Keys that need a value yet."""
+    variables: dict[str, str | None]
+    """Environment variables that are in the values, as they were."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the variables are still what they were."""
+        return self.variables == _now(self.variables)
 
 
 class Composer:
@@ -66,10 +76,14 @@ class Composer:
 
     def _base(self, choices: tuple[str, ...]) -> Base | None:
         if choices not in self._bases:
-            self._bases[choices] = _base_of(choices, self._extra, self._files)
+            base = _base_of(choices, self._extra, self._files)
+            if base and not base.is_current:
+                base = _base_of.__wrapped__(choices, self._extra, self._files)
+            self._bases[choices] = base
         return self._bases[choices]
 
 
+@lru_cache(maxsize=512)
 def _base_of(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> Base | None:
     """Return what Hydra makes of a choice of files; None where keys depend on each other."""
     from hydra.errors import HydraException
@@ -79,12 +93,19 @@ def _base_of(choices: tuple[str, ...], extra: tuple[Path, ...], files: Any) -> B
     register_plugin_configs()
     try:
         config: Any = pickle.loads(files_composed(choices, extra, files))
-        if _depends(OmegaConf.to_container(config, resolve=False)):
+        written: Any = OmegaConf.to_container(config, resolve=False)
+        if _depends(written):
             return None
         values: Any = OmegaConf.to_container(config, resolve=True)
-        return Base(values, frozenset(OmegaConf.missing_keys(config)))
+        missing = frozenset(OmegaConf.missing_keys(config))
+        return Base(values, missing, _now(FROM_OUTSIDE.findall(json.dumps(written))))
     except (HydraException, OmegaConfBaseException, UserError):
         return None
+
+
+def _now(variables: Iterable[str]) -> dict[str, str | None]:
+    """Return the values of environment variables by their names."""
+    return {name: os.environ.get(name) for name in variables}
 
 
 def _depends(value: Any) -> bool:
@@ -109,7 +130,7 @@ def with_values(base: Base, overrides: Sequence[Any]) -> dict[str, Any] | None:
     config, open_keys = dict(base.values), set(base.missing)
     for override in overrides:
         key, value = override.key_or_group, override.value()
-        if override.is_delete() or override.is_add() or not PATH.fullmatch(key):
+        if override.is_delete() or not PATH.fullmatch(key):
             return None
         if not _is_plain(value) or not _set(config, key.split("."), value, override):
             return None
@@ -129,14 +150,17 @@ def _is_plain(value: Any) -> bool:
 def _set(config: dict[str, Any], path: Sequence[str], value: Any, override: Any) -> bool:
     """Set a value at a path of keys, whose mappings are copied; say whether that was possible."""
     *parents, last = path
+    adds = override.is_add() or override.is_force_add()
     for name in parents:
         inner = config.get(name)
-        if inner is None and override.is_force_add():
+        if inner is None and adds:
             inner = {}
         if not isinstance(inner, dict):
             return False
         config[name] = config = dict(inner)
-    if isinstance(config.get(last), dict) or (last not in config and not override.is_force_add()):
+    if isinstance(config.get(last), dict) or (last not in config and not adds):
+        return False
+    if last in config and override.is_add():
         return False
     config[last] = value
     return True

@@ -606,7 +606,7 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
             return read_shared(Path(spec.path), device, dtype)
     import transformers
 
-    from effbench.nn.llama.stack import as_linears
+    from effbench.nn.llama.stack import as_linears, fix_positions
     from effbench.util.hf import quiet
 
     options = _options(spec)
@@ -631,6 +631,7 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
         info = _without_heads(reads, model, info, spec)
     _require_same_weights(spec.name, info)
     as_linears(model)
+    fix_positions(model)
     return model.eval()
 
 
@@ -770,7 +771,7 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
             "`effbench plan` shows what it needs, part by part.",
         ) from error
     except (
-        *(OSError, ValueError, KeyError, ImportError, TypeError),
+        *(OSError, ValueError, KeyError, ImportError, TypeError, AssertionError),
         *(SafetensorError, StrictDataclassError),
     ) as error:
         if spec.source == "hub" and not isinstance(error, ImportError):

@@ -20,9 +20,10 @@ from effbench.api.parts import MLP, ROUTERS, Cache, LayerShape, Linear, Mixer, N
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.models.written import KIND, encoded
 from effbench.nn.llama.experts import Experts, has_experts
-from effbench.nn.llama.stack import as_linears, decoder_layers, slides
+from effbench.nn.llama.stack import as_linears, decoder_layers, fix_positions, slides
 from effbench.nn.llama.walk import is_llama
 from effbench.nn.model_kinds.base import CAUSAL, find, kind_of
+from effbench.nn.quant.linears import persistent_buffers
 from effbench.util.errors import UserError
 
 PROBE_TOKENS = 3
@@ -75,12 +76,14 @@ def model_of(values: Mapping[str, Any], kind: str, device: str, dtype: torch.dty
             model = getattr(transformers, auto).from_config(config, dtype=dtype)
             find(kind or CAUSAL).adjust(model, values)
         as_linears(model)
+        fix_positions(model)
     except (
         ValueError,
         TypeError,
         KeyError,
         AttributeError,
         ArithmeticError,
+        AssertionError,
         ImportError,
         StrictDataclassError,
     ) as error:
@@ -132,6 +135,7 @@ def survey(model: Any) -> ModelShape:
         family=str(config.model_type),
         kind=kind.name,
         encoder=encoder,
+        fixed=sum(b.numel() for b in persistent_buffers(model) if b.is_floating_point()),
     )
     hold(found, model)
     return found
@@ -255,7 +259,7 @@ class _Outside:
         tables, norms = [], []
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Embedding):
-                if module.weight is not embedding:
+                if module.weight is not embedding and "weight" in module._parameters:
                     sizes = module.num_embeddings, module.embedding_dim
                     tables.append(Linear(_last(name), *sizes))
             elif module in inside:

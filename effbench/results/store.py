@@ -351,11 +351,16 @@ class Store:
         for folder in (self.runs, self.records):
             sweep_stale(folder)
 
-    def run_keys(self) -> list[str]:
-        """Return the keys of all run folders, newest first."""
+    def run_keys(self, start: str = "") -> list[str]:
+        """Return the keys of all run folders, newest first.
+
+        Args:
+            start: What they start with.
+        """
         if not self.runs.is_dir():
             return []
-        folders = [p for p in self.runs.iterdir() if (p / "spec.json").is_file()]
+        named = (p for p in self.runs.iterdir() if p.name.startswith(start))
+        folders = [p for p in named if (p / "spec.json").is_file()]
         return [p.name for p in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True)]
 
     def resolve(self, ref: str) -> str:
@@ -367,19 +372,18 @@ class Store:
         Raises:
             UserError: When no run, several runs or only an unfinished run fits.
         """
-        keys = self.run_keys()
         if ref == "latest":
-            finished = [k for k in keys if self.run(k).finished]
+            finished = [k for k in self.run_keys() if self.run(k).finished]
             if not finished:
                 raise UserError(
                     f"There is no finished run in {self.root}.", "Run effbench train first."
                 )
             return max(finished, key=lambda k: self.run(k).finished_at)
-        fits = [k for k in keys if k.startswith(ref)]
+        fits = self.run_keys(ref)
         if not fits:
             raise UserError(
                 f"There is no run {ref!r} in {self.root}.",
-                did_you_mean(ref, keys) + " See: effbench runs",
+                did_you_mean(ref, self.run_keys()) + " See: effbench runs",
             )
         if len(fits) > 1:
             raise UserError(f"{ref!r} fits {len(fits)} runs.", f"They are: {', '.join(fits[:6])}.")

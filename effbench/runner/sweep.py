@@ -15,7 +15,8 @@ from typing import Any
 
 from effbench.api.spec import Job, Stage
 from effbench.config.code import checked
-from effbench.config.compose import compose, results_of, to_plain
+from effbench.config.compose import compose, results_of
+from effbench.config.composed import to_plain
 from effbench.config.overrides import check_overrides, parse
 from effbench.config.start import split_words
 from effbench.config.vary import Composer

@@ -16,10 +16,15 @@ from effbench.methods.base import Method
 from effbench.methods.chain import resolved, shape_of
 from effbench.methods.trains import data_parallel
 from effbench.nn.decode.decoder import Route
+from effbench.nn.decode.policy import CachePolicy
 from effbench.testing.models import given, tiny_shape
 
 OWN_HOOKS = ("forward", "parts")
 """Hooks beside `decoder` that decide which way an evaluator goes."""
+
+
+TRAINING_HOOKS = ("prepare", "loss", "update", "finalize", "validation_point")
+"""Hooks in which a setting of evaluation could be mistaken for one of training."""
 
 
 def method_class(name: str) -> Any:
@@ -63,11 +68,24 @@ def left_kind(name: str) -> tuple[Any, ...]:
 
 @cache
 def evaluation_kind(name: str) -> tuple[Any, ...]:
-    """Return all that decides which way evaluators go with what a method makes."""
+    """Return all that decides which way evaluators go with what a method makes.
+
+    Formats of weights go one way, whichever they are.
+    """
     cls, method = method_class(name), resolved(given(name), tiny_shape())
     own = [h for h in OWN_HOOKS if getattr(cls, h) is not getattr(Method, h)]
     skips = any(point.skips_layers for point in method.points())
-    return (*left_kind(name), *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
+    produces, *left = left_kind(name)
+    format_ = "packed" if is_packed(produces) else produces
+    return (format_, *left, *own, *_ways(method), skips, cls.in_one_pass, cls.nested_points)
+
+
+@cache
+def training_kind(name: str) -> tuple[Any, ...]:
+    """Return whose code trains a method, and what of its settings is for evaluation alone."""
+    cls = method_class(name)
+    own = (getattr(cls, hook).__qualname__ for hook in TRAINING_HOOKS)
+    return cls.eval_settings, *own
 
 
 @cache
@@ -82,10 +100,14 @@ def decoding_kind(name: str) -> tuple[Any, ...]:
 def _ways(method: Method) -> list[Any]:
     """Return how the points of a method decode, each way once, and whether they are several."""
     decoders = [method.decoder(point) for point in method.points()]
-    ways = {
-        (type(d.cache).__name__, type(d.route).__name__, type(d.driver).__name__) for d in decoders
-    }
+    ways = {(_family(d.cache), type(d.route).__name__, type(d.driver).__name__) for d in decoders}
     return [*sorted(ways), len(decoders) > 1]
+
+
+def _family(cache: CachePolicy) -> str:
+    """Return what a cache has in common with others that differ from it by what they keep."""
+    base = type(cache).__base__
+    return (type(cache) if base in (None, object, CachePolicy) else base).__name__
 
 
 def cycles(method: Method) -> bool:

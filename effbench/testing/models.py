@@ -19,7 +19,8 @@ from effbench.api.plugins import make_method
 from effbench.api.points import UNNAMED, Point
 from effbench.api.shape import AnyShape, Shape
 from effbench.api.spec import Plugin
-from effbench.config.compose import compose, model_named, settings_of
+from effbench.config.compose import compose, model_named
+from effbench.config.composed import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved
 from effbench.methods.compresses import Compresses, compress_whole

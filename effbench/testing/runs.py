@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest import mock
@@ -16,7 +16,8 @@ import torch
 from effbench.api import registry
 from effbench.api.plugins import make_method
 from effbench.api.spec import Job
-from effbench.config.compose import compose, settings_of
+from effbench.config.compose import compose
+from effbench.config.composed import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved
 from effbench.methods.compresses import Part
@@ -166,6 +167,7 @@ STOPPING = [
 ]
 
 
+@cache
 def all_changed(name: str) -> list[str]:
     """Return overrides that give each setting of evaluation alone another value, all at once."""
     cls, words = method_class(name), list[str]()

@@ -17,7 +17,8 @@ import pytest
 from effbench.api import registry
 from effbench.api.schema import plain
 from effbench.api.spec import DatasetSpec, HardwareSpec, Job, ModelSpec, Plugin, TrainSpec
-from effbench.config.compose import compose, settings_of
+from effbench.config.compose import compose
+from effbench.config.composed import settings_of
 from effbench.results.store import Store
 from effbench.runner.open import load_frozen
 from effbench.util.errors import UserError

@@ -16,7 +16,8 @@ from effbench.api.schema import PositiveInt, build, plain
 from effbench.api.spec import DatasetSpec, HardwareSpec, ModelSpec, Plugin, Spec, TrainSpec
 from effbench.cli.listing import entries
 from effbench.cli.show import describe
-from effbench.config.compose import compose, settings_of
+from effbench.config.compose import compose
+from effbench.config.composed import settings_of
 from effbench.config.files import options
 from effbench.data.assets import path_of
 from effbench.methods.base import Method

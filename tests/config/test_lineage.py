@@ -8,7 +8,7 @@ import pytest
 from conftest import Bench
 
 from effbench.api.spec import Spec
-from effbench.config.compose import hydra_compose
+from effbench.config.composed import hydra_compose
 from effbench.config.lineage import inherit
 from effbench.util.errors import UserError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from effbench.config import vary
-from effbench.config.compose import hydra_compose, job_from
+from effbench.config.compose import job_from
+from effbench.config.composed import hydra_compose
 from effbench.config.overrides import check_overrides
 from effbench.config.vary import Composer
 from effbench.util.errors import UserError
@@ -100,3 +101,21 @@ def test_own_configs_are_found(tmp_path: Path) -> None:
     config = Composer([tmp_path])(words)
     assert config == hydra_compose(words, [tmp_path])
     assert config["model"]["id"] == 4, "an interpolation of a file follows the word"
+
+
+def test_a_variable_is_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "name: mine\nsource: random\nid: ${oc.env:OF_MINE}\n"
+    )
+    words = check_overrides(["model=mine"], [tmp_path]).with_defaults("train")
+    for value in ("one", "two"):
+        monkeypatch.setenv("OF_MINE", value)
+        assert Composer([tmp_path])(words)["model"]["id"] == value
+
+
+def test_a_key_is_added_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    varied, full, left = both(["+dataset.limit.train=16"], monkeypatch)
+    assert varied == full and not left
+    varied, full, left = both(["+seed=1"], monkeypatch)
+    assert varied == full and left

@@ -22,7 +22,7 @@ from effbench.api.method_types import Context
 from effbench.api.schema import build
 from effbench.api.shape import ModelShape, Shape
 from effbench.api.skipping import speed_ceiling
-from effbench.config.compose import settings_of
+from effbench.config.composed import settings_of
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_cost
 from effbench.methods.depth.lora_drop import LoRADrop

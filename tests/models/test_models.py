@@ -194,6 +194,13 @@ def test_truncated_weights(saved: Path, keep: float) -> None:
     assert "not copied to its end" in caught.value.hint
 
 
+def test_a_padding_token_without_a_row_is_refused(saved: Path) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": 9999}))
+    with pytest.raises(UserError, match="saved cannot be loaded: Padding_idx must be within"):
+        on_cpu(folder_spec(saved))
+
+
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved: Path) -> None:
     loaded = on_cpu(folder_spec(saved))
     models.require_rows(loaded.tokenizer, loaded.shape, "mine")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from counting import context, counted, learn, require_counted, require_documented
 from transformers import CONFIG_MAPPING
 
@@ -43,11 +44,35 @@ SIZES = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+OTHERS = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "max_position_embeddings": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "forced_eos_token_id": None,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "t5": SIZES,
     "mt5": SIZES,
     "umt5": {**SIZES, "feed_forward_proj": "gated-gelu"},
+    "bart": OTHERS,
+    "mbart": OTHERS,
+    "marian": OTHERS,
+    "pegasus": OTHERS,
 }
+
+
+SKIP = [IGNORED]
+BEGUN = {"t5": [0], "bart": [0, 2], "mbart": [0], "pegasus": [0]}
 
 
 def config(name: str, **more: Any) -> dict[str, Any]:
@@ -62,6 +87,8 @@ def shape(name: str) -> ModelShape:
 def made(name: str) -> Any:
     model = random_of(config(name), KIND, 0)
     KIND.ready(model)
+    if name == "bart":
+        model.generation_config.forced_bos_token_id = 2
     for parameter in model.parameters():  # so that a token more is felt at all
         parameter.data.mul_(10 if parameter.ndim > 1 else 1)
     return model
@@ -85,8 +112,14 @@ def test_losses_are_those_of_transformers() -> None:
         nll = torch.nn.functional.cross_entropy(logits[:, :-1][counted], targets[counted])
         prompts = torch.tensor([[5, 6, 7, 8, 9, 1], [20, 1, 0, 0, 0, 0], [5, 6, 7, 1, 0, 0]])
         mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2])
-        answers = [[11, 12, -100, -100, -100], [21, 22, 23, 24, 1], [30] + [-100] * 4]
-        theirs = model(input_ids=prompts, attention_mask=mask, labels=torch.tensor(answers)).loss
+        answers = torch.tensor([[11, 12, *SKIP * 3], [21, 22, 23, 24, 1], [30, *SKIP * 4]])
+        given: dict[str, Any] = {"labels": answers}
+        if name in ("bart", "mbart"):  # from labels alone they would not make what is read
+            begun = torch.tensor([BEGUN[name]] * 3)
+            read = torch.cat([begun, answers[:, :-1].clamp(min=0)], 1)
+            silent = answers.new_full((3, begun.shape[1] - 1), IGNORED)
+            given = {"decoder_input_ids": read, "labels": torch.cat([silent, answers], 1)}
+        theirs = model(input_ids=prompts, attention_mask=mask, **given).loss
         torch.testing.assert_close(nll, theirs, rtol=1e-12, atol=0)
 
 
@@ -106,8 +139,9 @@ def logits(model: Any, rows: list[Example]) -> torch.Tensor:
         return KIND.logits(model, batch.input_ids, batch.attention_mask, batch.labels)
 
 
-def test_padding_on_either_side_changes_nothing() -> None:
-    model = made("t5").double()
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus"])
+def test_padding_on_either_side_changes_nothing(name: str) -> None:
+    model = made(name).double()
     together = logits(model, ROWS)
     for place, one in enumerate(ROWS):
         asked = [n - 1 for n, label in enumerate(one.labels()) if label != IGNORED]
@@ -139,8 +173,9 @@ def test_choices_are_scored_after_one_prompt() -> None:
     torch.testing.assert_close(nll, -at[[21, 20]], rtol=1e-5, atol=1e-5)
 
 
-def test_answers_are_those_of_transformers() -> None:
-    model, asked = made("t5"), [[5, 6, 7, 8, 9], [20], [40, 41]]
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus"])
+def test_answers_are_those_of_transformers(name: str) -> None:
+    model, asked = made(name), [[5, 6, 7, 8, 9], [20], [40, 41]]
     prompts = [generate.Prompt(KIND.prompt(ids, [1]), 6, frozenset([1])) for ids in asked]
     session = Decoder().session(model)
     assert isinstance(session, EncodedSession)
@@ -148,15 +183,18 @@ def test_answers_are_those_of_transformers() -> None:
     assert session.kv_bytes() > 0
     for ids, answer in zip(asked, found, strict=True):
         # With a cache, transformers makes one for as many layers as the encoder has.
-        settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": False}
+        begun = len(BEGUN[name])
+        settings = {"max_new_tokens": 5 + begun, "do_sample": False, "use_cache": False}
         theirs = model.generate(torch.tensor([[*ids, 1]]), **settings)
-        assert answer.ids == theirs[0, 1:].tolist()
+        assert theirs[0, :begun].tolist() == BEGUN[name]
+        assert answer.ids == theirs[0, begun:].tolist()
     with pytest.raises(ValueError, match="no static engine"):
         Decoder().session(model, "static")
 
 
-def test_a_step_is_what_a_whole_pass_says() -> None:
-    model, asked = made("t5").double(), [[5, 6, 7, 8, 9, 1], [20, 1], [40, 41, 1]]
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus"])
+def test_a_step_is_what_a_whole_pass_says(name: str) -> None:
+    model, asked = made(name).double(), [[5, 6, 7, 8, 9, 1], [20, 1], [40, 41, 1]]
     session, answers = EncodedSession(model), torch.tensor([[11, 31], [12, 32], [13, 33]])
     steps = [session.prefill(*generate.left_padded(asked, 0, torch.device("cpu")))]
     steps.append(session.step(answers[:, :1]))
@@ -166,7 +204,8 @@ def test_a_step_is_what_a_whole_pass_says() -> None:
     for place, row in enumerate(kept.tolist()):
         read = {"input_ids": torch.tensor([asked[row]]), "use_cache": False}
         with torch.no_grad():
-            alone = model(**read, decoder_input_ids=torch.tensor([[0, *answers[row]]])).logits[0]
+            behind = torch.tensor([[*BEGUN[name], *answers[row]]])
+            alone = model(**read, decoder_input_ids=behind).logits[0, len(BEGUN[name]) - 1 :]
         found = torch.stack([logits[place] for logits in steps])
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
     assert (steps[0][0] - steps[0][1]).abs().max() > 1e-3
@@ -187,6 +226,7 @@ WHOLE = ("full", "kd", "subset")
     [
         *(("t5", m) for m in ("adalora", "deep_lora", "dora", "dylora", "full", "kd", "qlora")),
         *((name, "lora") for name in MODELS),
+        *(("marian", m) for m in ("full", "adalora")),
     ],
 )
 def test_methods_change_what_they_count(name: str, method: str) -> None:
@@ -202,7 +242,9 @@ def test_methods_change_what_they_count(name: str, method: str) -> None:
     torch.testing.assert_close(ready.token_nll(model, batch).sum(), before, rtol=0.02, atol=0)
     learn(ready, model.eval(), batch, ctx)
     reached = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert any("encoder" in n for n in reached) and any("EncDecAttention" in n for n in reached)
+    across = ("EncDecAttention", "encoder_attn")
+    assert any(".encoder." in f".{n}" for n in reached)
+    assert any(word in n for n in reached for word in across)
 
 
 def test_rows_go_in_whole() -> None:
@@ -234,24 +276,29 @@ def test_what_needs_a_decoder_says_no_before_anything_is_loaded() -> None:
         KIND.example(Example("a", (spoken,)), [], 64)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_is_what_its_config_says(tmp_path: Path, tied: bool) -> None:
-    model = random_of(config("t5", vocab_size=300, tie_word_embeddings=tied), KIND, 0)
-    model.config.tie_word_embeddings = tied
+@pytest.mark.parametrize(("name", "tied"), [("t5", 1), ("t5", 0), ("bart", 1), ("marian", 1)])
+def test_a_folder_is_what_its_config_says(tmp_path: Path, name: str, tied: bool) -> None:
+    model = random_of(config(name, vocab_size=300, tie_word_embeddings=bool(tied)), KIND, 0)
+    model.config.tie_word_embeddings = bool(tied)
+    if name != "t5":
+        model.final_logits_bias.normal_()
     model.save_pretrained(tmp_path)
     byte_tokenizer(tiny_shape()).save_pretrained(tmp_path)
     spec = ModelSpec("own", "folder", path=str(tmp_path))
     loaded = models.load(spec, device="cpu", dtype=torch.float32)
     assert models.shape_of(spec) == loaded.shape
-    assert loaded.shape.tied is tied
+    assert loaded.shape.tied is bool(tied)
     batch = collate(ROWS, 0)
+    stock = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(Method().token_nll(stock, batch), Method().token_nll(model, batch))
     assert torch.equal(Method().token_nll(loaded.model, batch), Method().token_nll(model, batch))
 
 
 def test_other_models_with_an_encoder_are_refused() -> None:
     for values, reason in (
-        ({"model_type": "bart", "decoder_start_token_id": 2}, "how its decoder begins an answer"),
+        ({"model_type": "led", "decoder_start_token_id": 2}, "how its decoder begins an answer"),
         ({"model_type": "t5"}, "its config has no decoder_start_token_id"),
+        ({"model_type": "mbart"}, "its config has no decoder_start_token_id"),
         (
             {"model_type": "bart", "architectures": ["BartForSequenceClassification"]},
             "it has a decoder beside its encoder",
@@ -259,6 +306,11 @@ def test_other_models_with_an_encoder_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=reason):
             models.shape_in({**values, "is_encoder_decoder": True}, "own")
+
+
+def test_a_padding_token_without_a_row_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot make a model of type 'bart': Padding_idx must be"):
+        models.shape_in(config("bart", pad_token_id=64), "own")
 
 
 def test_the_documentation_names_what_works() -> None:

@@ -512,17 +512,16 @@ def test_the_tokens_are_those_of_generate(bench: Bench) -> None:
     spec = compose("eval", ["model=smollm2-135m"]).spec.model
     loaded = models.load(spec, device="cpu", dtype=torch.float32)
     model: Any = loaded.model.requires_grad_(False)
-    for text in ("The history of the Roman empire began when", "def fibonacci(n):"):
-        ids = loaded.tokenizer(text, return_tensors="pt").input_ids
-        expected = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=32,
-            min_new_tokens=32,
-            do_sample=False,
-            pad_token_id=0,
-        )[:, ids.shape[1] :]
-        assert greedy(session_for(model), ids, 32).equal(expected)
+    ids = loaded.tokenizer("def fibonacci(n):", return_tensors="pt").input_ids
+    expected = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=24,
+        min_new_tokens=24,
+        do_sample=False,
+        pad_token_id=0,
+    )[:, ids.shape[1] :]
+    assert greedy(session_for(model), ids, 24).equal(expected)
 
 
 def test_the_engine_is_what_methods_decode_with() -> None:

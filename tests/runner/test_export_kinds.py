@@ -115,12 +115,25 @@ def test_an_encoder_decoder_says_the_same(bench: Bench, tmp_path: Path) -> None:
     torch.testing.assert_close(adapted(**both).logits, ours(**both).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("t5", False), ("mt5", True)])
+SIDES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("t5", False), ("mt5", True), ("bart", True), ("marian", True)]
+)
 def test_a_head_of_its_own_stays_one(tmp_path: Path, family: str, tied: bool) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-    values = {"vocab_size": 260, "decoder_start_token_id": 0, **sizes}
+    sizes = sizes if "t5" in family else {"d_model": 32, **SIDES}
+    values = {"vocab_size": 260, "decoder_start_token_id": 0, "pad_token_id": 0, **sizes}
     config = transformers.CONFIG_MAPPING[family](**values, tie_word_embeddings=tied).to_dict()
     model = random_of({**config, "tie_word_embeddings": tied}, find("seq2seq"), 0)
+    if family == "bart":
+        model.generation_config.forced_bos_token_id = 3
+        model.final_logits_bias.normal_()
     plain.write(plain.plain_model(model), tmp_path)
     byte_tokenizer(tiny_shape()).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
@@ -128,6 +141,8 @@ def test_a_head_of_its_own_stays_one(tmp_path: Path, family: str, tied: bool) ->
     stated = json.loads((tmp_path / "config.json").read_text())
     again = models.load(spec, device="cpu", dtype=torch.float32)
     assert again.shape.tied is tied
+    forced = {m.generation_config.forced_bos_token_id for m in (theirs, again.model)}
+    assert forced == {3 if family == "bart" else None}
     both = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
     with torch.no_grad():
         wanted = model(**both).logits

@@ -472,7 +472,7 @@ def wait_for_step(bench: Bench, made: Job, process: subprocess.Popen[str]) -> No
 def test_ctrl_c_saves_and_the_same_command_goes_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("train.max_steps=120", "train.checkpoint_every=1000", "method.dropout=0.1")
+    words = ("train.max_steps=60", "train.checkpoint_every=1000", "method.dropout=0.1")
     made = job(bench, "qdylora", *words)
     process = worker(made)
     wait_for_step(bench, made, process)
@@ -480,10 +480,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     assert process.wait(60) == 130
     assert process.stderr is not None
     said = process.stderr.read()
-    assert "Stopped after step" in said and "of 120; everything is saved" in said
+    assert "Stopped after step" in said and "of 60; everything is saved" in said
     assert "Traceback" not in said
     done = len(events(bench, made))
-    assert 0 < done < 120
+    assert 0 < done < 60
     without_evaluation(monkeypatch)
     run_here(made)
     other = Bench(bench.root / "other")
@@ -495,14 +495,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 def test_a_second_process_waits_and_finds_it_done(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = job(bench, "lora", "train.max_steps=60")
+    made = job(bench, "lora", "train.max_steps=40")
     process = worker(made)
     wait_for_step(bench, made, process)
     run_here(made)
     assert f"waiting: process {process.pid} on" in capsys.readouterr().err
     assert process.wait(60) == 0
     assert bench.folder(made).finished
-    assert [e["step"] for e in events(bench, made)] == list(range(1, 61))
+    assert [e["step"] for e in events(bench, made)] == list(range(1, 41))
     assert len(list(bench.store.records.iterdir())) == 1
 
 

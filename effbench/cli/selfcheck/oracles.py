@@ -26,7 +26,8 @@ from effbench.api.shape import ModelShape
 from effbench.api.spec import DatasetSpec, Plugin
 from effbench.api.weights import find, is_packed
 from effbench.cli.selfcheck.base import Check
-from effbench.config.compose import compose, settings_of
+from effbench.config.compose import compose
+from effbench.config.composed import settings_of
 from effbench.data.dataset import Data
 from effbench.evaluators.base import Result
 from effbench.evaluators.choices import Choices

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from effbench.nn.decode.cache import held_bytes
-from effbench.nn.model_kinds.seq2seq import START
+from effbench.nn.model_kinds.seq2seq import beginning
 
 
 class EncodedSession:
@@ -30,13 +30,16 @@ class EncodedSession:
             input_ids: Closed as the tokenizer closes a text.
             attention_mask: [B, P], 0 where a prompt is padded, on either side.
         """
+        if attention_mask is not None:  # a model with learned positions begins at the first one
+            order = attention_mask.argsort(dim=1, descending=True, stable=True)
+            input_ids, attention_mask = (x.gather(1, order) for x in (input_ids, attention_mask))
         self.mask = attention_mask
         self.states = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
-        return self.step(torch.full_like(input_ids[:, :1], getattr(self.model.config, START)))
+        return self.step(beginning(self.model, input_ids))
 
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Read one token of each answer, [B, 1]; return logits [B, V]."""
+        """Read one token of each answer, [B, 1], or those before it; return logits [B, V]."""
         output: torch.Tensor = self.model(
             encoder_outputs=self.states,
             attention_mask=self.mask,

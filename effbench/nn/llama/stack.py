@@ -14,6 +14,9 @@ from effbench.nn.llama.experts import split_experts
 from effbench.nn.model_kinds.base import kind_of
 from effbench.util.errors import UserError
 
+SINES = "SinusoidalPositionalEmbedding"
+"""How the classes of such tables end."""
+
 
 def require_plain_layers(model: torch.nn.Module) -> None:
     """Refuse a model whose layers cannot be called one by one as Llama's can.
@@ -103,6 +106,15 @@ def as_linears(model: torch.nn.Module) -> None:
         for name, module in parent.named_children():
             if isinstance(module, Conv1D):
                 setattr(parent, name, _as_linear(module))
+
+
+def fix_positions(model: torch.nn.Module) -> None:
+    """Hold tables of sines, which transformers holds as parameters, as what never trains."""
+    for module in model.modules():
+        if type(module).__name__.endswith(SINES) and isinstance(module, torch.nn.Embedding):
+            table = module.weight.detach()
+            del module.weight
+            module.register_buffer("weight", table)
 
 
 def turned_in_files(model: torch.nn.Module) -> bool:

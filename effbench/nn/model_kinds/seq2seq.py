@@ -19,15 +19,16 @@ from effbench.nn.model_kinds.base import ModelKind, closed
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
-FAMILIES = ("t5", "mt5", "umt5")
-"""Model types whose decoder starts with one token and then writes the answer, nothing else."""
-START = "decoder_start_token_id"
+FAMILIES = ("t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus")
+"""Model types whose decoder starts with one token, perhaps with a second that is always the same,
+and then writes the answer, nothing else."""
+START, FORCED = "decoder_start_token_id", "forced_bos_token_id"
 
 
 class Seq2Seq(ModelKind):
-    """What transformers loads as a sequence-to-sequence language model of T5's family."""
+    """What transformers loads as a sequence-to-sequence language model of T5's or BART's family."""
 
-    noun: ClassVar[str] = "encoder-decoder of T5's family"
+    noun: ClassVar[str] = "encoder-decoder of T5's or BART's family"
     instead: ClassVar[str] = (
         f"Give a decoder-only model, or one whose model_type is one of {', '.join(FAMILIES)}."
     )
@@ -102,13 +103,13 @@ class Seq2Seq(ModelKind):
         at = prompts + places[:longest]
         known = at < mask.sum(1, keepdim=True)
         answers = ids.gather(1, at.clamp(max=ids.shape[1] - 1))
-        start = torch.full_like(ids[:, :1], getattr(model.config, START))
+        start = beginning(model, ids)
         found = model(
             input_ids=ids[:, :width],
             attention_mask=(places < prompts)[:, :width].long(),
             decoder_input_ids=torch.cat([start, answers[:, :-1]], 1),
             use_cache=False,
-        ).logits
+        ).logits[:, start.shape[1] - 1 :]
         logits: torch.Tensor = found.new_zeros(*ids.shape, found.shape[-1])
         rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(at)
         logits[rows[known], at[known] - 1] = found[known]
@@ -132,6 +133,17 @@ class Seq2Seq(ModelKind):
             for module in block.modules():
                 if hasattr(module, "wo"):
                     vars(module)["forward"] = partial(_feed_forward, module)
+
+
+def beginning(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the tokens that the decoder reads before an answer to each row of ids, [B, 1 or 2].
+
+    The second is what `generate` of transformers lets every answer begin with, where the model's
+    settings name it: it is no part of the answer.
+    """
+    forced = getattr(model.generation_config, FORCED, None)
+    tokens = [getattr(model.config, START), *([] if forced is None else [forced])]
+    return torch.tensor([tokens], device=ids.device, dtype=ids.dtype).expand(len(ids), -1)
 
 
 def _feed_forward(module: Any, states: torch.Tensor) -> torch.Tensor:

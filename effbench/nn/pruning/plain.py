@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from effbench.api.parts import LayerSize
 from effbench.nn.adapters.merge import bias_of, is_adapted, merged_weight, update_of
 from effbench.nn.llama.experts import stacked
-from effbench.nn.llama.stack import keeps_states
+from effbench.nn.llama.stack import fix_positions, keeps_states
 from effbench.nn.model_kinds.base import CAUSAL, kind_of
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
@@ -154,6 +154,7 @@ def _made(model: Any, config: Any, tensors: Tensors) -> Any:
     with torch.device("meta"), no_init_weights():
         new: Any = type(model)._from_config(config, attn_implementation=attention)
     new.tie_weights()
+    fix_positions(new)
     kind_of(new).adjust(new, {"tie_word_embeddings": _tied(model)})
     wanted = dict(new.named_parameters())
     tensors = stacked(new, tensors)

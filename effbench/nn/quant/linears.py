@@ -368,11 +368,17 @@ def storage_bytes(model: torch.nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def persistent_buffers(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield what a model holds beside its parameters and writes with them."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield buffer
+
+
+def _stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from persistent_buffers(model)
+    for module in model.modules():
         for parameter in module.parameters(recurse=False):
             yield parameter
             state = getattr(parameter, "quant_state", None)
