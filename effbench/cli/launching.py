@@ -6,11 +6,10 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from effbench.api.spec import Job
 from effbench.api.stages import base as stages
 from effbench.cli.options import (
     ConfigDirs,
@@ -25,6 +24,9 @@ from effbench.cli.options import (
 from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
 from effbench.util.wrap import columns, write
+
+if TYPE_CHECKING:
+    from effbench.api.spec import Job
 
 
 def add_to(app: typer.Typer) -> None:

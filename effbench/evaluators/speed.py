@@ -29,7 +29,7 @@ from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.methods.chain import chain_shapes, inference_cost, resolved
 from effbench.nn.adapters import merge
-from effbench.nn.quant.linears import storage_bytes
+from effbench.nn.quant import linears
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -332,7 +332,8 @@ class Speed(Evaluator):
         from effbench.evaluators.beside_dense import measured
 
         own, other = (
-            (timer(side, self.engine, cell), storage_bytes(side.model)) for side in (subject, dense)
+            (timer(side, self.engine, cell), linears.storage_bytes(side.model))
+            for side in (subject, dense)
         )
         of_cell = 2 * (self.repeats + 1)
 
