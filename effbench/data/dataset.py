@@ -404,7 +404,7 @@ def _refuse_changed(spec: DatasetSpec) -> None:
     if fingerprint(spec) != spec.fingerprint and len(spec.fingerprint) == WHOLE:
         raise UserError(
             f"The files of dataset {spec.name!r} have changed since the command was given.",
-            "Give it again when nothing writes there any more.",
+            "Put them back, or give the command of the run again: it is another run then.",
         )
 
 

@@ -564,7 +564,7 @@ def _at_hand(spec: ModelSpec) -> ModelSpec:
     if spec.fingerprint and not unchanged(spec):
         raise UserError(
             f"The files of {spec.path} have changed since the command was given.",
-            "Give it again when nothing writes there any more.",
+            "Put them back, or give the command of the run again: it is another run then.",
         )
     if spec.source == "gguf":
         gguf = _gguf_file(spec)

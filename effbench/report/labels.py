@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effbench.api.stages.base import trains
@@ -48,6 +48,33 @@ def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for spec in flat for key in spec)
     values = {key: [spec.get(key, ABSENT) for spec in flat] for key in keys}
     return {key: row for key, row in values.items() if any(v != row[0] for v in row)}
+
+
+def by_name(differs: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return differences, with those of parts that have names (evaluators) each for itself.
+
+    Args:
+        differs: As `differences` returns them.
+    """
+    found = dict[str, list[Any]]()
+    for key, values in differs.items():
+        if not any(_is_named(value) for value in values):
+            found[key] = values
+            continue
+        parts = [{p["name"]: p for p in value} if _is_named(value) else {} for value in values]
+        flat = [flatten({n: p.get("settings", p) for n, p in each.items()}, key) for each in parts]
+        rows = {key: [", ".join(each) or ABSENT for each in parts]}
+        rows |= {k: [one.get(k, ABSENT) for one in flat] for one in flat for k in one}
+        found |= {k: row for k, row in rows.items() if any(v != row[0] for v in row)}
+    return found
+
+
+def _is_named(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, dict) and "name" in part for part in value)
+    )
 
 
 def labels(records: Sequence[Record]) -> list[str]:

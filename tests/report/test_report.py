@@ -20,7 +20,7 @@ from effbench.report.comparison.budgets import Tried
 from effbench.report.comparison.compare import compare, margins_of
 from effbench.report.comparison.contrast import Side, p_of_difference
 from effbench.report.comparison.seeds import grouped
-from effbench.report.labels import differences, labels
+from effbench.report.labels import by_name, differences, labels
 from effbench.report.plots.curves import _axis, comparison_plot
 from effbench.report.table import (
     RUN_COLUMNS,
@@ -110,6 +110,20 @@ def test_labels_say_only_what_tells_runs_apart() -> None:
     assert told == ["lora, evaluators=[]", "lora, evaluators=[choices]"]
     again = labels([LORA, run("lora", {"": 0}, number=7)])
     assert again == ["lora, 00000000", "lora, 00070000"]
+
+
+def test_differences_of_evaluators_are_told_by_setting() -> None:
+    def asked(name: str, **settings: object) -> dict[str, object]:
+        return {"name": name, "settings": settings}
+
+    first = [asked("generation", limit=4, tasks=[]), asked("speed", repeats=2)]
+    rows = {"evaluators": [first, [asked("generation", limit=9, tasks=[])]], "seed": [0, 1]}
+    assert by_name(rows) == {
+        "evaluators": ["generation, speed", "generation"],
+        "evaluators.generation.limit": [4, 9],
+        "evaluators.speed.repeats": [2, "—"],
+        "seed": [0, 1],
+    }
 
 
 def test_differences_are_dotted_and_absent_is_not_null() -> None:

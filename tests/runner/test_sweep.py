@@ -264,19 +264,26 @@ def test_optuna_is_told_the_direction() -> None:
     assert objective.best([0.1, float("nan"), 0.4]) == 2
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_grid_go_side_by_side(tmp_path: Path) -> None:
+    """And what lies in the folder of the command is no module of theirs."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs effbench[joblib]")
+    for name in ("json", "random", "torch", "yaml", "joblib", "cloudpickle", "hydra", "effbench"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')"
+        )
     words = ["seed=0,1", *RUN, *STEPS, "launcher=joblib", "hydra.launcher.n_jobs=2"]
     code = "from effbench.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", "-m", *words, "hardware.threads=1"],
+        [sys.executable, "-P", "-c", code, "train", "-m", *words, "hardware.threads=1"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
     keys = {line.split()[0] for line in done.stdout.splitlines() if line.endswith("done")}
     assert keys == {p.stem for p in (tmp_path / "results" / "records").iterdir()}
     assert len(keys) == 2

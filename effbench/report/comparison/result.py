@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.report.comparison.budgets import Budget
 from effbench.report.comparison.metric_table import MetricTable, Row
-from effbench.report.labels import ABSENT
+from effbench.report.labels import ABSENT, by_name
 from effbench.report.table import Cell, Table, show, without_html
 from effbench.results.records import strict
 
@@ -103,7 +103,7 @@ class Comparison:
         """Return the settings that differ; unless `full`, only among the runs that have them."""
         rows: list[tuple[Cell, ...]] = [
             (key, *(ABSENT if v is None else str(v) for v in values))
-            for key, values in self.differs.items()
+            for key, values in by_name(self.differs).items()
             if full or len({str(v) for v in values if v != ABSENT}) > 1
         ]
         return Table("What differs between the specs", ("setting", *self.labels), rows)
