@@ -141,6 +141,39 @@ def test_other_signals(
         execute(bench.job("eval"))
 
 
+AT_WORK = (
+    "import os, pathlib, sys, time\n"
+    "from effbench.runner.signals import end_with_parent, interrupt_when_asked, stop_signal\n"
+    "end_with_parent()\n"
+    "interrupt_when_asked()\n"
+    "with stop_signal() as stop:\n"
+    "    pathlib.Path('begun').touch()\n"
+    "    until = time.monotonic() + 100\n"
+    "    while not stop.requested and time.monotonic() < until:\n"
+    "        time.sleep(0.01)\n"
+    "if stop.requested:\n"
+    "    pathlib.Path('saved').touch()\n"
+)
+LAUNCHES = (
+    "import subprocess, sys\n"
+    "from effbench.runner.signals import passed_on\n"
+    f"process = subprocess.Popen([sys.executable, '-c', {AT_WORK!r}])\n"
+    "with passed_on(process):\n"
+    "    sys.exit(process.wait())\n"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told on Linux")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_a_closed_terminal_and_a_killed_launcher_are_heeded(tmp_path: Path, number: int) -> None:
+    """The short form of the above: what both processes do with signals, without a training."""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHES], cwd=tmp_path)
+    wait_until((tmp_path / "begun").exists, launcher)
+    launcher.send_signal(number)
+    assert launcher.wait(60) == (0 if number == signal.SIGHUP else -signal.SIGKILL)
+    wait_until((tmp_path / "saved").exists)
+
+
 def test_signals_are_requests_and_the_second_ctrl_c_acts() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_signal() as stop:
