@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 from conftest import Bench
@@ -86,8 +88,13 @@ def test_a_trial_in_a_process_of_its_own(bench: Bench) -> None:
     }
     assert succeeds_under(2**40, work, "cpu")
     assert not succeeds_under(2**20, work, "cpu")
-    with pytest.raises(UserError, match="not for memory"):
-        succeeds_under(2**40, {**work, "job": {}}, "cpu")
+
+
+def test_a_trial_that_fails_for_another_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, "", "Traceback ...\nKeyError: 'weights'\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match="not for memory: KeyError: 'weights'"):
+        succeeds_under(2**40, {}, "cpu")
 
 
 def test_what_speaks_of_memory() -> None:
