@@ -61,6 +61,9 @@ class Pass:
     """For `decode`, the first positions of each, that were read as a prompt."""
     after: int = 0
     """For `prefill`, the positions of each that follow: our engine makes room for them at once."""
+    beside: tuple[str, ...] = ()
+    """Config names of the other models in memory meanwhile; an empty one is the dense model that
+    the run started from."""
 
     @property
     def size(self) -> int:

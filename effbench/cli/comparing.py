@@ -109,7 +109,7 @@ def compare(
     if flips is not None:
         from effbench.cli.gate import flips_of
 
-        typer.echo(flips_of(runs, results, flips))
+        write(flips_of(runs, results, flips), sys.stdout)
         return
     if select and same_points:
         raise UserError(

@@ -189,6 +189,13 @@ class Evaluator:
         """
         return ()
 
+    def holds(self, spec: Spec) -> tuple[str, ...]:
+        """Return the config names of the other models that are in memory while it asks.
+
+        An empty name is the dense model that the run started from.
+        """
+        return ()
+
     def context(self) -> int:
         """Return the longest context that its settings ask for, in tokens.
 
@@ -233,6 +240,11 @@ class Evaluator:
                 Pass("decode", rows, total, rows, prompt),
             ]
         return found
+
+    def work(self, spec: Spec, data: Data | None = None) -> list[Pass]:
+        """Return its largest passes, each with the models that are in memory beside it."""
+        beside = self.holds(spec)
+        return [replace(one, beside=beside) for one in self.passes(spec, data)]
 
 
 def check_splits(where: str, split: str | Sequence[str]) -> None:

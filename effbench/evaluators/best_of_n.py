@@ -64,6 +64,10 @@ class BestOfN(Generation):
         """Return the policy, where it is another model."""
         return (self.policy,) if self.policy else ()
 
+    def holds(self, spec: Spec) -> tuple[str, ...]:
+        """Return the policy; where none is named it is the model that the run started from."""
+        return (self.policy,)
+
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return those of `generation`, and a full batch of answers that are scored."""
         from effbench.api.footprint import Pass

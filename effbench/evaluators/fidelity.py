@@ -78,6 +78,10 @@ class Fidelity(Evaluator):
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
 
+    def holds(self, spec: Spec) -> tuple[str, ...]:
+        """Return the reference; where none is named it is the model that the run started from."""
+        return (self.reference,)
+
     def overlap(self, dataset: DatasetSpec, rows: Trained) -> str:
         """Return the tasks whose evaluated rows `dataset` trains on."""
         from effbench.data import lm_eval_tasks as tasks

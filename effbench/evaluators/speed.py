@@ -18,6 +18,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from effbench.api import registry
 from effbench.api.cost import cost_of
 from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt, canonical
@@ -27,6 +28,7 @@ from effbench.evaluators import paying
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.methods.caches import Caches
 from effbench.methods.chain import chain_shapes, inference_cost, resolved
 from effbench.nn.adapters import merge
 from effbench.nn.quant import linears
@@ -133,6 +135,12 @@ class Speed(Evaluator):
         axes = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
         lists = [axis if isinstance(axis, list) else [axis] for axis in axes]
         return [Cell(*point) for point in product(*lists)]
+
+    def holds(self, spec: Spec) -> tuple[str, ...]:
+        """Return the dense model, where it is timed against that and the run's is another one."""
+        caches = issubclass(registry.find("methods", spec.method.name), Caches)
+        another = self.baseline == "dense" and (bool(spec.parent) or not caches)
+        return ("",) if another or self.engine == "merged" else ()
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse an empty grid, cells that the model or the memory has no room for, and engines

@@ -71,6 +71,10 @@ class Trust(Evaluator):
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
 
+    def holds(self, spec: Spec) -> tuple[str, ...]:
+        """Return the reference; where none is named it is the model that the run started from."""
+        return (self.reference or "",)
+
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of answers that it scores."""
         return answered(super().passes(spec, data))

@@ -132,9 +132,13 @@ def _texts(arm: Arm, found: Flips, store: Store) -> Rows:
 
 def _how(found: Flips, arm: Arm) -> str:
     """Return where the texts of items can be had, when no run folder has them."""
-    data = arm.records[0].name_of("dataset")
-    where = f"rows of {found.place.task or data}, in order"
     if found.place.evaluator == "generation":
         again = f"effbench eval from={arm.records[0].key[:8]} evaluator=generation --fresh"
         return f"Their texts are in no run folder here; they are made again by: {again}"
-    return f"No texts were kept; items are {where}: effbench show dataset {data} --rows 3"
+    if found.place.task:
+        return f"No texts were kept; items are the rows of the task {found.place.task}, in order."
+    data = arm.records[0].name_of("dataset")
+    return (
+        f"No texts were kept; items are rows of {data}, in order: effbench show dataset {data} "
+        "--rows 3"
+    )

@@ -293,7 +293,7 @@ def predict(
 def at_most(spec: Spec, devices: int = 1) -> Workload:
     """Return the largest work that the settings of a run allow one of several devices."""
     rows, tokens = -(-spec.train.batch_size // devices), spec.dataset.max_length
-    passes = [p for e in spec.evaluators for p in make_evaluator(e).passes(spec)]
+    passes = [p for e in spec.evaluators for p in make_evaluator(e).work(spec)]
     steps = spec.train.max_steps * spec.train.accumulation
     return Workload(
         (Pass("train", rows, tokens, rows * (tokens - 1)),),
@@ -317,7 +317,8 @@ def _phases(
     found = {"load": base.load(*loaded, bool(shapes.left.formats))}
     trained, kernels = spec.stage == "train", 0
     if trained:
-        saved, others = training_of(shapes.working, dtype), _others(own, shapes.start, size)
+        saved = training_of(shapes.working, dtype)
+        others = _bytes_of(own.holds(), shapes.start, size)
         several = work.micro_batches > 1
         kernels = start.kernels(work.train, 1 + saved.head_gradients, work.lengths)
         shared = shapes.training, shapes.working, dtype, spread
@@ -343,13 +344,16 @@ def _phases(
         kernels += left.kernels(passes)
         together = min(len(own.points()), POINTS_AT_ONCE) if own.in_one_pass else 1
         expands = cpu or not all(x.fused for x in shapes.left.formats)
+        alone = [
+            left.inference(
+                shapes.used, p, every, trained, together, kernels, expands, shapes.caching
+            )
+            for p in passes
+        ]
+        beside = [_bytes_of(p.beside, shapes.base, size) for p in passes]
         found["evaluate"] = max(
-            (
-                left.inference(
-                    shapes.used, p, every, trained, together, kernels, expands, shapes.caching
-                )
-                for p in passes
-            ),
+            _beside(shapes.used.resident_bytes, max(beside), loaded[1]),
+            *(m | {"other models": b} for m, b in zip(alone, beside, strict=True)),
             key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
@@ -380,14 +384,24 @@ def _loaded(
     return shape.params * size, made_from
 
 
-def _others(method: Method, start: AnyShape, element: int) -> int:
-    """Return the bytes of the other models that training holds."""
-    return sum(s.params * element for s in _other_shapes(method, start))
+def _beside(weights: int, other: int, files: int) -> Components:
+    """Return the peak of loading another model beside one, from files of so many bytes."""
+    return {"weights": weights, "other models": other, "files": files if other else 0}
 
 
-def _other_shapes(method: Method, start: AnyShape) -> list[AnyShape]:
-    """Return the shapes of the other models that training holds, as far as they are known."""
-    shapes = (known_shape(model_named(name)) if name else start for name in method.holds())
+def _bytes_of(names: Sequence[str], start: AnyShape, element: int) -> int:
+    """Return the bytes of other models; see `_other_shapes`."""
+    return sum(s.params * element for s in _other_shapes(names, start))
+
+
+def _other_shapes(names: Sequence[str], start: AnyShape) -> list[AnyShape]:
+    """Return the shapes of other models, as far as they are known.
+
+    Args:
+        names: Of their configs; an empty one is a copy of `start`.
+        start: A model that is there.
+    """
+    shapes = (known_shape(model_named(name)) if name else start for name in names)
     return [s for s in shapes if s]
 
 
@@ -402,9 +416,8 @@ def _flops_per_trained_token(spec: Spec, shapes: RunShapes) -> float:
     work = training_of(shapes.working, spec.hardware.dtype)
     batch = Pass("train", rows, length, rows * length)
     own = step_flops(work, batch, spec.train.gradient_checkpointing)
-    others = (
-        held_flops(s, shapes.working, length // 2) for s in _other_shapes(shapes.own, shapes.start)
-    )
+    beside = _other_shapes(shapes.own.holds(), shapes.start)
+    others = (held_flops(s, shapes.working, length // 2) for s in beside)
     return own / batch.size + sum(others)
 
 
@@ -416,7 +429,8 @@ def _first_reads(spec: Spec, shapes: RunShapes, rows: int) -> tuple[int, float]:
     """
     rows = rows or spec.dataset.limit.get("train", 0)
     count = shapes.own.reads_first(rows) if isinstance(shapes.own, Trains) else 0
-    reader = next(iter(_other_shapes(shapes.own, shapes.start)), shapes.start) if count else None
+    others = _other_shapes(shapes.own.holds(), shapes.start)
+    reader = next(iter(others), shapes.start) if count else None
     length = spec.dataset.max_length
     if reader is None or ModelShape.of(reader).encoder:
         return count, 0.0

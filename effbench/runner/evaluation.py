@@ -62,7 +62,7 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
     model, method = opened.model.eval().requires_grad_(False), opened.method
     done = run.folder.path / "evaluations"
     plugins = [make_evaluator(p) for p in run.spec.evaluators]
-    run.know(evaluate=tuple(p for e in plugins for p in e.passes(run.spec, data)))
+    run.know(evaluate=tuple(p for e in plugins for p in e.work(run.spec, data)))
     with run.phase("evaluate"):
         subject = Evaluated.of(run, opened, data)
         for point in method.points():

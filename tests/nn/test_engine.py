@@ -29,8 +29,9 @@ from effbench.api import weights
 from effbench.config.compose import compose
 from effbench.models import load as models
 from effbench.nn.adapters.lowrank import LowRankLinear, RankControl
-from effbench.nn.decode import native, native_step
+from effbench.nn.decode import native, native_step, prompts
 from effbench.nn.decode.cuda_graph import StaticStep
+from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.static import StaticSession, session_for
@@ -529,3 +530,43 @@ def test_the_engine_is_what_methods_decode_with() -> None:
 
     model = random_model(FAMILIES["llama"])
     assert isinstance(Unchanged().session(model), StaticSession)
+
+
+# -- prompts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed"])
+@pytest.mark.parametrize(("rows", "length"), [(1, 5), (2, 16), (1, 150)])
+def test_short_or_slow_prompts_are_read_by_the_kernel(
+    kind: str, rows: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out, and what the cache holds, is what the forward pass gives."""
+    monkeypatch.setattr(prompts, "native_bf16", lambda: False)
+    model = packed_model("grouped") if kind == "packed" else random_model(FAMILIES["llama"])
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    ids, calls = some_ids(rows, length), list[int]()
+    monkeypatch.setattr(
+        NativeStep,
+        "run_blocks",
+        lambda self, session, hidden, *rest, run=NativeStep.run_blocks: (
+            calls.append(hidden.shape[1]) or run(self, session, hidden, *rest)
+        ),
+    )
+    session, other = StaticSession(model), StaticSession(model)
+    found = session.prefill(ids), session.step(ids[:, :1])
+    read_so = native.kernels() is not None and (length < 150 or kind == "bfloat16")
+    assert sum(calls) == (length if read_so else 0)
+    monkeypatch.setattr(prompts, "takes", lambda *_: False)
+    expected = other.prefill(ids), other.step(ids[:, :1])
+    near = {"float32": 5e-5, "packed": CODES, "bfloat16": 0.05}[kind]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=near, rtol=near)
+    assert session.kv_lengths() == other.kv_lengths()
+
+
+def test_padded_prompts_are_read_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NativeStep, "run_blocks", lambda *_: pytest.fail("read by the kernel"))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    StaticSession(random_model(FAMILIES["llama"])).prefill(some_ids(2, 6), mask)

@@ -129,7 +129,7 @@ def test_cropped_tokens_are_forgotten_in_every_stage() -> None:
 
 
 @torch.inference_mode()
-def test_propagated_keys_are_exact_in_the_first_skipped_layer() -> None:
+def test_propagated_keys_are_exact_in_the_first_skipped_layer(way_of_stages: str) -> None:
     model = model_of()
     staged, exact = StagedDecoder(model, EXITS), StagedDecoder(model, EXITS)
     for decoder in (staged, exact):
@@ -141,7 +141,10 @@ def test_propagated_keys_are_exact_in_the_first_skipped_layer() -> None:
     exact.run(2)
     assert staged.kv_lengths() == exact.kv_lengths() == [6] * 5
     own, other = entries(staged), entries(exact)
-    assert all(a.equal(b) for a, b in zip(own[2], other[2], strict=True))
+    # The kernel, which reads short prompts, rounds in another order than modules do.
+    within = 0.0 if way_of_stages == "modules" else 1e-6
+    for a, b in zip(own[2], other[2], strict=True):
+        torch.testing.assert_close(a, b, atol=within, rtol=within)
     assert not torch.allclose(own[4][1], other[4][1])
     assert staged.work.passes == 2
 

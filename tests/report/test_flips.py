@@ -67,3 +67,12 @@ def test_what_cannot_be_held_against_each_other_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         flips_of(runs, results, 1)
+
+
+def test_items_of_a_task_are_no_rows_of_the_dataset(tmp_path: Path) -> None:
+    for number, values in enumerate((FIRST, SECOND)):
+        kept = Outcomes("choices", "acc", "", "validation", "aa", values, task="piqa")
+        made = replace(run("none", {"": 0.0}, number=number), outcomes=[kept])
+        write(made, tmp_path / "records")
+    told = flips_of(["0000", "0001"], tmp_path, 1).splitlines()[-1]
+    assert told == "No texts were kept; items are the rows of the task piqa, in order."

@@ -10,7 +10,7 @@ from effbench.api.shape import ModelShape
 from effbench.api.slices import sliced_shape
 from effbench.api.spec import Job, Machine, Parallelism
 from effbench.cli.plan_text import render
-from effbench.config.compose import compose
+from effbench.config.compose import compose, model_named
 from effbench.data.dataset import known_rows
 from effbench.models.load import known_shape
 from effbench.resources import predict as plan
@@ -296,6 +296,34 @@ def test_an_evaluation_has_room_for_the_point_that_needs_most() -> None:
         for way in ("[]", "[exit]")
     )
     assert mixed > plain
+
+
+DENSE = ("evaluator=speed", "evaluator.speed.baseline=dense")
+
+
+@pytest.mark.parametrize(
+    ("words", "beside"),
+    [
+        (("method=rtn", "evaluator=perplexity"), ""),
+        (("method=rtn", "evaluator=[fidelity,perplexity]"), "llama2-7b"),
+        (
+            ("method=rtn", "evaluator=fidelity", "evaluator.fidelity.reference=tinyllama-1.1b"),
+            "tinyllama-1.1b",
+        ),
+        (("method=rtn", "evaluator=trust"), "llama2-7b"),
+        (("method=rtn", "evaluator=speed"), ""),
+        (("method=rtn", *DENSE), "llama2-7b"),
+        (("method=kv_quant", *DENSE), ""),
+        (("method=lora", "evaluator=speed", "evaluator.speed.engine=merged"), "llama2-7b"),
+    ],
+)
+def test_a_model_that_an_evaluator_has_beside_is_counted(
+    words: tuple[str, ...], beside: str
+) -> None:
+    phase = predicted(*words).phase("evaluate")
+    shape = known_shape(model_named(beside)) if beside else None
+    assert phase is not None
+    assert phase.memory.get("other models", 0) == (2 * shape.params if shape else 0)
 
 
 def test_devices_share_what_they_hold() -> None:

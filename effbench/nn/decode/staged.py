@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from effbench.nn.decode import prompts
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.verify import multi_token_engine
@@ -138,12 +139,20 @@ class StagedDecoder:
             hidden = self._looking(stage, hidden, positions, mask)
         elif self.engine is not None and done and self.engine.takes(hidden):
             hidden = self.engine.run_blocks(hidden, positions, self.starts, self.stages[stage])
+        elif self.engine is not None and not done and self._reads_by_kernel(hidden):
+            kernel, blocks = self.engine.kernel, self.stages[stage]
+            hidden = prompts.through(self.engine, kernel, hidden, positions, self.starts, blocks)
         else:
             hidden = self._through_modules(stage, hidden, positions, done)
         self.work.passes += len(self.stages[stage])
         self.work.positions += len(self.stages[stage]) * hidden.shape[1]
         self._hand_on(stage + 1, hidden)
         return hidden
+
+    def _reads_by_kernel(self, hidden: torch.Tensor) -> bool:
+        """Whether the kernel reads prompts [B, P, d], as it would for a session of single steps."""
+        assert self.engine is not None
+        return prompts.takes(self.engine, hidden[:, :, 0], bool(self.starts.any()))
 
     def _through_modules(
         self, stage: int, hidden: torch.Tensor, positions: torch.Tensor, done: int

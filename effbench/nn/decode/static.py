@@ -1,7 +1,8 @@
 """Our own decode engine: a static key/value cache, and steps without the cost of a forward pass.
 
-A session reads the prompt through the model as it is, into buffers with room to spare. Each step
-then takes the shortest way that there is:
+A session reads the prompt through the model as it is, into buffers with room to spare; on a CPU a
+short or slow one by the kernel below (`effbench.nn.decode.prompts`). Each step then takes the
+shortest way that there is:
 
 - `native`: one call of a C++ kernel that reads the weights where they lie (on a CPU, where every
   linear is plain or packed in a format that it knows; `effbench.nn.decode.native_step`);
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from effbench.api.session import Session
-from effbench.nn.decode import native
+from effbench.nn.decode import native, prompts
 from effbench.nn.decode.cache import StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
 from effbench.nn.decode.native_step import NativeStep
@@ -177,6 +178,23 @@ class StaticSession:
             for runs in self.routes():
                 self._graph.capture(self, runs)
 
+    def make_ready(
+        self, batch: int, length: int, layers: Sequence[StaticLayer] | None = None
+    ) -> None:
+        """Give caches that nothing has entered their buffers, and make room for what comes.
+
+        Args:
+            batch: Sequences.
+            length: Positions of each that come.
+            layers: The caches that take them; None for all.
+        """
+        for layer, heads in zip(self.layers, self.kv_heads, strict=True):
+            if layer.keys is None or (layer.length == 0 and layer.keys.shape[0] != batch):
+                like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype)
+                layer.reserve(like, BLOCK)
+        self._make_room(self.layers if layers is None else layers, length)
+        self._tables()
+
     def room(self, layer: StaticLayer, length: int, prompt: int) -> int:
         """Return how many of `length` positions a layer will hold; a prompt of 0 is not known."""
         return length
@@ -219,6 +237,9 @@ class StaticSession:
         attention_mask: torch.Tensor | None,
         positions: torch.Tensor | None,
     ) -> torch.Tensor:
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if self._native is not None and prompts.takes(self, input_ids, padded):
+            return prompts.read(self, self._native, input_ids)
         cache = Cache(layers=list(self.layers))
         if tail_of(self.model):
             return last_logits(self.model, input_ids, attention_mask, positions, cache)

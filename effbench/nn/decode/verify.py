@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache
 
 from effbench.nn.decode import native
 from effbench.nn.decode.native_step import NativeStep
-from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.walk import plain, untouched, why_not
 
@@ -55,9 +54,8 @@ class MultiTokenEngine(StaticSession):
             blocks: Consecutive ones, whose caches are equally long.
         """
         batch, width, _ = hidden.shape
-        self._begin(batch)
         layers = [self.layers[i] for i in blocks]
-        self._make_room(layers, width)
+        self.make_ready(batch, width, layers)
         out = self.kernel.run_blocks(self, hidden, positions, starts, blocks)
         for layer in layers:
             layer.length += width
@@ -71,16 +69,8 @@ class MultiTokenEngine(StaticSession):
         if not fits or len(rows) > native.LARGEST_BATCH:
             modules: torch.Tensor = head(norm(hidden))
             return modules
-        self._begin(len(hidden))
+        self.make_ready(len(hidden), 0)
         return self.kernel.readout(self, rows, norm, head).view(*hidden.shape[:-1], -1)
-
-    def _begin(self, batch: int) -> None:
-        """Give every cache that nothing has entered yet its buffers, and make the tables."""
-        for layer, heads in zip(self.layers, self.kv_heads, strict=True):
-            if layer.keys is None or (layer.length == 0 and layer.keys.shape[0] != batch):
-                like = torch.empty(batch, heads, 0, self.head_dim, dtype=self.dtype)
-                layer.reserve(like, BLOCK)
-        self._tables()
 
 
 def multi_token_engine(model: torch.nn.Module) -> MultiTokenEngine | None:
