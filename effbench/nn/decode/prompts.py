@@ -16,7 +16,7 @@ from effbench.util.hardware import native_bf16
 
 if TYPE_CHECKING:
     from effbench.nn.decode.native_step import NativeStep
-    from effbench.nn.decode.static import StaticSession
+    from effbench.nn.decode.step import StepSession
 
 PLAIN_ROWS, PACKED_ROWS = 32, 128
 """Positions of all prompts together up to which the kernel is faster."""
@@ -25,7 +25,7 @@ CHUNK_ROWS = 64
 """Most positions that the kernel reads at once: `kMostRows` of decode.cpp."""
 
 
-def takes(session: StaticSession, prompts: torch.Tensor, padded: bool) -> bool:
+def takes(session: StepSession, prompts: torch.Tensor, padded: bool) -> bool:
     """Whether the kernel is the way to read prompts [B, P]: they are not padded, and few or slow.
 
     Layers with stand-ins, and those whose states others take, read them through the model. So do
@@ -42,7 +42,7 @@ def takes(session: StaticSession, prompts: torch.Tensor, padded: bool) -> bool:
     return prompts.numel() <= (PACKED_ROWS if layouts else PLAIN_ROWS)
 
 
-def read(session: StaticSession, kernel: NativeStep, input_ids: torch.Tensor) -> torch.Tensor:
+def read(session: StepSession, kernel: NativeStep, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the logits after the last position of prompts, [B, V]; the caches take all of them.
 
     Args:
@@ -59,7 +59,7 @@ def read(session: StaticSession, kernel: NativeStep, input_ids: torch.Tensor) ->
 
 
 def through(
-    session: StaticSession,
+    session: StepSession,
     kernel: NativeStep,
     hidden: torch.Tensor,
     positions: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,6 +72,11 @@ class StepSession(Protocol):
     positions: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def make_ready(
+        self, batch: int, length: int, layers: Sequence[StaticLayer] | None = None
+    ) -> None:
+        """Make room for what comes; see `StaticSession.make_ready`."""
 
     @property
     def batch(self) -> int:
