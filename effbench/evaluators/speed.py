@@ -137,10 +137,11 @@ class Speed(Evaluator):
         return [Cell(*point) for point in product(*lists)]
 
     def holds(self, spec: Spec) -> tuple[str, ...]:
-        """Return the dense model, where it is timed against that and the run's is another one."""
-        caches = issubclass(registry.find("methods", spec.method.name), Caches)
-        another = self.baseline == "dense" and (bool(spec.parent) or not caches)
-        return ("",) if another or self.engine == "merged" else ()
+        """Return the dense model, where the run's is another one: timed beside it, or merged."""
+        method = registry.find("methods", spec.method.name)
+        another = bool(spec.parent) or not issubclass(method, Caches)
+        merged = self.engine == "merged" and method.merges
+        return ("",) if merged or (self.baseline == "dense" and another) else ()
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse an empty grid, cells that the model or the memory has no room for, and engines

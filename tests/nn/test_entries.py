@@ -40,6 +40,21 @@ def test_codes_are_expanded_as_torch_expands_them(
 
 
 @native
+def test_codes_that_do_not_lie_together_are_expanded_alike() -> None:
+    layer = held(4, 32, 64, 64, torch.float32)
+    assert layer.packed and layer.keys is not None and layer.values is not None
+    apart = [
+        type(part)(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in part))
+        for part in layer.packed
+    ]
+    recent = layer.keys, layer.values
+    expected = entries.expanded(layer.packed, 4, 32, recent)
+    found = entries.expanded((apart[0], apart[1]), 4, 32, recent)
+    assert expected is not None and found is not None
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+@native
 @pytest.mark.parametrize("shared", [True, False])
 def test_keys_are_turned_as_torch_turns_them(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = generator(3)

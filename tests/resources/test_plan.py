@@ -315,6 +315,7 @@ DENSE = ("evaluator=speed", "evaluator.speed.baseline=dense")
         (("method=rtn", *DENSE), "llama2-7b"),
         (("method=kv_quant", *DENSE), ""),
         (("method=lora", "evaluator=speed", "evaluator.speed.engine=merged"), "llama2-7b"),
+        (("method=full", "evaluator=speed", "evaluator.speed.engine=merged"), ""),
     ],
 )
 def test_a_model_that_an_evaluator_has_beside_is_counted(

@@ -49,8 +49,9 @@ def expanded(
             (channels_of(group, values.shape[3]),),
         ),
     ):
-        given = part.codes.contiguous(), part.scales.float(), part.lows.float()
-        places = [t.contiguous().data_ptr() for t in given]
+        parts = part.codes, part.scales.float(), part.lows.float()
+        given = [t.contiguous() for t in parts]  # kept until they are read
+        places = [t.data_ptr() for t in given]
         wide = out.shape[3]
         end = out.data_ptr(), out.shape[2], threads
         function(*places, rows * heads, groups, group, wide, *channels, bits, *end)
