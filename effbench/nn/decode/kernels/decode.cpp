@@ -118,9 +118,8 @@ struct Inputs {
     else if (m.bits)
       packed_dots(m, row, count, columns_, packed, int(batch), sums);
     else
-      for (int64_t i = 0; i < count; ++i, sums += batch)
-        ::dots<T>(static_cast<const T*>(m.weight) + (row + i) * columns_, dense.data(), columns_,
-                  columns_, int(batch), sums);
+      ::dots<T>(static_cast<const T*>(m.weight) + row * columns_, count, dense.data(), columns_,
+                columns_, int(batch), sums);
   }
 
   Array<X> dense;
