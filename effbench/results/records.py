@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from effbench.api.names import called
 from effbench.results.migrations import RECORDS, migrated_spec
 from effbench.results.store import record_files
 from effbench.util.errors import CONTROL, NewerVersionError, UserError, printable_values
@@ -111,7 +112,7 @@ class Record:
 
     def name_of(self, part: str) -> str:
         """Return the name of the `method`, `model` or `dataset`, or an empty string."""
-        return str((self.spec.get(part) or {}).get("name", ""))
+        return called(self.spec.get(part) or {})
 
 
 def ended(started: str, seconds: float) -> float:
