@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from effbench.api.names import called
 from effbench.api.schema import (
     Decay,
     Fraction,
@@ -61,6 +62,11 @@ class ModelSpec:
     """Classes of a classifier; 0 for as many as its config says."""
     config: dict[str, Any] = field(default_factory=dict)
     """Config of transformers with its `model_type`, for random weights that are no Llama's."""
+
+    @property
+    def called(self) -> str:
+        """What people call it."""
+        return called(vars(self))
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,11 @@ class DatasetSpec:
     known_as: dict[str, Any] = field(default_factory=dict)
     """Templates whose text a row is known by, where those in use are others; filled in when the
     config is composed, so that another prompt for a dataset deals the same splits."""
+
+    @property
+    def called(self) -> str:
+        """What people call it."""
+        return called(vars(self))
 
 
 @dataclass(frozen=True)
@@ -265,7 +276,7 @@ class Spec:
     @property
     def label(self) -> str:
         """A short name for people: stage, method, model, dataset and seed."""
-        parts = (self.stage, self.method.name, self.model.name, self.dataset.name)
+        parts = (self.stage, self.method.name, self.model.called, self.dataset.called)
         return f"{' '.join(parts)} seed {self.seed}"
 
 

@@ -207,16 +207,29 @@ def _first_row(job: Any) -> None:
     spec = job.spec
     if shown := first_row(spec.dataset):
         typer.echo(f"First row  {shown}")
-    if stages.trains(spec.stage) and spec.dataset.source == "file":
-        from effbench.cli.rows import first
-        from effbench.models.load import tokenizer_at_hand
+    if _reads(spec):
+        if stages.trains(spec.stage) and spec.dataset.source == "file":
+            from effbench.cli.rows import first
 
-        if tokenizer_at_hand(spec.model):
             typer.echo(first(spec, sys.stdout.isatty(), columns()))
-            with Progress(sys.stderr.isatty()).during(f"reading the rows of {spec.dataset.name}"):
-                from effbench.runner.open import check_rows
+        with Progress(sys.stderr.isatty()).during(f"reading the rows of {spec.dataset.called}"):
+            from effbench.runner.open import check_rows
+            from effbench.util.hf import quiet
 
+            with quiet():
                 check_rows(job)
+
+
+def _reads(spec: Any) -> bool:
+    """Whether rows are held against the model: one's own, and those of benchmarks."""
+    from effbench.api.plugins import make_evaluator
+    from effbench.data.dataset import at_hand
+    from effbench.models.load import tokenizer_at_hand
+
+    if not stages.find(spec.stage).loads or not at_hand(spec.dataset):
+        return False
+    asks = any(make_evaluator(e).libraries() for e in spec.evaluators)
+    return (asks or spec.dataset.source == "file") and tokenizer_at_hand(spec.model)
 
 
 def _plan(job: Any) -> None:

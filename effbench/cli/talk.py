@@ -90,7 +90,7 @@ def _speaker(words: Sequence[str], extra: Sequence[Path], wish: Wish) -> Iterato
     job = compose("eval", [*words, "evaluator=[]"], extra)
     job = replace(job, runtime=replace(job.runtime, progress=False))
     with TemporaryDirectory() as scratch:
-        with progress.during(f"loading {job.spec.parent or job.spec.model.name}"):
+        with progress.during(f"loading {job.spec.parent or job.spec.model.called}"):
             from effbench.runner.try_out import Speaker
 
             speaker = Speaker.of(job, wish.point, Path(scratch))

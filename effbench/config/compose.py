@@ -416,15 +416,16 @@ def _check_data(spec: Spec) -> None:
     for split in wanted:
         if split not in known:
             raise UserError(
-                f"dataset {spec.dataset.name!r} has no split {split!r}.", did_you_mean(split, known)
+                f"dataset {spec.dataset.called!r} has no split {split!r}.",
+                did_you_mean(split, known),
             )
     if trains:
         make_method(spec.method).check_dataset(spec.dataset)
     for split in spec.dataset.limit:
         if split not in known:
             raise UserError(
-                f"dataset.limit.{split} limits nothing: dataset {spec.dataset.name!r} has no split "
-                f"{split!r}.",
+                f"dataset.limit.{split} limits nothing: dataset {spec.dataset.called!r} has no "
+                f"split {split!r}.",
                 did_you_mean(split, known),
             )
 
@@ -447,19 +448,19 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
             classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
             able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
             raise UserError(
-                f"Evaluator {evaluator.name} cannot ask {spec.model.name}: it is a {kind.name} "
+                f"Evaluator {evaluator.name} cannot ask {spec.model.called}: it is a {kind.name} "
                 f"({kind.noun}).",
                 f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
             )
     if spec.hardware.dtype == "float16" and ModelShape.of(shape).encoder:
         raise UserError(
-            f"{spec.model.name} leaves the range of hardware.dtype=float16, as T5 does.",
+            f"{spec.model.called} leaves the range of hardware.dtype=float16, as T5 does.",
             "Use hardware.dtype=bfloat16 or float32.",
         )
     reads = bool(spec.evaluators) or stages.find(spec.stage).makes
     if reads and kind.rows and not getattr(find_rows(spec.dataset.kind), kind.rows):
         message, hint = kind.other_rows
-        raise UserError(f"dataset {spec.dataset.name!r}: {message}", hint)
+        raise UserError(f"dataset {spec.dataset.called!r}: {message}", hint)
 
 
 def check_lengths(spec: Spec, shape: AnyShape) -> None:
@@ -472,7 +473,7 @@ def check_lengths(spec: Spec, shape: AnyShape) -> None:
     Raises:
         UserError: Naming the setting.
     """
-    most = f"is more than the {shape.max_positions} positions of {spec.model.name}."
+    most = f"is more than the {shape.max_positions} positions of {spec.model.called}."
     if spec.dataset.max_length > shape.max_positions:
         raise UserError(
             f"dataset.max_length={spec.dataset.max_length} {most}",

@@ -33,7 +33,7 @@ def check_parallelism(spec: Spec, parallelism: Parallelism) -> None:
     shape = known_shape(spec.model)
     if shape and ModelShape.of(shape).encoder:
         raise UserError(
-            f"{spec.model.name} has an encoder, and was not shown to train on several devices as "
+            f"{spec.model.called} has an encoder, and was not shown to train on several devices as "
             "on one.",
             "Leave hardware.devices out.",
         )

@@ -146,13 +146,13 @@ class Data:
         """
         if split not in self.texts:
             raise UserError(
-                f"dataset {self.spec.name!r} has no split {split!r}.",
+                f"dataset {self.spec.called!r} has no split {split!r}.",
                 did_you_mean(split, self.texts),
             )
         texts = self.texts[split]
         if not texts:
             raise UserError(
-                f"Split {split!r} of dataset {self.spec.name!r} has no rows.",
+                f"Split {split!r} of dataset {self.spec.called!r} has no rows.",
                 "Give it more rows, or a larger share: dataset.cut." + split,
             )
         return texts
@@ -304,7 +304,7 @@ def _is_cut(spec: DatasetSpec) -> bool:
     names = _native_names(spec)
     if spec.cut and "all" in names and len(names) > 1:
         raise UserError(
-            f"dataset {spec.name!r} has the split 'all', which is cut, beside others.",
+            f"dataset {spec.called!r} has the split 'all', which is cut, beside others.",
             f"Name either all alone or not at all; now there are: {', '.join(names)}.",
         )
     return bool(spec.cut) and names == ["all"]
@@ -339,7 +339,7 @@ def _refuse_overlap(spec: DatasetSpec, parts: dict[str, list[Text]]) -> None:
         if shared:
             raise UserError(
                 f"{len(shared)} rows stand both in split {first!r} and in split {second!r} of "
-                f"dataset {spec.name!r}.",
+                f"dataset {spec.called!r}.",
                 "Remove them from one, or say dataset.allow_overlap=true.",
             )
 
@@ -369,7 +369,7 @@ def render(
     """
     kind, reading = find(spec.kind), reading or Reading()
     for number, row in enumerate(rows, 1):
-        where = f"row {number} of split {split!r} of dataset {spec.name!r}{file and f' ({file})'}"
+        where = f"row {number} of split {split!r} of dataset {spec.called!r}{file and f' ({file})'}"
         reading.read += 1
         try:
             text = kind.render(place := Place(row, where, spec.missing), spec)
@@ -403,7 +403,7 @@ def _refuse_changed(spec: DatasetSpec) -> None:
     """Refuse files that are no longer those that the spec has the fingerprint of."""
     if fingerprint(spec) != spec.fingerprint and len(spec.fingerprint) == WHOLE:
         raise UserError(
-            f"The files of dataset {spec.name!r} have changed since the command was given.",
+            f"The files of dataset {spec.called!r} have changed since the command was given.",
             "Put them back, or give the command of the run again: it is another run then.",
         )
 
@@ -420,7 +420,7 @@ def _sources(spec: DatasetSpec) -> dict[str, list[Part]]:
         _refuse_changed(spec)
         return {split: _files(spec, split) for split in spec.files}
     if not spec.splits:
-        raise UserError(f"dataset {spec.name!r} names no split.", "Set dataset.splits.")
+        raise UserError(f"dataset {spec.called!r} names no split.", "Set dataset.splits.")
     read = package_rows if spec.source == "package" else hub_rows
     return {ours: [("", read(spec, theirs))] for ours, theirs in spec.splits.items()}
 

@@ -168,6 +168,17 @@ class Evaluator:
             UserError: When the evaluator does not apply, with what to change.
         """
 
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse rows that it or the model cannot take, before a weight is loaded.
+
+        Args:
+            data: The run's own, with the model's tokenizer.
+            shape: As for `check`.
+
+        Raises:
+            UserError: With what to change.
+        """
+
     def splits(self) -> tuple[str, ...]:
         """Return the splits of the run's dataset that it reads."""
         split: str | Sequence[str] = getattr(self, "split", "")

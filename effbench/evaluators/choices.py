@@ -90,10 +90,18 @@ class Choices(Evaluator):
             self._check_tasks()
         elif not find_kind(spec.dataset.kind).choices:
             raise UserError(
-                f"Evaluator choices needs a dataset with choices; {spec.dataset.name!r} "
+                f"Evaluator choices needs a dataset with choices; {spec.dataset.called!r} "
                 f"is of kind {spec.dataset.kind!r}.",
                 "Leave it out: evaluator=perplexity, or name tasks: evaluator.choices.tasks=[piqa]",
             )
+
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse tasks with questions that are longer than the model's positions."""
+        from effbench.data import lm_eval_tasks as tasks
+
+        for name in self.tasks if shape else ():
+            rows = [r for t in self._loaded(name) for r in tasks.requests(t, data.tokenizer)]
+            _check_lengths(name, rows, shape)
 
     def _check_tasks(self) -> None:
         from effbench.data import lm_eval_tasks as tasks
@@ -170,11 +178,9 @@ class Choices(Evaluator):
         """Add the metrics of a task, or of a group and of each of its members."""
         from effbench.data import lm_eval_tasks as tasks
 
-        loaded = tasks.load_all(
-            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
-        )
+        loaded = self._loaded(name)
         rows = [row for task in loaded for row in tasks.requests(task, subject.tokenizer)]
-        self._check_lengths(subject, name, rows)
+        _check_lengths(name, rows, subject.shape)
         flat = iter(subject.score([r for row in rows for r in row], name, self.batch_tokens))
         scores = [[next(flat) for _ in row] for row in rows]
 
@@ -193,18 +199,27 @@ class Choices(Evaluator):
         _add(subject, result, loaded[0], name, whole, ids, clusters if len(loaded) > 1 else ())
         _add_loglikelihoods(subject, result, loaded[0].split, name, ids, scores)
 
-    def _check_lengths(self, subject: Subject, name: str, rows: Sequence[Any]) -> None:
-        """Refuse what is longer than the model's positions; lm-eval would cut off its start."""
-        assert subject.shape is not None
-        room = subject.shape.max_positions
-        long = [r for r in rows if max(len(q.context) + len(q.continuation) for q in r) - 1 > room]
-        if long:
-            raise UserError(
-                f"{len(long)} of {len(rows)} items of {name} are longer than the model's "
-                f"{room} positions.",
-                "Give fewer examples (evaluator.choices.num_fewshot), or leave out what is long: "
-                "another task, a lower evaluator.choices.limit.",
-            )
+    def _loaded(self, name: str) -> list[BenchmarkTask]:
+        """Return a task, or each member of a group, with its rows."""
+        from effbench.data import lm_eval_tasks as tasks
+
+        return tasks.load_all(
+            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
+        )
+
+
+def _check_lengths(name: str, rows: Sequence[Any], shape: AnyShape | None) -> None:
+    """Refuse what is longer than the model's positions; lm-eval would cut off its start."""
+    assert shape is not None
+    room = shape.max_positions
+    long = [r for r in rows if max(len(q.context) + len(q.continuation) for q in r) - 1 > room]
+    if long:
+        raise UserError(
+            f"{len(long)} of {len(rows)} items of {name} are longer than the model's "
+            f"{room} positions.",
+            "Give fewer examples (evaluator.choices.num_fewshot), or leave out what is long: "
+            "another task, a lower evaluator.choices.limit.",
+        )
 
 
 def _add_classes(

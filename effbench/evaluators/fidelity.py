@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import DatasetSpec, ModelSpec, Spec
     from effbench.data.dataset import Data
+    from effbench.data.lm_eval_tasks import BenchmarkTask
     from effbench.data.overlap import Trained
 
 UNITS = {"kl": "nats/token", "reverse_kl": "nats/token", "js": "nats/token"}
@@ -113,6 +114,22 @@ class Fidelity(Evaluator):
                     f"{name} has no choices that two models could answer alike.",
                     "Name multiple-choice tasks: evaluator.fidelity.tasks=[piqa]",
                 )
+
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse tasks with questions that are longer than the model's positions."""
+        from effbench.data import lm_eval_tasks as tasks
+
+        for name in self.tasks:
+            rows = [r for t in self._loaded(name) for r in tasks.requests(t, data.tokenizer)]
+            check_lengths(name, rows, shape)
+
+    def _loaded(self, name: str) -> list[BenchmarkTask]:
+        """Return a task, or each member of a group, with its rows."""
+        from effbench.data import lm_eval_tasks as tasks
+
+        return tasks.load_all(
+            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
+        )
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of windows that it scores."""
@@ -227,12 +244,10 @@ class Fidelity(Evaluator):
         """Add what both models answer to a task; right is what lm-eval's `acc` says."""
         from effbench.data import lm_eval_tasks as tasks
 
-        loaded = tasks.load_all(
-            name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
-        )
+        loaded = self._loaded(name)
         places = [(task, index) for task in loaded for index in range(len(task.docs))]
         rows = [row for task in loaded for row in tasks.requests(task, subject.data.tokenizer)]
-        check_lengths(subject, name, rows)
+        check_lengths(name, rows, subject.shape)
         ours, theirs = self._scores(subject, other, rows, name)
         right = [
             [
@@ -300,7 +315,7 @@ def answer_loyalty(reference: Sequence[float], model: Sequence[float]) -> float:
 
 
 def check_lengths(
-    subject: Subject, name: str, rows: Sequence[Sequence[prefix_tree.Request]]
+    name: str, rows: Sequence[Sequence[prefix_tree.Request]], shape: AnyShape | None
 ) -> None:
     """Refuse a task whose questions are longer than the model's positions.
 
@@ -308,9 +323,9 @@ def check_lengths(
         UserError: Naming the task.
     """
     longest = max(len(r.context) + len(r.continuation) - 1 for row in rows for r in row)
-    if subject.shape and longest > subject.shape.max_positions:
+    if shape and longest > shape.max_positions:
         raise UserError(
-            f"{name} has a question of {longest} tokens, more than the "
-            f"{subject.shape.max_positions} positions of the model.",
+            f"{name} has a question of {longest} tokens, more than the {shape.max_positions} "
+            "positions of the model.",
             "Lower evaluator.fidelity.num_fewshot, or leave the task out.",
         )

@@ -115,7 +115,8 @@ class Generation(Evaluator):
 
         if not self.tasks and not find(spec.dataset.kind).asks:
             raise UserError(
-                f"Evaluator generation has no prompts in {spec.dataset.name!r}: it is plain text.",
+                f"Evaluator generation has no prompts in {spec.dataset.called!r}: it is plain "
+                "text.",
                 "Name tasks: evaluator.generation.tasks=[gsm8k_cot]",
             )
         try:
@@ -133,6 +134,11 @@ class Generation(Evaluator):
             )
         if self.tasks:
             self._check_tasks()
+
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse questions that cannot be graded, or need more positions than the model has."""
+        for questions in self._questions(data):
+            self._check_positions(data, questions, self._sizes(data, questions), shape)
 
     def _check_tasks(self) -> None:
         from effbench.data import lm_eval_tasks as tasks
@@ -167,15 +173,19 @@ class Generation(Evaluator):
         """Yield the passes of a task's questions, in the batches in which they are answered."""
         from effbench.api.footprint import Pass
 
-        kind = find_kind(data.model.kind if data.model else CAUSAL)
-        prompts = [len(ids) for ids in _prompt_ids(data.tokenizer, questions, kind)]
-        longest = [self.max_new_tokens or q.max_new_tokens for q in questions.asked]
-        sizes = [prompt + new for prompt, new in zip(prompts, longest, strict=True)]
-        for group in by_length(sizes, self.batch_tokens):
-            rows, prompt = len(group), max(prompts[i] for i in group)
-            total = prompt + max(longest[i] for i in group)
+        sizes = self._sizes(data, questions)
+        for group in by_length(list(map(sum, sizes)), self.batch_tokens):
+            rows, prompt = len(group), max(sizes[i][0] for i in group)
+            total = prompt + max(sizes[i][1] for i in group)
             yield Pass("prefill", rows, prompt, rows, after=total - prompt)
             yield Pass("decode", rows, total, rows, prompt)
+
+    def _sizes(self, data: Data, questions: Questions) -> list[tuple[int, int]]:
+        """Return the tokens of each question's prompt, and the most of its answer."""
+        kind = find_kind(data.model.kind if data.model else CAUSAL)
+        prompts = _prompt_ids(data.tokenizer, questions, kind)
+        longest = [self.max_new_tokens or q.max_new_tokens for q in questions.asked]
+        return [(len(ids), new) for ids, new in zip(prompts, longest, strict=True)]
 
     def run(self, subject: Subject) -> Result:
         """Return each task's own metrics, `output_tokens` and `truncated`, with intervals.
@@ -267,22 +277,25 @@ class Generation(Evaluator):
                     int(digest([subject.seed, q.id], 15), 16),
                 )
             )
-        self._check_positions(subject, questions, prompts)
+        sizes = [(len(p.ids), p.max_new_tokens) for p in prompts]
+        self._check_positions(subject.data, questions, sizes, subject.shape)
         return prompts
 
     def _check_positions(
-        self, subject: Subject, questions: Questions, prompts: Sequence[generate.Prompt]
+        self,
+        data: Data,
+        questions: Questions,
+        sizes: Sequence[tuple[int, int]],
+        shape: AnyShape | None,
     ) -> None:
-        longest = max(prompts, key=lambda p: len(p.ids) + p.max_new_tokens)
-        needed = len(longest.ids) + longest.max_new_tokens
-        if subject.shape and needed > subject.shape.max_positions:
-            name = questions.task or subject.data.spec.name
-            own = ", or ask the own dataset: evaluator.generation.tasks=[]" if self.tasks else ""
+        prompt, new = max(sizes, key=sum)
+        if shape and prompt + new > shape.max_positions:
+            name = questions.task or data.spec.called
+            own = f", or ask the own dataset: evaluator.{self.name}.tasks=[]" if self.tasks else ""
             raise UserError(
-                f"{name}: a prompt of {len(longest.ids)} tokens and an answer of up to "
-                f"{longest.max_new_tokens} are more than the "
-                f"{subject.shape.max_positions} positions of the model.",
-                f"{questions.shorten}, or evaluator.generation.max_new_tokens{own}.",
+                f"{name}: a prompt of {prompt} tokens and an answer of up to {new} are more than "
+                f"the {shape.max_positions} positions of the model.",
+                f"{questions.shorten}, or evaluator.{self.name}.max_new_tokens{own}.",
             )
 
     # -- metrics -------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ class LongContext(Evaluator):
                 f"Lower it: {HERE}.scored_tokens={min(self.lengths) // 2}",
             )
 
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse lengths that are too short for a question, and a split that is too short."""
+        for length in self.lengths:
+            for task in self.tasks:
+                self._items(task, length, data)
+        if self.scored_tokens:
+            self._texts(data)
+
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return a full batch of the longest questions, and one of the longest texts."""
         length = max(self.lengths)
@@ -119,10 +127,7 @@ class LongContext(Evaluator):
 
     def _ask(self, result: Result, subject: Subject, task: needles.Task, length: int) -> float:
         """Add the answers of one task and length; return the most bytes of cache of a sequence."""
-        sizes = needles.Sizes(self.keys, self.hops)
-        asked, new = needles.items(
-            task, length, self.items, subject.data.tokenizer, sizes=sizes, seed=self.seed
-        )
+        asked, new = self._items(task, length, subject.data)
         name = f"{task}-{length}"
         found = self._answers(subject, name, asked, new)
         values = [float(item.right(text)) for item, (text, _) in zip(asked, found, strict=True)]
@@ -134,6 +139,11 @@ class LongContext(Evaluator):
         ]
         subject.keep(name, rows)
         return max(held for _, held in found)
+
+    def _items(self, task: needles.Task, length: int, data: Data) -> tuple[list[needles.Item], int]:
+        """Return the questions of one task and length, and how many tokens to decode for each."""
+        sizes = needles.Sizes(self.keys, self.hops)
+        return needles.items(task, length, self.items, data.tokenizer, sizes=sizes, seed=self.seed)
 
     def _answers(
         self, subject: Subject, name: str, asked: Sequence[needles.Item], new: int
@@ -151,7 +161,7 @@ class LongContext(Evaluator):
 
     def _score(self, result: Result, subject: Subject, length: int) -> None:
         """Add the loss of the last tokens of texts of one length."""
-        texts, name = [ids[-length:] for ids in self._texts(subject)], f"text-{length}"
+        texts, name = [ids[-length:] for ids in self._texts(subject.data)], f"text-{length}"
         head = result.add_items(
             subject,
             "long_context",
@@ -180,9 +190,9 @@ class LongContext(Evaluator):
             subject.progress(f"long_context {name}", len(journal), len(texts))
         return [nll / scored for nll in journal.values()]
 
-    def _texts(self, subject: Subject) -> list[list[int]]:
+    def _texts(self, data: Data) -> list[list[int]]:
         """Return texts of the longest length, whose last tokens are the same at every length."""
-        stream = [token for row in subject.data.documents(self.split) for token in row.ids]
+        stream = [token for row in data.documents(self.split) for token in row.ids]
         longest = max(self.lengths)
         if len(stream) < longest:
             raise UserError(

@@ -51,8 +51,8 @@ class Preference(Evaluator):
 
         if not find(spec.dataset.kind).choices:
             raise UserError(
-                f"Evaluator preference compares answers; dataset {spec.dataset.name!r} is of kind "
-                f"{spec.dataset.kind!r}.",
+                f"Evaluator preference compares answers; dataset {spec.dataset.called!r} is of "
+                f"kind {spec.dataset.kind!r}.",
                 "Leave it out, or use dataset.kind=preference or choices.",
             )
 

@@ -77,7 +77,7 @@ def of_dataset(data: Data, split: str, limit: int | None, pattern: str) -> Quest
         if extracted(row.answer, pattern) is None:
             raise UserError(
                 f"evaluator.generation.pattern={pattern!r} matches nothing in the answer "
-                f"{row.answer[:60]!r} of dataset {data.spec.name!r}.",
+                f"{row.answer[:60]!r} of dataset {data.spec.called!r}.",
                 "Correct the pattern, or leave it out.",
             )
     prompts = [

@@ -59,7 +59,7 @@ class Similarity(Evaluator):
         known = split_names(spec.dataset)
         if self.split not in known:
             raise UserError(
-                f"dataset {spec.dataset.name!r} has no split {self.split!r}.",
+                f"dataset {spec.dataset.called!r} has no split {self.split!r}.",
                 did_you_mean(self.split, known),
             )
         if shape and self.tokens > shape.max_positions:

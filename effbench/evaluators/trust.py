@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from effbench.api.shape import AnyShape
     from effbench.api.spec import Spec
     from effbench.data.dataset import Data
-    from effbench.evaluators.trustworthiness.answers import Asked
+    from effbench.evaluators.trustworthiness.answers import Asked, Asking
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,13 @@ class Trust(Evaluator):
         if not self.seeds:
             raise UserError("evaluator.trust.seeds is empty.", "Set evaluator.trust.seeds=[0].")
 
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse questions that are longer than the model's positions."""
+        from effbench.evaluators.trustworthiness.answers import refuse_long
+
+        if not data.spec.template:  # questions are asked in the model's own
+            refuse_long(self._questions(), self._how(), data.tokenizer, shape)
+
     def others(self) -> tuple[str, ...]:
         """Return the reference, where it is another model."""
         return (self.reference,) if self.reference else ()
@@ -81,16 +88,20 @@ class Trust(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return scores, differences and shifts by dimension, and how far the model moved."""
-        from effbench.evaluators.trustworthiness.answers import Asking, ask
+        from effbench.evaluators.trustworthiness.answers import ask
         from effbench.evaluators.trustworthiness.report import Report
 
-        questions = self._questions()
-        how = Asking(self.batch_tokens, self.chat, self.generate, self.new_tokens)
+        questions, how = self._questions(), self._how()
         own = ask(subject, questions, how, "answers")
         other = ask(self._reference(subject), questions, how, "reference")
         result = Result()
         Report(subject, result, questions, own, other).fill(self.generate)
         return result
+
+    def _how(self) -> Asking:
+        from effbench.evaluators.trustworthiness.answers import Asking
+
+        return Asking(self.batch_tokens, self.chat, self.generate, self.new_tokens)
 
     def _questions(self) -> list[Asked]:
         from effbench.evaluators.trustworthiness.answers import Asked

@@ -127,7 +127,7 @@ def load(
 
             own_weights(model)
         own = kind_of(model).name == CAUSAL  # what transformers makes of other configs says less
-        shape = shape_in(model.config.to_dict(), spec.name, spec) if own else shape_of(spec)
+        shape = shape_in(model.config.to_dict(), spec.called, spec) if own else shape_of(spec)
         _check_stated(spec, shape)
     _check_model(model, shape)
     kind_of(model).ready(model)
@@ -219,7 +219,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise UserError(
-            f"The tokenizer of {spec.name} has no token that could end or pad a text.",
+            f"The tokenizer of {spec.called} has no token that could end or pad a text.",
             "Set pad_token or eos_token in its tokenizer_config.json.",
         )
     return tokenizer
@@ -360,7 +360,7 @@ def _with_classes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     trained = kind_in(config).name == kind_in(config, spec.kind).name
     if trained and known and len(known) != spec.classes:
         raise UserError(
-            f"model.classes={spec.classes}, but the head of {spec.name} is for {len(known)}.",
+            f"model.classes={spec.classes}, but the head of {spec.called} is for {len(known)}.",
             "Leave model.classes out, or start from an encoder without a head.",
         )
     labels = {str(n): f"LABEL_{n}" for n in range(spec.classes)}
@@ -528,7 +528,7 @@ def _config_file(spec: ModelSpec) -> Path:
         if folder:
             return folder / "config.json"
         raise UserError(
-            f"The shape of {spec.name} is known only after its download.",
+            f"The shape of {spec.called} is known only after its download.",
             f"Run: effbench fetch {spec.id}, then use it once; or give model.shape.",
         )
     from huggingface_hub import try_to_load_from_cache
@@ -613,7 +613,7 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
     with quiet(), _load_errors(spec), _hub_if_it_answers(spec):
         config = transformers.AutoConfig.from_pretrained(spec.path or spec.id, **options)
         known = config.to_dict()
-        reads = require_kind(known, spec.name, spec.kind)
+        reads = require_kind(known, spec.called, spec.kind)
         if spec.classes:
             config.num_labels = len(_with_classes(known, spec)["id2label"])
         if device != "cpu":
@@ -629,7 +629,7 @@ def _pretrained(spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
     model, info = both
     if kind_in(known).name != reads.name:
         info = _without_heads(reads, model, info, spec)
-    _require_same_weights(spec.name, info)
+    _require_same_weights(spec.called, info)
     as_linears(model)
     fix_positions(model)
     return model.eval()
@@ -743,7 +743,7 @@ def _check_stated(spec: ModelSpec, shape: AnyShape) -> None:
         stated, found = getattr(spec.shape, part.name), getattr(shape, part.name)
         if stated != found:
             raise UserError(
-                f"model.shape.{part.name}={stated}, but the files of {spec.name} have {found}.",
+                f"model.shape.{part.name}={stated}, but the files of {spec.called} have {found}.",
                 "Leave model.shape out, or make it what the files have.",
             )
 
@@ -767,7 +767,7 @@ def _load_errors(spec: ModelSpec) -> Iterator[None]:
         ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{spec.name} does not fit into the device's memory.",
+            f"{spec.called} does not fit into the device's memory.",
             "`effbench plan` shows what it needs, part by part.",
         ) from error
     except (

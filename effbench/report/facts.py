@@ -91,8 +91,8 @@ def told_of(
 
 
 def _frame(record: Record) -> str:
-    names = (record.name_of(part) for part in ("method", "model", "dataset"))
-    return _digest([record.stage, *names, record.parent])
+    parts = (record.spec.get(part) or {} for part in ("method", "model", "dataset"))
+    return _digest([record.stage, *(str(part.get("name", "")) for part in parts), record.parent])
 
 
 def _digest(value: Any) -> str:

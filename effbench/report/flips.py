@@ -137,8 +137,11 @@ def _how(found: Flips, arm: Arm) -> str:
         return f"Their texts are in no run folder here; they are made again by: {again}"
     if found.place.task:
         return f"No texts were kept; items are the rows of the task {found.place.task}, in order."
-    data = arm.records[0].name_of("dataset")
+    record = arm.records[0]
+    data = record.spec.get("dataset") or {}
+    files = (data.get("files") or {}).items()
+    words = " ".join([data.get("name", ""), *(f"dataset.files.{s}={file}" for s, file in files)])
     return (
-        f"No texts were kept; items are rows of {data}, in order: effbench show dataset {data} "
-        "--rows 3"
+        f"No texts were kept; items are rows of {record.name_of('dataset')}, in order: "
+        f"effbench show dataset {words} --rows 3"
     )

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from textwrap import wrap
 
+from effbench.api.names import called
 from effbench.report.facts import facts
 from effbench.report.labels import ABSENT
 from effbench.report.table import RUN_COLUMNS, Cell, Table, readable
@@ -198,7 +199,7 @@ def _unfinished(store: Store) -> Iterator[Listed]:
 def _unfinished_run(folder: RunFolder) -> Listed:
     spec = _read(folder, "spec.json")
     parts = (spec.get(part) for part in ("method", "model", "dataset"))
-    method, model, dataset = (p.get("name", "") if isinstance(p, dict) else "" for p in parts)
+    method, model, dataset = (called(p) if isinstance(p, dict) else "" for p in parts)
     begun = (folder.path / "spec.json").stat().st_mtime
     return Listed(
         folder.key,

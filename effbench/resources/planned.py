@@ -33,7 +33,7 @@ def predicted(job: Job) -> Planned:
     shape = known_shape(spec.model)
     if shape is None:
         raise UserError(
-            f"The shape of {spec.model.id or spec.model.name} is not known here.",
+            f"The shape of {spec.model.id or spec.model.called} is not known here.",
             "Give it as model.shape.*, or fetch the model first.",
         )
     lineage = Lineage.of(spec, Store(Path(job.runtime.results)))

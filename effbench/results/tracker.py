@@ -40,7 +40,7 @@ class Wandb:
             id=spec.key,
             name=spec.label,
             group=spec.label.rpartition(" seed ")[0],
-            tags=[spec.stage, spec.method.name, spec.model.name, spec.dataset.name],
+            tags=[spec.stage, spec.method.name, spec.model.called, spec.dataset.called],
             config=plain(spec),
             dir=folder,
             resume="allow",

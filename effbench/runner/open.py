@@ -34,6 +34,7 @@ from effbench.nn.quant.linears import pack_linears
 from effbench.resources.memory import memory_in_use, release
 from effbench.results.records import Metric
 from effbench.results.store import RunFolder, Store
+from effbench.runner.progress import Progress
 from effbench.runner.run import Run, open_run
 from effbench.util.errors import UserError
 from effbench.util.libraries import import_uncompiled
@@ -68,14 +69,14 @@ def open_model(run: Run) -> Opened:
     """
     spec, lineage, own = run.spec, run.lineage, make_method(run.spec.method)
     weights = _base_weights(spec, own, lineage.earlier)
-    run.progress.now(f"loading {' and '.join([spec.model.name, *filter(None, [spec.parent])])}")
+    run.progress.now(f"loading {' and '.join([spec.model.called, *filter(None, [spec.parent])])}")
     stored = _import_all(run, own)
     gc.freeze()  # what libraries made is not looked through again at the start of every phase
     atexit.register(gc.unfreeze)  # some of them complain of leaks otherwise
     base_bytes = memory_in_use(run.device)
     with run.phase("load"):
         loaded = load_start(run, own)
-    models.require_rows(run.tokenizer, loaded.shape, spec.model.name)
+    models.require_rows(run.tokenizer, loaded.shape, spec.model.called)
     check_kind(spec, loaded.shape)
     check_lengths(spec, loaded.shape)
     start = lineage.start(loaded.shape)
@@ -83,7 +84,7 @@ def open_model(run: Run) -> Opened:
         element = (torch.float32 if weights == "float32" else run.dtype).itemsize
         same = abs(stored / loaded.shape.params - element) < SAME_DTYPE
         run.know(stored_bytes=0 if same else stored)
-    run.progress.say(f"{spec.model.name} loaded in {loaded.seconds:.1f} s")
+    run.progress.say(f"{spec.model.called} loaded in {loaded.seconds:.1f} s")
     return Opened(loaded.model, resolved(own, start), loaded.shape, start, base_bytes)
 
 
@@ -224,23 +225,45 @@ def open_data(run: Run) -> Data:
     Raises:
         UserError: When this run or an earlier one trains on items that this one evaluates.
     """
-    run.progress.now(f"reading {run.spec.dataset.name} and making tokens of it")
+    run.progress.now(f"reading {run.spec.dataset.called} and making tokens of it")
     data, asked_before = _apart(run.spec, run.tokenizer, run.store)
     _account(run, data, asked_before)
+    if run.group.rank == 0:
+        _check_asked(run.spec, data, run.progress)
     return data
 
 
 def check_rows(job: Job) -> None:
-    """Read the rows that a training uses as it will; their tokens are kept for it.
+    """Read the rows that a run uses as it will.
 
     Raises:
         UserError: As `open_data`, and for rows that have no place in the template.
     """
     spec = job.spec
     data, _ = _apart(spec, models.load_tokenizer(spec.model), Store(Path(job.runtime.results)))
-    data.examples("train")
+    if stages.find(spec.stage).makes:
+        data.examples("train")
     for split in _evaluated(spec):
         data.documents(split)
+    _check_asked(spec, data)
+
+
+def _check_asked(spec: Spec, data: Data, progress: Progress | None = None) -> None:
+    """Refuse what evaluators ask that the data or the model has no room for.
+
+    Args:
+        spec: Of the run.
+        data: Its own.
+        progress: Where to say that it takes a moment.
+
+    Raises:
+        UserError: With what to change.
+    """
+    shape = models.known_shape(spec.model)
+    for evaluator in map(make_evaluator, spec.evaluators):
+        if progress and evaluator.libraries():
+            progress.now(f"reading what evaluator {evaluator.name} asks")
+        evaluator.check_data(data, shape)
 
 
 def _apart(spec: Spec, tokenizer: Any, store: Store) -> tuple[Data, dict[str, int]]:
@@ -309,7 +332,7 @@ def _refuse_benchmarks(spec: Spec, trained: Sequence[tuple[DatasetSpec, Trained]
         for dataset, rows in trained if not spec.dataset.allow_overlap else ():
             if theirs := evaluator.overlap(dataset, rows):
                 raise UserError(
-                    f"{theirs} evaluates the rows that dataset {dataset.name!r} trains on.",
+                    f"{theirs} evaluates the rows that dataset {dataset.called!r} trains on.",
                     "Train on others, leave it out, or say dataset.allow_overlap=true.",
                 )
 

@@ -280,7 +280,7 @@ def test_a_split_to_train_on_without_rows_is_named(cli, inline, tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(rows())
     words = ["dataset=file", "dataset.files.all=a.jsonl", "dataset.cut.train=0"]
     text = refused(cli, "train", "model=tiny", *words, "run.progress=false", *STEPS)
-    assert "Split 'train' of dataset 'file' has no rows" in text
+    assert "Split 'train' of dataset 'a.jsonl' has no rows" in text
     assert "dataset.cut.train" in text
 
 

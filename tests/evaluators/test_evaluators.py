@@ -30,6 +30,7 @@ from effbench.util.errors import UserError
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
 DATA = ["dataset=arithmetic", "+dataset.limit.train=16", "+dataset.limit.test=12"]
+FEW = ["model.shape.max_positions=96", "dataset.max_length=64"]
 SMALL = ["train.max_steps=2", "train.batch_size=2"]
 
 
@@ -226,6 +227,39 @@ def test_a_later_evaluation_sees_the_same_items(bench: Bench) -> None:
     made = bench.run("train", "method=lora", *DATA, *SMALL, *HARDWARE)
     again = bench.run("eval", f"from={made.key}", *HARDWARE)
     assert [o.ids for o in again.outcomes] == [o.ids for o in made.outcomes]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["evaluator=generation", "evaluator.generation.max_new_tokens=500"],
+            r"arithmetic: a prompt of \d+ tokens .* 512 positions",
+        ),
+        (
+            ["evaluator=generation", "evaluator.generation.pattern='(#+)'"],
+            "matches nothing in the answer",
+        ),
+        (
+            ["evaluator=long_context", "evaluator.long_context.lengths=[512]"],
+            r"Split 'test' has \d+ tokens",
+        ),
+        (
+            ["evaluator=long_context", "evaluator.long_context.lengths=[65]"],
+            "Task needle does not fit",
+        ),
+        (
+            ["evaluator=trust", "evaluator.trust.dimensions=[ethics]", *FEW],
+            "the model has 96 positions",
+        ),
+    ],
+)
+def test_what_rows_leave_no_room_for_is_refused_before_loading(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr("effbench.runner.open.load_start", None)
+    with pytest.raises(UserError, match=message):
+        bench.run("train", "method=lora", *DATA, *SMALL, *HARDWARE, *words)
 
 
 def test_no_evaluator_is_no_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

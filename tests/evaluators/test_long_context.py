@@ -91,7 +91,7 @@ def test_it_is_what_decoding_and_plain_passes_give(subject: Subject) -> None:
     result = SMALL.run(dataclasses.replace(subject, keep=kept.__setitem__))
     found = {(m.name, m.task): m for m in result.metrics}
     stream = [t for row in subject.data.documents("test") for t in row.ids]
-    texts = SMALL._texts(subject)
+    texts = SMALL._texts(subject.data)
     assert len(texts) == 3 and texts[0] == stream[:320] and all(len(t) == 320 for t in texts)
     for length in (200, 320):
         losses = []
@@ -178,5 +178,5 @@ def test_what_cannot_be_is_refused_before_loading(bench: Bench, words: str, mess
 
 def test_a_split_that_is_too_short_is_refused(subject: Subject) -> None:
     with pytest.raises(UserError, match=r"Split 'test' has 4[0-9]+ tokens") as error:
-        LongContext(lengths=(512,), tasks=())._texts(subject)
+        LongContext(lengths=(512,), tasks=())._texts(subject.data)
     assert "scored_tokens=0" in error.value.hint

@@ -180,3 +180,29 @@ def test_a_damaged_spec_of_an_unfinished_run_is_listed(store: Store) -> None:
     (store.run(STOPPED).path / "spec.json").write_text(json.dumps([1]))
     (run,) = listed(store, ["state=interrupted"])
     assert replace(run, started="") == replace(run, started="", method="", stage="", seed="")
+
+
+OWN_DATA = {"name": "file", "files": {"test": "b.csv", "train": ["data/a.csv", "b.csv"]}}
+
+
+def test_runs_of_ones_own_model_and_files_are_listed_by_their_names(store: Store) -> None:
+    for key, seed, model in (
+        ("d" * 16, 3, {"name": "folder", "path": "/x/my-model/"}),
+        ("e" * 16, 4, {"name": "hub", "id": "Org/Name-1B", "path": ""}),
+        ("f" * 16, 5, {"name": "folder", "path": f"/h/models--O--N/snapshots/{'0' * 40}"}),
+        ("0" * 16, 6, {"name": "folder", "path": "."}),
+        ("1" * 16, 7, {"name": "mine", "source": "folder", "path": "/x/other"}),
+    ):
+        record = record_of(key, "lora", seed=seed)
+        record = replace(record, spec={**record.spec, "model": model, "dataset": OWN_DATA})
+        records.write(record, store.records)
+        begin(store, f"{key[:15]}9", {**record.spec, "parent": ""})
+    found = {(r.key, r.model, r.dataset) for r in listed(store, ["dataset=a.csv+1"])}
+    assert {(key[0], model) for key, model, _ in found} == {
+        ("d", "my-model"),
+        ("e", "Name-1B"),
+        ("f", "N"),
+        ("0", "folder"),
+        ("1", "mine"),
+    }
+    assert len(found) == 10  # finished and not

@@ -16,6 +16,7 @@ from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
+    from effbench.api.shape import AnyShape
     from effbench.evaluators.subject import Subject
 
 
@@ -60,19 +61,32 @@ def ask(subject: Subject, questions: Sequence[Asked], how: Asking, name: str) ->
         UserError: When a question is longer than the model's positions.
     """
     prompts = [_rendered(q.item, subject.tokenizer, how.chat) for q in questions]
-    space = "" if how.chat else " "
-    requests = [
-        _request(subject.tokenizer, prompt, space + choice, how.chat)
-        for prompt, q in zip(prompts, questions, strict=True)
-        for choice in q.item.choices
-    ]
-    _refuse_long(subject, requests, how.new_tokens if how.generate else 0)
+    requests = _requests(prompts, questions, how, subject.tokenizer)
+    _refuse_long(requests, how, subject.shape)
     scores = iter(subject.score(requests, name, how.batch_tokens))
     log_p = [log_softmax([next(scores).loglikelihood for _ in q.item.choices]) for q in questions]
     if how.generate:
         contexts = [_tokens(subject.tokenizer, p, how.chat) for p in prompts]
         return Answers(log_p, _generated(subject, questions, contexts, how, f"{name}-texts"))
     return Answers(log_p, [Reply("answer", p.index(max(p))) for p in log_p])
+
+
+def refuse_long(
+    questions: Sequence[Asked], how: Asking, tokenizer: Any, shape: AnyShape | None
+) -> None:
+    """Refuse questions that are longer than a model's positions.
+
+    Args:
+        questions: What is to be asked.
+        how: How.
+        tokenizer: The model's.
+        shape: The model's; None when it is not known.
+
+    Raises:
+        UserError: With what to leave out.
+    """
+    prompts = [_rendered(q.item, tokenizer, how.chat) for q in questions]
+    _refuse_long(_requests(prompts, questions, how, tokenizer), how, shape)
 
 
 def log_softmax(values: Sequence[float]) -> list[float]:
@@ -85,6 +99,18 @@ def log_softmax(values: Sequence[float]) -> list[float]:
 def divergence(log_p: Sequence[float], log_q: Sequence[float]) -> float:
     """Return KL(p || q) in nats; exactly 0 for equal distributions, never below."""
     return max(0.0, sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)))
+
+
+def _requests(
+    prompts: Sequence[str], questions: Sequence[Asked], how: Asking, tokenizer: Any
+) -> list[prefix_tree.Request]:
+    """Return each choice of each question, as tokens."""
+    space = "" if how.chat else " "
+    return [
+        _request(tokenizer, prompt, space + choice, how.chat)
+        for prompt, q in zip(prompts, questions, strict=True)
+        for choice in q.item.choices
+    ]
 
 
 def _rendered(item: Item, tokenizer: Any, chat: bool) -> str:
@@ -109,13 +135,14 @@ def _request(tokenizer: Any, prompt: str, answer: str, chat: bool) -> prefix_tre
 
 
 def _refuse_long(
-    subject: Subject, requests: Sequence[prefix_tree.Request], new_tokens: int
+    requests: Sequence[prefix_tree.Request], how: Asking, shape: AnyShape | None
 ) -> None:
+    new_tokens = how.new_tokens if how.generate else 0
     longest = max(len(r.context) + max(len(r.continuation), new_tokens) for r in requests)
-    if subject.shape is not None and longest > subject.shape.max_positions:
+    if shape is not None and longest > shape.max_positions:
         raise UserError(
             f"A question of evaluator trust has {longest} tokens; the model has "
-            f"{subject.shape.max_positions} positions.",
+            f"{shape.max_positions} positions.",
             "Leave out the dimension with the longest ones: "
             "evaluator.trust.dimensions=[stereotype,toxicity,ethics]",
         )

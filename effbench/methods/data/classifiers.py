@@ -55,7 +55,7 @@ class Classifiers(Trains):
         if not kinds.find(dataset.kind).choices:
             raise UserError(
                 f"{self.name} learns which of a row's answers is right; dataset "
-                f"{dataset.name!r} is of kind {dataset.kind!r}.",
+                f"{dataset.called!r} is of kind {dataset.kind!r}.",
                 "Use texts with the same answers for each (dataset.kind=choices).",
             )
 

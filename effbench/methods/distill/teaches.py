@@ -79,7 +79,7 @@ class Teaches(Trains):
         """Refuse rows without answers to choose from, where distributions are over answers."""
         if self.over == "answers" and not kinds.find(dataset.kind).choices:
             raise UserError(
-                f"method.over=answers needs questions with answers; dataset {dataset.name!r} is "
+                f"method.over=answers needs questions with answers; dataset {dataset.called!r} is "
                 f"of kind {dataset.kind!r}.",
                 "Use dataset.kind=choices, or method.over=tokens.",
             )

@@ -79,7 +79,7 @@ class Reward(LoRA):
         if not kinds.find(dataset.kind).choices:
             raise UserError(
                 f"{self.name} learns from answers that are preferred to others; dataset "
-                f"{dataset.name!r} is of kind {dataset.kind!r}.",
+                f"{dataset.called!r} is of kind {dataset.kind!r}.",
                 "Use preference pairs (dataset.kind=preference) or questions with choices.",
             )
 

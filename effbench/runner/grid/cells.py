@@ -80,7 +80,7 @@ def kind_of(spec: Spec) -> str:
     """Return what runs that take about as long have in common, in words."""
     train = spec.train
     length = train.epochs or train.max_steps
-    names = spec.stage, spec.method.name, spec.model.name, spec.dataset.name
+    names = spec.stage, spec.method.name, spec.model.called, spec.dataset.called
     sizes = f"{length}x{train.rows_per_step}x{spec.dataset.max_length}"
     return " ".join((*names, sizes, *(e.name for e in spec.evaluators)))
 

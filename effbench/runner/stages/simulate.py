@@ -37,7 +37,7 @@ def _shape(run: Run) -> AnyShape:
     found = known_shape(run.spec.model)
     if found is None:
         raise UserError(
-            f"The shape of {run.spec.model.name} is not known here.",
+            f"The shape of {run.spec.model.called} is not known here.",
             "Give it as model.shape.*, or fetch the model first.",
         )
     return found
