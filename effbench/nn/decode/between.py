@@ -41,6 +41,8 @@ class Between:
         count = len(engine.blocks)
         self.lengths, self.runs = (ctypes.c_int64 * count)(), (ctypes.c_uint8 * count)(*[1] * count)
         self.scratch = torch.empty(0)
+        self.places = torch.arange(prompts.CHUNK_ROWS)
+        self.starts = torch.zeros(prompts.CHUNK_ROWS, dtype=torch.long)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Between | None:
@@ -55,6 +57,12 @@ class Between:
         """Whether the kernel is the way for hidden states [B, W, d], rather than the modules."""
         few = hidden.shape[0] * hidden.shape[1] <= native.LARGEST_BATCH
         return few or prompts.takes(self.engine, hidden[:, :, 0], padded=False)
+
+    def scaling(self, index: int) -> float:
+        """Return what a block's scores are multiplied by."""
+        own = self.engine.blocks[index].attention
+        assert own is not None
+        return own.scaling
 
     def reserve(self) -> None:
         """Move the weights to huge pages, where the system has them, before any clock runs."""
@@ -144,13 +152,12 @@ class Between:
     def _run(self, sizes: native.Model, step: native.Step, rows: torch.Tensor) -> None:
         """Run the kernel for hidden states [R, d]; fill in what all calls have in common."""
         count = len(rows)
-        places, starts = torch.arange(count), torch.zeros(count, dtype=torch.long)
         need = self.kernel.kernels.scratch_floats(sizes, count, 0)
         if len(self.scratch) < need:
             self.scratch = torch.empty(need)
         step.batch, step.width, step.threads = count, 1, torch.get_num_threads()
         step.inputs, step.scratch = rows.data_ptr(), self.scratch.data_ptr()
-        step.positions, step.starts = places.data_ptr(), starts.data_ptr()
+        step.positions, step.starts = self.places.data_ptr(), self.starts.data_ptr()
         step.lengths, step.runs = ctypes.addressof(self.lengths), ctypes.addressof(self.runs)
         self.kernel.kernels.decode(sizes, step, self.engine.dtype)
 

@@ -212,10 +212,11 @@ class StagedDecoder:
     ) -> torch.Tensor:
         """Return what queries [B, H, W, D] of a block see once its entry has taken what came with
         them, [B, W, H, D]."""
+        assert self.between is not None
         module, entry = self.decoder.layers[index].self_attn, cast(Any, self.cache.layers[index])
         keys, values = entry.update(keys, values)
         stretch = Stretch(self.cache, self.root.config._attn_implementation, self.angles)
-        context = {"dropout": 0.0, "scaling": module.scaling}
+        context = {"dropout": 0.0, "scaling": self.between.scaling(index)}
         return attend(module, query, keys, values, None, stretch=stretch, **context)[0]
 
     def _make_angles(self, like: torch.Tensor) -> None:
@@ -343,6 +344,9 @@ class StagedSession:
     ) -> None:
         self.staged = StagedDecoder(model, exits, policy, undo)
         self.staged.between = Between.of(model) if policy != EVERYTHING else None
+        if self.staged.between is not None and not policy.turns_at_places:
+            for entry in self.staged.cache.layers:
+                entry.attends = True  # type: ignore[union-attr]
         self.steps = 0
         """Tokens decoded of each sequence."""
         self.prompt = Work()
@@ -396,7 +400,12 @@ class WholeSession(StagedSession):
 
     def after_prompt(self) -> torch.Tensor:
         """Return the logits [B, V] after the last position."""
-        return self.staged.logits(0, self.staged.run(0)[:, -1:])[:, -1]
+        norm, head = norm_and_head(self.staged.root, self.staged.stages[0].stop)
+        hidden = self.staged.run(0)
+        if own := self.staged.between:
+            return own.logits(hidden[:, -1], norm, head)
+        logits: torch.Tensor = head(norm(hidden)[:, -1:])
+        return logits[:, -1]
 
     @torch.inference_mode()
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
