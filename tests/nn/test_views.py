@@ -117,7 +117,7 @@ def test_the_kernel_makes_the_products_between_two_attentions(
     monkeypatch.setattr(kernels, "decode", counted)
     found = decoded(session, ids, 7, mask)
     monkeypatch.undo()
-    # Prompts of 14 rows, then 17 steps of 2: calls before, between and after the layers, and the head.
+    # Prompts of 14 rows, then 17 steps of 2: calls around each attention, and for the head.
     layers = model.config.num_hidden_layers
     assert calls == [14] * (layers + 1) + [2] + [2] * (17 * (layers + 2))
     torch.testing.assert_close(

@@ -32,25 +32,24 @@ struct Cache {
   int64_t heads, groups, size, width, channels, recent;
 };
 
-// out[i][k][b] (+)= sum over j of by[i][j] code k of byte b of row j, for the eight bytes at `codes` of each
+// out[i][k][b] += sum over j of by[i][j] code k of byte b of row j, for the eight bytes at `codes` of each
 // of `count` rows; what belongs to one k lies `apart`, what belongs to one i `stride`.
 template <int bits, int N>
 void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
-             int64_t stride, int64_t apart, bool adds) {
+             int64_t stride, int64_t apart) {
   constexpr int kEach = 8 / bits;
   Floats sums[N][kEach];
   for (int i = 0; i < N; ++i)
-    for (int k = 0; k < kEach; ++k) {
-      sums[i][k] = Floats{};
-      if (adds) std::memcpy(&sums[i][k], out + i * stride + k * apart, sizeof(Floats));
-    }
+    for (int k = 0; k < kEach; ++k)
+      std::memcpy(&sums[i][k], out + i * stride + k * apart, sizeof(Floats));
   for (int64_t j = 0; j < count; ++j) {
     Bytes bytes;
     std::memcpy(&bytes, codes + j * row, sizeof(bytes));
     const Whole whole = __builtin_convertvector(bytes, Whole);
 #pragma GCC unroll 4
     for (int k = 0; k < kEach; ++k) {
-      const Floats number = __builtin_convertvector((whole >> (k * bits)) & ((1 << bits) - 1), Floats);
+      const Whole high = whole >> (k * bits);  // of the last code nothing is above
+      const Floats number = __builtin_convertvector(k + 1 < kEach ? high & ((1 << bits) - 1) : high, Floats);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) sums[i][k] += by[i * by_stride + j] * number;
     }
@@ -63,12 +62,12 @@ void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, 
 // The same for any number of queries.
 template <int bits>
 void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
-             int64_t stride, int64_t apart, bool adds, int64_t queries) {
+             int64_t stride, int64_t apart, int64_t queries) {
   int64_t i = 0;
   for (; i + 3 <= queries; i += 3)
-    columns<bits, 3>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart, adds);
+    columns<bits, 3>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
   for (; i < queries; ++i)
-    columns<bits, 1>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart, adds);
+    columns<bits, 1>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
 }
 
 template <int bits>
@@ -128,26 +127,37 @@ struct Attention {
       }
       for (int64_t b = 0; b < bytes; b += kLanes)
         columns<bits>(of.key_codes + group * of.width * bytes + b, bytes, of.width, by.data(), of.width, own + b,
-                      count, bytes, true, each);
+                      count, bytes, each);
     }
     soften(head, piece, scores.data(), count);
+    std::vector<float> natural(each * of.size), ranges_of(2 * ranges * of.size);
+    float *scales = ranges_of.data(), *lowest = scales + ranges * of.size;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t first = (head * of.groups + n) * of.size;
+      for (int64_t t = 0; t < of.size; ++t)
+        for (int64_t r = 0; r < ranges; ++r) {
+          scales[r * of.size + t] = of.value_scales[(first + t) * ranges + r];
+          lowest[r * of.size + t] = of.value_lows[(first + t) * ranges + r];
+        }
+      for (int64_t i = 0; i < each; ++i) {
+        const float* weights = scores.data() + i * count + (n - begin) * of.size;
+        for (int64_t k = 0; k < kEach; ++k)
+          for (int64_t b = 0; b < bytes; ++b) natural[i * of.size + b * kEach + k] = weights[k * bytes + b];
+      }
       for (int64_t r = 0; r < ranges; ++r) {
         for (int64_t i = 0; i < each; ++i) {
-          const float* weights = scores.data() + i * count + (n - begin) * of.size;
-          float low = 0;
+          const float *weight = natural.data() + i * of.size, *s = scales + r * of.size, *l = lowest + r * of.size;
+          float *own = by.data() + i * of.size, low = 0;
+#pragma omp simd reduction(+ : low)
           for (int64_t t = 0; t < of.size; ++t) {
-            const int64_t at = (first + t) * ranges + r;
-            const float weight = weights[t % kEach * bytes + t / kEach];
-            by[i * of.size + t] = weight * of.value_scales[at];
-            low += weight * of.value_lows[at];
+            own[t] = weight[t] * s[t];
+            low += weight[t] * l[t];
           }
           lows[i * ranges + r] += low;
         }
         for (int64_t b = 0; b < part_bytes; b += kLanes)
           columns<bits>(of.value_codes + first * row + r * part_bytes + b, row, of.size, by.data(), of.size,
-                        sums.data() + r * of.channels + b, of.width, part_bytes, true, each);
+                        sums.data() + r * of.channels + b, of.width, part_bytes, each);
       }
     }
     for (int64_t i = 0; i < each; ++i)
