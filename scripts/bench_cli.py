@@ -32,6 +32,7 @@ OF_MANY = {
     "runs show latest": (["runs", "show", "latest"], 2.3),
     "compare": (["compare", "{0}", "{1}"], 2.3),
     "table qdylora": (["table", "qdylora"], 2.3),
+    "table grand": (["table", "grand"], 2.3),
     "report": (["report", "-o", "{results}/report.html"], 2.3),
 }
 """Words and the most CPU-seconds: .3 until it begins, 2 until it is shown."""

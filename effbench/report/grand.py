@@ -22,7 +22,7 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
 from effbench.report.comparison.versions import of_versions
 from effbench.report.facts import Facts, facts
-from effbench.report.speeds import at_point, decoding_speed
+from effbench.report.speeds import Evaluated, at_point, decoding_speed, evaluated
 from effbench.report.table import Value, points
 from effbench.report.verdicts import Tested, retested
 from effbench.results.lookup import earlier
@@ -152,8 +152,8 @@ class Grand:
 
 def is_grand(path: Path) -> bool:
     """Whether a file of conf/table is that of a grand table."""
-    values = yamls.read(path)
-    return isinstance(values, dict) and KEY in values
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(line.startswith(f"{KEY}:") for line in lines)
 
 
 def gathered(path: Path, results: Path, tables: Sequence[Campaign]) -> Grand:
@@ -176,7 +176,8 @@ def gathered(path: Path, results: Path, tables: Sequence[Campaign]) -> Grand:
     known = {fact.key: fact for fact in there}
     found = [s for s in systems if s.found]
     members = [m for s in found for m in _members(s, results, wanted.model, known, reader)]
-    groups = [_group(ground, own, there, reader) for ground, own in _grounds(members).items()]
+    others = evaluated(there)
+    groups = [_group(ground, own, others, reader) for ground, own in _grounds(members).items()]
     return Grand(path.stem, title_of(path), groups, systems)
 
 
@@ -254,9 +255,7 @@ def _grounds(members: Sequence[tuple[Ground, Member]]) -> dict[Ground, list[Memb
 # -- one group ---------------------------------------------------------------------------------
 
 
-def _group(
-    ground: Ground, members: Sequence[Member], there: Sequence[Facts], reader: Reader
-) -> Group:
+def _group(ground: Ground, members: Sequence[Member], others: Evaluated, reader: Reader) -> Group:
     """Return the rows of a group, held against its first one, with letters for all pairs."""
     runs = [_only(record, ground, m.points) for m in members for record in m.records]
     known = earlier(runs, reader)
@@ -266,7 +265,7 @@ def _group(
     rows = []
     for row in _tested(found.metrics).rows:
         member = by_name[row.label]
-        speed = decoding_speed(member.records, row.point, there, reader)
+        speed = decoding_speed(member.records, row.point, others, reader)
         rows.append(_row(row, member, known, speed))
     return Group(ground, rows, of_versions(found.notes))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effbench.report.facts import Facts
@@ -12,9 +12,26 @@ from effbench.results.records import Record
 
 DECODING = "decode_tokens_per_second"
 
+Evaluated = Mapping[tuple[str, str], Sequence[str]]
+"""Keys of the evaluations of each artefact, by its run and the method; by the method alone those of
+untouched models."""
+
+
+def evaluated(there: Sequence[Facts]) -> Evaluated:
+    """Return the evaluations among all records.
+
+    Args:
+        there: What is kept of the records.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for fact in there:
+        if fact.stage == "eval":
+            found.setdefault((fact.parent, fact.method), []).append(fact.key)
+    return found
+
 
 def decoding_speed(
-    records: Sequence[Record], point: str, there: Sequence[Facts], reader: Reader
+    records: Sequence[Record], point: str, there: Evaluated, reader: Reader
 ) -> Value | None:
     """Return the decoding speed of runs at an operating point; None where no record has it.
 
@@ -24,7 +41,7 @@ def decoding_speed(
     Args:
         records: Runs of one row.
         point: Where it is wanted.
-        there: What is kept of all records.
+        there: The evaluations among all records.
         reader: Of their records.
     """
     own = (at_point(record, DECODING, point) for record in records)
@@ -42,17 +59,12 @@ def at_point(record: Record, name: str, point: str) -> Value | None:
     return found.get(point) or found.get("")
 
 
-def _evaluations(record: Record, there: Sequence[Facts], reader: Reader) -> list[Record]:
+def _evaluations(record: Record, there: Evaluated, reader: Reader) -> list[Record]:
     """Return other runs that evaluated what a run's numbers are of."""
-    near = [f.key for f in there if f.key != record.key and _near(f, record)]
-    found = (reader.of(key, outcomes=False) for key in near)
+    made_by = record.parent if record.stage == "eval" else record.key
+    near = there.get((made_by, record.name_of("method")), ())
+    found = (reader.of(key, outcomes=False) for key in near if key != record.key)
     return [other for other in found if _setting(other) == _setting(record)]
-
-
-def _near(fact: Facts, record: Record) -> bool:
-    if fact.stage != "eval" or fact.method != record.name_of("method"):
-        return False
-    return fact.parent == (record.parent if record.stage == "eval" else record.key)
 
 
 def _setting(record: Record) -> list[Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -209,6 +209,11 @@ def read_all(folder: Path, outcomes: bool = True) -> list[Record]:
 class Completed(dict[str, Any]):
     """A spec that has the fields that are known here, so that nobody looks for them again."""
 
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """What was written of it, by whom: a table asks the same of a run for each pair of rows."""
+        return {}
+
 
 def as_now(records: Sequence[Record]) -> list[Record]:
     """Return records whose specs have the fields that came since, so that specs can be compared."""
@@ -311,15 +316,25 @@ def _typed(cls: type[T], values: dict[str, Any], where: str) -> T:
     unknown = values.keys() - known
     if unknown and required <= values.keys():
         raise NewerVersionError(f"{where}.{min(unknown)} is not known here")
-    for name, value in values.items():
-        if name not in known:
-            continue
-        part = known[name]
+    types = tuple(map(type, values.values()))
+    for name in _to_look_at(cls, tuple(values), types):  # type: ignore[arg-type]
+        part, value = known[name], values[name]
         if part.number and type(value) not in (float, bool, NoneType):
             value = values[name] = float(value)
         if not isinstance(value, part.kinds) or (part.choices and value not in part.choices):
             raise TypeError(f"{where}.{name} cannot be {value!r}")
     return cls(**values)
+
+
+@cache
+def _to_look_at(cls: type, names: tuple[str, ...], types: tuple[type, ...]) -> list[str]:
+    """Return the fields whose values are not certain to be right by their type alone.
+
+    A record has hundreds of metrics of few forms, so that this is asked anew of few of them.
+    """
+    known, _ = _parts(cls)
+    given = [(name, kind) for name, kind in zip(names, types, strict=True) if name in known]
+    return [name for name, kind in given if known[name].choices or kind not in known[name].kinds]
 
 
 def _required(part: Field[Any]) -> bool:

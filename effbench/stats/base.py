@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from effbench.stats.special import scipy_special
+
 LEVEL = 0.95
 """Confidence of an interval, unless another one is asked for."""
 
@@ -216,20 +218,14 @@ def resamples(n: int, seed: int, rows: int = 0) -> Iterator[npt.NDArray[Any]]:
 
 def z_quantile(share: float) -> float:
     """Return a quantile of the normal distribution."""
-    from scipy.special import ndtri
-
-    return float(ndtri(share))
+    return float(scipy_special().ndtri(share))
 
 
 def t_quantile(share: float, df: float) -> float:
     """Return a quantile of Student's t; the normal one for infinite degrees of freedom."""
-    from scipy.special import stdtrit
-
-    return z_quantile(share) if math.isinf(df) else float(stdtrit(df, share))
+    return z_quantile(share) if math.isinf(df) else float(scipy_special().stdtrit(df, share))
 
 
 def t_tail(t: float, df: float) -> float:
     """Return the probability that Student's t is below `t`."""
-    from scipy.special import ndtr, stdtr
-
-    return float(ndtr(t) if math.isinf(df) else stdtr(df, t))
+    return float(scipy_special().ndtr(t) if math.isinf(df) else scipy_special().stdtr(df, t))

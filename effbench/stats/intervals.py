@@ -26,6 +26,7 @@ from effbench.stats.base import (
 )
 from effbench.stats.bootstrap import studentised
 from effbench.stats.shares import alike, as_shares, on_scale, per_answer
+from effbench.stats.special import scipy_special
 
 FEWEST = 10
 """Items, or groups of items, that a bounded interval of a mean needs: with fewer, that of a skewed
@@ -92,10 +93,9 @@ def median_interval(values: Sequence[float], *, level: float = LEVEL, seed: int 
         level: Confidence.
         seed: Not needed; nothing is drawn.
     """
-    from scipy.special import bdtr
-
     x = np.sort(array(values))
     n, value = x.size, float(np.median(x))
+    bdtr = scipy_special().bdtr
     covered = 1 - 2 * bdtr(np.arange((n + 1) // 2), n, 0.5)  # by the d + 1 outermost pairs
     if not math.isfinite(value) or covered.size == 0 or covered[0] < level:
         return Interval(value, -math.inf, math.inf)

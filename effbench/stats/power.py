@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from effbench.stats.base import ALPHA, t_quantile, z_quantile
+from effbench.stats.special import scipy_special
 
 MOST = 10_000_000
 """Items beyond which no answer is looked for."""
@@ -32,9 +33,7 @@ def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = 
     Raises:
         ValueError: When the difference is larger than the discordance.
     """
-    from scipy.special import bdtr, gammaln
-
-    difference = abs(difference)
+    special, difference = scipy_special(), abs(difference)
     if difference > discordance * (1 + 1e-9) or discordance > 1:
         raise ValueError(f"a difference of {difference} needs more discordance than {discordance}")
     if discordance == 0:
@@ -42,20 +41,20 @@ def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = 
     centre, reach = n * discordance, 9 * math.sqrt(n * discordance) + 9
     m = np.arange(max(0, math.floor(centre - reach)), min(n, math.ceil(centre + reach)) + 1)
     rest = max(1 - discordance, 1e-300)
-    ways = gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
+    ways = special.gammaln(n + 1) - special.gammaln(m + 1) - special.gammaln(n - m + 1)
     weight = np.exp(ways + m * math.log(discordance) + (n - m) * math.log(rest))
     k = _critical(m, alpha)
     share = min(1.0, (1 + difference / discordance) / 2)  # of the differing items, for the better
-    found = bdtr(np.maximum(k, 0), m, share) + bdtr(np.maximum(k, 0), m, 1 - share)
+    found = special.bdtr(np.maximum(k, 0), m, share) + special.bdtr(np.maximum(k, 0), m, 1 - share)
     return float(min(1.0, (weight * np.where(k >= 0, found, 0.0)).sum()))
 
 
 def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
     """Return the largest k of which `m` differing items are significant, -1 where none is."""
-    from scipy.special import bdtr
+    special = scipy_special()
 
     def significant(k: np.ndarray) -> np.ndarray:
-        return (k < 0) | (2 * bdtr(np.maximum(k, 0), m, 0.5) <= alpha)
+        return (k < 0) | (2 * special.bdtr(np.maximum(k, 0), m, 0.5) <= alpha)
 
     k = np.maximum(-1, np.floor((m - 1 - z_quantile(1 - alpha / 2) * np.sqrt(m)) / 2))
     while not (fits := significant(k)).all():
@@ -73,12 +72,10 @@ def t_power(effect: float, df: float, alpha: float = ALPHA) -> float:
         df: Degrees of freedom.
         alpha: Two-sided.
     """
-    from scipy.special import nctdtr, ndtr
-
-    t = t_quantile(1 - alpha / 2, df)
+    special, t = scipy_special(), t_quantile(1 - alpha / 2, df)
     if df > 1e4:
-        return float(ndtr(abs(effect) - t) + ndtr(-abs(effect) - t))
-    within = nctdtr(df, abs(effect), t) - nctdtr(df, abs(effect), -t)
+        return float(special.ndtr(abs(effect) - t) + special.ndtr(-abs(effect) - t))
+    within = special.nctdtr(df, abs(effect), t) - special.nctdtr(df, abs(effect), -t)
     # SciPy gives NaN for some effects far beyond the critical value, where nothing is left within.
     return 1 - float(within) if math.isfinite(within) else 1.0
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib import import_module
 from itertools import product
 from statistics import NormalDist
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from effbench.stats import (
     ratio_interval,
     seeds_and_items,
     seeds_interval,
+    special,
     verdict,
     welch,
 )
@@ -434,3 +438,31 @@ def test_two_seeds_that_differ_more_than_their_items_cover_less_often() -> None:
         found = seeds_interval((rng.random((2, 300)) < share).astype(float))
         hits += found.low <= 0.5 <= found.high
     assert 0.8 < hits / 200 < 0.94, "what the sentence below a comparison says of two seeds"
+
+
+FUNCTIONS = ("bdtr", "gammaln", "nctdtr", "ndtr", "ndtri", "stdtr", "stdtrit")
+
+
+def test_functions_of_scipy_are_the_same_without_the_package_around_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = import_module("scipy.special")
+    monkeypatch.delitem(sys.modules, "scipy.special")
+    found = special.scipy_special.__wrapped__()
+    assert found is not whole and "scipy.special" not in sys.modules
+    assert [getattr(found, name) for name in FUNCTIONS] == [getattr(whole, n) for n in FUNCTIONS]
+
+
+def test_a_scipy_that_is_built_otherwise_is_imported_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def otherwise(name: str) -> ModuleType:
+        if name.endswith("_ufuncs"):
+            raise ImportError(name)
+        return import_module(name)
+
+    whole = import_module("scipy.special")
+    monkeypatch.delitem(sys.modules, "scipy.special")
+    monkeypatch.setattr(special, "import_module", otherwise)
+    found = special.scipy_special.__wrapped__()
+    assert found.__name__ == "scipy.special" and found.stdtr is whole.stdtr

@@ -11,7 +11,7 @@ from effbench.api.keys import copied, leave_places_out
 from effbench.api.stages import base as stages
 from effbench.api.stages.base import trains
 from effbench.report.labels import labels
-from effbench.results.records import Record, as_now
+from effbench.results.records import Completed, Record, as_now
 
 Seeds = tuple[int, ...]
 """The seeds of a run and of the runs it went on from, last to first."""
@@ -85,15 +85,24 @@ def identity(record: Record, known: Mapping[str, Record]) -> tuple[str, Seeds]:
         record: The run.
         known: Runs by key, among them those it went on from; one that is missing counts by its key.
     """
-    spec = settings(record)
-    seeds: Seeds = (int(spec.pop("seed", 0)),)
+    own, seeds = _itself(record), (int(record.spec.get("seed", 0)),)
     earlier = known.get(record.parent)
-    if earlier is not None:
-        spec["parent"], before = identity(earlier, known)
-        seeds += before
-    elif record.parent:
-        seeds += tuple(record.seeds[1:])
-    return json.dumps(spec, sort_keys=True), seeds
+    if earlier is None:
+        others = tuple(record.seeds[1:]) if record.parent else ()
+        return f"{own} from {record.parent}", seeds + others
+    before, others = identity(earlier, known)
+    return f"{own} from {before}", seeds + others
+
+
+def _itself(record: Record) -> str:
+    """Return what a run is up to its own seed and what it went on from."""
+    texts = record.spec.texts if isinstance(record.spec, Completed) else {}
+    if __name__ not in texts:
+        spec = settings(record)
+        for name in ("seed", "parent"):
+            spec.pop(name, None)
+        texts[__name__] = json.dumps(spec, sort_keys=True)
+    return texts[__name__]
 
 
 def settings(record: Record) -> dict[str, Any]:
