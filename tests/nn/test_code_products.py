@@ -59,6 +59,8 @@ KINDS = [
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
     *(f"{b} {g} asymmetric" for b in (2, 3, 5, 6, 7) for g in (32, 4096)),
     *(f"{b} 64 symmetric" for b in (2, 3, 5, 6, 7)),
+    "4 96 asymmetric",  # six groups of three blocks in 576 columns
+    "8 96 symmetric",
     *(f"shifted {b} {g}" for b, g in ((2, 32), (3, 64), (4, 32), (4, 64), (8, 4096))),
 ]
 
@@ -119,6 +121,23 @@ def test_what_is_not_finite_comes_through_products_of_codes(bad: float) -> None:
         "signs 3 32",
     ):
         assert not native_step.product(kernels, packed(kind, 5, 96), x)[0, 1:].isfinite().any()
+
+
+@pytest.mark.parametrize("kind", ["4 32 asymmetric", "8 32 symmetric", "4 64 asymmetric", "nf4"])
+def test_a_row_is_not_touched_by_the_scales_of_the_next_one(kind: str) -> None:
+    kernels = native.kernels()
+    if kernels is None:
+        pytest.skip(native.why_not())
+    linear = copy.deepcopy(packed(kind, 33, 576))
+    x = torch.randn(1, 576, generator=torch.Generator().manual_seed(1))
+    whole = native_step.product(kernels, linear, x)
+    scales = linear.layout().scales  # type: ignore[union-attr]
+    if kind == "nf4":
+        scales[9 * 9 :] = 255 - scales[9 * 9 :]
+    else:
+        scales.view(33, -1)[9:] = float("inf")
+    assert native_step.product(kernels, linear, x)[:, :9].equal(whole[:, :9])
+    assert not native_step.product(kernels, linear, x)[:, 9:].equal(whole[:, 9:])
 
 
 def test_layouts_that_kernels_cannot_read_are_left_to_the_modules() -> None:

@@ -93,7 +93,7 @@ template <typename T>
 struct Inputs {
   using X = typename Operand<T>::type;
 
-  Inputs(int64_t batch, int64_t widest) : dense(size_t(batch * widest)), batch_(batch) {}
+  Inputs(int64_t rows, int64_t widest) : dense(size_t(rows * widest)), batch(rows) {}
 
   // Takes x, [batch, K], for products with these matrices.
   void take(const T* x, int64_t K, std::initializer_list<const Matrix*> matrices) {
@@ -106,23 +106,24 @@ struct Inputs {
       if (m->bits)
         pack(x, K, m->bits, form);
       else
-        as_operand(x, dense.data(), K * batch_);
+        as_operand(x, dense.data(), K * batch);
     }
   }
 
-  // sums[b] = <row, x[b]>.
-  void dots(const Matrix& m, int64_t row, float* sums) const {
+  // sums[i][b] = <row + i, x[b]> for `count` rows.
+  void dots(const Matrix& m, int64_t row, int64_t count, float* sums) const {
     const Packable* packed = m.bits ? forms_[form_of(m.bits)].vectors.data() : nullptr;
     if (in_planes(m.bits))
-      plane_dots(m, row, columns_, packed, int(batch_), sums);
+      plane_dots(m, row, count, columns_, packed, int(batch), sums);
     else if (m.bits)
-      packed_dots(m, row, columns_, packed, int(batch_), sums);
+      packed_dots(m, row, count, columns_, packed, int(batch), sums);
     else
-      ::dots<T>(static_cast<const T*>(m.weight) + row * columns_, dense.data(), columns_,
-                columns_, int(batch_), sums);
+      ::dots<T>(static_cast<const T*>(m.weight) + row * columns_, count, dense.data(), columns_,
+                columns_, int(batch), sums);
   }
 
   Array<X> dense;
+  const int64_t batch;
 
  private:
   static constexpr int kForms = 5;
@@ -140,11 +141,11 @@ struct Inputs {
   void pack(const T* x, int64_t K, int64_t bits, int form) {
     const int64_t width = padded(K), blocks = (K / kBlock + 7) / 8 * 8;
     Form& f = forms_[form];
-    f.ints.resize(size_t(batch_ * width));
-    f.factors.assign(size_t(2 * batch_ * blocks), 0.0f);
-    f.vectors.resize(size_t(batch_));
+    f.ints.resize(size_t(batch * width));
+    f.factors.assign(size_t(2 * batch * blocks), 0.0f);
+    f.vectors.resize(size_t(batch));
     wide_.resize(size_t(K));
-    for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t b = 0; b < batch; ++b) {
       float* own = f.factors.data() + 2 * b * blocks;
       f.vectors[size_t(b)] = {f.ints.data() + b * width, own, own + blocks};
       for (int64_t i = 0; i < K; ++i) wide_[size_t(i)] = value(x[b * K + i]);
@@ -152,7 +153,7 @@ struct Inputs {
     }
   }
 
-  int64_t batch_, columns_ = 0;
+  int64_t columns_ = 0;
   Array<float> wide_;
   Form forms_[kForms];
 };
@@ -235,9 +236,7 @@ struct Work {
     const Matrix& matrix = is_q ? l.q : is_k ? l.k : l.v;
     const int64_t own = is_q ? head : (head - l.heads) % l.kv_heads, low = own * m.head_dim + begin;
     float sums[2][kRows * kMostRows];
-    for (int part = 0; part < 2; ++part)
-      for (int64_t i = 0; i < count; ++i)
-        x.dots(matrix, low + part * half + i, sums[part] + i * s.batch);
+    for (int part = 0; part < 2; ++part) x.dots(matrix, low + part * half, count, sums[part]);
     for (int64_t b = 0; b < s.batch; ++b) {
       T* out = is_q ? query + (b * l.heads + own) * m.head_dim
                     : cached(l, is_k ? l.keys : l.values, b / s.width, own, length + b % s.width);
@@ -338,17 +337,26 @@ struct Work {
 
   // -- the other products ------------------------------------------------------------------------------
 
+  // Hands over each of some rows and its products with all vectors.
+  template <typename Use>
+  static void by_rows(const Matrix& matrix, const Inputs<T>& x, Range r, Use use) {
+    float sums[kRows * kMostRows];
+    for (int64_t begin = r.begin; begin < r.end; begin += kRows) {
+      const int64_t count = r.end - begin < kRows ? r.end - begin : kRows;
+      x.dots(matrix, begin, count, sums);
+      for (int64_t i = 0; i < count; ++i) use(begin + i, sums + i * x.batch);
+    }
+  }
+
   // hidden += x W^T for some rows; `copy`, if any, takes the same rows.
   void added(const Matrix& matrix, const Inputs<T>& x, void* copy, Range r) const {
-    float sums[kMostRows];
-    for (int64_t row = r.begin; row < r.end; ++row) {
-      x.dots(matrix, row, sums);
+    by_rows(matrix, x, r, [&](int64_t row, const float* sums) {
       for (int64_t b = 0; b < s.batch; ++b) {
         T& place = hidden[b * m.hidden + row];
         place = rounded<T>(value(place) + through<T>(sums[b] + bias(matrix, row)));
         if (copy) static_cast<T*>(copy)[b * m.hidden + row] = place;
       }
-    }
+    });
   }
 
   // act = silu(x gate^T) * x up^T for some rows.
@@ -356,8 +364,8 @@ struct Work {
     float gates[kRows * kMostRows], ups[kRows * kMostRows];
     for (int64_t begin = r.begin; begin < r.end; begin += kRows) {
       const int64_t count = r.end - begin < kRows ? r.end - begin : kRows;
-      for (int64_t i = 0; i < count; ++i) x.dots(l.gate, begin + i, gates + i * s.batch);
-      for (int64_t i = 0; i < count; ++i) x.dots(l.up, begin + i, ups + i * s.batch);
+      x.dots(l.gate, begin, count, gates);
+      x.dots(l.up, begin, count, ups);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t b = 0; b < s.batch; ++b) {
           float gate = through<T>(gates[i * s.batch + b] + bias(l.gate, begin + i));
@@ -461,12 +469,10 @@ struct Work {
         t.inputs.take(t.own.data(), m.hidden, {&m.head});
       }
       ready = true;
-      float sums[kMostRows];
-      for (int64_t row = r.begin; row < r.end; ++row) {
-        t.inputs.dots(m.head, row, sums);
+      by_rows(m.head, t.inputs, r, [&](int64_t row, const float* sums) {
         for (int64_t b = 0; b < s.batch; ++b)
           static_cast<T*>(s.logits)[b * m.vocab + row] = rounded<T>(sums[b] + bias(m.head, row));
-      }
+      });
     });
   }
 
@@ -523,11 +529,9 @@ void product(const Matrix* w, const void* x, void* y, int64_t batch, int64_t N, 
     Phases::Walk(phases, omp_get_thread_num(), count).run(N, grain(N, bytes, count), [&](Range r) {
       if (!ready) inputs.take(static_cast<const T*>(x), K, {w});
       ready = true;
-      float sums[kMostRows];
-      for (int64_t row = r.begin; row < r.end; ++row) {
-        inputs.dots(*w, row, sums);
+      Work<T>::by_rows(*w, inputs, r, [&](int64_t row, const float* sums) {
         for (int64_t b = 0; b < batch; ++b) static_cast<T*>(y)[b * N + row] = rounded<T>(sums[b]);
-      }
+      });
     });
   }
 }

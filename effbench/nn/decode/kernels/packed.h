@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "numbers.h"
 
@@ -59,9 +60,17 @@ constexpr int16_t kLevels[16] = {-32767, -22812, -17205, -12940, -9320, -6054, -
 // One vector as packed products take it; `ints` is laid out as the codes' registers are.
 struct Packable {
   int16_t* ints;  // [columns]
-  float* scales;  // [columns / 32], and zeros up to a multiple of 8
+  float* scales;  // [columns / 32] at their `block_place`, and zeros up to a multiple of 8
   float* totals;  // likewise: sums of the blocks' numbers
 };
+
+// Codes of half a byte: a register holds two blocks of them.
+constexpr bool in_nibbles(int64_t bits) { return bits == 4 || bits == kNF4; }
+
+// Where block i of 8 stands among their sums: with nibbles, those with even numbers come first.
+constexpr int64_t block_place(int64_t bits, int64_t i) {
+  return in_nibbles(bits) ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
+}
 
 // Where number i of 64 stands in the registers: with nibbles, number 4 j + q is lane j of register q
 // for groupwise codes; NF4's are looked up bytewise, the even ones in the high halves, and so are
@@ -174,7 +183,7 @@ inline void packable(const float* x, int64_t K, int64_t bits, const Packable& ou
   const float most = largest_integer(bits);
   for (int64_t start = 0; start < K; start += 64) {
     for (int64_t block = 0; block < 64; block += kBlock) {
-      const int64_t i = (start + block) / kBlock;
+      const int64_t i = block_place(bits, (start + block) / kBlock);
       if (start + block < K)
         whole_block(x + start + block, most, plain + block, out.scales + i, out.totals + i);
       else
@@ -240,112 +249,130 @@ inline void group_scale(const Matrix& m, int64_t i, float* scale, float* zero) {
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-// Scales and zero points, or shifts, of groups i to i + 7; those beyond the last group are what lies there, or 0.
-__attribute__((always_inline)) inline void eight_scales(const Matrix& m, int64_t i, __m256* scale, __m256* zero) {
-  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + i;
-  const uint8_t* zeros = static_cast<const uint8_t*>(m.zeros);
-  if (i + 16 > m.groups) {  // near the end of what may be read
-    alignas(32) float near[2][8] = {};
-    for (int64_t j = 0; j < 8 && i + j < m.groups; ++j)
-      group_scale(m, i + j, near[0] + j, near[1] + j);
-    *scale = _mm256_load_ps(near[0]);
-    *zero = _mm256_load_ps(near[1]);
+// Scales of groups i to i + 7 near the last of all, and what a zero point or shift takes from a sum, as
+// a multiple of its numbers; 0 beyond the last.
+__attribute__((noinline)) inline void last_factors(const Matrix& m, int64_t i, __m256* scale,
+                                                   __m256* less) {
+  alignas(32) float near[2][8] = {};
+  for (int64_t j = 0; j < 8 && i + j < m.groups; ++j) {
+    group_scale(m, i + j, near[0] + j, near[1] + j);
+    near[1][j] = m.planes == kShifts ? -near[1][j] : near[0][j] * near[1][j];
+  }
+  *scale = _mm256_load_ps(near[0]);
+  *less = _mm256_load_ps(near[1]);
+}
+
+// Which of eight blocks stands at each place; see `block_place`.
+template <int64_t kBits>
+inline __m256i blocks_in_place() {
+  return in_nibbles(kBits) ? _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)
+                           : _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// The zero points of groups i to i + 7, those of codes of 4 bits as `blocks_in_place` if `placed`.
+template <int64_t kBits, bool placed>
+__attribute__((always_inline)) inline __m256i zero_points(const uint8_t* zeros, int64_t i) {
+  if constexpr (kBits == 8) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + i)));
+  } else if constexpr (kBits == 4) {
+    uint64_t bytes;
+    std::memcpy(&bytes, zeros + (i >> 1), 8);
+    const __m256i shifts = placed ? _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28)
+                                  : _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i all = _mm256_set1_epi32(int32_t(uint32_t(bytes >> ((i & 1) * 4))));
+    return _mm256_and_si256(_mm256_srlv_epi32(all, shifts), _mm256_set1_epi32(15));
+  } else {
+    alignas(32) int32_t eight[8];
+    for (int64_t j = 0; j < 8; ++j) eight[j] = code_at(zeros, i + j, kBits);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(eight));
+  }
+}
+
+// As `last_factors` for any groups; those beyond the last are what lies there, or 0.
+template <int64_t kBits, bool placed>
+__attribute__((always_inline)) inline void eight_factors(const Matrix& m, int64_t i, __m256* scale,
+                                                        __m256* less) {
+  const auto in_place = [](__m256 natural) __attribute__((always_inline)) {
+    if constexpr (placed && in_nibbles(kBits))
+      return _mm256_permutevar8x32_ps(natural, blocks_in_place<kBits>());
+    else
+      return natural;
+  };
+  if (__builtin_expect(i + 16 > m.groups, 0)) {
+    last_factors(m, i, scale, less);
+    *scale = in_place(*scale);
+    *less = in_place(*less);
     return;
   }
-  *scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + i;
+  *scale = in_place(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
   if (m.planes == kShifts) {
     const uint16_t* own = static_cast<const uint16_t*>(m.zeros) + i;
-    *zero = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
-    return;
-  }
-  if (!zeros) {
-    *zero = _mm256_set1_ps(float((int64_t(1) << (m.bits - 1)) - 1));
-    return;
-  }
-  if (m.bits != 4 && m.bits != 8) {
-    alignas(32) float eight[8];
-    for (int64_t j = 0; j < 8; ++j) eight[j] = float(code_at(zeros, i + j, m.bits));
-    *zero = _mm256_load_ps(eight);
-    return;
-  }
-  uint64_t bytes;
-  std::memcpy(&bytes, zeros + (m.bits == 8 ? i : i >> 1), 8);
-  if (m.bits == 8) {
-    *zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
-    return;
-  }
-  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m256i all = _mm256_set1_epi32(int32_t(uint32_t(bytes >> ((i & 1) * 4))));
-  *zero = _mm256_cvtepi32_ps(
-      _mm256_and_si256(_mm256_srlv_epi32(all, shifts), _mm256_set1_epi32(15)));
-}
-
-// The scales and zero points of a row's groups, one after the other.
-inline void row_scales(const Matrix& m, int64_t first, int64_t groups, float* scales, float* zeros) {
-  for (int64_t i = 0; i < groups; i += 8) {
-    __m256 scale, zero;
-    eight_scales(m, first + i, &scale, &zero);
-    _mm256_storeu_ps(scales + i, scale);
-    _mm256_storeu_ps(zeros + i, zero);
+    const __m256 shifts =
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
+    *less = in_place(_mm256_sub_ps(_mm256_setzero_ps(), shifts));
+  } else if (m.zeros) {
+    const uint8_t* zeros = static_cast<const uint8_t*>(m.zeros);
+    *less = _mm256_mul_ps(*scale, _mm256_cvtepi32_ps(zero_points<kBits, placed>(zeros, i)));
+  } else {
+    *less = _mm256_mul_ps(*scale, _mm256_set1_ps(float((int64_t(1) << (kBits - 1)) - 1)));
   }
 }
 
-// Those of the groups in which blocks b to b + 7 are, of `per` blocks each.
-struct Spread {
-  int64_t per;
-  int shift;    // per is two to its power, or it is negative
-  __m256i lanes;
+// What the sums of a row's blocks are multiplied by, and what is taken from them as a multiple of the
+// vectors' sums: eight at a time, in the order of `block_place`. For rows of one matrix.
+template <int64_t kBits>
+class Factors {
+ public:
+  Factors(const Matrix& m, int64_t K)
+      : m_(m), columns_(K), groups_((K + m.group - 1) / m.group), per_(m.group / kBlock),
+        direct_(kBits != kNF4 && per_ == 1), lanes_(blocks_in_place<kBits>()) {
+    if (kBits == kNF4 || per_ & (per_ - 1)) return;
+    shift_ = __builtin_ctzll(uint64_t(per_));
+    lanes_ = _mm256_srl_epi32(lanes_, _mm_cvtsi32_si128(shift_));
+  }
 
-  explicit Spread(int64_t per_) : per(per_), shift(-1), lanes(_mm256_setzero_si256()) {
-    if (per & (per - 1)) return;
-    shift = __builtin_ctzll(uint64_t(per));
-    lanes = _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi32_si128(shift));
+  __attribute__((always_inline)) void take(int64_t row) {
+    first_ = row * groups_;
+    if constexpr (kBits == kNF4) {
+      nf4_scales(m_, row, columns_, scales_);
+    } else if (!direct_) {
+      for (int64_t i = 0; i < groups_; i += 8) {
+        __m256 scale, less;
+        eight_factors<kBits, false>(m_, first_ + i, &scale, &less);
+        _mm256_storeu_ps(scales_ + i, scale);
+        _mm256_storeu_ps(less_ + i, less);
+      }
+      if (per_ & (per_ - 1)) spread();
+    }
   }
-  __m256 of(const float* groups, int64_t b) const {
-    if (shift >= 0)
-      return _mm256_permutevar8x32_ps(_mm256_loadu_ps(groups + (b >> shift)), lanes);
-    alignas(32) float eight[8];
-    for (int64_t e = 0; e < 8; ++e) eight[e] = groups[(b + e) / per];
-    return _mm256_load_ps(eight);
+
+  // Those of blocks i to i + 7, i a multiple of 8; nothing is said of blocks after the last.
+  __attribute__((always_inline)) void of(int64_t i, __m256* scale, __m256* less) const {
+    if (direct_) return eight_factors<kBits, true>(m_, first_ + i, scale, less);
+    *scale = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales_ + (i >> shift_)), lanes_);
+    if constexpr (kBits != kNF4)
+      *less = _mm256_permutevar8x32_ps(_mm256_loadu_ps(less_ + (i >> shift_)), lanes_);
   }
+
+ private:
+  // Gives each block those of its group.
+  __attribute__((noinline)) void spread() {
+    for (int64_t g = groups_; g-- > 0;)
+      for (int64_t i = std::min(per_, columns_ / kBlock - g * per_); i-- > 0;) {
+        scales_[g * per_ + i] = scales_[g];
+        less_[g * per_ + i] = less_[g];
+      }
+  }
+
+  const Matrix& m_;
+  const int64_t columns_, groups_, per_;  // of a row; per_: blocks of a group
+  const bool direct_;                     // they are read as they are needed
+  int shift_ = 0;                         // two to its power blocks share those that were read
+  int64_t first_ = 0;
+  __m256i lanes_;
+  float scales_[kMostBlocks + 16], less_[kMostBlocks + 16];
 };
-
-// What each block of a row is multiplied by, for B vectors, and what is taken from their sums.
-template <int B>
-void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
-             float (*by)[kMostBlocks + 8], float* less) {
-  const int64_t blocks = K / kBlock, per = m.group / kBlock;
-  const int64_t groups = (K + m.group - 1) / m.group;
-  float scales[kMostBlocks + 16], zeros[kMostBlocks + 16];
-  const bool nf4 = m.bits == kNF4;
-  if (nf4) {
-    nf4_scales(m, row, K, scales);
-    for (int64_t b = blocks; b % 8; ++b) scales[b] = 0.0f;
-  } else if (per != 1) {
-    row_scales(m, row * groups, groups, scales, zeros);
-  }
-  const Spread spread(per);
-  __m256 shift[B];
-  for (int b = 0; b < B; ++b) shift[b] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < blocks; i += 8) {
-    __m256 scale, zero = _mm256_setzero_ps();
-    if (nf4) {
-      scale = _mm256_loadu_ps(scales + i);
-    } else if (per == 1) {
-      eight_scales(m, row * groups + i, &scale, &zero);
-    } else {
-      scale = spread.of(scales, i);
-      zero = spread.of(zeros, i);
-    }
-    const __m256 both = m.planes == kShifts ? _mm256_sub_ps(_mm256_setzero_ps(), zero)
-                                            : _mm256_mul_ps(scale, zero);
-    for (int b = 0; b < B; ++b) {
-      _mm256_storeu_ps(by[b] + i, _mm256_mul_ps(scale, _mm256_loadu_ps(x[b].scales + i)));
-      shift[b] = _mm256_fmadd_ps(both, _mm256_loadu_ps(x[b].totals + i), shift[b]);
-    }
-  }
-  for (int b = 0; b < B; ++b) less[b] = folded(shift[b]);
-}
 
 #else
 
@@ -361,8 +388,9 @@ void factors(const Matrix& m, int64_t row, int64_t K, const Packable* x,
     for (int64_t i = 0; i < blocks; ++i) {
       float scale = scales[i], zero = 0;
       if (m.bits != kNF4) group_scale(m, first + i * kBlock / m.group, &scale, &zero);
-      by[b][i] = scale * x[b].scales[i];
-      less[b] += (m.planes == kShifts ? -zero : scale * zero) * x[b].totals[i];
+      const int64_t own = block_place(m.bits, i);
+      by[b][i] = scale * x[b].scales[own];
+      less[b] += (m.planes == kShifts ? -zero : scale * zero) * x[b].totals[own];
     }
   }
 }
@@ -400,110 +428,180 @@ struct Windows {
   }
 };
 
-// sums[b] += <codes, x[b]> for codes of any other bits, `room` bytes of which may be read.
-template <int64_t kBits, int B>
-void windows(const uint8_t* codes, int64_t room, int64_t K, const Packable* x,
-             float (*by)[kMostBlocks + 8], float* sums) {
-  const Windows<kBits> window;
-  __m256 acc[B];
-  for (int b = 0; b < B; ++b) acc[b] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < K; k += kBlock) {
-    const int64_t at = k * kBits / 8;
-    __m128i bytes[2];
-    if (at + 2 * kBits + 16 <= room) {
-      for (int i = 0; i < 2; ++i)
-        bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at + i * 2 * kBits));
-    } else {
-      uint8_t near[2][16] = {};
-      for (int i = 0; i < 2; ++i) {
-        std::memcpy(near[i], codes + at + i * 2 * kBits, 2 * kBits);
-        bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(near[i]));
-      }
-    }
-    const __m256i first = window.codes(bytes[0]), second = window.codes(bytes[1]);
-    for (int b = 0; b < B; ++b) {
-      const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + k);
-      const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_loadu_si256(v)),
-                                           _mm256_madd_epi16(second, _mm256_loadu_si256(v + 1)));
-      acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_broadcast_ss(by[b] + k / kBlock),
-                               acc[b]);
-    }
-  }
-  for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
-}
+// The codes of a row, or what they stand for, as 16-bit integers.
+template <int64_t kBits>
+class Codes {
+ public:
+  static constexpr int64_t kSpan = in_nibbles(kBits) ? 64 : 32;  // codes of a register
+  static constexpr int kParts = int(kSpan / 16);
 
-// sums[b] += <codes, x[b]>: integers of 64 numbers, as 8 partial sums in float32 by their scales.
-template <int64_t kBits, int B>
-void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kMostBlocks + 8],
-              float* sums) {
-  const __m256i low = _mm256_set1_epi16(15);
-  const __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  __m256 acc[B];
-  for (int b = 0; b < B; ++b) acc[b] = _mm256_setzero_ps();
-  if constexpr (kBits == 8) {
-    const __m256i even = _mm256_set1_epi16(255);
-    for (int64_t k = 0; k < K; k += 32) {
-      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + k));
-      const __m256i first = _mm256_and_si256(c, even), second = _mm256_srli_epi16(c, 8);
-      for (int b = 0; b < B; ++b) {
-        const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + k);
-        const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_loadu_si256(v)),
-                                             _mm256_madd_epi16(second, _mm256_loadu_si256(v + 1)));
-        acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum),
-                                 _mm256_broadcast_ss(by[b] + k / kBlock), acc[b]);
-      }
-    }
-  } else {
-    __m256i lower = low, upper = low;
+  Codes(const Matrix& m, int64_t K) : all_(static_cast<const uint8_t*>(m.weight)), columns_(K) {
+    if constexpr (in_windows(kBits)) end_ = all_ + m.groups / ((K + m.group - 1) / m.group) * K * kBits / 8;
     if constexpr (kBits == kNF4) {
       alignas(16) uint8_t bytes[2][16];
       for (int i = 0; i < 16; ++i) {
         bytes[0][i] = uint8_t(uint16_t(kLevels[i]) & 255);
         bytes[1][i] = uint8_t(uint16_t(kLevels[i]) >> 8);
       }
-      lower = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(bytes[0]));
-      upper = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(bytes[1]));
-    }
-    for (int64_t k = 0; k < K; k += 64) {
-      const __m256i c = nibbles_at(codes + k / 2, k + 64 <= K);
-      __m256i part[4];
-      if constexpr (kBits == kNF4) {
-        const __m256i mask = _mm256_set1_epi8(15);
-        const __m256i odd = _mm256_and_si256(c, mask);
-        const __m256i even = _mm256_and_si256(_mm256_srli_epi16(c, 4), mask);
-        const __m256i even_low = _mm256_shuffle_epi8(lower, even);
-        const __m256i even_high = _mm256_shuffle_epi8(upper, even);
-        const __m256i odd_low = _mm256_shuffle_epi8(lower, odd);
-        const __m256i odd_high = _mm256_shuffle_epi8(upper, odd);
-        part[0] = _mm256_unpacklo_epi8(even_low, even_high);
-        part[1] = _mm256_unpackhi_epi8(even_low, even_high);
-        part[2] = _mm256_unpacklo_epi8(odd_low, odd_high);
-        part[3] = _mm256_unpackhi_epi8(odd_low, odd_high);
-      } else {
-        part[0] = _mm256_and_si256(c, low);
-        part[1] = _mm256_and_si256(_mm256_srli_epi16(c, 4), low);
-        part[2] = _mm256_and_si256(_mm256_srli_epi16(c, 8), low);
-        part[3] = _mm256_srli_epi16(c, 12);
-      }
-      for (int b = 0; b < B; ++b) {
-        const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + k);
-        __m256i sum = _mm256_madd_epi16(part[0], _mm256_loadu_si256(v));
-        for (int q = 1; q < 4; ++q)
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part[q], _mm256_loadu_si256(v + q)));
-        const __m256i pair = _mm256_castpd_si256(
-            _mm256_broadcast_sd(reinterpret_cast<const double*>(by[b] + k / kBlock)));
-        const __m256 scale = _mm256_permutevar_ps(_mm256_castsi256_ps(pair), spread);
-        acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[b]);
-      }
+      lower_ = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(bytes[0]));
+      upper_ = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(bytes[1]));
     }
   }
-  for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
+
+  void take(int64_t row) { codes_ = all_ + row * columns_ * kWide / 8; }
+
+  // Those from column k on, in the order of `place`; `inner` if a whole register is there.
+  template <bool inner>
+  __attribute__((always_inline)) void at(int64_t k, __m256i* part) const {
+    if constexpr (kBits == 8) {
+      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes_ + k));
+      part[0] = _mm256_and_si256(c, _mm256_set1_epi16(255));
+      part[1] = _mm256_srli_epi16(c, 8);
+    } else if constexpr (kBits == 4) {
+      const __m256i c = nibbles_at(codes_ + (k >> 1), inner || k + 64 <= columns_);
+      const __m256i low = _mm256_set1_epi16(15);
+      part[0] = _mm256_and_si256(c, low);
+      part[1] = _mm256_and_si256(_mm256_srli_epi16(c, 4), low);
+      part[2] = _mm256_and_si256(_mm256_srli_epi16(c, 8), low);
+      part[3] = _mm256_srli_epi16(c, 12);
+    } else if constexpr (kBits == kNF4) {
+      const __m256i c = nibbles_at(codes_ + (k >> 1), inner || k + 64 <= columns_);
+      const __m256i mask = _mm256_set1_epi8(15);
+      const __m256i odd = _mm256_and_si256(c, mask);
+      const __m256i even = _mm256_and_si256(_mm256_srli_epi16(c, 4), mask);
+      const __m256i even_low = _mm256_shuffle_epi8(lower_, even);
+      const __m256i even_high = _mm256_shuffle_epi8(upper_, even);
+      const __m256i odd_low = _mm256_shuffle_epi8(lower_, odd);
+      const __m256i odd_high = _mm256_shuffle_epi8(upper_, odd);
+      part[0] = _mm256_unpacklo_epi8(even_low, even_high);
+      part[1] = _mm256_unpackhi_epi8(even_low, even_high);
+      part[2] = _mm256_unpacklo_epi8(odd_low, odd_high);
+      part[3] = _mm256_unpackhi_epi8(odd_low, odd_high);
+    } else {
+      const int64_t byte = k * kBits / 8;
+      for (int i = 0; i < 2; ++i) part[i] = window_.codes(sixteen(byte + i * 2 * kBits));
+    }
+  }
+
+ private:
+  static constexpr int64_t kWide = kBits == kNF4 ? 4 : kBits;
+
+  // 16 bytes, of which those that hold 16 codes count.
+  __m128i sixteen(int64_t byte) const {
+    if (codes_ + byte + 16 <= end_)
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes_ + byte));
+    alignas(16) uint8_t near[16] = {};
+    std::memcpy(near, codes_ + byte, 2 * kBits);
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(near));
+  }
+
+  const uint8_t *all_, *codes_ = nullptr, *end_ = nullptr;  // end_: of windows
+  int64_t columns_;
+  __m256i lower_, upper_;  // NF4: bytes of the levels
+  std::conditional_t<in_windows(kBits), Windows<kBits>, char> window_;
+};
+
+// Adds neighbours: of a and of b, in turns of two, in each half.
+inline __m256i pairs_added(__m256i a, __m256i b) {
+  const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+  return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
+                          _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
+}
+
+// The halves of a, added up, then those of b.
+inline __m256i halves_added(__m256i a, __m256i b) {
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
+                          _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// all[b] = sums of the products of eight blocks from column k on, by `block_place`: those of kCount
+// registers after the first kFirst. Only `count` registers are there, unless they are `inner` ones; that is asked
+// of each of them where the compiler would else hold more in registers than there are.
+template <int64_t kBits, int B, bool inner, int kFirst, int kCount>
+__attribute__((always_inline)) inline void block_sums(const Codes<kBits>& codes, int64_t k, int64_t count,
+                                                     const Packable* x, __m256i* all) {
+  if constexpr (kCount > 1) {
+    __m256i more[B];
+    block_sums<kBits, B, inner, kFirst, kCount / 2>(codes, k, count, x, all);
+    block_sums<kBits, B, inner, kFirst + kCount / 2, kCount / 2>(codes, k, count, x, more);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+      all[b] = kCount == 8 ? halves_added(all[b], more[b]) : pairs_added(all[b], more[b]);
+  } else {
+    constexpr int kParts = Codes<kBits>::kParts;
+    if (!inner && kFirst >= count) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) all[b] = _mm256_setzero_si256();
+      return;
+    }
+    const int64_t at = k + kFirst * Codes<kBits>::kSpan;
+    __m256i part[kParts];
+    codes.template at<inner>(at, part);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + at);
+      __m256i sum[kParts];
+#pragma GCC unroll 4
+      for (int q = 0; q < kParts; ++q)
+        sum[q] = _mm256_madd_epi16(part[q], _mm256_loadu_si256(v + q));
+      if constexpr (kParts == 4) {
+        sum[0] = _mm256_add_epi32(sum[0], sum[1]);
+        sum[1] = _mm256_add_epi32(sum[2], sum[3]);
+      }
+      all[b] = _mm256_add_epi32(sum[0], sum[1]);
+    }
+  }
+}
+
+// sums[i][b] = <row + i, x[b]> for `count` rows, `stride` numbers between two of them.
+template <int64_t kBits, int B>
+void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
+                 int64_t stride) {
+  constexpr int64_t kSpan = Codes<kBits>::kSpan;
+  constexpr int kRegisters = int(8 * kBlock / kSpan);
+  const int64_t whole = K / (8 * kBlock) * (8 * kBlock), rest = (K - whole + kSpan - 1) / kSpan;
+  const __m256 there = _mm256_castsi256_ps(_mm256_cmpgt_epi32(
+      _mm256_set1_epi32(int32_t((K - whole) / kBlock)), blocks_in_place<kBits>()));
+  Factors<kBits> factors(m, K);
+  Codes<kBits> codes(m, K);
+  for (int64_t i = 0; i < count; ++i, sums += stride) {
+    factors.take(row + i);
+    codes.take(row + i);
+    __m256i all[B];
+    __m256 acc[B], scale, less;
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) acc[b] = _mm256_setzero_ps();
+    const auto add = [&](int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const __m256 dot =
+            _mm256_mul_ps(_mm256_cvtepi32_ps(all[b]), _mm256_loadu_ps(x[b].scales + k / kBlock));
+        acc[b] = _mm256_fmadd_ps(scale, dot, acc[b]);
+        if constexpr (kBits != kNF4)
+          acc[b] = _mm256_fnmadd_ps(less, _mm256_loadu_ps(x[b].totals + k / kBlock), acc[b]);
+      }
+    };
+    for (int64_t k = 0; k < whole; k += 8 * kBlock) {
+      block_sums<kBits, B, (B < 4), 0, kRegisters>(codes, k, kRegisters, x, all);
+      factors.of(k / kBlock, &scale, &less);
+      add(k);
+    }
+    if (rest) {
+      block_sums<kBits, B, false, 0, kRegisters>(codes, whole, rest, x, all);
+      factors.of(whole / kBlock, &scale, &less);
+      scale = _mm256_and_ps(scale, there);
+      less = _mm256_and_ps(less, there);
+      add(whole);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
+  }
 }
 
 #else
 
 template <int64_t kBits, int B>
-void windows(const uint8_t* codes, int64_t, int64_t K, const Packable* x,
+void windows(const uint8_t* codes, int64_t K, const Packable* x,
              float (*by)[kMostBlocks + 8], float* sums) {
   for (int b = 0; b < B; ++b) sums[b] = 0;
   for (int64_t block = 0; block < K / kBlock; ++block) {
@@ -539,43 +637,45 @@ void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kM
   }
 }
 
+template <int64_t kBits, int B>
+void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
+                 int64_t stride) {
+  constexpr int64_t kWide = kBits == kNF4 ? 4 : kBits;
+  for (int64_t i = row; i < row + count; ++i, sums += stride) {
+    const uint8_t* codes = static_cast<const uint8_t*>(m.weight) + i * K * kWide / 8;
+    float by[B][kMostBlocks + 8], less[B];
+    factors<B>(m, i, K, x, by, less);
+    if constexpr (in_windows(kBits))
+      windows<kBits, B>(codes, K, x, by, sums);
+    else
+      integers<kBits, B>(codes, K, x, by, sums);
+    for (int b = 0; b < B; ++b) sums[b] -= less[b];
+  }
+}
+
 #endif
 
-template <int64_t kBits, int B>
-void packed_dot(const Matrix& m, int64_t row, int64_t K, const Packable* x, float* sums) {
-  constexpr int64_t kWide = kBits == kNF4 ? 4 : kBits;
-  const uint8_t* codes = static_cast<const uint8_t*>(m.weight) + row * K * kWide / 8;
-  float by[B][kMostBlocks + 8], less[B];
-  factors<B>(m, row, K, x, by, less);
-  if constexpr (in_windows(kBits)) {
-    const int64_t rows = m.groups / ((K + m.group - 1) / m.group);
-    windows<kBits, B>(codes, (rows - row) * K * kBits / 8, K, x, by, sums);
-  } else {
-    integers<kBits, B>(codes, K, x, by, sums);
-  }
-  for (int b = 0; b < B; ++b) sums[b] -= less[b];
-}
-
 template <int64_t kBits>
-void packed_dots(const Matrix& m, int64_t row, int64_t K, const Packable* x, int batch,
+void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, int batch,
                  float* sums) {
   int b = 0;
-  for (; b + 4 <= batch; b += 4) packed_dot<kBits, 4>(m, row, K, x + b, sums + b);
-  for (; b < batch; ++b) packed_dot<kBits, 1>(m, row, K, x + b, sums + b);
+  for (; b + 4 <= batch; b += 4)
+    packed_rows<kBits, 4>(m, row, count, K, x + b, sums + b, batch);
+  for (; b < batch; ++b) packed_rows<kBits, 1>(m, row, count, K, x + b, sums + b, batch);
 }
 
-// sums[b] = <row, x[b]> for any number of vectors.
-inline void packed_dots(const Matrix& m, int64_t row, int64_t K, const Packable* x, int batch,
-                        float* sums) {
+// sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors.
+inline void packed_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
+                        int batch, float* sums) {
   switch (m.bits) {
-    case 2: return packed_dots<2>(m, row, K, x, batch, sums);
-    case 3: return packed_dots<3>(m, row, K, x, batch, sums);
-    case 4: return packed_dots<4>(m, row, K, x, batch, sums);
-    case 5: return packed_dots<5>(m, row, K, x, batch, sums);
-    case 6: return packed_dots<6>(m, row, K, x, batch, sums);
-    case 7: return packed_dots<7>(m, row, K, x, batch, sums);
-    case 8: return packed_dots<8>(m, row, K, x, batch, sums);
-    default: return packed_dots<kNF4>(m, row, K, x, batch, sums);
+    case 2: return packed_rows<2>(m, row, count, K, x, batch, sums);
+    case 3: return packed_rows<3>(m, row, count, K, x, batch, sums);
+    case 4: return packed_rows<4>(m, row, count, K, x, batch, sums);
+    case 5: return packed_rows<5>(m, row, count, K, x, batch, sums);
+    case 6: return packed_rows<6>(m, row, count, K, x, batch, sums);
+    case 7: return packed_rows<7>(m, row, count, K, x, batch, sums);
+    case 8: return packed_rows<8>(m, row, count, K, x, batch, sums);
+    default: return packed_rows<kNF4>(m, row, count, K, x, batch, sums);
   }
 }
 

@@ -367,12 +367,14 @@ void plane_dot(const Matrix& m, int64_t row, int64_t K, const Packable* x, float
   for (int b = 0; b < B; ++b) sums[b] = sum[b].value() + base[b];
 }
 
-// sums[b] = <row, x[b]> for any number of vectors.
-inline void plane_dots(const Matrix& m, int64_t row, int64_t K, const Packable* x, int batch,
-                       float* sums) {
-  int b = 0;
-  for (; b + 4 <= batch; b += 4) plane_dot<4>(m, row, K, x + b, sums + b);
-  for (; b < batch; ++b) plane_dot<1>(m, row, K, x + b, sums + b);
+// sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors.
+inline void plane_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
+                       int batch, float* sums) {
+  for (int64_t i = row; i < row + count; ++i, sums += batch) {
+    int b = 0;
+    for (; b + 4 <= batch; b += 4) plane_dot<4>(m, i, K, x + b, sums + b);
+    for (; b < batch; ++b) plane_dot<1>(m, i, K, x + b, sums + b);
+  }
 }
 
 }  // namespace

@@ -113,14 +113,18 @@ struct Dot<bf16, B> {
 
 #endif
 
-// sums[b] = <row, x[b]> for any number of vectors.
+// sums[i][b] = <row i of rows, x[b]> for `count` rows and any number of vectors: some vectors with all
+// rows, then the next ones, so that both are read from the nearest cache.
 template <typename T>
-void dots(const T* row, const typename Operand<T>::type* x, int64_t stride, int64_t K, int batch,
-          float* sums) {
+void dots(const T* rows, int64_t count, const typename Operand<T>::type* x, int64_t stride, int64_t K,
+          int batch, float* sums) {
   int b = 0;
   for (; b + kBatch <= batch; b += kBatch)
-    Dot<T, kBatch>::run(row, x + b * stride, stride, K, sums + b);
-  for (; b < batch; ++b) Dot<T, 1>::run(row, x + b * stride, stride, K, sums + b);
+    for (int64_t i = 0; i < count; ++i)
+      Dot<T, kBatch>::run(rows + i * K, x + b * stride, stride, K, sums + i * batch + b);
+  for (; b < batch; ++b)
+    for (int64_t i = 0; i < count; ++i)
+      Dot<T, 1>::run(rows + i * K, x + b * stride, stride, K, sums + i * batch + b);
 }
 
 // out[j] = <rows + j K, x> for four short rows that lie in a cache: keys of one head.
