@@ -171,10 +171,8 @@ class Telling:
         """Return it in words."""
         rate = (self.tokens - 1) / self.seconds if self.seconds and self.tokens > 1 else 0.0
         speed = f", {rate:,.1f} tokens/s" if rate else ""
-        return (
-            f"{self.tokens} tokens{speed} after a prompt of {self.prompt}, "
-            f"read in {self.read_seconds:.2f} s"
-        )
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        return f"{tokens}{speed} after a prompt of {self.prompt}, read in {self.read_seconds:.2f} s"
 
 
 def _pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

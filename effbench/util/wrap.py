@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -26,8 +27,18 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+QUOTED = re.compile(r"'[\w.+~]+=[^'\n]*'")
+"""A setting that is one word to a shell."""
+KEPT = "\0"
+"""Stands for a blank at which no line may end."""
+
+
 def wrapped(text: str) -> str:
-    """Return a text in lines of the terminal's width."""
+    """Return a text in lines of the terminal's width; what is quoted for a shell stays whole."""
+    return _in_lines(QUOTED.sub(lambda word: word[0].replace(" ", KEPT), text)).replace(KEPT, " ")
+
+
+def _in_lines(text: str) -> str:
     width = columns()
     lines = (
         textwrap.wrap(

@@ -33,3 +33,16 @@ def test_elsewhere_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     write(TEXT * 9, stream)
     assert stream.getvalue() == TEXT * 9 + "\n"
+
+
+def test_a_setting_in_quotes_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    stream = Terminal()
+    word = """'dataset.choices=[" neg", " pos"]'"""
+    write(f"Say what class it is of: {word}; or another kind it isn't = 'a b", stream)
+    assert stream.getvalue().splitlines() == [
+        "Say what class it is of:",
+        f"{word};",
+        "or another kind it isn't = 'a",
+        "b",
+    ]
