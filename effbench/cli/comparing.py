@@ -295,9 +295,9 @@ def gate(
     if as_json:
         typer.echo(found.json(), nl=False)
     else:
-        print_table(found.table())
+        print_table(found.table(), named=2)
         for line in found.lines():
-            typer.echo(line)
+            write(line, sys.stdout)
     raise typer.Exit(STATUS[found.verdict])
 
 

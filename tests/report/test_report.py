@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from effbench.report.table import (
     run_row,
     tasks_table,
 )
+from effbench.report.terminal import print_table
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
 from effbench.results.sweeps import OUTCOME, declare_tuning, tunings
 from effbench.stats import mean_interval
@@ -702,3 +705,21 @@ def test_a_difference_is_the_same_without_the_tests_that_cover_less() -> None:
     whole, short = (compare(runs, alone=alone).metrics[0].rows[1] for alone in (True, False))
     assert whole.items and whole.over_seeds and whole.covers == "seeds and items"
     assert short == replace(whole, items=None, over_seeds=None)
+
+
+def test_a_table_that_would_lose_letters_stands_in_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    columns = ("metric", "tier", "run", "against", "difference", "allowed", "finding")
+    interval = "-0.0341 [-0.0385, -0.0297]"
+    row = ("loss on test", "must", 5.429, 5.463, interval, "+0.05463", "kept")
+    table = Table("a gate", columns, [row], ("Adjusted after Holm.",))
+    for width, parts in ((100, 1), (60, 3)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(table, named=2)
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert all(text in out for text in ("loss on test", "5.463", interval, "+0.05463", "kept"))
+        assert out.count("must") == parts and out.count("Adjusted after Holm.") == 1
+        assert max(map(len, out.splitlines())) <= width
