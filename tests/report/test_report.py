@@ -395,6 +395,17 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
     assert "One seed only" not in text
 
 
+def test_no_interval_over_seeds_is_of_less_than_no_bytes() -> None:
+    runs = seeds_of("lora", 0.0, 10, count=3)
+    bytes_ = [Metric("kept_bytes", value, "bytes", phase="train") for value in (1.0, 2.0, 90.0)]
+    runs = [replace(r, metrics=[*r.metrics, m]) for r, m in zip(runs, bytes_, strict=True)]
+    other = run("full", {"": 0.1}, number=99)
+    other = replace(other, metrics=[*other.metrics, bytes_[0]])
+    [table] = [t for t in compare([*runs, other]).metrics if t.kind.metric == "kept_bytes"]
+    value = table.rows[0].value
+    assert value.value == 31 and value.low == 0 and value.high is not None and value.high > 90
+
+
 def read_out(trained: Record, number: int, seed: int = 0) -> Record:
     """Return an evaluation that goes on from a training, whose seed says nothing."""
     record = run("full", {"": -0.6}, number=number, seed=seed)
