@@ -78,7 +78,9 @@ def pareto(grand: Grand, path: Path, size: Size = "screen") -> Path:
     """
     group = grand.groups[0]
     places = [
-        Place(row.name, row.table, row.weight_bytes, row.difference or Value(0.0))
+        Place(row.name, row.table, row.weight_bytes, row.difference)
+        if row.difference
+        else Place(row.name, row.name, row.weight_bytes, Value(0.0))  # what others are held against
         for row in group.rows
         if row.weight_bytes
     ]

@@ -7,6 +7,7 @@ import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaigns import two_arms
@@ -17,6 +18,7 @@ from effbench.report.campaign import Campaign
 from effbench.report.campaign_plots import plot
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
+from effbench.report.plots import seeds
 from effbench.report.plots.canvas import SIZES, Look, Size, canvas
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.plots.forest import forest_plot
@@ -124,6 +126,18 @@ def test_names_stand_below_the_lines_of_a_column(tmp_path: Path) -> None:
     runs = [run(LONG, {"r1": 0.3, "r8": 0.1}), run("full", {"": 0.2}, number=1)]
     said = texts(comparison_plot(compare(runs), "loss", tmp_path / "a.svg", "column"))
     assert said[-3:] == ["95 % intervals of each value alone, not of differences", LONG, "full"]
+
+
+def test_what_is_said_of_a_column_stands_above_the_names_of_its_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(seeds, "save", lambda figure, *_: drawn.append(figure))
+    lines = {name: [([1, 2], [3, 2]), ([1, 2], [4, 2])] for name in ("lora", "full")}
+    seeds.seeds_plot(lines, tmp_path / "a.svg", "column")
+    [below] = drawn[0].legends
+    assert below.get_title().get_text() == "bands: least and most of up to 2 seeds"
+    assert [text.get_text() for text in below.get_texts()] == ["lora", "full"]
 
 
 def test_no_two_of_many_series_look_alike() -> None:

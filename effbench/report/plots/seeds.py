@@ -51,8 +51,8 @@ def seeds_plot(lines: Mapping[str, Sequence[Line]], path: Path, size: Size = "sc
     axes.set_ylabel("training loss")
     headline(axes, "Loss over training", size)
     most = max(map(len, there.values()))
-    footnote(figure, [f"bands: least and most of up to {most} seeds"] if most > 1 else [], size)
     named(axes, ends, size)
+    footnote(figure, [f"bands: least and most of up to {most} seeds"] if most > 1 else [], size)
     return save(figure, path, size)
 
 
