@@ -188,7 +188,7 @@ def tune(
     from effbench.cli.tuning import tune as tried
 
     for line in tried(list(overrides or []), list(config_dir or []), at, extend, typer.echo):
-        typer.echo(line)
+        write(line, sys.stdout)
 
 
 def plan(
@@ -214,7 +214,7 @@ def _first_row(job: Any) -> None:
 
     spec = job.spec
     if shown := first_row(spec.dataset):
-        typer.echo(f"First row  {shown}")
+        write(f"First row  {shown}", sys.stdout)
     own = stages.trains(spec.stage) and spec.dataset.source == "file"
     if _reads(spec, own):
         if own:
@@ -282,6 +282,6 @@ def similarity(
     found = Layers.read(run, point)
     print_table(layers_table(found, f"{record.label} {point}".strip()))
     for line in conclusions(found, ratio, words):
-        typer.echo(line)
+        write(line, sys.stdout)
     path = heat_map(found, plot or run / "similarity.png", record.name_of("model"))
     write(f"Heat map: {path}")

@@ -11,15 +11,16 @@ from typing import TextIO
 from effbench.util.errors import printable
 
 
-def write(text: str, stream: TextIO | None = None) -> None:
+def write(text: str, stream: TextIO | None = None, indent: int = 0) -> None:
     """Write a text as lines of its own; in a terminal no word of it is broken or acted upon.
 
     Args:
         text: Lines; elsewhere than in a terminal they stay as they are.
         stream: Where to; standard error by default.
+        indent: Blanks before what goes on in further lines.
     """
     stream, text = stream or sys.stderr, printable(text)
-    print(wrapped(text) if stream.isatty() else text, file=stream, flush=True)
+    print(wrapped(text, indent) if stream.isatty() else text, file=stream, flush=True)
 
 
 def columns() -> int:
@@ -33,12 +34,13 @@ KEPT = "\0"
 """Stands for a blank at which no line may end."""
 
 
-def wrapped(text: str) -> str:
+def wrapped(text: str, indent: int = 0) -> str:
     """Return a text in lines of the terminal's width; what is quoted for a shell stays whole."""
-    return _in_lines(QUOTED.sub(lambda word: word[0].replace(" ", KEPT), text)).replace(KEPT, " ")
+    whole = QUOTED.sub(lambda word: word[0].replace(" ", KEPT), text)
+    return _in_lines(whole, indent).replace(KEPT, " ")
 
 
-def _in_lines(text: str) -> str:
+def _in_lines(text: str, indent: int) -> str:
     width = columns()
     lines = (
         textwrap.wrap(
@@ -48,6 +50,7 @@ def _in_lines(text: str) -> str:
             break_on_hyphens=False,
             drop_whitespace=True,
             replace_whitespace=False,
+            subsequent_indent=" " * indent,
         )
         for line in text.split("\n")
     )

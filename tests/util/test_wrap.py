@@ -46,3 +46,14 @@ def test_a_setting_in_quotes_is_one_word(monkeypatch: pytest.MonkeyPatch) -> Non
         "or another kind it isn't = 'a",
         "b",
     ]
+
+
+def test_what_goes_on_stands_below_what_it_belongs_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    stream = Terminal()
+    write("lora  a frozen base\nrtn   rounds to the nearest", stream, indent=6)
+    assert stream.getvalue().splitlines() == [
+        "lora  a frozen base",
+        "rtn   rounds to the",
+        "      nearest",
+    ]
