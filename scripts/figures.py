@@ -1,5 +1,6 @@
 """Draw every table for a paper: values and differences, and losses over training with a band over
-seeds where the folders of its runs are here, as PNG, SVG and PDF.
+seeds where the folders of its runs are here, and the Pareto plot of the grand table; as PNG, SVG
+and PDF.
 
 python scripts/figures.py [column|page|screen] [TABLE...]
 """
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from effbench.cli.tables import campaigns
+from effbench.cli.tables import campaigns, grand_named
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_plots import plot
+from effbench.report.grand_table import pareto
 from effbench.report.plots.canvas import Size
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.plots.forest import forest_plot
@@ -21,6 +23,7 @@ from effbench.util.errors import UserError
 
 RESULTS, FOLDER = Path("results"), Path("build/figures")
 SUFFIXES = ("png", "svg", "pdf")
+GRAND = "grand"
 
 
 def drawn(campaign: Campaign, size: Size) -> None:
@@ -42,6 +45,10 @@ def main(size: Size, wanted: Sequence[str]) -> None:
     for campaign in campaigns():
         if campaign.manifest(RESULTS).is_file() and campaign.name in (wanted or (campaign.name,)):
             drawn(campaign, size)
+    if GRAND in (wanted or (GRAND,)):
+        grand = grand_named(GRAND, RESULTS)
+        for suffix in SUFFIXES:
+            print(pareto(grand, FOLDER / f"{GRAND}_pareto.{suffix}", size))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine", "other"):
         shutil.copy(folder / "my.jsonl", folder / f"{name}.jsonl")
     write_chats(folder / "chat.jsonl")
+    (folder / "reviews.csv").write_text("review,sentiment\nIt was dull.,neg\n")
     write_model(folder / "my-model")
     (folder / "my.yaml").write_text("model: tiny\ndataset: arithmetic\n")
     writer = gguf.GGUFWriter(folder / "my-model.gguf", "llama")

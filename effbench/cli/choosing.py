@@ -51,7 +51,7 @@ def list_(
         raise UserError(f"No {kind} fit {pattern!r}.", f"See: effbench list {kind}")
     width = max(len(name) for name, _ in found)
     for name, line in found:
-        typer.echo(f"{name:<{width}}  {line}".rstrip())
+        write(f"{name:<{width}}  {line}".rstrip(), sys.stdout, width + 2)
 
 
 def show(
@@ -82,7 +82,7 @@ def show(
 
     words, extra = list(overrides or []), list(config_dir or [])
     if not rows and not words:
-        typer.echo(describe(kind, name, extra))
+        write(describe(kind, name, extra), sys.stdout)
         return
     if kind != "dataset" or not rows:
         raise UserError(

@@ -295,9 +295,9 @@ def gate(
     if as_json:
         typer.echo(found.json(), nl=False)
     else:
-        print_table(found.table())
+        print_table(found.table(), named=2)
         for line in found.lines():
-            typer.echo(line)
+            write(line, sys.stdout)
     raise typer.Exit(STATUS[found.verdict])
 
 
@@ -347,6 +347,7 @@ def table(
       effbench table qdylora --run
       effbench table qdylora --scale paper
       effbench table grand
+      effbench table grand --plot pareto.pdf --size page
       effbench table qdylora --plot differences.pdf --size column
     """
     from effbench.cli.tables import (
@@ -364,14 +365,19 @@ def table(
         typer.echo(listed())
         return
     if gathers(name):
+        from effbench.report.grand_table import pareto
         from effbench.report.grand_table import rendered as whole
 
-        if run or dry_run or scale or plot:
+        if run or dry_run or scale:
             raise UserError(
-                f"{name} gathers other tables as they are: it runs nothing, and is not drawn.",
+                f"{name} gathers other tables as they are: it runs nothing.",
                 "Name one of them: effbench table qdylora --run",
             )
-        typer.echo(whole(grand_named(name, results), form, full), nl=False)
+        grand = grand_named(name, results)
+        if plot:
+            write(f"Plot: {pareto(grand, plot, size)}")
+        else:
+            typer.echo(whole(grand, form, full), nl=False)
         return
     campaign = campaign_named(name, scale)
     if dry_run:

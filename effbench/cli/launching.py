@@ -127,16 +127,24 @@ def _grid(
 
     outcomes = sweep(stage, words, extra, fresh, yes, like)
     failed = [o for o in outcomes if o.error]
+    shared = _shared(outcomes) if sys.stdout.isatty() else frozenset[str]()
     for outcome in outcomes:
         state = f"failed: {outcome.error.splitlines()[0]}" if outcome.error else "done"
         value = "" if outcome.value is None else f"  {outcome.value:.5g}"
-        typer.echo(f"{outcome.key or '-':16}  {' '.join(outcome.overrides)}  {state}{value}")
+        own = " ".join(word for word in outcome.overrides if word not in shared)
+        write(f"{outcome.key or '-':16}  {own}  {state}{value}", sys.stdout)
     _best_of(spelled_out(stage, words, extra)[1], outcomes)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(outcomes)} runs failed.",
             "Give the same command again: what is done is not run twice.",
         )
+
+
+def _shared(outcomes: Sequence[Any]) -> frozenset[str]:
+    """Return the words that all runs of a grid have, which tell none from another."""
+    words = [frozenset(outcome.overrides) for outcome in outcomes]
+    return frozenset.intersection(*words) if len(words) > 1 else frozenset()
 
 
 def _best_of(words: list[str], outcomes: Sequence[Any]) -> None:
@@ -180,7 +188,7 @@ def tune(
     from effbench.cli.tuning import tune as tried
 
     for line in tried(list(overrides or []), list(config_dir or []), at, extend, typer.echo):
-        typer.echo(line)
+        write(line, sys.stdout)
 
 
 def plan(
@@ -206,9 +214,10 @@ def _first_row(job: Any) -> None:
 
     spec = job.spec
     if shown := first_row(spec.dataset):
-        typer.echo(f"First row  {shown}")
-    if _reads(spec):
-        if stages.trains(spec.stage) and spec.dataset.source == "file":
+        write(f"First row  {shown}", sys.stdout)
+    own = stages.trains(spec.stage) and spec.dataset.source == "file"
+    if _reads(spec, own):
+        if own:
             from effbench.cli.rows import first
 
             typer.echo(first(spec, sys.stdout.isatty(), columns()))
@@ -220,8 +229,8 @@ def _first_row(job: Any) -> None:
                 check_rows(job)
 
 
-def _reads(spec: Any) -> bool:
-    """Whether rows are held against the model: one's own, and those of benchmarks."""
+def _reads(spec: Any, own: bool) -> bool:
+    """Whether rows are held against the model: one's own to train on, and those of benchmarks."""
     from effbench.api.plugins import make_evaluator
     from effbench.data.dataset import at_hand
     from effbench.models.load import tokenizer_at_hand
@@ -229,7 +238,7 @@ def _reads(spec: Any) -> bool:
     if not stages.find(spec.stage).loads or not at_hand(spec.dataset):
         return False
     asks = any(make_evaluator(e).libraries() for e in spec.evaluators)
-    return (asks or spec.dataset.source == "file") and tokenizer_at_hand(spec.model)
+    return (asks or own) and tokenizer_at_hand(spec.model)
 
 
 def _plan(job: Any) -> None:
@@ -273,6 +282,6 @@ def similarity(
     found = Layers.read(run, point)
     print_table(layers_table(found, f"{record.label} {point}".strip()))
     for line in conclusions(found, ratio, words):
-        typer.echo(line)
+        write(line, sys.stdout)
     path = heat_map(found, plot or run / "similarity.png", record.name_of("model"))
     write(f"Heat map: {path}")

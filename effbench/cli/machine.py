@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -158,7 +159,8 @@ def selfcheck(
         bounds = f"[{check.low:.6g}, {check.high:.6g}]"
         state = "ok    " if check.passed else "FAILED"
         value = f"{check.value:.6g} {check.unit}".rstrip()
-        typer.echo(f"{state}  {family}: {check.name}: {value} in {bounds}  {check.detail}".rstrip())
+        line = f"{state}  {family}: {check.name}: {value} in {bounds}  {check.detail}"
+        write(line.rstrip(), sys.stdout, 8)
     if failed:
         raise UserError(
             f"{failed} checks failed.", "Numbers from this machine are not to be trusted."

@@ -17,7 +17,7 @@ from effbench.api.spec import Plugin
 from effbench.config import files as conf_files
 from effbench.config.composed import settings_of
 from effbench.methods.chain import inference_cost, resolved
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 
 
 def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
@@ -28,7 +28,7 @@ def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
     """
     known = conf_files.options(kind, extra)
     if name not in known:
-        raise UserError(f"There is no {kind} called {name!r}.", did_you_mean(name, known))
+        raise conf_files.unknown(kind, name, known)
     if kind in ("method", "evaluator"):
         return _plugin(kind, name)
     path = known[name]

@@ -11,6 +11,7 @@ import typer
 
 from effbench.cli.options import Results
 from effbench.util.errors import UserError
+from effbench.util.wrap import write
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="How far grids of runs are.")
 
@@ -47,7 +48,7 @@ def status(ref: Ref = "latest", results: Results = Path("results")) -> None:
 
     folder = find_grid(results, ref)
     grid = read_grid(folder)
-    typer.echo(f"{folder.name}  {grid.command}".rstrip())
+    write(f"{folder.name}  {grid.command}".rstrip(), sys.stdout)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for line in overview(grid.cells, grid.jobs, width):
         typer.echo(line)

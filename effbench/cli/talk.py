@@ -94,6 +94,8 @@ def _speaker(words: Sequence[str], extra: Sequence[Path], wish: Wish) -> Iterato
             from effbench.runner.try_out import Speaker
 
             speaker = Speaker.of(job, wish.point, Path(scratch))
+        for line in speaker.not_followed(not wish.temperature):
+            write(line)
         yield speaker
 
 

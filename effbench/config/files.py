@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 from effbench.api import registry
+from effbench.util.errors import UserError, did_you_mean
 from effbench.util.package_data import conf_dir
 
 READ_ALONE = frozenset({"policy", "sweep", "table"})
@@ -40,6 +42,37 @@ def options(group: str, extra: Sequence[Path] = ()) -> dict[str, Path | None]:
     for folder in (conf_dir(), *extra):
         found |= {p.stem: p for p in (folder / group).glob("*.yaml")}
     return dict(sorted(found.items()))
+
+
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
+"""What a model on the hub is called."""
+
+
+def unknown(group: str, name: str, known: Iterable[str]) -> UserError:
+    """Return that there is no config of a name; one's own model or file has words of its own.
+
+    Args:
+        group: The config group.
+        name: What was asked for.
+        known: Names there are.
+    """
+    return UserError(
+        f"There is no {group} called {name!r}.", _own(group, name) or did_you_mean(name, known)
+    )
+
+
+def _own(group: str, name: str) -> str:
+    """Return the words for a folder, a file or a model on the hub of that name, if it is one."""
+    place = Path(name).expanduser()
+    if group == "dataset" and place.is_file():
+        return f"It is a file: dataset=file dataset.files.all={name}"
+    if group == "model" and place.is_dir():
+        return f"It is a folder: model=folder model.path={name}"
+    if group == "model" and place.suffix == ".gguf":
+        return f"For a file: model=gguf model.path={name}"
+    if group == "model" and HUB.fullmatch(name):
+        return f"For one on the hub: model=hub model.id={name}"
+    return ""
 
 
 def summary(path: Path) -> str:

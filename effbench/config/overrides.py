@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_
 
 from effbench.api.stages import base as stages
 from effbench.config.code import refuse_code_in_word
-from effbench.config.files import groups, keys_of, options
+from effbench.config.files import groups, keys_of, options, unknown
 from effbench.util.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -259,9 +259,7 @@ def _names_in(override: Any) -> list[str]:
 
 def _check_option(group: str, name: str, extra: Sequence[Path]) -> None:
     if name not in options(group, extra):
-        raise UserError(
-            f"There is no {group} called {name!r}.", did_you_mean(name, options(group, extra))
-        )
+        raise unknown(group, name, options(group, extra))
 
 
 def explain(
@@ -310,7 +308,7 @@ def _culprit(overrides: Sequence[str], composes: Callable[[Sequence[str]], bool]
 def _explain_member(group: str, name: str, text: str) -> UserError:
     known = options(group)
     if name not in known:
-        return UserError(f"There is no {group} called {name!r}.", did_you_mean(name, known))
+        return unknown(group, name, known)
     key = text.split("=")[0].rpartition(".")[2]
     keys = keys_of(group, name, known[name])
     if key in keys:

@@ -13,7 +13,7 @@ from typing import Any
 
 from effbench.api import registry
 from effbench.api.stages import base as stages
-from effbench.config.files import options
+from effbench.config.files import options, unknown
 from effbench.config.lineage import unpinned
 from effbench.results.migrations import migrated_spec
 from effbench.util import yamls
@@ -187,7 +187,7 @@ def _config(group: str, name: str, whole: bool, extra: Sequence[Path]) -> dict[s
 
     path = options(group, extra).get(name)
     if path is None and not whole:
-        raise UserError(f"There is no {group} called {name!r}.", did_you_mean(name, options(group)))
+        raise unknown(group, name, options(group, extra))
     values = yaml.safe_load(path.read_text()) if path else {}
     return {k: v for k, v in values.items() if v != "???" and k != "defaults"}
 

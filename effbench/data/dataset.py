@@ -368,11 +368,12 @@ def render(
             among the choices; it names the row.
     """
     kind, reading = find(spec.kind), reading or Reading()
+    settings = _settings(spec)
     for number, row in enumerate(rows, 1):
         where = f"row {number} of split {split!r} of dataset {spec.called!r}{file and f' ({file})'}"
         reading.read += 1
         try:
-            text = kind.render(place := Place(row, where, spec.missing), spec)
+            text = kind.render(place := Place(row, where, spec.missing, settings), spec)
         except MissingError:
             if spec.missing != "skip":
                 raise
@@ -382,6 +383,13 @@ def render(
             reading.empty += 1
         else:
             yield _known(text, place, spec)
+
+
+def _settings(spec: DatasetSpec) -> dict[str, str]:
+    """Return the settings of the templates that a kind of dataset reads, by template."""
+    given = {name: getattr(spec, name) for name in ("choices", "answer", "prompt", "text")}
+    each = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    return {template: name for name, templates in each.items() for template in templates}
 
 
 def _known(text: Text, place: Place, spec: DatasetSpec) -> Text:

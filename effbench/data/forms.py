@@ -5,7 +5,8 @@ Only what cannot be meant in another way is recognised; the rest is for template
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if form is None and {"prompt", "answer"} & row.keys():  # the other is missing, or misspelt
         return {**values, "kind": "pairs"}, ""
     if form is None:
-        raise _unknown(path, row)
+        raise _unknown(path, row, values)
     words = "".join(f" dataset.{key}={value!r}" for key, value in form.settings.items())
     line = f"{path.name}: {form.what}, so dataset.kind={form.kind}{words}"
     return {**values, "kind": form.kind, **form.settings}, line
@@ -107,14 +108,37 @@ def form_of(row: Row) -> Form | None:
     return next((form for rule in RULES if (form := rule(row)) is not None), None)
 
 
-def _unknown(path: Path, row: Row) -> UserError:
+def _unknown(path: Path, row: Row, values: Mapping[str, Any]) -> UserError:
     names = ", ".join(map(repr, row))
     first, last = next(iter(row), "FIELD"), next(reversed(row), "FIELD")
     return UserError(
         f"The rows of {path} have the fields {names}, which are no form that is known.",
         "Say how a row becomes a prompt and an answer: "
         f"""'dataset.prompt="{{{first}}}"' 'dataset.answer=" {{{last}}}"'; """
+        f"{_as_classes(read_rows(path, values.get('documents', 'paragraph')))}"
         "or what it is: dataset.kind=text, pairs, chat, alpaca, choices or preference",
+    )
+
+
+MOST_CLASSES = 20
+
+
+def _as_classes(rows: Sequence[Row]) -> str:
+    """Return how rows are texts with classes, where they look like it: a column of few names."""
+    found: dict[str, set[str]] = {}
+    for name in rows[0]:
+        column = [row.get(name) for row in rows]
+        if all(isinstance(value, str) and value.strip() for value in column):
+            found[name] = {value.strip() for value in column if isinstance(value, str)}
+    label = min(found, key=lambda name: len(found[name]), default="")
+    classes = sorted(found.get(label, ()))
+    if not 2 <= len(classes) <= min(MOST_CLASSES, len(rows) // 2):
+        return ""
+    text = max(found, key=lambda name: len(found[name]))
+    answers = ", ".join(json.dumps(f" {name}", ensure_ascii=False) for name in classes)
+    return (
+        f"what class it is of: dataset.kind=choices dataset.label={label} "
+        f"""'dataset.prompt="{{{text}}}"' 'dataset.choices=[{answers}]'; """
     )
 
 

@@ -45,7 +45,7 @@ def conversation_of(place: Place, spec: DatasetSpec) -> Conversation:
         UserError: When it is none, somebody unknown speaks, or a message is no text.
     """
     name = _field(place, spec)
-    listed = place.field(name)
+    listed = place.field(name, "dataset.columns.messages")
     if isinstance(listed, str):
         listed = _parsed(place, listed, name)
     if not isinstance(listed, list):

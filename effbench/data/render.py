@@ -104,6 +104,8 @@ class Place:
     """Number, split and dataset."""
     missing: str = "refuse"
     """As `DatasetSpec.missing`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What each template is given by, for messages."""
 
     def fill(self, template: str) -> str:
         """Return a template filled with the row's fields.
@@ -148,8 +150,12 @@ class Place:
                 "Mend the row, or leave such rows out: dataset.missing=skip",
             )
 
-    def field(self, dotted: str) -> Any:
+    def field(self, dotted: str, setting: str = "") -> Any:
         """Return the value of a field, perhaps inside another.
+
+        Args:
+            dotted: Its name.
+            setting: What names it, for messages.
 
         Raises:
             MissingError: When it is null or not a number.
@@ -159,19 +165,21 @@ class Place:
         for part in dotted.split("."):
             if not isinstance(value, dict) or part not in value:
                 known = value if isinstance(value, dict) else self.row
-                raise UserError(f"{self.where} has no field {dotted!r}.", did_you_mean(part, known))
+                hint = f" Name yours: {setting}=FIELD" if setting else ""
+                hint = f"{did_you_mean(part, known)}{hint}"
+                raise UserError(f"{self.where} has no field {dotted!r}.", hint)
             value = value[part]
         if is_missing(value):
             raise self._missing(dotted)
         return value
 
-    def number(self, dotted: str) -> float:
+    def number(self, dotted: str, setting: str = "") -> float:
         """Return the number in a field.
 
         Raises:
             UserError: As `field`, and when it is none.
         """
-        value = self.field(dotted)
+        value = self.field(dotted, setting)
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -232,10 +240,10 @@ class Place:
             return value[key]
         if isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
             return value[int(key)]
-        raise UserError(
-            f"{self.where} has no field {key!r}, which {template!r} needs.",
-            did_you_mean(key, known if isinstance(known, Mapping) else self.row),
-        )
+        hint = did_you_mean(key, known if isinstance(known, Mapping) else self.row)
+        if setting := self.settings.get(template):
+            hint += f" The template is dataset.{setting}."
+        raise UserError(f"{self.where} has no field {key!r}, which {template!r} needs.", hint)
 
 
 class _Strict(Formatter):
@@ -336,4 +344,8 @@ def columns_of(place: Place, spec: DatasetSpec, own: tuple[str, ...]) -> dict[st
     Raises:
         UserError: When a row has no number there.
     """
-    return {n: place.number(f) for n, f in sorted(spec.columns.items()) if n not in own}
+    return {
+        name: place.number(column, f"dataset.columns.{name}")
+        for name, column in sorted(spec.columns.items())
+        if name not in own
+    }

@@ -23,6 +23,7 @@ from effbench.evaluators.base import Result
 from effbench.evaluators.generation import Generation
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
+from effbench.nn.decode.not_followed import not_followed
 from effbench.nn.scoring import finite
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -97,6 +98,7 @@ class BestOfN(Generation):
             scores = self._scores(subject, questions, drawn)
             for size in self.sizes:
                 self._add_picks(result, subject, questions, drawn[:size], scores[:size])
+        result.notes += not_followed(model)
         return result
 
     def _draw(self, writer: Subject, questions: Questions, place: int) -> list[Generated]:

@@ -18,6 +18,7 @@ from effbench.api.schema import ModelText, NonNegativeFloat, NonNegativeInt, Pos
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.decode import generate
+from effbench.nn.decode.not_followed import not_followed
 from effbench.nn.model_kinds.base import CAUSAL, ModelKind, kind_of
 from effbench.nn.model_kinds.base import find as find_kind
 from effbench.nn.scoring import finite
@@ -196,6 +197,7 @@ class Generation(Evaluator):
         result = Result()
         for questions in self._questions(subject.data):
             self._add(result, subject, questions, self._answers(subject, questions))
+        result.notes += not_followed(subject.model)
         return result
 
     def _questions(self, data: Data) -> Iterator[Questions]:

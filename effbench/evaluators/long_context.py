@@ -20,6 +20,7 @@ from effbench.api.schema import NonNegativeInt, PositiveInt, digest
 from effbench.evaluators import answers, needles, windows
 from effbench.evaluators.base import Evaluator, Result, exponential
 from effbench.evaluators.subject import Subject
+from effbench.nn.decode.not_followed import not_followed
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -121,6 +122,7 @@ class LongContext(Evaluator):
                 _add_bytes(result, subject, length, max(held))
             if self.scored_tokens:
                 self._score(result, subject, length)
+        result.notes += not_followed(subject.model) if self.tasks else []
         return result
 
     # -- questions -----------------------------------------------------------------------------

@@ -243,7 +243,9 @@ class Speed(Evaluator):
 
     def _run(self, subject: Subject, counted: dict[str, float]) -> Result:
         cells = self.cells()
-        settings = [self.engine, self.baseline, self.repeats, self.roofline]
+        settings: list[Any] = [self.engine, self.baseline, self.repeats, self.roofline]
+        if self.baseline != "none":
+            settings.append("gains")  # which cells of earlier journals have under other names
         journal = subject.journal("cells", [canonical([str(c), *settings]) for c in cells])
         ceilings: Ceilings | None = None
         dense: Subject | None = None

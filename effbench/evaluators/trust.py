@@ -90,12 +90,14 @@ class Trust(Evaluator):
         """Return scores, differences and shifts by dimension, and how far the model moved."""
         from effbench.evaluators.trustworthiness.answers import ask
         from effbench.evaluators.trustworthiness.report import Report
+        from effbench.nn.decode.not_followed import not_followed
 
         questions, how = self._questions(), self._how()
         own = ask(subject, questions, how, "answers")
         other = ask(self._reference(subject), questions, how, "reference")
         result = Result()
         Report(subject, result, questions, own, other).fill(self.generate)
+        result.notes += not_followed(subject.model) if self.generate else []
         return result
 
     def _how(self) -> Asking:

@@ -23,9 +23,14 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gpt2": "gpt2",
     "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
     "phi3": "phi3",
 }
 """From transformers' model types to llama.cpp's."""
+SLIDING = {"gemma2": 2, "gemma3_text": 6}
+"""Of so many layers the last sees all before it, and the others a window; llama.cpp knows no other
+order, and scales attention by the width of a head."""
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 """`general.file_type` of what the matrices are held in (llama.h, enum llama_ftype)."""
 BLOCK = 32
@@ -59,13 +64,40 @@ def require_known(config: Any) -> None:
     known = f"GGUF is written for: {', '.join(ARCHITECTURES)}. Leave --to gguf out."
     if kind not in ARCHITECTURES:
         raise UserError(f"A {kind} model is not written as GGUF.", known)
-    if any(k != "full_attention" for k in getattr(config, "layer_types", None) or ()) or (
+    if kind in SLIDING:
+        _require_gemma(config, known)
+    elif any(k != "full_attention" for k in getattr(config, "layer_types", None) or ()) or (
         kind in ("mistral", "phi3") and config.sliding_window
     ):
         raise UserError("Layers with a sliding window are not written as GGUF.", known)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = _rope(config).get("rope_type", "default")
     if rope not in ("default", "linear", "llama3"):
         raise UserError(f"Rotary positions of type {rope!r} are not written as GGUF.", known)
+
+
+def _require_gemma(config: Any, known: str) -> None:
+    """Refuse a Gemma 2 or 3 in which something is otherwise than llama.cpp has it."""
+    every, two = SLIDING[config.model_type], config.model_type == "gemma2"
+    layers = range(1, config.num_hidden_layers + 1)
+    kinds = [("sliding" if n % every else "full") + "_attention" for n in layers]
+    local = (config.rope_parameters or {}).get("sliding_attention") or {"rope_theta": 10000.0}
+    caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
+    for wrong, what in (
+        (list(config.layer_types) != kinds, "windows in other layers"),
+        (config.query_pre_attn_scalar != config.head_dim, "another query_pre_attn_scalar"),
+        (None in caps if two else caps != (None, None), "other caps of logits"),
+        (local["rope_theta"] != 10000.0, "another rope_theta of windows"),
+        (two and not config.tie_word_embeddings, "a head of its own"),
+        (config.hidden_activation != "gelu_pytorch_tanh", "another activation"),
+    ):
+        if wrong:
+            raise UserError(f"A {config.model_type} model with {what} is not written.", known)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Return the settings of rotary positions; those of layers that see all before them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return dict(rope.get("full_attention") or rope)
 
 
 def write_gguf(
@@ -135,7 +167,7 @@ def _laid_out(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     """Return a tensor as llama.cpp holds it: matrices [d_out, d_in], norms with all gain."""
     if config.model_type == "gpt2" and tensor.ndim == 2 and ".h." in name:
         return tensor.t()
-    if config.model_type == "gemma" and tensor.ndim == 1:
+    if config.model_type.startswith("gemma") and tensor.ndim == 1:
         return tensor.float() + 1
     return _in_pairs(name, tensor, config)
 
@@ -178,12 +210,21 @@ def _write_sizes(writer: Any, model: Any, name: str) -> None:
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         _write_positions(writer, config, width)
+    if config.model_type in SLIDING:
+        _write_windows(writer, config)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     writer.add_file_type(FILE_TYPES[dtype])
 
 
+def _write_windows(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    if config.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
 def _write_positions(writer: Any, config: Any, width: int) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _rope(config)
     writer.add_rope_dimension_count(int(width * (rope.get("partial_rotary_factor") or 1)))
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     if rope.get("rope_type") == "linear":
@@ -193,7 +234,7 @@ def _write_positions(writer: Any, config: Any, width: int) -> None:
 
 def _write_rope(writer: Any, config: Any) -> None:
     """Add what Llama 3's scaling divides each rotary frequency by, [head_dim / 2]."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -265,7 +265,7 @@ def shape_of(spec: ModelSpec) -> AnyShape:
         )
     if spec.source == "gguf":
         return shape_in(config_in(read_header(_gguf_file(spec))), spec.path, spec)
-    path = _config_file(spec)
+    path = config_file(spec)
     try:
         config = json.loads(path.read_text())
     except OSError:
@@ -517,7 +517,12 @@ def _package_sha256(spec: ModelSpec) -> str:
     return assets.find(spec.id).contents[assets.GGUF]
 
 
-def _config_file(spec: ModelSpec) -> Path:
+def config_file(spec: ModelSpec) -> Path:
+    """Return where the config of a model lies, which no random weights have.
+
+    Raises:
+        UserError: When it is known only after a download.
+    """
     if spec.source == "folder":
         return _folder(spec) / "config.json"
     if spec.source == "package":

@@ -10,6 +10,7 @@ from pathlib import Path
 from effbench.report.campaign_table import Form, paper_lines, with_lines
 from effbench.report.claims import State
 from effbench.report.grand import MISSING, Grand, Ground, Group, Row, System
+from effbench.report.plots.canvas import Size
 from effbench.report.plots.pareto import Place, pareto_plot
 from effbench.report.table import Cell, Table, Value
 from effbench.util.errors import UserError
@@ -60,19 +61,31 @@ def write_grand(grand: Grand, results: Path) -> list[Path]:
     }
     for suffix, text in texts.items():
         write_atomic(stem.with_suffix(suffix), text)
-    plot = _pareto(grand.groups[0], stem.with_name(f"{grand.name}_pareto.png"))
+    plot = pareto(grand, stem.with_name(f"{grand.name}_pareto.png"))
     return [*(stem.with_suffix(suffix) for suffix in texts), plot]
 
 
-def _pareto(group: Group, path: Path) -> Path:
-    """Draw the rows of a group over the bytes of their weights."""
+def pareto(grand: Grand, path: Path, size: Size = "screen") -> Path:
+    """Draw the rows of the largest group over the bytes of their weights.
+
+    Args:
+        grand: What was gathered.
+        path: File to write: PNG, PDF or SVG.
+        size: Of the picture.
+
+    Raises:
+        UserError: When there is nothing to draw, or the file is no picture.
+    """
+    group = grand.groups[0]
     places = [
-        Place(row.name, row.table, row.weight_bytes, row.difference or Value(0.0))
+        Place(row.name, row.table, row.weight_bytes, row.difference)
+        if row.difference
+        else Place(row.name, row.name, row.weight_bytes, Value(0.0))  # what others are held against
         for row in group.rows
         if row.weight_bytes
     ]
     title = f"Against {group.rows[0].name} ({group.rows[0].value.unit}); dashed: the Pareto front"
-    return pareto_plot(places, title, str(group.ground), path)
+    return pareto_plot(places, title, str(group.ground), path, size)
 
 
 def in_readme(text: str, grand: Grand) -> str:

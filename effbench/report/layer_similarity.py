@@ -185,6 +185,7 @@ def heat_map(found: Layers, path: Path, title: str = "") -> Path:
         axes.set_title(label, loc="left")
         axes.set_xlabel("layer")
         axes.set_ylabel("layer")
+        axes.locator_params(integer=True)
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     cut = found.cut()

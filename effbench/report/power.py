@@ -16,6 +16,8 @@ from effbench.stats.base import ALPHA, Floats, binary, mean_of
 from effbench.stats.power import MOST, least, mcnemar_power, paired_power, seeds_power, smallest
 from effbench.util.errors import UserError, did_you_mean
 
+STATED = "difference"
+"""Metric of a case whose spread is stated, as no runs are named."""
 POINTS = (0.5, 1.0, 2.0, 5.0)
 """Differences of a table about shares, in points, unless others are asked for."""
 SPREADS = (0.02, 0.05, 0.1, 0.2)
@@ -54,6 +56,11 @@ class Case:
     """Items that tell as much as one independent item: above 1 where items come in groups."""
     sources: tuple[str, ...] = ()
     """Where the numbers come from, in sentences."""
+
+    @property
+    def difference(self) -> str:
+        """What is looked for, in words."""
+        return STATED if self.metric == STATED else f"{STATED} of {self.metric}"
 
     @property
     def shares(self) -> bool:
@@ -106,7 +113,7 @@ def stated(
             "Give one of the two.",
         )
     if sd is not None:
-        return Case("difference", sd=sd, seed_sd=seed_sd, sources=("Spread as stated.",))
+        return Case(STATED, sd=sd, seed_sd=seed_sd, sources=("Spread as stated.",))
     if discordance is not None:
         return Case("accuracy", discordance=discordance, seed_sd=seed_sd, sources=("As stated.",))
     if accuracy is not None:
@@ -248,7 +255,7 @@ def needed(case: Case, wanted: Wanted) -> Table:
             seeds = seeds_needed(case, wanted, inside, items or math.inf)
             row.append(_count(seeds, "too few items"))
         rows.append(tuple(row))
-    title = f"To see a difference of {case.metric} in {wanted.power:.0%} of cases"
+    title = f"To see a {case.difference} in {wanted.power:.0%} of cases"
     title += f", alpha {wanted.alpha:g}"
     return Table(title, tuple(columns), rows, tuple(_notes(case, wanted, items)))
 

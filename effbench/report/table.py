@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape as as_html
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,11 +119,13 @@ class Table:
             if parts[-1] and sum(sizes[j] for j in (*parts[-1], i)) > room:
                 parts.append([])
             parts[-1].append(i)
-        return [self._only([*range(named), *part]) for part in parts]
+        found = [self._only([*range(named), *part]) for part in parts]
+        return [*(replace(part, notes=()) for part in found[:-1]), found[-1]]
 
     def _words(self, column: int) -> list[str]:
         """Return what a column is as wide as: its cells, and the words of its head."""
-        return [*self.columns[column].split("_"), *(show(row[column]) for row in self.rows)]
+        cells = [show(row[column]) for row in self.rows]
+        return [*self.columns[column].replace("_", " ").split(), *cells]
 
     def _only(self, columns: Sequence[int]) -> Table:
         """Return the table with some of its columns."""

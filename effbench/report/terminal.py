@@ -38,12 +38,31 @@ EVALUATED = (
 """Columns of one run, where it has them."""
 
 
-def print_table(table: Table) -> None:
-    """Print a table: drawn in a terminal, as plain aligned columns elsewhere."""
+def print_table(table: Table, named: int = 1) -> None:
+    """Print a table: drawn in a terminal, as plain aligned columns elsewhere.
+
+    Args:
+        table: In a terminal without room for its words, its columns stand in several below each
+            other.
+        named: First columns, which say what a row is and are in each of these.
+    """
     if sys.stdout.isatty():
-        _console().print(table.rich())
+        console = _console()
+        for part in table.fitted(console.width, named) if _is_cut(table, console) else [table]:
+            console.print(part.rich())
     else:
         print(f"{table.title}\n\n{table.text()}\n" if table.title else f"{table.text()}\n")
+
+
+CUT = "…"
+"""What rich puts in the place of the end of a word that there is no room for."""
+
+
+def _is_cut(table: Table, console: Console) -> bool:
+    """Whether a word of a table is cut where it is drawn."""
+    with console.capture() as drawn:
+        console.print(table.rich())
+    return CUT in drawn.get() and CUT not in table.text()
 
 
 def print_comparison(found: Comparison, full: bool = False) -> None:
@@ -65,7 +84,8 @@ def print_record(record: Record, full: bool = False) -> None:
         record: The run.
         full: Print every metric of every point, split and task, too.
     """
-    print_table(_evaluated(record))
+    evaluated = _evaluated(record)
+    print_table(evaluated, named=int("point" in evaluated.columns))
     tasks = tasks_table(record)
     if tasks.rows:
         for part in _fitted(tasks, 2 if "point" in tasks.columns else 1):

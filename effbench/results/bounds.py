@@ -31,7 +31,14 @@ SHARES = {"accuracy", "acc", "match", "em", "f1", "agreement", "loyalty", "flips
 """Words of which one is in the name of every other share, as in `exact_match_best_of_4`."""
 
 
-def bounds_of(metric: str) -> tuple[float, float]:
+AMOUNTS = {
+    *("FLOP", "J", "bytes", "decisions", "g", "labels", "ms", "parameters"),
+    *("positions", "rows", "rules", "s", "sequences", "steps", "tokens", "W"),
+}
+"""Units of which there cannot be less than none, over whatever they are counted."""
+
+
+def bounds_of(metric: str, unit: str = "") -> tuple[float, float]:
     """Return the least and the largest value of a metric; infinite where none is known.
 
     A metric of another scale that bears such a name, as percents of right answers would, is told
@@ -39,4 +46,6 @@ def bounds_of(metric: str) -> tuple[float, float]:
     """
     if metric in KNOWN:
         return KNOWN[metric]
+    if unit.replace("/", " ").partition(" ")[0] in AMOUNTS:
+        return POSITIVE
     return SHARE if SHARES & {*metric.split("_")} else (-math.inf, math.inf)

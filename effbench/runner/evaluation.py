@@ -75,7 +75,8 @@ def evaluate(run: Run, opened: Opened, data: Data) -> None:
                         run.folder.write_json(f"evaluations/{path.name}", asdict(result))
                     run.add(result.metrics)
                     for note in result.notes:
-                        run.note(note)
+                        if note not in run.so_far().notes:  # it may hold at every point
+                            run.note(note)
                     run.events.append("evaluated", name=path.stem)
                 count_cost(run, subject.costs[point], point, storage_bytes(model))
 

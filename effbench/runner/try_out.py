@@ -18,6 +18,7 @@ from effbench.data.tokens import Encoder, chat_prompt
 from effbench.methods.base import Method
 from effbench.models.load import known_shape
 from effbench.nn.decode.generate import Sampling, sample
+from effbench.nn.decode.not_followed import not_followed
 from effbench.nn.model_kinds.base import find, kind_of
 from effbench.results.store import RunFolder, Store
 from effbench.runner.open import open_model
@@ -77,6 +78,14 @@ class Speaker:
     def chats(self) -> bool:
         """Whether the model has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def not_followed(self, greedy: bool) -> list[str]:
+        """Return a sentence on the model's own settings that are not followed, if there are any.
+
+        Args:
+            greedy: Whether the most likely token is taken, however the model would draw.
+        """
+        return not_followed(self.model, greedy)
 
     def rendered(self, turns: Sequence[Turn]) -> list[int]:
         """Return the tokens of a conversation, ready for an answer; plain text has no template."""
@@ -171,10 +180,8 @@ class Telling:
         """Return it in words."""
         rate = (self.tokens - 1) / self.seconds if self.seconds and self.tokens > 1 else 0.0
         speed = f", {rate:,.1f} tokens/s" if rate else ""
-        return (
-            f"{self.tokens} tokens{speed} after a prompt of {self.prompt}, "
-            f"read in {self.read_seconds:.2f} s"
-        )
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        return f"{tokens}{speed} after a prompt of {self.prompt}, read in {self.read_seconds:.2f} s"
 
 
 def _pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

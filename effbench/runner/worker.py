@@ -92,12 +92,12 @@ def _run(job: Job, folder: RunFolder, store: Store) -> None:
     quiet_libraries()
     progress = Progress(job.runtime.progress)
     progress.say(f"{job.spec.label}, in {folder.path}")
-    progress.now("loading torch and transformers")
-    from effbench.runner.run import finish, open_run
+    with progress.during("loading torch and transformers"):
+        from effbench.runner.run import finish, open_run
 
-    run = open_run(job, folder, store, progress)
-    import_module(stages.performs(job.spec.stage)).perform(run)
-    finish(run)
+        run = open_run(job, folder, store, progress)
+        import_module(stages.performs(job.spec.stage)).perform(run)
+        finish(run)
 
 
 def fail(error: UserError) -> int:

@@ -451,3 +451,26 @@ def test_a_number_in_a_file_says_that_text_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.revision=12") as caught:
         compose("train", ["model=mine"], [tmp_path])
     assert "in quotes" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("model=mine", "It is a folder: model=folder model.path=mine"),
+        ("model=mine.gguf", "For a file: model=gguf model.path=mine.gguf"),
+        ("model=Org/Name-1.5B", "For one on the hub: model=hub model.id=Org/Name-1.5B"),
+        ("dataset=mine.csv", "It is a file: dataset=file dataset.files.all=mine.csv"),
+        ("dataset=other.csv", "are known"),
+        ("method=mine", "are known"),
+        ("model=tny", "Did you mean 'tiny'?"),
+    ],
+)
+def test_ones_own_model_or_file_in_the_place_of_a_name_has_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.csv").write_text("")
+    with pytest.raises(UserError, match="There is no") as caught:
+        compose("eval", [word])
+    assert hint in caught.value.hint

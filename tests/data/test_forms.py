@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import BYTES_SHAPE
 
 from effbench.api.account import Reading
@@ -16,7 +19,7 @@ from effbench.api.keys import WHOLE, leave_places_out
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
 from effbench.config.lineage import dataset_spec
-from effbench.data.dataset import read, render
+from effbench.data.dataset import read, render, splits
 from effbench.data.forms import recognised
 from effbench.data.kinds import base
 from effbench.models.random import byte_tokenizer
@@ -119,6 +122,36 @@ def test_what_could_mean_several_things_is_not_guessed(tmp_path: Path, row: Any)
         spec_of(tmp_path / "rows.jsonl", row)
     assert all(repr(name) in caught.value.message for name in row)
     assert "dataset.prompt=" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["bad", "fine", "bad", "fine"], True),
+        (["bad", "fine", "so so", "good"], False),  # as many as there are rows
+        (["bad", "bad", "bad", "bad"], False),
+        ([1, 2, 1, 2], False),  # a number is an index, and these do not begin at 0
+        (["bad", "", "bad", "fine"], False),
+    ],
+)
+def test_texts_with_a_column_of_few_names_may_be_classes(
+    tmp_path: Path, labels: list[Any], told: bool
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"review": f"It was {n}.", "mood": label} for n, label in enumerate(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"files": {"all": str(path)}}
+    with pytest.raises(UserError, match="no form that is known") as caught:
+        recognised({**AUTO, **files})
+    assert ("dataset.kind=choices" in caught.value.hint) == told
+    if told:
+        words = re.findall(r"(dataset\.kind=choices.*\]');", caught.value.hint)
+        given = [word.split("=", 1) for word in shlex.split(words[0])]
+        said = {name.removeprefix("dataset."): yaml.safe_load(value) for name, value in given}
+        spec = DatasetSpec(**{**AUTO, **files, **said})
+        [(_, texts)] = splits(spec).items()
+        assert sorted(t.answer for t in texts) == [" bad", " bad", " fine", " fine"]
+        assert {t.choices for t in texts} == {(" bad", " fine")}
 
 
 def test_half_of_a_pair_is_a_pair_with_a_mistake(tmp_path: Path) -> None:

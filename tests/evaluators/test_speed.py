@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, product
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import Bench
 from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
 from effbench.api.points import UNNAMED, Point
+from effbench.api.schema import canonical
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Machine
 from effbench.data.dataset import Data
@@ -173,7 +175,13 @@ def test_the_grid_names_its_cells_and_goes_on_where_it_was(
     whole = metrics(grid.run(subject))
     tasks = {"b1 p4 n7", "b1 p9 n7", "b2 p4 n7", "b2 p9 n7"}
     assert {task for *_, task in whole} == tasks
-    subject.journal = lambda name, items: Journal(tmp_path / "cells", items)
+    grid_items: list[str] = []
+
+    def journal(name: str, items: Sequence[str]) -> Journal:
+        grid_items[:] = items
+        return Journal(tmp_path / "cells", items)
+
+    subject.journal = journal
     timed: list[Cell] = []
     real = Speed._cell
 
@@ -187,8 +195,22 @@ def test_the_grid_names_its_cells_and_goes_on_where_it_was(
     monkeypatch.setattr(Speed, "_cell", watched)
     with pytest.raises(KeyboardInterrupt):
         grid.run(subject)
-    assert set(metrics(grid.run(subject))) == set(whole)
+    kept = Journal(tmp_path / "cells", grid_items)._done
+    found = metrics(grid.run(subject))
+    assert set(found) == set(whole)
     assert timed == [*grid.cells()[:3], *grid.cells()[2:]]
+    for index, cell in enumerate(grid.cells()[:2]):
+        speedup = found["speedup", "", str(cell)]
+        assert [speedup.value, speedup.low, speedup.high] == kept[index]["gains"]["speedup@"]
+
+
+def test_cells_that_an_earlier_version_kept_lose_no_gain(subject: Subject, tmp_path: Any) -> None:
+    alone = Speed(**SMALL, baseline="self")
+    settings = [alone.engine, alone.baseline, alone.repeats, alone.roofline]
+    earlier = Journal(tmp_path / "cells", [canonical([str(c), *settings]) for c in alone.cells()])
+    earlier.add({0: {"values": {"ttft": [1.0]}, "kv_bytes": 1, "counts": {}, "speedup": [1, 1, 1]}})
+    subject.journal = lambda name, items: Journal(tmp_path / "cells", items)
+    assert ("speedup", "", "") in metrics(alone.run(subject))
 
 
 def test_an_engine_is_as_fast_as_itself(subject: Subject, ticks: None) -> None:

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -41,6 +43,11 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "head_dim": 16,
 }
+GEMMA = {**SIZES, "sliding_window": 4, "query_pre_attn_scalar": 16}
+LOCAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+}
 IDS = torch.arange(12).reshape(2, 6) % 60 + 3
 SCALED = {
     "rope_type": "llama3",
@@ -59,6 +66,8 @@ CONFIGS = {
         vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=96
     ),
     "gemma": lambda: GemmaConfig(**{**SIZES, "num_key_value_heads": 1}),
+    "gemma2": lambda: Gemma2Config(**GEMMA),
+    "gemma3": lambda: Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 7}),
     "phi3": lambda: Phi3Config(
         **{k: v for k, v in SIZES.items() if k != "head_dim"}, pad_token_id=0
     ),
@@ -117,19 +126,21 @@ def test_tensors_of_other_architectures_are_as_llama_cpp_holds_them(
     for name, own, theirs in (
         ("gpt2", "transformer.h.0.mlp.c_fc.weight", "blk.0.ffn_up.weight"),
         ("gemma", "model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+        ("gemma2", "model.layers.0.pre_feedforward_layernorm.weight", "blk.0.ffn_norm.weight"),
+        ("gemma3", "model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
         ("phi3", "model.layers.0.self_attn.qkv_proj.weight", "blk.0.attn_qkv.weight"),
     ):
         model = made(name)
         write_gguf(model, tokenizer, tmp_path / f"{name}.gguf")
         weight = model.get_parameter(own)
-        wanted = {"gpt2": weight.t(), "gemma": weight + 1, "phi3": weight}[name]
+        wanted = {"gpt2": weight.t(), "phi3": weight}.get(name, weight + 1)
         found = tensors(tmp_path / f"{name}.gguf")
         np.testing.assert_array_equal(found[theirs].data, wanted.numpy())
         assert len(found) == len(list(model.parameters()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "gemma2", "gemma3", "phi3"])
 def test_llama_cpp_decodes_the_same_tokens_of_every_architecture(name: str, tmp_path: Path) -> None:
     """Of random weights, in float32; the wheel is no dependency: `pip install xllamacpp`."""
     llama = pytest.importorskip("xllamacpp")
@@ -139,15 +150,20 @@ def test_llama_cpp_decodes_the_same_tokens_of_every_architecture(name: str, tmp_
             parameter.add_(0.3 * torch.randn(parameter.shape))
     tokenizer = byte_pairs()
     write_gguf(model, tokenizer, tmp_path / "x.gguf", name="mine")
-    ids = torch.tensor([[66, 70, 75, 90, 101, 120, 84]])
+    ids = torch.tensor([[66, 70, 75, 90, 101, 120, 84]])  # more than a window
     own = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     params = llama.CommonParams()
     params.model.path = str(tmp_path / "x.gguf")
     params.n_ctx, params.warmup, params.n_gpu_layers = 64, False, 0
     server = llama.Server(params)
     asked = {"prompt": ids[0].tolist(), "max_tokens": 20, "temperature": 0.0, "ignore_eos": True}
-    text = server.handle_completions(asked)["choices"][0]["text"]
-    assert text == tokenizer.decode(own[0, ids.shape[1] :])
+    [said] = server.handle_completions(asked | {"logprobs": 5})["choices"]
+    assert said["text"] == tokenizer.decode(own[0, ids.shape[1] :])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+    for first in said["logprobs"]["content"][0]["top_logprobs"]:
+        if first["id"] < len(tokenizer) - 1:  # its end is no token that ignore_eos leaves
+            assert first["logprob"] == pytest.approx(float(expected[first["id"]]), abs=0.01)
 
 
 def test_scaled_positions_are_written_as_what_divides_them(tmp_path: Path, tokenizer: Any) -> None:
@@ -212,6 +228,13 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused() -> None:
             ),
             "yarn",
         ),
+        (Gemma2Config(**GEMMA, layer_types=["full_attention"] * 2), "windows in other layers"),
+        (Gemma2Config(**{**GEMMA, "query_pre_attn_scalar": 64}), "another query_pre_attn_scalar"),
+        (Gemma2Config(**GEMMA, final_logit_softcapping=None), "other caps of logits"),
+        (Gemma2Config(**GEMMA, tie_word_embeddings=False), "a head of its own"),
+        (Gemma3TextConfig(**GEMMA, attn_logit_softcapping=50.0), "other caps of logits"),
+        (Gemma3TextConfig(**GEMMA, hidden_activation="silu"), "another activation"),
+        (Gemma3TextConfig(**GEMMA, rope_parameters=LOCAL), "another rope_theta of windows"),
     ):
         with pytest.raises(UserError, match=why):
             require_known(config)

@@ -20,7 +20,8 @@ from effbench.cli.tables import campaigns
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_file import campaign_in
 from effbench.report.grand import Grand, gathered
-from effbench.report.grand_table import END, MARK, in_readme, rendered, short
+from effbench.report.grand_table import END, MARK, in_readme, pareto, rendered, short
+from effbench.report.plots.canvas import SIZES
 from effbench.report.plots.pareto import Place, front
 from effbench.report.table import Value
 from effbench.results import reader
@@ -225,6 +226,17 @@ def test_a_grand_table_runs_nothing() -> None:
     for words in (["--run"], ["--scale", "paper"]):
         found = CliRunner().invoke(app, ["table", "grand", *words])
         assert isinstance(found.exception, UserError) and "runs nothing" in str(found.exception)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_are_drawn_over_their_bytes_in_the_sizes_of_papers(
+    table: Any, gather: Any, tmp_path: Path
+) -> None:
+    found = gather(table("A", 1))
+    for size in SIZES:
+        text = pareto(found, tmp_path / "a.svg", size).read_text()
+        assert "bytes of the weights (MiB)" in text and "lower is better" in text
+        assert f'width="{72 * SIZES[size][0]:g}' in text
 
 
 def test_the_front_has_what_no_row_beats_in_both() -> None:

@@ -71,6 +71,32 @@ def test_it_fits_and_asks_for_nothing(
     assert (max(red, green, blue) < 60) if dark else (min(red, green, blue) > 200)
 
 
+FILTERED = """
+new Promise((done) => {
+  const input = document.querySelector("input[type=search]");
+  input.value = %r;
+  input.dispatchEvent(new Event("input"));
+  setTimeout(done, 500);  // the charts come later
+})
+"""
+LEGENDS = """
+[...document.querySelectorAll("#charts .legend li")]
+  .filter((li) => li.querySelector(".fill"))
+  .map((li) => [li.textContent.trim(), li.querySelector(".fill").getAttribute("class")])
+"""
+
+
+def test_a_name_looks_alike_in_all_charts_whatever_is_shown(browser: Browser, report: Path) -> None:
+    browser.open(report, width=1400)
+    looks: dict[str, set[str]] = {}
+    for words in ("", "method=lora"):
+        browser.run(FILTERED % words)
+        for name, look in browser.run(LEGENDS):
+            looks.setdefault(name, set()).add(look)
+    assert {"lora", "full"} <= looks.keys()
+    assert [len(found) for found in looks.values()] == [1] * len(looks), looks
+
+
 CONTRAST = """
 (() => {
   const numbers = (c) => c.match(/[\\d.]+/g).map(Number);

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaigns import two_arms
+from matplotlib.text import Text
 from test_report import run
 
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_plots import plot
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.result import Comparison
-from effbench.report.plots.canvas import SIZES, Size
+from effbench.report.plots import seeds
+from effbench.report.plots.canvas import SIZES, Look, Size, canvas
 from effbench.report.plots.curves import comparison_plot
 from effbench.report.plots.forest import forest_plot
+from effbench.report.plots.placing import Spot, name_marks
+from effbench.report.plots.rows import NAME
 from effbench.report.plots.seeds import over_seeds
 from effbench.util.errors import UserError
 
@@ -99,6 +105,60 @@ def test_values_without_an_order_of_points_are_a_list(tmp_path: Path) -> None:
     said = texts(comparison_plot(alone, "loss", tmp_path / "a.svg"))
     assert [name for name in said if name in ("lora", "full")] == ["lora", "full"]
     assert "95 % intervals of each value alone, not of differences" in said
+
+
+LONG = "a method whose name takes more than a third of a column"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_column_has_room_for_marks_beside_long_names_and_numbers(tmp_path: Path) -> None:
+    """Where there is none, matplotlib warns and leaves its layout."""
+    rows = [run("full", {"": 0.3}), run(LONG, {"": 0.0}, number=1)]
+    said = texts(forest_plot(compare(rows), "loss", tmp_path / "a.svg", "column"))
+    lines = textwrap.wrap(LONG, NAME["column"])
+    assert len(lines) > 2 and [text for text in said if text in lines] == lines
+    assert any(text.startswith("[-0.") for text in said), "the interval below its number"
+    assert "Loss on test against full, lower is better" in said
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_stand_below_the_lines_of_a_column(tmp_path: Path) -> None:
+    runs = [run(LONG, {"r1": 0.3, "r8": 0.1}), run("full", {"": 0.2}, number=1)]
+    said = texts(comparison_plot(compare(runs), "loss", tmp_path / "a.svg", "column"))
+    assert said[-3:] == ["95 % intervals of each value alone, not of differences", LONG, "full"]
+
+
+def test_what_is_said_of_a_column_stands_above_the_names_of_its_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(seeds, "save", lambda figure, *_: drawn.append(figure))
+    lines = {name: [([1, 2], [3, 2]), ([1, 2], [4, 2])] for name in ("lora", "full")}
+    seeds.seeds_plot(lines, tmp_path / "a.svg", "column")
+    [below] = drawn[0].legends
+    assert below.get_title().get_text() == "bands: least and most of up to 2 seeds"
+    assert [text.get_text() for text in below.get_texts()] == ["lora", "full"]
+
+
+def test_no_two_of_many_series_look_alike() -> None:
+    looks = [Look.of(number, "", "screen") for number in range(56)]
+    assert len({(look.colour, look.marker) for look in looks}) == 56
+
+
+def test_names_cover_neither_marks_nor_each_other() -> None:
+    """Marks in a heap, each of them on the front, as bytes of one model often are."""
+    figure, axes = canvas()
+    spots = [Spot(x, y - 0.1, y, y + 0.1) for x, y in ((1, 0.5), (1.1, 0.45), (1.2, 0.4), (9, 0))]
+    axes.plot([s.x for s in spots], [s.y for s in spots], "o")
+    names = [(f"the {n} of several methods", spot) for n, spot in enumerate(spots)]
+    name_marks(axes, names, spots, 8.0, [[(s.x, s.y) for s in spots]])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to them
+    dots = axes.transData.transform([(s.x, s.y) for s in spots])
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(x, y) for x, y in dots)
+        assert axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
 
 
 # -- losses over training ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from test_report import LORA, run
 
 from effbench.report.plots.power import power_plot
 from effbench.report.power import (
+    STATED,
     Case,
     Wanted,
     estimate,
@@ -113,6 +114,13 @@ def test_the_smallest_difference_is_seen_as_often_as_asked() -> None:
 @pytest.mark.parametrize("case", [Case("accuracy", discordance=0.1, seed_sd=0.01)])
 def test_the_plot(case: Case, tmp_path: Path) -> None:
     assert power_plot(case, Wanted(), tmp_path / "power.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("metric", "said"), [(STATED, "Difference that"), ("kl", "of KL that")])
+def test_what_is_seen_is_named_once(metric: str, said: str, tmp_path: Path) -> None:
+    case = Case(metric, sd=0.3)
+    assert said in power_plot(case, Wanted(), tmp_path / "power.svg").read_text()
+    assert "difference of difference" not in render(case, Wanted((0.05,)), "md")
 
 
 def test_the_command(cli, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from effbench.report.table import (
     run_row,
     tasks_table,
 )
+from effbench.report.terminal import print_table
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
 from effbench.results.sweeps import OUTCOME, declare_tuning, tunings
 from effbench.stats import mean_interval
@@ -392,6 +395,17 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
     assert "One seed only" not in text
 
 
+def test_no_interval_over_seeds_is_of_less_than_no_bytes() -> None:
+    runs = seeds_of("lora", 0.0, 10, count=3)
+    bytes_ = [Metric("kept_bytes", value, "bytes", phase="train") for value in (1.0, 2.0, 90.0)]
+    runs = [replace(r, metrics=[*r.metrics, m]) for r, m in zip(runs, bytes_, strict=True)]
+    other = run("full", {"": 0.1}, number=99)
+    other = replace(other, metrics=[*other.metrics, bytes_[0]])
+    [table] = [t for t in compare([*runs, other]).metrics if t.kind.metric == "kept_bytes"]
+    value = table.rows[0].value
+    assert value.value == 31 and value.low == 0 and value.high is not None and value.high > 90
+
+
 def read_out(trained: Record, number: int, seed: int = 0) -> Record:
     """Return an evaluation that goes on from a training, whose seed says nothing."""
     record = run("full", {"": -0.6}, number=number, seed=seed)
@@ -691,3 +705,21 @@ def test_a_difference_is_the_same_without_the_tests_that_cover_less() -> None:
     whole, short = (compare(runs, alone=alone).metrics[0].rows[1] for alone in (True, False))
     assert whole.items and whole.over_seeds and whole.covers == "seeds and items"
     assert short == replace(whole, items=None, over_seeds=None)
+
+
+def test_a_table_that_would_lose_letters_stands_in_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    columns = ("metric", "tier", "run", "against", "difference", "allowed", "finding")
+    interval = "-0.0341 [-0.0385, -0.0297]"
+    row = ("loss on test", "must", 5.429, 5.463, interval, "+0.05463", "kept")
+    table = Table("a gate", columns, [row], ("Adjusted after Holm.",))
+    for width, parts in ((100, 1), (60, 3)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(table, named=2)
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert all(text in out for text in ("loss on test", "5.463", interval, "+0.05463", "kept"))
+        assert out.count("must") == parts and out.count("Adjusted after Holm.") == 1
+        assert max(map(len, out.splitlines())) <= width

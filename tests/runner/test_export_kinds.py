@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from effbench.nn.model_kinds.base import find, kind_of
 from effbench.nn.pruning import plain
 from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
-from effbench.runner.stages.export import export
+from effbench.runner.stages.export import _require_gguf, export
 from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
 
@@ -153,3 +154,11 @@ def test_a_head_of_its_own_stays_one(tmp_path: Path, family: str, tied: bool) ->
         with pytest.raises(UserError, match="files hold lm_head") as error:
             models.load(spec, device="cpu", dtype=torch.float32)
         assert "Set tie_word_embeddings to false" in error.value.hint
+
+
+@pytest.mark.parametrize("kind", ["cohere", "qwen2"])
+def test_gguf_is_refused_before_loading_where_it_has_no_place(tmp_path: Path, kind: str) -> None:
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    spec = models.ModelSpec("folder", "folder", path=str(tmp_path))
+    with pytest.raises(UserError, match="A cohere model") if kind == "cohere" else nullcontext():
+        _require_gguf(spec)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 import time
 
 import pytest
+from conftest import Bench
 
+from effbench.api.schema import plain
 from effbench.runner.progress import Progress
+from effbench.runner.run import Run
+from effbench.runner.worker import run_text
+from effbench.util.errors import UserError
 
 
 @pytest.fixture
@@ -81,3 +87,17 @@ def test_switched_off_it_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress.say("b")
     progress.bar("c", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_why_a_run_was_refused_stands_in_a_line_of_its_own(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Run) -> None:
+        run.progress.now("reading rows")
+        raise UserError("There are none.", "")
+
+    monkeypatch.setattr("effbench.runner.stages.eval.perform", refuse)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    job = bench.job("eval", "run.progress=true")
+    assert run_text(json.dumps(plain(job))) == 2
+    assert seen(capsys.readouterr().err)[-1] == "Error: There are none."

@@ -16,9 +16,11 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 
+from effbench.cli.launching import _shared
 from effbench.config.compose import compose
 from effbench.results.sweeps import outcomes_in, tunings
 from effbench.runner import sweep
+from effbench.runner.grid.work import Outcome
 from effbench.runner.objective import objective_in
 from effbench.util.errors import UserError
 from hydra_plugins.effbench_launchers._cells import Cell, ClusterLauncher
@@ -88,6 +90,13 @@ def test_a_run_that_fails_does_not_stop_the_others(cli, inline, tmp_path: Path) 
     (tmp_path / "bad.jsonl").write_text((tmp_path / "good.jsonl").read_text() + "\n")
     assert cli(*words)[0] == 0
     assert inline == [2, 0, 0]
+
+
+def test_in_a_terminal_a_grid_ends_with_what_tells_its_runs_apart() -> None:
+    shared = ["model=folder", "model.path=my-model"]
+    outcomes = [Outcome([*shared, f"method.rank={n}"], "0" * 16) for n in (2, 4)]
+    assert _shared(outcomes) == set(shared)
+    assert not _shared(outcomes[:1])
 
 
 def test_a_run_that_cannot_be_composed_does_not_stop_the_others(cli, inline) -> None:

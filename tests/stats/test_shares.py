@@ -92,4 +92,7 @@ def test_shares_are_told_by_their_names() -> None:
     shares = "pair_accuracy macro_f1 acc_norm exact_match_best_of_4 inst_level_loose_acc flips"
     assert all(bounds_of(name) == SHARE for name in [*shares.split(), "refusal_rate"])
     assert bounds_of("trust_score") == (0.0, 100.0)
+    assert bounds_of("kept_rules", "rules") == bounds_of("step_seconds", "s") == (0.0, math.inf)
+    assert bounds_of("speed", "tokens/s") == bounds_of("x", "positions x layers") == (0.0, math.inf)
+    assert all(math.isinf(bounds_of("loss", unit)[0]) for unit in ("nats/token", "nats", ""))
     assert all(math.isinf(bounds_of(n)[1]) for n in ("loss", "score_best_of_2", "score_margin"))

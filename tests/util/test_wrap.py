@@ -33,3 +33,27 @@ def test_elsewhere_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     write(TEXT * 9, stream)
     assert stream.getvalue() == TEXT * 9 + "\n"
+
+
+def test_a_setting_in_quotes_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    stream = Terminal()
+    word = """'dataset.choices=[" neg", " pos"]'"""
+    write(f"Say what class it is of: {word}; or another kind it isn't = 'a b", stream)
+    assert stream.getvalue().splitlines() == [
+        "Say what class it is of:",
+        f"{word};",
+        "or another kind it isn't = 'a",
+        "b",
+    ]
+
+
+def test_what_goes_on_stands_below_what_it_belongs_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    stream = Terminal()
+    write("lora  a frozen base\nrtn   rounds to the nearest", stream, indent=6)
+    assert stream.getvalue().splitlines() == [
+        "lora  a frozen base",
+        "rtn   rounds to the",
+        "      nearest",
+    ]

@@ -30,7 +30,7 @@ class Choices(Pairs):
     def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
         """Return what the templates of prompt and answers are filled with."""
         if spec.choices_field:
-            answers = [clean(str(choice)) for choice in _listed(place, spec.choices_field)]
+            answers = [clean(str(choice)) for choice in _listed(place, spec, "choices_field")]
         else:
             answers = ["\x1f".join(place.values(one).values()) for one in spec.choices]
         return place.values(spec.prompt), {f"{n}": answer for n, answer in enumerate(answers)}
@@ -41,14 +41,14 @@ def _answers(place: Place, spec: DatasetSpec) -> list[str]:
         return [place.answer(template) for template in spec.choices]
     if len(spec.choices) != 1:
         raise UserError("dataset.choices must be one template when choices_field is set.")
-    listed = _listed(place, spec.choices_field)
+    listed = _listed(place, spec, "choices_field")
     return [place.answer(spec.choices[0], choice=choice) for choice in listed]
 
 
 def _right(place: Place, spec: DatasetSpec, answers: Sequence[str]) -> int:
-    label = place.field(spec.label)
+    label = place.field(spec.label, "dataset.label")
     if spec.label_names:
-        listed = _listed(place, spec.label_names)
+        listed = _listed(place, spec, "label_names")
         if label not in listed:
             raise UserError(f"{place.where}: label {label!r} is not among {listed}.")
         return listed.index(label)
@@ -88,8 +88,10 @@ def _named(label: str, answers: Sequence[str]) -> int | None:
     return said.index(text) if said.count(text) == 1 and not text.isdigit() else None
 
 
-def _listed(place: Place, dotted: str) -> list[Any]:
-    value = place.field(dotted)
+def _listed(place: Place, spec: DatasetSpec, setting: str) -> list[Any]:
+    """Return the list in the field that a setting names."""
+    dotted = getattr(spec, setting)
+    value = place.field(dotted, f"dataset.{setting}")
     if isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__"):
         raise UserError(
             f"{place.where}: {dotted!r} is {value!r}, which is no list.",

@@ -92,7 +92,9 @@ class Preference(Kind):
 def _parts(place: Place, spec: DatasetSpec) -> tuple[str, str, str]:
     """Return prompt, chosen and rejected answer as texts."""
     names = {name: spec.columns.get(name, name) for name in Preference.columns}
-    chosen, rejected = (place.field(names[side]) for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        place.field(names[side], f"dataset.columns.{side}") for side in ("chosen", "rejected")
+    )
     explicit = "prompt" in spec.columns or "prompt" in place.row or spec.prompt != "{prompt}"
     if not explicit:
         return _split(place, _text(place, chosen, "chosen"), _text(place, rejected, "rejected"))

@@ -258,7 +258,8 @@ def _bounds(entry: Entry, values: np.ndarray) -> tuple[float, float] | tuple[Non
     if side is not None and side.same_items(side):
         found = seeds_interval(side.values, side.outcomes[0].clusters, bounds=side.bounds)
     elif np.ptp(values) > 0:
-        found = spread_interval(values).within(bounds_of(entry.metrics[0].name))
+        first = entry.metrics[0]
+        found = spread_interval(values).within(bounds_of(first.name, first.unit))
     else:
         return None, None
     return found.low, found.high

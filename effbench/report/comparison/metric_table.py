@@ -168,7 +168,7 @@ class MetricTable:
         notes = [f"Difference: against {self.against}, mean over items, 95 % interval"]
         notes[0] += f" over {' or '.join(covers)}." if covers else "."
         notes += [f"p: {' and '.join(tests)}, adjusted after Holm."] if tests else []
-        if self.kind.evaluator and "/" in self.rows[0].value.unit and self._items < FEW_ITEMS:
+        if self.kind.evaluator and "/" in self.rows[0].value.unit and 0 < self._items < FEW_ITEMS:
             notes.append(
                 f"{self._items} items: where they differ much in length, such intervals of a ratio "
                 "cover less often than stated."

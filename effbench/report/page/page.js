@@ -263,15 +263,25 @@
   const mark = (k, x, y) => draw("path", { class: `fill k${k}`, d: SHAPES[k], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
   function legend(names, lines = false) {
     const line = (k) => lines ? draw("path", { class: `path stroke k${k}`, d: "M-18 0H18" }) : null;
-    return el("ul", { class: "legend" }, ...names.map((name, k) => el("li", { class: lines ? "lines" : null }, draw("svg", { viewBox: lines ? "-18 -7 36 14" : "-7 -7 14 14", "aria-hidden": "true" }, ...[line(k), mark(k, 0, 0)].filter(Boolean)), ` ${name}`)));
+    return el("ul", { class: "legend" }, ...names.flatMap((name, k) => el("li", { class: lines ? "lines" : null }, draw("svg", { viewBox: lines ? "-18 -7 36 14" : "-7 -7 14 14", "aria-hidden": "true" }, ...[line(k), mark(k, 0, 0)].filter(Boolean)), ` ${name}`)));
   }
-  // The seven most frequent names have colours and shapes of their own, all others the last.
-  function keyed(names) {
-    const counts = new Map();
-    for (const name of names) counts.set(name, (counts.get(name) ?? 0) + 1);
-    const order = [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || (a < b ? -1 : 1));
-    const named = order.length > 8 ? [...order.slice(0, 7), `${order.length - 7} others`] : order;
-    const places = new Map(order.map((name, i) => [name, Math.min(i, named.length - 1)]));
+  // Of a column, how often each name is in the whole table, most frequent first.
+  const ranked = {};
+  const ranks = (column) => ranked[column] ??= new Map([...grouped(all, (row) => text(column, row))].sort((a, b) => b[1].length - a[1].length || (a[0] < b[0] ? -1 : 1)).map(([name], i) => [name, i]));
+  // The colour and shape of each name: its own in all charts where it is frequent, else a free one;
+  // of more than eight, the last is for all but the seven most frequent.
+  function keyed(names, column) {
+    const rank = ranks(column), order = [...new Set(names)].sort((a, b) => rank.get(a) - rank.get(b));
+    const many = order.length > 8, most = many ? 7 : 8, places = new Map(), named = [];
+    const put = (name, k) => { places.set(name, k); named[k] = name; };
+    for (const name of order) if (rank.get(name) < most) put(name, rank.get(name));
+    for (const name of order) {
+      if (places.has(name)) continue;
+      let free = 0;
+      while (free < most && named[free] != null) free++;
+      if (free < most) put(name, free); else places.set(name, 7);
+    }
+    if (many) named[7] = `${order.length - 7} others`;
     return { named, of: (name) => places.get(name) };
   }
   function axis(values, log, unit = "") {
@@ -389,7 +399,7 @@
       if (by.value === "difference") rows.sort((a, b) => (f.better === "higher" ? -1 : 1) * (number(a[1]) - number(b[1])));
       const some = open ? rows : rows.slice(0, FOLDED);
       const few = some.length < f.rows.length ? ` ${some.length} of them are shown.` : "";
-      warning.textContent = `Against ${f.against}: value minus its value${f.better ? `, ${f.better} is better` : ""}. 95 % intervals, Holm's correction over all ${plural(f.rows.length, "row")}.${few}`;
+      warning.textContent = `Against ${f.against}: value minus its value${f.better ? `, ${f.better} is better` : ""}. 95 % intervals${f.rows.length > 1 ? `, Holm's correction over all ${f.rows.length} rows` : ""}.${few}`;
       if (!rows.length) { box.replaceChildren(el("p", { class: "note" }, "None of the shown rows was tested.")); key.replaceChildren(); return; }
       paintForest(box, f, some);
       const fold = () => { open = !open; here.paint(); key.querySelector("button")?.focus(); };
@@ -435,7 +445,7 @@
     const log = el("input", { type: "checkbox", checked: true, ...repaint(charts.length) });
     chart("pareto", "Quality against cost", [y[0], x[0], k[0], el("label", {}, log, "log scale")], (box, key, warning) => {
       const cx = columns[x[1].value], cy = columns[y[1].value], points = pointsOf(shown, cx, cy);
-      const colours = keyed(points.map((p) => text(k[1].value, p.row)));
+      const colours = keyed(points.map((p) => text(k[1].value, p.row)), k[1].value);
       const colour = (p) => colours.of(text(k[1].value, p.row));
       const marks = points.map((p) => ({ ...p, k: colour(p), low: cy.low?.[p.row], high: cy.high?.[p.row], words: `${called(p.row)}\n${valueWords(cx, p.row, p.x)}\n${valueWords(cy, p.row, cy.at(p.row) == null ? p.y : null)}` }));
       const joined = [...grouped(marks, (p) => text("artefact", p.row)).values()].filter((g) => g.length > 1)
@@ -443,7 +453,7 @@
       const fronts = [...grouped(points, (p) => `${text("dataset", p.row)} ${text("model", p.row)}`)].map(([name, g]) => ({ points: front(g, lowerIsBetter(cx), lowerIsBetter(cy)), class: "front", words: `Front of ${name || "all rows"}` })).filter((g) => g.points.length > 1);
       plot(box, { title: "Quality against cost", marks, paths: [...joined, ...fronts], xName: cx.name.replaceAll("_", " "), yName: cy.name.replaceAll("_", " "), xUnit: cx.unit, yUnit: cy.unit, xLog: log.checked, yLog: log.checked });
       key.replaceChildren(legend(colours.named));
-      const side = (c) => `${c.name.split(" ")[0]}: ${lowerIsBetter(c) ? "lower" : "higher"} is better`;
+      const side = (c) => `${c.name.split(" ")[0].replaceAll("_", " ")}: ${lowerIsBetter(c) ? "lower" : "higher"} is better`;
       warning.textContent = `Dashed: the Pareto front (${side(cx)}, ${side(cy)}). Lines join the points of one artefact. ${mixed(points.map((p) => p.row))}`;
     });
   }
@@ -461,7 +471,7 @@
       const marks = shown.map((row) => ({ row, found: POINT.exec(text("point", row)), y: number(cy.at(row)) })).filter((p) => p.found?.[1] === x[1].value && Number.isFinite(p.y))
         .map((p) => ({ ...p, x: Number(p.found[2]) }));
       const several = [...grouped(marks, (p) => `${text("key", p.row)}${p.found[3]}`).values()].filter((g) => g.length > 1);
-      const kept = several.flat(), colours = keyed(kept.map((p) => text(k[1].value, p.row)));
+      const kept = several.flat(), colours = keyed(kept.map((p) => text(k[1].value, p.row)), k[1].value);
       for (const p of kept) Object.assign(p, { k: colours.of(text(k[1].value, p.row)), low: cy.low?.[p.row], high: cy.high?.[p.row], words: `${called(p.row)}\n${valueWords(cy, p.row)}` });
       const ticks = [...new Map(kept.map((p) => [p.x, { x: p.x, label: `${p.found[1]}${p.found[2]}` }])).values()].sort((a, b) => a.x - b.x);
       plot(box, { title: "Over operating points", marks: kept, paths: several.map((g) => ({ points: g.sort((a, b) => a.x - b.x), k: g[0].k, words: called(g[0].row) })), xName: NAMES[x[1].value] ?? "operating point", yName: cy.name.replaceAll("_", " "), yUnit: cy.unit, xLog: true, xTicks: ticks });
@@ -476,7 +486,7 @@
     chart("curves", "Loss over training", [k[0]], (box, key, warning) => {
       const keys = new Set(shown.map((row) => text("key", row)));
       const here = data.curves.filter((c) => keys.has(c.key)), colour = (c) => text(k[1].value, rowsByKey.get(c.key));
-      const colours = keyed(here.map(colour));
+      const colours = keyed(here.map(colour), k[1].value);
       const line = (c, kind) => ({ points: c[kind][0].map((x, i) => ({ x, y: c[kind][1][i] })), k: colours.of(colour(c)), kind, words: `${called(rowsByKey.get(c.key))}, ${kind}` });
       const paths = here.flatMap((c) => ["training", "validation"].filter((kind) => c[kind]).map((kind) => line(c, kind)));
       const ends = paths.map((p) => ({ ...p.points.at(-1), k: p.k, words: p.words, row: null }));

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -16,8 +16,12 @@ from effbench.util.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""The palette of Okabe and Ito: distinct for all common forms of colour vision."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
+"""The palette of Okabe and Ito, distinct for all common forms of colour vision, with Tol's wine in
+the place of its yellow."""
+
+MARKERS = "osD^vPX"
+"""So that lines stay distinct without colour too: one fewer, so that no two of 56 are alike."""
 
 GREY = "#555555"
 LABEL_GAP = 0.055
@@ -32,18 +36,30 @@ SIZES: dict[Size, tuple[float, float, float]] = {
 }
 """Width and height in inches, and size of the letters in points; `column` and `page` are those of
 papers in two columns."""
-LETTER = 0.75
-"""Width of a letter, in sizes of it, with room for the names beside the axes."""
+SMALL = 8.0
+"""Most points of the letters of notes and of names within a plot."""
+LETTER = 0.6
+"""Width of a letter, in sizes of it."""
+LINE = 1.3
+"""Height of a line of text, in sizes of its letters."""
+NOTES = 2
+"""Lines of notes above the names below a plot."""
 ROW = 2.3
-"""Height of a row of a list, in lines of its letters."""
+"""Height of a row of a list, in sizes of its letters."""
 
 
-def canvas(size: Size = "screen", rows: int = 0) -> tuple[Any, Axes]:
+def narrow(size: Size) -> bool:
+    """Whether there is no room for names and numbers beside the axes of a picture."""
+    return size == "column"
+
+
+def canvas(size: Size = "screen", rows: float = 0, names: Sequence[str] = ()) -> tuple[Any, Axes]:
     """Return a figure that needs no display and belongs to no global state.
 
     Args:
         size: Of the picture.
         rows: Rows of a list that it has to hold, from which its height follows; 0 for the size's.
+        names: Of series, which a narrow one has to hold below its axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,6 +67,9 @@ def canvas(size: Size = "screen", rows: int = 0) -> tuple[Any, Axes]:
     width, height, letters = SIZES[size]
     if rows:
         height = (rows * ROW + 9) * letters / 72
+    if names and narrow(size):
+        lines = math.ceil(len(names) / _across(names, size)) + NOTES
+        height += lines * LINE * letters / 72
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -61,12 +80,69 @@ def canvas(size: Size = "screen", rows: int = 0) -> tuple[Any, Axes]:
     return figure, axes
 
 
+class Look(NamedTuple):
+    """How a series is told from the others."""
+
+    name: str
+    colour: str
+    marker: str
+    dot: float
+    """Size of a marker, in points."""
+
+    @classmethod
+    def of(cls, number: int, name: str, size: Size) -> Look:
+        """Return that of a series by its number."""
+        marker = MARKERS[number % len(MARKERS)]
+        return cls(name, COLOURS[number % len(COLOURS)], marker, 4 if narrow(size) else 6)
+
+
 def headline(axes: Axes, text: str, size: Size = "screen") -> None:
-    """Write the title of a plot, in as many lines as a small one needs."""
+    """Write the title of a plot; that of a small one over all of its width, in lines of its own."""
+    letters = SIZES[size][2]
+    if size == "screen":
+        axes.set_title(text, loc="left")
+        return
+    figure: Any = axes.figure
+    figure.suptitle(_filled(text, size, letters), x=0.01, ha="left", fontsize=letters)
+
+
+def _filled(text: str, size: Size, letters: float) -> str:
+    """Return a text in lines as long as a picture is wide."""
+    return textwrap.fill(text, int(SIZES[size][0] * 72 / letters / LETTER))
+
+
+def named(axes: Axes, marks: Sequence[tuple[float, str, str]], size: Size) -> None:
+    """Write the names of series beside the ends of their lines, or below a plot without room.
+
+    Args:
+        axes: Where they are drawn, each with its name as its label.
+        marks: Where each series ends, its name and its colour.
+        size: Of the picture.
+    """
+    if narrow(size):
+        names_below(axes, [name for _, name, _ in marks], size)
+    else:
+        direct_labels(axes, marks)
+
+
+def names_below(axes: Axes, names: Sequence[str], size: Size) -> None:
+    """Write the names of series below a plot, as many beside each other as there is room for."""
+    figure: Any = axes.figure
+    figure.legend(
+        loc="outside lower left",
+        ncols=_across(names, size),
+        fontsize=SIZES[size][2],
+        frameon=False,
+        alignment="left",
+        borderaxespad=0,
+    )
+
+
+def _across(names: Sequence[str], size: Size) -> int:
+    """Return how many names stand beside each other below a plot."""
     width, _, letters = SIZES[size]
-    if size != "screen":
-        text = textwrap.fill(text, int(width * 72 / letters / LETTER))
-    axes.set_title(text, loc="left")
+    longest = max(map(len, names), default=0) + 6  # with the mark and the room around it
+    return min(len(names), max(1, int(width * 72 / letters / LETTER / longest)))
 
 
 def direct_labels(axes: Axes, marks: Sequence[tuple[float, str, str]]) -> None:
@@ -98,10 +174,18 @@ def direct_labels(axes: Axes, marks: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def footnote(figure: Any, notes: Sequence[str]) -> None:
-    """Write what must be said about a plot below it."""
-    if notes:
-        figure.supxlabel("; ".join(notes), x=0.01, ha="left", fontsize=8, color=GREY)
+def footnote(figure: Any, notes: Sequence[str], size: Size = "screen") -> None:
+    """Write what must be said about a plot below it, above the names where these stand there."""
+    if not notes:
+        return
+    letters = min(SMALL, SIZES[size][2])
+    text = _filled("; ".join(notes), size, letters)
+    if not figure.legends:
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=letters, color=GREY)
+        return
+    [below] = figure.legends
+    below.set_title(text)
+    below.get_title().set_color(GREY)
 
 
 DPI = 160
@@ -121,23 +205,29 @@ def save(figure: Any, path: Path, size: Size = "screen") -> Path:
         UserError: When it says none.
     """
     from matplotlib import rc_context
-    from matplotlib.text import Text
 
     kinds = figure.canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".")
     if kind not in kinds:
         raise UserError(f"{path.name} is not a kind of picture.", "End it with .png, .pdf or .svg.")
+    fit(figure, size)
+    picture = io.BytesIO()
+    with rc_context({"svg.hashsalt": "effbench"}):
+        figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED.get(kind))
+    write_atomic(path, picture.getvalue())
+    return path
+
+
+def fit(figure: Any, size: Size) -> None:
+    """Leave no letter of a small picture larger than its size says, and no label a formula."""
+    from matplotlib.text import Text
+
     powers = _powers(figure)
     for text in figure.findobj(Text):
         if text not in powers:  # a label of a record is text, whatever its dollars hold
             text.set_parse_math(False)
         if size != "screen":
             text.set_fontsize(min(text.get_fontsize(), SIZES[size][2]))
-    picture = io.BytesIO()
-    with rc_context({"svg.hashsalt": "effbench"}):
-        figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED.get(kind))
-    write_atomic(path, picture.getvalue())
-    return path
 
 
 def _powers(figure: Any) -> set[Any]:

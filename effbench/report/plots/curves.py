@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from effbench.report.labels import better
 from effbench.report.plots.canvas import (
     COLOURS,
+    Look,
     Size,
     canvas,
-    direct_labels,
     footnote,
     headline,
+    named,
     save,
 )
 from effbench.report.plots.rows import Mark, rows_of
@@ -29,12 +30,11 @@ if TYPE_CHECKING:
     from effbench.report.comparison.result import Comparison
     from effbench.report.table import Value
 
-MARKERS = "osD^vPX"
-"""So that lines stay distinct without colour too."""
-
 
 MODELLED = ("modelled, not measured",)
 ALONE = ("95 % intervals of each value alone, not of differences",)
+APART = 0.03
+"""Between the bars of levels, as a share of the axis."""
 CROWD = 4
 """Most lines or levels that have bars; more of them would hide each other."""
 
@@ -120,7 +120,7 @@ def _listed(rows: Sequence[Row], factor: float, modelled: bool, size: Size) -> A
         marks.append(Mark(row.name, value, *bounds, number, COLOURS[0]))
     figure, _ = rows_of(marks, size)
     said = ALONE if any(mark.low is not None for mark in marks) else ()
-    footnote(figure, [*MODELLED * modelled, *said])
+    footnote(figure, [*MODELLED * modelled, *said], size)
     return figure
 
 
@@ -129,23 +129,23 @@ def _drawn(names: Sequence[str], series: list[list[_Place]], modelled: bool, siz
     positions, axis_name, log = _axis([m.point for values in series for m in values if m.point])
     bars = len(series) <= CROWD
     places = _places(sum(not any(m.point for m in values) for values in series), bars)
-    figure, axes = canvas(size)
-    axes.margins(x=0.1 if any(places) else 0.05)
+    beside = sum(place is not None for place in places)
+    figure, axes = canvas(size, names=names)
     marks = []
     for number, (name, values) in enumerate(zip(names, series, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
+        look = Look.of(number, name, size)
         shown = values if bars else [m._replace(low=None, high=None) for m in values]
         pointed = sorted((m for m in shown if m.point), key=lambda m: positions[m.point])
         if pointed:
-            _line(axes, [positions[m.point] for m in pointed], pointed, colour, number)
+            _line(axes, [positions[m.point] for m in pointed], pointed, look)
         else:
-            _level(axes, values[0], colour, places.pop(), MARKERS[number % len(MARKERS)])
-        marks.append(((pointed or shown)[-1].value, name, colour))
-    _finish_x(axes, positions, axis_name, log)
-    direct_labels(axes, marks)
+            _level(axes, values[0], places.pop(), look)
+        marks.append(((pointed or shown)[-1].value, name, look.colour))
+    _finish_x(axes, positions, axis_name, log, beside)
+    named(axes, marks, size)
     barred = (values for values in series if bars or not any(m.point for m in values))
     said = ALONE if any(_bounded(m) for values in barred for m in values) else ()
-    footnote(figure, [*MODELLED * modelled, *said])
+    footnote(figure, [*MODELLED * modelled, *said], size)
     return figure
 
 
@@ -184,34 +184,50 @@ def _axis(names: Iterable[str]) -> tuple[dict[str, float], str, bool]:
     return positions, f"operating point{' (log scale)' if log else ''}", log
 
 
-def _line(axes: Axes, xs: list[float], metrics: list[_Place], colour: str, number: int) -> None:
-    values = [m.value for m in metrics]
-    marker = MARKERS[number % len(MARKERS)]
-    axes.plot(xs, values, color=colour, marker=marker, markersize=6, linewidth=1.8, zorder=3)
+def _line(axes: Axes, xs: list[float], metrics: list[_Place], look: Look) -> None:
+    axes.plot(
+        xs,
+        [m.value for m in metrics],
+        color=look.colour,
+        marker=look.marker,
+        markersize=look.dot,
+        linewidth=1.8,
+        zorder=3,
+        label=look.name,
+    )
     for x, metric in zip(xs, metrics, strict=True):
         if _bounded(metric):
-            _bar(axes, x, metric, colour)
+            _bar(axes, x, metric, look.colour)
 
 
 def _places(levels: int, bars: bool) -> list[float | None]:
     """Return where across the axes each level has its bar; a single one among few gets a band."""
     if levels == 1 and bars:
         return [None]
-    return [0.99 - 0.03 * i for i in range(levels)]
+    return [0.99 - APART * i for i in range(levels)]
 
 
-def _level(axes: Axes, metric: _Place, colour: str, place: float | None, marker: str) -> None:
+def _level(axes: Axes, metric: _Place, place: float | None, look: Look) -> None:
     """Draw a run without points: a band, or a mark at `place` when bands would cover each other."""
-    axes.axhline(metric.value, color=colour, linewidth=1.4, linestyle="--", zorder=1)
-    if place is not None:
-        across = axes.get_yaxis_transform()
-        axes.plot(place, metric.value, color=colour, marker=marker, markersize=6, transform=across)
-    if not _bounded(metric):
-        return
+    colour, level = look.colour, metric.value
     if place is None:
-        axes.axhspan(metric.low or 0, metric.high or 0, color=colour, alpha=0.12, linewidth=0)
-    else:
-        across = axes.get_yaxis_transform()
+        axes.axhline(level, color=colour, linewidth=1.4, linestyle="--", zorder=1, label=look.name)
+        if _bounded(metric):
+            axes.axhspan(metric.low or 0, metric.high or 0, color=colour, alpha=0.12, linewidth=0)
+        return
+    axes.axhline(level, color=colour, linewidth=1.4, linestyle="--", zorder=1)
+    across = axes.get_yaxis_transform()
+    axes.plot(
+        place,
+        level,
+        color=colour,
+        marker=look.marker,
+        markersize=look.dot,
+        linestyle="--",
+        transform=across,
+        label=look.name,
+    )
+    if _bounded(metric):
         _bar(axes, place, metric, colour, transform=across)
 
 
@@ -233,12 +249,16 @@ def _bounded(metric: _Place) -> bool:
     return all(b is not None and math.isfinite(b) for b in (metric.low, metric.high))
 
 
+SHORT = {"kl": "KL", "kv": "KV", "flops": "FLOPs", "co2": "CO2"}
+
+
 def words(metric: str) -> str:
     """Return the name of a metric as it stands in a text."""
-    return metric.replace("_", " ")
+    return " ".join(SHORT.get(word, word) for word in metric.split("_"))
 
 
-def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> None:
+def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool, beside: int) -> None:
+    """Write the points below the axes, and make room at the right for the bars of levels."""
     if log:
         axes.set_xscale("log", base=2)
     axes.set_xticks(list(positions.values()), list(positions))
@@ -247,3 +267,8 @@ def _finish_x(axes: Axes, positions: dict[str, float], name: str, log: bool) -> 
     if len(positions) == 1:
         (x,) = positions.values()
         axes.set_xlim(x / 2, x * 2) if log else axes.set_xlim(x - 1, x + 1)
+    if beside:
+        taken = APART * (beside + 1)
+        low, high = axes.transScale.transform([(x, 1) for x in axes.get_xlim()])[:, 0]
+        end = axes.transScale.inverted().transform((high + (high - low) * taken / (1 - taken), 0))
+        axes.set_xlim(right=float(end[0]))

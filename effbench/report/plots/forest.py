@@ -37,7 +37,7 @@ def forest_plot(found: Comparison, metric: str, path: Path, size: Size = "screen
     unit = table.rows[0].value.unit
     axes.set_xlabel(f"difference of {words(metric)}{f' ({unit})' if unit else ''}")
     headline(axes, _title(table), size)
-    footnote(figure, ["95 % intervals", "filled: differs after Holm"])
+    footnote(figure, ["95 % intervals", "filled: differs after Holm"], size)
     return save(figure, path, size)
 
 

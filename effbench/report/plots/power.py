@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from effbench.report.plots.canvas import COLOURS, canvas, direct_labels, footnote, save
-from effbench.report.power import Case, Wanted, smallest_difference
+from effbench.report.plots.curves import words
+from effbench.report.power import STATED, Case, Wanted, smallest_difference
 
 REACH = 30.0
 """The axis goes from this factor below to this factor above the items at hand."""
@@ -42,7 +43,8 @@ def power_plot(case: Case, wanted: Wanted, path: Path) -> Path:
         ends.append((values[-1], name, colour))
     axes.set_xlabel("items")
     axes.set_ylabel(f"smallest difference ({unit})" if unit else "smallest difference")
-    head = f"Difference of {case.metric} that is seen in {wanted.power:.0%} of cases"
+    of = "" if case.metric == STATED else f" of {words(case.metric)}"
+    head = f"Difference{of} that is seen in {wanted.power:.0%} of cases"
     axes.set_title(head, loc="left")
     footnote(figure, [f"alpha {wanted.alpha:g}", "one pair of runs: over items alone"])
     direct_labels(axes, ends)

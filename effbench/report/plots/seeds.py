@@ -11,9 +11,9 @@ from effbench.report.plots.canvas import (
     COLOURS,
     Size,
     canvas,
-    direct_labels,
     footnote,
     headline,
+    named,
     save,
 )
 from effbench.util.errors import UserError
@@ -37,12 +37,12 @@ def seeds_plot(lines: Mapping[str, Sequence[Line]], path: Path, size: Size = "sc
     there = {name: own for name, own in lines.items() if own}
     if not there:
         raise UserError("There are no losses to plot.", "Only training writes them.")
-    figure, axes = canvas(size)
+    figure, axes = canvas(size, names=[*there])
     ends = []
     for number, (name, own) in enumerate(there.items()):
         colour = COLOURS[number % len(COLOURS)]
         steps, losses = over_seeds(own)
-        axes.plot(steps, losses.mean(axis=0), color=colour, linewidth=1.8)
+        axes.plot(steps, losses.mean(axis=0), color=colour, linewidth=1.8, label=name)
         axes.fill_between(
             steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0
         )
@@ -51,8 +51,8 @@ def seeds_plot(lines: Mapping[str, Sequence[Line]], path: Path, size: Size = "sc
     axes.set_ylabel("training loss")
     headline(axes, "Loss over training", size)
     most = max(map(len, there.values()))
-    footnote(figure, [f"bands: least and most of up to {most} seeds"] if most > 1 else [])
-    direct_labels(axes, ends)
+    named(axes, ends, size)
+    footnote(figure, [f"bands: least and most of up to {most} seeds"] if most > 1 else [], size)
     return save(figure, path, size)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from effbench.report.grid import at_work, duration, named, varied
 from effbench.results.sweeps import Cell
-from effbench.util.wrap import write
+from effbench.util.wrap import wrapped, write
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -94,7 +94,7 @@ class Screen:
 
     def _say(self, text: str) -> None:
         if self._live:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(wrapped(text), markup=False, highlight=False, soft_wrap=True)
         else:
             write(text)
 

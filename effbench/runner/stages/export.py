@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from effbench.api.points import Point, find_point
 from effbench.api.shape import ModelShape
-from effbench.api.spec import Job, Runtime, Spec
+from effbench.api.spec import Job, ModelSpec, Runtime, Spec
 from effbench.api.stages import base as stages
 from effbench.data.dataset import class_names
 from effbench.models.load import known_shape
 from effbench.nn.model_kinds.base import CAUSAL, ModelKind, find, kind_of
 from effbench.report.model_card import Card, write_card
+from effbench.resources.usage import format_bytes
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
 from effbench.util.files import replace_folder, scratch_folder
@@ -126,7 +128,23 @@ def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
             f"{spec.model.called} is a {kind.name} ({kind.noun}), which is not written for {to}.",
             f"Leave --to out, or choose: {', '.join(kind.forms)}.",
         )
+    if to == "gguf":
+        _require_gguf(spec.model)
     return to
+
+
+def _require_gguf(spec: ModelSpec) -> None:
+    """Refuse a model that is not written as GGUF, where its config is at hand."""
+    from transformers import AutoConfig
+
+    from effbench.models.gguf_write import require_known
+    from effbench.models.load import config_file
+
+    with suppress(UserError, OSError, ValueError):  # what is wrong with it is said by loading it
+        config = None if spec.source in ("random", "gguf") else config_file(spec)
+        config = config and AutoConfig.from_pretrained(config.parent)
+    if config:
+        require_known(config)
 
 
 def _maker(store: Store, ref: str) -> tuple[str, Spec]:
@@ -271,8 +289,8 @@ def _cost(made: Plain) -> list[str]:
         said.append(f"{made.merged} adapters were added to their weights.")
     if made.expanded:
         held = str(made.model.dtype).removeprefix("torch.")
-        bytes_ = size * made.model.dtype.itemsize / 2**20
-        said.append(f"{made.expanded} packed linears were expanded: {bytes_:,.0f} MiB as {held}.")
+        bytes_ = format_bytes(size * made.model.dtype.itemsize)
+        said.append(f"{made.expanded} packed linears were expanded: {bytes_} as {held}.")
     if made.filled:
         said.append(
             f"{made.filled:,} of {size:,} weights are zeros: layers of a slice differ, and were "
