@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -44,14 +45,14 @@ def library(source: Path, options: Sequence[str] = OPTIONS) -> Path | str:
     """Return the library that is compiled from a source, or why it cannot be had, in words.
 
     Args:
-        source: What is compiled; it may include the other files of its folder.
+        source: What is compiled, with the files that it includes by a path of their own.
         options: For the compiler.
     """
     program = compiler()
     if program is None:
         return "there is no C++ compiler"
     origin = {
-        "source": [path.read_text() for path in sorted(source.parent.iterdir())],
+        "source": [source.name, *(path.read_text() for path in sources(source))],
         "compiler": _version(program),
         "options": [*options, *NATIVE],
         "cpu": [cpu_name(), *sorted(cpu_flags())],
@@ -72,6 +73,18 @@ def library(source: Path, options: Sequence[str] = OPTIONS) -> Path | str:
     except OSError as error:
         return f"they cannot be compiled ({error})"
     return folder / name
+
+
+def sources(source: Path) -> list[Path]:
+    """Return a source and all that it includes by a path of their own, each once."""
+    found, rest = [], [source.resolve()]
+    while rest:
+        path = rest.pop()
+        if path not in found:
+            found.append(path)
+            own = re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE)
+            rest += [(path.parent / name).resolve() for name in own]
+    return found
 
 
 def loaded(source: Path, options: Sequence[str] = OPTIONS) -> ctypes.CDLL | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import generator
 
-from effbench.nn.decode import entries, view
+from effbench.nn.decode import coded_attention, entries, view
 from effbench.nn.decode.quantised import QuantisedLayer
 from effbench.util import cpp
 
@@ -34,7 +35,7 @@ def test_codes_are_expanded_as_torch_expands_them(
     found = entries.expanded(layer.packed, bits, group, (layer.keys, layer.values))
     monkeypatch.setenv("EFFBENCH_NATIVE", "0")
     assert entries.expanded(layer.packed, bits, group, (layer.keys, layer.values)) is None
-    expected = layer._all(step=True)
+    expected = layer._all((layer.keys, layer.values), step=True)
     assert found is not None
     assert found[0].equal(expected[0]) and found[1].equal(expected[1])
 
@@ -52,6 +53,47 @@ def test_codes_that_do_not_lie_together_are_expanded_alike() -> None:
     found = entries.expanded((apart[0], apart[1]), 4, 32, recent)
     assert expected is not None and found is not None
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+@native
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(("group", "width"), [(32, 64), (64, 96), (32, 128)])
+@pytest.mark.parametrize("each", [1, 3, 5])
+def test_a_step_attends_to_codes_as_to_what_they_stand_for(
+    bits: int, group: int, width: int, each: int
+) -> None:
+    layer, draws = QuantisedLayer(bits, group, 5), generator(3)
+    for tokens in (11 * group + 3, 1, 1):
+        layer.attends = tokens == 1
+        k, v = (3 * torch.randn(2, 3, tokens, width, generator=draws) + 1 for _ in range(2))
+        layer.update(k, v)
+    view, query = layer.view, torch.randn(2, 3 * each, 1, width, generator=draws)
+    assert view is not None and view.direct is not None and layer.packed is not None
+    keys, values = layer._all((view.keys, view.values), step=False)
+    asked = query.view(2, 3, each, width).double()
+    expected = F.scaled_dot_product_attention(asked, keys.double(), values.double(), scale=0.1)
+    found = view.direct(query, 0.1)
+    assert found.shape == (2, 1, 3 * each, width)
+    torch.testing.assert_close(
+        found.double(), expected.view(2, 1, 3 * each, width), atol=1e-4, rtol=1e-5
+    )
+
+
+@native
+def test_a_step_does_not_attend_to_codes_by_itself_where_it_cannot() -> None:
+    wide, narrow = held(4, 32, 64, 64, torch.float32), held(4, 8, 24, 40, torch.float32)
+    half = held(4, 32, 64, 64, torch.bfloat16)
+
+    def applies(layer: QuantisedLayer) -> bool:
+        assert layer.keys is not None and layer.values is not None
+        return coded_attention.applies(layer.bits, layer.group, layer.keys, layer.values)
+
+    assert not applies(wide)  # gradients are wanted
+    with torch.inference_mode():
+        assert applies(wide)
+        assert not applies(narrow)  # a group fills no register
+        assert not applies(half)
 
 
 @native

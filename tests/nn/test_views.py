@@ -16,7 +16,7 @@ from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.session import CachedSession, greedy
-from effbench.nn.decode.staged import whole_logits
+from effbench.nn.decode.staged import WholeSession, whole_logits
 from effbench.nn.decode.static import StaticSession, session_for
 from effbench.nn.decode.view import LayerCache, View, as_mask
 from effbench.nn.llama.parts import Attention, attention_of
@@ -80,8 +80,9 @@ def some_ids(rows: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_keeps_everything_changes_no_bit(
-    policy: CachePolicy, kind: str, attention: str
+    policy: CachePolicy, kind: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("EFFBENCH_NATIVE", "0")  # whose sums run in another order
     model, ids = model_of(kind, attention), some_ids(2, 24)
     ours, theirs = Decoder(cache=policy).session(model), CachedSession(model)
     assert decoded(ours, ids, 7).equal(decoded(theirs, ids, 7))
@@ -92,6 +93,36 @@ def test_what_keeps_everything_changes_no_bit(
     expected = model(ids, attention_mask=mask).logits
     assert whole_logits(model, policy, ids, mask).equal(expected)
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_kernel_makes_the_products_between_two_attentions(
+    policy: CachePolicy, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(kind), some_ids(2, 24)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    session = Decoder(cache=policy).session(model)
+    assert isinstance(session, WholeSession)
+    if session.staged.between is None:
+        pytest.skip("there is no kernel")
+    calls: list[int] = []
+    kernels = session.staged.between.kernel.kernels
+
+    def counted(sizes: Any, step: Any, dtype: torch.dtype) -> None:
+        calls.append(step.batch)
+        type(kernels).decode(kernels, sizes, step, dtype)
+
+    monkeypatch.setattr(kernels, "decode", counted)
+    found = decoded(session, ids, 7, mask)
+    monkeypatch.undo()
+    # Prompts of 14 rows, then 17 steps of 2: calls around each attention, and for the head.
+    layers = model.config.num_hidden_layers
+    assert calls == [14] * (layers + 1) + [2] + [2] * (17 * (layers + 2))
+    torch.testing.assert_close(
+        found, decoded(CachedSession(model), ids, 7, mask), atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -181,8 +212,12 @@ class Doubled(Cooled):
         return 2 * out, weights
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
 @pytest.mark.parametrize("kind", [Cooled, Doubled])
-def test_a_new_attention_that_offers_its_part_goes_in_our_engine(kind: type[Cooled]) -> None:
+def test_a_new_attention_that_offers_its_part_goes_in_our_engine(
+    kind: type[Cooled], native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFBENCH_NATIVE", native)
     model, ids = model_of(), some_ids(2, 20)
     for layer in model.model.layers:
         layer.self_attn = kind(layer.self_attn)

@@ -41,6 +41,7 @@ class PromptLayer(HandingLayer):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
         """Take in keys and values [B, G, W, D] and return what their queries see."""
+        self.inner.attends = self.attends
         whole = self.prompt <= self.budget and isinstance(self.inner, KeepingLayer)
         if whole or self.inner.is_initialized:
             return self.hand_on(keys, values, self.empty)

@@ -76,7 +76,7 @@ class Step(ctypes.Structure):
         *((n, c_void_p) for n in ("tokens", "positions", "starts", "lengths", "runs")),
         *((n, c_void_p) for n in ("logits", "scratch")),
         *((n, c_int64) for n in ("threads", "width", "first", "last")),
-        *((n, c_void_p) for n in ("inputs", "outputs")),
+        *((n, c_void_p) for n in ("inputs", "outputs", "mixed", "queries", "keys", "values")),
     ]
 
 

@@ -12,9 +12,11 @@ sees the cache as it is when its own token has come in, whatever comes in togeth
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from effbench.nn.decode import entries
+from effbench.nn.decode import coded_attention, entries
 from effbench.nn.decode.view import LayerCache, View
 from effbench.nn.quant.ranges import Ranges, channels_of, decode, encode
 
@@ -72,6 +74,10 @@ class QuantisedLayer(LayerCache):
         """Return n after so many tokens."""
         return (tokens - self.window).clamp(min=0) // self.group
 
+    def _least_groups(self, tokens: int) -> int:
+        """Return n after so many tokens of which none is padding."""
+        return max(tokens - self.window, 0) // self.group
+
     @property
     def first(self) -> int:
         """The column that `keys` begins with."""
@@ -82,6 +88,8 @@ class QuantisedLayer(LayerCache):
 
     def _pack(self) -> None:
         """Put the groups into codes that the window has left."""
+        if self.empty is None and self._least_groups(self.length) == int(self.counts):
+            return
         starts = self._starts()
         before, counts = self.counts.to(starts.device), self._groups(self.length - starts)
         self.counts = counts
@@ -113,13 +121,14 @@ class QuantisedLayer(LayerCache):
         values = values.unflatten(-1, (-1, channels_of(self.group, values.shape[-1])))
         return encode(keys.transpose(3, 4), self.bits, 3), encode(values, self.bits, 3)
 
-    def _all(self, step: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _all(
+        self, recent: tuple[torch.Tensor, torch.Tensor], step: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of all groups and of what is as it came, [B, G, N g + F, D].
 
         In a step by a kernel where there is one; see `view.turned`.
         """
-        assert self.packed is not None and self.keys is not None and self.values is not None
-        recent = self.keys, self.values
+        assert self.packed is not None
         found = entries.expanded(self.packed, self.bits, self.group, recent) if step else None
         if found is not None:
             return found
@@ -143,9 +152,30 @@ class QuantisedLayer(LayerCache):
         assert self.keys is not None and self.values is not None
         if self.packed is None:
             return View(self.keys, self.values, self.empty)
-        keys, values = self._all(step=width == 1)
+        if width == 1 and self.empty is None:
+            return self._step(self.packed)
+        keys, values = self._all((self.keys, self.values), step=width == 1)
         seen, places = self._seen(width)
         return View(keys, values) if seen.all() else View(keys, values, seen=seen, places=places)
+
+    def _step(self, packed: tuple[Ranges, Ranges]) -> View:
+        """Return what a single query sees where nothing is padding: all groups, and all after."""
+        assert self.keys is not None and self.values is not None
+        begin = int(self.counts) * self.group - self.first
+        keys, values = self.keys[:, :, begin:], self.values[:, :, begin:]
+        if self.attends and coded_attention.applies(self.bits, self.group, keys, values):
+            own = partial(self._attended, packed, (keys, values))
+            return View(keys, values, direct=own)
+        return View(*self._all((keys, values), step=True))
+
+    def _attended(
+        self,
+        packed: tuple[Ranges, Ranges],
+        recent: tuple[torch.Tensor, torch.Tensor],
+        query: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        return coded_attention.attended(query, packed, self.bits, self.group, recent, scale)
 
     def _seen(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which codes and which columns each query sees, [B or 1, W, N g + F], and the
@@ -169,11 +199,15 @@ class QuantisedLayer(LayerCache):
         assert self.keys is not None and self.values is not None
         if self.packed is None:
             return
-        starts = self._starts()
-        needed = starts + self.group * self._groups(self.length - self.undo - starts)
-        drop = max(0, int(needed.min()) - self.first)
-        # Copies, so that what is dropped is freed.
-        self.keys, self.values = (t[:, :, drop:].clone() for t in (self.keys, self.values))
+        if self.empty is None:
+            needed = self.group * self._least_groups(self.length - self.undo)
+        else:
+            starts = self._starts()
+            groups = self._groups(self.length - self.undo - starts)
+            needed = int((starts + self.group * groups).min())
+        drop = needed - self.first
+        if drop > 0:  # copies, so that what is dropped is freed
+            self.keys, self.values = (t[:, :, drop:].clone() for t in (self.keys, self.values))
 
     # -- changes -------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ are two repairs:
 
 Prompts run through the modules of transformers. What follows them is run by our engine's kernel
 where that applies (`effbench.nn.decode.verify`), else by the modules too. Under a policy that does
-not keep everything, the modules attend to what it shows (`effbench.nn.decode.view`).
+not keep everything, queries attend to what it shows (`effbench.nn.decode.view`): the kernel makes
+the products around that where it applies (`effbench.nn.decode.between`), else the modules do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -28,10 +29,11 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from effbench.nn.decode import prompts
+from effbench.nn.decode.between import Between
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.verify import multi_token_engine
-from effbench.nn.decode.view import Stretch, as_mask, looking
+from effbench.nn.decode.view import Stretch, as_mask, attend, looking
 from effbench.nn.depth.droppable import causal_mask
 from effbench.nn.depth.submodel import norm_and_head
 from effbench.nn.llama.stack import (
@@ -84,6 +86,8 @@ class StagedDecoder:
         if policy != EVERYTHING:
             policy.require(model)
             self.cache = Cache(layers=list(policy.layers(model, undo)))
+        self.between: Between | None = None
+        """What makes the products under a policy; None for the modules. Sessions have it."""
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         """Cosine and sine of every place in the cache, where keys are turned at their places."""
         self.done = [0] * len(self.stages)
@@ -190,6 +194,9 @@ class StagedDecoder:
             layer.prompt = self.prompt
             if padded:
                 layer.pad(self.starts)
+        if self.between is not None and mask is None and self.between.takes(hidden):
+            blocks = self.stages[stage]
+            return self.between.through(hidden, rotary, blocks, self._attended)
         with looking(self.root) as kind:
             return self._through_layers(
                 stage,
@@ -199,6 +206,18 @@ class StagedDecoder:
                 position_embeddings=rotary,
                 stretch=Stretch(self.cache, kind, self.angles),
             )
+
+    def _attended(
+        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what queries [B, H, W, D] of a block see once its entry has taken what came with
+        them, [B, W, H, D]."""
+        assert self.between is not None
+        module, entry = self.decoder.layers[index].self_attn, cast(Any, self.cache.layers[index])
+        keys, values = entry.update(keys, values)
+        stretch = Stretch(self.cache, self.root.config._attn_implementation, self.angles)
+        context = {"dropout": 0.0, "scaling": self.between.scaling(index)}
+        return attend(module, query, keys, values, None, stretch=stretch, **context)[0]
 
     def _make_angles(self, like: torch.Tensor) -> None:
         """Compute cosine and sine of every place that there is or soon will be, [places, D]."""
@@ -232,8 +251,8 @@ class StagedDecoder:
     def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, W, V] of what came out of a stage."""
         norm, head = norm_and_head(self.root, self.stages[stage].stop)
-        if self.engine is not None:
-            return self.engine.logits(hidden, norm, head)
+        if own := self.engine or self.between:
+            return own.logits(hidden, norm, head)
         logits: torch.Tensor = head(norm(hidden))
         return logits
 
@@ -324,10 +343,22 @@ class StagedSession:
         undo: int = 0,
     ) -> None:
         self.staged = StagedDecoder(model, exits, policy, undo)
+        self.staged.between = Between.of(model) if policy != EVERYTHING else None
+        if self.staged.between is not None and not policy.turns_at_places:
+            for entry in self.staged.cache.layers:
+                entry.attends = True  # type: ignore[union-attr]
         self.steps = 0
         """Tokens decoded of each sequence."""
         self.prompt = Work()
         """What had been done when the prompt was read."""
+
+    def reserve(self, batch: int, length: int, prompt: int = 0) -> None:
+        """Make ready for a batch of `length` positions in all, before any clock runs.
+
+        Weights that the kernel reads under a policy move to huge pages, where the system has them.
+        """
+        if self.staged.between is not None:
+            self.staged.between.reserve()
 
     @torch.inference_mode()
     def prefill(
@@ -370,7 +401,10 @@ class WholeSession(StagedSession):
     def after_prompt(self) -> torch.Tensor:
         """Return the logits [B, V] after the last position."""
         norm, head = norm_and_head(self.staged.root, self.staged.stages[0].stop)
-        logits: torch.Tensor = head(norm(self.staged.run(0))[:, -1:])
+        hidden = self.staged.run(0)
+        if own := self.staged.between:
+            return own.logits(hidden[:, -1], norm, head)
+        logits: torch.Tensor = head(norm(hidden)[:, -1:])
         return logits[:, -1]
 
     @torch.inference_mode()

@@ -427,7 +427,7 @@ class StaticSession:
         given = made.get(-1 if own.source is None else own.source)
         made[index] = q, stored = _taken(q, k, v, given, partial(store, cache))
         keys, values, mask = stored
-        mixed = F.scaled_dot_product_attention(q, keys, values, mask)
+        mixed = F.scaled_dot_product_attention(q, keys, values, mask, scale=own.scaling)
         return mixed.reshape(heads[0], 1, -1)
 
 

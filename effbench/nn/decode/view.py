@@ -62,6 +62,9 @@ class View:
     answer: Answer | None = field(default=None, kw_only=True)
     """What an entry makes of the queries themselves, where these decide what it keeps; None where
     the columns say all."""
+    direct: Callable[[torch.Tensor, float], torch.Tensor] | None = field(default=None, kw_only=True)
+    """From the queries of a step [B, H, 1, D], and what scores are multiplied by, to what they are
+    given [B, 1, H, D], where an entry attends by itself; the columns are then but a part."""
 
     def of_whole(self) -> View:
         """Return the part of the queries that see all columns up to their own."""
@@ -84,6 +87,8 @@ class LayerCache(DynamicLayer):
         """Columns on the left of each sequence with nothing in them, [B]; None for none at all."""
         self.prompt = 0
         """Columns of the prompt, padding included, all of which come in together."""
+        self.attends = False
+        """Whether views may be `direct`: attention is softmax over scaled products and no more."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> View:
         """Take in keys and values [B, G, W, D] and return what their queries see."""
@@ -175,6 +180,8 @@ def _mixed(
     context: dict[str, Any],
 ) -> torch.Tensor:
     """Return the values that each query sees, mixed, [B, W, H, D]."""
+    if view.direct is not None:
+        return view.direct(query, context["scaling"])
     if view.answer is not None:
         return view.answer(query, lambda q, v: _mixed(module, q, v, None, stretch, context))
     width = query.shape[2]

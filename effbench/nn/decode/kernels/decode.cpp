@@ -75,6 +75,10 @@ struct Step {
   int64_t first, last;  // the blocks from first to last - 1
   const void* inputs;   // [batch, hidden]: what they read; null: the embeddings of the tokens
   void* outputs;        // [batch, hidden]: what the last one gave; null: not wanted
+  // Blocks whose attention somebody else's is: the first one goes on after it, with what it mixed, and the
+  // block after the last gives what it will be asked with. Either may be null.
+  const void* mixed;             // [batch, heads head_dim]
+  void *queries, *keys, *values;  // [batch, heads, head_dim], and of key heads
 };
 
 // For `batch` rows that attend to at most `capacity` positions.
@@ -180,7 +184,7 @@ struct Work {
       return p;
     };
     hidden = take(s.batch * m.hidden);
-    query = take(s.batch * q_width);
+    query = s.queries ? static_cast<T*>(s.queries) : take(s.batch * q_width);
     mixed = take(s.batch * q_width);
     act = take(s.batch * m.inner);
     wide = place;
@@ -414,9 +418,8 @@ struct Work {
     int64_t pieces(int64_t n, int64_t bytes) const { return grain(n, bytes, count); }
   };
 
-  void attention(const Layer& l, int64_t length, Thread& t) {
-    const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
-    const int64_t chunks = (length + s.width + kChunk - 1) / kChunk;
+  // Queries, and keys and values to where the layer has them, after `length` others.
+  void projections(const Layer& l, int64_t length, Thread& t) {
     const Heads heads = heads_of(l);
     const int64_t units = heads.end > heads.first ? (heads.end - heads.first) * heads.blocks : 0;
     const int64_t bytes = 2 * kRows * row_bytes(l.q.weight ? l.q : l.v, m.hidden);
@@ -430,6 +433,12 @@ struct Work {
       for (int64_t unit = r.begin; unit < r.end; ++unit)
         projected(l, length, unit, heads, t.inputs);
     });
+  }
+
+  void attention(const Layer& l, int64_t length, Thread& t) {
+    const int64_t q_width = l.heads * m.head_dim, items = s.batch * l.heads;
+    const int64_t chunks = (length + s.width + kChunk - 1) / kChunk;
+    projections(l, length, t);
     t.walk.run(s.batch * l.kv_heads * chunks, 1, [&](Range r) {
       attended(l, length, chunks, r.begin, t.inputs.dense.data());
     });
@@ -488,7 +497,13 @@ struct Work {
         std::memcpy(hidden + b * m.hidden, from, size_t(m.hidden) * sizeof(T));
       }
     });
-    for (int64_t index = s.first; index < s.last; ++index) {
+    int64_t begin = s.first;
+    if (s.mixed) {
+      const Layer& l = m.layer[begin++];
+      finished(l.o, at(s.mixed), l.heads * m.head_dim, nullptr, t);
+      if (l.inner) mlp(l, t);
+    }
+    for (int64_t index = begin; index < s.last; ++index) {
       const Layer& l = m.layer[index];
       if (!s.runs[index]) {  // with those after it that are left out too
         int64_t end = index + 1;
@@ -504,6 +519,13 @@ struct Work {
       std::memcpy(static_cast<T*>(s.outputs) + r.begin * m.hidden, hidden + r.begin * m.hidden,
                   size_t(m.hidden) * sizeof(T));
     });
+    if (s.queries) {
+      Layer next = m.layer[s.last];
+      next.keys = s.keys;
+      next.values = s.values;
+      next.capacity = s.width;
+      projections(next, 0, t);
+    }
     readout(t);
   }
 };

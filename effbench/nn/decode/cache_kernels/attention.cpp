@@ -1,0 +1,243 @@
+// What one query of each head sees of a cache in codes, without expanding it (coded_attention.py says of
+// what). Scores and mixed values are sums over codes, so that ranges are applied to what they are
+// multiplied by:
+//
+//   q k_t       = sum_d (q_d s_d) c_dt + sum_d q_d l_d          keys: a range for each channel of a group
+//   sum_t p_t v_t = sum_t (p_t s_t) c_td + sum_t p_t l_t        values: ranges for each token
+//
+// Tokens go in chunks, each with a softmax of its own, which are put together at the end.
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../kernels/numbers.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;  // tokens of one piece of work; or a group, where that has more
+constexpr int64_t kLanes = 8;    // bytes of codes that are multiplied at once
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Whole __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+
+struct Cache {
+  const uint8_t* key_codes;               // [heads, groups, width, size]
+  const float *key_scales, *key_lows;     // [heads, groups, width]
+  const uint8_t* value_codes;             // [heads, groups, size, width]
+  const float *value_scales, *value_lows;  // [heads, groups, size, width / channels]
+  const float *keys, *values;             // [heads, recent, width]: as they came
+  int64_t heads, groups, size, width, channels, recent;
+};
+
+// out[i][k][b] += sum over j of by[i][j] code k of byte b of row j, for the eight bytes at `codes` of each
+// of `count` rows; what belongs to one k lies `apart`, what belongs to one i `stride`.
+template <int bits, int N>
+void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
+             int64_t stride, int64_t apart) {
+  constexpr int kEach = 8 / bits;
+  Floats sums[N][kEach];
+  for (int i = 0; i < N; ++i)
+    for (int k = 0; k < kEach; ++k)
+      std::memcpy(&sums[i][k], out + i * stride + k * apart, sizeof(Floats));
+  for (int64_t j = 0; j < count; ++j) {
+    Bytes bytes;
+    std::memcpy(&bytes, codes + j * row, sizeof(bytes));
+    const Whole whole = __builtin_convertvector(bytes, Whole);
+#pragma GCC unroll 4
+    for (int k = 0; k < kEach; ++k) {
+      const Whole high = whole >> (k * bits);  // of the last code nothing is above
+      const Floats number = __builtin_convertvector(k + 1 < kEach ? high & ((1 << bits) - 1) : high, Floats);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) sums[i][k] += by[i * by_stride + j] * number;
+    }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int k = 0; k < kEach; ++k)
+      std::memcpy(out + i * stride + k * apart, &sums[i][k], sizeof(Floats));
+}
+
+// The same for any number of queries.
+template <int bits>
+void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
+             int64_t stride, int64_t apart, int64_t queries) {
+  int64_t i = 0;
+  for (; i + 3 <= queries; i += 3)
+    columns<bits, 3>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
+  for (; i < queries; ++i)
+    columns<bits, 1>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
+}
+
+template <int bits>
+struct Attention {
+  static constexpr int64_t kEach = 8 / bits;
+  const Cache& of;
+  const float* queries;  // [heads, each, width]
+  int64_t each;          // queries of a head
+  float scale;
+  float* parts;  // [heads, pieces, each, 2 + width]: largest score, sum of weights, mixed values
+
+  int64_t groups_of_piece() const { return std::max<int64_t>(1, kChunk / of.size); }
+  int64_t coded_pieces() const { return (of.groups + groups_of_piece() - 1) / groups_of_piece(); }
+  int64_t pieces() const { return coded_pieces() + (of.recent > 0); }
+
+  float* part(int64_t head, int64_t piece, int64_t i) const {
+    return parts + ((head * pieces() + piece) * each + i) * (2 + of.width);
+  }
+
+  // Scores [each, count] become weights.
+  void soften(int64_t head, int64_t piece, float* scores, int64_t count) const {
+    for (int64_t i = 0; i < each; ++i) {
+      float *own = scores + i * count, largest = -std::numeric_limits<float>::infinity(), total = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        own[t] *= scale;
+        largest = own[t] > largest ? own[t] : largest;
+      }
+#pragma omp simd reduction(+ : total)
+      for (int64_t t = 0; t < count; ++t) {
+        own[t] = exponential(own[t] - largest);
+        total += own[t];
+      }
+      part(head, piece, i)[0] = largest;
+      part(head, piece, i)[1] = total;
+    }
+  }
+
+  // Tokens of a group stand by their place in a byte first: token t = kEach b + k at k bytes + b.
+  void coded(int64_t head, int64_t piece) const {
+    const int64_t begin = piece * groups_of_piece(), end = std::min(begin + groups_of_piece(), of.groups);
+    const int64_t count = (end - begin) * of.size, bytes = of.size / kEach, ranges = of.width / of.channels;
+    const int64_t row = of.width / kEach, part_bytes = of.channels / kEach;
+    std::vector<float> scores(each * count), by(each * std::max(of.width, of.size));
+    std::vector<float> sums(each * of.width), lows(each * ranges);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t group = head * of.groups + n;
+      const float *s = of.key_scales + group * of.width, *l = of.key_lows + group * of.width;
+      float* own = scores.data() + (n - begin) * of.size;
+      std::vector<float> low(each);
+      for (int64_t i = 0; i < each; ++i) {
+        const float* q = queries + (head * each + i) * of.width;
+        for (int64_t d = 0; d < of.width; ++d) by[i * of.width + d] = q[d] * s[d];
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * l[d];
+        for (int64_t t = 0; t < of.size; ++t) own[i * count + t] = sum;
+      }
+      for (int64_t b = 0; b < bytes; b += kLanes)
+        columns<bits>(of.key_codes + group * of.width * bytes + b, bytes, of.width, by.data(), of.width, own + b,
+                      count, bytes, each);
+    }
+    soften(head, piece, scores.data(), count);
+    std::vector<float> natural(each * of.size), ranges_of(2 * ranges * of.size);
+    float *scales = ranges_of.data(), *lowest = scales + ranges * of.size;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t first = (head * of.groups + n) * of.size;
+      for (int64_t t = 0; t < of.size; ++t)
+        for (int64_t r = 0; r < ranges; ++r) {
+          scales[r * of.size + t] = of.value_scales[(first + t) * ranges + r];
+          lowest[r * of.size + t] = of.value_lows[(first + t) * ranges + r];
+        }
+      for (int64_t i = 0; i < each; ++i) {
+        const float* weights = scores.data() + i * count + (n - begin) * of.size;
+        for (int64_t k = 0; k < kEach; ++k)
+          for (int64_t b = 0; b < bytes; ++b) natural[i * of.size + b * kEach + k] = weights[k * bytes + b];
+      }
+      for (int64_t r = 0; r < ranges; ++r) {
+        for (int64_t i = 0; i < each; ++i) {
+          const float *weight = natural.data() + i * of.size, *s = scales + r * of.size, *l = lowest + r * of.size;
+          float *own = by.data() + i * of.size, low = 0;
+#pragma omp simd reduction(+ : low)
+          for (int64_t t = 0; t < of.size; ++t) {
+            own[t] = weight[t] * s[t];
+            low += weight[t] * l[t];
+          }
+          lows[i * ranges + r] += low;
+        }
+        for (int64_t b = 0; b < part_bytes; b += kLanes)
+          columns<bits>(of.value_codes + first * row + r * part_bytes + b, row, of.size, by.data(), of.size,
+                        sums.data() + r * of.channels + b, of.width, part_bytes, each);
+      }
+    }
+    for (int64_t i = 0; i < each; ++i)
+      for (int64_t d = 0; d < of.width; ++d) {
+        const int64_t r = d / of.channels, in = d % of.channels;
+        part(head, piece, i)[2 + d] = lows[i * ranges + r] +
+                                      sums[i * of.width + r * of.channels + in % kEach * part_bytes + in / kEach];
+      }
+  }
+
+  // The tokens that are as they came.
+  void plain(int64_t head, int64_t piece) const {
+    std::vector<float> scores(each * of.recent);
+    for (int64_t i = 0; i < each; ++i)
+      for (int64_t t = 0; t < of.recent; ++t) {
+        const float *q = queries + (head * each + i) * of.width, *k = of.keys + (head * of.recent + t) * of.width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * k[d];
+        scores[i * of.recent + t] = sum;
+      }
+    soften(head, piece, scores.data(), of.recent);
+    for (int64_t i = 0; i < each; ++i) {
+      float* out = part(head, piece, i) + 2;
+      std::fill(out, out + of.width, 0.0f);
+      for (int64_t t = 0; t < of.recent; ++t) {
+        const float weight = scores[i * of.recent + t], *v = of.values + (head * of.recent + t) * of.width;
+        for (int64_t d = 0; d < of.width; ++d) out[d] += weight * v[d];
+      }
+    }
+  }
+
+  void combine(int64_t head, int64_t i, float* out) const {
+    float largest = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int64_t p = 0; p < pieces(); ++p) largest = std::max(largest, part(head, p, i)[0]);
+    std::fill(out, out + of.width, 0.0f);
+    for (int64_t p = 0; p < pieces(); ++p) {
+      const float *own = part(head, p, i), weight = exponential(own[0] - largest);
+      total += weight * own[1];
+      for (int64_t d = 0; d < of.width; ++d) out[d] += weight * own[2 + d];
+    }
+    for (int64_t d = 0; d < of.width; ++d) out[d] /= total;
+  }
+
+  void run(float* out, int64_t threads) const {
+    const int64_t all = pieces();
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+      for (int64_t item = 0; item < of.heads * all; ++item) {
+        const int64_t head = item / all, piece = item % all;
+        if (piece < coded_pieces()) coded(head, piece);
+        else plain(head, piece);
+      }
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < of.heads * each; ++item)
+        combine(item / each, item % each, out + item * of.width);
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of codes that go together: a group of keys and a range of values have a multiple of them.
+int64_t lanes() { return kLanes; }
+
+// Numbers that `parts` has room for.
+int64_t parts_floats(const Cache* of, int64_t each) {
+  const Attention<8> any{*of, nullptr, each, 0, nullptr};
+  return of->heads * any.pieces() * each * (2 + of->width);
+}
+
+// queries, out [heads, each, width]
+void attend(const Cache* of, const float* queries, int64_t each, float scale, int64_t bits, float* parts,
+            float* out, int64_t threads) {
+  if (bits == 8) Attention<8>{*of, queries, each, scale, parts}.run(out, threads);
+  if (bits == 4) Attention<4>{*of, queries, each, scale, parts}.run(out, threads);
+  if (bits == 2) Attention<2>{*of, queries, each, scale, parts}.run(out, threads);
+}
+
+}  // extern "C"
