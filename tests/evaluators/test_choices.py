@@ -298,7 +298,8 @@ def test_rows_that_were_trained_on_are_not_evaluated(bench: Bench, tmp_path: Pat
         "dataset.answer='{sol1}'",
     ]
     train = ["method=lora", "train.max_steps=1", "train.batch_size=1"]
-    with pytest.raises(UserError, match=r"Task piqa .* evaluates the rows that dataset 'own.jsonl'"):
+    refusal = r"Task piqa .* evaluates the rows that dataset 'own\.jsonl'"
+    with pytest.raises(UserError, match=refusal):
         bench.run("train", *data, *train, *piqa(path))
     bench.run("train", *data, *train, *piqa(path), "dataset.allow_overlap=true")
     parent = bench.run("train", *data, *train, "seed=1").key

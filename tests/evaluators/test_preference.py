@@ -112,7 +112,7 @@ def test_what_is_foreseen_is_what_runs(bench: Bench, subject: Subject) -> None:
 def test_pairs_without_a_worse_answer_are_refused(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     words = ["dataset=file", f"dataset.files.all={tmp_path / 'a.jsonl'}", "evaluator=preference"]
-    with pytest.raises(UserError, match="compares answers; dataset 'a.jsonl' is of kind 'pairs'"):
+    with pytest.raises(UserError, match=r"compares answers; dataset 'a\.jsonl' is of kind 'pairs'"):
         bench.job("eval", *words)
 
 
