@@ -63,6 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's operations alone: sums of kernels run in another order, and nothing counts them."""
+    monkeypatch.setenv("EFFBENCH_NATIVE", "0")
+
+
 @pytest.fixture(scope="session")
 def golden(pytestconfig: pytest.Config) -> Callable[[str], Golden]:
     """Open a file of `tests/golden`."""

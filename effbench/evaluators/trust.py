@@ -20,6 +20,7 @@ from effbench.api.schema import NonNegativeInt, PositiveInt
 from effbench.evaluators.base import Evaluator, Result, answered
 from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
+from effbench.nn.decode.not_followed import not_followed
 from effbench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ class Trust(Evaluator):
         """Return scores, differences and shifts by dimension, and how far the model moved."""
         from effbench.evaluators.trustworthiness.answers import ask
         from effbench.evaluators.trustworthiness.report import Report
-        from effbench.nn.decode.not_followed import not_followed
 
         questions, how = self._questions(), self._how()
         own = ask(subject, questions, how, "answers")

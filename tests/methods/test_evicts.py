@@ -54,6 +54,7 @@ def held_bytes(session: WholeSession) -> int:
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.usefixtures("without_kernels")
 @every
 def test_within_its_budget_no_bit_changes(cls: type[Evicts]) -> None:
     model, ids = exact_model(torch.float32), some_ids(2, 16)

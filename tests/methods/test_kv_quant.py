@@ -74,6 +74,7 @@ def test_an_outlying_channel_of_keys_costs_the_others_nothing() -> None:
 # -- what it computes ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_while_all_tokens_are_in_the_window_no_bit_changes(kv_heads: int, attention: str) -> None:

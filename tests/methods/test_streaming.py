@@ -60,6 +60,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 # -- what it computes ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_while_all_tokens_fit_no_bit_changes(kv_heads: int, attention: str) -> None:

@@ -260,7 +260,7 @@ def test_a_config_that_contradicts_itself(saved: Path, change: dict[str, Any], s
 
 def test_stated_shape_must_be_the_files_shape(saved: Path) -> None:
     wrong = replace(folder_spec(saved), shape=replace(SMALL, num_layers=3))
-    with pytest.raises(UserError, match=r"num_layers=3, but the files of folder have 2"):
+    with pytest.raises(UserError, match=r"num_layers=3, but the files of saved have 2"):
         on_cpu(wrong)
 
 

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
+from effbench.methods.cache.streaming import SinkWindow
 from effbench.nn.decode.decoder import Decoder, Drafts, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.policy import CachePolicy
+from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.staged import WholeSession, whole_logits
 from effbench.nn.decode.static import StaticSession, session_for
@@ -123,6 +125,21 @@ def test_the_kernel_makes_the_products_between_two_attentions(
     torch.testing.assert_close(
         found, decoded(CachedSession(model), ids, 7, mask), atol=2e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("policy", "whole"),
+    [(QuantisedCache(2, 4, 20), POLICIES[0]), (SinkWindow(4, 16), POLICIES[1])],
+)
+def test_while_all_tokens_fit_the_kernel_gives_the_bits_of_a_whole_cache(
+    policy: CachePolicy, whole: CachePolicy
+) -> None:
+    model, ids = model_of(), some_ids(2, 24)
+    ours, theirs = (Decoder(cache=each).session(model) for each in (policy, whole))
+    assert decoded(ours, ids[:, :20], 9).equal(decoded(theirs, ids[:, :20], 9))
+    for token in ids[:, 20:].split(1, 1):  # the fourth is the first after which a group is full
+        last = ours.step(token), theirs.step(token)
+    assert not last[0].equal(last[1])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -40,6 +40,7 @@ def test_flops_are_those_of_torchs_counter() -> None:
     assert decode_flops(COST, 3, 10, 4) == counted
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_flops_of_a_bounded_cache_are_of_what_it_keeps() -> None:
     method = Streaming(sinks=2, window=5)
     cost = inference_cost([method], SHAPE, "float32")
