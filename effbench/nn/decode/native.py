@@ -1,6 +1,6 @@
 """The C++ kernels of `kernels/`: compiled once for this machine (`util.cpp`), then loaded.
 
-They are there in some ten seconds.
+They are there in some twenty seconds.
 """
 
 from __future__ import annotations

@@ -349,7 +349,8 @@ class Factors {
 
   // Those of blocks i to i + 7, i a multiple of 8; nothing is said of blocks after the last.
   __attribute__((always_inline)) void of(int64_t i, __m256* scale, __m256* less) const {
-    if (direct_) return eight_factors<kBits, true>(m_, first_ + i, scale, less);
+    if constexpr (kBits != kNF4)
+      if (direct_) return eight_factors<kBits, true>(m_, first_ + i, scale, less);
     *scale = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales_ + (i >> shift_)), lanes_);
     if constexpr (kBits != kNF4)
       *less = _mm256_permutevar8x32_ps(_mm256_loadu_ps(less_ + (i >> shift_)), lanes_);
@@ -514,6 +515,28 @@ inline __m256i halves_added(__m256i a, __m256i b) {
                           _mm256_permute2x128_si256(a, b, 0x31));
 }
 
+// all[b] = sums of the products of the register of codes from column k on; `inner` if all of it is there.
+template <int64_t kBits, int B, bool inner>
+__attribute__((always_inline)) inline void register_sums(const Codes<kBits>& codes, int64_t k,
+                                                        const Packable* x, __m256i* all) {
+  constexpr int kParts = Codes<kBits>::kParts;
+  __m256i part[kParts];
+  codes.template at<inner>(k, part);
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + k);
+    __m256i sum[kParts];
+#pragma GCC unroll 4
+    for (int q = 0; q < kParts; ++q)
+      sum[q] = _mm256_madd_epi16(part[q], _mm256_loadu_si256(v + q));
+    if constexpr (kParts == 4) {
+      sum[0] = _mm256_add_epi32(sum[0], sum[1]);
+      sum[1] = _mm256_add_epi32(sum[2], sum[3]);
+    }
+    all[b] = _mm256_add_epi32(sum[0], sum[1]);
+  }
+}
+
 // all[b] = sums of the products of eight blocks from column k on, by `block_place`: those of kCount
 // registers after the first kFirst. Only `count` registers are there, unless they are `inner` ones; that is asked
 // of each of them where the compiler would else hold more in registers than there are.
@@ -527,35 +550,17 @@ __attribute__((always_inline)) inline void block_sums(const Codes<kBits>& codes,
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
       all[b] = kCount == 8 ? halves_added(all[b], more[b]) : pairs_added(all[b], more[b]);
+  } else if (inner || kFirst < count) {
+    register_sums<kBits, B, inner>(codes, k + kFirst * Codes<kBits>::kSpan, x, all);
   } else {
-    constexpr int kParts = Codes<kBits>::kParts;
-    if (!inner && kFirst >= count) {
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) all[b] = _mm256_setzero_si256();
-      return;
-    }
-    const int64_t at = k + kFirst * Codes<kBits>::kSpan;
-    __m256i part[kParts];
-    codes.template at<inner>(at, part);
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      const __m256i* v = reinterpret_cast<const __m256i*>(x[b].ints + at);
-      __m256i sum[kParts];
-#pragma GCC unroll 4
-      for (int q = 0; q < kParts; ++q)
-        sum[q] = _mm256_madd_epi16(part[q], _mm256_loadu_si256(v + q));
-      if constexpr (kParts == 4) {
-        sum[0] = _mm256_add_epi32(sum[0], sum[1]);
-        sum[1] = _mm256_add_epi32(sum[2], sum[3]);
-      }
-      all[b] = _mm256_add_epi32(sum[0], sum[1]);
-    }
+    for (int b = 0; b < B; ++b) all[b] = _mm256_setzero_si256();
   }
 }
 
 // sums[i][b] = <row + i, x[b]> for `count` rows, `stride` numbers between two of them.
 template <int64_t kBits, int B>
-void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
+__attribute__((noinline)) void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
                  int64_t stride) {
   constexpr int64_t kSpan = Codes<kBits>::kSpan;
   constexpr int kRegisters = int(8 * kBlock / kSpan);
@@ -592,6 +597,43 @@ void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const P
       scale = _mm256_and_ps(scale, there);
       less = _mm256_and_ps(less, there);
       add(whole);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
+  }
+}
+
+// The same for codes in windows, block by block: written out for each number of bits, sums of eight take
+// long to compile and gain little beside what the codes take.
+template <int64_t kBits, int B>
+__attribute__((noinline)) void window_rows(const Matrix& m, int64_t row, int64_t count, int64_t K,
+                                           const Packable* x, float* sums, int64_t stride) {
+  Factors<kBits> factors(m, K);
+  Codes<kBits> codes(m, K);
+  for (int64_t i = 0; i < count; ++i, sums += stride) {
+    factors.take(row + i);
+    codes.take(row + i);
+    __m256 acc[B], scale, less;
+    __m256i all[B];
+    alignas(32) float by[B][8];
+    for (int b = 0; b < B; ++b) acc[b] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < K; k += 8 * kBlock) {
+      const int64_t first = k / kBlock, blocks = std::min<int64_t>(8, K / kBlock - first);
+      const __m256 there = _mm256_castsi256_ps(
+          _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(blocks)), blocks_in_place<kBits>()));
+      factors.of(first, &scale, &less);
+      less = _mm256_and_ps(less, there);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        _mm256_store_ps(by[b], _mm256_mul_ps(scale, _mm256_loadu_ps(x[b].scales + first)));
+        acc[b] = _mm256_fnmadd_ps(less, _mm256_loadu_ps(x[b].totals + first), acc[b]);
+      }
+      for (int64_t j = 0; j < blocks; ++j) {
+        register_sums<kBits, B, true>(codes, k + j * kBlock, x, all);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b)
+          acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all[b]), _mm256_broadcast_ss(by[b] + j), acc[b]);
+      }
     }
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sums[b] = folded(acc[b]);
@@ -638,7 +680,7 @@ void integers(const uint8_t* codes, int64_t K, const Packable* x, float (*by)[kM
 }
 
 template <int64_t kBits, int B>
-void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
+__attribute__((noinline)) void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
                  int64_t stride) {
   constexpr int64_t kWide = kBits == kNF4 ? 4 : kBits;
   for (int64_t i = row; i < row + count; ++i, sums += stride) {
@@ -655,17 +697,26 @@ void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const P
 
 #endif
 
+template <int64_t kBits, int B>
+constexpr auto rows_of() {
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  if constexpr (in_windows(kBits)) return &window_rows<kBits, B>;
+  else
+#endif
+    return &packed_rows<kBits, B>;
+}
+
 template <int64_t kBits>
 void packed_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, int batch,
                  float* sums) {
+  constexpr auto four = rows_of<kBits, 4>(), one = rows_of<kBits, 1>();
   int b = 0;
-  for (; b + 4 <= batch; b += 4)
-    packed_rows<kBits, 4>(m, row, count, K, x + b, sums + b, batch);
-  for (; b < batch; ++b) packed_rows<kBits, 1>(m, row, count, K, x + b, sums + b, batch);
+  for (; b + 4 <= batch; b += 4) four(m, row, count, K, x + b, sums + b, batch);
+  for (; b < batch; ++b) one(m, row, count, K, x + b, sums + b, batch);
 }
 
 // sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors.
-inline void packed_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
+__attribute__((noinline)) inline void packed_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
                         int batch, float* sums) {
   switch (m.bits) {
     case 2: return packed_rows<2>(m, row, count, K, x, batch, sums);
