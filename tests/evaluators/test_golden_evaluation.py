@@ -15,7 +15,7 @@ from effbench.api import registry
 from effbench.testing.runs import HARDWARE, every_evaluator
 
 TOLERANCE = {"rel": 1e-5, "abs": 2**-22}
-"""Between kernels for different processors; small differences of probabilities round as these do."""
+"""Between kernels for different processors; differences of probabilities round as those do."""
 
 
 def gives_the_same_again(cls: Any) -> bool:
