@@ -35,7 +35,7 @@ from effbench.methods.chain import resolved, shape_of
 from effbench.methods.full import Full
 from effbench.methods.linear_attention.dijiang import DiJiang
 from effbench.methods.pruning.structured import Structured
-from effbench.nn.decode import session, speculative, static
+from effbench.nn.decode import session, sessions, speculative, static
 from effbench.nn.linear_attention.attention import Design, LinearAttention
 from effbench.nn.llama.stack import require_plain_layers
 from effbench.nn.llama.weights import cast_parameters
@@ -218,7 +218,7 @@ def test_the_norms_groups(author: bool) -> None:
 def test_without_a_gate_the_normed_output_is_projected() -> None:
     own, inputs = module(gate=False)
     q, k, v = own._projected(entered(), *inputs["position_embeddings"])
-    y = own._mixed(*own._mapped(q, k, None), v, None)
+    y = own._advanced(*own._mapped(q, k, None), v, None)
     assert own(entered(), **inputs)[0].equal(own.o_proj(own._normed(y)))
 
 
@@ -242,7 +242,7 @@ def test_decoding_gives_what_one_pass_gives(settings: dict[str, Any]) -> None:
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :5] = 0
     with torch.no_grad():
-        found = decoded(static.session_for(model), ids, 70, mask)
+        found = decoded(sessions.session_for(model), ids, 70, mask)
         first = model(input_ids=ids[:1], use_cache=False).logits[0, 69:]
         second = model(input_ids=ids[1:, 5:], use_cache=False).logits[0, 64:]
     torch.testing.assert_close(found[0], first, atol=1e-9, rtol=1e-9)
@@ -305,7 +305,7 @@ def test_the_loop_of_transformers_decodes_the_same() -> None:
 
 def test_what_a_state_cannot_do_is_refused() -> None:
     model = converted(layers=(1,))
-    with pytest.raises(ValueError, match="LinearAttention stands where"):
+    with pytest.raises(ValueError, match="some layers keep a state"):
         static.StaticSession(model)
     for call in (
         lambda: speculative.SpeculativeSession(model, (1, 2), 2, False),

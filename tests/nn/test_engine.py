@@ -34,7 +34,8 @@ from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession, greedy
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.sessions import session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.stack import at_layers
 from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not
