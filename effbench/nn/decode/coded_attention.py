@@ -64,7 +64,7 @@ def attended(
     rows, heads, _, width = query.shape
     kv_heads, groups = recent[0].shape[1], packed[0].codes.shape[2]
     tensors = [
-        *(t.contiguous() for part in packed for t in (part.codes, *_wide(part))),
+        *(t.contiguous() for part in packed for t in part),
         *(t.contiguous() for t in recent),
     ]  # kept until they are read
     sizes = rows * kv_heads, groups, group, width, channels_of(group, width), recent[0].shape[2]
@@ -75,10 +75,6 @@ def attended(
     places = parts.data_ptr(), out.data_ptr(), torch.get_num_threads()
     library.attend(ctypes.byref(held), asked.data_ptr(), each, scale, bits, *places)
     return out
-
-
-def _wide(part: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
-    return part.scales.float(), part.lows.float()
 
 
 @cache
