@@ -56,6 +56,15 @@ struct Cache {
   int64_t heads, groups, size, width, channels, recent;
 };
 
+float dot(const float* a, const float* b, int64_t n) {
+  Lanes lanes = Lanes::zero();
+  int64_t i = 0;
+  for (; i + Lanes::kCount <= n; i += Lanes::kCount) lanes = lanes.plus(Lanes::load(a + i), Lanes::load(b + i));
+  float sum = lanes.sum();
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 // float32 numbers of float16 ones.
 void widened(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
@@ -144,6 +153,7 @@ struct Attention {
   void soften(int64_t head, int64_t piece, float* scores, int64_t count) const {
     for (int64_t i = 0; i < each; ++i) {
       float *own = scores + i * count, largest = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : largest)
       for (int64_t t = 0; t < count; ++t) {
         own[t] *= scale;
         largest = own[t] > largest ? own[t] : largest;
@@ -174,10 +184,7 @@ struct Attention {
       for (int64_t i = 0; i < each; ++i) {
         const float* q = queries + (head * each + i) * of.width;
         for (int64_t d = 0; d < of.width; ++d) by[i * of.width + d] = q[d] * s[d];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * l[d];
-        for (int64_t t = 0; t < of.size; ++t) own[i * count + t] = sum;
+        std::fill(own + i * count, own + i * count + of.size, dot(q, l, of.width));
       }
       columns<bits>(of.key_codes + group * of.width * bytes, bytes, of.width, by.data(), of.width, own, count,
                     bytes, each);
@@ -203,23 +210,20 @@ struct Attention {
       for (int64_t r = 0; r < ranges; ++r) {
         for (int64_t i = 0; i < each; ++i) {
           const float *weight = natural.data() + i * of.size, *s = scales + r * of.size, *l = lowest + r * of.size;
-          float *own = by.data() + i * of.size, low = 0;
-#pragma omp simd reduction(+ : low)
-          for (int64_t t = 0; t < of.size; ++t) {
-            own[t] = weight[t] * s[t];
-            low += weight[t] * l[t];
-          }
-          lows[i * ranges + r] += low;
+          float* own = by.data() + i * of.size;
+          for (int64_t t = 0; t < of.size; ++t) own[t] = weight[t] * s[t];
+          lows[i * ranges + r] += dot(weight, l, of.size);
         }
         columns<bits>(of.value_codes + first * row + r * part_bytes, row, of.size, by.data(), of.size,
                       sums.data() + r * of.channels, of.width, part_bytes, each);
       }
     }
     for (int64_t i = 0; i < each; ++i)
-      for (int64_t d = 0; d < of.width; ++d) {
-        const int64_t r = d / of.channels, in = d % of.channels;
-        part(head, piece, i)[2 + d] = lows[i * ranges + r] +
-                                      sums[i * of.width + r * of.channels + in % kEach * part_bytes + in / kEach];
+      for (int64_t r = 0; r < ranges; ++r) {
+        const float *own = sums.data() + i * of.width + r * of.channels, low = lows[i * ranges + r];
+        float* out = part(head, piece, i) + 2 + r * of.channels;
+        for (int64_t b = 0; b < part_bytes; ++b)
+          for (int64_t k = 0; k < kEach; ++k) out[b * kEach + k] = low + own[k * part_bytes + b];
       }
   }
 
@@ -229,10 +233,7 @@ struct Attention {
     for (int64_t i = 0; i < each; ++i)
       for (int64_t t = 0; t < of.recent; ++t) {
         const float *q = queries + (head * each + i) * of.width, *k = of.keys + (head * of.recent + t) * of.width;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * k[d];
-        scores[i * of.recent + t] = sum;
+        scores[i * of.recent + t] = dot(q, k, of.width);
       }
     soften(head, piece, scores.data(), of.recent);
     for (int64_t i = 0; i < each; ++i) {
