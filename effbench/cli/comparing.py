@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from effbench.cli.choosing import list_
 from effbench.cli.options import Results, complete_run
 from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
@@ -350,20 +351,19 @@ def table(
       effbench table grand --plot pareto.pdf --size page
       effbench table qdylora --plot differences.pdf --size column
     """
+    if not name:
+        list_("tables")
+        return
     from effbench.cli.tables import (
         campaign_named,
         gathers,
         grand_named,
         is_planned,
-        listed,
         run_campaign,
         would_run,
     )
     from effbench.report.campaign_table import rendered
 
-    if not name:
-        typer.echo(listed())
-        return
     if gathers(name):
         from effbench.report.grand_table import pareto
         from effbench.report.grand_table import rendered as whole

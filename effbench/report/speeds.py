@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effbench.report.facts import Facts
+from effbench.report.facts import DECODING, Facts
 from effbench.report.table import Value, as_value
 from effbench.results.reader import Reader
 from effbench.results.records import Record
 
-DECODING = "decode_tokens_per_second"
-
 Evaluated = Mapping[tuple[str, str], Sequence[str]]
-"""Keys of the evaluations of each artefact, by its run and the method; by the method alone those of
-untouched models."""
+"""Keys of the timed evaluations of each artefact, by its run and the method; by the method alone
+those of untouched models."""
 
 
 def evaluated(there: Sequence[Facts]) -> Evaluated:
-    """Return the evaluations among all records.
+    """Return the evaluations among all records in which decoding was timed.
 
     Args:
         there: What is kept of the records.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for fact in there:
-        if fact.stage == "eval":
+        if fact.stage == "eval" and fact.timed:
             found.setdefault((fact.parent, fact.method), []).append(fact.key)
     return found
 
@@ -41,7 +39,7 @@ def decoding_speed(
     Args:
         records: Runs of one row.
         point: Where it is wanted.
-        there: The evaluations among all records.
+        there: The timed evaluations among all records.
         reader: Of their records.
     """
     own = (at_point(record, DECODING, point) for record in records)
