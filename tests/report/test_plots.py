@@ -122,6 +122,16 @@ def test_a_column_has_room_for_marks_beside_long_names_and_numbers(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_method_with_several_points_is_the_heading_of_its_rows(tmp_path: Path) -> None:
+    """So that points have one line each, in a column too; a long heading takes none of their room."""
+    rows = [run("full", {"": 0.9}), run(LONG, {"r1": 0.3, "r8": 0.1}, number=1)]
+    said = texts(forest_plot(compare(rows), "loss", tmp_path / "a.svg", "column"))
+    assert [said.count(text) for text in ("r1", "r8", LONG)] == [1, 1, 1]
+    assert sum("[" in text for text in said) == 2
+    assert not any(text.startswith("[") for text in said), "numbers have one line"
+
+
+@pytest.mark.filterwarnings("error")
 def test_names_stand_below_the_lines_of_a_column(tmp_path: Path) -> None:
     runs = [run(LONG, {"r1": 0.3, "r8": 0.1}), run("full", {"": 0.2}, number=1)]
     said = texts(comparison_plot(compare(runs), "loss", tmp_path / "a.svg", "column"))

@@ -103,10 +103,18 @@ def headline(axes: Axes, text: str, size: Size = "screen") -> None:
         axes.set_title(text, loc="left")
         return
     figure: Any = axes.figure
-    figure.suptitle(_filled(text, size, letters), x=0.01, ha="left", fontsize=letters)
+    figure.suptitle(_title(text, size, letters), x=0.01, ha="left", fontsize=letters)
 
 
-def _filled(text: str, size: Size, letters: float) -> str:
+def _title(text: str, size: Size, letters: float) -> str:
+    """Return a title in lines; one that is too long goes on after its last comma or semicolon."""
+    cut = max(text.rfind(", "), text.rfind("; ")) + 1
+    if cut and "\n" in filled(text, size, letters):
+        return "\n".join(filled(part, size, letters) for part in (text[:cut], text[cut + 1 :]))
+    return filled(text, size, letters)
+
+
+def filled(text: str, size: Size, letters: float) -> str:
     """Return a text in lines as long as a picture is wide."""
     return textwrap.fill(text, int(SIZES[size][0] * 72 / letters / LETTER))
 
@@ -179,7 +187,7 @@ def footnote(figure: Any, notes: Sequence[str], size: Size = "screen") -> None:
     if not notes:
         return
     letters = min(SMALL, SIZES[size][2])
-    text = _filled("; ".join(notes), size, letters)
+    text = filled("; ".join(notes), size, letters)
     if not figure.legends:
         figure.supxlabel(text, x=0.01, ha="left", fontsize=letters, color=GREY)
         return
