@@ -44,6 +44,8 @@ LINE = 1.3
 """Height of a line of text, in sizes of its letters."""
 NOTES = 2
 """Lines of notes above the names below a plot."""
+TITLE = 1.2
+"""Size of the title of a large picture, in sizes of its other letters."""
 ROW = 2.3
 """Height of a row of a list, in sizes of its letters."""
 
@@ -97,11 +99,8 @@ class Look(NamedTuple):
 
 
 def headline(axes: Axes, text: str, size: Size = "screen") -> None:
-    """Write the title of a plot; that of a small one over all of its width, in lines of its own."""
-    letters = SIZES[size][2]
-    if size == "screen":
-        axes.set_title(text, loc="left")
-        return
+    """Write the title of a plot over all of its width, in as many lines as it takes."""
+    letters = SIZES[size][2] * (TITLE if size == "screen" else 1)
     figure: Any = axes.figure
     figure.suptitle(_title(text, size, letters), x=0.01, ha="left", fontsize=letters)
 
