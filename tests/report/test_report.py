@@ -251,6 +251,8 @@ def test_counted_and_modelled_numbers_are_not_compared() -> None:
 def test_what_is_missing_is_said() -> None:
     found = compare([LORA, FULL, run("bare", {}, number=5)])
     assert "bare has no loss on test." in found.notes
+    bare = [run(f"bare{n}", {}, number=n) for n in (5, 6)]
+    assert "2 runs have no loss on test: bare5; bare6." in compare([LORA, FULL, *bare]).notes
     assert "loss on test is only in lora." in compare([LORA, run("bare", {}, number=5)]).notes
 
 
