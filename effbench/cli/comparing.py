@@ -12,7 +12,7 @@ from effbench.cli.choosing import list_
 from effbench.cli.options import Results, complete_run
 from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
-from effbench.util.wrap import write
+from effbench.util.wrap import columns, write
 
 SizeOption = Annotated[
     Literal["screen", "column", "page"],
@@ -394,5 +394,9 @@ def table(
         from effbench.report.campaign_plots import plot as draw
 
         write(f"Plot: {draw(campaign, results, plot, of, size)}")
+        return
+    if form == "terminal" and sys.stdout.isatty():
+        text = rendered(campaign, results, form, full, columns())
+        write(text.removesuffix("\n"), sys.stdout, indent=2)
         return
     typer.echo(rendered(campaign, results, form, full), nl=False)

@@ -135,7 +135,9 @@ def _wide(group: Group) -> Table:
         )
         for row in group.rows
     ]
-    columns = ("table", "row", "seeds", group.ground.metric, "difference", "letters")
+    unit = group.rows[0].value.unit
+    head = f"{group.ground.metric} ({unit})" if unit else group.ground.metric
+    columns = ("table", "row", "seeds", head, "difference", "letters")
     cost = ("weight bytes", "FLOPs/token", "tokens/s", "training tokens", "layer forwards")
     return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
 

@@ -39,6 +39,8 @@ from effbench.util.errors import UserError, did_you_mean
 
 Margins = Mapping[str, float]
 """Margin of a metric, by its name; under an empty name that of all others."""
+NOISE = 1e-12
+"""What sums of equal numbers may differ by, as a share of them."""
 
 
 def compare(
@@ -245,7 +247,7 @@ def _plain(entry: Entry, entries: Sequence[Entry], reference: int | None) -> Row
     base = 0.0 if reference is None else entries[reference].mean
     value, spread = as_value(entry.metrics[0]), None
     if len(values) > 1:
-        spread = float(values.std(ddof=1))
+        spread = float(values.std(ddof=1)) if np.ptp(values) > NOISE * abs(entry.mean) else 0.0
         value = Value(entry.mean, entry.metrics[0].unit, *_bounds(entry, values))
     return Row(
         entry.group.label,
