@@ -21,6 +21,13 @@ NAME = 20
 """Characters of a row's name on one line of a terminal."""
 SPEED = 8
 """Fewer of them beside a column of speeds."""
+DENSE = "× dense"
+"""Head of speeds over that of the dense model."""
+BESIDE = (
+    f"{DENSE}: speed of decoding over that of the dense model, timed in turn; their records say "
+    "on which machine."
+)
+TRAINED = ("training tokens", "layer forwards")
 MARK, END = "<!-- grand -->", "<!-- /grand -->"
 """Between which the README has the short form."""
 STATES: tuple[State, ...] = (
@@ -130,7 +137,7 @@ def _wide(group: Group) -> Table:
         (
             *(row.table, row.name, row.seeds),
             *(row.value._replace(unit=""), row.difference, row.letters),
-            *(_bytes(row), row.flops_per_token, row.tokens_per_second),
+            *(_bytes(row), row.flops_per_token, row.tokens_per_second, row.speedup),
             *(row.train_tokens, row.train_layer_forwards),
         )
         for row in group.rows
@@ -138,19 +145,19 @@ def _wide(group: Group) -> Table:
     unit = group.rows[0].value.unit
     head = f"{group.ground.metric} ({unit})" if unit else group.ground.metric
     columns = ("table", "row", "seeds", head, "difference", "letters")
-    cost = ("weight bytes", "FLOPs/token", "tokens/s", "training tokens", "layer forwards")
+    cost = ("weight bytes", "FLOPs/token", "tokens/s", f"tokens/s, {DENSE}", *TRAINED)
     return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
 
 
 def _narrow(group: Group) -> str:
     """Return a group in the columns of a terminal: names go on below, and empty columns go."""
-    speed = any(row.tokens_per_second for row in group.rows)
-    names = [textwrap.wrap(row.name, NAME - SPEED * speed) for row in group.rows]
+    speeds = _speeds(group)
+    names = [textwrap.wrap(row.name, NAME - SPEED * len(speeds)) for row in group.rows]
     rows: list[tuple[Cell, ...]] = [
-        (f"  {name[0]}", row.difference, row.letters, _bytes(row), *_cost(row, speed))
-        for name, row in zip(names, group.rows, strict=True)
+        (f"  {name[0]}", row.difference, row.letters, _bytes(row), *own, row.train_tokens)
+        for name, row, own in zip(names, group.rows, _by_row(speeds, group), strict=True)
     ]
-    columns = ("row", "difference", "", "bytes", *(("tok/s",) if speed else ()), "trained")
+    columns = ("row", "difference", "", "bytes", *speeds, "trained")
     head, rule, *lines = Table("", columns, rows).text().splitlines()
     told, table = [], ""
     for line, name, row in zip(lines, names, group.rows, strict=True):
@@ -161,8 +168,17 @@ def _narrow(group: Group) -> str:
     return "\n".join([str(group.ground), "", head, rule, *told, *notes])
 
 
-def _cost(row: Row, speed: bool) -> tuple[Cell, ...]:
-    return (*((row.tokens_per_second,) if speed else ()), row.train_tokens)
+def _speeds(group: Group) -> dict[str, list[Cell]]:
+    """Return the columns of speeds that any row has, without intervals."""
+    found: dict[str, list[Cell]] = {
+        "tok/s": [row.tokens_per_second for row in group.rows],
+        DENSE: [row.speedup and Value(round(row.speedup.value, 2)) for row in group.rows],
+    }
+    return {head: column for head, column in found.items() if any(column)}
+
+
+def _by_row(columns: dict[str, list[Cell]], group: Group) -> list[tuple[Cell, ...]]:
+    return [tuple(column[i] for column in columns.values()) for i in range(len(group.rows))]
 
 
 def _notes(group: Group) -> tuple[str, ...]:
@@ -170,6 +186,7 @@ def _notes(group: Group) -> tuple[str, ...]:
     unit = f"{first.value.unit} " if first.value.unit else ""
     return (
         f"Difference: {unit}against {first.name}, 95 % intervals; a shared letter: not told apart.",
+        *([BESIDE] if any(row.speedup for row in group.rows) else []),
         *group.versions,
     )
 
@@ -177,13 +194,14 @@ def _notes(group: Group) -> tuple[str, ...]:
 def _not_timed(grand: Grand) -> list[str]:
     """Return how rows without a decoding speed get one; nothing where all have it."""
     rows = [row for group in grand.groups for row in group.rows]
-    lacking = sum(row.tokens_per_second is None for row in rows)
+    lacking = sum(not (row.tokens_per_second or row.speedup) for row in rows)
     if not lacking:
         return []
     said = "No row has" if lacking == len(rows) else f"{lacking} of {len(rows)} rows have no"
     return [
         f"{said} tokens/s, as no record times their decoding; an idle machine measures it: "
-        "effbench eval from=KEY evaluator=speed"
+        "effbench eval from=KEY evaluator=speed, a shared one what it is over the dense model's: "
+        "evaluator.speed.baseline=dense"
     ]
 
 

@@ -181,6 +181,26 @@ def test_a_speed_may_be_that_of_another_run_of_the_artefact(
     assert max(map(len, rendered(grand).splitlines())) <= 80
 
 
+def test_a_speed_beside_the_dense_model_is_a_ratio(table: Any, gather: Any, tmp_path: Path) -> None:
+    """The tokens a second beside it may be those of a shared machine."""
+    tables = table("A", 1)
+    [own, *_] = tables.records(tmp_path)["A"]
+    plugin = {"name": "speed", "settings": {"baseline": "dense"}}
+    metrics = [
+        Metric("decode_tokens_per_second", 41.5, "tokens/s", phase="decode"),
+        Metric("decode_speedup", 0.816, "", phase="decode", low=0.79, high=0.84),
+    ]
+    timed = replace(run("full", {}, number=9), stage="eval", parent=own.key, metrics=metrics)
+    write(replace(timed, spec={**own.spec, "evaluators": [plugin]}), tmp_path / "records")
+    grand = gather(tables)
+    row = grand.groups[0].rows[1]
+    assert row.tokens_per_second is None and row.speedup == Value(0.816, "", 0.79, 0.84)
+    said = rendered(grand)
+    assert "× dense" in said and "0.82" in said and "41.5" not in said and "tok/s" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "0.816" in rendered(grand, "csv") and r"$\times$ dense" in rendered(grand, "latex")
+
+
 def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> None:
     campaign = table("A", 1)
     waiting = replace(campaign, name="B", verdict=replace(campaign.verdict, state="not run yet"))
