@@ -47,11 +47,11 @@ def rendered(grand: Grand, form: Form = "terminal", full: bool = False) -> str:
         return flat(grand).csv()
     lines = sentences(grand)
     if form == "terminal":
-        parts = [grand.title, *map(_narrow, grand.groups), _systems(grand.systems, False).text()]
+        parts = [grand.title, *map(_narrow, grand.groups), _systems(grand.systems, form).text()]
         claims = [line for s in grand.systems for line in claims_of(s)] if full else []
         said = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in (*claims, *lines)]
         return "\n\n".join([*parts, "\n".join(said)]) + "\n"
-    tables = [*map(_wide, grand.groups), _systems(grand.systems, form == "markdown")]
+    tables = [*map(_wide, grand.groups), _systems(grand.systems, form)]
     if form == "latex":
         lines = [*(line for s in grand.systems for line in claims_of(s)), *lines]
     return with_lines(tables, lines, form)
@@ -83,6 +83,8 @@ def pareto(grand: Grand, path: Path, size: Size = "screen") -> Path:
     Raises:
         UserError: When there is nothing to draw, or the file is no picture.
     """
+    if not grand.groups:
+        raise UserError("No rows of its tables are here.", "Make some: effbench table NAME --run")
     group = grand.groups[0]
     places = [
         Place(row.name, row.table, row.weight_bytes, row.difference)
@@ -212,15 +214,20 @@ def _bytes(row: Row) -> Value | None:
 # -- systems -----------------------------------------------------------------------------------
 
 
-def _systems(systems: Sequence[System], whole: bool) -> Table:
-    """Return what became of the claims; `whole` adds what was claimed, the ceiling and why."""
+def _systems(systems: Sequence[System], form: Form) -> Table:
+    """Return what became of the claims; Markdown adds what was claimed, the ceiling and why.
+
+    In a terminal the paper's scale has the room that is left of a line.
+    """
     own = [(s.campaign.name, s.state, s.ours) for s in systems]
-    if whole:
+    if form == "markdown":
         columns = ("system", "verdict", "ours", "the paper's claim", "ceiling", "why")
         rows = [(*cells, _claims(s), *_why(s)) for cells, s in zip(own, systems, strict=True)]
         return Table("Claims", columns, [*rows])
-    taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True)) if own else 0
-    scales = [textwrap.shorten(_scale(s), WIDTH - taken, placeholder=" …") for s in systems]
+    scales = [_scale(s) for s in systems]
+    if form == "terminal":
+        taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True))
+        scales = [textwrap.shorten(scale, WIDTH - taken, placeholder=" …") for scale in scales]
     narrow = [(*cells, scale) for cells, scale in zip(own, scales, strict=True)]
     return Table("", ("system", "verdict", "ours", "paper"), [*narrow])
 

@@ -19,6 +19,7 @@ from effbench.cli.main import app
 from effbench.cli.tables import campaigns
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_file import campaign_in
+from effbench.report.claims import Claim
 from effbench.report.grand import Grand, gathered
 from effbench.report.grand_table import END, MARK, in_readme, pareto, rendered, short
 from effbench.report.plots.canvas import SIZES
@@ -214,11 +215,18 @@ def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> No
 def test_a_verdict_is_not_said_where_its_records_are_not(
     table: Any, gather: Any, tmp_path: Path
 ) -> None:
-    campaign = table("A", 1)
+    long = Claim("It is so.", "Table 1", "read", scale="a model of many billion parameters " * 3)
+    campaign = replace(table("A", 1), paper=[long])
     (tmp_path / "campaigns" / "A.json").unlink()
-    said = rendered(gather(campaign))
+    grand = gather(campaign)
+    said = rendered(grand)
     assert "no records here" in said and "direction" not in said and "at most 0" not in said
     assert "No records here: A. Make them: effbench table NAME --run" in said
+    assert "…" in said and long.scale.strip() in rendered(grand, "latex"), (
+        "cut for a terminal alone"
+    )
+    with pytest.raises(UserError, match="No rows of its tables are here"):
+        pareto(grand, tmp_path / "a.png")
 
 
 def test_stale_verdicts_are_named(table: Any, gather: Any, tmp_path: Path) -> None:
