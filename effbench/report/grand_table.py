@@ -9,6 +9,7 @@ from pathlib import Path
 
 from effbench.report.campaign_table import Form, paper_lines, with_lines
 from effbench.report.claims import State
+from effbench.report.fitting import GUTTER
 from effbench.report.grand import MISSING, Grand, Ground, Group, Row, System
 from effbench.report.plots.canvas import Size
 from effbench.report.plots.pareto import Place, pareto_plot
@@ -17,10 +18,9 @@ from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 
 WIDTH = 80
-NAME = 20
-"""Characters of a row's name on one line of a terminal."""
-SPEED = 8
-"""Fewer of them beside a column of speeds."""
+LEAST = 12
+"""Characters that a row's name has on one line of a terminal, if no more."""
+INDENT = "  "
 DENSE = "× dense"
 """Head of speeds over that of the dense model."""
 BESIDE = (
@@ -47,7 +47,8 @@ def rendered(grand: Grand, form: Form = "terminal", full: bool = False) -> str:
         return flat(grand).csv()
     lines = sentences(grand)
     if form == "terminal":
-        parts = [grand.title, *map(_narrow, grand.groups), _systems(grand.systems, form).text()]
+        title = textwrap.fill(grand.title, WIDTH)
+        parts = [title, *map(_narrow, grand.groups), _systems(grand.systems, form).text()]
         claims = [line for s in grand.systems for line in claims_of(s)] if full else []
         said = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in (*claims, *lines)]
         return "\n\n".join([*parts, "\n".join(said)]) + "\n"
@@ -153,34 +154,36 @@ def _wide(group: Group) -> Table:
 
 def _narrow(group: Group) -> str:
     """Return a group in the columns of a terminal: names go on below, and empty columns go."""
-    speeds = _speeds(group)
-    names = [textwrap.wrap(row.name, NAME - SPEED * len(speeds)) for row in group.rows]
-    rows: list[tuple[Cell, ...]] = [
-        (f"  {name[0]}", row.difference, row.letters, _bytes(row), *own, row.train_tokens)
-        for name, row, own in zip(names, group.rows, _by_row(speeds, group), strict=True)
+    columns = {"": [row.letters for row in group.rows], **_costs(group)}
+    heads = ("difference", *columns)
+    cells = [
+        (row.difference, *own)
+        for row, own in zip(group.rows, zip(*columns.values(), strict=True), strict=True)
     ]
-    columns = ("row", "difference", "", "bytes", *speeds, "trained")
-    head, rule, *lines = Table("", columns, rows).text().splitlines()
+    taken = max(map(len, Table("", heads, cells).text().splitlines()))
+    room = max(LEAST, WIDTH - taken - len(GUTTER) - len(INDENT))
+    names = [textwrap.wrap(row.name, room, break_on_hyphens=False) for row in group.rows]
+    rows = [(f"{INDENT}{name[0]}", *own) for name, own in zip(names, cells, strict=True)]
+    head, rule, *lines = Table("", ("row", *heads), rows).text().splitlines()
     told, table = [], ""
     for line, name, row in zip(lines, names, group.rows, strict=True):
         told += [row.table] if row.table != table else []
-        told += [line, *(f"    {more}" for more in name[1:])]
+        told += [line, *(f"{INDENT}{INDENT}{more}" for more in name[1:])]
         table = row.table
     notes = [textwrap.fill(note, WIDTH) for note in _notes(group)]
     return "\n".join([str(group.ground), "", head, rule, *told, *notes])
 
 
-def _speeds(group: Group) -> dict[str, list[Cell]]:
-    """Return the columns of speeds that any row has, without intervals."""
+def _costs(group: Group) -> dict[str, list[Cell]]:
+    """Return the columns of costs that any row has, speeds without intervals."""
+    rows = group.rows
     found: dict[str, list[Cell]] = {
-        "tok/s": [row.tokens_per_second for row in group.rows],
-        DENSE: [row.speedup and Value(round(row.speedup.value, 2)) for row in group.rows],
+        "bytes": [_bytes(row) for row in rows],
+        "tok/s": [row.tokens_per_second for row in rows],
+        DENSE: [f"{row.speedup.value:.2f}" if row.speedup else None for row in rows],
+        "trained": [row.train_tokens for row in rows],
     }
     return {head: column for head, column in found.items() if any(column)}
-
-
-def _by_row(columns: dict[str, list[Cell]], group: Group) -> list[tuple[Cell, ...]]:
-    return [tuple(column[i] for column in columns.values()) for i in range(len(group.rows))]
 
 
 def _notes(group: Group) -> tuple[str, ...]:
