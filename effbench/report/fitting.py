@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 GUTTER = "  "
 """Between columns."""
@@ -12,11 +13,12 @@ LEAST = 10
 INTERVAL = " ["
 """Between a number and its interval."""
 
+Line = tuple[str, ...]
 Grid = Sequence[Sequence[str]]
 
 
-def lines_within(grid: Grid, texts: Sequence[bool], width: int) -> list[list[list[str]]]:
-    """Return the lines of each cell.
+def lines_within(grid: Grid, texts: Sequence[bool], width: int) -> tuple[list[Line], int]:
+    """Return the lines of a table, and how many of them are those of its heads.
 
     Texts go on below themselves where a row is too long, the longest first. Where that is not
     enough, intervals stand below their numbers, those of the widest column first.
@@ -24,24 +26,24 @@ def lines_within(grid: Grid, texts: Sequence[bool], width: int) -> list[list[lis
     Args:
         grid: Rows of cells, the heads first.
         texts: Which columns hold texts.
-        width: Characters of a row; 0 for any number.
+        width: Characters of a line.
     """
-    if not width:
-        return [[[cell] for cell in row] for row in grid]
     below: set[int] = set()
     while True:
-        cells = [[_lines(cell, i in below) for i, cell in enumerate(row)] for row in grid]
+        cells = [[_parts(cell, i in below) for i, cell in enumerate(row)] for row in grid]
         columns = [
-            [line for cell in column for line in cell] for column in zip(*cells, strict=True)
+            [part for cell in column for part in cell] for column in zip(*cells, strict=True)
         ]
         sizes, fits = _narrowed(columns, texts, width)
         numbers = [i for i, text in enumerate(texts) if not text and i not in below]
-        wide = [i for i in numbers if any(INTERVAL in line for line in columns[i])]
+        wide = [i for i in numbers if any(INTERVAL in part for part in columns[i])]
         if fits or not wide:
-            return [
-                [_filled(*cell) for cell in zip(row, sizes, texts, strict=True)] for row in cells
-            ]
+            break
         below.add(max(wide, key=lambda i: sizes[i]))
+    rows = [[_filled(*cell) for cell in zip(row, sizes, texts, strict=True)] for row in cells]
+    return [line for row in rows for line in zip_longest(*row, fillvalue="")], max(
+        map(len, rows[0])
+    )
 
 
 def _narrowed(columns: Grid, texts: Sequence[bool], width: int) -> tuple[list[int], bool]:
@@ -58,14 +60,14 @@ def _narrowed(columns: Grid, texts: Sequence[bool], width: int) -> tuple[list[in
     return sizes, True
 
 
-def _lines(cell: str, below: bool) -> list[str]:
+def _parts(cell: str, below: bool) -> list[str]:
     number, mark, interval = cell.partition(INTERVAL)
     return [number, f"[{interval}"] if below and mark else [cell]
 
 
-def _filled(lines: list[str], size: int, text: bool) -> list[str]:
+def _filled(parts: list[str], size: int, text: bool) -> list[str]:
     """Return the lines of a cell, those of a text as long as its column is wide."""
-    if not text or len(lines[0]) <= size:
-        return lines
-    [line] = lines
+    if not text or len(parts[0]) <= size:
+        return parts
+    [line] = parts
     return textwrap.wrap(line, size, break_long_words=False, break_on_hyphens=False)

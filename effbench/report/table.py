@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape as as_html
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.report.fitting import GUTTER, lines_within
@@ -142,21 +142,20 @@ class Table:
         """
         grid = [self.columns, *(tuple(show(cell) for cell in row) for row in self.rows)]
         numeric = self._numeric()
-        cells = lines_within(grid, [not right for right in numeric], width)
-        sizes = [
-            max(len(x) for cell in column for x in cell) for column in zip(*cells, strict=True)
+        lines, head = grid, 1
+        if width:
+            lines, head = lines_within(grid, [not right for right in numeric], width)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = [
+            [
+                cell.rjust(size) if right else cell.ljust(size)
+                for cell, size, right in zip(line, widths, numeric, strict=True)
+            ]
+            for line in lines
         ]
-        lines = []
-        for row in cells:
-            for parts in zip_longest(*row, fillvalue=""):
-                padded = [
-                    part.rjust(size) if right else part.ljust(size)
-                    for part, size, right in zip(parts, sizes, numeric, strict=True)
-                ]
-                lines.append(GUTTER.join(padded).rstrip())
-        head = max(map(len, cells[0]))
-        rule = GUTTER.join("-" * size for size in sizes)
-        return "\n".join([*lines[:head], rule, *lines[head:], *self.notes])
+        text = [GUTTER.join(line).rstrip() for line in padded]
+        rule = GUTTER.join("-" * size for size in widths)
+        return "\n".join([*text[:head], rule, *text[head:], *self.notes])
 
     def markdown(self) -> str:
         """Return the table as GitHub Markdown."""
