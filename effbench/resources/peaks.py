@@ -164,12 +164,14 @@ class Peaks:
             "gathered blocks": spread.gathered,
         }
         update: Components = {"gradients": gradients, "buckets": spread.buckets}
-        highest = max((backward, update), key=lambda m: sum(m.values()))
         state = cost.trainable * OPTIMIZER_BYTES[settings.optimizer]
+        before = state if settings.max_steps > 1 else 0  # the first update makes it
+        pairs = ((backward, before), (update, state))
+        highest, held = max(pairs, key=lambda pair: sum(pair[0].values()) + pair[1])
         return {
             "weights": cost.resident_bytes,
             "other models": others,
-            "optimiser": state if settings.max_steps > 1 else 0,
+            "optimiser": held,
             **highest,
             **self._around(_code(kernels), HOLES * sum(highest.values()), trained=True),
         }

@@ -108,7 +108,10 @@ def test_memory_falls_with_what_is_trained_and_how_it_is_held() -> None:
     eight = predicted("method=full", "train.optimizer=adamw8bit").memory["optimiser"]
     assert eight * 4 == predicted("method=full").memory["optimiser"]
     assert "optimiser" not in predicted("method=full", "train.optimizer=sgd").memory
-    assert "optimiser" not in predicted("method=full", "train.max_steps=1").memory
+    once = predicted("method=full", "train.max_steps=1").memory  # its update has the highest peak
+    assert once["optimiser"] == predicted("method=full").memory["optimiser"]
+    assert "activations" not in once
+    assert "optimiser" not in predicted("method=lora", "train.max_steps=1").memory  # its backward
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_recomputation() -> None:
