@@ -19,7 +19,8 @@ from effbench.api.cost import cost_of
 from effbench.config.compose import compose
 from effbench.evaluators.requests import Times, timed_generate, timed_session
 from effbench.models import load as models
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.sessions import session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.walk import why_not
 from effbench.resources.roofline import Ceilings, decode_bytes, probe
 from effbench.resources.timing import Clock, interleaved

@@ -22,8 +22,8 @@ from effbench.methods.sharing.echoatt import EchoAtt
 from effbench.models import load as models
 from effbench.nn.decode.copied_maps import CopyingSession
 from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.shared import SharedSession
-from effbench.nn.decode.static import session_for
 from effbench.nn.llama.shared_attention import copying
 from effbench.nn.losses.token import answer_nll
 from effbench.resources.timing import Clock, interleaved

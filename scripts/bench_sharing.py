@@ -28,8 +28,8 @@ from effbench.config.compose import compose
 from effbench.methods.base import Method
 from effbench.models import load as models
 from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.shared import SharedSession
-from effbench.nn.decode.static import session_for
 from effbench.nn.llama.shared_attention import share
 from effbench.resources.counting import parameters
 from effbench.resources.roofline import decode_bytes, prefill_flops

@@ -92,14 +92,17 @@ def row(name: str, settings: dict[str, Any], tokens: int, rounds: int) -> list[s
         session("none", {}),
         session("none", {}, "eager"),
     )
-    for each in (own, engine, eager):
-        token = each.prefill(ids).argmax(-1, keepdim=True)
-        cpu_seconds(each, token)
+    with without_kernels():
+        bare = session(name, settings)
+    for each in (own, bare, engine, eager):
+        with without_kernels() if each is bare else nullcontext():
+            token = each.prefill(ids).argmax(-1, keepdim=True)
+            cpu_seconds(each, token)
     times: list[list[float]] = [[], [], [], []]
     for turn in range(rounds):
         for place in sorted(range(4), key=lambda i: i * (-1) ** turn):  # to and fro
             with without_kernels() if place == 1 else nullcontext():
-                times[place].append(cpu_seconds((own, own, eager, engine)[place], token))
+                times[place].append(cpu_seconds((own, bare, eager, engine)[place], token))
     ratios = (ratio_interval(times[0], other) for other in times[1:])
     return [*map(said, ratios), f"{product_share(own, token):.0%}"]
 

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from effbench.cli.choosing import list_
 from effbench.cli.options import Results, complete_run
 from effbench.runner.progress import Progress
 from effbench.util.errors import UserError
-from effbench.util.wrap import write
+from effbench.util.wrap import columns, write
 
 SizeOption = Annotated[
     Literal["screen", "column", "page"],
@@ -350,20 +351,19 @@ def table(
       effbench table grand --plot pareto.pdf --size page
       effbench table qdylora --plot differences.pdf --size column
     """
+    if not name:
+        list_("tables")
+        return
     from effbench.cli.tables import (
         campaign_named,
         gathers,
         grand_named,
         is_planned,
-        listed,
         run_campaign,
         would_run,
     )
     from effbench.report.campaign_table import rendered
 
-    if not name:
-        typer.echo(listed())
-        return
     if gathers(name):
         from effbench.report.grand_table import pareto
         from effbench.report.grand_table import rendered as whole
@@ -394,5 +394,9 @@ def table(
         from effbench.report.campaign_plots import plot as draw
 
         write(f"Plot: {draw(campaign, results, plot, of, size)}")
+        return
+    if form == "terminal" and sys.stdout.isatty():
+        text = rendered(campaign, results, form, full, columns())
+        write(text.removesuffix("\n"), sys.stdout, indent=2)
         return
     typer.echo(rendered(campaign, results, form, full), nl=False)

@@ -35,6 +35,10 @@ class _Words(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+MANY = 100_000
+"""New objects before cycles among them are looked for: what a command reads stays to its end, and
+looking through all of it again and again takes a tenth of a table's time."""
+
 app = typer.Typer(
     name="effbench",
     cls=_Words,
@@ -140,11 +144,13 @@ def _only(words: Sequence[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command line."""
+    import gc
     import os
 
     from effbench.runner.signals import interrupt_when_asked
 
     interrupt_when_asked()
+    gc.set_threshold(MANY)
     # Looking for plug-ins of pydantic reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if "_EFFBENCH_COMPLETE" in os.environ:

@@ -27,9 +27,10 @@ def planned(campaign: Campaign, form: Form = "terminal") -> str:
     rows = [row for arm, steps in campaign.arms.items() for row in _rows(campaign, arm, *steps)]
     columns = ("cell", "memory", "FLOPs", "least hours", "machine", "fits")
     table = Table(f"{campaign.title} Planned at scale {campaign.scale}, not run.", columns, rows)
+    seeds = len(campaign.seeds)
     lines = [
-        f"Each cell once for {len(campaign.seeds)} seed(s). Memory is the highest peak of a phase; "
-        "the least time is that at the machine's peak. Modelled, not measured.",
+        f"Each cell once for {seeds} seed{'s' * (seeds != 1)}. Memory is the highest peak of a "
+        "phase; the least time is that at the machine's peak. Modelled, not measured.",
         *_before(campaign),
         *paper_lines(campaign),
         f"Run it: {campaign.command}",

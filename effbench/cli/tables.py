@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from effbench.config.files import options, summary
+from effbench.config.files import options
 from effbench.report.campaign import AT, Campaign
 from effbench.report.campaign_file import campaign_in
 from effbench.report.grand import Grand, gathered, is_grand
@@ -57,13 +57,6 @@ def campaigns() -> list[Campaign]:
     """Return the campaigns that come with effbench, by name."""
     paths = [path for path in options("table").values() if path]
     return [campaign_in(path) for path in paths if not is_grand(path)]
-
-
-def listed() -> str:
-    """Return the tables that come with effbench, with their questions."""
-    known = {name: summary(path) for name, path in options("table").items() if path}
-    width = max(map(len, known))
-    return "\n".join(f"{name:<{width}}  {line}" for name, line in known.items())
 
 
 def run_campaign(campaign: Campaign, results: Path, say: Callable[[str], None]) -> None:

@@ -32,6 +32,7 @@ from effbench.methods.caches import Caches
 from effbench.methods.chain import chain_shapes, inference_cost, resolved
 from effbench.nn.adapters import merge
 from effbench.nn.quant import linears
+from effbench.resources.others import Others
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -212,8 +213,11 @@ class Speed(Evaluator):
 
     def run(self, subject: Subject) -> Result:
         """Return times, rates, shares, bytes and what sessions counted, of every cell."""
+        others = Others()
         with self._timed(subject) as (timed, counted):
-            return self._run(timed, counted)
+            found = self._run(timed, counted)
+        said = others.sentence()
+        return replace(found, notes=[*found.notes, *([said] if said else [])])
 
     @contextmanager
     def _timed(self, subject: Subject) -> Iterator[tuple[Subject, dict[str, float]]]:

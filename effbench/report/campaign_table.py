@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,13 @@ from effbench.util.errors import UserError, did_you_mean
 Form = Literal["terminal", "markdown", "latex", "csv"]
 
 
-def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: bool = False) -> str:
+def rendered(
+    campaign: Campaign,
+    results: Path,
+    form: Form = "terminal",
+    full: bool = False,
+    width: int = 0,
+) -> str:
     """Return the table of a campaign, from its records alone.
 
     Args:
@@ -27,22 +34,30 @@ def rendered(campaign: Campaign, results: Path, form: Form = "terminal", full: b
         results: Folder of runs and records.
         form: Of the text.
         full: Whether to show every metric with its tests, budgets and settings.
+        width: Of the terminal that it is for, in characters; 0 for none.
 
     Raises:
         UserError: When a record is missing, or none has the campaign's metric with a test.
     """
     found = campaign.compared(results, metrics=() if full else campaign.metrics[:1])
-    tables = found.tables() if full else [short(campaign, found)]
+    tables = found.tables() if full else [short(campaign, found, form)]
     if form == "csv" and full:
         return found.csv()
     lines = [*found.notes, *found.words] if full else _held(found)
     lines += [*campaign.tuned(results), *paper_lines(campaign), *verdicts.line(campaign, results)]
     lines += sentences(campaign, found, campaign.records(results))
-    return with_lines(tables, lines, form)
+    return with_lines(tables, lines, form, width)
 
 
-def with_lines(tables: Sequence[Table], lines: Sequence[str], form: Form) -> str:
-    """Return tables and the sentences below them in a form; CSV is the first table alone."""
+def with_lines(tables: Sequence[Table], lines: Sequence[str], form: Form, width: int = 0) -> str:
+    """Return tables and the sentences below them in a form; CSV is the first table alone.
+
+    Args:
+        tables: One below the other.
+        lines: The sentences.
+        form: Of the text.
+        width: As for `rendered`.
+    """
     if form == "csv":
         return tables[0].csv()
     if form == "latex":
@@ -50,8 +65,17 @@ def with_lines(tables: Sequence[Table], lines: Sequence[str], form: Form) -> str
     if form == "markdown":
         listed = "\n".join(f"- {line}" for line in lines)
         return "\n".join([*(table.markdown() for table in tables), listed]) + "\n"
-    text = [f"{table.title}\n\n{table.text()}\n" for table in tables]
+    text = [f"{table.title}\n\n{_within(table, width)}\n" for table in tables]
     return "\n".join([*text, *lines]) + "\n"
+
+
+def _within(table: Table, width: int) -> str:
+    """Return a table in lines of a terminal; in several below each other where it has no room."""
+    bare = replace(table, notes=())
+    text = bare.text(width)
+    if width and max(map(len, text.splitlines())) > width:
+        text = "\n\n".join(part.text(width) for part in bare.fitted(width, 1))
+    return "\n".join([text, *table.notes])
 
 
 def latex_comments(lines: Sequence[str]) -> list[str]:
@@ -59,14 +83,18 @@ def latex_comments(lines: Sequence[str]) -> list[str]:
     return [f"% {' '.join(line.split())}" for line in lines]
 
 
-def short(campaign: Campaign, found: Comparison) -> Table:
-    """Return the main metric alone: value, difference from the first arm, its p-value, finding."""
+def short(campaign: Campaign, found: Comparison, form: Form = "terminal") -> Table:
+    """Return the main metric alone: value, difference from the first arm, its p-value, finding.
+
+    Its unit is in a head, and for a terminal, which has little room, in a note.
+    """
     table = _main(campaign, found)
     rows: list[tuple[Cell, ...]] = [
         (row.name, row.seeds, row.value._replace(unit=""), *_tested(row)) for row in table.rows
     ]
-    columns = ("arm", "seeds", str(table.kind), "difference", "p", "finding")
     unit = table.rows[0].value.unit
+    head = str(table.kind) if form == "terminal" or not unit else f"{table.kind} ({unit})"
+    columns = ("arm", "seeds", head, "difference", "p", "finding")
     notes = (
         f"{table.kind}{f' in {unit}' if unit else ''}; difference against {table.against}, with "
         "95 % intervals; p adjusted after Holm.",
@@ -119,10 +147,10 @@ def _overturn(table: MetricTable, arms: dict[str, list[Record]]) -> str:
     items = max(row.difference.n for row in table.rows if row.difference)
     seeds = max(row.seeds for row in table.rows)
     said = f"other seeds than these (at most {seeds} of an arm), other rows ({items} items), "
-    said += f"or more than {models} on {data}."
+    said += f"other models than {models}, or other data than {data}."
     open_ = [row.difference for row in table.rows if row.difference and row.finding == APART]
-    if open_:
-        most = max(max(abs(d.low), abs(d.high)) for d in open_)
+    most = max((max(abs(d.low), abs(d.high)) for d in open_), default=0.0)
+    if most:
         said += f" Rows that cannot be told apart may still differ by up to {most:.2g}."
     return said
 

@@ -44,6 +44,12 @@ class Facts(NamedTuple):
     settings: str
     """Digest of the spec without its seed."""
     parent: str
+    timed: str
+    """`yes` where the speed of decoding was measured."""
+
+
+DECODING = "decode_tokens_per_second"
+"""The metric by which a record is timed."""
 
 
 def facts(store: Store) -> list[Facts]:
@@ -60,7 +66,8 @@ def facts_of(record: Record) -> Facts:
     """Return the facts of a record."""
     row = ("" if text == ABSENT else text for text in run_row(record)[2:])
     spec = {name: part for name, part in record.spec.items() if name != "seed"}
-    mine = command_of(record), _frame(record), _digest(spec), record.parent
+    timed = "yes" if any(m.name == DECODING for m in record.metrics) else ""
+    mine = command_of(record), _frame(record), _digest(spec), record.parent, timed
     return Facts._make([record.key, record.started, *row, *mine])
 
 

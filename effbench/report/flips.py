@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -25,6 +25,7 @@ class Flips:
     """A metric of two runs, right or wrong on each item."""
 
     metric: str
+    """Several with commas between them, where the same items change sides by each."""
     place: Place
     items: int
     only_first: list[int]
@@ -63,7 +64,18 @@ def flips(first: Arm, second: Arm) -> list[Flips]:
             f"{first.ref} and {second.ref} share no items that are right or wrong.",
             "Evaluate both: effbench eval from=RUN evaluator=choices, or evaluator=generation.",
         )
-    return shared
+    return _merged(shared)
+
+
+def _merged(found: Sequence[Flips]) -> list[Flips]:
+    """Return metrics by which the same items change sides as one."""
+    merged: dict[str, Flips] = {}
+    for each in found:
+        same = str([each.place, each.only_first, each.only_second])
+        known = merged.get(same)
+        names = f"{known.metric}, {each.metric}" if known else each.metric
+        merged[same] = replace(each, metric=names)
+    return list(merged.values())
 
 
 def _flips(metric: str, place: Place, a: Outcomes, b: Outcomes) -> Flips | None:
@@ -87,8 +99,8 @@ def flips_text(found: Flips, first: Arm, second: Arm, store: Store, most: int) -
     """
     lines = [
         f"{found.metric}{found.place}: {len(found.only_first)} of {found.items:,} items are right "
-        f"in {first.ref} alone, {len(found.only_second)} in {second.ref} alone, p = "
-        f"{found.p:.3g} ({found.test})"
+        f"in {first.ref} alone, {len(found.only_second)} in {second.ref} alone, "
+        f"p {'< 0.001' if found.p < 0.001 else f'= {found.p:.3f}'} ({found.test})"
     ]
     texts = [_texts(one, found, store) for one in (first, second)]
     written = "text_norm" if found.metric.endswith("_norm") else "text"

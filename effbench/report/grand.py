@@ -22,7 +22,13 @@ from effbench.report.comparison.metric_table import MetricTable
 from effbench.report.comparison.metric_table import Row as Compared
 from effbench.report.comparison.versions import of_versions
 from effbench.report.facts import Facts, facts
-from effbench.report.speeds import Evaluated, at_point, decoding_speed, evaluated
+from effbench.report.speeds import (
+    Evaluated,
+    at_point,
+    decoding_speed,
+    decoding_speedup,
+    evaluated,
+)
 from effbench.report.table import Value, points
 from effbench.report.verdicts import Tested, retested
 from effbench.results.lookup import earlier
@@ -97,6 +103,8 @@ class Row:
     """Of decoding, counted from the shape."""
     tokens_per_second: Value | None
     """Of decoding, where a record of the same artefact or untouched model has it."""
+    speedup: Value | None
+    """Of decoding over that of the dense model, where such a record timed them in turn."""
     train_tokens: float | None
     """Of the run and those that it went on from, a mean over seeds."""
     train_layer_forwards: float | None
@@ -265,8 +273,8 @@ def _group(ground: Ground, members: Sequence[Member], others: Evaluated, reader:
     rows = []
     for row in _tested(found.metrics).rows:
         member = by_name[row.label]
-        speed = decoding_speed(member.records, row.point, others, reader)
-        rows.append(_row(row, member, known, speed))
+        asked = member.records, row.point, others, reader
+        rows.append(_row(row, member, known, decoding_speed(*asked), decoding_speedup(*asked)))
     return Group(ground, rows, of_versions(found.notes))
 
 
@@ -287,7 +295,13 @@ def _only(record: Record, ground: Ground, wanted: Sequence[str]) -> Record:
     return replace(record, metrics=metrics, outcomes=outcomes)
 
 
-def _row(row: Compared, member: Member, known: Sequence[Record], speed: Value | None) -> Row:
+def _row(
+    row: Compared,
+    member: Member,
+    known: Sequence[Record],
+    speed: Value | None,
+    speedup: Value | None,
+) -> Row:
     d = row.difference
     runs = [_lineage(record, known) for record in member.records]
     return Row(
@@ -300,6 +314,7 @@ def _row(row: Compared, member: Member, known: Sequence[Record], speed: Value | 
         _mean([at_point(r, "weight_bytes", row.point) for r in member.records]),
         _mean([at_point(r, "flops_per_token", row.point) for r in member.records]),
         speed,
+        speedup,
         _mean([_summed(own, "train_tokens") for own in runs]),
         _mean([_summed(own, "train_layer_forwards") for own in runs]),
     )

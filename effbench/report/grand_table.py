@@ -9,6 +9,7 @@ from pathlib import Path
 
 from effbench.report.campaign_table import Form, paper_lines, with_lines
 from effbench.report.claims import State
+from effbench.report.fitting import GUTTER
 from effbench.report.grand import MISSING, Grand, Ground, Group, Row, System
 from effbench.report.plots.canvas import Size
 from effbench.report.plots.pareto import Place, pareto_plot
@@ -17,10 +18,16 @@ from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 
 WIDTH = 80
-NAME = 20
-"""Characters of a row's name on one line of a terminal."""
-SPEED = 8
-"""Fewer of them beside a column of speeds."""
+LEAST = 12
+"""Characters that a row's name has on one line of a terminal, if no more."""
+INDENT = "  "
+DENSE = "× dense"
+"""Head of speeds over that of the dense model."""
+BESIDE = (
+    f"{DENSE}: speed of decoding over that of the dense model, timed in turn; their records say "
+    "on which machine."
+)
+TRAINED = ("training tokens", "layer forwards")
 MARK, END = "<!-- grand -->", "<!-- /grand -->"
 """Between which the README has the short form."""
 STATES: tuple[State, ...] = (
@@ -40,11 +47,12 @@ def rendered(grand: Grand, form: Form = "terminal", full: bool = False) -> str:
         return flat(grand).csv()
     lines = sentences(grand)
     if form == "terminal":
-        parts = [grand.title, *map(_narrow, grand.groups), _systems(grand.systems, False).text()]
+        title = textwrap.fill(grand.title, WIDTH)
+        parts = [title, *map(_narrow, grand.groups), _systems(grand.systems, form).text()]
         claims = [line for s in grand.systems for line in claims_of(s)] if full else []
         said = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in (*claims, *lines)]
         return "\n\n".join([*parts, "\n".join(said)]) + "\n"
-    tables = [*map(_wide, grand.groups), _systems(grand.systems, form == "markdown")]
+    tables = [*map(_wide, grand.groups), _systems(grand.systems, form)]
     if form == "latex":
         lines = [*(line for s in grand.systems for line in claims_of(s)), *lines]
     return with_lines(tables, lines, form)
@@ -76,6 +84,8 @@ def pareto(grand: Grand, path: Path, size: Size = "screen") -> Path:
     Raises:
         UserError: When there is nothing to draw, or the file is no picture.
     """
+    if not grand.groups:
+        raise UserError("No rows of its tables are here.", "Make some: effbench table NAME --run")
     group = grand.groups[0]
     places = [
         Place(row.name, row.table, row.weight_bytes, row.difference)
@@ -130,37 +140,50 @@ def _wide(group: Group) -> Table:
         (
             *(row.table, row.name, row.seeds),
             *(row.value._replace(unit=""), row.difference, row.letters),
-            *(_bytes(row), row.flops_per_token, row.tokens_per_second),
+            *(_bytes(row), row.flops_per_token, row.tokens_per_second, row.speedup),
             *(row.train_tokens, row.train_layer_forwards),
         )
         for row in group.rows
     ]
-    columns = ("table", "row", "seeds", group.ground.metric, "difference", "letters")
-    cost = ("weight bytes", "FLOPs/token", "tokens/s", "training tokens", "layer forwards")
+    unit = group.rows[0].value.unit
+    head = f"{group.ground.metric} ({unit})" if unit else group.ground.metric
+    columns = ("table", "row", "seeds", head, "difference", "letters")
+    cost = ("weight bytes", "FLOPs/token", "tokens/s", f"tokens/s, {DENSE}", *TRAINED)
     return Table(str(group.ground), (*columns, *cost), rows, _notes(group))
 
 
 def _narrow(group: Group) -> str:
     """Return a group in the columns of a terminal: names go on below, and empty columns go."""
-    speed = any(row.tokens_per_second for row in group.rows)
-    names = [textwrap.wrap(row.name, NAME - SPEED * speed) for row in group.rows]
-    rows: list[tuple[Cell, ...]] = [
-        (f"  {name[0]}", row.difference, row.letters, _bytes(row), *_cost(row, speed))
-        for name, row in zip(names, group.rows, strict=True)
+    columns = {"": [row.letters for row in group.rows], **_costs(group)}
+    heads = ("difference", *columns)
+    cells = [
+        (row.difference, *own)
+        for row, own in zip(group.rows, zip(*columns.values(), strict=True), strict=True)
     ]
-    columns = ("row", "difference", "", "bytes", *(("tok/s",) if speed else ()), "trained")
-    head, rule, *lines = Table("", columns, rows).text().splitlines()
+    taken = max(map(len, Table("", heads, cells).text().splitlines()))
+    room = max(LEAST, WIDTH - taken - len(GUTTER) - len(INDENT))
+    names = [textwrap.wrap(row.name, room, break_on_hyphens=False) for row in group.rows]
+    rows = [(f"{INDENT}{name[0]}", *own) for name, own in zip(names, cells, strict=True)]
+    head, rule, *lines = Table("", ("row", *heads), rows).text().splitlines()
     told, table = [], ""
     for line, name, row in zip(lines, names, group.rows, strict=True):
         told += [row.table] if row.table != table else []
-        told += [line, *(f"    {more}" for more in name[1:])]
+        told += [line, *(f"{INDENT}{INDENT}{more}" for more in name[1:])]
         table = row.table
     notes = [textwrap.fill(note, WIDTH) for note in _notes(group)]
     return "\n".join([str(group.ground), "", head, rule, *told, *notes])
 
 
-def _cost(row: Row, speed: bool) -> tuple[Cell, ...]:
-    return (*((row.tokens_per_second,) if speed else ()), row.train_tokens)
+def _costs(group: Group) -> dict[str, list[Cell]]:
+    """Return the columns of costs that any row has, speeds without intervals."""
+    rows = group.rows
+    found: dict[str, list[Cell]] = {
+        "bytes": [_bytes(row) for row in rows],
+        "tok/s": [row.tokens_per_second for row in rows],
+        DENSE: [f"{row.speedup.value:.2f}" if row.speedup else None for row in rows],
+        "trained": [row.train_tokens for row in rows],
+    }
+    return {head: column for head, column in found.items() if any(column)}
 
 
 def _notes(group: Group) -> tuple[str, ...]:
@@ -168,6 +191,7 @@ def _notes(group: Group) -> tuple[str, ...]:
     unit = f"{first.value.unit} " if first.value.unit else ""
     return (
         f"Difference: {unit}against {first.name}, 95 % intervals; a shared letter: not told apart.",
+        *([BESIDE] if any(row.speedup for row in group.rows) else []),
         *group.versions,
     )
 
@@ -175,13 +199,14 @@ def _notes(group: Group) -> tuple[str, ...]:
 def _not_timed(grand: Grand) -> list[str]:
     """Return how rows without a decoding speed get one; nothing where all have it."""
     rows = [row for group in grand.groups for row in group.rows]
-    lacking = sum(row.tokens_per_second is None for row in rows)
+    lacking = sum(not (row.tokens_per_second or row.speedup) for row in rows)
     if not lacking:
         return []
     said = "No row has" if lacking == len(rows) else f"{lacking} of {len(rows)} rows have no"
     return [
         f"{said} tokens/s, as no record times their decoding; an idle machine measures it: "
-        "effbench eval from=KEY evaluator=speed"
+        "effbench eval from=KEY evaluator=speed, a shared one what it is over the dense model's: "
+        "evaluator.speed.baseline=dense"
     ]
 
 
@@ -192,15 +217,20 @@ def _bytes(row: Row) -> Value | None:
 # -- systems -----------------------------------------------------------------------------------
 
 
-def _systems(systems: Sequence[System], whole: bool) -> Table:
-    """Return what became of the claims; `whole` adds what was claimed, the ceiling and why."""
+def _systems(systems: Sequence[System], form: Form) -> Table:
+    """Return what became of the claims; Markdown adds what was claimed, the ceiling and why.
+
+    In a terminal the paper's scale has the room that is left of a line.
+    """
     own = [(s.campaign.name, s.state, s.ours) for s in systems]
-    if whole:
+    if form == "markdown":
         columns = ("system", "verdict", "ours", "the paper's claim", "ceiling", "why")
         rows = [(*cells, _claims(s), *_why(s)) for cells, s in zip(own, systems, strict=True)]
         return Table("Claims", columns, [*rows])
-    taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True)) if own else 0
-    scales = [textwrap.shorten(_scale(s), WIDTH - taken, placeholder=" …") for s in systems]
+    scales = [_scale(s) for s in systems]
+    if form == "terminal":
+        taken = sum(max(map(len, column)) + 2 for column in zip(*own, strict=True))
+        scales = [textwrap.shorten(scale, WIDTH - taken, placeholder=" …") for scale in scales]
     narrow = [(*cells, scale) for cells, scale in zip(own, scales, strict=True)]
     return Table("", ("system", "verdict", "ours", "paper"), [*narrow])
 

@@ -186,7 +186,7 @@ def _fits(text: str, values: Iterable[str], name: str) -> bool:
 
 
 def _finished(store: Store) -> list[Listed]:
-    return [Listed(*kept[:-3], "finished") for kept in facts(store)]
+    return [Listed(*kept[:-4], "finished") for kept in facts(store)]
 
 
 def _unfinished(store: Store) -> Iterator[Listed]:

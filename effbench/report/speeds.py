@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from effbench.report.facts import Facts
+from effbench.report.facts import DECODING, Facts
 from effbench.report.table import Value, as_value
 from effbench.results.reader import Reader
 from effbench.results.records import Record
 
-DECODING = "decode_tokens_per_second"
+SPEEDUP = "decode_speedup"
 
 Evaluated = Mapping[tuple[str, str], Sequence[str]]
-"""Keys of the evaluations of each artefact, by its run and the method; by the method alone those of
-untouched models."""
+"""Keys of the timed evaluations of each artefact, by its run and the method; by the method alone
+those of untouched models."""
 
 
 def evaluated(there: Sequence[Facts]) -> Evaluated:
-    """Return the evaluations among all records.
+    """Return the evaluations among all records in which decoding was timed.
 
     Args:
         there: What is kept of the records.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for fact in there:
-        if fact.stage == "eval":
+        if fact.stage == "eval" and fact.timed:
             found.setdefault((fact.parent, fact.method), []).append(fact.key)
     return found
 
@@ -36,21 +36,50 @@ def decoding_speed(
     """Return the decoding speed of runs at an operating point; None where no record has it.
 
     It is that of the first of them, else that of an evaluation of the same artefact, or of the same
-    untouched model, with the same method, model and hardware.
+    untouched model, with the same method, model and hardware. One that timed it beside the dense
+    model gives a ratio, which is fair on a shared machine too: see `decoding_speedup`.
 
     Args:
         records: Runs of one row.
         point: Where it is wanted.
-        there: The evaluations among all records.
+        there: The timed evaluations among all records.
         reader: Of their records.
     """
-    own = (at_point(record, DECODING, point) for record in records)
-    others = (
-        at_point(other, DECODING, point)
-        for record in records
-        for other in _evaluations(record, there, reader)
-    )
-    return next((speed for found in (own, others) for speed in found if speed), None)
+    there_too = _nearest(records, there, reader)
+    return _first(DECODING, (r for r in there_too if not _beside_dense(r)), point)
+
+
+def decoding_speedup(
+    records: Sequence[Record], point: str, there: Evaluated, reader: Reader
+) -> Value | None:
+    """Return how many times as fast as the dense model runs decode, timed in turn.
+
+    Args:
+        records: As for `decoding_speed`.
+        point: As for `decoding_speed`.
+        there: As for `decoding_speed`.
+        reader: As for `decoding_speed`.
+    """
+    there_too = _nearest(records, there, reader)
+    return _first(SPEEDUP, (r for r in there_too if _beside_dense(r)), point)
+
+
+def _nearest(records: Sequence[Record], there: Evaluated, reader: Reader) -> Iterator[Record]:
+    """Yield runs, then the timed evaluations of what their numbers are of."""
+    yield from records
+    for record in records:
+        yield from _evaluations(record, there, reader)
+
+
+def _first(metric: str, records: Iterable[Record], point: str) -> Value | None:
+    return next((v for record in records if (v := at_point(record, metric, point))), None)
+
+
+def _beside_dense(record: Record) -> bool:
+    """Whether a run timed decoding beside that of the model that it started from."""
+    plugins = record.spec.get("evaluators") or []
+    settings = [p.get("settings") or {} for p in plugins if p.get("name") == "speed"]
+    return any(own.get("baseline") == "dense" for own in settings)
 
 
 def at_point(record: Record, name: str, point: str) -> Value | None:

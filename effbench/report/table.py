@@ -13,6 +13,7 @@ from html import escape as as_html
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from effbench.report.fitting import GUTTER, lines_within
 from effbench.report.labels import ABSENT, labels
 
 if TYPE_CHECKING:
@@ -141,20 +142,29 @@ class Table:
         rows = [tuple(row[i] for i in columns) for row in self.rows]
         return Table(self.title, tuple(self.columns[i] for i in columns), rows, self.notes)
 
-    def text(self) -> str:
-        """Return the table as aligned columns, without rich, for commands that start at once."""
+    def text(self, width: int = 0) -> str:
+        """Return the table as aligned columns, without rich, for commands that start at once.
+
+        Args:
+            width: Characters that a line can hold; where there are too few, texts go on below
+                themselves, and then intervals stand below their numbers. 0 for any number.
+        """
         grid = [self.columns, *(tuple(show(cell) for cell in row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         numeric = self._numeric()
-        cells = [
+        lines, head = grid, 1
+        if width:
+            lines, head = lines_within(grid, [not right for right in numeric], width)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = [
             [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
+                cell.rjust(size) if right else cell.ljust(size)
+                for cell, size, right in zip(line, widths, numeric, strict=True)
             ]
-            for row in grid
+            for line in lines
         ]
-        lines = ["  ".join(row).rstrip() for row in cells]
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], *self.notes])
+        text = [GUTTER.join(line).rstrip() for line in padded]
+        rule = GUTTER.join("-" * size for size in widths)
+        return "\n".join([*text[:head], rule, *text[head:], *self.notes])
 
     def markdown(self) -> str:
         """Return the table as GitHub Markdown."""
@@ -221,9 +231,14 @@ LATEX |= {"—": "---", "–": "--", "×": r"$\times$", "±": r"$\pm$", "≤": r
 row would be read as the option of the line break before it."""
 
 
+MINUS = re.compile(r"(?<![\w.])-(?=\d)")
+"""Before a number, where LaTeX would print a hyphen."""
+
+
 def as_latex(text: str) -> str:
     """Return a text whose characters LaTeX prints as they are."""
-    return " ".join(text.split()).translate(str.maketrans(LATEX))
+    escaped = " ".join(text.split()).translate(str.maketrans(LATEX))
+    return MINUS.sub("$-$", escaped)
 
 
 def _latex_row(cells: Sequence[str]) -> str:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import ssl
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
@@ -74,6 +71,10 @@ def hub_reachable() -> bool:
     """Whether the model hub answers; asked once, because its client retries for a minute."""
     if hub_switched_off():
         return False
+    import ssl  # what reads finished runs has no need of a network
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urlopen(Request(address, method="HEAD"), timeout=PROBE_SECONDS).close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -24,27 +25,36 @@ class LazyModule:
         name: Qualified name of the module.
     """
 
-    __slots__ = ("_name",)
+    __slots__ = ("_found", "_name")
+    _found: ModuleType | None
     _name: str
 
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_found", None)
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(import_module(self._name), attribute)
+        return getattr(self._found or _run(self), attribute)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        setattr(import_module(self._name), attribute, value)
+        setattr(_run(self), attribute, value)
 
     def __delattr__(self, attribute: str) -> None:
-        delattr(import_module(self._name), attribute)
+        delattr(_run(self), attribute)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-        return vars(import_module(self._name))
+        return vars(_run(self))
 
     def __repr__(self) -> str:
         return f"<lazy module {self._name!r}>"
+
+
+def _run(lazy: LazyModule) -> ModuleType:
+    """Return the module itself, imported if it was not, and keep it."""
+    found = import_module(lazy._name)
+    object.__setattr__(lazy, "_found", found)
+    return found
 
 
 def lazy_modules(package: str) -> None:

@@ -162,7 +162,7 @@ IN_THE_KEY: dict[str, list[Case]] = {
     "earlier run": [Case(["from=aaaa"], ["from=bbbb"], stage="eval")],
     "device, dtype, threads": [
         Case(BASE, [*BASE, f"hardware.{word}"])
-        for word in ("device=cuda", "dtype=bfloat16", "threads=1")
+        for word in ("device=cuda", "dtype=float16", "threads=1")
     ],
     "training": [Case(BASE, [*BASE, f"train.{word}"]) for word in ("max_steps=3", "patience=1")],
     "model": [

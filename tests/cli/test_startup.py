@@ -64,6 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("list hardware", "v100-32gb"),
         ("list launchers", "slurm"),
         ("list experiments", "qdylora_paper"),
+        ("table", "qdylora_tuned"),
         ("runs", "aaaa0000"),
         ("runs show aaaa", "Key aaaa0000aaaa0000"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ from effbench.methods.depth.points import Window
 from effbench.methods.none import Unchanged
 from effbench.nn.decode.session import CachedSession
 from effbench.nn.decode.static import StaticSession
-from effbench.resources import timing
+from effbench.resources import others, timing
+from effbench.resources.others import SHARED
 from effbench.resources.roofline import Ceilings, decode_bytes, decode_flops, prefill_flops
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
@@ -238,7 +240,18 @@ def test_a_run_says_where_its_cache_pays(bench: Bench) -> None:
         for key in paying.QUANTITIES
     }
     told = {what: gains[key] for key, what in paying.QUANTITIES.items()}
-    assert record.notes == [paying.sentence("kv_quant", told)]
+    assert [n for n in record.notes if n != SHARED] == [paying.sentence("kv_quant", told)]
+
+
+def test_a_shared_machine_is_said_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that is busy, what is the process's own is left out."""
+    for busy, said in ((0.0, []), (9.0, [SHARED])):
+        monkeypatch.setattr(others, "_busy", map((1 + busy).__mul__, count()).__next__)
+        monkeypatch.setattr(others, "_own", count(0.0).__next__)
+        assert Speed(**SMALL).run(subject).notes == said
+    monkeypatch.undo()
+    monkeypatch.setattr(others, "STAT", Path("/nowhere"))
+    assert Speed(**SMALL).run(subject).notes == [], "a system that does not say"
 
 
 def _gain(found: dict[tuple[str, str, str], Metric], key: str, task: str) -> tuple[float, ...]:
@@ -265,7 +278,8 @@ def test_gains_are_of_bytes_and_seconds_in_turn(
     assert found["dense_tpot_ms", "decode", ""].value == 1000.0
     own, dense = (found[f"{n}held_bytes", "decode", ""].value for n in ("", "dense_"))
     assert found["memory_gain", "decode", ""].value == pytest.approx(dense / own, rel=1e-5)
-    assert len(result.notes) == 1 and result.notes[0].startswith("none against the dense cache")
+    [note] = (n for n in result.notes if n != SHARED)
+    assert note.startswith("none against the dense cache")
 
 
 def test_the_dense_model_is_the_one_itself_where_only_the_cache_differs(

@@ -416,7 +416,9 @@ def test_an_evaluation_holds_what_it_asks_for_alone(
     without_evaluation(monkeypatch)
     small = ["method=any_precision", "method.bits=4", "method.budget=110000"]
     made = bench.run("compress", *small, "dataset.limit.train=4", "hardware.dtype=float32")
-    again = bench.run("eval", f"from={made.key}", "method.load_mixed=true")
+    again = bench.run(
+        "eval", f"from={made.key}", "method.load_mixed=true", "hardware.dtype=float32"
+    )
     [whole], [mixed_alone] = (
         [m.value for m in record.metrics if m.name == "resident_bytes"] for record in (made, again)
     )

@@ -35,13 +35,15 @@ from effbench.methods.chain import resolved, shape_of
 from effbench.methods.full import Full
 from effbench.methods.linear_attention.dijiang import DiJiang
 from effbench.methods.pruning.structured import Structured
-from effbench.nn.decode import session, speculative, static
+from effbench.nn.decode import mixing, session, sessions, speculative, static
+from effbench.nn.linear_attention import native, products
 from effbench.nn.linear_attention.attention import Design, LinearAttention
 from effbench.nn.llama.stack import require_plain_layers
 from effbench.nn.llama.weights import cast_parameters
 from effbench.nn.pruning import plain
 from effbench.nn.scoring.prefix_tree import has_trees
 from effbench.resources.counting import flops
+from effbench.util import cpp
 from effbench.util.errors import UserError
 
 LONG: Shape = replace(SHAPE, vocab_size=500)
@@ -72,6 +74,7 @@ def ids_of(settings: dict[str, Any]) -> str:
 
 
 variants = pytest.mark.parametrize("settings", VARIANTS, ids=ids_of)
+needs_kernels = pytest.mark.skipif(bool(cpp.why_off() or not cpp.compiler()), reason="no kernels")
 
 # -- conversion --------------------------------------------------------------------------------
 
@@ -218,7 +221,7 @@ def test_the_norms_groups(author: bool) -> None:
 def test_without_a_gate_the_normed_output_is_projected() -> None:
     own, inputs = module(gate=False)
     q, k, v = own._projected(entered(), *inputs["position_embeddings"])
-    y = own._mixed(*own._mapped(q, k, None), v, None)
+    y = own._advanced(*own._mapped(q, k, None), v, None)
     assert own(entered(), **inputs)[0].equal(own.o_proj(own._normed(y)))
 
 
@@ -242,11 +245,60 @@ def test_decoding_gives_what_one_pass_gives(settings: dict[str, Any]) -> None:
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :5] = 0
     with torch.no_grad():
-        found = decoded(static.session_for(model), ids, 70, mask)
+        found = decoded(sessions.session_for(model), ids, 70, mask)
         first = model(input_ids=ids[:1], use_cache=False).logits[0, 69:]
         second = model(input_ids=ids[1:, 5:], use_cache=False).logits[0, 64:]
     torch.testing.assert_close(found[0], first, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(found[1], second, atol=1e-9, rtol=1e-9)
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_kernels_products_and_steps_give_what_modules_give(
+    settings: dict[str, Any], padded: bool
+) -> None:
+    """Padded rows beside keys and values go through the modules."""
+    model = converted(**settings)
+    ids = some_ids(3, 16)
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[1, : 4 * padded] = 0
+    ours, theirs = sessions.session_for(model), session.CachedSession(model)
+    assert isinstance(ours, mixing.MixingSession)
+    expected = decoded(theirs, ids, 6, mask)
+    torch.testing.assert_close(decoded(ours, ids, 6, mask), expected, **CLOSE)
+    assert ours.kv_bytes() == theirs.kv_bytes()
+    for each in (ours, theirs):
+        each.reorder(torch.tensor([2, 1, 1]))
+    torch.testing.assert_close(ours.step(ids[:, :1]), theirs.step(ids[:, :1]), **CLOSE)
+
+
+@needs_kernels
+def test_in_bfloat16_the_kernel_rounds_where_modules_do() -> None:
+    model = converted()
+    cast_parameters(model, torch.bfloat16)
+    ids = some_ids(2, 12)
+    own, other = (f(model) for f in (sessions.session_for, session.CachedSession))
+    assert isinstance(own, mixing.MixingSession)
+    found, expected = (decoded(each, ids, 5).float() for each in (own, other))
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+
+
+@needs_kernels
+@variants
+@torch.no_grad()
+def test_a_step_of_the_kernel_is_that_of_the_operations(settings: dict[str, Any]) -> None:
+    """On states that are not there yet and on some, with values far from each other."""
+    own = next(m for m in converted(**settings).modules() if isinstance(m, LinearAttention))
+    draws, positions = generator(1), torch.tensor([[3], [0], [9]])
+    q, k, v = (3 * torch.randn(3, n, 1, 16, generator=draws) for n in (4, 2, 2))
+    own.norm.weight.add_(torch.randn(64, generator=draws))
+    decays = own.decay.factors(positions), own.decay.rates()
+    for before in (None, torch.randn(3, 2, 16, 16, generator=draws)):
+        found, after = native.step((q, k, v), own.features, *decays, own.norm, before)
+        y, state = products.step(*own._mapped(q, k, positions), v, decays[1], before)
+        torch.testing.assert_close(found, own._normed(y), **CLOSE)
+        torch.testing.assert_close(after, state, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
@@ -305,7 +357,7 @@ def test_the_loop_of_transformers_decodes_the_same() -> None:
 
 def test_what_a_state_cannot_do_is_refused() -> None:
     model = converted(layers=(1,))
-    with pytest.raises(ValueError, match="LinearAttention stands where"):
+    with pytest.raises(ValueError, match="some layers keep a state"):
         static.StaticSession(model)
     for call in (
         lambda: speculative.SpeculativeSession(model, (1, 2), 2, False),

@@ -16,7 +16,8 @@ from effbench.api.sharing import shared_shape, top_map
 from effbench.methods.chain import shape_of
 from effbench.methods.compresses import compress_whole
 from effbench.methods.sharing.gqa import GQA
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.sessions import session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.util.errors import UserError
 
 

@@ -35,8 +35,9 @@ from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.policy import EVERYTHING
 from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.staged import WholeSession
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.stack import at_layers
 from effbench.nn.llama.surgery import replace_linears
 from effbench.nn.llama.walk import why_not

@@ -60,30 +60,32 @@ def test_codes_that_do_not_lie_together_are_expanded_alike() -> None:
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize(("group", "width"), [(32, 64), (64, 96), (32, 128)])
 @pytest.mark.parametrize("each", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_attends_to_codes_as_to_what_they_stand_for(
-    bits: int, group: int, width: int, each: int
+    bits: int, group: int, width: int, each: int, dtype: torch.dtype
 ) -> None:
     layer, draws = QuantisedLayer(bits, group, 5), generator(3)
     for tokens in (11 * group + 3, 1, 1):
         layer.attends = tokens == 1
         k, v = (3 * torch.randn(2, 3, tokens, width, generator=draws) + 1 for _ in range(2))
-        layer.update(k, v)
-    view, query = layer.view, torch.randn(2, 3 * each, 1, width, generator=draws)
+        layer.update(k.to(dtype), v.to(dtype))
+    view, query = layer.view, torch.randn(2, 3 * each, 1, width, generator=draws).to(dtype)
     assert view is not None and view.direct is not None and layer.packed is not None
-    keys, values = layer._all((view.keys, view.values), step=False)
+    layer.dtype = torch.float32  # codes say numbers that are not rounded to bfloat16
+    keys, values = layer._all((view.keys.float(), view.values.float()), step=False)
     asked = query.view(2, 3, each, width).double()
     expected = F.scaled_dot_product_attention(asked, keys.double(), values.double(), scale=0.1)
     found = view.direct(query, 0.1)
     assert found.shape == (2, 1, 3 * each, width)
-    torch.testing.assert_close(
-        found.double(), expected.view(2, 1, 3 * each, width), atol=1e-4, rtol=1e-5
-    )
+    assert found.dtype == dtype
+    near = {"atol": 1e-4, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
+    torch.testing.assert_close(found.double(), expected.view(2, 1, 3 * each, width), **near)
 
 
 @native
 def test_a_step_does_not_attend_to_codes_by_itself_where_it_cannot() -> None:
     wide, narrow = held(4, 32, 64, 64, torch.float32), held(4, 8, 24, 40, torch.float32)
-    half = held(4, 32, 64, 64, torch.bfloat16)
+    half, double = (held(4, 32, 64, 64, dtype) for dtype in (torch.bfloat16, torch.float64))
 
     def applies(layer: QuantisedLayer) -> bool:
         assert layer.keys is not None and layer.values is not None
@@ -91,9 +93,9 @@ def test_a_step_does_not_attend_to_codes_by_itself_where_it_cannot() -> None:
 
     assert not applies(wide)  # gradients are wanted
     with torch.inference_mode():
-        assert applies(wide)
+        assert applies(wide) and applies(half)
         assert not applies(narrow)  # a group fills no register
-        assert not applies(half)
+        assert not applies(double)
 
 
 @native

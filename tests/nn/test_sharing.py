@@ -41,8 +41,9 @@ from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.shared import SharedSession
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.shared_attention import (
     ValueLayer,
     attention_map,

@@ -34,8 +34,9 @@ from effbench.nn.decode import native
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.pointwise import fused
 from effbench.nn.decode.session import CachedSession
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.staged import StagedDecoder
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.walk import why_not
 from effbench.nn.pruning.slicing import layer_sizes, resize, shape_left
 from effbench.nn.quant.linears import storage_bytes

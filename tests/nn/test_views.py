@@ -19,8 +19,9 @@ from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.policy import CachePolicy
 from effbench.nn.decode.quantised_cache import QuantisedCache
 from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.sessions import session_for
 from effbench.nn.decode.staged import WholeSession, whole_logits
-from effbench.nn.decode.static import StaticSession, session_for
+from effbench.nn.decode.static import StaticSession
 from effbench.nn.decode.view import LayerCache, View, as_mask
 from effbench.nn.llama.parts import Attention, attention_of
 from effbench.nn.llama.walk import why_not

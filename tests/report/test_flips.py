@@ -35,8 +35,19 @@ def test_both_ways_are_counted_and_tested(results: Path) -> None:
     p = mcnemar_exact(FIRST, SECOND)
     assert said == (
         "exact_match on test: 2 of 6 items are right in 0000 alone, 1 in 0001 alone, "
-        f"p = {p:.3g} (McNemar, exact)"
+        f"p = {p:.3f} (McNemar, exact)"
     )
+
+
+def test_what_changes_sides_by_two_metrics_alike_is_said_once(results: Path) -> None:
+    for number, values in enumerate((FIRST, SECOND)):
+        record = answered(number, values)
+        [own] = record.outcomes
+        other = [1.0, 0.0, 0.0, 0.0, 0.0, 1.0 - number]
+        more = [replace(own, metric="top"), replace(own, metric="other", values=other)]
+        write(replace(record, outcomes=[own, *more]), results / "records")
+    blocks = flips_of(["0000", "0001"], results, 0).split("\n\n")
+    assert [block.split(" on ")[0] for block in blocks] == ["exact_match, top", "other"]
 
 
 def test_items_are_named_and_how_to_get_their_texts(results: Path) -> None:

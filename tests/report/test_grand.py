@@ -19,6 +19,7 @@ from effbench.cli.main import app
 from effbench.cli.tables import campaigns
 from effbench.report.campaign import Campaign
 from effbench.report.campaign_file import campaign_in
+from effbench.report.claims import Claim
 from effbench.report.grand import Grand, gathered
 from effbench.report.grand_table import END, MARK, in_readme, pareto, rendered, short
 from effbench.report.plots.canvas import SIZES
@@ -181,6 +182,26 @@ def test_a_speed_may_be_that_of_another_run_of_the_artefact(
     assert max(map(len, rendered(grand).splitlines())) <= 80
 
 
+def test_a_speed_beside_the_dense_model_is_a_ratio(table: Any, gather: Any, tmp_path: Path) -> None:
+    """The tokens a second beside it may be those of a shared machine."""
+    tables = table("A", 1)
+    [own, *_] = tables.records(tmp_path)["A"]
+    plugin = {"name": "speed", "settings": {"baseline": "dense"}}
+    metrics = [
+        Metric("decode_tokens_per_second", 41.5, "tokens/s", phase="decode"),
+        Metric("decode_speedup", 0.816, "", phase="decode", low=0.79, high=0.84),
+    ]
+    timed = replace(run("full", {}, number=9), stage="eval", parent=own.key, metrics=metrics)
+    write(replace(timed, spec={**own.spec, "evaluators": [plugin]}), tmp_path / "records")
+    grand = gather(tables)
+    row = grand.groups[0].rows[1]
+    assert row.tokens_per_second is None and row.speedup == Value(0.816, "", 0.79, 0.84)
+    said = rendered(grand)
+    assert "× dense" in said and "0.82" in said and "41.5" not in said and "tok/s" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "0.816" in rendered(grand, "csv") and r"$\times$ dense" in rendered(grand, "latex")
+
+
 def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> None:
     campaign = table("A", 1)
     waiting = replace(campaign, name="B", verdict=replace(campaign.verdict, state="not run yet"))
@@ -194,11 +215,18 @@ def test_what_has_not_run_says_so(table: Any, gather: Any, tmp_path: Path) -> No
 def test_a_verdict_is_not_said_where_its_records_are_not(
     table: Any, gather: Any, tmp_path: Path
 ) -> None:
-    campaign = table("A", 1)
+    long = Claim("It is so.", "Table 1", "read", scale="a model of many billion parameters " * 3)
+    campaign = replace(table("A", 1), paper=[long])
     (tmp_path / "campaigns" / "A.json").unlink()
-    said = rendered(gather(campaign))
+    grand = gather(campaign)
+    said = rendered(grand)
     assert "no records here" in said and "direction" not in said and "at most 0" not in said
     assert "No records here: A. Make them: effbench table NAME --run" in said
+    assert "…" in said and long.scale.strip() in rendered(grand, "latex"), (
+        "cut for a terminal alone"
+    )
+    with pytest.raises(UserError, match="No rows of its tables are here"):
+        pareto(grand, tmp_path / "a.png")
 
 
 def test_stale_verdicts_are_named(table: Any, gather: Any, tmp_path: Path) -> None:

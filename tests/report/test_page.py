@@ -286,6 +286,10 @@ def test_bad_input_is_named_and_leaves_the_older_file(
     [
         (f"Seeds: {'lora, rank=8: 3; ' * 40}", "Seeds"),
         (f"loss, against none. Higher: {'lora; ' * 90}", "loss, against none"),
+        (
+            f"2 runs have no {'loss, ' * 60}acc: lora; lora.",
+            f"2 runs have no {'loss, ' * 19}loss, …",
+        ),
         ("word " * 200, f"{'word ' * 27}word … {'word ' * 13}"),
     ],
 )

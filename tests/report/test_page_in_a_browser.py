@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,19 @@ def test_many_differences_are_folded(browser: Browser, tmp_path: Path) -> None:
     browser.press("Enter", "\r")
     assert browser.run(rows) == 30
     assert browser.run("document.activeElement.getAttribute('aria-expanded')") == "true"
+
+
+def test_an_artefact_used_in_two_ways_is_two_lines(browser: Browser, tmp_path: Path) -> None:
+    """One line would go to and fro between them."""
+    made = run("qdylora", {"r1": 0.2, "r8": 0.1})
+    ways = [run("qdylora", {"r1": d, "r8": d / 2}, number=n) for n, d in ((2, 0.5), (3, 0.9))]
+    used = [replace(way, stage="eval", parent=made.key) for way in ways]
+    path = tmp_path / "report.html"
+    for records, lines in (([made], 1), (used, 2), ([made, *used], 3)):
+        path.write_text(page_of([block_of(records)], records, None, []))
+        browser.open(path, width=1400)
+        drawn = "document.querySelectorAll('#pareto path[aria-label^=\"Points of\"]').length"
+        assert browser.run(drawn) == lines
 
 
 def test_without_a_script_it_is_read(browser: Browser, report: Path) -> None:

@@ -119,6 +119,18 @@ def test_a_column_has_room_for_marks_beside_long_names_and_numbers(tmp_path: Pat
     assert len(lines) > 2 and [text for text in said if text in lines] == lines
     assert any(text.startswith("[-0.") for text in said), "the interval below its number"
     assert "Loss on test against full, lower is better" in said
+    said = texts(forest_plot(compare(rows[::-1]), "loss", tmp_path / "a.svg"))
+    assert "lower is better" in said and max(map(len, said)) < 75, "a title fits its picture"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_method_with_several_points_is_the_heading_of_its_rows(tmp_path: Path) -> None:
+    """So that points have one line each, in a column too; a heading takes none of their room."""
+    rows = [run("full", {"": 0.9}), run(LONG, {"r1": 0.3, "r8": 0.1}, number=1)]
+    said = texts(forest_plot(compare(rows), "loss", tmp_path / "a.svg", "column"))
+    assert [said.count(text) for text in ("r1", "r8", LONG)] == [1, 1, 1]
+    assert sum("[" in text for text in said) == 2
+    assert not any(text.startswith("[") for text in said), "numbers have one line"
 
 
 @pytest.mark.filterwarnings("error")

@@ -248,9 +248,21 @@ def test_counted_and_modelled_numbers_are_not_compared() -> None:
     assert "weight_bytes is counted in lora but modelled in other: not compared." in found.notes
 
 
+def test_seeds_that_change_nothing_have_no_spread() -> None:
+    """What sums of equal numbers differ by is none of the seeds'."""
+    first = run("lora", {"": 0.1}, number=20)
+    noisy = [replace(m, value=m.value * (1 + 4e-16)) for m in first.metrics]
+    spec = {**first.spec, "seed": 1}
+    second = replace(first, key="1" * 16, seeds=[1], spec=spec, metrics=noisy)
+    [table] = [m for m in compare([first, second, FULL]).metrics if m.kind.metric == "loss"]
+    assert table.rows[0].seeds == 2 and table.rows[0].spread == 0
+
+
 def test_what_is_missing_is_said() -> None:
     found = compare([LORA, FULL, run("bare", {}, number=5)])
     assert "bare has no loss on test." in found.notes
+    bare = [run(f"bare{n}", {}, number=n) for n in (5, 6)]
+    assert "2 runs have no loss on test: bare5; bare6." in compare([LORA, FULL, *bare]).notes
     assert "loss on test is only in lora." in compare([LORA, run("bare", {}, number=5)]).notes
 
 

@@ -30,7 +30,6 @@ thousands of times shorter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
@@ -38,37 +37,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 from effbench.api.batch import Batch
-from effbench.api.examples import Example
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from effbench.api.shape import AnyShape, ModelShape, Phase
-from effbench.api.sharing import require_own_states
-from effbench.api.skipping import (
-    candidates,
-    check_droppable,
-    evenly_spaced,
-    skipping,
-    with_stand_ins,
-)
+from effbench.api.skipping import skipping, with_stand_ins
+from effbench.methods.depth.choosing import ChoosesDroppable
 from effbench.methods.depth.points import Window, check_windows
-from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Decoder, Drops
-from effbench.nn.depth import droppable, influence
+from effbench.nn.depth import droppable
 from effbench.nn.losses import token
-from effbench.util.files import write_atomic
 from effbench.util.lazy import torch
-
-CHOSEN = "droppable"
-"""Key of layers that were measured in `ctx.state`."""
-LAYERS = "droppable.json"
-"""File of the artefact that lists them."""
-ROWS, TOKENS = 16, 256
-"""Training rows that influence is measured on, and how much of each."""
 
 
 @dataclass(frozen=True)
-class LoRADrop(Trains):
+class LoRADrop(ChoosesDroppable):
     """Low-rank stand-ins for layers that most decoded tokens skip."""
 
     paper: ClassVar[Paper | None] = Paper(
@@ -87,13 +70,6 @@ class LoRADrop(Trains):
     """Rank r of each stand-in."""
     alpha: PositiveFloat = 16.0
     """Scale numerator: a stand-in is multiplied by alpha / rank."""
-    fraction: Fraction = 0.5
-    """Share p of the candidate layers that are droppable; 0 drops nothing."""
-    layers: tuple[int, ...] | None = None
-    """The droppable layers themselves, counted from 0; null chooses them by `fraction`."""
-    choice: Literal["even", "influence"] = "even"
-    """Which of the candidates are droppable, where they are chosen: evenly spaced ones, or those
-    that change least what they read of the first training rows (block influence)."""
     window: NonNegativeInt = 3
     """Dropped tokens between two refreshes, k; 0 drops nothing."""
     windows: tuple[NonNegativeInt, ...] | None = None
@@ -119,41 +95,10 @@ class LoRADrop(Trains):
     """Whether a training sequence leaves its prompt at a random place of the cycle rather than at
     its start."""
 
-    # -- the droppable set ---------------------------------------------------------------------
-
-    def droppable(self, num_layers: int) -> tuple[int, ...]:
-        """Return the droppable layers of a model with `num_layers` layers, ascending."""
-        chosen = evenly_spaced(num_layers, self.fraction) if self.layers is None else self.layers
-        return tuple(sorted(chosen))
-
-    @property
-    def measures(self) -> bool:
-        """Whether only the model can tell which layers are droppable."""
-        return self.layers is None and self.choice == "influence"
-
-    def dataset(
-        self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context
-    ) -> list[Example]:
-        """Choose the layers by their influence on the first rows, where that is asked for."""
-        if self.measures:
-            texts = [row.ids[:TOKENS] for row in examples[:ROWS]]
-            found = influence.of_texts(model, [torch.tensor(t, device=ctx.device) for t in texts])
-            among = candidates(len(found))
-            count = len(self.droppable(len(found)))
-            ctx.state[CHOSEN] = sorted(sorted(among, key=lambda i: float(found[i]))[:count])
-        return super().dataset(examples, model, ctx)
-
-    def chosen(self, num_layers: int, ctx: Context) -> Sequence[int]:
-        """Return the droppable layers, ascending; measured ones are in `ctx.state`."""
-        return ctx.state[CHOSEN] if self.measures else self.droppable(num_layers)
-
     def resolve(self, shape: AnyShape) -> Self:
-        """Refuse layers that do not exist or cannot be dropped, and windows that make no list."""
-        require_own_states(shape, self.name)
-        chosen, fraction = self.droppable(shape.num_layers), self.fraction * (self.layers is None)
-        check_droppable(chosen, shape.num_layers, fraction)
+        """Refuse droppable layers that cannot be, and windows that make no list."""
         check_windows(self.window, self.windows)
-        return self
+        return super().resolve(shape)
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -190,6 +135,10 @@ class LoRADrop(Trains):
 
     # -- use -----------------------------------------------------------------------------------
 
+    def indices(self, model: torch.nn.Module) -> Sequence[int]:
+        """Return the layers that have stand-ins, ascending."""
+        return _stand_ins(model).indices
+
     def points(self) -> tuple[Point, ...]:
         """Return a point for each window, `k0` being the base; baselines like `k3-reuse` first."""
         windows = tuple(range(self.window + 1)) if self.windows is None else self.windows
@@ -221,20 +170,6 @@ class LoRADrop(Trains):
         stand_ins = _stand_ins(model)
         return droppable.cycle_parts(batch.labels, stand_ins.window) if stand_ins.active else {}
 
-    # -- artefact ------------------------------------------------------------------------------
-
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write the stand-ins, and for which layers they are where that was measured."""
-        super().save(model, folder)
-        if self.measures:
-            write_atomic(folder / LAYERS, json.dumps(_stand_ins(model).indices) + "\n")
-
-    def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
-        """Put the stand-ins of `folder` beside the layers that they were trained for."""
-        if self.measures:
-            ctx.state[CHOSEN] = json.loads((folder / LAYERS).read_text())
-        return super().load(model, folder, ctx)
-
     # -- accounting ----------------------------------------------------------------------------
 
     def shape(
@@ -242,12 +177,9 @@ class LoRADrop(Trains):
     ) -> ModelShape:
         """Put a stand-in beside each droppable layer, which runs on 1 / (k + 1) of the tokens.
 
-        While it trains, layers and stand-ins both see every token. Before layers that are measured
-        are known, it is evenly spaced ones, which are as many.
+        While it trains, layers and stand-ins both see every token.
         """
-        layers: Sequence[int] = self.droppable(base.num_layers)
-        if self.measures and folder and (folder / LAYERS).is_file():
-            layers = json.loads((folder / LAYERS).read_text())
+        layers = self.stored(base.num_layers, folder)
         if phase == "train":
             return with_stand_ins(base, layers, self.rank, active=self.window > 0)
         window, baseline = astuple(self.window_at(point))

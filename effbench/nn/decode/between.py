@@ -24,8 +24,10 @@ from effbench.util.pages import use_huge_pages
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine that each position is turned by, [B or 1, W, D]."""
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From a block's index, its queries [B, H, W, D], keys and values [B, G, W, D] to what they mix to,
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries [B, H, W, D], keys and values [B, G, W, D]."""
+Attend = Callable[[int, torch.Tensor, States], torch.Tensor]
+"""From a block's index, what it reads [B, W, d] and its states to what they mix to,
 [B, W, H, D]."""
 
 
@@ -45,9 +47,12 @@ class Between:
         self.starts = torch.zeros(prompts.CHUNK_ROWS, dtype=torch.long)
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Between | None:
-        """Return that of a model whose blocks all attend, each by itself; None for any other."""
-        engine = multi_token_engine(model)
+    def of(cls, model: torch.nn.Module, mixers: bool = False) -> Between | None:
+        """Return that of a model whose blocks all attend, each by itself; None for any other.
+
+        With `mixers`, some may mix otherwise than by a softmax over scores.
+        """
+        engine = multi_token_engine(model, mixers)
         if engine is None:
             return None
         attentions = [block.attention for block in engine.blocks]
@@ -83,8 +88,10 @@ class Between:
         turns = [t.expand(batch, -1, -1).flatten(0, 1).contiguous() for t in angles]
         rows, states = self._stretch(hidden.flatten(0, 1), turns, blocks.start, None, True)
         for index in blocks:
-            asked = (t.unflatten(0, (batch, width)).transpose(1, 2) for t in states)
-            mixed = attend(index, *asked).flatten(2).flatten(0, 1).contiguous()
+            query, keys, values = (t.unflatten(0, (batch, width)).transpose(1, 2) for t in states)
+            reads = rows.unflatten(0, (batch, width))
+            mixed = attend(index, reads, (query, keys, values))
+            mixed = mixed.flatten(2).flatten(0, 1).contiguous()
             rows, states = self._stretch(rows, turns, index, mixed, index + 1 < blocks.stop)
         return rows.unflatten(0, (batch, width))
 

@@ -1,7 +1,8 @@
 """Attention of a step to a cache in codes, by a C++ kernel that does not expand it.
 
-For float32 on a CPU; anywhere else, and for groups that fill no whole registers, there is none, and
-codes are expanded first (`entries.expanded`). Sums run in another order than torch's.
+For float32 and bfloat16 on a CPU; anywhere else, and for groups that fill no whole registers, there
+is none, and codes are expanded first (`entries.expanded`). Sums are in float32, in another order
+than torch's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from effbench.util import cpp
 SOURCE = Path(__file__).with_name("cache_kernels") / "attention.cpp"
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of queries, keys and values."""
+
+
 class _Cache(ctypes.Structure):
     """The fields of `struct Cache`."""
 
@@ -31,7 +36,7 @@ class _Cache(ctypes.Structure):
 
 def applies(bits: int, group: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether the kernel attends to such codes beside such keys and values, [B, G, F, D] each."""
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (keys, values))
+    plain = all(t.device.type == "cpu" and t.dtype in DTYPES for t in (keys, values))
     if not plain or torch.is_grad_enabled() or cpp.why_off():
         return False
     width = keys.shape[3]
@@ -64,21 +69,17 @@ def attended(
     rows, heads, _, width = query.shape
     kv_heads, groups = recent[0].shape[1], packed[0].codes.shape[2]
     tensors = [
-        *(t.contiguous() for part in packed for t in (part.codes, *_wide(part))),
-        *(t.contiguous() for t in recent),
+        *(t.contiguous() for part in packed for t in part),
+        *(t.float().contiguous() for t in recent),
     ]  # kept until they are read
     sizes = rows * kv_heads, groups, group, width, channels_of(group, width), recent[0].shape[2]
     held = _Cache(*(t.data_ptr() for t in tensors), *sizes)
-    asked, each = query.contiguous(), heads // kv_heads
+    asked, each = query.float().contiguous(), heads // kv_heads
     parts = torch.empty(library.parts_floats(ctypes.byref(held), each))
     out = torch.empty(rows, 1, heads, width)
     places = parts.data_ptr(), out.data_ptr(), torch.get_num_threads()
     library.attend(ctypes.byref(held), asked.data_ptr(), each, scale, bits, *places)
-    return out
-
-
-def _wide(part: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
-    return part.scales.float(), part.lows.float()
+    return out.to(query.dtype)
 
 
 @cache

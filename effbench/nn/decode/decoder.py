@@ -21,6 +21,7 @@ from effbench.nn.decode import (
     early_exit,
     encoded,
     session,
+    sessions,
     speculative,
     staged,
     static,
@@ -91,7 +92,7 @@ class Route:
             return encoded.EncodedSession(model)
         if engine == "static":
             return static.StaticSession(model)
-        return session.CachedSession(model) if engine == "eager" else static.session_for(model)
+        return session.CachedSession(model) if engine == "eager" else sessions.session_for(model)
 
 
 @dataclass(frozen=True)

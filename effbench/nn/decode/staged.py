@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from effbench.nn.decode import prompts
-from effbench.nn.decode.between import Between
+from effbench.nn.decode.between import Between, States
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.verify import multi_token_engine
@@ -207,14 +207,12 @@ class StagedDecoder:
                 stretch=Stretch(self.cache, kind, self.angles),
             )
 
-    def _attended(
-        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def _attended(self, index: int, hidden: torch.Tensor, states: States) -> torch.Tensor:
         """Return what queries [B, H, W, D] of a block see once its entry has taken what came with
         them, [B, W, H, D]."""
         assert self.between is not None
         module, entry = self.decoder.layers[index].self_attn, cast(Any, self.cache.layers[index])
-        keys, values = entry.update(keys, values)
+        query, (keys, values) = states[0], entry.update(*states[1:])
         stretch = Stretch(self.cache, self.root.config._attn_implementation, self.angles)
         context = {"dropout": 0.0, "scaling": self.between.scaling(index)}
         return attend(module, query, keys, values, None, stretch=stretch, **context)[0]

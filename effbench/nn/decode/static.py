@@ -18,7 +18,7 @@ caches do not grow. What is left out changes nothing, unless a `StandIn` takes i
 
 No weight is copied or changed, so that a session holds no memory but its cache, never works with
 old weights, and leaves nothing on the model. It applies to models laid out as Llama is;
-`session_for` takes a `CachedSession` for all others.
+`sessions.session_for` has others for all others.
 """
 
 from __future__ import annotations
@@ -31,28 +31,18 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from effbench.api.session import Session
 from effbench.nn.decode import native, prompts
 from effbench.nn.decode.cache import StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.scratch import BLOCK
-from effbench.nn.decode.session import CachedSession
-from effbench.nn.decode.shared import SharedSession
 from effbench.nn.decode.step import Runs, StandIn
 from effbench.nn.llama.head import rows_together
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
 from effbench.util.pages import use_huge_pages
-
-
-def session_for(model: torch.nn.Module) -> Session:
-    """Return the fastest session that decodes `model` as its own forward pass would."""
-    if not why_not(model):
-        return StaticSession(model)
-    return SharedSession(model) if tail_of(model) else CachedSession(model)
 
 
 class StaticSession:
@@ -63,6 +53,7 @@ class StaticSession:
         use_native: Whether the C++ kernel may be used.
         stand_ins: What takes the place of a block, by its index, where `advance` leaves it out;
             nothing takes that of the others.
+        mixers: Whether blocks may mix otherwise than by a softmax; a subclass then runs them.
 
     Raises:
         ValueError: When the engine does not apply to `model`.
@@ -73,8 +64,9 @@ class StaticSession:
         model: Any,
         use_native: bool = True,
         stand_ins: Mapping[int, StandIn] | None = None,
+        mixers: bool = False,
     ) -> None:
-        if reason := why_not(model):
+        if reason := why_not(model, mixers):
             raise ValueError(f"the engine does not apply: {reason}")
         self.model = model
         self.blocks = blocks_of(model)

@@ -24,13 +24,15 @@ class MultiTokenEngine(StaticSession):
 
     Args:
         model: Laid out as Llama is, all of its linears plain, on a CPU.
+        mixers: Whether blocks may mix otherwise than by a softmax over scores; nobody then runs
+            them as a whole.
 
     Raises:
         ValueError: When the engine or its kernel does not apply to `model`.
     """
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, mixers: bool = False) -> None:
+        super().__init__(model, mixers=mixers)
         if self._native is None:
             raise ValueError("the kernel does not apply")
         self.kernel: NativeStep = self._native
@@ -73,11 +75,11 @@ class MultiTokenEngine(StaticSession):
         return self.kernel.readout(self, rows, norm, head).view(*hidden.shape[:-1], -1)
 
 
-def multi_token_engine(model: torch.nn.Module) -> MultiTokenEngine | None:
+def multi_token_engine(model: torch.nn.Module, mixers: bool = False) -> MultiTokenEngine | None:
     """Return the engine of `model` for several tokens; None where its kernel does not apply."""
-    if why_not(model):
+    if why_not(model, mixers):
         return None
     try:
-        return MultiTokenEngine(model)
+        return MultiTokenEngine(model, mixers)
     except ValueError:
         return None

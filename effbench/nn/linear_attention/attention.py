@@ -13,7 +13,7 @@ float32, whatever the compute dtype is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from effbench.nn.linear_attention import products
+from effbench.nn.linear_attention import native, products
 from effbench.nn.linear_attention.decay import Decay, Fading
 from effbench.nn.linear_attention.features import FeatureMap, Features, Projection, directions
 from effbench.nn.linear_attention.state import state_of
+from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
 
@@ -94,10 +95,56 @@ class LinearAttention(nn.Module):
             real = real_tokens(attention_mask, k.shape[2])
             if real is not None:
                 k = k * real[:, None, :, None]
-            mixed = self._normed(self._mixed(q, k, v.to(k.dtype), past_key_values))
+            mixed = self._normed(self._advanced(q, k, v.to(k.dtype), past_key_values))
         if self.g_proj is not None:
             mixed = mixed * F.silu(self.g_proj(hidden_states))
         return self.o_proj(mixed.to(hidden_states.dtype)), None
+
+    # -- token by token ------------------------------------------------------------------------
+
+    def decode_part(self, norm: Any) -> Attention:
+        """Return the projections, and itself for what is between them."""
+        groups = self.q_proj.out_features // (self.kv_heads * self.head_dim)
+        projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        scale = self.head_dim**-0.5  # of no scores, but that of blocks that have some
+        return Attention(norm, *projections, self.head_dim, scale, groups, mixer=self)
+
+    def why_not_stepped(self) -> str:
+        """Return that nothing keeps a step from it."""
+        return ""
+
+    def mixed(
+        self,
+        inputs: torch.Tensor,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        cache: Cache,
+        product: Callable[[nn.Linear, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return what the output projection reads; see `effbench.nn.llama.parts.Mixes`."""
+        if native.applies(states[0]):
+            found = self._stepped(states, positions, cache)
+        else:
+            q, k = self._mapped(*states[:2], positions)
+            found = self._normed(self._advanced(q, k, states[2].to(k.dtype), cache))
+        if self.g_proj is not None:
+            found = found * F.silu(product(self.g_proj, inputs))
+        return found.to(inputs.dtype)
+
+    def _stepped(
+        self,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Return the normed output of a step by the kernel, [B, 1, H d]."""
+        entry = state_of(cache, self.layer_idx)
+        decays = self.decay.factors(positions), self.decay.rates()
+        found, state = native.step(states, self.features, *decays, self.norm, entry.state)
+        entry.put(state, 1)
+        return found
+
+    # -- its parts -----------------------------------------------------------------------------
 
     def _projected(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -118,7 +165,7 @@ class LinearAttention(nn.Module):
         factors = None if positions is None else self.decay.factors(positions)
         return (q, k) if factors is None else (q * factors[0][:, :, None], k * factors[1])
 
-    def _mixed(
+    def _advanced(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         """Return Y, [B, G, R, T, d], and keep the state after it in the cache."""

@@ -6,6 +6,7 @@ are `attention_of` and `mlp_of`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ class Attention:
     """Query heads of each key/value head."""
     source: int | None = None
     """The block that the states come from which it does not make."""
+    mixer: Mixes | None = None
+    """What mixes values otherwise than by a softmax over scores; None for that."""
 
     def linears(self) -> tuple[torch.nn.Module, ...]:
         """Return the linears that are there."""
@@ -76,6 +79,28 @@ class Block:
     def parts(self) -> list[Attention | MLP]:
         """Return what is there, in the order it runs."""
         return [part for part in (self.attention, self.mlp) if part is not None]
+
+
+class Mixes(Protocol):
+    """What a block has in the place of a softmax over scores."""
+
+    def mixed(
+        self,
+        inputs: torch.Tensor,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        cache: Any,
+        product: Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return what the output projection reads, [B, W, H D]; the cache takes the states in.
+
+        Args:
+            inputs: What the projections read, normed, [B, W, d].
+            states: Queries [B, H, W, D], keys and values [B, G, W, D], turned.
+            positions: Of the tokens, none of them padding, [B, W].
+            cache: Of transformers.
+            product: Of a linear of the mixer's own and what it reads, [..., K].
+        """
 
 
 class Offers(Protocol):

@@ -42,10 +42,14 @@ def is_llama(model: torch.nn.Module) -> bool:
     return family in FAMILIES and type(model).__module__.startswith("transformers.models.")
 
 
-def why_not(model: torch.nn.Module) -> str:
+def why_not(model: torch.nn.Module, mixers: bool = False) -> str:
     """Return what keeps a step from walking through `model`'s blocks; empty when nothing does.
 
     The last norm may be watched, for a step calls it as the module that it is unless all is plain.
+
+    Args:
+        model: Any.
+        mixers: Whether blocks may mix values otherwise than by a softmax over scores.
     """
     if not is_llama(model):
         return f"{type(model).__name__} is not laid out as Llama is"
@@ -67,6 +71,8 @@ def why_not(model: torch.nn.Module) -> str:
     attending = [part for layer in inner.layers if (part := _attention(layer)) is not None]
     if not attending:
         return "none of its layers attends"
+    if not mixers and any(part.mixer for part in attending):
+        return "some layers keep a state instead of keys"
     return "" if all(map(_whole_heads, attending)) else "it lacks some heads"
 
 

@@ -39,6 +39,8 @@ from effbench.util.errors import UserError, did_you_mean
 
 Margins = Mapping[str, float]
 """Margin of a metric, by its name; under an empty name that of all others."""
+NOISE = 1e-12
+"""What sums of equal numbers may differ by, as a share of them."""
 
 
 def compare(
@@ -85,7 +87,7 @@ def compare(
     if any(kind.metric in metrics for kind in kinds[0]):
         kinds = [{k: own for k, own in found.items() if k.metric in metrics} for found in kinds]
     tables, notes = [], different_versions(groups, known)
-    missing: dict[str, list[str]] = {}
+    missing: dict[tuple[str, ...], list[str]] = {}
     for kind, own in kinds[0].items():
         lacking = [n for n, found in zip(labels, kinds, strict=True) if kind not in found]
         if len(lacking) == len(groups) - 1 and len(own) == 1:
@@ -93,7 +95,7 @@ def compare(
             if len(groups) > 1 or len(records) == 1:
                 continue
         if lacking:
-            missing.setdefault(", ".join(lacking), []).append(str(kind))
+            missing.setdefault(tuple(lacking), []).append(str(kind))
         entries = [
             Entry(number, group, metrics, _outcomes(group, kind, point))
             for number, (group, found) in enumerate(zip(groups, kinds, strict=True))
@@ -107,7 +109,7 @@ def compare(
             f"Name another run too, or print this one: effbench runs show {records[0].key[:8]}",
         )
     _check_margins(margins or {}, tables)
-    notes += [f"{who} has no {', '.join(what)}." for who, what in missing.items()]
+    notes += [_lacking(who, what) for who, what in missing.items()]
     equal = budgets(groups, known, tunings) if held else []
     return Comparison(
         labels,
@@ -168,6 +170,13 @@ def _not_shared(kind: Kind, names: Sequence[str], kinds: Sequence[Mapping[Kind, 
     if others:
         return f"{kind} is {kind.obtained} in {names[0]} but {', '.join(others)}: not compared."
     return f"{kind} is only in {names[0]}."
+
+
+def _lacking(names: Sequence[str], what: Sequence[str]) -> str:
+    """Return which runs lack which metrics."""
+    if len(names) == 1:
+        return f"{names[0]} has no {', '.join(what)}."
+    return f"{len(names)} runs have no {', '.join(what)}: {'; '.join(names)}."
 
 
 def _outcomes(group: Group, kind: Kind, point: str) -> list[Outcomes]:
@@ -238,7 +247,7 @@ def _plain(entry: Entry, entries: Sequence[Entry], reference: int | None) -> Row
     base = 0.0 if reference is None else entries[reference].mean
     value, spread = as_value(entry.metrics[0]), None
     if len(values) > 1:
-        spread = float(values.std(ddof=1))
+        spread = float(values.std(ddof=1)) if np.ptp(values) > NOISE * abs(entry.mean) else 0.0
         value = Value(entry.mean, entry.metrics[0].unit, *_bounds(entry, values))
     return Row(
         entry.group.label,

@@ -121,7 +121,7 @@ class MetricTable:
     def title(self) -> str:
         """Metric, unit and evaluator."""
         unit = self.rows[0].value.unit
-        by = f", {self.kind.evaluator}" if self.kind.evaluator else ""
+        by = f", by evaluator {self.kind.evaluator}" if self.kind.evaluator else ""
         warning = modelled(self.kind.obtained)
         return f"{self.kind}{f', {unit}' if unit else ''}{by}{f', {warning}' if warning else ''}"
 

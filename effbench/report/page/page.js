@@ -383,6 +383,8 @@
     return [...points].sort((a, b) => sx * (a.x - b.x) || sy * (a.y - b.y)).filter((p) => sy * p.y < best && ((best = sy * p.y), true));
   }
   const grouped = (items, name) => { const found = new Map(); for (const i of items) { const k = name(i); found.has(k) ? found.get(k).push(i) : found.set(k, [i]); } return found; };
+  // An artefact that runs used in several ways at one point is a line for each of them.
+  const apart = (group) => new Set(group.map((p) => text("point", p.row))).size < group.length ? [...grouped(group, (p) => text("key", p.row)).values()] : [group];
   function mixed(rows) {
     const several = ["dataset", "model"].map((n) => [n, new Set(rows.map((r) => text(n, r))).size]).filter(([, n]) => n > 1);
     return several.length ? `The shown rows are of ${several.map(([n, c]) => `${c} ${n}s`).join(" and ")}, whose numbers may not compare: filter to one.` : "";
@@ -448,7 +450,7 @@
       const colours = keyed(points.map((p) => text(k[1].value, p.row)), k[1].value);
       const colour = (p) => colours.of(text(k[1].value, p.row));
       const marks = points.map((p) => ({ ...p, k: colour(p), low: cy.low?.[p.row], high: cy.high?.[p.row], words: `${called(p.row)}\n${valueWords(cx, p.row, p.x)}\n${valueWords(cy, p.row, cy.at(p.row) == null ? p.y : null)}` }));
-      const joined = [...grouped(marks, (p) => text("artefact", p.row)).values()].filter((g) => g.length > 1)
+      const joined = [...grouped(marks, (p) => text("artefact", p.row)).values()].flatMap(apart).filter((g) => g.length > 1)
         .map((g) => ({ points: g.sort((a, b) => a.x - b.x), k: g[0].k, opacity: 0.6, words: `Points of ${called(g[0].row)}` }));
       const fronts = [...grouped(points, (p) => `${text("dataset", p.row)} ${text("model", p.row)}`)].map(([name, g]) => ({ points: front(g, lowerIsBetter(cx), lowerIsBetter(cy)), class: "front", words: `Front of ${name || "all rows"}` })).filter((g) => g.points.length > 1);
       plot(box, { title: "Quality against cost", marks, paths: [...joined, ...fronts], xName: cx.name.replaceAll("_", " "), yName: cy.name.replaceAll("_", " "), xUnit: cx.unit, yUnit: cy.unit, xLog: log.checked, yLog: log.checked });

@@ -145,7 +145,7 @@ def _folded(line: str) -> str:
     head, mark, rest = min((line.partition(m) for m in (". ", ": ")), key=lambda p: len(p[0]))
     if not mark or len(head) > LONG // 2:
         begin, end = line[: LONG // 2].rpartition(" ")[0], line[-LONG // 4 :].partition(" ")[2]
-        head, rest = f"{begin} … {end}", line
+        head, rest = f"{begin} …{'' if mark else f' {end}'}", line
     listed = "".join(f"<li>{escape(part)}</li>" for part in rest.split("; "))
     return f"<details><summary>{escape(head)}</summary><ul>{listed}</ul></details>"
 

@@ -44,6 +44,8 @@ LINE = 1.3
 """Height of a line of text, in sizes of its letters."""
 NOTES = 2
 """Lines of notes above the names below a plot."""
+TITLE = 1.2
+"""Size of the title of a large picture, in sizes of its other letters."""
 ROW = 2.3
 """Height of a row of a list, in sizes of its letters."""
 
@@ -97,16 +99,21 @@ class Look(NamedTuple):
 
 
 def headline(axes: Axes, text: str, size: Size = "screen") -> None:
-    """Write the title of a plot; that of a small one over all of its width, in lines of its own."""
-    letters = SIZES[size][2]
-    if size == "screen":
-        axes.set_title(text, loc="left")
-        return
+    """Write the title of a plot over all of its width, in as many lines as it takes."""
+    letters = SIZES[size][2] * (TITLE if size == "screen" else 1)
     figure: Any = axes.figure
-    figure.suptitle(_filled(text, size, letters), x=0.01, ha="left", fontsize=letters)
+    figure.suptitle(_title(text, size, letters), x=0.01, ha="left", fontsize=letters)
 
 
-def _filled(text: str, size: Size, letters: float) -> str:
+def _title(text: str, size: Size, letters: float) -> str:
+    """Return a title in lines; one that is too long goes on after its last comma or semicolon."""
+    cut = max(text.rfind(", "), text.rfind("; ")) + 1
+    if cut and "\n" in filled(text, size, letters):
+        return "\n".join(filled(part, size, letters) for part in (text[:cut], text[cut + 1 :]))
+    return filled(text, size, letters)
+
+
+def filled(text: str, size: Size, letters: float) -> str:
     """Return a text in lines as long as a picture is wide."""
     return textwrap.fill(text, int(SIZES[size][0] * 72 / letters / LETTER))
 
@@ -179,7 +186,7 @@ def footnote(figure: Any, notes: Sequence[str], size: Size = "screen") -> None:
     if not notes:
         return
     letters = min(SMALL, SIZES[size][2])
-    text = _filled("; ".join(notes), size, letters)
+    text = filled("; ".join(notes), size, letters)
     if not figure.legends:
         figure.supxlabel(text, x=0.01, ha="left", fontsize=letters, color=GREY)
         return

@@ -26,7 +26,7 @@ from effbench.util.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from effbench.report.comparison.metric_table import MetricTable, Row
+    from effbench.report.comparison.metric_table import Kind, MetricTable, Row
     from effbench.report.comparison.result import Comparison
     from effbench.report.table import Value
 
@@ -70,15 +70,26 @@ def comparison_plot(found: Comparison, metric: str, path: Path, size: Size = "sc
         figure = _drawn(names, drawn, modelled, size)
     else:
         figure = _listed(table.rows, factor, modelled, size)
-    where = f" on {kind.split}" if kind.split else ""
-    direction = f", {better(metric)} is better" if better(metric) else ""
-    task = f" of {kind.task}" if kind.task else ""
-    title = f"{words(metric)}{task}{where}{direction}"
     axes = figure.axes[0]
-    headline(axes, title[0].upper() + title[1:], size)
+    headline(axes, titled(kind), size)
     name = f"{words(metric)} ({unit})" if unit else words(metric)
     (axes.set_ylabel if lines else axes.set_xlabel)(name)
     return save(figure, path, size)
+
+
+def titled(kind: Kind, held: str = "") -> str:
+    """Return the title of a plot of a metric.
+
+    Args:
+        kind: Of its table.
+        held: Against what it is held, after what it was measured on.
+    """
+    direction = better(kind.metric)
+    task = f" of {kind.task}" if kind.task else ""
+    where = f" on {kind.split}" if kind.split else ""
+    good = f", {direction} is better" if direction else ""
+    title = f"{words(kind.metric)}{task}{where}{held}{good}"
+    return title[0].upper() + title[1:]
 
 
 def drawn_table(found: Comparison, metric: str, tested: bool = False) -> MetricTable:
@@ -117,7 +128,7 @@ def _listed(rows: Sequence[Row], factor: float, modelled: bool, size: Size) -> A
         value, low, high = _over(row.value, factor)
         bounds = (low, high) if _bounded(_Place("", value, low, high)) else (None, None)
         number = str(row.value._replace(unit="")) if factor == 1 else str(row.value)
-        marks.append(Mark(row.name, value, *bounds, number, COLOURS[0]))
+        marks.append(Mark(row.label, row.point, value, *bounds, number, COLOURS[0]))
     figure, _ = rows_of(marks, size)
     said = ALONE if any(mark.low is not None for mark in marks) else ()
     footnote(figure, [*MODELLED * modelled, *said], size)

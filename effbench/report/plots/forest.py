@@ -8,7 +8,7 @@ from effbench.report.comparison.metric_table import MetricTable, Row
 from effbench.report.comparison.result import Comparison
 from effbench.report.labels import better
 from effbench.report.plots.canvas import COLOURS, GREY, Size, footnote, headline, save
-from effbench.report.plots.curves import drawn_table, words
+from effbench.report.plots.curves import drawn_table, titled, words
 from effbench.report.plots.rows import Mark, rows_of
 from effbench.report.table import Value
 
@@ -42,10 +42,7 @@ def forest_plot(found: Comparison, metric: str, path: Path, size: Size = "screen
 
 
 def _title(table: MetricTable) -> str:
-    where = f" on {table.kind.split}" if table.kind.split else ""
-    direction = better(table.kind.metric)
-    good = f", {direction} is better" if direction else ""
-    return f"{words(table.kind.metric).capitalize()}{where} against {table.against}{good}"
+    return titled(table.kind, f" against {table.against}")
 
 
 def _mark(row: Row, metric: str) -> Mark:
@@ -57,4 +54,4 @@ def _mark(row: Row, metric: str) -> Mark:
     colour = GREY if not differs else COLOURS[0] if not direction else BAD
     colour = GOOD if differs and row.finding == direction else colour
     number = str(Value(d.value, "", d.low, d.high))
-    return Mark(row.name, d.value, d.low, d.high, number, colour, differs)
+    return Mark(row.label, row.point, d.value, d.low, d.high, number, colour, differs)

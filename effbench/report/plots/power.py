@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effbench.report.plots.canvas import COLOURS, canvas, direct_labels, footnote, save
+from effbench.report.plots.canvas import COLOURS, canvas, direct_labels, footnote, headline, save
 from effbench.report.plots.curves import words
 from effbench.report.power import STATED, Case, Wanted, smallest_difference
 
@@ -45,7 +45,7 @@ def power_plot(case: Case, wanted: Wanted, path: Path) -> Path:
     axes.set_ylabel(f"smallest difference ({unit})" if unit else "smallest difference")
     of = "" if case.metric == STATED else f" of {words(case.metric)}"
     head = f"Difference{of} that is seen in {wanted.power:.0%} of cases"
-    axes.set_title(head, loc="left")
+    headline(axes, head)
     footnote(figure, [f"alpha {wanted.alpha:g}", "one pair of runs: over items alone"])
     direct_labels(axes, ends)
     return save(figure, path)

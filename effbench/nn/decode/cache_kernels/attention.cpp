@@ -17,35 +17,86 @@
 namespace {
 
 constexpr int64_t kChunk = 256;  // tokens of one piece of work; or a group, where that has more
-constexpr int64_t kLanes = 8;    // bytes of codes that are multiplied at once
+#if defined(__AVX512F__)
+constexpr int kMost = 16;  // bytes of codes that are multiplied at once, where so many belong together
+#else
+constexpr int kMost = 8;
+#endif
+constexpr int kLeast = 8;  // how many always do
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Whole __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(8)));
+template <int L>
+struct Lot {
+  typedef float Floats __attribute__((vector_size(4 * L)));
+  typedef int32_t Whole __attribute__((vector_size(4 * L)));
+
+  // Bytes as whole numbers; compilers take them apart one by one where they are not told how.
+  static Whole of(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+    if constexpr (L == 16)
+      return Whole(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#endif
+#if defined(__AVX2__)
+    if constexpr (L == 8)
+      return Whole(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#endif
+    int32_t wide[L];
+    for (int i = 0; i < L; ++i) wide[i] = bytes[i];
+    Whole out;
+    std::memcpy(&out, wide, sizeof(out));
+    return out;
+  }
+};
 
 struct Cache {
   const uint8_t* key_codes;               // [heads, groups, width, size]
-  const float *key_scales, *key_lows;     // [heads, groups, width]
+  const uint16_t *key_scales, *key_lows;  // [heads, groups, width] float16
   const uint8_t* value_codes;             // [heads, groups, size, width]
-  const float *value_scales, *value_lows;  // [heads, groups, size, width / channels]
+  const uint16_t *value_scales, *value_lows;  // [heads, groups, size, width / channels] float16
   const float *keys, *values;             // [heads, recent, width]: as they came
   int64_t heads, groups, size, width, channels, recent;
 };
 
-// out[i][k][b] += sum over j of by[i][j] code k of byte b of row j, for the eight bytes at `codes` of each
-// of `count` rows; what belongs to one k lies `apart`, what belongs to one i `stride`.
-template <int bits, int N>
+float dot(const float* a, const float* b, int64_t n) {
+  Lanes lanes = Lanes::zero();
+  int64_t i = 0;
+  for (; i + Lanes::kCount <= n; i += Lanes::kCount) lanes = lanes.plus(Lanes::load(a + i), Lanes::load(b + i));
+  float sum = lanes.sum();
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// float32 numbers of float16 ones.
+void widened(const uint16_t* x, int64_t n, float* out) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+#endif
+  for (; i < n; ++i) {
+    const uint32_t sign = uint32_t(x[i] & 0x8000) << 16, rest = x[i] & 0x7fff;
+    // As float32 with its exponent 112 too low, where what is below all normal numbers is one too.
+    const uint32_t bits = rest < 0x7c00 ? rest << 13 : (rest << 13) | 0x7f800000;
+    float found;
+    std::memcpy(&found, &bits, 4);
+    if (rest < 0x7c00) found *= 5.192296858534828e33f;  // 2^112
+    out[i] = sign ? -found : found;
+  }
+}
+
+// out[i][k][b] += sum over j of by[i][j] code k of byte b of row j, for the L bytes at `codes` of each of
+// `count` rows; what belongs to one k lies `apart`, what belongs to one i `stride`.
+template <int bits, int L, int N>
 void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
              int64_t stride, int64_t apart) {
+  using Floats = typename Lot<L>::Floats;
+  using Whole = typename Lot<L>::Whole;
   constexpr int kEach = 8 / bits;
   Floats sums[N][kEach];
   for (int i = 0; i < N; ++i)
     for (int k = 0; k < kEach; ++k)
       std::memcpy(&sums[i][k], out + i * stride + k * apart, sizeof(Floats));
   for (int64_t j = 0; j < count; ++j) {
-    Bytes bytes;
-    std::memcpy(&bytes, codes + j * row, sizeof(bytes));
-    const Whole whole = __builtin_convertvector(bytes, Whole);
+    const Whole whole = Lot<L>::of(codes + j * row);
 #pragma GCC unroll 4
     for (int k = 0; k < kEach; ++k) {
       const Whole high = whole >> (k * bits);  // of the last code nothing is above
@@ -60,14 +111,25 @@ void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, 
 }
 
 // The same for any number of queries.
-template <int bits>
+template <int bits, int L>
 void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
              int64_t stride, int64_t apart, int64_t queries) {
   int64_t i = 0;
   for (; i + 3 <= queries; i += 3)
-    columns<bits, 3>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
+    columns<bits, L, 3>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
   for (; i < queries; ++i)
-    columns<bits, 1>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
+    columns<bits, L, 1>(codes, row, count, by + i * by_stride, by_stride, out + i * stride, stride, apart);
+}
+
+// The same for `apart` bytes of each row.
+template <int bits>
+void columns(const uint8_t* codes, int64_t row, int64_t count, const float* by, int64_t by_stride, float* out,
+             int64_t stride, int64_t apart, int64_t queries) {
+  int64_t b = 0;
+  for (; b + kMost <= apart; b += kMost)
+    columns<bits, kMost>(codes + b, row, count, by, by_stride, out + b, stride, apart, queries);
+  for (; b < apart; b += kLeast)
+    columns<bits, kLeast>(codes + b, row, count, by, by_stride, out + b, stride, apart, queries);
 }
 
 template <int bits>
@@ -91,6 +153,7 @@ struct Attention {
   void soften(int64_t head, int64_t piece, float* scores, int64_t count) const {
     for (int64_t i = 0; i < each; ++i) {
       float *own = scores + i * count, largest = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : largest)
       for (int64_t t = 0; t < count; ++t) {
         own[t] *= scale;
         largest = own[t] > largest ? own[t] : largest;
@@ -111,60 +174,56 @@ struct Attention {
     const int64_t count = (end - begin) * of.size, bytes = of.size / kEach, ranges = of.width / of.channels;
     const int64_t row = of.width / kEach, part_bytes = of.channels / kEach;
     std::vector<float> scores(each * count), by(each * std::max(of.width, of.size));
-    std::vector<float> sums(each * of.width), lows(each * ranges);
+    std::vector<float> sums(each * of.width), lows(each * ranges), wide(2 * std::max(of.width, ranges * of.size));
     for (int64_t n = begin; n < end; ++n) {
       const int64_t group = head * of.groups + n;
-      const float *s = of.key_scales + group * of.width, *l = of.key_lows + group * of.width;
+      float *s = wide.data(), *l = s + of.width;
+      widened(of.key_scales + group * of.width, of.width, s);
+      widened(of.key_lows + group * of.width, of.width, l);
       float* own = scores.data() + (n - begin) * of.size;
-      std::vector<float> low(each);
       for (int64_t i = 0; i < each; ++i) {
         const float* q = queries + (head * each + i) * of.width;
         for (int64_t d = 0; d < of.width; ++d) by[i * of.width + d] = q[d] * s[d];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * l[d];
-        for (int64_t t = 0; t < of.size; ++t) own[i * count + t] = sum;
+        std::fill(own + i * count, own + i * count + of.size, dot(q, l, of.width));
       }
-      for (int64_t b = 0; b < bytes; b += kLanes)
-        columns<bits>(of.key_codes + group * of.width * bytes + b, bytes, of.width, by.data(), of.width, own + b,
-                      count, bytes, each);
+      columns<bits>(of.key_codes + group * of.width * bytes, bytes, of.width, by.data(), of.width, own, count,
+                    bytes, each);
     }
     soften(head, piece, scores.data(), count);
     std::vector<float> natural(each * of.size), ranges_of(2 * ranges * of.size);
     float *scales = ranges_of.data(), *lowest = scales + ranges * of.size;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t first = (head * of.groups + n) * of.size;
-      for (int64_t t = 0; t < of.size; ++t)
-        for (int64_t r = 0; r < ranges; ++r) {
-          scales[r * of.size + t] = of.value_scales[(first + t) * ranges + r];
-          lowest[r * of.size + t] = of.value_lows[(first + t) * ranges + r];
+      const float *s = wide.data(), *l = s + ranges * of.size;
+      widened(of.value_scales + first * ranges, ranges * of.size, wide.data());
+      widened(of.value_lows + first * ranges, ranges * of.size, wide.data() + ranges * of.size);
+      for (int64_t r = 0; r < ranges; ++r)
+        for (int64_t t = 0; t < of.size; ++t) {
+          scales[r * of.size + t] = s[t * ranges + r];
+          lowest[r * of.size + t] = l[t * ranges + r];
         }
       for (int64_t i = 0; i < each; ++i) {
         const float* weights = scores.data() + i * count + (n - begin) * of.size;
-        for (int64_t k = 0; k < kEach; ++k)
-          for (int64_t b = 0; b < bytes; ++b) natural[i * of.size + b * kEach + k] = weights[k * bytes + b];
+        for (int64_t b = 0; b < bytes; ++b)
+          for (int64_t k = 0; k < kEach; ++k) natural[i * of.size + b * kEach + k] = weights[k * bytes + b];
       }
       for (int64_t r = 0; r < ranges; ++r) {
         for (int64_t i = 0; i < each; ++i) {
           const float *weight = natural.data() + i * of.size, *s = scales + r * of.size, *l = lowest + r * of.size;
-          float *own = by.data() + i * of.size, low = 0;
-#pragma omp simd reduction(+ : low)
-          for (int64_t t = 0; t < of.size; ++t) {
-            own[t] = weight[t] * s[t];
-            low += weight[t] * l[t];
-          }
-          lows[i * ranges + r] += low;
+          float* own = by.data() + i * of.size;
+          for (int64_t t = 0; t < of.size; ++t) own[t] = weight[t] * s[t];
+          lows[i * ranges + r] += dot(weight, l, of.size);
         }
-        for (int64_t b = 0; b < part_bytes; b += kLanes)
-          columns<bits>(of.value_codes + first * row + r * part_bytes + b, row, of.size, by.data(), of.size,
-                        sums.data() + r * of.channels + b, of.width, part_bytes, each);
+        columns<bits>(of.value_codes + first * row + r * part_bytes, row, of.size, by.data(), of.size,
+                      sums.data() + r * of.channels, of.width, part_bytes, each);
       }
     }
     for (int64_t i = 0; i < each; ++i)
-      for (int64_t d = 0; d < of.width; ++d) {
-        const int64_t r = d / of.channels, in = d % of.channels;
-        part(head, piece, i)[2 + d] = lows[i * ranges + r] +
-                                      sums[i * of.width + r * of.channels + in % kEach * part_bytes + in / kEach];
+      for (int64_t r = 0; r < ranges; ++r) {
+        const float *own = sums.data() + i * of.width + r * of.channels, low = lows[i * ranges + r];
+        float* out = part(head, piece, i) + 2 + r * of.channels;
+        for (int64_t b = 0; b < part_bytes; ++b)
+          for (int64_t k = 0; k < kEach; ++k) out[b * kEach + k] = low + own[k * part_bytes + b];
       }
   }
 
@@ -174,10 +233,7 @@ struct Attention {
     for (int64_t i = 0; i < each; ++i)
       for (int64_t t = 0; t < of.recent; ++t) {
         const float *q = queries + (head * each + i) * of.width, *k = of.keys + (head * of.recent + t) * of.width;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < of.width; ++d) sum += q[d] * k[d];
-        scores[i * of.recent + t] = sum;
+        scores[i * of.recent + t] = dot(q, k, of.width);
       }
     soften(head, piece, scores.data(), of.recent);
     for (int64_t i = 0; i < each; ++i) {
@@ -224,7 +280,7 @@ struct Attention {
 extern "C" {
 
 // Bytes of codes that go together: a group of keys and a range of values have a multiple of them.
-int64_t lanes() { return kLanes; }
+int64_t lanes() { return kLeast; }
 
 // Numbers that `parts` has room for.
 int64_t parts_floats(const Cache* of, int64_t each) {
