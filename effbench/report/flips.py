@@ -103,7 +103,8 @@ def flips_text(found: Flips, first: Arm, second: Arm, store: Store, most: int) -
         f"p {'< 0.001' if found.p < 0.001 else f'= {found.p:.3f}'} ({found.test})"
     ]
     texts = [_texts(one, found, store) for one in (first, second)]
-    written = "text_norm" if found.metric.endswith("_norm") else "text"
+    normed = all(name.endswith("_norm") for name in found.metric.split(", "))
+    written = "text_norm" if normed else "text"
     for one, items in ((first, found.only_first), (second, found.only_second)):
         lines += [f"right in {one.ref} alone:"] if items and most else []
         for item in items[:most]:

@@ -67,8 +67,9 @@ def test_texts_are_those_of_the_run_folder(results: Path) -> None:
 
 
 def test_answers_that_were_picked_are_those_of_the_metric(tmp_path: Path) -> None:
-    for number, values in enumerate((FIRST, SECOND)):
-        kept = [Outcomes("choices", name, "", "test", "aa", values) for name in ("acc", "acc_norm")]
+    for number, values in enumerate(((FIRST, SECOND), (SECOND, FIRST))):
+        pairs = zip(("acc", "acc_norm"), values, strict=True)
+        kept = [Outcomes("choices", name, "", "test", "aa", own) for name, own in pairs]
         write(replace(run("none", {"": 0.0}, number=number), outcomes=kept), tmp_path / "records")
     folder = tmp_path / "runs" / "0001".ljust(16, "0") / "evaluations"
     folder.mkdir(parents=True)
