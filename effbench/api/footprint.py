@@ -464,6 +464,24 @@ def transient(shape: AnyShape, element: int, adapted: bool) -> int:
     return max(found) + (8 * m if adapted else 0)
 
 
+def left_behind(shape: AnyShape, element: int, positions: int, mapped: int) -> int:
+    """Return the bytes that attention frees and the MLP after it cannot use.
+
+    Blocks of at least `mapped` bytes lie in mappings of their own. Where the inner tensors of an
+    MLP are so large, and what attention makes is not, its freed blocks stay beside them, as far as
+    the four tensors of the MLP's own width do not take them.
+    """
+    found = 0
+    for layer in {id(x): x for x in shape.layers}.values():
+        if layer.mlp and layer.mixer and not layer.mixer.recurrence:
+            own = layer.mixer
+            queries = own.heads * own.head_dim
+            if element * positions * queries < mapped <= element * positions * layer.mlp.width:
+                freed = 4 * queries + 2 * own.kv_heads * own.head_dim - shape.hidden_size
+                found = max(found, element * positions * freed)
+    return found
+
+
 def logit_bytes(one: Pass, vocabulary: int, element: int, every: bool) -> int:
     """Return the bytes of the logits at the peak of a pass without gradients.
 

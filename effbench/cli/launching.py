@@ -215,9 +215,9 @@ def _first_row(job: Any) -> None:
     spec = job.spec
     if shown := first_row(spec.dataset):
         write(f"First row  {shown}", sys.stdout)
-    own = stages.trains(spec.stage) and spec.dataset.source == "file"
+    own = spec.dataset.source == "file"
     if _reads(spec, own):
-        if own:
+        if own and stages.trains(spec.stage):
             from effbench.cli.rows import first
 
             typer.echo(first(spec, sys.stdout.isatty(), columns()))
@@ -230,7 +230,7 @@ def _first_row(job: Any) -> None:
 
 
 def _reads(spec: Any, own: bool) -> bool:
-    """Whether rows are held against the model: one's own to train on, and those of benchmarks."""
+    """Whether rows are held against the model: one's own, and those of benchmarks."""
     from effbench.api.plugins import make_evaluator
     from effbench.data.dataset import at_hand
     from effbench.models.load import tokenizer_at_hand

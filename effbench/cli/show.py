@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from effbench.config import files as conf_files
 from effbench.config.composed import settings_of
 from effbench.methods.chain import inference_cost, resolved
 from effbench.util.errors import UserError
+from effbench.util.wrap import joined
 
 
 def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
@@ -41,7 +43,8 @@ def describe(kind: str, name: str, extra: Sequence[Path] = ()) -> str:
 def _plugin(kind: str, name: str) -> str:
     cls = registry.find(conf_files.PLUGGED[kind], name)
     module = __import__(cls.__module__, fromlist=["_"])
-    lines = [f"{name}", "", (module.__doc__ or "").strip(), ""]
+    text = (module.__doc__ or "").strip()
+    lines = [f"{name}", "", joined(text) if sys.stdout.isatty() else text, ""]
     if kind == "method":
         lines += _method_facts(cls)
     prefix = "method" if kind == "method" else f"evaluator.{name}"
@@ -52,7 +55,8 @@ def _plugin(kind: str, name: str) -> str:
 def _method_facts(cls: Any) -> list[str]:
     lines = []
     if cls.paper:
-        lines.append(f"Paper      {cls.paper.title}. {cls.paper.venue}. {cls.paper.identifier}")
+        told = (cls.paper.title, cls.paper.venue, cls.paper.identifier)
+        lines.append(f"Paper      {'. '.join(filter(None, told))}")
     lines.append(f"Command    effbench {cls.stage} method={cls.name}")
     lines.append(f"Starts on  {', '.join(sorted(cls.accepts))} linear layers")
     lines.append(f"Leaves     {cls.produces} ones")

@@ -209,7 +209,8 @@ def job_from(
     spec = dataclasses.replace(spec, others=[model_named(name) for name in others_of(spec)])
     _check_auxiliary(spec)
     _check_evaluators(spec, lineage)
-    return Job(spec, runtime, notes=(note,) if note else ())
+    remarks = (make_evaluator(each).remark(dataset) for each in spec.evaluators)
+    return Job(spec, runtime, notes=tuple(filter(None, (note, *remarks))))
 
 
 def _asked(config: dict[str, Any], chosen: set[str], model: ModelSpec) -> dict[str, Any]:

@@ -19,6 +19,8 @@ Documents = Literal["paragraph", "line", "file"]
 
 GZIPPED = b"\x1f\x8b"
 """How a gzipped file begins."""
+ZIPPED, OLE = b"PK\x03\x04", b"\xd0\xcf\x11\xe0"
+"""First bytes of a zip file, as .xlsx and .ods are, and of older workbooks."""
 LONGEST_FIELD = 2**31 - 1
 """Characters of a csv field; the module's own limit is 128 Ki."""
 
@@ -71,6 +73,11 @@ def _decoded(path: Path) -> str:
     try:
         if data.startswith(GZIPPED):
             data = gzip.decompress(data)
+        if data.startswith((ZIPPED, OLE)):
+            raise UserError(
+                f"{path} is a workbook or an archive, whatever its name, and no text.",
+                "Save what is in it as .csv or .jsonl.",
+            )
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}.", "Convert it to UTF-8.") from None

@@ -156,6 +156,10 @@ class Evaluator:
         """
         return {}
 
+    def remark(self, dataset: DatasetSpec) -> str:
+        """Return what is to be said where it asks something else than a dataset; empty for none."""
+        return ""
+
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse what cannot be evaluated, before any weight is loaded.
 

@@ -152,15 +152,21 @@ class Choices(Evaluator):
         if not subject.speaks:
             _add_classes(subject, result, split, examples, by_item)
             return
-        right, right_norm = [], []
+        right, right_norm, picks = [], [], []
         for example, item in zip(examples, by_item, strict=True):
             sizes = [c.answer_bytes for c in example.choices]
             # An answer that is cut within its first letter has no whole byte left.
             normed = [s / max(b, 1) for s, b in zip(item, sizes, strict=True)]
-            right.append(float(item.index(max(item)) == example.right))
-            right_norm.append(float(normed.index(max(normed)) == example.right))
+            picks.append((item.index(max(item)), normed.index(max(normed))))
+            right.append(float(picks[-1][0] == example.right))
+            right_norm.append(float(picks[-1][1] == example.right))
 
         ids = [e.id for e in examples]
+        cut = [
+            [(c.ids[: c.prompt_length], c.ids[c.prompt_length :]) for c in e.choices]
+            for e in examples
+        ]
+        _keep(subject, subject.data.tokenizer, split, ids, cut, picks)
         for name, values in (("accuracy", right), ("accuracy_norm", right_norm)):
             result.add_items(subject, "choices", name, values, ids, split=split)
 
@@ -197,6 +203,9 @@ class Choices(Evaluator):
             ids += task.ids
             clusters += [number] * len(task.docs)
         _add(subject, result, loaded[0], name, whole, ids, clusters if len(loaded) > 1 else ())
+        cut = [[(r.context, r.continuation) for r in row] for row in rows]
+        picks = [_picks(subject.tokenizer, *both) for both in zip(cut, scores, strict=True)]
+        _keep(subject, subject.tokenizer, name, ids, cut, picks)
         _add_loglikelihoods(subject, result, loaded[0].split, name, ids, scores)
 
     def _loaded(self, name: str) -> list[BenchmarkTask]:
@@ -206,6 +215,52 @@ class Choices(Evaluator):
         return tasks.load_all(
             name, num_fewshot=self.num_fewshot, limit=self.limit, files=self.files
         )
+
+
+Cut = Sequence[tuple[list[int], list[int]]]
+"""Prompt and answer of each choice of a row, as tokens."""
+
+
+def _keep(
+    subject: Subject,
+    tokenizer: Any,
+    name: str,
+    ids: Sequence[str],
+    rows: Sequence[Cut],
+    picks: Sequence[tuple[int, int]],
+) -> None:
+    """Write each row's prompt and the answers that were picked into the run folder.
+
+    Args:
+        subject: What is evaluated.
+        tokenizer: That rows were made tokens with.
+        name: Of the task or split.
+        ids: Of the rows.
+        rows: Their choices.
+        picks: Places of the likeliest answer of each row, and of the likeliest for its length.
+    """
+    kept = [
+        {
+            "id": id_,
+            "prompt": _text(tokenizer, row[0][0]),
+            "text": _text(tokenizer, row[plain][1]),
+            "text_norm": _text(tokenizer, row[normed][1]),
+        }
+        for id_, row, (plain, normed) in zip(ids, rows, picks, strict=True)
+    ]
+    subject.keep(name, kept)
+
+
+def _picks(tokenizer: Any, row: Cut, scores: Sequence[prefix_tree.Score]) -> tuple[int, int]:
+    """Return the places of the likeliest answer, and of the likeliest per letter."""
+    found = [s.loglikelihood for s in scores]
+    sizes = [max(1, len(_text(tokenizer, answer).strip())) for _, answer in row]
+    normed = [s / n for s, n in zip(found, sizes, strict=True)]
+    return found.index(max(found)), normed.index(max(normed))
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _check_lengths(name: str, rows: Sequence[Any], shape: AnyShape | None) -> None:

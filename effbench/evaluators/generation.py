@@ -93,6 +93,15 @@ class Generation(Evaluator):
         own = find(dataset.kind).asks and dataset.kind != "preference"
         return {"tasks": []} if own and dataset.name.partition("-")[0] not in subjects else {}
 
+    def remark(self, dataset: DatasetSpec) -> str:
+        """Return that the default task is asked, and no row of somebody's own dataset."""
+        if dataset.source != "file" or self.tasks != type(self).tasks:
+            return ""
+        return (
+            f"Evaluator {self.name} asks {', '.join(self.tasks)}, no rows of {dataset.called}: "
+            f"evaluator.{self.name}.tasks=[...] names other tasks."
+        )
+
     def splits(self) -> tuple[str, ...]:
         """Return the dataset's split, unless tasks are asked."""
         return () if self.tasks else (self.split,)

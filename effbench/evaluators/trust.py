@@ -37,6 +37,8 @@ class Trust(Evaluator):
 
     headline: ClassVar[str] = "trust_shift"
     gives: ClassVar[tuple[str, ...]] = ("trust_score", "trust_delta", "refusal_rate")
+    version: ClassVar[int] = 2
+    """2: `chat` takes the template of `dataset.template`, where one is named."""
     trial: ClassVar[dict[str, Any]] = {"dimensions": ["ethics"], "items": 2}
 
     dimensions: list[str] = field(default_factory=list)
@@ -50,7 +52,7 @@ class Trust(Evaluator):
     batch_tokens: PositiveInt = 1024
     """Largest batch, padding included, in tokens."""
     chat: bool = False
-    """Whether questions go through the model's chat template."""
+    """Whether questions go through the chat template: `dataset.template`, else the model's own."""
     generate: bool = False
     """Whether scores come from generated answers; KL is over the given ones in any case."""
     new_tokens: PositiveInt = 32
@@ -72,8 +74,7 @@ class Trust(Evaluator):
         """Refuse questions that are longer than the model's positions."""
         from effbench.evaluators.trustworthiness.answers import refuse_long
 
-        if not data.spec.template:  # questions are asked in the model's own
-            refuse_long(self._questions(), self._how(), data.tokenizer, shape)
+        refuse_long(self._questions(), self._how(), data.tokenizer, shape)
 
     def others(self) -> tuple[str, ...]:
         """Return the reference, where it is another model."""

@@ -8,7 +8,7 @@ where these hold them: a block of 32 has one float16 scale, so a group must be a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "gpt_neox": "gptneox",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
 }
 """From transformers' model types to llama.cpp's."""
 SLIDING = {"gemma2": 2, "gemma3_text": 6}
@@ -67,12 +71,34 @@ def require_known(config: Any) -> None:
     if kind in SLIDING:
         _require_gemma(config, known)
     elif any(k != "full_attention" for k in getattr(config, "layer_types", None) or ()) or (
-        kind in ("mistral", "phi3") and config.sliding_window
+        kind in ("mistral", "phi3", "mixtral") and config.sliding_window
     ):
         raise UserError("Layers with a sliding window are not written as GGUF.", known)
+    for wrong, what in _unusual(config):
+        if wrong:
+            raise UserError(f"A {kind} model with {what} is not written.", known)
     rope = _rope(config).get("rope_type", "default")
     if rope not in ("default", "linear", "llama3"):
         raise UserError(f"Rotary positions of type {rope!r} are not written as GGUF.", known)
+
+
+def _unusual(config: Any) -> list[tuple[bool, str]]:
+    """Return what llama.cpp takes for granted, and whether it is otherwise."""
+    kind = config.model_type
+    if kind == "gpt_neox":
+        return [
+            (config.tie_word_embeddings, "a head that is its embedding"),
+            (not config.attention_bias, "attention without biases"),
+            (not config.hidden_act.startswith("gelu"), f"activation {config.hidden_act}"),
+        ]
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        return []
+    found = [(config.hidden_act != "silu", f"activation {config.hidden_act}")]
+    if kind != "mixtral":
+        dense = bool(config.mlp_only_layers) or config.decoder_sparse_step != 1
+        summed = config.norm_topk_prob != (kind == "qwen3_moe")
+        found += [(dense, "layers without experts"), (summed, "norm_topk_prob the other way")]
+    return found
 
 
 def _require_gemma(config: Any, known: str) -> None:
@@ -130,7 +156,7 @@ def write_gguf(
         model.config.num_hidden_layers,
     )
     kept = 0
-    for own, parameter in model.named_parameters():
+    for own, tensor in _each(model):
         theirs = str(names.get_name(own, try_suffixes=(".weight", ".bias")))
         blocks = blocks_of((packed or {}).get(own.removesuffix(".weight")))
         if blocks is not None:
@@ -139,7 +165,7 @@ def write_gguf(
             writer.add_tensor(theirs, ordered, raw_dtype=gguf.GGMLQuantizationType[kind])
             kept += 1
         else:
-            _add(writer, theirs, _laid_out(own, parameter.detach(), model.config))
+            _add(writer, theirs, _laid_out(own, tensor, model.config))
     _write_rope(writer, model.config)
     try:
         writer.write_header_to_file()
@@ -148,6 +174,24 @@ def write_gguf(
     finally:
         writer.close()
     return Written(kept, tokens)
+
+
+def _each(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors with their names, those of all experts of a layer as three of them, [E, o, i].
+
+    Gates of experts are float32, whatever the other weights are.
+    """
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name.endswith("experts.gate_up_proj"):
+            for part, own in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
+                yield f"{name.removesuffix('gate_up_proj')}{part}.weight", own
+        elif name.endswith("experts.down_proj"):
+            yield f"{name}.weight", tensor
+        elif name.endswith("mlp.shared_expert_gate.weight"):
+            yield name, tensor[0]
+        else:
+            yield name, tensor.float() if name.endswith("mlp.gate.weight") else tensor
 
 
 def _add(writer: Any, name: str, tensor: torch.Tensor) -> None:
@@ -169,6 +213,10 @@ def _laid_out(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
         return tensor.t()
     if config.model_type.startswith("gemma") and tensor.ndim == 1:
         return tensor.float() + 1
+    if config.model_type == "gpt_neox" and ".query_key_value." in name:
+        # Queries, keys and values of one head after the other become those of all heads.
+        heads = tensor.view(config.num_attention_heads, 3, -1, *tensor.shape[1:])
+        return heads.transpose(0, 1).reshape(tensor.shape)
     return _in_pairs(name, tensor, config)
 
 
@@ -207,13 +255,30 @@ def _write_sizes(writer: Any, model: Any, name: str) -> None:
     writer.add_value_length(width)
     if config.model_type == "gpt2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    elif config.model_type == "gpt_neox":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(config.use_parallel_residual)
+        _write_positions(writer, config, width)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         _write_positions(writer, config, width)
     if config.model_type in SLIDING:
         _write_windows(writer, config)
+    _write_experts(writer, config)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     writer.add_file_type(FILE_TYPES[dtype])
+
+
+def _write_experts(writer: Any, config: Any) -> None:
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        return
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type != "mixtral":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
 
 def _write_windows(writer: Any, config: Any) -> None:

@@ -103,9 +103,12 @@ def flips_text(found: Flips, first: Arm, second: Arm, store: Store, most: int) -
         f"p {'< 0.001' if found.p < 0.001 else f'= {found.p:.3f}'} ({found.test})"
     ]
     texts = [_texts(one, found, store) for one in (first, second)]
+    normed = all(name.endswith("_norm") for name in found.metric.split(", "))
+    written = "text_norm" if normed else "text"
     for one, items in ((first, found.only_first), (second, found.only_second)):
         lines += [f"right in {one.ref} alone:"] if items and most else []
-        lines += [line for item in items[:most] for line in _item(item, (first, second), texts)]
+        for item in items[:most]:
+            lines += _item(item, (first, second), texts, written)
     if most and not any(texts) and (found.only_first or found.only_second):
         lines.append(_how(found, first))
     return "\n".join(lines)
@@ -114,14 +117,21 @@ def flips_text(found: Flips, first: Arm, second: Arm, store: Store, most: int) -
 Rows = Sequence[dict[str, str]]
 
 
-def _item(item: int, arms: tuple[Arm, Arm], texts: Sequence[Rows]) -> list[str]:
-    """Return an item with its name and prompt, and what each run wrote."""
+def _item(item: int, arms: tuple[Arm, Arm], texts: Sequence[Rows], written: str) -> list[str]:
+    """Return an item with its name and prompt, and what each run wrote or picked."""
     rows = next((rows for rows in texts if rows), None)
     if rows is None:
         return [f"  item {item + 1}"]
-    lines = [f"  item {item + 1}, {rows[item]['id']}: {_short(rows[item]['prompt'])}"]
-    answers = zip(arms, texts, strict=True)
-    return lines + [f"    {arm.ref}: {_short(own[item]['text'])}" for arm, own in answers if own]
+    lines = [f"  item {item + 1}, {rows[item]['id']}: {_end(rows[item]['prompt'])}"]
+    answers = [(arm, own[item]) for arm, own in zip(arms, texts, strict=True) if own]
+    said = ((arm, own.get(written, own["text"])) for arm, own in answers)
+    return lines + [f"    {arm.ref}: {_short(text)}" for arm, text in said]
+
+
+def _end(text: str) -> str:
+    """Return the end of a prompt, where the question is: examples stand before it."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}"
 
 
 def _short(text: str) -> str:

@@ -80,8 +80,12 @@ class Table:
     rows: Sequence[tuple[Cell, ...]]
     notes: tuple[str, ...] = ()
 
-    def rich(self) -> RichTable:
-        """Return the table for a terminal."""
+    def rich(self, fold: bool = False) -> RichTable:
+        """Return the table for a terminal.
+
+        Args:
+            fold: Whether a word that there is no room for goes on in the next line; else it is cut.
+        """
         from rich import box
         from rich.markup import escape
         from rich.table import Table as RichTable
@@ -101,7 +105,12 @@ class Table:
             if one_word:  # the head has lines of its own, as the column is not to be made narrower
                 width = max((len(word) for word in (*head.split(), *cells)), default=1)
                 head = textwrap.fill(head, max(1, width), break_long_words=False)
-            table.add_column(head, justify="right" if numeric else "left", no_wrap=one_word)
+            table.add_column(
+                head,
+                justify="right" if numeric else "left",
+                no_wrap=one_word and not fold,
+                overflow="fold" if fold else "ellipsis",
+            )
         for row in self.rows:
             table.add_row(*(escape(show(cell)) for cell in row))
         return table

@@ -18,6 +18,7 @@ from effbench.util.wrap import write
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as RichTable
 
     from effbench.report.comparison.result import Comparison
     from effbench.results.query import Rows
@@ -48,14 +49,22 @@ def print_table(table: Table, named: int = 1) -> None:
     """
     if sys.stdout.isatty():
         console = _console()
-        for part in table.fitted(console.width, named) if _is_cut(table, console) else [table]:
-            console.print(part.rich())
+        for part in _drawn(table, named, console):
+            console.print(part)
     else:
         print(f"{table.title}\n\n{table.text()}\n" if table.title else f"{table.text()}\n")
 
 
 CUT = "…"
 """What rich puts in the place of the end of a word that there is no room for."""
+
+
+def _drawn(table: Table, named: int, console: Console) -> list[RichTable]:
+    """Return a table for a terminal, in parts where it has no room for a word of it whole."""
+    if not _is_cut(table, console):
+        return [table.rich()]
+    parts = table.fitted(console.width, named)
+    return [part.rich(fold=_is_cut(part, console)) for part in parts]
 
 
 def _is_cut(table: Table, console: Console) -> bool:
@@ -67,7 +76,12 @@ def _is_cut(table: Table, console: Console) -> bool:
 
 def print_comparison(found: Comparison, full: bool = False) -> None:
     """Print a comparison of runs."""
-    _console().print(found.rich(full))
+    console = _console()
+
+    def drawn(table: Table) -> list[RichTable]:
+        return _drawn(table, 1 + (table.columns[1:2] == ("point",)), console)
+
+    console.print(found.rich(full, drawn))
 
 
 def _console() -> Console:

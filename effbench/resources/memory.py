@@ -167,6 +167,14 @@ class FilePages:
 def release() -> None:
     """Give free memory back to the system, so that a phase does not count what another one left."""
     gc.collect()
+    give_back()
+
+
+def give_back() -> None:
+    """Give the blocks that the C library keeps free back to the system, holes between others too.
+
+    Weights that were freed one by one would else stay beside what is made in their place.
+    """
     trim = _c_library("malloc_trim")
     if trim is not None:
         trim(0)

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from effbench.api.cost import Cost
-from effbench.api.footprint import SCORE_BYTES, Pass, Training, logit_bytes, transient
+from effbench.api.footprint import (
+    SCORE_BYTES,
+    Pass,
+    Training,
+    left_behind,
+    logit_bytes,
+    transient,
+)
 from effbench.api.shape import AnyShape, ModelShape
 from effbench.api.spec import TrainSpec
 from effbench.nn.decode.decoder import Decoder
@@ -40,6 +47,9 @@ HOLES = 0.2
 """Share by which the C library's allocator needs more than the tensors that a step makes and frees,
 because it cannot use freed blocks again whole; modelled from measurements with glibc 2.36, where it
 was 0.14 to 0.57 of a training step and more with gradient checkpointing, and 0 to 1 of a prompt."""
+MAPPED = 32 * 2**20
+"""Bytes of a block from which on glibc maps it by itself and gives it back at once, whatever it has
+seen before (DEFAULT_MMAP_THRESHOLD_MAX, mallopt(3))."""
 
 Components = dict[str, float]
 """Bytes by component."""
@@ -298,8 +308,10 @@ class Peaks:
             own = (one.size + together * one.tokens) * self.shape.outputs * self.element
             logits = max(logits, own)
         passing: Components = {"activations": residual, "logits": logits}
+        left = 0
         if running > residual + logits:
             passing = {"activations": running}
+            left = left_behind(self.shape, self.element, positions, MAPPED)
         held = cost.cached(one.tokens, one.rows) if one.kind in ("prefill", "decode") else 0
         held = caching.held(one, self.element) if caching else held
         others = points - 1 if one.kind == "score" else 0
@@ -311,7 +323,9 @@ class Peaks:
             "spare cache": caching.spare(one, self.element) if caching else 0,
             **passing,
             "other points": others * residual + kept,
-            **self._around(room + _code(kernels), HOLES * sum(passing.values()), trained=trained),
+            **self._around(
+                room + _code(kernels), left + HOLES * (left + sum(passing.values())), trained
+            ),
         }
 
     @property

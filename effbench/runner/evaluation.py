@@ -113,7 +113,7 @@ def _run_one(run: Run, evaluated: Evaluated, plugin: Plugin, point: Point) -> Re
         seed=run.spec.seed,
         pad_token_id=run.tokenizer.pad_token_id or 0,
         progress=lambda what, n, of: run.progress.bar(f"{what} {point}".strip(), n, of),
-        tokenizer=run.tokenizer,
+        tokenizer=evaluated.data.tokenizer,
         shape=evaluated.shape,
         dtype=run.spec.hardware.dtype,
         used=evaluated.used[point],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,10 @@ MADV_COLLAPSE = 25
 """Advice of Linux 6.1 on: make huge pages of what is there, now; madvise(2)."""
 MOST = 2**30
 """Most bytes that are moved: more of them would take longer than what is decoded may."""
+FULL = 0.75
+"""Least share of a huge page that buffers fill for it to be made. It is in memory as a whole: of
+pages with some codes of a packed weight each, as they lie where dense weights lay before, a model
+would take several times its bytes."""
 MAPS = Path("/proc/self/maps")
 
 
@@ -39,16 +44,19 @@ def use_huge_pages(buffers: Iterable[Buffer]) -> int:
         return 0
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    pages = {page for b in buffers for page in _pages_of(b)}
+    pages = _filled(buffers)
     own = list(_anonymous())
     whole = [p for p in sorted(pages) if any(low <= p and p + HUGE <= high for low, high in own)]
     return sum(advise(page, HUGE, MADV_COLLAPSE) == 0 for page in whole)
 
 
-def _pages_of(buffer: Buffer) -> range:
-    """Return the addresses of the huge pages that a buffer touches."""
-    begin = buffer.data_ptr()
-    return range(begin // HUGE * HUGE, begin + buffer.nbytes, HUGE)
+def _filled(buffers: Iterable[Buffer]) -> list[int]:
+    """Return the addresses of the huge pages that buffers fill, as far as `FULL` asks for."""
+    filled = Counter[int]()
+    for begin, size in {b.data_ptr(): b.nbytes for b in buffers}.items():
+        for page in range(begin // HUGE * HUGE, begin + size, HUGE):
+            filled[page] += min(begin + size, page + HUGE) - max(begin, page)
+    return [page for page, size in filled.items() if size >= FULL * HUGE]
 
 
 def _anonymous() -> Iterator[tuple[int, int]]:

@@ -28,6 +28,21 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+def joined(text: str) -> str:
+    """Return a text whose paragraphs are a line each, so that a terminal can break them anew.
+
+    What is indented stays as it is: equations, and lists.
+    """
+    found: list[str] = []
+    for line in text.split("\n"):
+        goes_on = bool(found) and found[-1][:1].strip() and line[:1].strip(" -*|")
+        if goes_on:
+            found[-1] += f" {line}"
+        else:
+            found.append(line)
+    return "\n".join(found)
+
+
 QUOTED = re.compile(r"'[\w.+~]+=[^'\n]*'")
 """A setting that is one word to a shell."""
 KEPT = "\0"

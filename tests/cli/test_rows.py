@@ -66,6 +66,23 @@ def test_a_dry_run_of_a_training_reads_every_row(cli: Any, words: list[str]) -> 
     assert not Path("results").exists()
 
 
+def test_a_dry_run_of_an_evaluation_reads_the_rows_that_it_asks(cli: Any) -> None:
+    rows = [{"instruction": "Say a.", "output": "a"}, {"instruction": "Say b."}]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["dataset=file", "dataset.files.test=own.jsonl", "model=tiny"]
+    status, _, said = cli("eval", *words, "--dry-run")
+    assert status == 2 and "own.jsonl" in said and "row 2" in said
+
+
+def test_a_task_that_is_asked_in_the_place_of_own_rows_is_named(cli: Any) -> None:
+    row = {"prompt": "Say a.", "chosen": "a", "rejected": "b"}
+    Path("own.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["eval", "dataset=file", "dataset.files.test=own.jsonl", "model=tiny", "--dry-run"]
+    told = "Evaluator generation asks gsm8k_cot, no rows of own.jsonl"
+    assert told in " ".join(cli(*words, "evaluator=generation")[2].split())
+    assert "Evaluator generation asks" not in cli(*words, "evaluator=preference")[2]
+
+
 @pytest.mark.parametrize("width", [30, 60, 400])
 def test_colours_close_at_each_line_and_hide_no_token(width: int) -> None:
     ids = list(range(40, 90))

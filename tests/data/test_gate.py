@@ -326,6 +326,7 @@ def test_documents_of_a_text_file(tmp_path: Path) -> None:
         ("a.csv", b"prompt,answer\na,b\nc\x00\rd,e\n", "a.csv, line 3"),
         ("a.xml.gz", packed(LINE), "no known kind"),
         ("a.jsonl", b"\xff\xfe{", "is not UTF-8"),
+        ("a.csv", b"PK\x03\x04rows", "is a workbook or an archive"),
         ("a.jsonl", LINE + b'{"a": 1, "b": {"c": 2, "c": 3}}', "line 2: the key 'c' stands there"),
         ("a.json", b'[{"a": 1, "a": 1}]', "a.json: the key 'a' stands there twice"),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv, line 1: the column 'a' stands there twice"),
@@ -364,7 +365,7 @@ def test_a_line_end_is_the_same_from_a_command_and_a_file(bench: Bench, tmp_path
 
 def test_a_dry_run_shows_the_first_row(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINE)
-    words = ["model=tiny", "dataset=file", "dataset.files.all=a.jsonl"]
+    words = ["model=tiny", "dataset=file", "dataset.files.test=a.jsonl"]
     status, out, _ = cli("eval", *words, r'dataset.prompt="Q: {prompt}\nA:"', "--dry-run")
     assert status == 0
     assert r"First row  'Q: a\nA:' -> ' b'" in out

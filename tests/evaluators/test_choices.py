@@ -184,9 +184,8 @@ def test_texts_are_cut_into_tokens_as_lm_eval_cuts_them(pair: tuple[str, str]) -
 
 
 def test_a_task_gives_lm_evals_metrics_and_every_item(bench: Bench, tmp_path: Path) -> None:
-    record = bench.run(
-        "eval", *piqa(rows_file(tmp_path / "own.jsonl")), "evaluator.choices.limit=9"
-    )
+    words = [*piqa(rows_file(tmp_path / "own.jsonl")), "evaluator.choices.limit=9"]
+    record = bench.run("eval", *words)
     found = of_task(record, "piqa")
     assert found["acc"].n == found["acc_norm"].n == 9
     assert found["acc"].split == "validation"
@@ -199,6 +198,12 @@ def test_a_task_gives_lm_evals_metrics_and_every_item(bench: Bench, tmp_path: Pa
     assert scores.clusters == [i for i in range(9) for _ in range(2)]
     assert outcomes["acc"].values == [float((b > a) == i % 2) for i, (a, b) in enumerate(pairs)]
     assert not any(m.name == "accuracy" for m in record.metrics)
+    kept = bench.folder(bench.job("eval", *words)).path / "evaluations" / "choices.piqa.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    own = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    for row, given, (a, b) in zip(rows, own[:9], pairs, strict=True):
+        assert given["goal"] in row["prompt"]
+        assert row["text"].strip() == given["sol2" if b > a else "sol1"]
 
 
 def test_a_dataset_without_choices_will_do_for_tasks(bench: Bench, tmp_path: Path) -> None:

@@ -575,3 +575,6 @@ def test_a_chat_template_has_the_roles_apart() -> None:
 def test_chat_needs_a_template(bench: Bench) -> None:
     with pytest.raises(UserError, match="no chat template"):
         bench.run("eval", *SMALL, *CPU, "evaluator.trust.chat=true")
+    words = [*SMALL, *CPU, "evaluator.trust.dimensions=[ethics]", "evaluator.trust.chat=true"]
+    record = bench.run("eval", *words, "dataset.template=zephyr")
+    assert found(record)["trust_shift", "ethics"].value == 0

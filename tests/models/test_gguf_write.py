@@ -19,11 +19,15 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from effbench.config.compose import compose
@@ -48,6 +52,8 @@ LOCAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
 }
+EXPERTS = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+NEOX = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
 IDS = torch.arange(12).reshape(2, 6) % 60 + 3
 SCALED = {
     "rope_type": "llama3",
@@ -71,6 +77,10 @@ CONFIGS = {
     "phi3": lambda: Phi3Config(
         **{k: v for k, v in SIZES.items() if k != "head_dim"}, pad_token_id=0
     ),
+    "gpt_neox": lambda: GPTNeoXConfig(**NEOX),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=48),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
 }
 
 
@@ -139,15 +149,35 @@ def test_tensors_of_other_architectures_are_as_llama_cpp_holds_them(
         assert len(found) == len(list(model.parameters()))
 
 
+def test_fused_queries_and_experts_are_as_llama_cpp_holds_them(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for name in ("gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe"):
+        write_gguf(made(name), tokenizer, tmp_path / f"{name}.gguf")
+    found, neox = tensors(tmp_path / "gpt_neox.gguf"), made("gpt_neox").gpt_neox.layers[1]
+    fused = neox.attention.query_key_value.weight  # queries, keys and values of head 0, of head 1
+    keys = torch.cat([fused[48 * head + 16 : 48 * head + 32] for head in range(4)])
+    assert np.array_equal(found["blk.1.attn_qkv.weight"].data[64:128], keys.numpy())
+    assert np.array_equal(found["blk.1.ffn_norm.bias"].data, neox.post_attention_layernorm.bias)
+    for name, inner in (("mixtral", 96), ("qwen2_moe", 32), ("qwen3_moe", 32)):
+        found, mlp = tensors(tmp_path / f"{name}.gguf"), made(name).model.layers[0].mlp
+        up = mlp.experts.gate_up_proj[3, inner:]
+        assert np.array_equal(found["blk.0.ffn_up_exps.weight"].data[3], up.numpy())
+        assert np.array_equal(found["blk.0.ffn_gate_inp.weight"].data, mlp.gate.weight.numpy())
+        stated = config_in(read_header(tmp_path / f"{name}.gguf"))
+        assert stated.get("num_experts_per_tok", 2) == 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {"llama3", "qwen2"}))
 def test_llama_cpp_decodes_the_same_tokens_of_every_architecture(name: str, tmp_path: Path) -> None:
     """Of random weights, in float32; the wheel is no dependency: `pip install xllamacpp`."""
     llama = pytest.importorskip("xllamacpp")
     model = made(name)
+    size = 0.1 if name == "gpt_neox" else 0.3  # whose layers add up float16 steps of llama.cpp
     with torch.no_grad():
         for parameter in model.parameters():  # else the same token comes again and again
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+            parameter.add_(size * torch.randn(parameter.shape))
     tokenizer = byte_pairs()
     write_gguf(model, tokenizer, tmp_path / "x.gguf", name="mine")
     ids = torch.tensor([[66, 70, 75, 90, 101, 120, 84]])  # more than a window
@@ -235,6 +265,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused() -> None:
         (Gemma3TextConfig(**GEMMA, attn_logit_softcapping=50.0), "other caps of logits"),
         (Gemma3TextConfig(**GEMMA, hidden_activation="silu"), "another activation"),
         (Gemma3TextConfig(**GEMMA, rope_parameters=LOCAL), "another rope_theta of windows"),
+        (MixtralConfig(**SIZES, sliding_window=8), "sliding window"),
+        (Qwen2MoeConfig(**EXPERTS, mlp_only_layers=[0]), "layers without experts"),
+        (Qwen3MoeConfig(**EXPERTS, norm_topk_prob=False), "norm_topk_prob the other way"),
+        (GPTNeoXConfig(**NEOX, attention_bias=False), "attention without biases"),
+        (GPTNeoXConfig(**NEOX, hidden_act="relu"), "activation relu"),
     ):
         with pytest.raises(UserError, match=why):
             require_known(config)

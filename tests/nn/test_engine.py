@@ -33,8 +33,10 @@ from effbench.nn.decode import native, native_step, prompts
 from effbench.nn.decode.cuda_graph import StaticStep
 from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import fused
+from effbench.nn.decode.policy import EVERYTHING
 from effbench.nn.decode.session import CachedSession, greedy
 from effbench.nn.decode.sessions import session_for
+from effbench.nn.decode.staged import WholeSession
 from effbench.nn.decode.static import StaticSession
 from effbench.nn.llama.stack import at_layers
 from effbench.nn.llama.surgery import replace_linears
@@ -138,6 +140,18 @@ def test_what_was_reserved_is_used(way: str) -> None:
     keys = reserved.layers[0].keys
     assert decoded(reserved, ids, 8).equal(decoded(grown, ids, 8))
     assert reserved.layers[0].keys is keys
+
+
+@pytest.mark.parametrize(
+    "session", [CachedSession, StaticSession, lambda model: WholeSession(model, EVERYTHING)]
+)
+def test_the_head_reads_rows_that_lie_together(session: Any) -> None:
+    model, seen = random_model(FAMILIES["llama"]), list[torch.Tensor]()
+    model.lm_head.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    session(model).prefill(torch.ones(3, 40, dtype=torch.long))
+    [rows] = seen
+    assert rows.shape == (3, 1, rows.shape[-1]) and rows.is_contiguous()
+    assert not model.lm_head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -66,6 +66,26 @@ def test_texts_are_those_of_the_run_folder(results: Path) -> None:
     assert len(said) == 3 + 2 * 3, "three items, two lines each"
 
 
+def test_answers_that_were_picked_are_those_of_the_metric(tmp_path: Path) -> None:
+    for number, values in enumerate(((FIRST, SECOND), (SECOND, FIRST))):
+        pairs = zip(("acc", "acc_norm"), values, strict=True)
+        kept = [Outcomes("choices", name, "", "test", "aa", own) for name, own in pairs]
+        write(replace(run("none", {"": 0.0}, number=number), outcomes=kept), tmp_path / "records")
+    folder = tmp_path / "runs" / "0001".ljust(16, "0") / "evaluations"
+    folder.mkdir(parents=True)
+    long = "An example that stands before. " * 9
+    rows = [
+        {"id": f"q{i}", "prompt": f"{long}{i} is", "text": "odd", "text_norm": "even"}
+        for i in range(6)
+    ]
+    (folder / "choices.test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    said = flips_of(["0000", "0001"], tmp_path, 1).splitlines()
+    assert [line for line in said if "0001: " in line] == ["    0001: odd"] * 2 + [
+        "    0001: even"
+    ] * 2
+    assert "before. 0 is" in said[2] and said[2].startswith("  item 1, q0: …")
+
+
 @pytest.mark.parametrize(
     ("runs", "said"),
     [

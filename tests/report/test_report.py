@@ -34,7 +34,7 @@ from effbench.report.table import (
     run_row,
     tasks_table,
 )
-from effbench.report.terminal import print_table
+from effbench.report.terminal import print_comparison, print_table
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
 from effbench.results.sweeps import OUTCOME, declare_tuning, tunings
 from effbench.stats import mean_interval
@@ -717,6 +717,23 @@ def test_a_difference_is_the_same_without_the_tests_that_cover_less() -> None:
     whole, short = (compare(runs, alone=alone).metrics[0].rows[1] for alone in (True, False))
     assert whole.items and whole.over_seeds and whole.covers == "seeds and items"
     assert short == replace(whole, items=None, over_seeds=None)
+
+
+def test_arms_that_differ_at_the_end_of_their_names_are_told_apart_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    names = [f"{'q_proj,k_proj,v_proj,o_proj,gate_proj,' * 3}{end}" for end in ("one", "two")]
+    made = ({"targets": name.split(",")} for name in names)
+    arms = [run("lora", {"": 2.0 + n}, number=n, settings=m) for n, m in enumerate(made)]
+    found = compare(arms, alone=True)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_comparison(found, full=True)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    ends = [re.sub(r"\s", "", out).count(end) for end in ("one]", "two]")]
+    assert min(ends) > 5
 
 
 def test_a_table_that_would_lose_letters_stands_in_several(

@@ -15,7 +15,7 @@ from effbench.data.dataset import known_rows
 from effbench.models.load import known_shape
 from effbench.resources import predict as plan
 from effbench.resources.parallel import held_by_one
-from effbench.resources.peaks import KERNEL_BYTES, Peaks
+from effbench.resources.peaks import HOLES, KERNEL_BYTES, MAPPED, Peaks
 from effbench.resources.predict import Prediction, Workload, at_most, predict
 from effbench.resources.usage import PhaseUsage, format_bytes
 
@@ -354,3 +354,20 @@ def test_several_devices_need_less_of_each() -> None:
     assert parts.phases[1].peak < copies.phases[1].peak
     assert at_most(spec, 4).train[0].rows == 2
     assert one.flops == parts.flops and one.seconds == pytest.approx(4 * (parts.seconds or 0))
+
+
+def test_blocks_of_attention_stay_beside_inner_ones_that_lie_in_mappings_of_their_own() -> None:
+    smol = model_named("smollm2-135m").shape
+    assert smol is not None
+    shape, cost = ModelShape.of(smol), cost_of(ModelShape.of(smol), "float32")
+
+    def allocator(tokens: int, exact: bool = False) -> float:
+        one = Pass("prefill", 7, tokens, 7)
+        return Peaks(shape, 4, exact=exact).inference(cost, one)["allocator"]
+
+    inner, at_once = 4 * 1536 * 7, 4 * (4 * 576 + 3 * 1536) * 7  # bytes per position of 7 rows
+    short, long = MAPPED // inner, MAPPED // inner + 1
+    assert allocator(short) == pytest.approx(HOLES * at_once * short)
+    left = 4 * (4 * 9 * 64 + 2 * 3 * 64 - 576) * 7 * long
+    assert allocator(long) == pytest.approx(left + HOLES * (left + at_once * long))
+    assert allocator(long, exact=True) == 0

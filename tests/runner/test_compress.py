@@ -15,6 +15,7 @@ from effbench.nn.quant.linears import NF4Linear, PackedLinear
 from effbench.results.events import EventLog, read_events
 from effbench.results.records import Record
 from effbench.runner import evaluation
+from effbench.runner.stages import compress
 from effbench.util.errors import StoppedError, UserError
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
@@ -55,7 +56,7 @@ def metric(record: Record, name: str, point: str = "") -> float:
 
 def test_finished_parts_are_not_made_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["method=rtn", *DATA, *HARDWARE]
-    made: list[int] = []
+    made, freed = list[int](), list[int]()
     quantise, append = PackedLinear.quantise.__func__, EventLog.append  # type: ignore[attr-defined]
 
     def counted(cls: type, *rest: Any) -> PackedLinear:
@@ -69,13 +70,15 @@ def test_finished_parts_are_not_made_again(bench: Bench, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(PackedLinear, "quantise", classmethod(counted))
     monkeypatch.setattr(EventLog, "append", stopped)
+    monkeypatch.setattr(compress, "give_back", lambda: freed.append(len(made)))
     for parts in (5, 17):
         with pytest.raises(StoppedError, match="part model"):
             bench.run("compress", *words)
         folder = bench.folder(bench.job("compress", *words))
         assert len(list((folder.path / "parts").iterdir())) == parts
     record = bench.run("compress", *words)
-    assert len(made) == 28
+    assert len(made) == 28 and freed[-1] == 28
+    assert len(freed) == 5 + 17 + 28, "the dense weight of each part is given back"
     assert len(list(read_events(folder.path / "events.jsonl", "part"))) == 28
     assert not (folder.path / "parts").exists()
     assert metric(record, "trainable_params") == 0

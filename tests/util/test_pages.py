@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ def test_what_is_read_again_lies_on_huge_pages_and_keeps_its_content() -> None:
         pytest.skip("this kernel makes no huge pages")
     assert made <= 5
     assert huge_bytes() >= min(size + pages.HUGE, made * pages.HUGE)
+
+
+def test_a_page_is_made_where_it_is_filled_and_not_where_little_of_it_is_used() -> None:
+    class Piece(NamedTuple):
+        begin: int
+        nbytes: int
+
+        def data_ptr(self) -> int:
+            return self.begin
+
+    quarter = pages.HUGE // 4
+    scattered = [Piece(n * pages.HUGE, quarter) for n in range(5)]
+    assert pages._filled(scattered) == []
+    beside = [Piece(quarter * n, quarter) for n in (8, 9, 10, 12, 13)]
+    assert pages._filled([*beside, beside[0], *beside[3:]]) == [2 * pages.HUGE]
 
 
 def test_what_would_take_long_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from effbench.util.wrap import write
+from effbench.util.wrap import joined, write
 
 TEXT = "in 884 a prompt loses its start, results/runs/1222a4c26df0a437\nevaluate again"
 
@@ -57,3 +57,12 @@ def test_what_goes_on_stands_below_what_it_belongs_to(monkeypatch: pytest.Monkey
         "rtn   rounds to the",
         "      nearest",
     ]
+
+
+def test_a_paragraph_is_a_line_and_what_is_set_apart_stays() -> None:
+    text = (
+        "A title.\n\nSome words\nthat go on.\n\n    y = W x\n    z = y\n\nEnd\nof it:\n- one\n- two"
+    )
+    assert joined(text) == (
+        "A title.\n\nSome words that go on.\n\n    y = W x\n    z = y\n\nEnd of it:\n- one\n- two"
+    )

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from effbench.api.session import Session
 from effbench.nn.decode.cache import held_bytes
+from effbench.nn.llama.head import rows_together
 
 
 class CachedSession:
@@ -36,14 +37,15 @@ class CachedSession:
         positions = None
         if self.mask is not None:
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        output: torch.Tensor = self.model(
-            input_ids=input_ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        with rows_together(self.model):
+            output: torch.Tensor = self.model(
+                input_ids=input_ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         return output[:, -1]
 
     def reorder(self, rows: torch.Tensor) -> None:

@@ -402,7 +402,7 @@ class WholeSession(StagedSession):
         hidden = self.staged.run(0)
         if own := self.staged.between:
             return own.logits(hidden[:, -1], norm, head)
-        logits: torch.Tensor = head(norm(hidden)[:, -1:])
+        logits: torch.Tensor = head(norm(hidden[:, -1:]))
         return logits[:, -1]
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ from effbench.nn.decode.native_step import NativeStep
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.step import Runs, StandIn
+from effbench.nn.llama.head import rows_together
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
@@ -235,14 +236,15 @@ class StaticSession:
         cache = Cache(layers=list(self.layers))
         if tail_of(self.model):
             return last_logits(self.model, input_ids, attention_mask, positions, cache)
-        logits: torch.Tensor = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        with rows_together(self.model):
+            logits: torch.Tensor = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         return logits[:, -1]
 
     def _place(self, starts: torch.Tensor) -> None:

@@ -86,7 +86,7 @@ class TemporalSession(CachedSession):
             if droppable and (self.policy[0] == "previous" or not dropping):
                 last = anchors_of(before[:, -1:], hidden[:, -1:], self.policy[0])
                 self.anchors[index] = last.clone()  # not a view of the whole prompt
-        logits: torch.Tensor = self.head(self.decoder.norm(hidden)[:, -1:])
+        logits: torch.Tensor = self.head(self.decoder.norm(hidden[:, -1:]))
         return logits[:, -1]
 
     def _mask_of(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:

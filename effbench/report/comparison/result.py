@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from effbench.results.records import strict
 
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
+    from rich.console import RenderableType
+    from rich.table import Table as RichTable
 
 USUAL = (
     "peak_bytes",
@@ -62,12 +64,23 @@ class Comparison:
             found += [self._budget_table(), self._settings_table(full)]
         return found
 
-    def rich(self, full: bool = False) -> RichGroup:
-        """Return the comparison for a terminal; see `tables`."""
+    def rich(
+        self,
+        full: bool = False,
+        drawn: Callable[[Table], Sequence[RichTable]] = lambda table: [table.rich()],
+    ) -> RichGroup:
+        """Return the comparison for a terminal.
+
+        Args:
+            full: As for `tables`.
+            drawn: Makes the drawings of a table.
+        """
         from rich.console import Group as RichGroup
         from rich.text import Text
 
-        tables = [part for table in self.tables(full) for part in (table.rich(), Text())]
+        tables: list[RenderableType] = []
+        for table in self.tables(full):
+            tables += [*drawn(table), Text()]
         notes = [Text(f"Note: {note}") for note in self.notes]
         head = [Text("In words", style="italic")] if self.words else []
         return RichGroup(*tables, *notes, *head, *(Text(line) for line in self.words))

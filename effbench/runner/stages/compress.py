@@ -13,6 +13,7 @@ from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors, save_tensors
+from effbench.resources.memory import give_back
 from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -103,6 +104,8 @@ def _parts(
             if part.name not in known:
                 run.events.append("part", name=part.name)
             part.put(tensors)
+            del tensors
+            give_back()
             run.progress.bar("part", done, total, part.name)
             if stop.requested:
                 raise StoppedError(f"part {part.name}")
