@@ -82,14 +82,16 @@ def counted(work: Callable[[], object]) -> int:
     return alive.peak
 
 
-def planned(method: Method, kind: Kind, counted_tokens: int) -> float:
+def planned(
+    method: Method, kind: Kind, counted_tokens: int, rows: int = ROWS, tokens: int = TOKENS
+) -> float:
     """Return the predicted bytes of tensors beside the weights."""
     [point], shape = method.points(), ModelShape.of(WIDE)
     cost = inference_cost([method], WIDE, "float32", point)
     caching = Caching.of(method.shape(shape, point, "use", None), method.decoder(point))
     every = not method.forward(point).shares_prefixes
     found = Peaks(shape, 4, exact=True).inference(
-        cost, Pass(kind, ROWS, TOKENS, counted_tokens), every=every, caching=[caching]
+        cost, Pass(kind, rows, tokens, counted_tokens), every=every, caching=[caching]
     )
     return sum(size for name, size in found.items() if name != "weights") - WORKSPACE
 
@@ -112,6 +114,16 @@ def test_peaks_under_a_policy_are_those_of_its_tensors(name: str) -> None:
         (read, planned(method, "prefill", ROWS)),
     ):
         assert (weights + expected) / (weights + found) == pytest.approx(1, abs=BOUND)
+
+
+def test_what_each_query_of_a_long_prompt_sees_is_in_the_peak() -> None:
+    """Codes and tokens as they came; within a tenth of the tensors beside the weights."""
+    method, ids = make_method(Plugin("kv_quant", {})).resolve(WIDE), torch.zeros(1, 2000).long()
+    session = method.session(random_model(WIDE, 0, "cpu", torch.float32), method.points()[0])
+    prefill: Any = type(session).prefill
+    # Inference mode would hide what attention makes of a mask.
+    read = counted(lambda: prefill.__wrapped__(session, ids))
+    assert planned(method, "prefill", 1, 1, 2000) / read == pytest.approx(1, abs=BOUND)
 
 
 @pytest.mark.parametrize(

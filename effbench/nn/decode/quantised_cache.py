@@ -38,10 +38,14 @@ class QuantisedCache(CachePolicy):
     def scratch(self, mixer: Mixer, rows: int, tokens: int, queries: int, element: int) -> float:
         """Return the bytes of keys and values expanded, and joined with those that are not coded.
 
-        Where queries see other columns each, the keys and values of all query heads come on top.
+        Where queries see other columns each, the keys and values of all query heads come on top,
+        and which of the codes and of the tokens as they came each query sees: as booleans and
+        as numbers that are added to scores; the same for all rows that are not padded.
         """
-        each = mixer.heads / mixer.kv_heads if queries > 1 else 0
-        return (4 + 2 * each) * states(mixer, rows, tokens, element)
+        if queries == 1:
+            return 4 * states(mixer, rows, tokens, element)
+        each, seen = mixer.heads / mixer.kv_heads, 2 * queries * tokens
+        return (4 + 2 * each) * states(mixer, rows, tokens, element) + seen * (1 + element)
 
     def require_bytes(self, width: int) -> None:
         """Refuse groups that fill no whole bytes.
