@@ -188,6 +188,13 @@ def _made(stage: str, words: Sequence[str], like: str, fresh: bool, config_dir: 
     from effbench.config.compose import compose
     from effbench.runner.local import execute
 
+    for word in words:
+        if not isinstance(word, str):
+            raise UserError(
+                f"{word!r} is no word.",
+                'Give each as a text of its own: ("model=tiny", "seed=1"), or (*words) for a list.',
+            )
+
     job = compose(stage, words, [Path(config_dir)] if config_dir else (), like)
     return Run(execute(job, fresh), Path(job.runtime.results))
 
@@ -197,10 +204,18 @@ def runs(results: str | Path = "") -> Runs:
 
     Args:
         results: Folder of runs and records; empty for that of the commands.
+
+    Raises:
+        UserError: For a word of a command, which is no folder.
     """
     from effbench.results.records import read_all
 
     folder = _folder(results)
+    if "=" in folder.name and not folder.is_dir():
+        raise UserError(
+            f"There is no folder {folder}.",
+            "Runs are chosen from the list: [run for run in effbench.runs() if ...].",
+        )
     records = read_all(folder / "records", outcomes=False)
     latest = sorted(records, key=lambda record: record.ended, reverse=True)
     return Runs(tuple(Run(record, folder) for record in latest))
@@ -220,14 +235,21 @@ def compare(
         UserError: When one is not there, or they have nothing to compare.
     """
     from effbench.report.comparison.compare import compare as compare_records
+    from effbench.report.comparison.compare import margins_of
     from effbench.report.facts import told_of
     from effbench.results.lookup import find
 
+    if not runs or not all(isinstance(run, Run | str) for run in runs):
+        raise UserError(
+            "What is compared are runs, keys, prefixes or latest, each given by itself.",
+            'For example: effbench.compare(base, "latest"), or (*runs) for a list.',
+        )
     given = next((run.results for run in runs if isinstance(run, Run)), results)
     store = Store(_folder(results or given))
     records = [run.record if isinstance(run, Run) else find(store.records, run) for run in runs]
     known = told_of(records, store)
-    return Compared(compare_records(records, known, margins or {}))
+    given_margins = margins_of([f"{name}={value}" for name, value in (margins or {}).items()])
+    return Compared(compare_records(records, known, given_margins))
 
 
 def _folder(results: str | Path) -> Path:

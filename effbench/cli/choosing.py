@@ -62,8 +62,9 @@ def show(
     name: Annotated[str, typer.Argument(help="Its name.")],
     overrides: Overrides = None,
     rows: Annotated[
-        int, typer.Option(min=0, help="Of a dataset: so many training rows as a model sees them.")
+        int, typer.Option(min=0, help="Of a dataset: so many rows as a model sees them.")
     ] = 0,
+    split: Annotated[str, typer.Option(help="With --rows: of which split; else train.")] = "",
     config_dir: ConfigDirs = None,
 ) -> None:
     """Explain one method, model, dataset, evaluator or grid: source, settings, operating points.
@@ -81,23 +82,23 @@ def show(
     from effbench.cli.show import describe
 
     words, extra = list(overrides or []), list(config_dir or [])
-    if not rows and not words:
+    if not rows and not words and not split:
         write(describe(kind, name, extra), sys.stdout)
         return
     if kind != "dataset" or not rows:
         raise UserError(
-            "Settings and --rows show rows of a dataset.",
+            "Settings, --rows and --split show rows of a dataset.",
             "Leave them out, or say: effbench show dataset NAME KEY=VALUE --rows 3",
         )
-    _show_rows([f"dataset={name}", "evaluator=[]", *words], extra, rows)
+    _show_rows([f"dataset={name}", "evaluator=[]", *words], extra, rows, split)
 
 
-def _show_rows(words: list[str], extra: list[Path], count: int) -> None:
+def _show_rows(words: list[str], extra: list[Path], count: int, split: str) -> None:
     from effbench.cli.rows import rows
     from effbench.config.compose import compose
 
     job = compose("eval", words, extra)
     for note in job.notes:
         write(note)
-    for row in rows(job.spec, count, sys.stdout.isatty(), columns()):
+    for row in rows(job.spec, count, sys.stdout.isatty(), columns(), split):
         typer.echo(row)

@@ -24,21 +24,23 @@ BRACKETS = ("[", "]")
 Marks = tuple[str, str]
 
 
-def rows(spec: Spec, count: int, colour: bool, width: int) -> Iterator[str]:
-    """Yield the first training rows as text; of a dataset without any, those of its first split.
+def rows(spec: Spec, count: int, colour: bool, width: int, split: str = "") -> Iterator[str]:
+    """Yield the first rows of a split as text.
 
     Args:
         spec: Whose dataset, and whose model's tokenizer.
         count: How many.
         colour: Whether what counts is coloured, and not in brackets.
         width: Of a line, in characters.
+        split: Its name; empty for the training rows, else for the first split that has rows.
 
     Raises:
         UserError: When the rows or the tokenizer cannot be had.
     """
     data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model))
-    filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
-    split = "train" if "train" in filled else filled[0]
+    if not split:
+        filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
+        split = "train" if "train" in filled else filled[0]
     kind, texts = find(spec.dataset.kind), data.rows(split)
     chosen = texts if kind.packs else texts[:count]
     examples = kind.examples(chosen, spec.dataset, data.tokenizer)[:count]

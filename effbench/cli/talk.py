@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from effbench.util.wrap import write
 
 if TYPE_CHECKING:
     from effbench.runner.try_out import Speaker
+
+
+COMMANDS = "/clear begins anew, /quit or Ctrl-D ends."
+COMMAND = re.compile(r"/[a-z]*")
+"""A line that looks like a command, and like no path or text."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,14 @@ def talk(words: Sequence[str], extra: Sequence[Path], wish: Wish) -> None:
     with _speaker(words, extra, wish) as speaker:
         if not speaker.chats:
             write("This model has no chat template: it goes on from the plain text.")
-        write("/clear begins anew, /quit or Ctrl-D ends.")
+        write(COMMANDS)
         turns: list[tuple[str, str]] = []
         for line in _lines():
             if line == "/clear":
                 turns.clear()
+                continue
+            if COMMAND.fullmatch(line):
+                write(f"There is no {line}. {COMMANDS}")
                 continue
             turns.append(("user", line))
             try:
@@ -85,11 +94,13 @@ def _lines() -> Iterator[str]:
 @contextmanager
 def _speaker(words: Sequence[str], extra: Sequence[Path], wish: Wish) -> Iterator[Speaker]:
     from effbench.config.compose import compose
+    from effbench.runner.worker import quiet_libraries
 
     progress = Progress(sys.stderr.isatty())
     job = compose("eval", [*words, "evaluator=[]"], extra)
     job = replace(job, runtime=replace(job.runtime, progress=False))
     with TemporaryDirectory() as scratch:
+        quiet_libraries()
         with progress.during(f"loading {job.spec.parent or job.spec.model.called}"):
             from effbench.runner.try_out import Speaker
 

@@ -92,6 +92,11 @@ def tuning_in(
             "There is nothing to tune: no word has several values.",
             "For example: effbench tune method=lora train.learning_rate=3e-4,1e-3,3e-3",
         )
+    if drawn := [name for name in over if name.rpartition(".")[2] == "seed"]:
+        raise UserError(
+            f"{drawn[0]} is nothing to tune: the luckiest draw would be chosen.",
+            f"Leave one value; several are run by: effbench train -m {drawn[0]}=0,1,2",
+        )
     return Tuning(over, metric, at, extend), [w for w in words if w.partition("=")[0] not in over]
 
 

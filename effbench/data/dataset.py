@@ -152,10 +152,19 @@ class Data:
         texts = self.texts[split]
         if not texts:
             raise UserError(
-                f"Split {split!r} of dataset {self.spec.called!r} has no rows.",
+                f"Split {split!r} of dataset {self.spec.called!r} has no rows{self._left_out()}.",
                 "Give it more rows, or a larger share: dataset.cut." + split,
             )
         return texts
+
+    def _left_out(self) -> str:
+        """Return what was read of sources that lost rows, in words."""
+        lost = [
+            f"{name}: {reading.line()}"
+            for name, reading in self.readings.items()
+            if reading.empty or reading.missing or reading.repeated or reading.unmixed
+        ]
+        return f" ({'; '.join(lost)})" if lost else ""
 
     def account(self, split: str, whole: bool) -> Account:
         """Return what a split's rows are as tokens, and what was cut.

@@ -63,10 +63,13 @@ def recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _by_templates(values: Mapping[str, Any]) -> str:
-    """Return the kind whose templates are given; empty where none is."""
+    """Return the kind whose templates or columns are given; empty where none is."""
     given = {name for name in TEMPLATES if values.get(name, DEFAULTS[name]) != DEFAULTS[name]}
     kinds = {"choices": "choices", "choices_field": "choices", "text": "text"}
     found = [kind for name, kind in kinds.items() if name in given]
+    if not given - {"prompt"}:
+        columns = {"messages": "chat", "chosen": "preference", "rejected": "preference"}
+        found = [kind for name, kind in columns.items() if name in values.get("columns", {})]
     return found[0] if found else "pairs" if given else ""
 
 

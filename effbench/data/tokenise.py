@@ -17,6 +17,7 @@ from effbench.data.render import Text
 from effbench.data.tokens import Encoder, prefix_token, tokenizer_hash
 from effbench.nn.model_kinds.base import CAUSAL
 from effbench.nn.model_kinds.base import find as find_kind
+from effbench.util.errors import UserError
 from effbench.util.files import sweep_stale, write_atomic
 from effbench.util.seals import sealed, unsealed
 
@@ -53,8 +54,9 @@ def tokenise(
     with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged file is made again
         return [_example(e) for e in json.loads(unsealed(path.read_text(), path.name))]
     examples = (kind.documents if whole else kind.examples)(texts, spec, tokenizer)
-    sweep_stale(path.parent)
-    write_atomic(path, sealed(json.dumps([plain(e) for e in examples]), path.name))
+    with suppress(OSError, UserError):  # where nothing can be kept they are made again
+        sweep_stale(path.parent)
+        write_atomic(path, sealed(json.dumps([plain(e) for e in examples]), path.name))
     return examples
 
 

@@ -241,9 +241,16 @@ def require_rows(tokenizer: Any, shape: AnyShape, name: str) -> None:
     if beyond:
         first = min(beyond)
         raise UserError(
-            f"The tokenizer of {name} has {len(beyond)} tokens for which its embedding of "
-            f"{shape.vocab_size} rows has none; the first is {beyond[first]!r}, {first}.",
-            "It is of another model, or tokens were added and the embedding was not resized.",
+            f"The tokenizer of {name} has {len(beyond)} token{'s' * (len(beyond) > 1)} for which "
+            f"its embedding of {shape.vocab_size} rows has none; the first is "
+            f"{beyond[first]!r}, {first}.",
+            "It is of another model, or tokens were added and the embedding was not resized"
+            + (
+                f"; {type(tokenizer).__name__} of transformers adds an unk_token where "
+                "tokenizer_config.json names none: name one that the tokenizer has."
+                if [*beyond.values()] == [tokenizer.unk_token]
+                else "."
+            ),
         )
 
 

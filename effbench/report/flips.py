@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -162,8 +163,9 @@ def _how(found: Flips, arm: Arm) -> str:
     record = arm.records[0]
     data = record.spec.get("dataset") or {}
     files = (data.get("files") or {}).items()
-    words = " ".join([data.get("name", ""), *(f"dataset.files.{s}={file}" for s, file in files)])
+    words = [data.get("name", ""), *(f"dataset.files.{s}={file}" for s, file in files)]
+    shown = shlex.join(["effbench", "show", "dataset", *words, "--split", found.place.split])
     return (
         f"No texts were kept; items are rows of {record.name_of('dataset')}, in order: "
-        f"effbench show dataset {words} --rows 3"
+        f"{shown} --rows 3"
     )

@@ -77,3 +77,17 @@ def test_mistakes_are_told_as_on_the_command_line() -> None:
         effbench.train("model=tniy")
     assert "'tiny'" in str(caught.value)
     assert Run
+
+
+def test_what_is_no_word_or_run_is_named(results: Path) -> None:
+    asked: Any = effbench
+    with pytest.raises(UserError, match=r"^\['model=tiny'\] is no word"):
+        asked.train(["model=tiny"])
+    for given in ((), (None, "latest"), (["latest"],)):
+        with pytest.raises(UserError, match="What is compared are runs"):
+            asked.compare(*given, results=results)
+    for margin in ("x", -1, 0, float("nan")):
+        with pytest.raises(UserError, match="no number above zero"):
+            asked.compare(*effbench.runs(results)[:2], margins={"loss": margin})
+    with pytest.raises(UserError, match="There is no folder method=lora"):
+        effbench.runs("method=lora")

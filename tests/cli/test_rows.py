@@ -104,7 +104,23 @@ def test_colours_close_at_each_line_and_hide_no_token(width: int) -> None:
     ]
 
 
-@pytest.mark.parametrize("words", [["method", "lora", "--rows", "1"], ["dataset", "file", "a=1"]])
+def test_rows_are_those_of_the_split_that_is_named(cli: Any) -> None:
+    words = ["show", "dataset", "arithmetic", "model=tiny", "--rows", "1"]
+    status, out, _ = cli(*words, "--split", "test")
+    assert status == 0 and out.startswith("row 1 of test, ")
+    assert cli(*words)[1].startswith("row 1 of train, ")
+    status, _, said = cli(*words, "--split", "tset")
+    assert status == 2 and "no split 'tset'" in said and "'test'" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method", "lora", "--rows", "1"],
+        ["dataset", "file", "a=1"],
+        ["dataset", "arithmetic", "--split", "test"],
+    ],
+)
 def test_only_datasets_have_rows(cli: Any, words: list[str]) -> None:
     status, _, said = cli("show", *words)
     assert status == 2

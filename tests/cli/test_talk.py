@@ -32,13 +32,14 @@ def test_it_goes_on_from_a_prompt_and_says_how_fast(cli: Cli, said: list[str]) -
 def test_a_chat_remembers_and_begins_anew(
     cli: Cli, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = "ab\ncd\n/clear\n\nef\n/quit\nnever\n"
+    typed = "ab\ncd\n/clear\n/help\n\nef\n/quit\nnever\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     lines = iter(typed.splitlines())
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     status, _, _ = cli("chat", *TINY, "--max-new-tokens", "2")
     assert status == 0 and "no chat template" in said[0]
     prompts = [line.partition("prompt of ")[2].partition(",")[0] for line in said if "[" in line]
+    assert "There is no /help. /clear begins anew, /quit or Ctrl-D ends." in said
     assert prompts[0] == prompts[2] == "2" and int(prompts[1]) > 5
 
 

@@ -129,7 +129,10 @@ def test_the_generator_is_the_same_every_time() -> None:
 def test_a_split_without_rows_or_name_is_refused(tmp_path: Path, tokenizer) -> None:
     data = Data(pairs(tmp_path, rows(1)), tokenizer)
     empty = next(n for n in CUT if not data.texts[n])
-    with pytest.raises(UserError, match=f"Split '{empty}' of dataset 'mine' has no rows"):
+    with pytest.raises(UserError, match=f"Split '{empty}' of dataset 'mine' has no rows\\."):
+        data.examples(empty)
+    data.readings["all"].read, data.readings["all"].repeated = 5, 4
+    with pytest.raises(UserError, match=r"no rows \(all: 5 rows read, .*: 4 repeated\)\."):
         data.examples(empty)
     with pytest.raises(UserError, match="no split 'tset'") as caught:
         data.examples("tset")

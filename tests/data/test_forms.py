@@ -171,6 +171,9 @@ def test_templates_say_the_kind_and_a_given_kind_stays(tmp_path: Path) -> None:
         ({"text": "{text}!"}, "text"),
         ({"choices": ["{text}"]}, "choices"),
         ({"kind": "text"}, "text"),
+        ({"columns": {"messages": "a.b"}}, "chat"),
+        ({"columns": {"chosen": "text"}, "prompt": "{text}"}, "preference"),
+        ({"columns": {"chosen": "text"}, "answer": "{text}"}, "pairs"),
     ):
         assert spec_of(path, row, **words)[0].kind == kind
     asked = ["model=tiny", "dataset=file", f"dataset.files.train={path}"]

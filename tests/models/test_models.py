@@ -205,8 +205,16 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved: Path) -> None:
     loaded = on_cpu(folder_spec(saved))
     models.require_rows(loaded.tokenizer, loaded.shape, "mine")
     loaded.tokenizer.add_tokens([f"<{i}>" for i in range(600)])
-    with pytest.raises(UserError, match=r"embedding of \d+ rows has none; the first is '<"):
+    with pytest.raises(
+        UserError, match=r"embedding of \d+ rows has none; the first is '<"
+    ) as caught:
         models.require_rows(loaded.tokenizer, loaded.shape, "mine")
+    assert caught.value.hint.endswith("the embedding was not resized.")
+    size = loaded.shape.vocab_size
+    made = SimpleNamespace(get_vocab=lambda: {"a": 1, "<unk>": size}, unk_token="<unk>")
+    with pytest.raises(UserError, match="has 1 token for which") as caught:
+        models.require_rows(made, loaded.shape, "mine")
+    assert "names none: name one that the tokenizer has" in caught.value.hint
 
 
 def test_what_transformers_says_is_passed_on(saved: Path) -> None:

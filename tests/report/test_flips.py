@@ -107,3 +107,14 @@ def test_items_of_a_task_are_no_rows_of_the_dataset(tmp_path: Path) -> None:
         write(made, tmp_path / "records")
     told = flips_of(["0000", "0001"], tmp_path, 1).splitlines()[-1]
     assert told == "No texts were kept; items are the rows of the task piqa, in order."
+
+
+def test_rows_of_a_dataset_are_those_of_the_split_of_the_items(tmp_path: Path) -> None:
+    for number, values in enumerate((FIRST, SECOND)):
+        kept = Outcomes("choices", "acc", "", "validation", "aa", values)
+        made = replace(run("none", {"": 0.0}, number=number), outcomes=[kept])
+        data = {"name": "file", "files": {"all": "my rows.jsonl"}}
+        write(replace(made, spec={**made.spec, "dataset": data}), tmp_path / "records")
+    told = flips_of(["0000", "0001"], tmp_path, 1).splitlines()[-1]
+    words = "dataset file 'dataset.files.all=my rows.jsonl' --split validation --rows 3"
+    assert told.endswith(f"effbench show {words}")

@@ -130,6 +130,12 @@ def test_every_evaluator_of_a_trial_reads_the_rows_that_it_is_chosen_by() -> Non
     assert judged(found, "validation", own) == ["evaluator.perplexity.split=validation"]
 
 
+def test_a_metric_that_trials_lack_is_answered_with_those_they_have() -> None:
+    with pytest.raises(UserError, match="no accuracy on validation") as caught:
+        Tuning({"a": [1.0, 2.0]}, "accuracy@validation").value(trial(1, 0.5))
+    assert caught.value.hint.startswith("It has on validation: loss.")
+
+
 def test_what_is_shown_of_a_trial_has_its_own_sign() -> None:
     tuning = Tuning(RATES, "accuracy@validation")
     record = replace(trial(1), metrics=[Metric("accuracy", -0.5, "", "", "validation", 10)])
@@ -216,6 +222,7 @@ def test_words_with_several_values_are_the_grid() -> None:
         (["dataset.prompt={q}", "train.learning_rate=1e-3,2e-3"], "is not an override"),
         (["train.learning_rate=1e-3,1e-3"], "no grid"),
         (["train.learning_rate=1e-3,2e-3", "sweep.metric=loss@test"], "reported"),
+        (["train.learning_rate=1e-3,2e-3", "seed=0,1"], "^seed is nothing to tune"),
     ],
 )
 def test_words_that_are_no_tuning_are_refused(words: list[str], said: str) -> None:

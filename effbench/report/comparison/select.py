@@ -79,9 +79,15 @@ def value_of(record: Record, criterion: Criterion) -> float:
         m.point: m.value for m in record.metrics if (m.name, m.split, m.task) == (*criterion, "")
     }
     if not values:
+        there = sorted(
+            {m.name for m in record.metrics if m.split == criterion.split and not m.task}
+        )
         raise UserError(
             f"Run {record.key} has no {criterion}.",
-            f"Evaluate on it: evaluator.NAME.split={criterion.split}",
+            f"It has on {criterion.split}: {', '.join(there)}. Choose by one of them, or name an "
+            f"evaluator that measures {criterion.metric}."
+            if there
+            else f"Evaluate on it: evaluator.NAME.split={criterion.split}",
         )
     return values[_best(values, criterion)]
 

@@ -87,7 +87,9 @@ def export(
     from effbench.nn.pruning import plain
     from effbench.runner.open import context, open_model
     from effbench.runner.run import open_run
+    from effbench.runner.worker import quiet_libraries
 
+    quiet_libraries()
     with TemporaryDirectory() as scratch:  # the run is finished, and nothing is added to it
         run = open_run(Job(spec, Runtime(results=str(results))), RunFolder(Path(scratch)), store)
         opened = open_model(run)
