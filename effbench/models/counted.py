@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from effbench.api.schema import digest
@@ -22,6 +23,7 @@ from effbench.util.cache import cache_dir
 from effbench.util.errors import UserError
 from effbench.util.files import write_atomic
 from effbench.util.seals import sealed, unsealed
+from effbench.util.wrap import write
 
 FORM = 4
 """Raised when a survey finds something else, or is written down in another way."""
@@ -46,13 +48,21 @@ def counted(config: Mapping[str, Any], where: str, kind: ModelKind | None = None
     path = cache_dir() / "shapes" / f"{digest([FORM, version('transformers'), values], 32)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, UserError):
         return decoded(json.loads(unsealed(path.read_text(), path.name)))
+    if path in _unkept:
+        return _unkept[path]
     try:
-        found = surveyed(values) if "torch" in sys.modules else _elsewhere(values)
+        found = surveyed(values) if "torch" in sys.modules else _elsewhere(values, where)
     except UserError as error:
         raise UserError(f"{where}: {error.message}", error.hint) from None
-    with contextlib.suppress(OSError, UserError):  # it is found again the next time
+    try:
         write_atomic(path, sealed(json.dumps(encoded(found)), path.name))
+    except (OSError, UserError):  # the next process finds it again
+        _unkept[path] = found
     return found
+
+
+_unkept: dict[Path, ModelShape] = {}
+"""What was found and could not be written down, by where it would stand."""
 
 
 def surveyed(config: Mapping[str, Any]) -> ModelShape:
@@ -63,8 +73,10 @@ def surveyed(config: Mapping[str, Any]) -> ModelShape:
     return survey(empty_model(values, values.pop(KIND, "")))
 
 
-def _elsewhere(config: Mapping[str, Any]) -> ModelShape:
-    """Return a shape surveyed in another process."""
+def _elsewhere(config: Mapping[str, Any], where: str) -> ModelShape:
+    """Return a shape surveyed in another process, which takes seconds."""
+    if sys.stderr.isatty():
+        write(f"Counting the parts of {where} …")
     command = [sys.executable, "-P", "-m", "effbench.models.survey"]
     text = json.dumps(config)
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)

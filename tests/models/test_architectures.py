@@ -191,6 +191,8 @@ def test_a_shape_that_was_damaged_is_counted_again(
     path.unlink()
     path.mkdir()
     assert counted(small, "it") == right, "and where it cannot be kept"
+    monkeypatch.delattr("effbench.models.counted.surveyed")
+    assert counted(small, "it") == right, "there once in a process"
 
 
 # -- what the documentation says ---------------------------------------------------------------
