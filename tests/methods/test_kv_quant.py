@@ -15,6 +15,7 @@ from effbench.api.shape import ModelShape
 from effbench.api.sharing import listed_map, shared_shape
 from effbench.methods.cache.kv_quant import KVQuant
 from effbench.methods.depth.lora_drop import LoRADrop
+from effbench.nn.decode import quantised
 from effbench.nn.decode.decoder import Decoder, Drafts
 from effbench.nn.decode.quantised import QuantisedLayer
 from effbench.nn.decode.quantised_cache import QuantisedCache
@@ -106,6 +107,30 @@ def test_decoding_is_one_pass(bits: int, kv_heads: int, attention: str) -> None:
         staged.read(chunk)
         parts.append(staged.logits(0, staged.run(0)))
     torch.testing.assert_close(torch.cat(parts, 1), one_pass, **close)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prompt_looks_in_parts_as_at_once(
+    padded: bool, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 5 queries, some of which see codes and some of which do not yet."""
+    model, ids = model_of(attention=attention), some_ids(2, 41)
+    mask, found, seen = torch.ones_like(ids), [], []
+    mask[1, : 6 * padded] = 0
+    whole = QuantisedLayer._seen
+    monkeypatch.setattr(
+        QuantisedLayer, "_seen", lambda self, *given: seen.append(given[:2]) or whole(self, *given)
+    )
+    for looking in (41, 5):
+        monkeypatch.setattr(quantised, "LOOKING", looking)
+        session = WholeSession(model, POLICY)
+        found.append(torch.stack([session.prefill(ids, mask), session.step(ids[:, :1])]))
+    near = EXACT if attention == "sdpa" else {"atol": 1e-6, "rtol": 1e-4}  # softmax in float32
+    torch.testing.assert_close(*found, **near)
+    parts = [(start, min(start + 5, 41)) for start in range(0, 41, 5)]
+    assert seen.count((0, 41)) == len(model.model.layers)
+    assert all(seen.count(part) == len(model.model.layers) for part in parts)
 
 
 def test_rows_that_end_early_are_read_as_alone() -> None:

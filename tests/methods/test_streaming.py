@@ -25,6 +25,7 @@ from effbench.methods.depth.points import Depth, Mixed
 from effbench.nn.decode.decoder import CopiedMaps, Decoder, Drafts, Drops, Exits
 from effbench.nn.decode.early_exit import confident
 from effbench.nn.decode.session import CachedSession, greedy
+from effbench.nn.decode.sinks import SinkLayer
 from effbench.nn.decode.staged import WholeSession, whole_logits
 from effbench.results.store import RunFolder
 from effbench.runner.open import open_data, open_model
@@ -305,3 +306,14 @@ def test_perplexity_is_the_loss_of_decoding_token_by_token(bench: Bench, tmp_pat
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     plain = bench.run("eval", "method=none", *words[3:], "evaluator=[perplexity]")
     assert {m.name: m.value for m in plain.metrics}["loss"] != found["loss"]
+
+
+@pytest.mark.parametrize("prompt", [5, 6, 7])
+def test_a_token_that_has_left_cannot_come_back(prompt: int) -> None:
+    """The token after six has the room of one that is gone."""
+    layer = SinkLayer(2, 4)
+    for width in (prompt, *[1] * (7 - prompt)):
+        layer.update(*torch.randn(2, 1, 1, width, 8))
+    assert layer.get_seq_length() == 6
+    with pytest.raises(ValueError, match="only the last 0 tokens"):
+        layer.crop(-1)

@@ -446,12 +446,15 @@ def test_packed_weights_are_decoded_without_being_expanded(
 
 SANITISED = """
 import sys
-sys.path.insert(0, "tests/nn")
+sys.path[:0] = ["tests/nn", "tests/methods"]
+import torch
+from effbench.util import cpp
+cpp.NATIVE = (*cpp.NATIVE, "-g", "-O1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
 from effbench.nn.decode import native
-native.OPTIONS = (*native.OPTIONS, "-g", "-O1", "-fno-sanitize-recover=all")
-native.OPTIONS = (*native.OPTIONS, "-fsanitize=address,undefined")
 import test_engine as engine
 import test_code_products as products
+import test_dijiang as dijiang
+import test_entries as entries
 assert native.kernels(), native.why_not()
 for kind in products.KINDS:
     products.test_products_of_codes_are_those_of_the_expanded_weight(kind)
@@ -459,6 +462,17 @@ for dtype in engine.TOLERANCES:
     model = engine.random_model(engine.FAMILIES["llama, biases"], dtype)
     for rows, length in ((1, 300), (7, 20)):
         engine.decoded(engine.session_of(model, "native"), engine.some_ids(rows, length), 5)
+for settings in dijiang.VARIANTS:
+    dijiang.test_a_step_of_the_kernel_is_that_of_the_operations(settings)
+entries.test_codes_that_do_not_lie_together_are_expanded_alike()
+for bits, group, width in ((8, 32, 64), (4, 64, 96), (2, 32, 128), (4, 48, 48)):
+    entries.test_a_step_attends_to_codes_as_to_what_they_stand_for(
+        bits, group, width, 5, torch.float32
+    )
+draws = torch.Generator().manual_seed(0)
+angles = torch.randn(40, 10, generator=draws), torch.randn(40, 10, generator=draws)
+places = torch.arange(7)[None]
+assert entries.entries.turned(torch.randn(2, 3, 7, 10, generator=draws), angles, places) is not None
 """
 
 

@@ -316,7 +316,7 @@ def test_the_best_weights_are_chosen_by_all_together(bench: Bench, sharding: str
     words = (
         "train.validate_every=1",
         "train.patience=1",
-        "train.learning_rate=0.5",
+        "train.learning_rate=0.1",
         "train.max_steps=12",
         "train.schedule=constant",
         "+dataset.limit.validation=8",

@@ -78,6 +78,7 @@ class LatentLayer(HandingLayer):
 
     def __init__(self, attention: Any, keys: int, values: int, inner: LayerCache) -> None:
         super().__init__(inner)
+        inner.final = False
         self.key_basis = Basis.of(attention, "k_proj", keys)
         self.value_basis = Basis.of(attention, "v_proj", values)
         output = attention.o_proj

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from effbench.nn.decode import coded_attention, entries
-from effbench.nn.decode.view import LayerCache, View
+from effbench.nn.decode.scratch import LOOKING
+from effbench.nn.decode.view import LayerCache, Own, View
 from effbench.nn.quant.ranges import Ranges, channels_of, decode, encode
 
 
@@ -155,7 +156,9 @@ class QuantisedLayer(LayerCache):
         if width == 1 and self.empty is None:
             return self._step(self.packed)
         keys, values = self._all((self.keys, self.values), step=width == 1)
-        seen, places = self._seen(width)
+        if width > LOOKING and self.final:
+            return View(keys, values, answer=partial(self._looked, keys, values, self.first))
+        seen, places = self._seen(self.length - width, self.length, self.first)
         return View(keys, values) if seen.all() else View(keys, values, seen=seen, places=places)
 
     def _step(self, packed: tuple[Ranges, Ranges]) -> View:
@@ -177,18 +180,42 @@ class QuantisedLayer(LayerCache):
     ) -> torch.Tensor:
         return coded_attention.attended(query, packed, self.bits, self.group, recent, scale)
 
-    def _seen(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which codes and which columns each query sees, [B or 1, W, N g + F], and the
-        places of their tokens, [B or 1, N g + F].
+    def _looked(
+        self, keys: torch.Tensor, values: torch.Tensor, first: int, query: torch.Tensor, own: Own
+    ) -> torch.Tensor:
+        """Return what the queries [B, H, W, D] of the last columns are given, some at a time.
+
+        Those look at what one of them sees: fewer columns, and fewer of them at a time.
+
+        Args:
+            keys: Of all groups and of what is as it came, [B, G, N g + F, D].
+            values: The same of values.
+            first: The column that what is as it came begins with; it may be forgotten by now.
+            query: Of the last columns.
+            own: The model's attention.
+        """
+        begin, found = self.length - query.shape[2], []
+        for start in range(begin, self.length, LOOKING):
+            end = min(start + LOOKING, self.length)
+            seen, places = self._seen(start, end, first)
+            columns = seen.any(1).any(0).nonzero().flatten()
+            shown = keys[:, :, columns], values[:, :, columns], seen[:, :, columns]
+            view = View(shown[0], shown[1], seen=shown[2], places=places[:, columns])
+            found.append(own(query[:, :, start - begin : end - begin], view))
+        return torch.cat(found, dim=1)
+
+    def _seen(self, start: int, end: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which codes and which columns the queries of some columns see, [B or 1, W, N g +
+        F], and the places of their tokens, [B or 1, N g + F].
 
         A query of padding sees itself, for a row of attention with nothing in it is NaN.
         """
         assert self.packed is not None
         starts = self._starts()[:, None]
-        own = torch.arange(self.length - width, self.length, device=starts.device)
+        own = torch.arange(start, end, device=starts.device)
         coded = self._groups(own + 1 - starts)[..., None] * self.group
         slots = torch.arange(self.packed[0].codes.shape[2] * self.group, device=starts.device)
-        columns = torch.arange(self.first, self.length, device=starts.device)
+        columns = torch.arange(first, self.length, device=starts.device)
         later = ((columns - starts)[:, None] >= coded) & (columns <= own[:, None])
         seen = torch.cat([slots < coded, later | (columns == own[:, None])], dim=2)
         behind = (columns - starts).clamp(min=0)

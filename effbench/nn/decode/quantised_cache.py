@@ -9,7 +9,7 @@ from effbench.api.parts import LayerShape, Mixer
 from effbench.api.shape import ModelShape
 from effbench.nn.decode import quantised, view
 from effbench.nn.decode.policy import CachePolicy
-from effbench.nn.decode.scratch import states
+from effbench.nn.decode.scratch import LOOKING, states
 from effbench.nn.quant.ranges import RANGE_BYTES, channels_of
 from effbench.util.errors import UserError
 
@@ -39,13 +39,14 @@ class QuantisedCache(CachePolicy):
         """Return the bytes of keys and values expanded, and joined with those that are not coded.
 
         Where queries see other columns each, the keys and values of all query heads come on top,
-        and which of the codes and of the tokens as they came each query sees: as booleans and
-        as numbers that are added to scores; the same for all rows that are not padded.
+        and which columns those that look together see: as booleans and as numbers that are added to
+        scores; the same for all rows that are not padded.
         """
         if queries == 1:
             return 4 * states(mixer, rows, tokens, element)
-        each, seen = mixer.heads / mixer.kv_heads, 2 * queries * tokens
-        return (4 + 2 * each) * states(mixer, rows, tokens, element) + seen * (1 + element)
+        each, looking = mixer.heads / mixer.kv_heads, min(queries, LOOKING)
+        seen = looking * (tokens + looking) * (1 + element)
+        return (4 + 2 * each) * states(mixer, rows, tokens, element) + seen
 
     def require_bytes(self, width: int) -> None:
         """Refuse groups that fill no whole bytes.

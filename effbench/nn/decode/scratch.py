@@ -11,6 +11,8 @@ BLOCK = 128
 """Positions by which the buffers of our engine are larger than the prompt."""
 GATHERED = 1 << 22
 """Numbers of keys that are gathered at a time, for queries that each see other ones."""
+LOOKING = 512
+"""Queries of a prompt that look at a time, where each sees other columns."""
 MOST_DRAFTS = 16
 """Longest window of drafts, unless the first one is longer."""
 

@@ -31,12 +31,24 @@ class SinkLayer(LayerCache):
         """Take in keys and values [B, G, W, D] and return what their queries see."""
         assert self.keys is not None and self.values is not None
         before, new = self.get_seq_length(), keys.shape[2]
+        if new == 1 and before == self.room and self.empty is None and not self.undo:
+            return self._moved_on(keys, values)
         if before:
             keys = torch.cat([self.keys, keys], dim=2)
             values = torch.cat([self.values, values], dim=2)
         view = self._view(keys, values, before, new)
         self._keep(keys, values)
         return view
+
+    def _moved_on(self, keys: torch.Tensor, values: torch.Tensor) -> View:
+        """Take in one token [B, G, 1, D] where the window is full: what is seen is what is kept."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = (
+            torch.cat([old[:, :, : self.sinks], old[:, :, self.sinks + 1 :], new], dim=2)
+            for old, new in ((self.keys, keys), (self.values, values))
+        )
+        self.lost = True
+        return View(self.keys, self.values)
 
     def _view(self, keys: torch.Tensor, values: torch.Tensor, before: int, new: int) -> View:
         least = 0 if self.empty is None else int(self.empty.min())

@@ -87,6 +87,8 @@ class LayerCache(DynamicLayer):
         """Columns on the left of each sequence with nothing in them, [B]; None for none at all."""
         self.prompt = 0
         """Columns of the prompt, padding included, all of which come in together."""
+        self.final = True
+        """Whether queries look at what it shows, and nobody makes something of that before."""
         self.attends = False
         """Whether views may be `direct`: attention is softmax over scaled products and no more."""
 
