@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effbench.api import registry
 from effbench.api.points import Point, find_point
 from effbench.api.shape import ModelShape
 from effbench.api.spec import Job
@@ -37,6 +38,13 @@ def _require_decoding(job: Job) -> None:
         raise UserError(
             f"{job.spec.model.called} is a {kind.name} ({kind.noun}), which writes no text here.",
             f"Ask it with an evaluator: effbench eval evaluator={kind.evaluator or 'choices'}",
+        )
+    name = job.spec.method.name
+    if answers := registry.find("methods", name).answers_with:
+        made = f"Run {job.spec.parent}" if job.spec.parent else "The model"
+        raise UserError(
+            f"{made} answers with {answers} ({name}), which writes no text.",
+            "Try another run, or the model that it started from.",
         )
 
 

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from effbench.config.compose import compose
 from effbench.runner.try_out import Speaker, _pieces
+from effbench.util.errors import UserError
 
 Cli = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny", "dataset=arithmetic", "hardware.threads=1")
@@ -60,6 +61,12 @@ def test_what_cannot_be_is_said(cli: Cli, words: list[str], why: str) -> None:
 def test_what_writes_no_text_says_so_whatever_the_dataset_is(cli: Cli, command: list[str]) -> None:
     status, _, err = cli(*command, "model=tiny-encoder")
     assert status == 2 and "writes no text here" in err and "evaluator=choices" in err
+
+
+def test_what_answers_with_a_head_of_its_own_writes_no_text(tmp_path: Path) -> None:
+    job = compose("eval", [*TINY, "method=reward", "evaluator=[]"])
+    with pytest.raises(UserError, match=r"answers with a head of its own \(reward\)"):
+        Speaker.of(job, "", tmp_path)
 
 
 def test_an_encoder_reads_a_conversation_as_a_closed_text(tmp_path: Path) -> None:
