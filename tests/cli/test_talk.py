@@ -64,7 +64,7 @@ def test_what_writes_no_text_says_so_whatever_the_dataset_is(cli: Cli, command: 
 
 
 def test_what_answers_with_a_head_of_its_own_writes_no_text(tmp_path: Path) -> None:
-    job = compose("eval", [*TINY, "method=reward", "evaluator=[]"])
+    job = compose("train", [*TINY, "dataset=noisy-pairs", "method=reward", "evaluator=[]"])
     with pytest.raises(UserError, match=r"answers with a head of its own \(reward\)"):
         Speaker.of(job, "", tmp_path)
 
