@@ -639,6 +639,9 @@ def test_layers_of_least_influence_are_dropped_and_kept_with_the_stand_ins(
     planned = [method.shape(base, last, "use", folder) for folder in (None, tmp_path)]
     runs = [[i for i, layer in enumerate(shape.layers) if layer.bypass] for shape in planned]
     assert runs == [[3, 5], list(quiet)]
+    (tmp_path / "droppable.json").unlink()
+    with pytest.raises(FileNotFoundError):  # no others are taken for them
+        method.load(tiny(), tmp_path, context())
 
 
 @torch.no_grad()

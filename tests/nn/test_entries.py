@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,24 @@ def test_a_step_attends_to_codes_as_to_what_they_stand_for(
     assert found.dtype == dtype
     near = {"atol": 1e-4, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
     torch.testing.assert_close(found.double(), expected.view(2, 1, 3 * each, width), **near)
+
+
+@native
+@pytest.mark.slow
+def test_kernels_for_any_processor_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled without what this one has beyond the oldest of its kind."""
+    monkeypatch.setattr(cpp, "NATIVE", ())
+    monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
+    coded_attention._loaded.cache_clear()
+    try:
+        for bits, group, width in ((8, 32, 64), (4, 64, 96), (2, 32, 128), (4, 48, 48)):
+            for dtype in coded_attention.DTYPES:
+                test_a_step_attends_to_codes_as_to_what_they_stand_for(bits, group, width, 5, dtype)
+        assert list(tmp_path.rglob("attention.so"))
+    finally:
+        coded_attention._loaded.cache_clear()
 
 
 @native

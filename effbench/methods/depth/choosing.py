@@ -60,8 +60,7 @@ class ChoosesDroppable(Trains):
     def stored(self, num_layers: int, folder: Path | None) -> Sequence[int]:
         """Return those of an artefact; without one, evenly spaced ones stand for measured ones."""
         if self.measures and folder and (folder / LAYERS).is_file():
-            found: list[int] = json.loads((folder / LAYERS).read_text())
-            return found
+            return _listed(folder)
         return self.droppable(num_layers)
 
     def indices(self, model: torch.nn.Module) -> Sequence[int]:
@@ -96,5 +95,10 @@ class ChoosesDroppable(Trains):
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Put what was trained beside the layers that it was trained for."""
         if self.measures:
-            ctx.state[CHOSEN] = self.stored(0, folder)
+            ctx.state[CHOSEN] = _listed(folder)
         return super().load(model, folder, ctx)
+
+
+def _listed(folder: Path) -> list[int]:
+    found: list[int] = json.loads((folder / LAYERS).read_text())
+    return found
