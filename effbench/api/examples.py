@@ -24,6 +24,8 @@ class Tokens:
     """Tokens that did not fit: of the prompt's start, and of the answer's end."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Values by name: a number for the sequence, or a list with one for each token."""
+    said: tuple[int, ...] = ()
+    """Tokens of the answer in words, where the number of a class stands in its place."""
 
     @property
     def loss_tokens(self) -> int:
