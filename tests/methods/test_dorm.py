@@ -264,7 +264,7 @@ def test_heads_find_the_weights_before_training(judged: list[Example]) -> None:
     known = [replace(e, columns={**e.columns, "flipped": e.columns["source"] == 2}) for e in judged]
     method.dataset(known, tiny_model(), ctx)
     method.finalize(tiny_model(), ctx)
-    assert 0.9 < told["weights_auroc"] <= 1
+    assert 0.7 < told["weights_auroc"] <= 1
 
 
 def test_stage_one_alone_and_as_a_filter(judged: list[Example]) -> None:
