@@ -24,8 +24,6 @@ class Tokens:
     """Tokens that did not fit: of the prompt's start, and of the answer's end."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Values by name: a number for the sequence, or a list with one for each token."""
-    said: tuple[int, ...] = ()
-    """Tokens of the answer in words, where the number of a class stands in its place."""
 
     @property
     def loss_tokens(self) -> int:
@@ -35,6 +33,14 @@ class Tokens:
     def labels(self) -> list[int]:
         """Return the labels, not shifted, -100 on the prompt."""
         return [IGNORED] * self.prompt_length + self.ids[self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Classed(Tokens):
+    """A text and the number of a class in the place of an answer in words."""
+
+    said: tuple[int, ...] = ()
+    """Tokens of the answer."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _example(values: dict[str, Any]) -> Example:
 
 
 def _tokens(values: dict[str, Any]) -> Tokens:
-    values = {**values, "cut": tuple(values["cut"]), "said": tuple(values.get("said", ()))}
+    values = {**values, "cut": tuple(values["cut"])}
     if "silent" not in values:
         return Tokens(**values)
     return Turns(**{**values, "silent": tuple((a, b) for a, b in values["silent"])})

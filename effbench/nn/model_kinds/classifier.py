@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from effbench.api.examples import IGNORED, Example, Tokens
+from effbench.api.examples import IGNORED, Classed, Example, Tokens
 from effbench.nn.model_kinds.base import ModelKind, closed
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -131,7 +131,7 @@ def _classed(text: Tokens, number: int, answer: Tokens) -> Tokens:
     """Return a text with the number of a class after it, whose answer in words is known too."""
     size, said = answer.answer_bytes, tuple(answer.ids[answer.prompt_length :])
     ids = [*text.ids, number]
-    return replace(text, ids=ids, cut=(text.cut[0], 0), answer_bytes=size, said=said)
+    return Classed(ids, text.prompt_length, size, (text.cut[0], 0), text.columns, said)
 
 
 def padding_of(model: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effbench.api.examples import Example, Tokens
+from effbench.api.examples import Classed, Example, Tokens
 from effbench.nn.weak_labels.reading import Reading
 from effbench.nn.weak_labels.words import text_words
 from effbench.util.errors import UserError
@@ -98,7 +98,8 @@ def read(
     found = reading(prompts, texts)
     own = found.words if prompted else [text_words(text) for text in texts]
     shown = examples[dealt.learnt[0]].choices
-    answers = [tokenizer.decode(c.said or c.ids[c.prompt_length :]).strip() for c in shown]
+    said = (c.said if isinstance(c, Classed) else c.ids[c.prompt_length :] for c in shown)
+    answers = [tokenizer.decode(ids).strip() for ids in said]
     return Pool(found.features, texts, own, labels, dealt.weighed, dealt.learnt, answers)
 
 
