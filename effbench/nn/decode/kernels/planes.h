@@ -57,6 +57,20 @@ inline void four_planes(const __m256i* p, __m256i* out) {
   }
 }
 
+// Stores the codes of some blocks: one block after the other, or, where 64 are looked up at a time, eight
+// codes of one beside eight of the next, in the order of `place`.
+inline void stored(const __m256i* blocks, int64_t count, uint8_t* codes) {
+#if defined(WIDE_TABLES)
+  const __m512i eights = _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11);
+  for (int64_t k = 0; k < count; k += 2)
+    _mm512_store_si512(codes + 32 * k, _mm512_permutex2var_epi64(_mm512_castsi256_si512(blocks[k]), eights,
+                                                                _mm512_castsi256_si512(blocks[k + 1])));
+#else
+  for (int64_t k = 0; k < count; ++k)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32 * k), blocks[k]);
+#endif
+}
+
 // Where columns 32 m + 4 e to 32 m + 4 e + 3 of a last span of 8 s columns lie: word and shift.
 struct Tail {
   int32_t word[7][8], shift[7][8];
@@ -77,7 +91,7 @@ inline void tail_codes(const Matrix& m, int64_t row, int64_t K, int64_t start, u
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(words)), lanes);
   const __m256i one = _mm256_set1_epi8(1);
-  __m256i planes[8];
+  __m256i planes[8], found[8];
   for (int64_t i = 0; i < m.planes; ++i)
     planes[i] = _mm256_maskload_epi32(
         reinterpret_cast<const int*>(plane_at(m, i, row, K) + start / 8), mask);
@@ -89,8 +103,10 @@ inline void tail_codes(const Matrix& m, int64_t row, int64_t K, int64_t start, u
       const __m256i bits = _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(planes[i], word), shift);
       code = _mm256_or_si256(_mm256_add_epi8(code, code), _mm256_and_si256(bits, one));
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + start + 32 * block), code);
+    found[block] = code;
   }
+  found[words] = _mm256_setzero_si256();
+  stored(found, words, codes + start);
 }
 
 // The codes of a row, a byte each; K is a multiple of 32.
@@ -110,8 +126,7 @@ void row_codes(const Matrix& m, int64_t row, int64_t K, uint8_t* codes) {
       for (int k = 0; k < 8; ++k)
         codes_low[k] = _mm256_or_si256(codes_low[k], _mm256_slli_epi16(codes_high[k], 4));
     }
-    for (int k = 0; k < 8; ++k)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + start + 32 * k), codes_low[k]);
+    stored(codes_low, 8, codes + start);
   }
   if (start < K) tail_codes(m, row, K, start, codes);
 }
@@ -160,17 +175,21 @@ struct Table {
     low = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(whole));
     high = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
   }
-  Table(const float* levels, int64_t count, float by) {
-    alignas(64) uint8_t bytes[2][64];
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m512i whole =
-          _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(levels + i), _mm512_set1_ps(by)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + i), _mm512_cvtepi32_epi8(whole));
-      _mm_store_si128(reinterpret_cast<__m128i*>(bytes[1] + i),
-                      _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+  // Of `count` levels, 16, 32 or 64.
+  Table(const __m512* levels, int64_t count, float by) {
+    __m128i bytes[2][4] = {};
+    for (int64_t i = 0; i < count / 16; ++i) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels[i], _mm512_set1_ps(by)));
+      bytes[0][i] = _mm512_cvtepi32_epi8(whole);
+      bytes[1][i] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8));
     }
-    low = _mm512_load_si512(bytes[0]);
-    high = _mm512_load_si512(bytes[1]);
+    low = joined(bytes[0]);
+    high = joined(bytes[1]);
+  }
+  static __m512i joined(const __m128i* four) {
+    const __m256i first = _mm256_inserti128_si256(_mm256_castsi128_si256(four[0]), four[1], 1);
+    const __m256i second = _mm256_inserti128_si256(_mm256_castsi128_si256(four[2]), four[3], 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
   }
 };
 constexpr int64_t kTable = 64;  // levels of a table of nested codes
@@ -195,11 +214,7 @@ struct Looked {
       : first(_mm512_unpacklo_epi8(low, high)), second(_mm512_unpackhi_epi8(low, high)) {}
 };
 
-// 64 codes, eight of the first block beside eight of the second, in the order of `place`.
-inline __m512i codes_at(const uint8_t* codes) {
-  const __m512i eights = _mm512_setr_epi64(0, 4, 2, 6, 1, 5, 3, 7);
-  return _mm512_permutexvar_epi64(eights, _mm512_loadu_si512(codes));
-}
+inline __m512i codes_at(const uint8_t* codes) { return _mm512_load_si512(codes); }
 
 // Of one table, or of two or four: the upper bits of a code are the number of its own.
 constexpr int kMostTables = 4;
@@ -469,6 +484,23 @@ struct Groups {
 };
 
 // Makes tables of the levels of a row of nested codes; returns their scale.
+#if defined(WIDE_TABLES)
+inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
+  const int64_t n = int64_t(1) << m.planes;
+  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * n;
+  __m512 levels[kMostLevels / 16], largest = _mm512_setzero_ps(), poison = largest;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 there = __mmask16(n < 16 ? (1 << n) - 1 : 0xffff);
+    levels[i / 16] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, halves + i));
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(levels[i / 16]));
+    poison = _mm512_fmadd_ps(levels[i / 16], _mm512_setzero_ps(), poison);
+  }
+  const float most = _mm512_reduce_max_ps(largest), by = most > 0 ? kLargestLevel / most : 0.0f;
+  for (int64_t i = 0; i < n; i += kTable)
+    tables[i / kTable] = Table(levels + i / 16, std::min(kTable, std::max<int64_t>(n, 16)), by);
+  return most / kLargestLevel + _mm512_reduce_add_ps(poison);
+}
+#else
 inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
   const int64_t n = int64_t(1) << m.planes;
   alignas(32) float levels[kMostLevels];
@@ -489,6 +521,7 @@ inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
     tables[i / kTable] = Table(levels + i, std::min(kTable, n - i), by);
   return largest / kLargestLevel + poison;
 }
+#endif
 
 // -- products ------------------------------------------------------------------------------------
 
@@ -505,6 +538,13 @@ __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t
   };
   using Whole = std::integral_constant<int64_t, kLooked / kBlock>;
   int64_t k = begin;
+#if defined(WIDE_TABLES)
+  if (k % kLooked) {  // a group of one block begins or ends within a register
+    const Looked weights = look(codes + k - kBlock);
+    for (int b = 0; b < B; ++b) sums[b].block(0, weights.second, x[b], k);
+    k += kBlock;
+  }
+#endif
   for (; k + 2 * kLooked <= end; k += 2 * kLooked) {
     add(Whole(), k, 0);
     add(Whole(), k + kLooked, 1);
@@ -515,27 +555,41 @@ __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t
   for (int b = 0; b < B; ++b) totals[b].add(sums[b], scale);
 }
 
-template <int B>
-void plane_dot(const Matrix& m, int64_t row, int64_t K, const Packable* x, float* sums) {
+constexpr int64_t kTogether = 16;  // rows whose tables are made before their products
+
+// sums[i][b] = <row + i, x[b]> for `count` rows of nested codes, `stride` numbers between two of them.
+template <int B, int kTables>
+__attribute__((noinline)) void nested_rows(const Matrix& m, int64_t row, int64_t count, int64_t K,
+                                           const Packable* x, float* sums, int64_t stride) {
   alignas(64) uint8_t codes[kWidest + kLooked];
-  row_codes(m, row, K, codes);
-  Total totals[B];
-  float base[B] = {};
-  if (m.bits == kNested) {
-    Table tables[kMostLevels / kTable];
-    const float scale = row_tables(m, row, tables);
-    const int64_t count = ((int64_t(1) << m.planes) + kTable - 1) / kTable;
-    const auto with = [&](auto tabled) __attribute__((always_inline)) {
-      stretch<B>(codes, 0, K, x, scale, [&](const uint8_t* c) __attribute__((always_inline)) {
-        return looked_up<decltype(tabled)::value>(tables, count, c);
-      }, totals);
-    };
-    if (count == 1) with(std::integral_constant<int, 1>());
-    else if (count == 2) with(std::integral_constant<int, 2>());
-    else with(std::integral_constant<int, kMostTables>());
-  } else {
-    const int64_t count = (K + m.group - 1) / m.group;
-    const float* bases = static_cast<const float*>(m.zeros);
+  const int64_t used = ((int64_t(1) << m.planes) + kTable - 1) / kTable;
+  Table tables[kTogether * kTables];
+  float scales[kTogether];
+  for (int64_t i = 0; i < count; ++i) {
+    if (i % kTogether == 0)
+      for (int64_t j = 0; j < kTogether && i + j < count; ++j)
+        scales[j] = row_tables(m, row + i + j, tables + j * kTables);
+    row_codes(m, row + i, K, codes);
+    const Table* own = tables + i % kTogether * kTables;
+    Total totals[B];
+    stretch<B>(codes, 0, K, x, scales[i % kTogether], [&](const uint8_t* c) __attribute__((always_inline)) {
+      return looked_up<kTables>(own, used, c);
+    }, totals);
+    for (int b = 0; b < B; ++b) sums[i * stride + b] = totals[b].value();
+  }
+}
+
+// The same for signs and trits.
+template <int B>
+__attribute__((noinline)) void sum_rows(const Matrix& m, int64_t row, int64_t rows, int64_t K,
+                                        const Packable* x, float* sums, int64_t stride) {
+  alignas(64) uint8_t codes[kWidest + kLooked];
+  const int64_t count = (K + m.group - 1) / m.group;
+  const float* bases = static_cast<const float*>(m.zeros);
+  for (int64_t end_row = row + rows; row < end_row; ++row, sums += stride) {
+    row_codes(m, row, K, codes);
+    Total totals[B];
+    float base[B] = {};
     Groups groups;
     const float* weights = reinterpret_cast<const float*>(groups.weights);
     for (int64_t g = 0; g < count; ++g) {
@@ -556,18 +610,26 @@ void plane_dot(const Matrix& m, int64_t row, int64_t K, const Packable* x, float
       for (int64_t k = begin; k < end && bases; k += kBlock)
         for (int b = 0; b < B; ++b) base[b] += bases[i] * x[b].totals[k / kBlock];
     }
+    for (int b = 0; b < B; ++b) sums[b] = totals[b].value() + base[b];
   }
-  for (int b = 0; b < B; ++b) sums[b] = totals[b].value() + base[b];
+}
+
+template <int B>
+void plane_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
+                int64_t stride) {
+  const int64_t levels = int64_t(1) << m.planes;
+  if (m.bits != kNested) sum_rows<B>(m, row, count, K, x, sums, stride);
+  else if (levels <= kTable) nested_rows<B, 1>(m, row, count, K, x, sums, stride);
+  else if (levels <= 2 * kTable) nested_rows<B, 2>(m, row, count, K, x, sums, stride);
+  else nested_rows<B, kMostTables>(m, row, count, K, x, sums, stride);
 }
 
 // sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors.
 inline void plane_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
                        int batch, float* sums) {
-  for (int64_t i = row; i < row + count; ++i, sums += batch) {
-    int b = 0;
-    for (; b + 4 <= batch; b += 4) plane_dot<4>(m, i, K, x + b, sums + b);
-    for (; b < batch; ++b) plane_dot<1>(m, i, K, x + b, sums + b);
-  }
+  int b = 0;
+  for (; b + 4 <= batch; b += 4) plane_rows<4>(m, row, count, K, x + b, sums + b, batch);
+  for (; b < batch; ++b) plane_rows<1>(m, row, count, K, x + b, sums + b, batch);
 }
 
 }  // namespace
