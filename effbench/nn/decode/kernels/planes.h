@@ -83,7 +83,8 @@ struct Tail {
   }
 };
 
-inline void tail_codes(const Matrix& m, int64_t row, int64_t K, int64_t start, uint8_t* codes) {
+template <int kPlanes>
+void tail_codes(const Matrix& m, int64_t row, int64_t K, int64_t start, uint8_t* codes) {
   static const Tail kTails[7] = {Tail(4),  Tail(8),  Tail(12), Tail(16),
                                  Tail(20), Tail(24), Tail(28)};
   const int64_t columns = K - start, words = columns / 32;
@@ -92,14 +93,14 @@ inline void tail_codes(const Matrix& m, int64_t row, int64_t K, int64_t start, u
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(words)), lanes);
   const __m256i one = _mm256_set1_epi8(1);
   __m256i planes[8], found[8];
-  for (int64_t i = 0; i < m.planes; ++i)
+  for (int64_t i = 0; i < kPlanes; ++i)
     planes[i] = _mm256_maskload_epi32(
         reinterpret_cast<const int*>(plane_at(m, i, row, K) + start / 8), mask);
   for (int64_t block = 0; block < words; ++block) {
     const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tail.word[block]));
     const __m256i shift = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tail.shift[block]));
     __m256i code = _mm256_setzero_si256();
-    for (int64_t i = 0; i < m.planes; ++i) {
+    for (int64_t i = 0; i < kPlanes; ++i) {
       const __m256i bits = _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(planes[i], word), shift);
       code = _mm256_or_si256(_mm256_add_epi8(code, code), _mm256_and_si256(bits, one));
     }
@@ -128,7 +129,7 @@ void row_codes(const Matrix& m, int64_t row, int64_t K, uint8_t* codes) {
     }
     stored(codes_low, 8, codes + start);
   }
-  if (start < K) tail_codes(m, row, K, start, codes);
+  if (start < K) tail_codes<kPlanes>(m, row, K, start, codes);
 }
 
 inline void row_codes(const Matrix& m, int64_t row, int64_t K, uint8_t* codes) {
@@ -172,11 +173,16 @@ struct Table {
   Table() = default;
   explicit Table(__m512 levels) {
     const __m512i whole = _mm512_cvtps_epi32(levels);
-    low = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(whole));
-    high = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+    const __m512i first = _mm512_set4_epi32(0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400);
+    low = _mm512_permutexvar_epi8(first, whole);
+    high = _mm512_permutexvar_epi8(_mm512_add_epi8(first, _mm512_set1_epi8(1)), whole);
   }
   // Of `count` levels, 16, 32 or 64.
   Table(const __m512* levels, int64_t count, float by) {
+    if (count == 16) {
+      *this = Table(_mm512_mul_ps(levels[0], _mm512_set1_ps(by)));
+      return;
+    }
     __m128i bytes[2][4] = {};
     for (int64_t i = 0; i < count / 16; ++i) {
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels[i], _mm512_set1_ps(by)));
@@ -264,7 +270,7 @@ struct Sum {
   __attribute__((always_inline)) void block(int i, __m512i weights, const Packable& x, int64_t k) {
     // Two products fit 32 bits, four do not.
     const __m512i sum = _mm512_madd_epi16(weights, _mm512_loadu_si512(x.ints + k));
-    parts[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[k / kBlock]), parts[i]);
+    parts[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[uint64_t(k) / kBlock]), parts[i]);
   }
 };
 
@@ -364,7 +370,7 @@ struct Sum {
     const __m256i first = _mm256_madd_epi16(w.first, _mm256_loadu_si256(ints));
     const __m256i second = _mm256_madd_epi16(w.second, _mm256_loadu_si256(ints + 1));
     const __m256 sum = _mm256_add_ps(_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second));
-    parts[turn] = _mm256_fmadd_ps(sum, _mm256_set1_ps(x.scales[k / kBlock]), parts[turn]);
+    parts[turn] = _mm256_fmadd_ps(sum, _mm256_set1_ps(x.scales[uint64_t(k) / kBlock]), parts[turn]);
   }
 };
 
@@ -426,7 +432,7 @@ struct Sum {
     int64_t sum = 0;
     for (int64_t i = 0; i < kBlock; ++i)
       sum += int64_t(1) * w.weights[i] * x.ints[k + place(kNested, i)];
-    v += float(sum) * x.scales[k / kBlock];
+    v += float(sum) * x.scales[uint64_t(k) / kBlock];
   }
 };
 
