@@ -20,7 +20,7 @@ def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
     linear.weight.data = torch.randn(rows, columns, generator=generator)
     linear.weight.data *= torch.logspace(-3, 2, rows)[:, None]
     linear.weight.data[0, : columns // 2] = 0.0
-    linear.weight.data[-1] = 3.0  # the largest levels, which the largest numbers are multiplied with
+    linear.weight.data[-1] = 3.0  # the largest levels, multiplied with the largest numbers
     if kind == "nf4":
         return linears.NF4Linear.quantise(linear)
     if kind.startswith("nested"):

@@ -382,7 +382,7 @@ def test_products_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtyp
     [
         ("-mavx2", "-mfma", "-mf16c"),
         ("-mno-avx",),
-        pytest.param(("-march=cascadelake",), marks=pytest.mark.slow),  # VNNI, neither VBMI nor BF16
+        pytest.param(("-march=cascadelake",), marks=pytest.mark.slow),  # VNNI, no VBMI
     ],
     ids=str,
 )
