@@ -75,9 +75,7 @@ class Bench:
 _generated: dict[tuple[Any, str, int], Any] = {}
 
 
-def _read_once(
-    read: Callable[[DatasetSpec, int], Any], spec: DatasetSpec, seed: int = 0
-) -> Any:
+def _read_once(read: Callable[[DatasetSpec, int], Any], spec: DatasetSpec, seed: int = 0) -> Any:
     """Return what a generator gives, rendered once for all tests of a process."""
     if spec.source != "generator":
         return read(spec, seed)
