@@ -74,13 +74,15 @@ def main() -> None:
     for shape in given.shapes:
         rows, columns = map(int, shape.split("x"))
         dense = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
-        layers = {name: layer(name, rows, columns) for name in FORMATS}
+        layers: dict[str, torch.nn.Linear] = {name: layer(name, rows, columns) for name in FORMATS}
+        layers["float32"] = torch.nn.Linear(columns, rows, bias=False)
         x = torch.randn(1, columns).bfloat16()
         ratios: dict[str, list[float]] = {name: [] for name in layers}
         for _ in range(given.rounds):
             base = seconds(kernels, dense, x)
             for name, linear in layers.items():
-                ratios[name].append(seconds(kernels, linear, x) / base)
+                own = x.float() if name == "float32" else x
+                ratios[name].append(seconds(kernels, linear, own) / base)
         for name, found in ratios.items():
             print(f"{shape}  {name:12s} {median(found):.2f} [{min(found):.2f}, {max(found):.2f}]")
 

@@ -149,6 +149,8 @@ class DatasetSpec:
     known_as: dict[str, Any] = field(default_factory=dict)
     """Templates whose text a row is known by, where those in use are others; filled in when the
     config is composed, so that another prompt for a dataset deals the same splits."""
+    drawn: bool = False
+    """Whether `limit` draws rows of `train` by the run's seed, in the place of the first ones."""
 
     @property
     def called(self) -> str:

@@ -15,7 +15,7 @@ from effbench.report.gate.policy import policy_in
 from effbench.report.gate.verdict import Judgement, judge
 from effbench.results.records import Record, read
 from effbench.results.store import Store, record_files
-from effbench.util.errors import UserError
+from effbench.util.errors import UserError, did_you_mean
 
 
 def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
@@ -30,7 +30,13 @@ def judgement_of(policy: Path, run: str, base: str, results: Path) -> Judgement:
     Raises:
         UserError: For what cannot be read, and for what was not measured.
     """
-    own = options("policy").get(str(policy))
+    known = options("policy")
+    own = known.get(str(policy))
+    if own is None and not policy.suffix and not policy.exists():
+        raise UserError(
+            f"There is no policy {str(policy)!r}, and no file of that name.",
+            did_you_mean(str(policy), known),
+        )
     rules, folder = policy_in(own or policy), results / "records"
     sides = arm(run, folder), arm(base, folder)
     return judge(rules, *sides, measures(folder))

@@ -137,7 +137,7 @@ def _grid(
     if failed:
         raise UserError(
             f"{len(failed)} of {len(outcomes)} runs failed.",
-            "Give the same command again: what is done is not run twice.",
+            "Mend what is said above and give the same command: what is done is not run twice.",
         )
 
 

@@ -37,7 +37,7 @@ def rows(spec: Spec, count: int, colour: bool, width: int, split: str = "") -> I
     Raises:
         UserError: When the rows or the tokenizer cannot be had.
     """
-    data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model))
+    data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model), spec.seed)
     if not split:
         filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
         split = "train" if "train" in filled else filled[0]

@@ -433,6 +433,11 @@ def _check_data(spec: Spec) -> None:
             )
     if trains:
         make_method(spec.method).check_dataset(spec.dataset)
+    if spec.dataset.drawn and trains and "train" not in spec.dataset.limit:
+        raise UserError(
+            "dataset.drawn draws some of the training rows, and all of them are taken.",
+            "Say how many: dataset.limit.train=16",
+        )
     for split in spec.dataset.limit:
         if split not in known:
             raise UserError(

@@ -55,6 +55,19 @@ class CheckedOverrides:
         return words
 
 
+def _as_override(text: str) -> str:
+    """Return how to write a word that is no override."""
+    key, _, value = text.partition("=")
+    values = value.split(",")
+    if key and value and "" in values and re.fullmatch(r"[\w./@+~,=-]+", text):
+        kept = ",".join(filter(None, values))
+        return f"A value is missing beside a comma: {key}={kept}"
+    return (
+        "Write key=value, for example method=qdylora or train.max_steps=100; "
+        "quote values with spaces, commas or braces: 'dataset.prompt=\"{question}\"'."
+    )
+
+
 def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> CheckedOverrides:
     """Check the names in overrides.
 
@@ -69,11 +82,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Che
         try:
             override = parse(text)
         except HydraException:
-            raise UserError(
-                f"{text!r} is not an override.",
-                "Write key=value, for example method=qdylora or train.max_steps=100; "
-                "quote values with spaces, commas or braces: 'dataset.prompt=\"{question}\"'.",
-            ) from None
+            raise UserError(f"{text!r} is not an override.", _as_override(text)) from None
         key = override.key_or_group
         refuse_code_in_word(f"{key}{'@' if override.package else ''}", text)
         text = _kept_as_text(key, text, overrides)

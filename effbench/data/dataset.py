@@ -117,19 +117,22 @@ def check_mix(spec: DatasetSpec) -> None:
 class Data:
     """The splits of one dataset, rendered at once and tokenised when asked for."""
 
-    def __init__(self, spec: DatasetSpec, tokenizer: Any, shape: AnyShape | None = None) -> None:
+    def __init__(
+        self, spec: DatasetSpec, tokenizer: Any, shape: AnyShape | None = None, seed: int = 0
+    ) -> None:
         """Render the rows.
 
         Args:
             spec: Says which.
             tokenizer: Of the model.
             shape: The model's; None for a causal language model.
+            seed: Of the run, by which training rows are drawn where the spec says so.
         """
         self.spec = spec
         self.model = ModelShape.of(shape) if shape else None
         self.kind = find(spec.kind)
         self.tokenizer = with_template(tokenizer, spec.template)
-        self.texts, self.readings = read(spec)
+        self.texts, self.readings = read(spec, seed)
         self._tokenised: dict[tuple[str, bool], list[Example]] = {}
 
     def examples(self, split: str) -> list[Example]:
@@ -223,8 +226,12 @@ def splits(spec: DatasetSpec) -> dict[str, list[Text]]:
     return read(spec)[0]
 
 
-def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
+def read(spec: DatasetSpec, seed: int = 0) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
     """Return the rendered rows of every split, in content-hash order, disjoint by content.
+
+    Args:
+        spec: Says which.
+        seed: By which training rows are drawn, where the spec says so.
 
     Returns:
         The rows by split, and what was read of each source.
@@ -239,9 +246,17 @@ def read(spec: DatasetSpec) -> tuple[dict[str, list[Text]], dict[str, Reading]]:
         reading = readings[name] = Reading()
         native[name] = _mixed(_distinct(parts, spec, name, reading), spec.mix.get(name), reading)
     result = _cut(native["all"], spec.cut) if _is_cut(spec) else native
+    if spec.drawn and "train" in result:
+        result["train"] = _drawn(result["train"], spec.limit.get("train"), seed)
     result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
     _refuse_overlap(spec, result)
     return result, readings
+
+
+def _drawn(texts: list[Text], limit: int | None, seed: int) -> list[Text]:
+    """Return rows that a seed draws, in content-hash order; which ones depends on nothing else."""
+    lots = sorted(texts, key=lambda t: hashlib.sha256(f"{seed} {t.id}".encode()).digest())
+    return sorted(lots[:limit], key=lambda t: t.id)
 
 
 def _distinct(

@@ -132,8 +132,18 @@ def _json(path: Path) -> list[Row]:
             return _lines(path, text)
         raise UserError(f"{path}: {error}.", "Mend the file.") from None
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise UserError(f"{path} is no list of JSON objects.", "Mend the file.")
+        raise UserError(f"{path} is no list of JSON objects.", _where_rows_are(rows))
     return rows
+
+
+def _where_rows_are(value: object) -> str:
+    """Return what to do about a JSON value that is no list of rows."""
+    fields = value.items() if isinstance(value, dict) else ()
+    lists = [name for name, part in fields if isinstance(part, list) and part]
+    if any(isinstance(value[name][0], dict) for name in lists):  # type: ignore[index]
+        held = " or ".join(map(repr, lists))
+        return f"Keep the list of rows alone, which seems to be its {held}."
+    return "Mend the file: [{...}, {...}], or an object a line."
 
 
 def _csv(form: Literal["excel", "tsv"], path: Path) -> list[Row]:

@@ -85,7 +85,10 @@ class Trains(Method):
         return Evolution()
 
     def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:
-        """Return what trains, in groups, each with its share of the run's learning rate."""
+        """Return what trains, in groups, each with its share of the run's learning rate.
+
+        What trains and is in none of them, such as a classifier's head, is trained at share 1.
+        """
         return [([p for p in model.parameters() if p.requires_grad], 1.0)]
 
     @property
@@ -205,6 +208,16 @@ def data_parallel(method: Method) -> frozenset[str]:
     """Return the ways in which a method may train on several devices, as its own class says."""
     ways: frozenset[str] = vars(type(method)).get("data_parallel", frozenset())
     return ways
+
+
+def groups_of(
+    method: Trains, model: torch.nn.Module
+) -> list[tuple[list[torch.nn.Parameter], float]]:
+    """Return the groups of a method, and one of what trains beside them, where there is any."""
+    groups = method.param_groups(model)
+    named = {id(p) for members, _ in groups for p in members}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in named]
+    return [*groups, (others, 1.0)] if others else groups
 
 
 def _members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -277,7 +277,7 @@ def _apart(spec: Spec, tokenizer: Any, store: Store) -> tuple[Data, dict[str, in
     Raises:
         UserError: When this run or an earlier one trains on items that it evaluates.
     """
-    data = Data(spec.dataset, tokenizer, models.known_shape(spec.model))
+    data = Data(spec.dataset, tokenizer, models.known_shape(spec.model), spec.seed)
     trains = stages.find(spec.stage).trains
     own, earlier = Trained(), Trained()
     if trains:

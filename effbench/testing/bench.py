@@ -72,16 +72,16 @@ class Bench:
         return contents(self.folder(job).artefact)
 
 
-_generated: dict[tuple[Any, str], Any] = {}
+_generated: dict[tuple[Any, str, int], Any] = {}
 
 
-def _read_once(read: Callable[[DatasetSpec], Any], spec: DatasetSpec) -> Any:
+def _read_once(read: Callable[[DatasetSpec, int], Any], spec: DatasetSpec, seed: int = 0) -> Any:
     """Return what a generator gives, rendered once for all tests of a process."""
     if spec.source != "generator":
-        return read(spec)
-    place = read, canonical(spec)
+        return read(spec, seed)
+    place = read, canonical(spec), seed if spec.drawn else 0
     if place not in _generated:
-        _generated[place] = read(spec)
+        _generated[place] = read(spec, seed)
     texts, readings = _generated[place]
     return {name: list(rows) for name, rows in texts.items()}, deepcopy(readings)
 

@@ -10,8 +10,9 @@ from helpers import BYTES_SHAPE
 
 from effbench.api.examples import Example
 from effbench.api.spec import DatasetSpec
+from effbench.config.compose import compose
 from effbench.data import readers
-from effbench.data.dataset import Data, render, split_names, splits
+from effbench.data.dataset import Data, read, render, split_names, splits
 from effbench.data.kinds import pairs as pairs_kind
 from effbench.data.kinds import text as text_kind
 from effbench.data.render import Place, Text
@@ -96,6 +97,19 @@ def test_a_limit_takes_the_first_rows_in_the_order_of_their_hashes(tmp_path: Pat
     whole = texts(pairs(tmp_path, rows(200)))
     some = texts(pairs(tmp_path, rows(200), limit={"train": 7}))
     assert some == {**whole, "train": whole["train"][:7]}
+
+
+def test_a_seed_draws_training_rows_where_it_is_asked_to(tmp_path: Path) -> None:
+    plain = pairs(tmp_path, rows(200), limit={"train": 7, "test": 5})
+    spec = replace(plain, drawn=True)
+    first, other = ([t.id for t in read(spec, seed)[0]["train"]] for seed in (0, 1))
+    assert len(first) == len(other) == 7 and not {*first} == {*other} != {*texts(plain)["train"]}
+    assert first == sorted(first) and first == texts(spec)["train"]
+    assert texts(spec)["test"] == texts(plain)["test"], "what is measured on is the same"
+    fewer = replace(spec, limit={"train": 3})
+    assert {*texts(fewer)["train"]} < {*first}, "fewer rows are some of them"
+    with pytest.raises(UserError, match="all of them are taken"):
+        compose("train", ["model=tiny", "dataset=arithmetic", "dataset.drawn=true"])
 
 
 def test_files_with_names_of_splits_are_not_cut(tmp_path: Path) -> None:

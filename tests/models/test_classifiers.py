@@ -22,7 +22,7 @@ from effbench.config.compose import compose, model_named
 from effbench.evaluators.choices import linearised_macro_f1
 from effbench.methods.base import Method
 from effbench.methods.chain import resolved
-from effbench.methods.trains import require_same_tokens
+from effbench.methods.trains import Trains, groups_of, require_same_tokens
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
 from effbench.models.survey import empty_model, survey
@@ -128,20 +128,26 @@ def test_a_class_never_reaches_the_model(name: str) -> None:
     [
         *((name, "lora") for name in ENCODERS),
         *(("bert", m) for m in ("adalora", "deep_lora", "dora", "dylora", "full", "kd", "rslora")),
+        ("bert", "lora_plus"),
         ("modernbert", "full"),
     ],
 )
 def test_methods_train_the_head_and_change_what_they_count(name: str, method: str) -> None:
     ready = resolved(given(method, **({} if method in WHOLE else {"rank": 4})), shape(name))
+    assert isinstance(ready, Trains)
     model, dtype = made(name), "float32" if method in WHOLE else "bfloat16"
     ctx = context(lambda _: made(name))
     model = ready.prepare(model.to(getattr(torch, dtype)), ctx)
     require_counted(ready, model, shape(name), dtype)
     learn(ready, model.train(), collate(ROWS, 0), ctx)
+    stepped = [id(p) for members, _ in groups_of(ready, model) for p in members]
+    kept = ready.artefact_tensors(model)
     for part, head in KIND.heads(model):
-        for parameter in head.parameters():
+        for name, parameter in head.named_parameters():
             assert parameter.grad is not None, part
             assert parameter.dtype == torch.float32
+            assert stepped.count(id(parameter)) == 1, part
+            assert torch.equal(kept[f"{part}.{name}"], parameter), part
 
 
 def test_other_methods_and_evaluators_say_no_before_anything_is_loaded() -> None:

@@ -20,6 +20,7 @@ def packed(kind: str, rows: int, columns: int) -> linears.QuantisedLinear:
     linear.weight.data = torch.randn(rows, columns, generator=generator)
     linear.weight.data *= torch.logspace(-3, 2, rows)[:, None]
     linear.weight.data[0, : columns // 2] = 0.0
+    linear.weight.data[-1] = 3.0  # the largest levels, multiplied with the largest numbers
     if kind == "nf4":
         return linears.NF4Linear.quantise(linear)
     if kind.startswith("nested"):
@@ -95,6 +96,7 @@ def test_products_of_codes_are_those_of_the_expanded_weight(kind: str) -> None:
         for rows in (1, 4, 6):
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1))
             x[:, 3] *= 1000  # an activation as large as some models have
+            x[-1] = 1.0
             found = native_step.product(kernels, linear, x)
             # Half of a block's largest number / 32767 (NF4: 8191) is lost of each number, at most.
             steps = x.abs().view(rows, -1, 32).amax(2) / (8191 if kind == "nf4" else 32767)

@@ -377,16 +377,25 @@ def test_products_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtyp
     assert (error <= rounding + 1e-6 * scale).all()
 
 
-@pytest.mark.parametrize("options", [("-mavx2", "-mfma"), ("-mno-avx",)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-mavx2", "-mfma", "-mf16c"),
+        ("-mno-avx",),
+        pytest.param(("-march=cascadelake",), marks=pytest.mark.slow),  # VNNI, no VBMI
+    ],
+    ids=str,
+)
 def test_other_instruction_sets_give_the_same(
     options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The portable loops, which a machine without AVX-512 runs.
+    """What machines without AVX-512, or without its newer parts, run.
 
     They lie in the machine's own cache, compiled anew whenever a source or an option changes.
     """
-    if native.kernels() is None or not {"avx2", "fma"} <= cpu_flags():
-        pytest.skip("needs an x86 CPU with AVX2 and a compiler")
+    needed = {"avx512_vnni"} if "cascadelake" in options[0] else {"avx2", "fma", "f16c"}
+    if native.kernels() is None or not needed <= cpu_flags():
+        pytest.skip(f"needs a compiler and a CPU with {' and '.join(sorted(needed))}")
     monkeypatch.setattr(cpp, "NATIVE", options)
     monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
     for dtype, tolerance in TOLERANCES.items():
@@ -405,7 +414,7 @@ def test_other_instruction_sets_give_the_same(
     )
     for layer in (
         NF4Linear.quantise(linear),
-        *(PackedLinear.quantise(linear, bits, 64) for bits in (2, 3, 5, 6, 7)),
+        *(PackedLinear.quantise(linear, bits, 64) for bits in (2, 3, 4, 5, 6, 7, 8)),
         plane_linears.TritLinear.quantise(linear, 2, 64),
         plane_linears.BinaryLinear.quantise(linear, 5, 64, offset=True),
         nested_linear.NestedLinear.quantise(linear, 3, 6),

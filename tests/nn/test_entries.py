@@ -12,6 +12,7 @@ from helpers import generator
 from effbench.nn.decode import coded_attention, entries, view
 from effbench.nn.decode.quantised import QuantisedLayer
 from effbench.util import cpp
+from effbench.util.hardware import cpu_flags
 
 native = pytest.mark.skipif(cpp.compiler() is None, reason="there is no C++ compiler")
 
@@ -86,11 +87,14 @@ def test_a_step_attends_to_codes_as_to_what_they_stand_for(
 
 @native
 @pytest.mark.slow
-def test_kernels_for_any_processor_give_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [(), ("-mavx2", "-mfma", "-mf16c")], ids=str)
+def test_kernels_for_other_processors_give_the_same(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled without what this one has beyond the oldest of its kind."""
-    monkeypatch.setattr(cpp, "NATIVE", ())
+    """Compiled for the oldest of this one's kind, and for those with AVX2 alone."""
+    if options and not {"avx2", "fma", "f16c"} <= cpu_flags():
+        pytest.skip("needs a CPU with AVX2")
+    monkeypatch.setattr(cpp, "NATIVE", options)
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path))
     coded_attention._loaded.cache_clear()
     try:

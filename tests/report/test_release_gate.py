@@ -15,7 +15,7 @@ import yaml
 from test_report import ITEMS, run
 from typer.testing import CliRunner
 
-from effbench.cli.gate import evaluators_of
+from effbench.cli.gate import evaluators_of, judgement_of
 from effbench.cli.main import app
 from effbench.report.comparison.contrast import contrast
 from effbench.report.gate.arms import arm
@@ -329,3 +329,9 @@ def test_what_measured_a_metric_is_seen_in_records(tmp_path: Path) -> None:
 def test_the_policies_that_come_along_can_be_read() -> None:
     for path in (conf_dir() / "policy").glob("*.yaml"):
         assert policy_in(path).metrics
+
+
+def test_a_policy_that_there_is_not_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no policy 'defalt'") as refused:
+        judgement_of(Path("defalt"), "latest", "latest", tmp_path)
+    assert "'default'" in (refused.value.hint or "")

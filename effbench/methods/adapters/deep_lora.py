@@ -61,8 +61,9 @@ class DeepLoRA(Trains):
     anatomy: ClassVar[Anatomy] = "other"
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     learning_rate: ClassVar[float] = 1e-2
-    version: ClassVar[int] = 2
-    """2: the frames come from all rows of the first step, and not from its first micro-batch."""
+    version: ClassVar[int] = 3
+    """2: the frames come from all rows of the first step, and not from its first micro-batch. 3: a
+    classifier's head trains too."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     merges: ClassVar[bool] = True
@@ -132,8 +133,8 @@ class DeepLoRA(Trains):
         return found
 
     def trained_tensors(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return all factors and frames, frozen ones too."""
-        found = {}
+        """Return what trains, and the frames, frozen ones too."""
+        found = super().trained_tensors(model)
         for name, layer in deep.deep_layers(model):
             for part, tensor in layer.named_parameters():
                 if not part.startswith("base."):

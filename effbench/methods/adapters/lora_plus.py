@@ -30,6 +30,8 @@ class LoRAPlus(LoRA):
     )
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 2.5e-4
+    version: ClassVar[int] = 2
+    """2: a classifier's head trains too, at the rate of A."""
 
     ratio: PositiveFloat = 16.0
     """Learning rate of B over that of A, which is `train.learning_rate`; 1 is LoRA, bit for bit."""

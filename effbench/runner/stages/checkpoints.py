@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from effbench.methods.trains import groups_of
 from effbench.runner import sharding
 from effbench.runner.run import Run
 from effbench.runner.stages.trainer import Trainer
@@ -65,7 +66,7 @@ def resume(trainer: Trainer) -> None:
         ) from None
     trainer.ctx.state = state["method"]
     trainer.ctx.evolution.load_state_dict(state["evolution"])
-    groups = method.param_groups(trainer.model)
+    groups = groups_of(method, trainer.model)
     for group, (members, _) in zip(trainer.optimizer.param_groups, groups, strict=True):
         group["params"] = members  # some may be new
     with torch.no_grad():

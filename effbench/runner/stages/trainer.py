@@ -16,7 +16,7 @@ from effbench.api.points import Point
 from effbench.api.spec import TrainSpec
 from effbench.data.dataset import Data
 from effbench.data.overlap import kept
-from effbench.methods.trains import Trains, begin_training
+from effbench.methods.trains import Trains, begin_training, groups_of
 from effbench.nn.llama.stack import decoder_layers
 from effbench.resources.counting import LayerForwards
 from effbench.runner import sharding
@@ -106,7 +106,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     model.train()
     if sharded := run.group.size > 1 and run.job.runtime.parallelism.sharding == "fsdp":
         sharding.shard(model, run.device, run.group.size)
-    groups = method.param_groups(model)
+    groups = groups_of(method, model)
     if not any(parameters for parameters, _ in groups):
         raise UserError(f"{method.name} left nothing to train.", "Check its settings.")
     optimizer = _optimizer(spec.train, groups, sharded)

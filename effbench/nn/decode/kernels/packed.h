@@ -502,17 +502,32 @@ class Codes {
   std::conditional_t<in_windows(kBits), Windows<kBits>, char> window_;
 };
 
+// A sum of products: an integer, or, of products with levels, of which 32 do not fit 32 bits, a float32
+// number. Both lie in registers of integers.
+template <int64_t kBits>
+__attribute__((always_inline)) inline __m256i plus(__m256i a, __m256i b) {
+  if constexpr (kBits == kNF4)
+    return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
+  else
+    return _mm256_add_epi32(a, b);
+}
+template <int64_t kBits>
+__attribute__((always_inline)) inline __m256 as_floats(__m256i sums) {
+  return kBits == kNF4 ? _mm256_castsi256_ps(sums) : _mm256_cvtepi32_ps(sums);
+}
+
 // Adds neighbours: of a and of b, in turns of two, in each half.
-inline __m256i pairs_added(__m256i a, __m256i b) {
+template <int64_t kBits>
+__attribute__((always_inline)) inline __m256i pairs_added(__m256i a, __m256i b) {
   const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
-  return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
-                          _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
+  return plus<kBits>(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
+                     _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
 }
 
 // The halves of a, added up, then those of b.
-inline __m256i halves_added(__m256i a, __m256i b) {
-  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
-                          _mm256_permute2x128_si256(a, b, 0x31));
+template <int64_t kBits>
+__attribute__((always_inline)) inline __m256i halves_added(__m256i a, __m256i b) {
+  return plus<kBits>(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
 // all[b] = sums of the products of the register of codes from column k on; `inner` if all of it is there.
@@ -534,6 +549,7 @@ __attribute__((always_inline)) inline void register_sums(const Codes<kBits>& cod
       sum[1] = _mm256_add_epi32(sum[2], sum[3]);
     }
     all[b] = _mm256_add_epi32(sum[0], sum[1]);
+    if constexpr (kBits == kNF4) all[b] = _mm256_castps_si256(_mm256_cvtepi32_ps(all[b]));
   }
 }
 
@@ -549,7 +565,7 @@ __attribute__((always_inline)) inline void block_sums(const Codes<kBits>& codes,
     block_sums<kBits, B, inner, kFirst + kCount / 2, kCount / 2>(codes, k, count, x, more);
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
-      all[b] = kCount == 8 ? halves_added(all[b], more[b]) : pairs_added(all[b], more[b]);
+      all[b] = kCount == 8 ? halves_added<kBits>(all[b], more[b]) : pairs_added<kBits>(all[b], more[b]);
   } else if (inner || kFirst < count) {
     register_sums<kBits, B, inner>(codes, k + kFirst * Codes<kBits>::kSpan, x, all);
   } else {
@@ -580,7 +596,7 @@ __attribute__((noinline)) void packed_rows(const Matrix& m, int64_t row, int64_t
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {
         const __m256 dot =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(all[b]), _mm256_loadu_ps(x[b].scales + k / kBlock));
+            _mm256_mul_ps(as_floats<kBits>(all[b]), _mm256_loadu_ps(x[b].scales + k / kBlock));
         acc[b] = _mm256_fmadd_ps(scale, dot, acc[b]);
         if constexpr (kBits != kNF4)
           acc[b] = _mm256_fnmadd_ps(less, _mm256_loadu_ps(x[b].totals + k / kBlock), acc[b]);
@@ -632,7 +648,7 @@ __attribute__((noinline)) void window_rows(const Matrix& m, int64_t row, int64_t
         register_sums<kBits, B, true>(codes, k + j * kBlock, x, all);
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b)
-          acc[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all[b]), _mm256_broadcast_ss(by[b] + j), acc[b]);
+          acc[b] = _mm256_fmadd_ps(as_floats<kBits>(all[b]), _mm256_broadcast_ss(by[b] + j), acc[b]);
       }
     }
 #pragma GCC unroll 4
