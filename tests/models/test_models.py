@@ -283,7 +283,10 @@ def test_no_such_path(tmp_path: Path, source: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"architectures": ["BertForTokenClassification"]}, "those of a BertForTokenClassification"),
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            "those of a BertForTokenClassification",
+        ),
         ({"model_type": "bert"}, "each of its tokens sees those after it"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "it has an encoder"),
         ({"model_type": "none"}, "knows no model of type 'none'"),
