@@ -103,9 +103,7 @@ class Toy:
 
     def auroc(self, weights: torch.Tensor) -> float:
         """Return how often a pair with a right answer weighs more than a swapped one."""
-        right, wrong = weights[~self.swapped], weights[self.swapped]
-        above = (right[:, None] > wrong).double() + 0.5 * (right[:, None] == wrong)
-        return float(above.mean())
+        return grouping.auroc(weights, self.swapped)
 
 
 Arm = Callable[[Toy, torch.Tensor, torch.Tensor], torch.Tensor]

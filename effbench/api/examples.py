@@ -36,6 +36,14 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Classed(Tokens):
+    """A text and the number of a class in the place of an answer in words."""
+
+    said: tuple[int, ...] = ()
+    """Tokens of the answer."""
+
+
+@dataclass(frozen=True)
 class Turns(Tokens):
     """One conversation: answers with a loss, and between them what others say."""
 

@@ -45,6 +45,10 @@ def _no_program(words: Sequence[str]) -> ProgramUsage:
     raise RuntimeError(f"there is no run to start {words[0]} for")
 
 
+def _no_tokenizer(name: str) -> Any:
+    raise RuntimeError(f"there is no run whose key has model {name}")
+
+
 @dataclass
 class Context:
     """What the hooks may use: device, clock, random numbers, other models."""
@@ -85,3 +89,6 @@ class Context:
     """Sums gradients and a step's loss over the processes of a run, in place."""
     clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
     """Clips gradients in place."""
+    load_tokenizer: Callable[[str], Any] = _no_tokenizer
+    """Loads the tokenizer of another model by its config name, where that reads tokens of its own.
+    """

@@ -121,7 +121,8 @@ class DatasetSpec:
     allow_overlap: bool = False
     """Whether a row may stand in the training and an evaluation split at once."""
     fingerprint: str = ""
-    """Content hash of local files; filled in when the config is composed."""
+    """Content hash of local files; filled in when the config is composed. Where a config states it,
+    it is of these files and no others, and composes where they are not."""
     columns: dict[str, str] = field(default_factory=dict)
     """Dotted names of fields with a number that goes into batches, by column; `weight` is that of
     the row in the loss. A kind can read further columns of its own."""

@@ -24,6 +24,7 @@ from effbench.api.spec import (
     Machine,
     ModelSpec,
     Parallelism,
+    Plugin,
     Runtime,
     Spec,
     Stage,
@@ -45,6 +46,9 @@ from effbench.models.load import known_shape
 from effbench.nn.model_kinds.base import find as find_kind
 from effbench.results.store import Store, results_dir
 from effbench.util.errors import UserError, did_you_mean
+
+SCORED = "preference"
+"""The evaluator that goes by a method's own score."""
 
 
 def compose(
@@ -183,7 +187,7 @@ def job_from(
     if train.learning_rate is None:
         rate = registry.find("methods", method.name).learning_rate
         train = dataclasses.replace(train, learning_rate=rate)
-    asked = _asked(config, chosen, model)
+    asked = _asked(config, chosen, model, method)
     if typed is None or "evaluator" in typed:
         asked = {name: _suited(name, own, chosen, dataset) for name, own in asked.items()}
     spec = Spec(
@@ -213,12 +217,19 @@ def job_from(
     return Job(spec, runtime, notes=tuple(filter(None, (note, *remarks))))
 
 
-def _asked(config: dict[str, Any], chosen: set[str], model: ModelSpec) -> dict[str, Any]:
-    """Return the settings of evaluators: of those chosen, else of what asks such a model."""
+def _asked(
+    config: dict[str, Any], chosen: set[str], model: ModelSpec, method: Plugin
+) -> dict[str, Any]:
+    """Return the settings of evaluators: of those chosen, else of what asks such a model.
+
+    What answers beside the model's own head is asked by its score, not by that head.
+    """
     found: dict[str, Any] = config.get("evaluator") or {}
     if found and not {word.partition(".")[0] for word in chosen} & {"evaluator", "experiment"}:
         shape = known_shape(model)
         own = find_kind(ModelShape.of(shape).kind).evaluator if shape else ""
+        if own and registry.find("methods", method.name).answers_with:
+            own = SCORED
         return {own: {}} if own else found
     return found
 
@@ -503,8 +514,9 @@ def _check_auxiliary(spec: Spec) -> None:
     if not spec.others:
         return
     method, ours = make_method(spec.method), known_shape(spec.model)
+    known = {other.name: known_shape(other) for other in spec.others}
+    method.check_others({name: shape for name, shape in known.items() if shape})
     if ours and isinstance(method, Trains) and stages.find(spec.stage).trains:
-        known = {other.name: known_shape(other) for other in spec.others}
         for key, name in method.aux_models().items():
             if theirs := known.get(name):
                 require_same(key, name, Read.by(theirs), Read.by(ours))

@@ -118,7 +118,7 @@ def inherit(
     name = settings.pop("name")
     if parent is None:
         method = plugin("methods", name, settings, "method")
-        return method, model_spec(config["model"]), dataset_spec(config["dataset"])
+        return method, model_spec(config["model"]), dataset_spec(config["dataset"], True)
     _refuse_fixed(stage, name, chosen, parent)
     if _taken_over(stage, name, chosen):
         method = _at_evaluation(settings, chosen, parent.method)
@@ -180,7 +180,7 @@ def _model_after(
 def dataset_after(values: Mapping[str, Any], chosen: set[str], earlier: DatasetSpec) -> DatasetSpec:
     """Return the dataset of an earlier run with the chosen keys, or another one."""
     if chosen & {"dataset", "experiment"}:
-        return dataset_spec(values)
+        return dataset_spec(values, True)
     keys = [c.split(".")[1:] for c in chosen if c.startswith("dataset.")]
     before = unpinned(plain(earlier), keys)
     spec = build(DatasetSpec, _overlaid(before, values, keys), "dataset")
@@ -236,9 +236,14 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
     return dataclasses.replace(spec, fingerprint=fingerprint(spec))
 
 
-def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
-    """Return the spec of a dataset, with what rows are known by and the hash of its files."""
-    from effbench.data.dataset import check_mix, fingerprint
+def dataset_spec(values: Mapping[str, Any], config: bool = False) -> DatasetSpec:
+    """Return the spec of a dataset, with what rows are known by and the hash of its files.
+
+    Args:
+        values: Its fields.
+        config: Whether they are those of a config, whose hash says which files are meant.
+    """
+    from effbench.data.dataset import check_mix, fingerprint, stated
     from effbench.data.kinds.base import find
     from effbench.data.tokens import template_text
 
@@ -253,7 +258,7 @@ def dataset_spec(values: Mapping[str, Any]) -> DatasetSpec:
             if own
             else dataclasses.replace(spec, known_by="source")
         )
-    return dataclasses.replace(spec, fingerprint=fingerprint(spec))
+    return dataclasses.replace(spec, fingerprint=(stated if config else fingerprint)(spec))
 
 
 @cache

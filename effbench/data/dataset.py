@@ -57,6 +57,29 @@ def fingerprint(spec: DatasetSpec) -> str:
     return digest(dict(zip(paths, hashes, strict=True)), WHOLE)
 
 
+def stated(spec: DatasetSpec) -> str:
+    """Return the same for a dataset whose config may say which files they have to be.
+
+    Where none of them is here, the word of the config stands; a run then says that they are missing
+    when it reads them.
+
+    Raises:
+        UserError: When they are others.
+    """
+    if spec.source != "file" or not spec.fingerprint or not spec.files:
+        return fingerprint(spec)
+    named = [path for split in spec.files for path in _places(spec, split).values()]
+    if not any(path.is_file() for path in named):
+        return spec.fingerprint
+    if (found := fingerprint(spec)) != spec.fingerprint:
+        raise UserError(
+            f"The files of dataset {spec.called!r} are others than those that "
+            f"dataset.fingerprint={spec.fingerprint} is of.",
+            "Give those, or take yours for what they are: dataset.fingerprint=''",
+        )
+    return found
+
+
 def _places(spec: DatasetSpec, split: str) -> dict[str, Path]:
     """Return the files of a source split, by the settings that name them."""
     named = spec.files[split]

@@ -34,6 +34,7 @@ class Preference(Evaluator):
     """Pair accuracy on a split of preference pairs, or of questions with choices."""
 
     headline: ClassVar[str] = "pair_accuracy"
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "masked"})
     gives: ClassVar[tuple[str, ...]] = ("top_accuracy", "score_margin", "answer_loss")
     version: ClassVar[int] = 3
 

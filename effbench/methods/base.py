@@ -9,7 +9,7 @@ training, which the loop saves and restores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,3 +271,13 @@ class Method(Decodes):
         Default: those of `holds`.
         """
         return tuple(name for name in self.holds() if name)
+
+    def check_others(self, shapes: Mapping[str, AnyShape]) -> None:
+        """Refuse other models that it cannot use, as far as their shapes are known.
+
+        Args:
+            shapes: By their config names.
+
+        Raises:
+            UserError: Before any weight is loaded.
+        """

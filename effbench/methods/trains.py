@@ -35,6 +35,8 @@ class Trains(Method):
     """The ways (`hardware.sharding`) in which its training was shown to work on several devices: a
     step on parts of each micro-batch, its gradients summed, is the step on all of it. Each class
     says it for itself, because a subclass may add what does not work; see `data_parallel`."""
+    read_tokens: ClassVar[int] = 0
+    """Tokens of the largest batch that `dataset` reads; 0 where it reads row by row."""
 
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Put the method's structure in and mark what trains. Default: everything trains."""
@@ -189,6 +191,17 @@ class Trains(Method):
     def holds(self) -> tuple[str, ...]:
         """Return the config names of the auxiliary models; `START` is a copy of the model."""
         return tuple(self.aux_models().values())
+
+    def consults(self) -> tuple[str, ...]:
+        """Return the config names of the other models in memory while `dataset` is at work.
+
+        They are gone before the first step. Default: none.
+        """
+        return ()
+
+    def others(self) -> tuple[str, ...]:
+        """Return the auxiliary models, and those that are asked before training."""
+        return (*super().others(), *self.consults())
 
 
 def data_parallel(method: Method) -> frozenset[str]:

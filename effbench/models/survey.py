@@ -153,12 +153,24 @@ def _readout(model: Any, embedding: torch.Tensor) -> Readout:
         if head is None or head.weight.ndim != 2:
             raise _odd(model, "it has no head that gives logits")
         return Readout(Norm(0), _linear("lm_head", head), head.weight is embedding)
-    linears = [_linear("head", part) for part in parts if isinstance(part, torch.nn.Linear)]
-    vectors = [part for part in parts if not isinstance(part, torch.nn.Linear)]
-    norms = [n for part in vectors for n in _vectors(dict(part.named_parameters(recurse=False)))]
-    if not linears or linears[-1].d_out != model.config.num_labels or len(norms) > 1:
-        raise _odd(model, "its head is not made of linears that end in one logit a class")
-    return Readout([*norms, Norm(0)][0], linears[-1], before=tuple(linears[:-1]), learns=True)
+    multiplying = [part for part in parts if isinstance(part, torch.nn.Linear)]
+    linears = [_linear("head", part) for part in multiplying]
+    counted = {id(p) for part in multiplying for p in part.parameters(recurse=False)}
+    norms = [
+        norm
+        for part in parts
+        for norm in _vectors(
+            {n: p for n, p in part.named_parameters(recurse=False) if id(p) not in counted}
+        )
+    ]
+    config = model.config
+    outputs = config.vocab_size if kind_of(model).speaks else config.num_labels
+    if not linears or linears[-1].d_out != outputs or len(norms) > 1:
+        what = "token" if kind_of(model).speaks else "class"
+        raise _odd(model, f"its head is not made of linears that end in one logit a {what}")
+    tied = multiplying[-1].weight is embedding
+    first = tuple(linears[:-1])
+    return Readout([*norms, Norm(0)][0], linears[-1], tied, before=first, learns=True)
 
 
 def hold(shape: AnyShape, model: Any) -> None:

@@ -316,6 +316,8 @@ def _phases(
     loaded = _loaded(spec, shapes.base, shapes.methods, work)
     found = {"load": base.load(*loaded, bool(shapes.left.formats))}
     trained, kernels = spec.stage == "train", 0
+    if trained and isinstance(own, Trains) and own.consults():
+        found["select"] = _selecting(spec, shapes, loaded[0], exact)
     if trained:
         saved = training_of(shapes.working, dtype)
         others = _bytes_of(own.holds(), shapes.start, size)
@@ -357,6 +359,35 @@ def _phases(
             key=_total,
         )
     return tuple(Phase(n, {k: int(v) for k, v in m.items() if v}) for n, m in found.items())
+
+
+def _selecting(spec: Spec, shapes: RunShapes, weights: int, exact: bool) -> Components:
+    """Return the peak of choosing rows beside other models: of loading them, or of reading rows.
+
+    Args:
+        spec: The run.
+        shapes: Of its model.
+        weights: Bytes of the model as it is held.
+        exact: Whether the allocator gives blocks back at once.
+    """
+    own, dtype = shapes.own, spec.hardware.dtype
+    assert isinstance(own, Trains)
+    cpu, size = spec.hardware.device == "cpu", DTYPE_BYTES[dtype]
+    others = _other_shapes(own.consults(), shapes.start)
+    beside = sum(s.params * size for s in others)
+    files = 0 if size == STORED_BYTES else sum(s.params for s in others) * STORED_BYTES
+    length = spec.dataset.max_length
+    rows = max(1, own.read_tokens // length)
+    one = Pass("score", rows, length, rows if own.read_tokens else length)
+    reading = (
+        Peaks(ModelShape.of(s), size, cpu, exact).inference(cost_of(s, dtype), one)
+        for s in (shapes.start, *others)
+    )
+    return max(
+        _beside(weights, beside, files),
+        *(found | {"weights": weights, "other models": beside} for found in reading),
+        key=_total,
+    )
 
 
 def _graded(shape: AnyShape) -> ModelShape:
@@ -424,17 +455,19 @@ def _flops_per_trained_token(spec: Spec, shapes: RunShapes) -> float:
 def _first_reads(spec: Spec, shapes: RunShapes, rows: int) -> tuple[int, float]:
     """Return the sequences that are read before the first step, and the FLOPs of full ones.
 
-    Who reads is the other model that training holds, where there is one. Where the number of rows
-    is not known it is taken to be their limit.
+    Who reads is the other model that training holds, where there is one, and both the model and
+    those that are consulted. Where the number of rows is not known it is taken to be their limit.
     """
     rows = rows or spec.dataset.limit.get("train", 0)
     count = shapes.own.reads_first(rows) if isinstance(shapes.own, Trains) else 0
-    others = _other_shapes(shapes.own.holds(), shapes.start)
-    reader = next(iter(others), shapes.start) if count else None
-    length = spec.dataset.max_length
-    if reader is None or ModelShape.of(reader).encoder:
-        return count, 0.0
-    return count, count * length * reader.flops_per_token(length // 2)
+    if not count or not isinstance(shapes.own, Trains):
+        return 0, 0.0
+    held = _other_shapes(shapes.own.holds(), shapes.start)
+    consulted = _other_shapes(shapes.own.consults(), shapes.start)
+    readers = [shapes.start, *consulted] if consulted else [next(iter(held), shapes.start)]
+    length, each = spec.dataset.max_length, -(-count // len(readers))
+    counted = [r for r in readers if not ModelShape.of(r).encoder]
+    return count, sum(each * length * r.flops_per_token(length // 2) for r in counted)
 
 
 def _notes(spec: Spec, methods: Sequence[Method], cost: Cost) -> list[str]:

@@ -158,6 +158,7 @@ def context(run: Run) -> Context:
         dtype=run.dtype,
         generator=torch.Generator().manual_seed(run.spec.seed),
         load_model=partial(load_frozen, run),
+        load_tokenizer=lambda name: models.load_tokenizer(_other(run, name)),
         tokenizer=run.tokenizer,
         note=run.note,
         measured=lambda name, value, unit: run.add(
@@ -173,13 +174,17 @@ def load_frozen(run: Run, name: str) -> torch.nn.Module:
     Raises:
         UserError: For one that neither the method nor an evaluator says that it loads.
     """
+    return _load_dense(run, _other(run, name))
+
+
+def _other(run: Run, name: str) -> ModelSpec:
     found = [model for model in run.spec.others if model.name == name]
     if not found:
         raise UserError(
             f"Model {name} is loaded, and the key of the run does not say so.",
             "Name it in `others` of the method or evaluator: docs/method-protocol.md.",
         )
-    return _load_dense(run, found[0])
+    return found[0]
 
 
 def load_base(run: Run) -> torch.nn.Module:

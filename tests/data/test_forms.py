@@ -297,6 +297,25 @@ def test_a_file_that_is_not_there_is_named_among_several(tmp_path: Path) -> None
         read(spec)
 
 
+def test_a_config_may_say_which_files_it_is_of(tmp_path: Path) -> None:
+    """Then it composes where they are not, to the same key; other files are refused."""
+    path = Path(several(tmp_path, 1).files["train"][0])
+    config = {**AUTO, "kind": "pairs", "files": {"train": str(path)}}
+    meant = dataset_spec(config, True)
+    config["fingerprint"] = meant.fingerprint
+    assert dataset_spec(config, True) == meant
+    text = path.read_text()
+    path.unlink()
+    assert dataset_spec(config, True) == meant
+    for asked in (lambda: read(meant), lambda: dataset_spec(config)):
+        with pytest.raises(UserError, match="is not a file"):
+            asked()
+    path.write_text(text + text)
+    with pytest.raises(UserError, match="are others than those") as caught:
+        dataset_spec(config, True)
+    assert "dataset.fingerprint=''" in caught.value.hint
+
+
 def test_where_several_files_lie_is_not_in_the_key() -> None:
     part = {"files": {"all": ["/x/a.jsonl", "b.txt.gz"]}, "fingerprint": "0" * WHOLE}
     leave_places_out(part)

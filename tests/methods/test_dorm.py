@@ -257,6 +257,14 @@ def test_heads_find_the_weights_before_training(judged: list[Example]) -> None:
     assert len({e.id for e in kept}) == len(kept) == 54
     assert sum(e.columns["source"] == 0 for e in kept) > 27
     assert set(ctx.state[KEPT]["names"]) >= {"source 0, low uncertainty, agreed"}
+    told = dict[str, float]()
+    ctx.measured = lambda name, value, unit: told.update({name: value})
+    method.finalize(tiny_model(), ctx)
+    assert not told, "nobody knows which are swapped"
+    known = [replace(e, columns={**e.columns, "flipped": e.columns["source"] == 2}) for e in judged]
+    method.dataset(known, tiny_model(), ctx)
+    method.finalize(tiny_model(), ctx)
+    assert 0.7 < told["weights_auroc"] <= 1
 
 
 def test_stage_one_alone_and_as_a_filter(judged: list[Example]) -> None:

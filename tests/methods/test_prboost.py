@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,13 +19,18 @@ from effbench.api.batch import collate
 from effbench.api.examples import Example, Tokens
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
+from effbench.methods.chain import resolved
 from effbench.methods.data.classifiers import heads_of
 from effbench.methods.data.prboost import RULES, PRBoost
 from effbench.methods.trains import begin_training
+from effbench.models.random import random_of
+from effbench.models.survey import empty_model, survey
+from effbench.nn.model_kinds.base import find as find_kind
 from effbench.nn.weak_labels import boosting, rules
 from effbench.nn.weak_labels.judging import Judge
 from effbench.nn.weak_labels.pool import HIDDEN, Pool
-from effbench.nn.weak_labels.reading import Reader
+from effbench.nn.weak_labels.reading import MaskReader, Reader
+from effbench.nn.weak_labels.words import vocabulary
 from effbench.runner.stages.batching import rows_of_step, window
 from effbench.util.errors import UserError
 
@@ -52,6 +59,29 @@ class Words:
         return [3 + ord(letter) % 20 for letter in text][:6]
 
 
+class Closing(Words):
+    """The same with a token before and after each text, and one that is a mask."""
+
+    mask_token, mask_token_id = "\x00", 3
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = [3 if letter == "\x00" else 4 + ord(letter) % 20 for letter in text][:8]
+        return [1, *ids, 2] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return super().decode([i for i in ids if i > 2])
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": SHAPE.vocab_size,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 NAMED = [Words().decode([sign]).strip() for sign in SIGNS]
 
 
@@ -387,6 +417,94 @@ def test_accuracies_are_of_the_ensemble_on_rows_that_nothing_learns_from() -> No
     assert own.accuracies[-1] == pytest.approx(float(right.double().mean()))
 
 
+# -- encoders --------------------------------------------------------------------------------------
+
+
+@cache
+def encoder(kind: str) -> Any:
+    model = random_of({**BERT, "num_labels": 2}, find_kind(kind), 0)
+    for parameter in model.parameters():  # so that a token more is felt at all
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
+    return model
+
+
+def encoded(kind: str, method: PRBoost, speaker: Any = None) -> tuple[PRBoost, Pool, list[int]]:
+    """Return the method as it is resolved, what was read, and the size of every batch read."""
+    model, read = deepcopy(encoder(kind)), list[int]()
+    for each in filter(None, (model, speaker)):
+        each.base_model.register_forward_pre_hook(
+            lambda m, a, k: read.append(len(k["input_ids"] if "input_ids" in k else a[0])),
+            with_kwargs=True,
+        )
+    rows = [find_kind(kind).example(row, [2], 2) for row in ROWS]
+    ctx = context(load_model=lambda name: speaker)
+    ctx.tokenizer, ctx.load_tokenizer = Closing(), lambda name: Words()
+    method = resolved(method, survey(empty_model({**BERT, "num_labels": 2}, kind)))
+    method.dataset(rows, model, ctx)
+    pool = Pool(**ctx.state["pool"])
+    alone = model.base_model(torch.tensor([rows[0].ids[: rows[0].prompt_length]]))
+    torch.testing.assert_close(pool.features[0], alone.last_hidden_state[0].mean(0))
+    assert pool.answers == [Words().decode([i]).strip() for i in (8, 9)]
+    return method, pool, read[:-1]
+
+
+def test_an_encoder_has_the_states_and_another_model_says_the_words() -> None:
+    speaker = tiny_model().eval()
+    method, pool, read = encoded("classifier", method_of(source="prompt", speaker="x"), speaker)
+    texts = [Words().encode(text) for text in pool.texts]
+    assert pool.words == Reader(speaker, Words(), method.template, 10).read(texts).words
+    assert any(pool.words) and method.consults() == ("x",) == method.others()
+    assert sum(read) == method.reads_first(60) == 122
+
+
+def test_an_encoder_with_a_masked_head_is_asked_at_the_mask_token() -> None:
+    template = "so [MASK] it"
+    method, pool, read = encoded("masked", method_of(source="prompt", template=template))
+    assert method.speaker == "start" and method.consults() == ()
+    assert sum(read) == method.reads_first(60) == 122
+    model, tokenizer = encoder("masked"), Closing()
+    reader = MaskReader(model, tokenizer, template, 5)
+    text = tokenizer.encode(pool.texts[0])
+    tail = tokenizer.encode("so \x00 it", add_special_tokens=False)
+    row = torch.tensor([[*text[:-1], *tail, 2]])
+    place = row[0].tolist().index(tokenizer.mask_token_id)
+    _, logits = reader._pass([reader.opened(text)])
+    torch.testing.assert_close(logits[0], model(row).logits[0, place])
+    together = reader.read([reader.opened(tokenizer.encode(t)) for t in pool.texts[:4]])
+    assert together.words == [words[:5] for words in pool.words[:4]] and any(together.words)
+    for wrong, said in (("[MASK] [MASK]", "more than once"), ("", "")):
+        if said:
+            with pytest.raises(UserError, match=said):
+                MaskReader(model, tokenizer, wrong, 5)
+    assert MaskReader(model, tokenizer, "", 5).tail[-1] == 2
+    with pytest.raises(UserError, match="goes on from its end"):
+        Reader(tiny_model(), Words(), template, 5)
+
+
+def test_words_of_wordpiece_are_its_tokens_without_a_mark() -> None:
+    class Pieces(list[str]):
+        def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+            return [self[i] for i in ids]
+
+    assert vocabulary(Pieces(["[PAD]", "film", "##film", "Great"])) == ["", "film", "", "great"]
+
+
+def test_an_encoder_without_words_is_told_what_to_do_before_anything_is_loaded() -> None:
+    words = ["method=prboost", "method.classes=3", "dataset=noisy-classes"]
+    words += ["model=tiny-encoder", "model.classes=3"]
+    with pytest.raises(UserError, match="asks a model for words") as caught:
+        compose("train", words)
+    assert "method.speaker=" in caught.value.hint and "method.source=text" in caught.value.hint
+    with pytest.raises(UserError, match="is to say words, and it is a classifier"):
+        compose("train", [*words, "method.speaker=tiny-encoder"])
+    spec = compose("train", [*words, "method.speaker=tiny"]).spec
+    assert [other.name for other in spec.others] == ["tiny"]
+    assert [each.name for each in spec.evaluators] == ["preference"], "not its untrained head"
+    for own in (["method.source=text"], ["method.rounds=0"]):
+        assert not compose("train", [*words, "method.speaker=tiny", *own]).spec.others
+        compose("train", [*words, *own])
+
+
 # -- what cannot be --------------------------------------------------------------------------------
 
 
@@ -446,3 +564,16 @@ def test_a_run_counts_judgements_and_is_evaluated_by_its_own_score(bench: Bench)
     found = {m.name: m.value for m in record.metrics}
     assert found["judgements"] > 0 and found["labelled_rows"] == 8
     assert 0 <= found["top_accuracy"] <= found["pair_accuracy"] <= 1
+
+
+def test_a_run_on_an_encoder_has_a_speaker_that_is_planned_and_then_gone(bench: Bench) -> None:
+    words = ["method.classes=3", "method.labelled=0.5", "method.judge=all", "method.speaker=tiny"]
+    words += ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes"]
+    words += ["+dataset.limit.train=16", "+dataset.limit.test=8", "evaluator=[preference]"]
+    record = bench.run("train", "method=prboost", *words)
+    found = {m.name: m.value for m in record.metrics}
+    assert found["labelled_rows"] == 8 and 0 <= found["top_accuracy"] <= 1
+    phases = record.plan["phases"]
+    assert phases["select"]["memory"]["other models"] > 0
+    assert "other models" not in phases["train"]["memory"]
+    assert found["trainable_params"] == found["trainable_bytes"] / 4 == 6 * 65 * 3

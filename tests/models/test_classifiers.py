@@ -31,7 +31,7 @@ from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError
 from effbench.util.hf import quiet
 
-KIND = find("classifier")
+KIND, MASKED = find("classifier"), find("masked")
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -86,6 +86,29 @@ def test_what_is_counted_is_what_the_modules_have(name: str) -> None:
     model = made(name)
     cost = counted(model, shape(name), lambda: model(input_ids=torch.tensor([[5]])))
     assert cost.kv_bytes_per_token == 0
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_masked_head_is_counted_as_it_is(name: str) -> None:
+    model, found = random_of(config(name), MASKED, 0), survey(empty_model(config(name), "masked"))
+    counted(model, found, lambda: model(input_ids=torch.tensor([[5]])))
+    assert (found.kind, found.outputs) == ("masked", 64)
+
+
+def test_a_folder_with_a_masked_head_is_known_by_its_config(tmp_path: Path) -> None:
+    first = random_of({**config("bert"), "vocab_size": 300}, MASKED, 5)
+    with quiet():
+        first.save_pretrained(tmp_path)
+    spec = ModelSpec("own", "folder", path=str(tmp_path))
+    loaded = models.load(spec, device="cpu", dtype=torch.float32, tokenizer=False)
+    assert kind_of(loaded.model) is MASKED and models.shape_of(spec) == loaded.shape
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded.model(input_ids=ids).logits, first(input_ids=ids).logits)
+    with pytest.raises(UserError, match="encoder with a masked-LM head") as caught:
+        resolved(given("lora"), loaded.shape)
+    assert caught.value.hint == "Methods for every encoder with a masked-LM head: prboost."
+    other = ModelSpec("own", "folder", path=str(tmp_path), kind="classifier", classes=3)
+    assert models.shape_of(other).outputs == 3  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ENCODERS)

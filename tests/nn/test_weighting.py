@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from effbench.nn.weighting import linear, table
+from effbench.nn.weighting import grouping, linear, table
 from effbench.nn.weighting.bilevel import Mixture, Outer, Schedule, search
 from effbench.nn.weighting.grouping import (
     Evidence,
@@ -348,3 +348,11 @@ def test_the_table_can_be_read_and_restored(tmp_path) -> None:
     }
     assert made.told() == "mean weight of a pair in 2 groups: b: 1.4 (2 pairs); a: 0.6 (2 pairs)"
     assert not list(made.parameters()) and not list(made.buffers())
+
+
+def test_auroc_counts_right_pairs_above_wrong_ones_and_ties_half() -> None:
+    weights = torch.tensor([0.1, 0.7, 0.7, 0.3, 2.0, 0.1])
+    wrong = torch.tensor([True, False, True, False, False, False])
+    above = [(r > w) + 0.5 * (r == w) for r in weights[~wrong] for w in weights[wrong]]
+    assert grouping.auroc(weights, wrong) == pytest.approx(float(sum(above)) / 8)
+    assert grouping.auroc(torch.ones(6), wrong) == 0.5

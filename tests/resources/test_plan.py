@@ -65,6 +65,7 @@ def test_steps_and_epochs_are_both_told() -> None:
     ("words", "reads"),
     [
         (["method=prboost", "method.classes=4"], 1590),
+        (["method=prboost", "method.classes=4", "method.speaker=tiny"], 2 * 1590),
         (["method=dorm"], 2 * 1589),
         (["method=dorm", "method.weigh_by=uniform"], 0),
         (["method=ptloss", "method.teacher=start", "method.labels=50"], 50),

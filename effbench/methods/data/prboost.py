@@ -12,16 +12,18 @@ paper's description. With K classes, a few labelled rows D_l, all others D_u wit
     p(k|x)  = sum_t alpha_t p_t(k|x) / sum_t alpha_t
 
 From the paper: boosting picks 10 rows a round, ten words each; people judge; similarity and shared
-words match; self-training; the weighted ensemble. Our choices: words of a causal model
-(`nn.weak_labels.reading`) in place of RoBERTa's mask; linear classifiers on frozen mean states; one
-half of D_l weighed, the other learnt from, so that err is of rows that no classifier saw; rules of
-all rounds label together; a round that keeps no rule makes no classifier; an oracle for the people.
+words match; self-training; the weighted ensemble; an encoder, asked for words at a mask token
+(`nn.weak_labels.reading`). Our choices: words of a causal model where there is no such token, the
+model itself or another one beside it; linear classifiers on frozen mean states; one half of D_l
+weighed, the other learnt from, so that err is of rows that no classifier saw; rules of all rounds
+label together; a round that keeps no rule makes no classifier; an oracle for the people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -33,7 +35,9 @@ from effbench.api.examples import Example
 from effbench.api.keys import WHOLE
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, ModelText, NonNegativeInt, PositiveInt, digest
+from effbench.api.shape import AnyShape, ModelShape
 from effbench.methods.data.classifiers import Classifiers, heads_of
+from effbench.nn.model_kinds.base import ModelKind, find, kind_of
 from effbench.nn.weak_labels import boosting, judging, reading, rules
 from effbench.nn.weak_labels import pool as pools
 from effbench.util.errors import UserError
@@ -42,6 +46,8 @@ from effbench.util.lazy import torch
 
 RULES = "rules.jsonl"
 """File of the artefact with all rules that were judged."""
+OWN = "start"
+"""Speaker that is the model itself, asked in a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class PRBoost(Classifiers):
         "ACL 2022",
         "2203.09735",
     )
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "masked"})
     learning_rate: ClassVar[float] = 1e-2
+    read_tokens: ClassVar[int] = 4096
     needs: ClassVar[dict[str, Any]] = {
         "classes": 4,
         "labelled": 0.5,
@@ -77,7 +85,11 @@ class PRBoost(Classifiers):
     source: Literal["prompt", "text"] = "prompt"
     """Where words of rules come from: what the model expects, or the text itself (the baseline)."""
     template: ModelText = "\nIn one word, this is"
-    """What stands between a text and the word that the model is asked for."""
+    """What stands between a text and the word that the model is asked for; an encoder's may go on
+    behind the word, for which `[MASK]` stands then."""
+    speaker: str = ""
+    """Name of the config of the model that says the words, the path of its folder, or `start`, the
+    model itself in a pass of its own; empty for the model itself."""
     words: PositiveInt = 10
     """Words of a row."""
     judge: Literal["oracle", "noisy", "recorded", "all", "none"] = "oracle"
@@ -128,6 +140,29 @@ class PRBoost(Classifiers):
         found = {name: hash_of(p) if p.is_file() else "" for name, p in paths.items()}
         return replace(self, fingerprint=digest(found, WHOLE) if found else "")
 
+    @property
+    def asks(self) -> bool:
+        """Whether a model is asked for words."""
+        return self.source == "prompt" and (self.rounds > 0 or "rules" in self.files)
+
+    def resolve(self, shape: AnyShape) -> Self:
+        """Let an encoder with a masked-LM head speak for itself; refuse one that has no words."""
+        kind = find(ModelShape.of(shape).kind)
+        if not self.asks or self.speaker not in ("", OWN):
+            return self
+        if not kind.fills:
+            raise UserError(
+                f"{self.name} asks a model for words, and this one ({kind.noun}) has none.",
+                "Name one that has: method.speaker=smollm2-135m, or a folder; or take the words of "
+                "the texts: method.source=text",
+            )
+        return self if kind.caches else replace(self, speaker=OWN)
+
+    def check_others(self, shapes: Mapping[str, AnyShape]) -> None:
+        """Refuse a speaker that has no words."""
+        if self.asks and (shape := shapes.get(self.speaker)):
+            _require_words(find(ModelShape.of(shape).kind))
+
     # -- data ----------------------------------------------------------------------------------
 
     def dataset(
@@ -141,15 +176,41 @@ class PRBoost(Classifiers):
         if self.sealed().fingerprint != self.fingerprint:
             raise UserError("Files of method.files have changed since.", "Give the command again.")
         dealt = pools.deal(len(examples), self.labelled, self.bought, self.rounds > 0, ctx.seed)
-        reader = reading.Reader(model, ctx.tokenizer, self.template, self.words)
-        prompts = self.source == "prompt"
-        pool = pools.read(examples, dealt, self.classes, reader, ctx.tokenizer, prompts)
+        read, prompts = partial(self._read, model, ctx), self.source == "prompt"
+        pool = pools.read(examples, dealt, self.classes, read, ctx.tokenizer, prompts)
         ctx.state["pool"] = vars(pool)
         return [pools.stand_in(example, place) for place, example in enumerate(examples)]
 
+    def _read(
+        self,
+        model: torch.nn.Module,
+        ctx: Context,
+        prompts: Sequence[list[int]],
+        texts: Sequence[str],
+    ) -> reading.Reading:
+        """Return what the model makes of texts, with the words of whoever is asked for them."""
+        asked = self.speaker if self.asks else ""
+        if kind_of(model).caches and not asked:
+            reader = reading.Reader(model, ctx.tokenizer, self.template, self.words)
+            return reader.read_once(prompts)
+        features = reading.States(model, ctx.tokenizer).read_once(prompts)
+        if not asked:
+            return reading.Reading(features, [[] for _ in prompts])
+        own = asked == OWN
+        speaker = model if own else ctx.load_model(asked).requires_grad_(False).eval()
+        _require_words(kind_of(speaker))
+        tokenizer = ctx.tokenizer if own else ctx.load_tokenizer(asked)
+        said = reading.said(speaker, tokenizer, self.template, self.words, texts)
+        return reading.Reading(features, said.words)
+
     def reads_first(self, rows: int) -> int:
-        """Return all texts, each with the template behind it, and one without content."""
-        return rows + 1 if rows else 0
+        """Return all texts and one without content, read by the model and by who else speaks."""
+        times = 2 if self.asks and self.speaker else 1
+        return times * (rows + 1) if rows else 0
+
+    def consults(self) -> tuple[str, ...]:
+        """Return the speaker, where it is another model."""
+        return (self.speaker,) if self.asks and self.speaker not in ("", OWN) else ()
 
     # -- structure and training ----------------------------------------------------------------
 
@@ -214,3 +275,16 @@ class PRBoost(Classifiers):
         """Write the tensors, and the rules beside them."""
         super().save(model, folder)
         rules.write(folder / RULES, heads_of(model).rules)
+
+
+def _require_words(kind: ModelKind) -> None:
+    """Refuse a kind of model that has no words, where one is named for them.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if not kind.fills:
+        raise UserError(
+            f"method.speaker is to say words, and it is a {kind.name} ({kind.noun}).",
+            "Name a causal model, or an encoder with a masked-LM head.",
+        )

@@ -45,10 +45,10 @@ class Subset(LoRA):
     reference: str = ""
     """Name of the model config that scores the rows; empty for the model itself before training."""
 
-    def others(self) -> tuple[str, ...]:
+    def consults(self) -> tuple[str, ...]:
         """Return the reference, where rows are scored by one."""
         scored = self.by != "random" and self.reference
-        return (*super().others(), *([self.reference] if scored else ()))
+        return (self.reference,) if scored else ()
 
     def dataset(
         self, examples: Sequence[Example], model: torch.nn.Module, ctx: Context

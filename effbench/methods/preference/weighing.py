@@ -36,6 +36,9 @@ WEIGHT = "importance"
 """Column of a pair's weight in the loss. `weight` would also be in the loss's denominator."""
 KEPT = "pairs"
 """What a run keeps its table under, in `Context.state`."""
+FLIPPED = "flipped"
+"""Column of a pair, and place in `Context.state`: 1 where its answers are known to be swapped. It
+is never learnt from."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Weighs(Reward):
         units = [self.unit(e) for e in examples]
         found = self.weighed(units, pairs.states_of(model, units, ctx.device), model, ctx)
         ctx.state[KEPT] = found.state()
+        if all(FLIPPED in e.columns for e in units):
+            ctx.state[FLIPPED] = torch.tensor([bool(e.columns[FLIPPED]) for e in units])
         return self.applied(examples, found.weights, ctx)
 
     def weighed(
@@ -215,11 +220,17 @@ class Weighs(Reward):
     # -- artefact ------------------------------------------------------------------------------
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Let the table of weights ride along until it is saved, and tell of it."""
+        """Let the table of weights ride along until it is saved, and tell of it.
+
+        Where the data say which answers were swapped, the record has how well weights tell.
+        """
         if KEPT in ctx.state:
             found = table.PairTable.of(ctx.state[KEPT])
             model.add_module(table.NAME, found)
             ctx.note(found.told())
+            wrong = ctx.state.get(FLIPPED)
+            if wrong is not None and 0 < int(wrong.sum()) < len(wrong):
+                ctx.measured("weights_auroc", grouping.auroc(found.weights, wrong.cpu()), "")
         return model
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:

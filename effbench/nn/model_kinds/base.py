@@ -41,6 +41,8 @@ class ModelKind:
     """Whether what it answers is text."""
     writes: ClassVar[bool] = True
     """Whether it writes text, token by token."""
+    fills: ClassVar[bool] = True
+    """Whether it says what word belongs to a place of a text: its end, or a mask token's."""
     forms: ClassVar[tuple[str, ...]] = ("transformers", "peft", "gguf")
     """In what its models leave; without GGUF among them `--to auto` writes the first."""
     task: ClassVar[str] = "CAUSAL_LM"

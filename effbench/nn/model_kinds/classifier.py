@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from effbench.api.examples import IGNORED, Example, Tokens
+from effbench.api.examples import IGNORED, Classed, Example, Tokens
 from effbench.nn.model_kinds.base import ModelKind, closed
 from effbench.util.errors import UserError
 from effbench.util.lazy import torch
@@ -35,6 +35,7 @@ class Classifier(ModelKind):
     caches: ClassVar[bool] = False
     speaks: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    fills: ClassVar[bool] = False
     forms: ClassVar[tuple[str, ...]] = ("transformers", "peft")
     task: ClassVar[str] = "SEQ_CLS"
     evaluator: ClassVar[str] = "choices"
@@ -95,7 +96,7 @@ class Classifier(ModelKind):
         asked = mask * (labels == IGNORED)
         width = max(1, int(asked.sum(1).max()))
         asked, texts = asked[:, :width], ids[:, :width]
-        texts = texts.masked_fill(asked == 0, _padding(model))
+        texts = texts.masked_fill(asked == 0, padding_of(model))
         both, rows = torch.stack([texts, asked], 1).unique(dim=0, return_inverse=True)
         found = model(input_ids=both[:, 0], attention_mask=both[:, 1]).logits
         each: torch.Tensor = found[rows][:, None].expand(-1, ids.shape[1], -1)
@@ -104,7 +105,7 @@ class Classifier(ModelKind):
     def states(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states of texts, [B, T, d]."""
         inner = getattr(model, str(model.base_model_prefix))
-        ids = ids.masked_fill(mask == 0, _padding(model))
+        ids = ids.masked_fill(mask == 0, padding_of(model))
         found: torch.Tensor = inner(input_ids=ids, attention_mask=mask).last_hidden_state
         return found
 
@@ -128,11 +129,13 @@ class Classifier(ModelKind):
 
 def _classed(text: Tokens, number: int, answer: Tokens) -> Tokens:
     """Return a text with the number of a class after it, whose answer in words is known too."""
-    size = answer.answer_bytes
-    return replace(text, ids=[*text.ids, number], cut=(text.cut[0], 0), answer_bytes=size)
+    size, said = answer.answer_bytes, tuple(answer.ids[answer.prompt_length :])
+    ids = [*text.ids, number]
+    return Classed(ids, text.prompt_length, size, (text.cut[0], 0), text.columns, said)
 
 
-def _padding(model: Any) -> int:
+def padding_of(model: Any) -> int:
+    """Return the token that stands where a text has ended."""
     found = getattr(model.config, "pad_token_id", None)
     return found if isinstance(found, int) else 0
 

@@ -35,6 +35,7 @@ class Seq2Seq(ModelKind):
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     caches: ClassVar[bool] = False
     windows: ClassVar[bool] = False
+    fills: ClassVar[bool] = False
     forms: ClassVar[tuple[str, ...]] = ("transformers", "peft")
     task: ClassVar[str] = "SEQ_2_SEQ_LM"
     rows: ClassVar[str] = "asks"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from effbench.api.examples import Example, Tokens
-from effbench.nn.weak_labels.reading import Reader
+from effbench.api.examples import Classed, Example, Tokens
+from effbench.nn.weak_labels.reading import Reading
 from effbench.nn.weak_labels.words import text_words
 from effbench.util.errors import UserError
 
@@ -69,11 +69,11 @@ def read(
     examples: Sequence[Example],
     dealt: Deal,
     classes: int,
-    reader: Reader,
+    reading: Callable[[list[list[int]], list[str]], Reading],
     tokenizer: Any,
     prompted: bool,
 ) -> Pool:
-    """Return rows as a model reads them, with the labels that may be seen.
+    """Return rows as models read them, with the labels that may be seen.
 
     Of an unlabelled row nothing but its prompt and the number of its answers is looked at.
 
@@ -81,24 +81,25 @@ def read(
         examples: Of kind `choices`.
         dealt: Which rows are labelled.
         classes: Answers that each row must have.
-        reader: The model.
-        tokenizer: Its tokenizer.
-        prompted: Whether words are those that the model expects, or those of the text.
+        reading: What models make of prompts, given as tokens and as texts.
+        tokenizer: That of the tokens.
+        prompted: Whether words are those that a model expects, or those of the text.
 
     Raises:
         UserError: When a row has another number of answers, or all labels are of one class.
     """
     _check_answers(examples, classes)
     prompts = [e.ids[: e.prompt_length] for e in examples]
-    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    found = reader.read_once(prompts)
-    labels = torch.full((len(texts),), HIDDEN)
+    labels = torch.full((len(prompts),), HIDDEN)
     for place in (*dealt.weighed, *dealt.learnt):
         labels[place] = examples[place].right
     _check_labels(labels)
+    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    found = reading(prompts, texts)
     own = found.words if prompted else [text_words(text) for text in texts]
     shown = examples[dealt.learnt[0]].choices
-    answers = [tokenizer.decode(c.ids[c.prompt_length :]).strip() for c in shown]
+    said = (c.said if isinstance(c, Classed) else c.ids[c.prompt_length :] for c in shown)
+    answers = [tokenizer.decode(ids).strip() for ids in said]
     return Pool(found.features, texts, own, labels, dealt.weighed, dealt.learnt, answers)
 
 

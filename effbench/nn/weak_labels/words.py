@@ -10,6 +10,8 @@ SHORTEST = 3
 """Letters of the shortest word."""
 WORD_STARTS = "Ġ▁ "
 """How tokenizers write that a token begins a word."""
+WORD_GOES_ON = "##"
+"""How WordPiece writes that it does not."""
 LETTERS = re.compile(rf"[a-z]{{{SHORTEST},}}")
 ENDINGS = ("ing", "ed", "es", "ly", "s")
 """What `stem` takes off, the first that fits."""
@@ -61,10 +63,14 @@ def text_words(text: str) -> list[str]:
 def vocabulary(tokenizer: Any) -> list[str]:
     """Return the word that each token is, in small letters; "" for what is none.
 
-    A word is a token that begins one: a part of a longer word says nothing by itself.
+    A word is a token that begins one: a part of a longer word says nothing by itself. WordPiece
+    marks the parts, every other way the beginnings.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    lowered = [t[1:].lower() if t and t[0] in WORD_STARTS else "" for t in tokens]
+    if any(t and t.startswith(WORD_GOES_ON) for t in tokens):
+        lowered = [(t or "").lower() for t in tokens]
+    else:
+        lowered = [t[1:].lower() if t and t[0] in WORD_STARTS else "" for t in tokens]
     return [word if is_word(word) else "" for word in lowered]
 
 

@@ -153,3 +153,18 @@ def repeated(weights: torch.Tensor, generator: torch.Generator) -> list[int]:
     ends = (weights.double() * len(weights) / weights.double().sum()).cumsum(0)
     marks = torch.arange(len(weights)) + torch.rand(1, generator=generator, dtype=torch.float64)
     return torch.searchsorted(ends, marks, right=True).clamp(max=len(weights) - 1).tolist()
+
+
+def auroc(weights: torch.Tensor, wrong: torch.Tensor) -> float:
+    """Return how often a right pair weighs more than a wrong one, ties counting half.
+
+    It is the area under the curve of true over false positives, 0.5 for weights that say nothing.
+
+    Args:
+        weights: [n].
+        wrong: Whether each is wrong, [n] bool, some and not all of them.
+    """
+    _, places, counts = weights.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2.0).double()[places]  # of ties the mean
+    right, few = int((~wrong).sum()), int(wrong.sum())
+    return float((ranks[~wrong].sum() - right * (right + 1) / 2) / (right * few))
