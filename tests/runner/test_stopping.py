@@ -155,8 +155,9 @@ AT_WORK = (
     "    pathlib.Path('saved').touch()\n"
 )
 LAUNCHES = (
-    "import subprocess, sys\n"
+    "import signal, subprocess, sys\n"
     "from effbench.runner.signals import passed_on\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup\n"
     f"process = subprocess.Popen([sys.executable, '-c', {AT_WORK!r}])\n"
     "with passed_on(process):\n"
     "    sys.exit(process.wait())\n"
