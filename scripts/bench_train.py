@@ -97,7 +97,9 @@ class Turns(transformers.TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def theirs_of(name: str, ours: Trainer, rows: int, steps: int) -> tuple[Turns, threading.Thread]:
+def theirs_of(
+    name: str, ours: Trainer, results: str, rows: int, steps: int
+) -> tuple[Turns, threading.Thread]:
     """Return Trainer on the model that ours began with, waiting for its first turn."""
     job = compose("train", WORDS[name])
     dtype = next(ours.model.parameters()).dtype
@@ -111,7 +113,7 @@ def theirs_of(name: str, ours: Trainer, rows: int, steps: int) -> tuple[Turns, t
         )
         model = peft.get_peft_model(model, config)
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=f"{results}/theirs",
         use_cpu=True,
         per_device_train_batch_size=rows,
         max_steps=steps,
@@ -143,7 +145,7 @@ def measured(name: str, rows: int, pairs: int) -> float:
     steps = pairs + WARMUP
     with tempfile.TemporaryDirectory() as results:
         ours = ours_of(name, results, rows, steps)
-        turns, thread = theirs_of(name, ours, rows, steps)
+        turns, thread = theirs_of(name, ours, results, rows, steps)
         own, losses = list[float](), list[float]()
         for pair in range(steps):
             for mine in (True, False) if pair % 2 else (False, True):

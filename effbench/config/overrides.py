@@ -58,9 +58,8 @@ class CheckedOverrides:
 def _as_override(text: str) -> str:
     """Return how to write a word that is no override."""
     key, _, value = text.partition("=")
-    values = value.split(",")
-    if key and value and "" in values and re.fullmatch(r"[\w./@+~,=-]+", text):
-        kept = ",".join(filter(None, values))
+    kept = ",".join(filter(None, value.split(",")))
+    if key and kept and kept != value and re.fullmatch(r"[\w./@+~,=-]+", text):
         return f"A value is missing beside a comma: {key}={kept}"
     return (
         "Write key=value, for example method=qdylora or train.max_steps=100; "
