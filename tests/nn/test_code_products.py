@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from effbench.nn.decode import native, native_step
-from effbench.nn.quant import linears, nested_linear, nf4, plane_linears, shifted_linear, trits
+from effbench.nn.quant import (
+    layout,
+    linears,
+    nested_linear,
+    nf4,
+    plane_linears,
+    shifted_linear,
+    trits,
+)
 
 
 @cache
@@ -73,7 +81,7 @@ def lost(linear: linears.QuantisedLinear, weight: torch.Tensor) -> torch.Tensor:
     if isinstance(linear, linears.NF4Linear):
         return weight.abs() * 2e-4
     if isinstance(linear, plane_linears.PlaneLinear):  # two tables, each rounded once
-        largest = linear.scales.double().sum(0) * (1 + (linear.kind == linears.TRITS))
+        largest = linear.scales.double().sum(0) * (1 + (linear.kind == layout.TRITS))
         per = largest.repeat_interleave(linear.group_size, 1)[:, : weight.shape[1]]
         return per * 1.02 / 32766
     return weight.abs().amax(1, keepdim=True).expand_as(weight) * 0.51 / 32766

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from effbench.nn.llama.shared_attention import tail_of
-from effbench.nn.quant.linears import NESTED, SIGNS, TRITS, QuantisedLinear
+from effbench.nn.quant.layout import NESTED, SIGNS, TRITS
+from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.hardware import native_bf16
 
 if TYPE_CHECKING:

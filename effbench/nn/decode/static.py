@@ -6,8 +6,8 @@ shortest way that there is:
 
 - `native`: one call of a C++ kernel that reads the weights where they lie (on a CPU, where every
   linear is plain or packed in a format that it knows; `effbench.nn.decode.native_step`);
-- `graph`: one replay of a captured CUDA graph (on a CUDA device, where every linear is plain;
-  `effbench.nn.decode.cuda_graph`);
+- `graph`: one replay of a captured CUDA graph (on a CUDA device, where every linear is plain or has
+  a kernel for its codes; `effbench.nn.decode.cuda_graph`);
 - `walk`: block by block, every linear called as the module that it is, so that adapters and packed
   weights work as ever.
 
@@ -42,6 +42,7 @@ from effbench.nn.llama.head import rows_together
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
+from effbench.nn.quant.linears import MOST_VECTORS, QuantisedLinear
 from effbench.util.pages import use_huge_pages
 
 
@@ -97,7 +98,10 @@ class StaticSession:
         self.padded = False
         self.cos = self.sin = torch.empty(0)
         linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
-        self._plain = all(plain(m, self.dtype) for m in (*linears, self.model.lm_head))
+        self._packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        dense = [m for m in linears if not isinstance(m, QuantisedLinear)]
+        self._plain = all(plain(m, self.dtype) for m in (*dense, self.model.lm_head))
+        self._plain &= all(untouched(m) and m.streams(self.device) for m in self._packed)
         self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native else None
         self._graph: StepGraph | None = None
@@ -122,10 +126,15 @@ class StaticSession:
         return max(layer.capacity for layer in self.layers)
 
     def buffers(self) -> list[torch.Tensor]:
-        """Return the tensors on whose addresses a step depends, those of the weights left out."""
+        """Return the tensors on whose addresses a step depends, those of dense weights left out.
+
+        Packed ones may be read at another width than before, by another table.
+        """
         caches = [t for layer in self.layers for t in layer.buffers]
         anchors = [s.anchor for s in self.stand_ins.values() if s.anchor is not None]
-        return [*caches, *anchors, self.cos]
+        layouts = (m.layout() for m in self._packed)
+        tables = [found.scales for found in layouts if found is not None]
+        return [*caches, *anchors, *tables, self.cos]
 
     def running(self, runs: Runs) -> list[StaticLayer]:
         """Return the caches of the blocks that run, each once."""
@@ -137,7 +146,8 @@ class StaticSession:
         """How the next step is made: `native`, `graph` or `walk`."""
         if self._native is not None and self.batch <= native.LARGEST_BATCH:
             return "native"
-        return "graph" if self._plain and self.device.type == "cuda" else "walk"
+        fits = self._plain and not (self._packed and self.batch > MOST_VECTORS)
+        return "graph" if fits and self.device.type == "cuda" else "walk"
 
     # -- the protocol --------------------------------------------------------------------------
 

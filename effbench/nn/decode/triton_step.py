@@ -500,8 +500,13 @@ def product(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return project(None, x.contiguous(), None, [linear])[1][0]
 
 
+def _dense(*linears: Any) -> bool:
+    """Whether all linears are plain; packed ones have kernels of their own, which they call."""
+    return all(type(linear) is torch.nn.Linear for linear in linears)
+
+
 class RowKernels(Pointwise):
-    """A step of one row, made of these kernels."""
+    """A step of one row, made of these kernels; packed linears are called as modules."""
 
     def project(
         self, norm: Any, hidden: torch.Tensor, added: torch.Tensor | None, linears: Sequence[Any]
@@ -509,15 +514,19 @@ class RowKernels(Pointwise):
         """See `Pointwise.project`; without linears there is only the sum."""
         if not linears:
             return hidden if added is None else hidden + added, []
+        if not _dense(*linears):
+            return super().project(norm, hidden, added, linears)
         return project(norm, hidden, added, linears)
 
     def gated(self, mlp: Any, hidden: torch.Tensor, added: torch.Tensor | None) -> Normed:
         """See `Pointwise.gated`."""
+        if not _dense(mlp.gate, mlp.up):
+            return super().gated(mlp, hidden, added)
         return gated(mlp.norm, hidden, added, mlp.gate, mlp.up)
 
     def product(self, linear: Any, x: torch.Tensor) -> torch.Tensor:
         """See `Pointwise.product`."""
-        return product(linear, x)
+        return product(linear, x) if _dense(linear) else super().product(linear, x)
 
     def attend(
         self,

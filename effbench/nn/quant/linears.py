@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Self
+from importlib.util import find_spec
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,48 +18,15 @@ import torch.nn.functional as F
 from effbench.api.shape import LINEARS
 from effbench.api.weights import Packed
 from effbench.nn.llama.surgery import decoder_linears, replace_module
-from effbench.nn.quant import groupwise, nf4
+from effbench.nn.quant import groupwise, nf4, triton_products
 from effbench.nn.quant.alternating import refuse_not_finite
+from effbench.nn.quant.layout import ALIGNED, NF4_CODES, Layout
+from effbench.util.cpp import why_off
 from effbench.util.errors import UserError
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
-
-
-class Layout(NamedTuple):
-    """How a packed weight lies in memory, for kernels that multiply its codes as they are.
-
-    The codes of a row of d_in weights, a multiple of 32, follow those of the row before it; so do
-    the bits in each of the bit planes, where there are any.
-    """
-
-    bits: int
-    """Of a code; `NF4_CODES` for those of `nf4`, and `SIGNS`, `TRITS` or `NESTED` for planes."""
-    group: int
-    """Neighbouring weights of a row that share one scale, a multiple of 32."""
-    scales: torch.Tensor
-    """[d_out, G] float16; for NF4 [blocks] uint8; for planes [planes or half of them, d_out, G]
-    float16, and for nested codes their levels, [d_out, 2^planes] float16."""
-    zeros: torch.Tensor | None = None
-    """Packed zero points, None when symmetric, or float16 shifts; for NF4 the second-level scales;
-    for signs what is added to each group, [d_out, G] float32."""
-    levels: torch.Tensor | None = None
-    """Of the scales of NF4, [256] float32."""
-    offset: torch.Tensor | None = None
-    """Of the scales of NF4, [] float32."""
-    planes: int = 0
-    """Bit planes that are read; of integer codes `SHIFTS` where they have shifts."""
-    stride: int = 0
-    """Bytes from one plane to the next."""
-
-
-NF4_CODES = 104
-"""Stands for the 4-bit codes of NF4."""
-SIGNS, TRITS, NESTED = 105, 106, 107
-"""Stand for the planes of `binary`, `trits` and `nested`."""
-SHIFTS = 1
-"""Stands, as `planes` of integer codes, for float16 shifts in the place of zero points."""
-ALIGNED = 32
-"""Weights that kernels multiply at a time: no group and no row ends between them."""
+MOST_VECTORS = 8
+"""Vectors that a CUDA kernel multiplies codes with; more are faster with the weight expanded."""
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -110,8 +78,19 @@ class QuantisedLinear(torch.nn.Linear):
         return None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x W^T, [..., d_out], without a gradient."""
+        """Return x W^T, [..., d_out], without a gradient; of a few vectors on a GPU by a kernel."""
+        layout = self.layout() if x.numel() <= MOST_VECTORS * self.in_features else None
+        if layout is not None and self.streams(x.device):
+            return triton_products.product(layout, self.weight, x, self.out_features)
         return F.linear(x, self._kept_weight(x.dtype))
+
+    def streams(self, device: torch.device) -> bool:
+        """Whether a few vectors are multiplied with the codes as they lie on this device.
+
+        That is a CUDA device with Triton; EFFBENCH_NATIVE=0 turns it off.
+        """
+        there = device.type == "cuda" and find_spec("triton") is not None and not why_off()
+        return there and triton_products.multiplies(self.layout(), self.weight)
 
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded; inside `expanded_once` it stays."""

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from effbench.nn.quant import nested, planes
-from effbench.nn.quant.linears import ALIGNED, NESTED, Layout, QuantisedLinear
+from effbench.nn.quant.layout import ALIGNED, NESTED, Layout
+from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max

@@ -8,7 +8,8 @@ import torch
 
 from effbench.nn.quant import binary, groupwise, trits
 from effbench.nn.quant.alternating import refuse_not_finite
-from effbench.nn.quant.linears import ALIGNED, SIGNS, TRITS, Layout, QuantisedLinear
+from effbench.nn.quant.layout import ALIGNED, SIGNS, TRITS, Layout
+from effbench.nn.quant.linears import QuantisedLinear
 
 
 class PlaneLinear(QuantisedLinear):

@@ -7,7 +7,8 @@ from typing import Self
 import torch
 
 from effbench.nn.quant import shifted
-from effbench.nn.quant.linears import ALIGNED, SHIFTS, Layout, QuantisedLinear
+from effbench.nn.quant.layout import ALIGNED, SHIFTS, Layout
+from effbench.nn.quant.linears import QuantisedLinear
 
 
 class ShiftedLinear(QuantisedLinear):
