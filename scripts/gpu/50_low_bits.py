@@ -1,21 +1,26 @@
-"""Products of 4-bit weights at 7B sizes: bitsandbytes' fused kernel beside bfloat16 ones."""
+"""Packed products at 7B sizes beside bfloat16 ones, and a 7B shape decoded in few bits."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from gpu_stage import Row, Stage
 
-SECONDS = 60
+SECONDS = 120
 SIZES = ((4096, 4096), (4096, 11008), (11008, 4096))
 """`(d_in, d_out)` of the linears of a 7B block."""
 COPIES = 24
 """Matrices of one size that are gone through, so that none is in the cache when it is read."""
+FORMS = ("codes 4 128", "codes 8 128", "trits 2 128", "signs 3 128", "nested 3", "nested 4")
+"""As `bench_code_products` names them."""
+FASTER, SHARE = 2.5, 0.6
+"""What 3 bits are to reach: times as fast as bfloat16, and share of the bytes/s ceiling."""
 
 
 def run(stage: Stage) -> None:
-    """Time the products, each matrix of a size in turn."""
+    """Time the products, each matrix of a size in turn; then decode at every width."""
     import torch
 
     from effbench.resources.roofline import probe
@@ -27,28 +32,117 @@ def run(stage: Stage) -> None:
     for sizes in ((128, 64),) if stage.tiny else SIZES:
         with stage.part("{} x {}".format(*sizes)), torch.inference_mode():
             _compare(stage, device, dtype, sizes, ceilings.bandwidth)
+    with stage.part("decoding"), torch.inference_mode():
+        _decode(stage, device, dtype, ceilings.bandwidth)
 
 
 def _compare(
     stage: Stage, device: str, dtype: Any, sizes: tuple[int, int], bandwidth: float
 ) -> None:
-    """Note how the fused product of one size compares with the dense one, and with the bytes."""
+    """Note how products of one size compare with the dense ones, and with their bytes."""
     import torch
+    from bench_code_products import layer
 
     from effbench.nn.quant import nf4
+    from effbench.nn.quant.linears import storage_bytes
 
     d_in, d_out = sizes
-    draws = (torch.randn(d_out, d_in, device=device, dtype=dtype) for _ in range(COPIES))
-    dense = list(draws)[: stage.size(COPIES, 2)]
-    packed = [nf4.quantise(w) for w in dense]
+    count, what = stage.size(COPIES, 2), f"{d_in} x {d_out}"
+    dense = [torch.randn(d_out, d_in, device=device, dtype=dtype) for _ in range(count)]
     x = torch.randn(1, d_in, device=device, dtype=dtype)
     plain = _seconds(device, lambda: [torch.nn.functional.linear(x, w) for w in dense])
-    fused = _seconds(device, lambda: [_product(x, p, (d_out, d_in)) for p in packed])
-    what, read = f"{d_in} x {d_out}", len(dense) * nf4.nf4_bytes(d_in, d_out)
-    stage.note(Row(f"{what}: times as fast as dense", plain / fused))
-    stage.note(Row(f"{what}: share of the bytes/s ceiling", read / fused / bandwidth))
     read = sum(w.numel() * w.element_size() for w in dense)
-    stage.note(Row(f"{what}: the same of the dense product", read / plain / bandwidth))
+    stage.note(Row(f"{what}: share of the bytes/s ceiling, dense", read / plain / bandwidth))
+    packed = [nf4.quantise(w) for w in dense]
+    fused = _seconds(device, lambda: [_product(x, p, (d_out, d_in)) for p in packed])
+    read = count * nf4.nf4_bytes(d_in, d_out)
+    stage.note(Row(f"{what}, nf4: times as fast as dense", plain / fused))
+    stage.note(Row(f"{what}, nf4: share of the bytes/s ceiling", read / fused / bandwidth))
+    for form in FORMS[-1:] if stage.tiny else FORMS:
+        made = [layer(form, d_out, d_in).to(device) for _ in range(count)]
+        taken = _seconds(device, lambda made=made: [m(x) for m in made])  # type: ignore[misc]
+        asked = form == "nested 3" and not stage.tiny
+        least = {"at_least": FASTER} if asked else {}
+        stage.note(Row(f"{what}, {form}: times as fast as dense", plain / taken, **least))
+        read = sum(_read(m) if form.startswith("nested") else storage_bytes(m) for m in made)
+        least = {"at_least": SHARE} if asked else {}
+        share = read / taken / bandwidth
+        stage.note(Row(f"{what}, {form}: share of the bytes/s ceiling", share, **least))
+
+
+def _decode(stage: Stage, device: str, dtype: Any, bandwidth: float) -> None:
+    """Note what a 7B shape decodes in bfloat16, and in nested codes at each width."""
+    import torch
+    from bench_code_products import layer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from effbench.nn.llama.surgery import replace_module
+    from effbench.nn.quant.linears import dense_linears
+    from effbench.nn.quant.nested_linear import NestedLinear, read_at
+
+    config = LlamaConfig(
+        hidden_size=stage.size(4096, 64),
+        intermediate_size=stage.size(11008, 96),
+        num_hidden_layers=stage.size(32, 2),
+        num_attention_heads=stage.size(32, 2),
+        vocab_size=stage.size(32000, 128),
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model: Any = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    head = model.lm_head.weight
+    head_bytes = head.numel() * head.element_size()
+    dense = sum(w.numel() * w.element_size() for w in model.model.layers.parameters())
+    plain = _step(stage, model, device)
+    stage.note(Row("decoding, dense", 1 / plain, "tokens/s"))
+    stage.note(Row("decoding, dense: MBU", (dense + head_bytes) / plain / bandwidth))
+    for name, linear in dense_linears(model):
+        made = layer("nested 8", linear.out_features, linear.in_features)
+        replace_module(model, name, made.to(device))
+    nested = [m for m in model.modules() if isinstance(m, NestedLinear)]
+    for bits in (3,) if stage.tiny else range(3, 9):
+        with read_at(model, bits):
+            taken = _step(stage, model, device)
+            read = sum(map(_read, nested)) + head_bytes
+        asked = bits == 3 and not stage.tiny
+        least = {"at_least": FASTER} if asked else {}
+        stage.note(Row(f"decoding at {bits} bits: times as fast as dense", plain / taken, **least))
+        least = {"at_least": SHARE} if asked else {}
+        stage.note(Row(f"decoding at {bits} bits: MBU", read / taken / bandwidth, **least))
+
+
+def _step(stage: Stage, model: Any, device: str) -> float:
+    """Return the seconds of a step after a prompt, the mean of some."""
+    import torch
+
+    from effbench.nn.decode.static import StaticSession
+
+    prompt, new = stage.size(128, 8), stage.size(32, 4)
+    session = StaticSession(model)
+    session.reserve(1, prompt + new + 4, prompt)
+    if device == "cuda" and session.engine != "graph":
+        raise RuntimeError(f"steps are made by {session.engine!r}, not as a CUDA graph")
+    ids = torch.randint(model.config.vocab_size, (1, prompt), device=device)
+    token = session.prefill(ids).argmax(-1, keepdim=True)
+    for _ in range(4):
+        session.step(token)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(new):
+        session.step(token)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / new
+
+
+def _read(layer: Any) -> int:
+    """Return the bytes that a product of a nested linear reads at its width."""
+    return int(layer.bits * layer.planes[0].numel() + layer.table.numel() * 2)
 
 
 def _product(x: Any, packed: Any, shape: tuple[int, int]) -> Any:
