@@ -142,7 +142,7 @@ def _planes(
     x += tl.program_id(1) * K
     out += tl.program_id(1) * N
     there, bits, bytes_ = rows < N, tl.arange(0, 8), tl.arange(0, 4)
-    total = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
+    total = tl.zeros((4, 8, BLOCK_N, BLOCK_W), dtype=tl.float32)
     many = K // 32
     for start in range(0, many, BLOCK_W):
         words = start + tl.arange(0, BLOCK_W)
@@ -163,8 +163,7 @@ def _planes(
             code = (codes[None, :, :, :] >> (8 * bytes_)[:, None, None, None]) & 255
             place = (rows * (1 << COUNT))[None, None, :, None] + code
             level = tl.load(scales + place, mask=there[None, None, :, None], other=0.0)
-            found = level.to(tl.float32) * vector[:, :, None, :]
-            total += tl.sum(tl.sum(found, axis=0), axis=0)
+            total += level.to(tl.float32) * vector[:, :, None, :]
         else:
             shifts = (bits[None, :] + (8 * bytes_)[:, None])[:, :, None, None]
             groups = rows.to(tl.int64)[None, :, None] * G + (strands // GROUP)[:, None, :]
@@ -181,11 +180,12 @@ def _planes(
                     there_is = (some[None, None, :, :] >> shifts) & 1
                     signed = tl.where(there_is != 0, tl.where(bit != 0, minus, plus), 0.0)
                 scale = tl.load(scales + p * N * G + groups, mask=mask[None, :, :], other=0.0)
-                total += tl.sum(scale.to(tl.float32) * tl.sum(signed, axis=0), axis=0)
+                total += scale.to(tl.float32)[None, :, :, :] * signed
             if HAS_OFFSETS:
                 offset = tl.load(offsets + groups, mask=mask[None, :, :], other=0.0)
-                total += tl.sum(offset * tl.sum(vector, axis=0)[:, None, :], axis=0)
-    tl.store(out + rows, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=there)
+                total += offset[None, :, :, :] * plus
+    found = tl.sum(tl.sum(tl.sum(total, axis=0), axis=0), axis=1)
+    tl.store(out + rows, found.to(out.dtype.element_ty), mask=there)
 
 
 def multiplies(layout: Layout | None, weight: torch.Tensor) -> bool:
