@@ -40,12 +40,11 @@ class Rated(Kind):
         Raises:
             UserError: As `pairs` and `preference` do, and for a row without any rating.
         """
-        names, own = _attributes(spec), _unrated(spec)
-        if is_pair(place, spec):
-            text = Two().render(place, own)
+        names, (kind, own) = _attributes(spec), _read_as(place, spec)
+        text = kind.render(place, own)
+        if kind.choices:
             values = [CHOSEN] + [NOT_RATED] * (len(names) - 1)
         else:
-            text = One().render(place, own)
             values = [_rating(place, spec, name) for name in names]
             if all(value == NOT_RATED for value in values):
                 raise _without(place, spec, names)
@@ -55,8 +54,8 @@ class Rated(Kind):
 
     def source(self, place: Place, spec: DatasetSpec) -> tuple[dict[str, str], dict[str, str]]:
         """Return the values of prompt and answer, or answers; ratings are no part of them."""
-        kind = Two() if is_pair(place, spec) else One()
-        return kind.source(place, _unrated(spec))
+        kind, own = _read_as(place, spec)
+        return kind.source(place, own)
 
     def examples(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
         """Return each row's one or two answers as its choices, each with its ratings."""
@@ -78,10 +77,16 @@ class Rated(Kind):
                 )
 
 
-def is_pair(place: Place, spec: DatasetSpec) -> bool:
-    """Whether a row has a chosen and a rejected answer in the place of a rated one."""
+def _read_as(place: Place, spec: DatasetSpec) -> tuple[Kind, DatasetSpec]:
+    """Return the kind that reads a row, by whether it has two answers, and the spec that it reads.
+
+    Of columns that has those alone which are the kind's own, or numbers that each row has.
+    """
     fields = (spec.columns.get(side, side).split(".")[0] for side in ("chosen", "rejected"))
-    return not any(is_missing(place.row.get(field)) for field in fields)
+    pair = not any(is_missing(place.row.get(field)) for field in fields)
+    others = [*spec.attributes, *(() if pair else Two.columns)]
+    columns = {name: field for name, field in spec.columns.items() if name not in others}
+    return Two() if pair else One(), replace(spec, columns=columns)
 
 
 def _attributes(spec: DatasetSpec) -> list[str]:
@@ -94,12 +99,6 @@ def _attributes(spec: DatasetSpec) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError(f"dataset.attributes={names} names one twice.", "Once will do.")
     return names
-
-
-def _unrated(spec: DatasetSpec) -> DatasetSpec:
-    """Return a spec whose columns are numbers that each row has."""
-    columns = {k: v for k, v in spec.columns.items() if k not in spec.attributes}
-    return replace(spec, columns=columns)
 
 
 def _rating(place: Place, spec: DatasetSpec, name: str) -> float:

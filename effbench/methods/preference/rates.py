@@ -15,7 +15,6 @@ micro-batch; W has no bias and starts as the head of `reward` does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from effbench.api.batch import Batch
 from effbench.api.points import UNNAMED, Point
@@ -31,8 +30,6 @@ from effbench.util.lazy import torch
 @dataclass(frozen=True)
 class Rates(Reward):
     """A reward model that learns ratings, where `attributes` names any."""
-
-    eval_settings: ClassVar[frozenset[str]] = frozenset({"combination"})
 
     attributes: tuple[str, ...] = ()
     """What answers are rated in, those of `dataset.attributes`: an output of the head each."""
@@ -84,9 +81,9 @@ class Rates(Reward):
         """Return each sequence's reward, [B] float32."""
         if not self.attributes:
             return super().scores(model, batch, point)
-        even = (1 / len(self.attributes),) * len(self.attributes)
         outputs = self.read(model, batch)
-        return outputs @ torch.tensor(self.combination or even, device=outputs.device)
+        weights = self.combination or (1 / self.outputs,) * self.outputs
+        return outputs @ outputs.new_tensor(weights)
 
     def validation(
         self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED
