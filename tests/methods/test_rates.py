@@ -221,12 +221,14 @@ def test_agreement_is_that_of_standardised_ratings_and_predictions(
     found = preparation.agreement_of(torch.randn(7, 5), UNITS, NAMES, 3, 2, 0)
     both, size = torch.zeros(6, 2), torch.zeros(6, 1)
     row_of = [0, 1, 2, 3, 3, 4, 5]
+    prompts = [tuple(e.ids[: e.prompt_length]) for e in UNITS]
+    folds = preparation.linear.folds_of(prompts, 3, torch.Generator().manual_seed(0))
     for place, name in enumerate(NAMES):
         values = torch.tensor([s.columns[column(name)] for e in UNITS for s in e.sequences])
         rated = values[values != NO]
         units = (values - rated.mean()) / rated.std(unbiased=False)
         assert asked[place][1].isnan().equal(values == NO)
-        assert asked[place][0][3] == asked[place][0][4], "one prompt is in one fold"
+        assert asked[place][0].equal(folds[row_of])
         for k, row in enumerate(row_of):
             if values[k] != NO:
                 both[row] += units[k] * said[k] * (place + 1)
