@@ -291,8 +291,9 @@ def test_rows_that_are_not_rated_so_are_refused() -> None:
     assert "'method.attributes=[help,stile,size]'" in error.value.hint
     with pytest.raises(UserError, match="is of kind 'preference'"):
         ALONE.check_dataset(replace(rated, kind="preference"))
-    with pytest.raises(UserError, match="is of kind 'rated'"):
+    with pytest.raises(UserError, match="is of kind 'rated'") as error:
         DORM().check_dataset(rated)
+    assert "objective=regression 'method.attributes=[size,help,style]'" in error.value.hint
 
 
 def test_the_evaluator_compares_the_pairs_among_rated_answers() -> None:

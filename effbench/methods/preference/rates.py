@@ -61,9 +61,16 @@ class Rates(Reward):
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse rows that are not rated in the attributes; without any, what `Reward` does."""
         own, given = (f"attributes=[{','.join(x)}]" for x in (self.attributes, dataset.attributes))
+        rated = kinds.find(dataset.kind).rates
+        if rated and not self.attributes:
+            raise UserError(
+                f"{self.name} learns from pairs here; dataset {dataset.called!r} is of kind "
+                f"{dataset.kind!r}.",
+                f"Learn its ratings: method.objective=regression 'method.{given}'",
+            )
         if not self.attributes:
             super().check_dataset(dataset)
-        elif not kinds.find(dataset.kind).rates:
+        elif not rated:
             raise UserError(
                 f"{self.name} learns ratings here; dataset {dataset.called!r} is of kind "
                 f"{dataset.kind!r}.",
