@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 IGNORED = -100
-"""Label of a token that counts in no loss."""
+"""Label of a token that counts in no loss; an answer's rating where it has none."""
+CHOSEN, REJECTED = 4.0, 1.0
+"""Ratings that a pair without ratings stands for, on HelpSteer2's scale of 0 to 4."""
 
 
 @dataclass(frozen=True)

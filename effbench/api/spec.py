@@ -151,6 +151,9 @@ class DatasetSpec:
     config is composed, so that another prompt for a dataset deals the same splits."""
     drawn: bool = False
     """Whether `limit` draws rows of `train` by the run's seed, in the place of the first ones."""
+    attributes: list[str] = field(default_factory=list)
+    """What answers are rated in (kind `rated`): names of fields with a number. Pairs among the rows
+    are rated 4 and 1 in the first."""
 
     @property
     def called(self) -> str:

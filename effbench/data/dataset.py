@@ -250,6 +250,7 @@ def read(spec: DatasetSpec, seed: int = 0) -> tuple[dict[str, list[Text]], dict[
         result["train"] = _drawn(result["train"], spec.limit.get("train"), seed)
     result = {name: texts[: spec.limit.get(name)] for name, texts in result.items()}
     _refuse_overlap(spec, result)
+    find(spec.kind).check(result, spec)
     return result, readings
 
 

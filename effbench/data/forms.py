@@ -43,6 +43,15 @@ def recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """
     if values.get("kind") != "auto":
         return dict(values), ""
+    found, line = _recognised(values)
+    kind = found["kind"]
+    if values.get("attributes") and kind in ("pairs", "preference"):
+        found["kind"] = "rated"
+        line = line.replace(f"dataset.kind={kind}", "dataset.kind=rated")
+    return found, line
+
+
+def _recognised(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if kind := _by_templates(values):
         return {**values, "kind": kind}, ""
     path = _first_file(values)

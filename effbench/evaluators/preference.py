@@ -50,12 +50,23 @@ class Preference(Evaluator):
         """Refuse rows without an answer that is worse than another."""
         from effbench.data.kinds.base import find
 
-        if not find(spec.dataset.kind).choices:
+        kind = find(spec.dataset.kind)
+        if not (kind.choices or kind.rates):
             raise UserError(
                 f"Evaluator preference compares answers; dataset {spec.dataset.called!r} is of "
                 f"kind {spec.dataset.kind!r}.",
                 "Leave it out, or use dataset.kind=preference or choices.",
             )
+
+    def check_data(self, data: Data, shape: AnyShape | None) -> None:
+        """Refuse rated answers without a pair among them."""
+        for split in self.splits():
+            if not _pairs(data, split):
+                raise UserError(
+                    f"Evaluator preference compares answers, and no row of split {split!r} of "
+                    f"dataset {data.spec.called!r} has two.",
+                    "Put pairs (chosen and rejected) among them, or leave it out.",
+                )
 
     def passes(self, spec: Spec, data: Data | None = None) -> list[Pass]:
         """Return the batches of all answers that it scores."""
@@ -65,7 +76,7 @@ class Preference(Evaluator):
             return [Pass("score", 1, self.batch_tokens, self.batch_tokens)]
         found = []
         for split in self.splits():
-            units = [e.compared() for e in data.examples(split)]
+            units = [e.compared() for e in _pairs(data, split)]
             for group in _groups(units, self.batch_tokens):
                 members = [units[i] for i in group]
                 rows = sum(len(e.sequences) for e in members)
@@ -77,7 +88,7 @@ class Preference(Evaluator):
         """Return `pair_accuracy` (ties count half), `top_accuracy`, margin and loss, by item."""
         result = Result()
         for split in self.splits():
-            examples = subject.data.examples(split)
+            examples = _pairs(subject.data, split)
             scores = self._scores(subject, [e.compared() for e in examples], split)
             ids = [e.id for e in examples]
             for name, unit, values in (
@@ -103,6 +114,11 @@ class Preference(Evaluator):
             journal.add({i: row.tolist() for i, row in zip(group, rows, strict=True)})
             subject.progress("preference", len(journal), len(units))
         return list(journal.values())
+
+
+def _pairs(data: Data, split: str) -> list[Example]:
+    """Return the rows with an answer that is worse than another; of most kinds all have one."""
+    return [e for e in data.examples(split) if len(e.choices) != 1]
 
 
 def _groups(units: Sequence[Example], batch_tokens: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ def part(name: str, seed: int = 0) -> list[Row]:
 
 def is_better(row: Row, seed: int = 0) -> bool:
     """Say whether the chosen name is worth more, by the worths alone."""
-    worth = noisy_pairs._worth(seed)
+    worth = noisy_pairs.worths(seed)
     chosen, rejected = (
         sum(worth[letter] for letter in row[side].strip()) / len(row[side].strip())
         for side in ("chosen", "rejected")
@@ -57,7 +57,7 @@ def test_the_other_sources_do_not_prefer_a_length() -> None:
 def test_a_seed_is_a_draw() -> None:
     assert part("clean", 3) == part("clean", 3)
     assert part("clean", 3) != part("clean", 4)
-    assert noisy_pairs._worth(3) != noisy_pairs._worth(4)
+    assert noisy_pairs.worths(3) != noisy_pairs.worths(4)
 
 
 def test_parts_share_no_prompt_and_all_sources_are_mixed() -> None:

@@ -67,6 +67,8 @@ def test_rows_become_what_they_became(
         cut={"train": 0.5, "test": 0.5},
         max_length=32,
         known_by=known_by,
+        attributes=["label"],
+        columns={"chosen": "none"} if kind == "rated" else {},
     )
     tokenizer = load_tokenizer(compose("eval", ["model=tiny", "dataset=arithmetic"]).spec.model)
     tokenizer = with_template(tokenizer, "zephyr")

@@ -72,7 +72,7 @@ def rendered(row: dict[str, Any], **changes: Any) -> Text:
 
 
 def test_kinds_are_the_files_of_their_folder() -> None:
-    assert base.names() == ("alpaca", "chat", "choices", "pairs", "preference", "text")
+    assert base.names() == ("alpaca", "chat", "choices", "pairs", "preference", "rated", "text")
     with pytest.raises(UserError, match="kind=preferences is not a kind") as caught:
         base.find("preferences")
     assert "'preference'" in caught.value.hint

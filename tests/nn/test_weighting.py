@@ -226,6 +226,24 @@ def test_no_proxy_saw_the_pair_that_it_judges() -> None:
     assert not torch.allclose(again[folds == 0], margins[folds == 0])
 
 
+def test_heads_with_targets_are_least_squares_over_the_targets_that_there_are() -> None:
+    states = linear.scaled(torch.randn(60, 4, generator=draws()))
+    targets = states @ torch.tensor([2.0, -1, 0, 0.5]) + 0.1 * torch.randn(60, generator=draws(1))
+    targets[::5] = torch.nan
+    folds = torch.arange(60) % 4
+    found = linear.out_of_fold(states, folds, 1, 300, 1.0, draws(2), targets)
+    part = torch.rand(60, generator=draws(2)) < linear.PART
+    for fold in range(4):
+        seen = (folds != fold) & part & ~targets.isnan()
+        x, y = states[seen].double(), targets[seen].double()
+        ridge = x.T @ x / len(x) + linear.RIDGE * torch.eye(4, dtype=torch.float64)
+        head = torch.linalg.solve(ridge, x.T @ y / len(x))
+        own = folds == fold
+        torch.testing.assert_close(
+            found[own, 0].double(), states[own].double() @ head, atol=1e-4, rtol=1e-4
+        )
+
+
 def test_heads_that_are_fitted_together_are_those_fitted_alone() -> None:
     pairs, sources, _ = toy(0, 60)
     weights = torch.stack([torch.ones(60), (sources == 0).float()], 1)

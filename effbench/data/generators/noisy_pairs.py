@@ -39,12 +39,13 @@ class NoisyPairs(Generator):
 
     def rows(self, part: str, seed: int) -> Iterator[Row]:
         """Return the pairs of a part; prompts are numbers, of which no two are the same."""
-        worth = _worth(seed)
+        worth = worths(seed)
         for source in SOURCES if part == "noisy" else (part,):
             yield from _pairs(source, worth, random.Random(f"noisy_pairs {source} {seed}"))
 
 
-def _worth(seed: int) -> dict[str, float]:
+def worths(seed: int) -> dict[str, float]:
+    """Return what each letter is worth."""
     draw = random.Random(f"noisy_pairs worth {seed}")
     return {letter: draw.gauss(0, 1) for letter in CONSONANTS + VOWELS}
 
@@ -73,4 +74,9 @@ def _two_names(worth: dict[str, float], draw: random.Random) -> list[str]:
     names = [
         "".join(draw.choice(CONSONANTS) + draw.choice(VOWELS) for _ in range(n)) for n in sizes
     ]
-    return sorted(names, key=lambda name: -sum(worth[letter] for letter in name) / len(name))
+    return sorted(names, key=lambda name: -mean_worth(name, worth))
+
+
+def mean_worth(name: str, worth: dict[str, float]) -> float:
+    """Return what a name is worth."""
+    return sum(worth[letter] for letter in name) / len(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -24,6 +24,8 @@ class Kind:
     """Whether a row is a prompt that a model can be asked to answer."""
     choices: ClassVar[bool] = False
     """Whether its examples have wrong answers beside the right one."""
+    rates: ClassVar[bool] = False
+    """Whether its answers have ratings; examples of pairs among them have a wrong answer too."""
     packs: ClassVar[bool] = False
     """Whether rows are packed to train on, so that `documents` differs from `examples`."""
     talks: ClassVar[bool] = False
@@ -55,6 +57,13 @@ class Kind:
     def documents(self, texts: Sequence[Text], spec: DatasetSpec, tokenizer: Any) -> list[Example]:
         """Return texts as examples to evaluate on, one each."""
         return self.examples(texts, spec, tokenizer)
+
+    def check(self, splits: Mapping[str, Sequence[Text]], spec: DatasetSpec) -> None:
+        """Refuse splits whose rows lack together what no single row has to have.
+
+        Raises:
+            UserError: With what to change.
+        """
 
 
 ROOM = Room("data.kinds", Kind, "dataset.kind={} is not a kind.", "kinds")

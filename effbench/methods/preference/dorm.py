@@ -9,10 +9,11 @@ Findings of EMNLP 2025, doi 10.18653/v1/2025.findings-emnlp.1237.
     3. a reward model trained with the weights, or on a subset drawn by them
 
 w and u are two adapters with two heads over one frozen base, l_g the mean Bradley-Terry loss of a
-group of pairs. The stages and the softmax over groups are the paper's, as its abstract and code
-have them; that the solver is the penalty form is inferred. Our choices: all formulas of stage 1,
-linear proxies on last states, groups by source, tercile of uncertainty and agreement, mini-batches
-weighted by n lambda_g / n_g instead of stratified ones, everything that `nn.weighting` says.
+group of pairs, or the squared error of a group of rated answers (`rates`). The stages and the
+softmax over groups are the paper's, as its abstract and code have them; that the solver is the
+penalty form is inferred. Our choices: all formulas of stage 1, linear proxies on last states,
+groups by source, tercile of uncertainty and agreement, mini-batches weighted by n lambda_g / n_g
+instead of stratified ones, everything that `nn.weighting` says.
 `search=heads` finds p with linear heads before training; training is then stage 3.
 """
 
@@ -74,12 +75,19 @@ class DORM(TwinAdapters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.regresses and self.weigh_by == "bilevel" and self.search == "heads":
+            raise UserError(
+                "method.search=heads searches over pairs, and method.objective=regression has "
+                "ratings.",
+                "Set method.search=adapters, or a baseline of method.weigh_by.",
+            )
         if self.twins and self.fraction < 1:
+            baseline = "a baseline of method.weigh_by, such as proxies"
             raise UserError(
                 "method.fraction draws by weights that search=adapters has only at its end.",
-                "Set method.search=heads.",
+                f"Set {baseline if self.regresses else 'method.search=heads'}.",
             )
-        if self.twins and self.objective != "bradley_terry":
+        if self.twins and self.objective not in ("bradley_terry", "regression"):
             raise UserError(
                 f"method.objective={self.objective} has no twin: u and w learn by Bradley-Terry.",
                 "Set method.search=heads, or a baseline of method.weigh_by.",

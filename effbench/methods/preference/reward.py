@@ -74,6 +74,11 @@ class Reward(LoRA):
             )
         return self
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives of an answer."""
+        return 1
+
     def check_dataset(self, dataset: DatasetSpec) -> None:
         """Refuse rows without an answer that is worse than another."""
         if not kinds.find(dataset.kind).choices:
@@ -92,9 +97,10 @@ class Reward(LoRA):
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         width = embedding.shape[1]
         draws = torch.Generator().manual_seed(ctx.seed)
-        head = torch.nn.Linear(width, 1, bias=False)
+        head = torch.nn.Linear(width, self.outputs, bias=False)
+        first = torch.randn(self.outputs, width, generator=draws)
         with torch.no_grad():
-            head.weight.copy_(torch.randn(1, width, generator=draws) / (width + 1) ** 0.5)
+            head.weight.copy_(first / (width + 1) ** 0.5)
         model.add_module(HEAD, head.to(embedding.device))
         return model
 
@@ -112,9 +118,13 @@ class Reward(LoRA):
 
     def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:
         """Return each sequence's reward, [B] float32, wherever the padding is."""
+        return self.read(model, batch).squeeze(1)
+
+    def read(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Return what the head gives of each sequence, [B, outputs] float32."""
         head: Any = model.get_submodule(HEAD)
         found: torch.Tensor = head(last_states(model, batch).to(head.weight.dtype))
-        return found.squeeze(1).float()
+        return found.float()
 
     @property
     def loss_unit(self) -> str:
@@ -149,7 +159,8 @@ class Reward(LoRA):
         """Add the head in float32, which decoding does not read; a step makes no logits."""
         full = self.trains == "full"
         model = base.trained() if full else super().shape(base, point, phase, folder)
-        head = Linear(HEAD, base.hidden_size, 1, MASTERS if full else FLOAT32, trains=True)
+        held = MASTERS if full else FLOAT32
+        head = Linear(HEAD, base.hidden_size, self.outputs, held, trains=True)
         objective = Objective(logit_bytes=0, reads_out=False)
         return replace(model, more=(head,), objective=objective)
 

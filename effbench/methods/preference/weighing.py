@@ -6,7 +6,8 @@
     fraction     a subset, drawn one pair after the other in proportion to the weights
     apply        pairs repeated as often as they weigh (systematic sampling), or weighted losses
     learn_from   the training rows; the validation rows alone, or both, weighted alike
-    objective    Bradley and Terry's, or one that takes a share of the labels for wrong, or ratings
+    objective    Bradley and Terry's, or one that takes a share of the labels for wrong, or ratings:
+                 of pairs 4 and 1, or those of rated answers (`regression`, see `rates`)
 
 Proxies are linear heads on the base's last states, which are computed once.
 """
@@ -26,7 +27,7 @@ from effbench.api.method_types import Context
 from effbench.api.schema import NonNegativeFloat, PositiveInt
 from effbench.api.spec import DatasetSpec
 from effbench.methods.preference import pairs
-from effbench.methods.preference.reward import Reward
+from effbench.methods.preference.rates import Rates
 from effbench.nn.losses import preference
 from effbench.nn.weighting import grouping, linear, table
 from effbench.util.errors import UserError
@@ -42,7 +43,7 @@ is never learnt from."""
 
 
 @dataclass(frozen=True)
-class Weighs(Reward):
+class Weighs(Rates):
     """A reward model whose training pairs have weights."""
 
     weigh_by: Literal["bilevel", "proxies", "agreement", "easiest", "sources", "uniform"] = (
@@ -68,9 +69,12 @@ class Weighs(Reward):
     """Weight a of the uncertainty in a pair's score."""
     disagreement: NonNegativeFloat = 3.0
     """Weight b of the disagreement."""
-    objective: Literal["bradley_terry", "conservative", "unbiased", "ratings"] = "bradley_terry"
+    objective: Literal["bradley_terry", "conservative", "unbiased", "ratings", "regression"] = (
+        "bradley_terry"
+    )
     """What training minimises: `conservative` smooths labels (cDPO), `unbiased` is right in the
-    mean over swaps (rDPO), `ratings` is the squared error to 4 and 1."""
+    mean over swaps (rDPO), `ratings` is the squared error to 4 and 1, `regression` that to the
+    ratings of `attributes`."""
     swapped: Annotated[float, Interval(ge=0, lt=0.5)] = 0.1
     """Share of the pairs that `conservative` and `unbiased` take for swapped."""
 
@@ -93,8 +97,21 @@ class Weighs(Reward):
                 "Set method.fraction, as to 0.5.",
             )
 
+        if self.regresses != bool(self.attributes):
+            raise UserError(
+                f"method.objective={self.objective} reads "
+                f"{'the ratings' if self.regresses else 'no ratings'} of method.attributes.",
+                "Set both: method.objective=regression "
+                "'method.attributes=[helpfulness,correctness]', as dataset.attributes has them.",
+            )
+
+    @property
+    def regresses(self) -> bool:
+        """Whether rows are rated answers."""
+        return self.objective == "regression"
+
     def check_dataset(self, dataset: DatasetSpec) -> None:
-        """Refuse what `Reward` does, and pairs that have weights already."""
+        """Refuse what `Rates` does, and pairs that have weights already."""
         super().check_dataset(dataset)
         if "weight" in dataset.columns:
             raise UserError(
@@ -108,8 +125,11 @@ class Weighs(Reward):
         return (self.split,) if used else ()
 
     def reads_first(self, rows: int) -> int:
-        """Return both answers of all pairs, where proxies judge their states."""
-        return 0 if self.weigh_by == "uniform" else 2 * rows
+        """Return both answers of all pairs, or rated ones, where proxies judge their states.
+
+        Pairs among rated answers are counted as one.
+        """
+        return 0 if self.weigh_by == "uniform" else (1 if self.regresses else 2) * rows
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -123,7 +143,8 @@ class Weighs(Reward):
         if self.weigh_by == "uniform":
             return self.applied(examples, torch.ones(len(examples)), ctx)
         units = [self.unit(e) for e in examples]
-        found = self.weighed(units, pairs.states_of(model, units, ctx.device), model, ctx)
+        states_of = pairs.answers_of if self.regresses else pairs.states_of
+        found = self.weighed(units, states_of(model, units, ctx.device), model, ctx)
         ctx.state[KEPT] = found.state()
         if all(FLIPPED in e.columns for e in units):
             ctx.state[FLIPPED] = torch.tensor([bool(e.columns[FLIPPED]) for e in units])
@@ -140,13 +161,17 @@ class Weighs(Reward):
 
         Args:
             examples: With all answers as sequences.
-            states: Of the pairs, [n, d].
+            states: Of the pairs, [n, d]; of rated answers that of each, [s, d].
             model: The base.
             ctx: Of the run.
 
         """
-        scaled = linear.scaled(states)
-        margins = pairs.margins_of(scaled, examples, self.folds, self.proxies, ctx.seed)
+        scheme = self.folds, self.proxies, ctx.seed
+        margins = (
+            pairs.agreement_of(states, examples, self.attributes, *scheme)
+            if self.regresses
+            else pairs.margins_of(linear.scaled(states), examples, *scheme)
+        )
         evidence, sources = grouping.Evidence.of(margins), [pairs.source_of(e) for e in examples]
         by = "sources" if self.weigh_by == "sources" else self.groups
         dealt = grouping.grouped(grouping.labels_of(sources, evidence, by))
@@ -197,11 +222,14 @@ class Weighs(Reward):
     @property
     def loss_unit(self) -> str:
         """Losses are those of pairs; ratings are squared differences."""
-        return "" if self.objective == "ratings" else super().loss_unit
+        return "" if self.objective in ("ratings", "regression") else super().loss_unit
 
     def loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         """Return the losses of a micro-batch's pairs, weighted, over the pairs of the window."""
-        losses = self.objectives(self.scores(model, batch), batch.sizes)
+        if self.regresses:
+            losses, _ = self.validation(model, batch)
+        else:
+            losses = self.objectives(self.scores(model, batch), batch.sizes)
         if WEIGHT in batch.columns:
             losses = losses * batch.columns[WEIGHT]
         return losses.sum() / batch.window_examples

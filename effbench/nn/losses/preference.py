@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import softplus
 
-CHOSEN, REJECTED = 4.0, 1.0
-"""Ratings that a pair without ratings stands for, on HelpSteer2's scale of 0 to 4."""
+from effbench.api.examples import CHOSEN, IGNORED, REJECTED
 
 
 def bradley_terry(scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -54,3 +53,17 @@ def rated(scores: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     wanted[starts.to(scores.device)] = CHOSEN
     return torch.stack([x.mean() for x in (scores - wanted).square().split(list(sizes))])
+
+
+def regressed(outputs: torch.Tensor, ratings: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the squared errors of what was rated, a mean over all ratings of an example, [E].
+
+    Args:
+        outputs: Of each sequence for each attribute, [B, A].
+        ratings: [B, A], `IGNORED` where there is none; an example has at least one.
+        sizes: Sequences of each example.
+    """
+    known = ratings != IGNORED
+    errors = torch.where(known, outputs - ratings, 0.0).square()
+    parts = zip(errors.split(list(sizes)), known.split(list(sizes)), strict=True)
+    return torch.stack([error.sum() / rated.sum() for error, rated in parts])

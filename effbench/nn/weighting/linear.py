@@ -28,30 +28,45 @@ def losses(pairs: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return softplus(-(pairs @ head))
 
 
-def gradient(pairs: torch.Tensor, heads: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def gradient(
+    pairs: torch.Tensor,
+    heads: torch.Tensor,
+    weights: torch.Tensor,
+    targets: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the gradients of K weighted sums of losses, [d, K].
 
     Args:
         pairs: [n, d].
         heads: [d, K].
         weights: Of each pair for each head, [n, K].
+        targets: Where given, [n], the losses are (w . x - target)^2 / 2.
     """
+    if targets is not None:
+        return pairs.T @ (weights * (pairs @ heads - targets[:, None]))
     return -pairs.T @ (weights * torch.sigmoid(-(pairs @ heads)))
 
 
-def fit(pairs: torch.Tensor, weights: torch.Tensor, steps: int, rate: float) -> torch.Tensor:
+def fit(
+    pairs: torch.Tensor,
+    weights: torch.Tensor,
+    steps: int,
+    rate: float,
+    targets: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return heads [d, K] that minimise the weighted mean losses of pairs.
 
     Args:
         pairs: [n, d], `scaled`.
         weights: Of each pair for each head, [n, K]; only their proportions matter.
         steps: Of gradient descent.
-        rate: Its step size; below 8 the loss falls in each.
+        rate: Its step size; below 8, with targets below 2, the loss falls in each.
+        targets: As of `gradient`.
     """
     share = weights / weights.sum(0).clamp(min=1e-12)
     heads = pairs.new_zeros(pairs.shape[1], weights.shape[1])
     for _ in range(steps):
-        heads -= rate * (gradient(pairs, heads, share) + RIDGE * heads)
+        heads -= rate * (gradient(pairs, heads, share, targets) + RIDGE * heads)
     return heads
 
 
@@ -70,8 +85,11 @@ def out_of_fold(
     steps: int,
     rate: float,
     generator: torch.Generator,
+    targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return margins [n, E], each of a head that was trained on a part of the other folds.
+
+    With targets they are predictions.
 
     Args:
         pairs: [n, d], `scaled`.
@@ -80,13 +98,17 @@ def out_of_fold(
         steps: Of each head.
         rate: Step size.
         generator: Draws the parts.
+        targets: As of `gradient`; where one is NaN no head is trained on it.
     """
     count = int(folds.max()) + 1
     outside = folds[:, None] != torch.arange(count)
+    if targets is not None:
+        outside &= ~targets.isnan()[:, None]
+        targets = targets.nan_to_num()
     found = []
     for _ in range(proxies):
         part = torch.rand(len(pairs), generator=generator) < PART
         masks = (outside & part[:, None]).to(pairs)
-        margins = pairs @ fit(pairs, masks, steps, rate)
+        margins = pairs @ fit(pairs, masks, steps, rate, targets)
         found.append(margins.gather(1, folds[:, None].to(pairs.device)))
     return torch.cat(found, dim=1)
