@@ -465,8 +465,7 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
             classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
             able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
             raise UserError(
-                f"Evaluator {evaluator.name} cannot ask {spec.model.called}: it is a {kind.name} "
-                f"({kind.noun}).",
+                f"Evaluator {evaluator.name} cannot ask {spec.model.called}: it is {kind.one}.",
                 f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
             )
     if spec.hardware.dtype == "float16" and ModelShape.of(shape).encoder:

@@ -127,7 +127,7 @@ def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
         return to if "gguf" in kind.forms else kind.forms[0]
     if to not in kind.forms:
         raise UserError(
-            f"{spec.model.called} is a {kind.name} ({kind.noun}), which is not written for {to}.",
+            f"{spec.model.called} is {kind.one}, which is not written for {to}.",
             f"Leave --to out, or choose: {', '.join(kind.forms)}.",
         )
     if to == "gguf":
