@@ -417,7 +417,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
 
 def _check_data(spec: Spec) -> None:
     """Refuse splits that the dataset will not have, and sequences longer than the model takes."""
-    from effbench.data.dataset import split_names
+    from effbench.data.dataset import no_split, split_names
 
     known = split_names(spec.dataset)
     trains = stages.find(spec.stage).trains
@@ -427,10 +427,7 @@ def _check_data(spec: Spec) -> None:
     wanted += [s for p in spec.evaluators for s in make_evaluator(p).splits()]
     for split in wanted:
         if split not in known:
-            raise UserError(
-                f"dataset {spec.dataset.called!r} has no split {split!r}.",
-                did_you_mean(split, known),
-            )
+            raise no_split(spec.dataset, split, known)
     if trains:
         make_method(spec.method).check_dataset(spec.dataset)
     if spec.dataset.drawn and trains and "train" not in spec.dataset.limit:

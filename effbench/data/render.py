@@ -171,7 +171,7 @@ class Place:
                 raise UserError(f"{self.where} has no field {dotted!r}.", hint)
             value = value[part]
         if is_missing(value):
-            raise self._missing(dotted)
+            raise self._missing(dotted, text=False)
         return value
 
     def number(self, dotted: str, setting: str = "") -> float:
@@ -199,11 +199,13 @@ class Place:
             raise self._missing(name)
         return ""
 
-    def _missing(self, name: str) -> MissingError:
+    def _missing(self, name: str, text: bool = True) -> MissingError:
         return MissingError(
             f"{self.where}: the field {name!r} has no value.",
             "Mend the row, or say what such a field stands for: dataset.missing=empty for an empty "
-            "text, dataset.missing=skip to leave the row out.",
+            "text, dataset.missing=skip to leave the row out."
+            if text
+            else "Mend the row, or leave such rows out: dataset.missing=skip",
         )
 
     def _filled(self, template: str, row: Row) -> str:

@@ -293,6 +293,21 @@ def test_an_unknown_form_is_answered_with_words_that_work(
     assert next(render([row], job.spec.dataset, "split"))
 
 
+def test_a_number_that_is_missing_is_no_empty_text(tmp_path: Path) -> None:
+    row = {"prompt": "p", "answer": "a", "weight": None}
+    spec, _ = spec_of(tmp_path / "a.jsonl", row, columns={"weight": "weight"}, missing="empty")
+    with pytest.raises(UserError, match="'weight' has no value") as caught:
+        list(render([row], spec, "split"))
+    assert caught.value.hint.endswith("leave such rows out: dataset.missing=skip")
+
+
+def test_a_split_that_no_file_is_of_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "a"})
+    with pytest.raises(UserError, match="has no split 'test'") as caught:
+        compose("train", ["model=tiny", "dataset=file", f"dataset.files.train={path}"])
+    assert "dataset.files.test=FILE" in caught.value.hint
+
+
 def test_a_field_inside_another_is_written_with_brackets(tmp_path: Path) -> None:
     row = {"d": {"q": "a b"}}
     spec, _ = spec_of(tmp_path / "a.jsonl", row, kind="text", text="{d.q}")
