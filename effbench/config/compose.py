@@ -138,9 +138,10 @@ def commanded(job: Job, words: Sequence[str]) -> Job:
 
     Args:
         job: Of one run.
-        words: As typed after `effbench STAGE`.
+        words: As typed after `effbench STAGE`, or as a grid spells them for Hydra, with `++`.
     """
-    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    plainly = [w.removeprefix("++") for w in words]
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in plainly]
     command = shlex.join(["effbench", job.spec.stage, *told])
     return dataclasses.replace(job, command=command)
 
