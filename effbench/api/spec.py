@@ -107,6 +107,10 @@ class DatasetSpec:
     `label_names`."""
     label_names: str = ""
     """Dotted name of the list field that names the answers, when `label` is such a name."""
+    labels: Literal["places", "names"] = "places"
+    """What a label is that could be the place of an answer, from 0, as well as what an answer says:
+    1 where the answers are 1, 2 and 3. Filled in when the config is composed: `names` where one's
+    own rows all have the same answers, and these are not in the order of such places."""
     splits: dict[str, str] = field(default_factory=dict)
     """Source split of each of our splits: `{train: train, validation: validation}`."""
     cut: dict[str, Fraction] = field(default_factory=dict)

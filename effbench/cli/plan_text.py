@@ -16,7 +16,8 @@ def render(prediction: Prediction, spec: Spec, machine: Machine, rows: int = 0) 
     cost = prediction.cost
     lines.append(f"  parameters       {cost.params:,} ({prediction.trained:,} trained)")
     lines.append(f"  saving           {cost.saving}")
-    if cost.per_token:
+    decodes = cost.kv_bytes_per_token or cost.kv_bytes_per_sequence
+    if cost.per_token and decodes:
         lines.append(f"  weights read     {format_bytes(cost.bytes_per_token)} per decoded token")
         grows = f"{cost.kv_bytes_per_token / 1024:.1f} KiB per token"
         lines.append(f"  KV cache         {', '.join([grows, *cost.kept])}")

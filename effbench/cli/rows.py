@@ -17,6 +17,7 @@ from effbench.data.tokens import with_template
 from effbench.models.load import known_shape, load_tokenizer
 from effbench.nn.model_kinds.base import find as find_model
 from effbench.util.errors import printable
+from effbench.util.hf import quiet
 
 COUNTS = ("\033[1;32m", "\033[0m")
 """Colour of what has a loss, and of nothing."""
@@ -37,6 +38,11 @@ def rows(spec: Spec, count: int, colour: bool, width: int, split: str = "") -> I
     Raises:
         UserError: When the rows or the tokenizer cannot be had.
     """
+    with quiet():
+        yield from _rows(spec, count, colour, width, split)
+
+
+def _rows(spec: Spec, count: int, colour: bool, width: int, split: str) -> Iterator[str]:
     data = Data(spec.dataset, load_tokenizer(spec.model), known_shape(spec.model), spec.seed)
     if not split:
         filled = [name for name, texts in data.texts.items() if texts] or [*data.texts]
@@ -50,6 +56,7 @@ def rows(spec: Spec, count: int, colour: bool, width: int, split: str = "") -> I
         yield shown(head, example, data.tokenizer, COUNTS if colour else BRACKETS, width, speaks)
 
 
+@quiet()
 def first(spec: Spec, colour: bool, width: int) -> str:
     """Return the first row that is read as text; empty where it holds nothing. See `rows`."""
     text, tokenizer = first_text(spec.dataset), load_tokenizer(spec.model)
@@ -81,7 +88,7 @@ def shown(
     counted = f"{len(tokens.ids)} tokens, {example.loss_tokens} of them count"
     lost = f", {sum(tokens.cut)} more were cut" if any(tokens.cut) else ""
     others = len(example.choices) - 1
-    beside = f", {others} other answers" if others > 0 else ""
+    beside = f", {others} other answer{'s'[others == 1 :]}" if others > 0 else ""
     lines = [f"{head}: {counted}{lost}{beside}", *_said(tokens, tokenizer, marks, speaks)]
     return "\n".join((*lines, *_numbers(tokens, marks, width)))
 

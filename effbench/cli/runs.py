@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from effbench.results.housekeeping import Removal
     from effbench.results.store import Store
 
-FILTER = re.compile(r"[a-z_]+=.*")
+FILTER = re.compile(r"[a-z_.]+=.*")
 WITH_VALUE = ("--results",)
 """Options whose value is the next word."""
 

@@ -42,7 +42,7 @@ def tune(
         UserError: When nothing has several values, or one is no number.
     """
     tuning, fixed = tuning_in(words, at, extend, extra)
-    own = [*fixed, *judged(compose(None, fixed, extra).spec.evaluators, tuning.split, fixed)]
+    own = [*fixed, *judged(compose(None, fixed, extra).spec.evaluators, tuning.criterion, fixed)]
     records: dict[str, Record] = {}
 
     def job(point: str) -> Job:

@@ -138,9 +138,10 @@ def commanded(job: Job, words: Sequence[str]) -> Job:
 
     Args:
         job: Of one run.
-        words: As typed after `effbench STAGE`.
+        words: As typed after `effbench STAGE`, or as a grid spells them for Hydra, with `++`.
     """
-    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in words]
+    plainly = [w.removeprefix("++") for w in words]
+    told = [f"from={job.spec.parent}" if w.startswith("from=") else w for w in plainly]
     command = shlex.join(["effbench", job.spec.stage, *told])
     return dataclasses.replace(job, command=command)
 
@@ -417,7 +418,7 @@ def _check_methods(spec: Spec, lineage: Lineage) -> None:
 
 def _check_data(spec: Spec) -> None:
     """Refuse splits that the dataset will not have, and sequences longer than the model takes."""
-    from effbench.data.dataset import split_names
+    from effbench.data.dataset import no_split, split_names
 
     known = split_names(spec.dataset)
     trains = stages.find(spec.stage).trains
@@ -427,10 +428,7 @@ def _check_data(spec: Spec) -> None:
     wanted += [s for p in spec.evaluators for s in make_evaluator(p).splits()]
     for split in wanted:
         if split not in known:
-            raise UserError(
-                f"dataset {spec.dataset.called!r} has no split {split!r}.",
-                did_you_mean(split, known),
-            )
+            raise no_split(spec.dataset, split, known)
     if trains:
         make_method(spec.method).check_dataset(spec.dataset)
     if spec.dataset.drawn and trains and "train" not in spec.dataset.limit:
@@ -465,8 +463,7 @@ def check_kind(spec: Spec, shape: AnyShape) -> None:
             classes = (registry.find("evaluators", n) for n in registry.names("evaluators"))
             able = sorted(c.name for c in classes if c.needs_model and kind.name in c.model_kinds)
             raise UserError(
-                f"Evaluator {evaluator.name} cannot ask {spec.model.called}: it is a {kind.name} "
-                f"({kind.noun}).",
+                f"Evaluator {evaluator.name} cannot ask {spec.model.called}: it is {kind.one}.",
                 f"Evaluators for it: {', '.join(able)}. For example evaluator={able[0]}",
             )
     if spec.hardware.dtype == "float16" and ModelShape.of(shape).encoder:

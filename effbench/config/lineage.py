@@ -245,6 +245,7 @@ def dataset_spec(values: Mapping[str, Any], config: bool = False) -> DatasetSpec
     """
     from effbench.data.dataset import check_mix, fingerprint, stated
     from effbench.data.kinds.base import find
+    from effbench.data.kinds.choices import labels_of
     from effbench.data.tokens import template_text
 
     spec = build(DatasetSpec, dict(values), "dataset")
@@ -258,6 +259,8 @@ def dataset_spec(values: Mapping[str, Any], config: bool = False) -> DatasetSpec
             if own
             else dataclasses.replace(spec, known_by="source")
         )
+        if not own and "labels" not in values:
+            spec = dataclasses.replace(spec, labels=labels_of(spec))
     return dataclasses.replace(spec, fingerprint=(stated if config else fingerprint)(spec))
 
 

@@ -9,7 +9,7 @@ are, and comparable between runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
@@ -28,7 +28,7 @@ from effbench.data.readers import Row, hub_rows, package_rows, read_rows
 from effbench.data.render import MissingError, Place, Text, group_hash, source_hash
 from effbench.data.tokenise import as_read, tokenise
 from effbench.data.tokens import with_template
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError, did_you_mean, nearest
 from effbench.util.hashes import hashes_of
 from effbench.util.hf import commit_of
 
@@ -171,10 +171,7 @@ class Data:
             UserError: When there is no such split or it has no rows.
         """
         if split not in self.texts:
-            raise UserError(
-                f"dataset {self.spec.called!r} has no split {split!r}.",
-                did_you_mean(split, self.texts),
-            )
+            raise no_split(self.spec, split, self.texts)
         texts = self.texts[split]
         if not texts:
             raise UserError(
@@ -334,6 +331,18 @@ def at_hand(spec: DatasetSpec) -> bool:
     if spec.source == "package":
         return path_of(spec.id) is not None
     return spec.source in ("file", "generator")
+
+
+def no_split(spec: DatasetSpec, split: str, known: Collection[str]) -> UserError:
+    """Return that a dataset lacks a split, and how it gets one."""
+    message = f"dataset {spec.called!r} has no split {split!r}."
+    if spec.source != "file" or nearest(split, known):
+        return UserError(message, did_you_mean(split, known))
+    return UserError(
+        message,
+        f"It has {', '.join(known)}. Give a file of it, dataset.files.{split}=FILE, or one that is "
+        "cut into all of them, dataset.files.all=FILE.",
+    )
 
 
 def split_names(spec: DatasetSpec) -> list[str]:

@@ -6,7 +6,8 @@ Only what cannot be meant in another way is recognised; the rest is for template
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,46 @@ def form_of(row: Row) -> Form | None:
 
 def _unknown(path: Path, row: Row, values: Mapping[str, Any]) -> UserError:
     names = ", ".join(map(repr, row))
-    first, last = next(iter(row), "FIELD"), next(reversed(row), "FIELD")
+    found = dict(_leaves(row)) or {"FIELD": ""}
+    texts = [n for n, v in found.items() if isinstance(v, str) and any(map(str.isalpha, v))]
+    first = (texts or [*found])[0]
+    more = [name for name in (texts if len(texts) > 1 else found) if name != first]
+    prompt, answer, text = (
+        _word(f"dataset.{setting}", f"{blank}{{{name}}}")
+        for setting, blank, name in (
+            ("prompt", "", first),
+            ("answer", " ", more[-1] if more else first),
+            ("text", "", first),
+        )
+    )
     return UserError(
         f"The rows of {path} have the fields {names}, which are no form that is known.",
-        "Say how a row becomes a prompt and an answer: "
-        f"""'dataset.prompt="{{{first}}}"' 'dataset.answer=" {{{last}}}"'; """
-        f"{_as_classes(read_rows(path, values.get('documents', 'paragraph')))}"
+        (
+            f"Say how a row becomes a prompt and an answer: {prompt} {answer}; "
+            if more
+            else f"Say what its text is: {text}; "
+        )
+        + f"{_as_classes(read_rows(path, values.get('documents', 'paragraph')))}"
         "or what it is: dataset.kind=text, pairs, chat, alpaca, choices or preference",
     )
+
+
+def _word(key: str, value: str) -> str:
+    """Return an override of a text, as it is typed in a shell."""
+    return shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what templates can name within a row, with its value: `field[key][0]`."""
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = list(enumerate(value))[:1]
+    elif name:
+        yield name, value
+    for key, part in inner:
+        yield from _leaves(part, f"{name}[{key}]" if name else str(key))
 
 
 MOST_CLASSES = 20
@@ -137,20 +170,25 @@ MOST_CLASSES = 20
 
 def _as_classes(rows: Sequence[Row]) -> str:
     """Return how rows are texts with classes, where they look like it: a column of few names."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[Any]] = {}
     for name in rows[0]:
         column = [row.get(name) for row in rows]
-        if all(isinstance(value, str) and value.strip() for value in column):
-            found[name] = {value.strip() for value in column if isinstance(value, str)}
+        if all(isinstance(value, str | int) and str(value).strip() for value in column):
+            found[name] = {v.strip() if isinstance(v, str) else v for v in column}
     label = min(found, key=lambda name: len(found[name]), default="")
-    classes = sorted(found.get(label, ()))
-    if not 2 <= len(classes) <= min(MOST_CLASSES, len(rows) // 2):
+    texts = [name for name in found if all(isinstance(value, str) for value in found[name])]
+    classes = found.get(label, set())
+    if not texts or not 2 <= len(classes) <= min(MOST_CLASSES, len(rows) // 2):
         return ""
-    text = max(found, key=lambda name: len(found[name]))
-    answers = ", ".join(json.dumps(f" {name}", ensure_ascii=False) for name in classes)
+    text = max(texts, key=lambda name: len(found[name]))
+    ordered = sorted(classes, key=lambda c: (str(type(c)), c))
+    answers = ", ".join(
+        json.dumps(f" {str(c).lower() if isinstance(c, bool) else c}", ensure_ascii=False)
+        for c in ordered
+    )
     return (
-        f"what class it is of: dataset.kind=choices dataset.label={label} "
-        f"""'dataset.prompt="{{{text}}}"' 'dataset.choices=[{answers}]'; """
+        f"what class it is of: dataset.kind=choices {shlex.quote(f'dataset.label={label}')} "
+        f"{_word('dataset.prompt', f'{{{text}}}')} {shlex.quote(f'dataset.choices=[{answers}]')}; "
     )
 
 

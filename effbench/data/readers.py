@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -28,8 +30,8 @@ LONGEST_FIELD = 2**31 - 1
 def read_rows(path: Path, documents: Documents = "paragraph") -> list[Row]:
     """Return the rows of a jsonl, json, csv, tsv, parquet or txt file, gzipped or not.
 
-    A mark of the byte order at the start is no content. A json file may hold a list or, as jsonl, a
-    line for each row. In tsv nothing is quoted.
+    A mark of the byte order at the start is no content, and says where a file is UTF-16. A json
+    file may hold a list or, as jsonl, a line for each row. In tsv nothing is quoted.
 
     Args:
         path: The file; its ending says what it is.
@@ -78,9 +80,16 @@ def _decoded(path: Path) -> str:
                 f"{path} is a workbook or an archive, whatever its name, and no text.",
                 "Save what is in it as .csv or .jsonl.",
             )
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Excel's "Unicode text"
+            return data.decode("utf-16")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}.", "Convert it to UTF-8.") from None
+        where = shlex.quote(str(path))
+        raise UserError(
+            f"{path} is not UTF-8: {error}.",
+            f"Convert it: iconv -f windows-1252 -t utf-8 {where} > utf8{path.suffix}, or what it "
+            "is in the place of windows-1252.",
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path} cannot be unpacked: {error}.", "It is damaged or cut off: get it again."
@@ -146,6 +155,10 @@ def _where_rows_are(value: object) -> str:
     return "Mend the file: [{...}, {...}], or an object a line."
 
 
+SEPARATORS = (";", "\t", "|")
+"""What stands between the fields of files that are called csv all the same."""
+
+
 def _csv(form: Literal["excel", "tsv"], path: Path) -> list[Row]:
     import csv
 
@@ -156,7 +169,12 @@ def _csv(form: Literal["excel", "tsv"], path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), **settings)
     rows = []
     try:
-        names = reader.fieldnames or []
+        names = list(reader.fieldnames or [])
+        if len(names) == 1 and (marks := [m for m in SEPARATORS if m in names[0]]):
+            raise UserError(
+                f"{path} has one column, {names[0]!r}: fields seem to stand between {marks[0]!r}.",
+                "Put commas there, or name a file with tabs .tsv.",
+            )
         if len({*names}) < len(names):
             raise UserError(
                 f"{path}, line 1: the column {_twice(names)!r} stands there twice.", "Rename one."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -134,7 +135,7 @@ class Place:
         """Return the values that templates are filled with, by the fields they stand in."""
         found = {}
         for template in templates:
-            for name in _fields_in(template):
+            for name in _fields_in(template, _odd(self.row)):
                 found[name] = clean(str(self._value(name, self.row, template)))
         return dict(sorted(found.items()))
 
@@ -162,7 +163,7 @@ class Place:
             UserError: When it is not there.
         """
         value: Any = self.row
-        for part in dotted.split("."):
+        for part in [dotted] if dotted in self.row else dotted.split("."):
             if not isinstance(value, dict) or part not in value:
                 known = value if isinstance(value, dict) else self.row
                 hint = f" Name yours: {setting}=FIELD" if setting else ""
@@ -170,7 +171,7 @@ class Place:
                 raise UserError(f"{self.where} has no field {dotted!r}.", hint)
             value = value[part]
         if is_missing(value):
-            raise self._missing(dotted)
+            raise self._missing(dotted, text=False)
         return value
 
     def number(self, dotted: str, setting: str = "") -> float:
@@ -198,16 +199,18 @@ class Place:
             raise self._missing(name)
         return ""
 
-    def _missing(self, name: str) -> MissingError:
+    def _missing(self, name: str, text: bool = True) -> MissingError:
         return MissingError(
             f"{self.where}: the field {name!r} has no value.",
             "Mend the row, or say what such a field stands for: dataset.missing=empty for an empty "
-            "text, dataset.missing=skip to leave the row out.",
+            "text, dataset.missing=skip to leave the row out."
+            if text
+            else "Mend the row, or leave such rows out: dataset.missing=skip",
         )
 
     def _filled(self, template: str, row: Row) -> str:
         try:
-            if (parts := _parts(template)) is None:
+            if (parts := _parts(template, _odd(row))) is None:
                 return clean(_Strict(self, template).vformat(template, (), row))
             text = "".join(
                 [p if f is None else p + format(self._value(f, row, template)) for p, f in parts]
@@ -218,7 +221,7 @@ class Place:
 
     def _value(self, name: str, row: Any, template: str) -> Any:
         """Return the value at `field` or `field[key][0]` of a row, which a template needs."""
-        first, *keys = _path(name)
+        first, *keys = (name,) if name in row else _path(name)
         value = self._inside(row, first, row, template)
         for key in keys:
             value = self._inside(value, key, value, template)
@@ -241,6 +244,9 @@ class Place:
         if isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
             return value[int(key)]
         hint = did_you_mean(key, known if isinstance(known, Mapping) else self.row)
+        first, *inner = key.split(".")
+        if inner and first in self.row:
+            hint = f"A field inside another is {{{first}{''.join(f'[{k}]' for k in inner)}}}."
         if setting := self.settings.get(template):
             hint += f" The template is dataset.{setting}."
         raise UserError(f"{self.where} has no field {key!r}, which {template!r} needs.", hint)
@@ -257,10 +263,29 @@ class _Strict(Formatter):
         return self.place._value(name, row, self.template), _path(name)[0]
 
 
+def _odd(row: Row) -> frozenset[str]:
+    """Return the names of fields in which Python's templates would see more than a name."""
+    return frozenset(name for name in row if not FORMS.isdisjoint(name))
+
+
+FORMS = frozenset("!:[")
+Parsed = tuple[str, str | None, str | None, str | None]
+
+
 @cache
-def _parts(template: str) -> tuple[tuple[str, str | None], ...] | None:
+def _parsed(template: str, odd: frozenset[str]) -> tuple[Parsed, ...]:
+    """Return a template's texts with field, form and conversion after each, odd names whole."""
+    names = dict[str | None, str]()
+    for number, name in enumerate(sorted(odd)):
+        names[mark := f"\x00{number}"] = name
+        template = re.sub(rf"(?<!\{{)\{{{re.escape(name)}\}}", f"{{{mark}}}", template)
+    return tuple((t, names.get(n, n), f, c) for t, n, f, c in Formatter().parse(template))
+
+
+@cache
+def _parts(template: str, odd: frozenset[str]) -> tuple[tuple[str, str | None], ...] | None:
     """Return a template's texts, each with the field after it; None where a field has a form."""
-    parsed = list(Formatter().parse(template))
+    parsed = _parsed(template, odd)
     if any(name == "" or form or conversion for _, name, form, conversion in parsed):
         return None
     return tuple((text, name) for text, name, _, _ in parsed)
@@ -273,11 +298,11 @@ def _path(name: str) -> tuple[str, ...]:
 
 
 @cache
-def _fields_in(template: str) -> tuple[str, ...]:
+def _fields_in(template: str, odd: frozenset[str]) -> tuple[str, ...]:
     """Return the names of fields in a template, those in forms of other fields included."""
     found = list[str]()
-    for _, name, form, _ in Formatter().parse(template):
-        found += ([name] if name else []) + ([*_fields_in(form)] if form else [])
+    for _, name, form, _ in _parsed(template, odd):
+        found += ([name] if name else []) + ([*_fields_in(form, odd)] if form else [])
     return tuple(found)
 
 

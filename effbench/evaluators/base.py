@@ -136,6 +136,8 @@ class Evaluator:
     """The metric that it is there for, zero or more; the contract tests look for it."""
     gives: ClassVar[tuple[str, ...]] = ()
     """Further metrics, by which it is named where somebody asks for one that nobody measured."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Metrics that come along and can be chosen by, which other evaluators are there for."""
     version: ClassVar[int] = 1
     """Raised when the same settings would give other numbers; from then on in the key."""
     itemwise: ClassVar[bool] = True

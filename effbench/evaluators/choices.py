@@ -41,6 +41,7 @@ class Choices(Evaluator):
 
     headline: ClassVar[str] = "accuracy"
     gives: ClassVar[tuple[str, ...]] = ("acc", "acc_norm", "accuracy_norm", "macro_f1")
+    beside: ClassVar[tuple[str, ...]] = ("loss",)
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
 
     split: str | tuple[str, ...] = "test"

@@ -70,15 +70,16 @@ def of_dataset(data: Data, split: str, limit: int | None, pattern: str) -> Quest
             of it. Empty when the whole answer counts, but for white space around it.
 
     Raises:
-        UserError: When a row's own answer holds nothing that the pattern matches.
+        UserError: When the pattern finds no text in a row's own answer: in any other it might find
+            as little, which would be right.
     """
     rows, chat = data.rows(split)[:limit], data.spec.chat
     for row in rows:
-        if extracted(row.answer, pattern) is None:
+        if not extracted(row.answer, pattern):
             raise UserError(
                 f"evaluator.generation.pattern={pattern!r} matches nothing in the answer "
                 f"{row.answer[:60]!r} of dataset {data.spec.called!r}.",
-                "Correct the pattern, or leave it out.",
+                "Correct the pattern, so that it cannot match the empty text, or leave it out.",
             )
     prompts = [
         chat_prompt(r.asked_in_chat(), data.tokenizer) if chat else moved(r.prompt, "")[0]

@@ -19,7 +19,7 @@ from effbench.api.schema import PositiveInt, digest
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
 from effbench.nn.sharing import ranking, similarity
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
@@ -54,14 +54,11 @@ class Similarity(Evaluator):
 
     def check(self, spec: Spec, methods: Sequence[Method], shape: AnyShape | None) -> None:
         """Refuse a split that is not there, and texts longer than the model's positions."""
-        from effbench.data.dataset import split_names
+        from effbench.data.dataset import no_split, split_names
 
         known = split_names(spec.dataset)
         if self.split not in known:
-            raise UserError(
-                f"dataset {spec.dataset.called!r} has no split {self.split!r}.",
-                did_you_mean(self.split, known),
-            )
+            raise no_split(spec.dataset, self.split, known)
         if shape and self.tokens > shape.max_positions:
             raise UserError(
                 f"evaluator.similarity.tokens={self.tokens} is more than the "

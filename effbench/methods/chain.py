@@ -48,7 +48,7 @@ def resolved(method: M, shape: AnyShape) -> M:
 def _why_not(method: Method, model: ModelShape) -> str:
     """Return what keeps a method from a model; empty when nothing does."""
     if model.kind not in method.model_kinds:
-        return f"it is no {find(CAUSAL).noun}, but a {model.kind} ({find(model.kind).noun})"
+        return f"it is no {find(CAUSAL).noun}, but {find(model.kind).one}"
     if ANATOMIES[model.anatomy] < ANATOMIES[method.anatomy]:
         if model.anatomy == "llama":
             return "it needs Llama's own blocks, whose linear layers have no biases"

@@ -204,7 +204,8 @@ def _not_timed(grand: Grand) -> list[str]:
         return []
     said = "No row has" if lacking == len(rows) else f"{lacking} of {len(rows)} rows have no"
     return [
-        f"{said} tokens/s, as no record times their decoding; an idle machine measures it: "
+        f"{said} tokens/s, as no record times their decoding at one batch size and length; an idle "
+        "machine measures it: "
         "effbench eval from=KEY evaluator=speed, a shared one what it is over the dense model's: "
         "evaluator.speed.baseline=dense"
     ]

@@ -83,9 +83,15 @@ def _beside_dense(record: Record) -> bool:
 
 
 def at_point(record: Record, name: str, point: str) -> Value | None:
-    """Return a metric at an operating point, or that of the run as a whole."""
-    found = {m.point: as_value(m) for m in record.metrics if m.name == name}
-    return found.get(point) or found.get("")
+    """Return a metric at an operating point, or that of the run as a whole.
+
+    Where a run has it several times, as it has a speed for each batch size and length of a grid, it
+    is no number of the point, and none of them is taken.
+    """
+    for where in dict.fromkeys((point, "")):
+        if found := [as_value(m) for m in record.metrics if (m.name, m.point) == (name, where)]:
+            return found[0] if len({v.value for v in found}) == 1 else None
+    return None
 
 
 def _evaluations(record: Record, there: Evaluated, reader: Reader) -> list[Record]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.report.comparison.select import criterion_of
 from effbench.report.tuning import Point, Tuning, with_words
 from effbench.results.records import Record, read
 from effbench.results.tunings import Trials, read_trials, trials_file
@@ -61,7 +60,7 @@ class Tuned:
             for arm, trials in self.trials.arms.items()
         ]
         return (
-            f"Tuned: {each} trials each, by {criterion_of(self.tuning.metric)}{how}, seed "
+            f"Tuned: {each} trials each, by {self.tuning.criterion}{how}, seed "
             f"{self.tuning.seed}: {'; '.join(taken)}. {cost(self.records.values())}"
         )
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 from effbench.api.schema import NonNegativeInt, Seed
 from effbench.api.spec import Plugin
-from effbench.report.comparison.select import criterion_of, value_of
+from effbench.report.comparison.select import Criterion, criterion_of, require_measured, value_of
 from effbench.report.labels import better
 from effbench.results.records import Record
 from effbench.util.errors import UserError
@@ -51,9 +51,9 @@ class Tuning:
                 )
 
     @property
-    def split(self) -> str:
-        """The split that trials are judged on."""
-        return criterion_of(self.metric).split
+    def criterion(self) -> Criterion:
+        """What trials are chosen by."""
+        return criterion_of(self.metric)
 
     def grid(self) -> list[Point]:
         """Return all combinations of the values."""
@@ -69,12 +69,10 @@ class Tuning:
         Raises:
             UserError: When the run has no such metric.
         """
-        criterion = criterion_of(self.metric)
-        value = value_of(record, criterion)
+        value = value_of(record, self.criterion)
         if self.at == "mean":
-            found = [
-                m.value for m in record.metrics if (m.name, m.split, m.task) == (*criterion, "")
-            ]
+            wanted = (*self.criterion, "")
+            found = [m.value for m in record.metrics if (m.name, m.split, m.task) == wanted]
             value = sum(found) / len(found)
         return value
 
@@ -85,7 +83,7 @@ class Tuning:
             UserError: When the run has no such metric.
         """
         value = self.value(record)
-        sign = -1 if better(criterion_of(self.metric).metric) == "higher" else 1
+        sign = -1 if better(self.criterion.metric) == "higher" else 1
         return sign * value if math.isfinite(value) else math.inf
 
     def beyond(self, scores: Mapping[Point, float]) -> list[Point]:
@@ -143,13 +141,21 @@ def trial_of(steps: Sequence[str], words: str) -> list[str]:
     return with_words(steps[: last_training(steps) + 1], words)
 
 
-def judged(evaluators: Sequence[Plugin], split: str, words: Sequence[str]) -> list[str]:
+def judged(evaluators: Sequence[Plugin], criterion: Criterion, words: Sequence[str]) -> list[str]:
     """Return the words by which a trial is evaluated on the rows that it is chosen by, alone.
 
     Args:
         evaluators: Of the run as it would be reported.
-        split: Of those rows.
+        criterion: What trials are chosen by.
         words: Which the trial has already; they stand.
+
+    Raises:
+        UserError: When a trial would not have the metric.
     """
-    keys = [f"evaluator.{e.name}.split" for e in evaluators if e.settings.get("split")]
-    return [f"{key}={split}" for key in keys if not any(w.startswith(f"{key}=") for w in words)]
+    said = {word.partition("=")[0] for word in words}
+    reading = [e for e in evaluators if e.settings.get("split")]
+    moved = [e for e in reading if f"evaluator.{e.name}.split" not in said]
+    there = {"split": criterion.split}
+    asked = [replace(e, settings=e.settings | there) if e in moved else e for e in evaluators]
+    require_measured(asked, criterion)
+    return [f"evaluator.{e.name}.split={criterion.split}" for e in moved]

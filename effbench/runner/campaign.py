@@ -17,6 +17,7 @@ from effbench.api.keys import earlier_keys
 from effbench.api.spec import Spec
 from effbench.config.compose import compose
 from effbench.report.campaign import Campaign
+from effbench.report.comparison.select import Criterion
 from effbench.report.tuning import Tuning, judged, trial_of, tunes
 from effbench.results.records import Record, read
 from effbench.results.store import Store
@@ -118,20 +119,20 @@ class _Runs:
             *([] if stage == "eval" else [f"seed={seed}"]),
         ]
 
-    def chain(self, steps: Sequence[str], seed: int, split: str = "") -> str:
+    def chain(self, steps: Sequence[str], seed: int, by: Criterion | None = None) -> str:
         """Return the key of the last run of an arm, after all of them were made.
 
         Args:
             steps: Its commands.
             seed: Of each run that has one.
-            split: On whose rows the last one is evaluated; empty for those that it says itself.
+            by: On whose rows the last one is evaluated; None for those that it says itself.
         """
         key = self.start
         for number, step in enumerate(steps):
             stage, *words = self._words(step, number, key, seed)
             place = _place(self.results)
-            if split and number == len(steps) - 1:
-                words += judged(compose(stage, [*words, *place]).spec.evaluators, split, words)
+            if by and number == len(steps) - 1:
+                words += judged(compose(stage, [*words, *place]).spec.evaluators, by, words)
             self.say(f"effbench {stage} {' '.join(words)}")
             job = compose(stage, [*words, *place])
             alone = len(steps) == 1
@@ -149,7 +150,7 @@ class _Runs:
 
     def _trial(self, tuning: Tuning, steps: Sequence[str], words: str) -> Record:
         """Return the record of one trial of an arm."""
-        key = self.chain(trial_of(steps, words), tuning.seed, tuning.split)
+        key = self.chain(trial_of(steps, words), tuning.seed, tuning.criterion)
         return read(Store(self.results).records / f"{key}.json")
 
 

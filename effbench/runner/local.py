@@ -88,9 +88,10 @@ def execute(job: Job, fresh: bool = False, hands: Hands = Hands()) -> Record:
         told.seek(0)
         reason = told.read().decode()
     if status == REFUSED:
-        with store.run(job.spec.key).locked():
-            store.run(job.spec.key).discard_unless_begun()
-        store.give_back(made)
+        with suppress(UserError, OSError):  # a folder that cannot be written has been named by now
+            with store.run(job.spec.key).locked():
+                store.run(job.spec.key).discard_unless_begun()
+            store.give_back(made)
     if status < 0:
         if -status in ASKED and not hands.listen:  # sooner than the process could say so
             write("Stopped before the run began.")

@@ -245,7 +245,10 @@ def check_rows(job: Job) -> None:
         UserError: As `open_data`, and for rows that have no place in the template.
     """
     spec = job.spec
-    data, _ = _apart(spec, models.load_tokenizer(spec.model), Store(Path(job.runtime.results)))
+    tokenizer = models.load_tokenizer(spec.model)
+    if shape := models.known_shape(spec.model):
+        models.require_rows(tokenizer, shape, spec.model.called)
+    data, _ = _apart(spec, tokenizer, Store(Path(job.runtime.results)))
     if stages.find(spec.stage).makes:
         data.examples("train")
     for split in _evaluated(spec):

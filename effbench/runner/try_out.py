@@ -36,7 +36,7 @@ def _require_decoding(job: Job) -> None:
     kind = find(ModelShape.of(shape).kind) if shape else None
     if kind and not kind.writes:
         raise UserError(
-            f"{job.spec.model.called} is a {kind.name} ({kind.noun}), which writes no text here.",
+            f"{job.spec.model.called} is {kind.one}, which writes no text here.",
             f"Ask it with an evaluator: effbench eval evaluator={kind.evaluator or 'choices'}",
         )
     name = job.spec.method.name

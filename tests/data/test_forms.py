@@ -121,7 +121,7 @@ def test_what_could_mean_several_things_is_not_guessed(tmp_path: Path, row: Any)
     with pytest.raises(UserError, match="no form that is known") as caught:
         spec_of(tmp_path / "rows.jsonl", row)
     assert all(repr(name) in caught.value.message for name in row)
-    assert "dataset.prompt=" in caught.value.hint
+    assert f"dataset.{'prompt' if len(row) > 1 else 'text'}=" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,8 @@ def test_what_could_mean_several_things_is_not_guessed(tmp_path: Path, row: Any)
         (["bad", "fine", "bad", "fine"], True),
         (["bad", "fine", "so so", "good"], False),  # as many as there are rows
         (["bad", "bad", "bad", "bad"], False),
-        ([1, 2, 1, 2], False),  # a number is an index, and these do not begin at 0
+        ([2, 1, 1, 2], True),
+        ([True, False, False, True], True),
         (["bad", "", "bad", "fine"], False),
     ],
 )
@@ -148,10 +149,9 @@ def test_texts_with_a_column_of_few_names_may_be_classes(
         words = re.findall(r"(dataset\.kind=choices.*\]');", caught.value.hint)
         given = [word.split("=", 1) for word in shlex.split(words[0])]
         said = {name.removeprefix("dataset."): yaml.safe_load(value) for name, value in given}
-        spec = DatasetSpec(**{**AUTO, **files, **said})
-        [(_, texts)] = splits(spec).items()
-        assert sorted(t.answer for t in texts) == [" bad", " bad", " fine", " fine"]
-        assert {t.choices for t in texts} == {(" bad", " fine")}
+        [(_, texts)] = splits(dataset_spec({**AUTO, **files, **said})).items()
+        assert sorted(t.answer for t in texts) == sorted(f" {label}".lower() for label in labels)
+        assert {t.choices for t in texts} == {tuple(sorted({t.answer for t in texts}))}
 
 
 def test_half_of_a_pair_is_a_pair_with_a_mistake(tmp_path: Path) -> None:
@@ -222,6 +222,98 @@ def test_a_letter_beyond_the_answers_is_refused(label: str) -> None:
     spec = DatasetSpec("mine", "file", "choices", choices=["x", "y"])
     with pytest.raises(UserError, match="is not one of 2 answers"):
         list(render([{"prompt": "p", "label": label}], spec, "split"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "labels", "right"),
+    [
+        ([" 1", " 2", " 3"], ["1", 2, 3.0], [0, 1, 2]),
+        ([" true", " false"], [True, False, "True", 0], [0, 1, 0, 0]),
+        ([" Yes", " No"], [True, False, "no"], [0, 1, 1]),
+        ([" no", " yes"], [True, 0], [1, 0]),
+        ([" B", " A"], ["A", "b"], [1, 0]),
+        ([" True", " Neither", " False"], [0, 2, "False"], [0, 2, 2]),
+        ([" 0", " 1"], [0, "1", True], [0, 1, 1]),
+    ],
+)
+def test_labels_that_are_named_like_places_are_names(
+    tmp_path: Path, choices: list[str], labels: list[Any], right: list[int]
+) -> None:
+    rows = [{"prompt": f"p{n}", "label": label} for n, label in enumerate(labels)]
+    spec, _ = spec_of(tmp_path / "a.jsonl", *rows, choices=choices)
+    assert [text.right for text in render(rows, spec, "split")] == right
+
+
+@pytest.mark.parametrize(("choices", "label"), [([" 1", " 2"], 0), ([" B", " A"], "C")])
+def test_a_label_that_no_name_is_like_is_refused(
+    tmp_path: Path, choices: list[str], label: Any
+) -> None:
+    """It was the place of another answer; `dataset.labels=places` has it so again."""
+    row = {"prompt": "p", "label": label}
+    spec, _ = spec_of(tmp_path / "a.jsonl", row, choices=choices)
+    with pytest.raises(UserError, match="is none of the answers: "):
+        list(render([row], spec, "split"))
+    places, _ = spec_of(tmp_path / "a.jsonl", row, choices=choices, labels="places")
+    assert (spec.labels, places.labels) == ("names", "places")
+
+
+# -- names of fields -------------------------------------------------------------------------------
+
+
+def test_a_field_may_be_called_anything(tmp_path: Path) -> None:
+    row = {"Q1: why?": "a", "so!": "b", "n[0]": "c", "x.y": 2, "d": {"e": ["f"]}}
+    templates = {"prompt": "{Q1: why?}{so!}{{n[0]}}", "answer": "{n[0]} {d[e][0]}"}
+    spec, _ = spec_of(tmp_path / "a.jsonl", row, **templates, columns={"weight": "x.y"})
+    [text] = render([row], spec, "split")
+    assert (text.prompt, text.answer, text.columns) == ("ab{n[0]}", "c f", {"weight": 2.0})
+    assert text.sources == ({"Q1: why?": "a", "so!": "b"}, {"d[e][0]": "f", "n[0]": "c"})
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"id": 1, "d": {"q": "a b", "l": [{"t": "c"}]}}, ["{d[q]}", '=" {d[l][0][t]}"']),
+        ({"d": {"q": "a b"}}, ['dataset.text="{d[q]}"\'']),
+        ({"": "0", 'the "q"': "a", "it's": "b"}, ['{the \\"q\\"}', "{it'\"'\"'s}"]),
+    ],
+)
+def test_an_unknown_form_is_answered_with_words_that_work(
+    tmp_path: Path, row: Any, hint: list[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", row)
+    with pytest.raises(UserError, match="no form that is known") as caught:
+        recognised({**AUTO, "files": {"train": path}})
+    assert all(part in caught.value.hint for part in hint), caught.value.hint
+    typed = [
+        w for w in shlex.split(caught.value.hint.replace(";", " ")) if w.startswith("dataset.")
+    ]
+    typed = [word for word in typed if "{" in word]
+    job = compose("train", ["model=tiny", "dataset=file", f"dataset.files.all={path}", *typed])
+    assert job.spec.dataset.kind == ("pairs" if len(typed) > 1 else "text")
+    assert next(render([row], job.spec.dataset, "split"))
+
+
+def test_a_number_that_is_missing_is_no_empty_text(tmp_path: Path) -> None:
+    row = {"prompt": "p", "answer": "a", "weight": None}
+    spec, _ = spec_of(tmp_path / "a.jsonl", row, columns={"weight": "weight"}, missing="empty")
+    with pytest.raises(UserError, match="'weight' has no value") as caught:
+        list(render([row], spec, "split"))
+    assert caught.value.hint.endswith("leave such rows out: dataset.missing=skip")
+
+
+def test_a_split_that_no_file_is_of_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "a"})
+    with pytest.raises(UserError, match="has no split 'test'") as caught:
+        compose("train", ["model=tiny", "dataset=file", f"dataset.files.train={path}"])
+    assert "dataset.files.test=FILE" in caught.value.hint
+
+
+def test_a_field_inside_another_is_written_with_brackets(tmp_path: Path) -> None:
+    row = {"d": {"q": "a b"}}
+    spec, _ = spec_of(tmp_path / "a.jsonl", row, kind="text", text="{d.q}")
+    with pytest.raises(UserError, match=r"no field 'd\.q'") as caught:
+        list(render([row], spec, "split"))
+    assert "{d[q]}" in caught.value.hint
 
 
 # -- several files ---------------------------------------------------------------------------------

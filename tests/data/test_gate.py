@@ -326,6 +326,8 @@ def test_documents_of_a_text_file(tmp_path: Path) -> None:
         ("a.csv", b"prompt,answer\na,b\nc\x00\rd,e\n", "a.csv, line 3"),
         ("a.xml.gz", packed(LINE), "no known kind"),
         ("a.jsonl", b"\xff\xfe{", "is not UTF-8"),
+        ("a.csv", "prompt,a\ncafé,b\n".encode("latin-1"), "is not UTF-8"),
+        ("a.csv", b"prompt;answer\na;b\n", "seem to stand between ';'"),
         ("a.csv", b"PK\x03\x04rows", "is a workbook or an archive"),
         ("a.jsonl", LINE + b'{"a": 1, "b": {"c": 2, "c": 3}}', "line 2: the key 'c' stands there"),
         ("a.json", b'[{"a": 1, "a": 1}]', "a.json: the key 'a' stands there twice"),
@@ -336,6 +338,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, me
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_a_mark_of_the_byte_order_says_that_a_file_is_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("prompt,answer\r\nä,b\r\n".encode("utf-16"))
+    assert read_rows(tmp_path / "a.csv") == [{"prompt": "ä", "answer": "b"}]
 
 
 # -- the words of a command ------------------------------------------------------------------------

@@ -469,9 +469,10 @@ def test_more_than_the_positions_names_the_task_and_a_remedy(
     assert "num_fewshot" in error.value.hint and "max_new_tokens" in error.value.hint
 
 
-def test_a_pattern_that_fits_no_answer_is_refused(subject: Subject) -> None:
+@pytest.mark.parametrize("pattern", [r"#### (\d+)", "(.*)"])  # the second fits every answer's end
+def test_a_pattern_that_fits_no_answer_is_refused(subject: Subject, pattern: str) -> None:
     with pytest.raises(UserError, match="matches nothing in the answer"):
-        Generation(tasks=(), pattern=r"#### (\d+)").run(subject)
+        Generation(tasks=(), pattern=pattern).run(subject)
 
 
 def test_chat_needs_a_template(bench: Bench, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def _written(value: Any) -> str:
     return json.dumps(value)
 
 
-FILLED_IN = re.compile(r"\w+\.(name|fingerprint|known_by|known_as|version|results)\b")
+FILLED_IN = re.compile(r"\w+\.(name|fingerprint|known_by|known_as|labels|version|results)\b")
 
 
 def _base(draw: Draw, every: int) -> tuple[str, ...]:

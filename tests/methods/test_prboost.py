@@ -495,7 +495,7 @@ def test_an_encoder_without_words_is_told_what_to_do_before_anything_is_loaded()
     with pytest.raises(UserError, match="asks a model for words") as caught:
         compose("train", words)
     assert "method.speaker=" in caught.value.hint and "method.source=text" in caught.value.hint
-    with pytest.raises(UserError, match="is to say words, and it is a classifier"):
+    with pytest.raises(UserError, match="is to say words, and it is an encoder with a classif"):
         compose("train", [*words, "method.speaker=tiny-encoder"])
     spec = compose("train", [*words, "method.speaker=tiny"]).spec
     assert [other.name for other in spec.others] == ["tiny"]

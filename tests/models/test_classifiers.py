@@ -104,7 +104,7 @@ def test_a_folder_with_a_masked_head_is_known_by_its_config(tmp_path: Path) -> N
     assert kind_of(loaded.model) is MASKED and models.shape_of(spec) == loaded.shape
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(loaded.model(input_ids=ids).logits, first(input_ids=ids).logits)
-    with pytest.raises(UserError, match="encoder with a masked-LM head") as caught:
+    with pytest.raises(UserError, match="but an encoder with a masked-LM head") as caught:
         resolved(given("lora"), loaded.shape)
     assert caught.value.hint == "Methods for every encoder with a masked-LM head: prboost."
     other = ModelSpec("own", "folder", path=str(tmp_path), kind="classifier", classes=3)

@@ -34,6 +34,7 @@ from effbench.models.load import (
     shape_of,
     unchanged,
 )
+from effbench.runner.open import check_rows
 from effbench.util import hf
 from effbench.util.errors import UserError
 from effbench.util.package_data import conf_dir
@@ -215,6 +216,10 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match="has 1 token for which") as caught:
         models.require_rows(made, loaded.shape, "mine")
     assert "names none: name one that the tokenizer has" in caught.value.hint
+    loaded.tokenizer.save_pretrained(saved)
+    words = ["model=folder", f"model.path={saved}", "dataset=arithmetic", "dataset.max_length=64"]
+    with pytest.raises(UserError, match="rows has none"):
+        check_rows(compose("eval", words))
 
 
 def test_what_transformers_says_is_passed_on(saved: Path) -> None:

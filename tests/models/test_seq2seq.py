@@ -257,7 +257,7 @@ def test_rows_go_in_whole() -> None:
 def test_what_needs_a_decoder_says_no_before_anything_is_loaded() -> None:
     base = ["model=tiny-seq2seq", "hardware.device=cpu"]
     for method in ("layer_drop", "rtn", "reward"):
-        with pytest.raises(UserError, match="is no causal language model, but a seq2seq"):
+        with pytest.raises(UserError, match="but an encoder-decoder of T5"):
             resolved(given(method), shape("t5"))
     for evaluator in ("long_context", "speed"):
         words = [*base, "dataset=arithmetic", "method=full", f"evaluator={evaluator}"]

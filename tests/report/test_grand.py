@@ -161,16 +161,21 @@ def test_other_models_are_left_out(table: Any, gather: Any, tmp_path: Path) -> N
     assert not grand.groups and [s.campaign.name for s in grand.systems] == ["A"]
 
 
-@pytest.mark.parametrize(("dtype", "row"), [("float16", None), (None, 41.5)])
+@pytest.mark.parametrize(
+    ("dtype", "cells", "row"), [("float16", 1, None), (None, 1, 41.5), (None, 2, None)]
+)
 def test_a_speed_may_be_that_of_another_run_of_the_artefact(
-    table: Any, gather: Any, tmp_path: Path, dtype: str | None, row: float | None
+    table: Any, gather: Any, tmp_path: Path, dtype: str | None, cells: int, row: float | None
 ) -> None:
-    """On the same hardware alone; the other row has none, and it is said how it gets one."""
+    """On the same hardware and in one cell alone; else it is said how the row gets one."""
     tables = table("A", 1)
     [own, *_] = tables.records(tmp_path)["A"]
     hardware = {"dtype": dtype} if dtype else own.spec.get("hardware")
     speed = Metric("decode_tokens_per_second", 41.5, "tokens/s", phase="decode")
-    timed = replace(run("full", {}, number=9), stage="eval", parent=own.key, metrics=[speed])
+    timed = replace(run("full", {}, number=9), stage="eval", parent=own.key)
+    timed = replace(
+        timed, metrics=[replace(speed, value=41.5 + n, task=f"b{n}") for n in range(cells)]
+    )
     write(replace(timed, spec={**own.spec, "hardware": hardware}), tmp_path / "records")
     grand = gather(tables)
     [base, other] = grand.groups[0].rows

@@ -161,6 +161,7 @@ def test_no_run_is_removed_unasked(store: Store, cli: Callable[..., tuple[int, s
     assert store.run(SECOND).finished
     assert cli("runs", "rm", SECOND, "--yes", *at)[0] == 0
     assert not store.run(SECOND).path.exists()
+    assert "Runs have no 'run.results'" in cli("runs", "run.results=x", *at)[2]
     assert cli("runs", "clean", "--yes", *at)[0] == 0
     assert not store.run(STOPPED).path.exists()
     assert "Nothing to remove." in cli("runs", "clean", *at)[2]

@@ -16,6 +16,7 @@ from effbench.report.campaign import Campaign
 from effbench.report.campaign_file import campaign_in
 from effbench.report.campaign_table import rendered
 from effbench.report.comparison.budgets import Tried
+from effbench.report.comparison.select import Criterion, criterion_of
 from effbench.report.tuned import chosen
 from effbench.report.tuning import Point, Tuning, judged, trial_of, tunes
 from effbench.results.records import Metric, Record, write
@@ -122,12 +123,38 @@ def test_a_trial_is_an_arm_up_to_its_training() -> None:
 def test_every_evaluator_of_a_trial_reads_the_rows_that_it_is_chosen_by() -> None:
     found = [Plugin(name, {"split": "test"}) for name in ("perplexity", "preference")]
     found.append(Plugin("speed", {"batch_size": 1}))
-    assert judged(found, "validation", []) == [
+    by = criterion_of("loss@validation")
+    assert judged(found, by, []) == [
         "evaluator.perplexity.split=validation",
         "evaluator.preference.split=validation",
     ]
     own = ["evaluator.preference.split=train"]
-    assert judged(found, "validation", own) == ["evaluator.perplexity.split=validation"]
+    assert judged(found, by, own) == ["evaluator.perplexity.split=validation"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluators", "own", "said", "hint"),
+    [
+        ("accuracy", ["perplexity"], "", "perplexity gives no accuracy", "evaluator=choices"),
+        ("accuracy", [], "", "no evaluator is asked", "evaluator=choices"),
+        ("perplexityy", ["choices"], "", "choices gives no", "Did you mean"),
+        ("loss", ["perplexity"], "test", "reads other rows", "evaluator.perplexity.split=val"),
+        ("decode_tokens_per_second", ["speed"], "", "reads other rows", "loss@validation"),
+        ("loss", ["choices"], "", "", ""),
+        ("accuracy_norm", ["perplexity", "choices"], "", "", ""),
+    ],
+)
+def test_a_metric_that_no_trial_will_have_is_refused_before_the_first(
+    metric: str, evaluators: list[str], own: str, said: str, hint: str
+) -> None:
+    found = [Plugin(name, {"split": "test"} if name != "speed" else {}) for name in evaluators]
+    words = [f"evaluator.{e}.split={own}" for e in evaluators if own]
+    if not said:
+        assert judged(found, Criterion(metric, "validation"), words)
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        judged(found, Criterion(metric, "validation"), words)
+    assert hint in caught.value.hint
 
 
 def test_a_metric_that_trials_lack_is_answered_with_those_they_have() -> None:

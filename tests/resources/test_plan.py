@@ -170,6 +170,11 @@ def test_the_verdict_says_what_to_do() -> None:
     assert "It fits" in text("method=qlora", "hardware.memory_gib=30")
 
 
+def test_what_decodes_nothing_has_no_cache() -> None:
+    classes = ["model=tiny-encoder", "model.classes=3", "dataset=noisy-classes", "method=full"]
+    assert "KV cache" in text("model=tiny") and "KV cache" not in text(*classes)
+
+
 def test_the_machine_of_an_experiment_is_taken() -> None:
     one = compose(None, ["experiment=qdylora_paper"])
     shape = known_shape(one.spec.model)

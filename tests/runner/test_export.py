@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -24,7 +27,7 @@ from effbench.results.records import Record
 from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train
-from effbench.runner.stages.export import export
+from effbench.runner.stages.export import _maker, export
 from effbench.runner.stages.trainer import Trainer
 from effbench.util.errors import StoppedError, UserError
 
@@ -76,6 +79,20 @@ def test_peft_loads_a_point_and_gives_the_same_logits(bench: Bench, tmp_path: Pa
             expected = ours(IDS).logits
         torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-6, rtol=0)
         assert (expected - untouched).abs().max() > 1e-3
+
+
+def test_a_model_whose_folder_moved_is_taken_from_where_an_evaluation_found_it(
+    tmp_path: Path,
+) -> None:
+    made = compose("train", ["model=tiny", "dataset=arithmetic"]).spec
+    made = replace(made, model=replace(made.model, path=str(tmp_path / "gone")))
+    looked = replace(made, stage="eval", parent="a", model=replace(made.model, path=str(tmp_path)))
+    store: Any = SimpleNamespace(resolve=str, spec_of={"a": made, "b": looked}.__getitem__)
+    key, spec = _maker(store, "b")
+    assert (key, spec.model.path, spec.stage) == ("a", str(tmp_path), "train")
+    with pytest.raises(UserError, match="no longer at") as caught:
+        _maker(store, "a")
+    assert "effbench eval from=a model.path=FOLDER" in caught.value.hint
 
 
 def test_an_evaluation_leads_to_what_it_evaluated(bench: Bench, tmp_path: Path) -> None:

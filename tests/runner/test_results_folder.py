@@ -13,8 +13,8 @@ from effbench.api.spec import Job
 from effbench.cli import main
 from effbench.config.compose import compose
 from effbench.results.store import Store, results_dir
-from effbench.runner import sweep
-from effbench.util.errors import UserError
+from effbench.runner import local, sweep
+from effbench.util.errors import RunFailedError, UserError
 
 TINY = ["model=tiny", "dataset=arithmetic"]
 KEY = "0123456789abcdef"
@@ -103,3 +103,14 @@ def test_a_grid_in_two_folders_is_refused(home: Path, jobs: list[Job]) -> None:
 )
 def test_a_grid_that_a_sweeper_draws_has_the_folder_too(word: str, home: Path) -> None:
     assert sweep._results([*TINY, word, "run.results=mine"], [], []) == home / "here" / "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's process says it; what is left to clear away then says nothing more."""
+    (tmp_path / "file").touch()
+    job = compose("eval", ["model=tiny", "dataset=arithmetic", f"run.results={tmp_path / 'file'}"])
+    monkeypatch.setattr(local, "_run_process", lambda *_: local.REFUSED)
+    with pytest.raises(RunFailedError):
+        local.execute(job)

@@ -18,6 +18,8 @@ from hydra.plugins.sweeper import Sweeper
 
 from effbench.cli.launching import _shared
 from effbench.config.compose import compose
+from effbench.report.labels import command_of
+from effbench.results.records import read
 from effbench.results.sweeps import outcomes_in, tunings
 from effbench.runner import sweep
 from effbench.runner.grid.work import Outcome
@@ -41,6 +43,7 @@ def test_a_grid_runs_once_and_the_second_time_not_at_all(cli, inline) -> None:
     assert sorted(keys) == sorted(p.stem for p in Path("results/records").glob("*.json"))
     assert "seed=0" in out
     assert "++" not in out
+    assert not any("++" in command_of(read(p)) for p in Path("results/records").glob("*.json"))
     assert cli("train", "-m", "seed=0,1", *RUN, *STEPS)[0] == 0
     assert len(inline) == 2, "what is done is not run again"
     assert len(list(Path("results/sweeps").iterdir())) == 2

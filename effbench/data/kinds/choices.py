@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.pairs import Pairs
@@ -52,10 +52,12 @@ def _right(place: Place, spec: DatasetSpec, answers: Sequence[str]) -> int:
         if label not in listed:
             raise UserError(f"{place.where}: label {label!r} is not among {listed}.")
         return listed.index(label)
-    right = _index(label, answers)
+    right = (_by_name if spec.labels == "names" else _index)(label, answers)
     if right is None:
+        what = "" if spec.labels == "names" else "no index, no letter and "
         raise UserError(
-            f"{place.where}: label {label!r} is no index, no letter and none of the answers.",
+            f"{place.where}: label {label!r} is {what}none of the answers: "
+            f"{', '.join(answer.strip()[:20] for answer in answers)}.",
             "Write dataset.choices as the labels are, or name a field that lists the names of the "
             "answers: dataset.label_names",
         )
@@ -86,6 +88,34 @@ def _named(label: str, answers: Sequence[str]) -> int | None:
     said = [answer.strip() for answer in answers]
     text = label.strip()
     return said.index(text) if said.count(text) == 1 and not text.isdigit() else None
+
+
+SAID = {True: ("true", "yes"), False: ("false", "no")}
+"""What a label that is true or false may be called."""
+
+
+def labels_of(spec: DatasetSpec) -> Literal["places", "names"]:
+    """Return how labels are read that could be a place as well as a name; see `DatasetSpec`."""
+    texts = [template.strip().casefold() for template in spec.choices]
+    if spec.choices_field or spec.label_names or any("{" in text for text in texts):
+        return "places"
+    places = [str(n) for n in range(len(texts))], [chr(ord("a") + n) for n in range(len(texts))]
+    like = any(text.isdigit() or LETTER.fullmatch(text) for text in texts) and texts not in places
+    turned = len(texts) == 2 and texts[0] in SAID[True] and texts[1] in SAID[False]
+    return "names" if like or turned else "places"
+
+
+def _by_name(label: Any, answers: Sequence[str]) -> int | None:
+    """Return the place of the answer that a label says, else the place that only it can mean."""
+    said = [answer.strip().casefold() for answer in answers]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    text = str(label).strip().casefold()
+    called = next((names for names in SAID.values() if text in names), (text,))
+    if len(found := [n for n, answer in enumerate(said) if answer in called]) == 1:
+        return found[0]
+    alike = LETTER.fullmatch if LETTER.fullmatch(text) else str.isdigit
+    return None if any(map(alike, said)) else _index(label, answers)
 
 
 def _listed(place: Place, spec: DatasetSpec, setting: str) -> list[Any]:

@@ -152,7 +152,7 @@ class PRBoost(Classifiers):
             return self
         if not kind.fills:
             raise UserError(
-                f"{self.name} asks a model for words, and this one ({kind.noun}) has none.",
+                f"{self.name} asks a model for words, and this one, {kind.one}, has none.",
                 "Name one that has: method.speaker=smollm2-135m, or a folder; or take the words of "
                 "the texts: method.source=text",
             )
@@ -285,6 +285,6 @@ def _require_words(kind: ModelKind) -> None:
     """
     if not kind.fills:
         raise UserError(
-            f"method.speaker is to say words, and it is a {kind.name} ({kind.noun}).",
+            f"method.speaker is to say words, and it is {kind.one}.",
             "Name a causal model, or an encoder with a masked-LM head.",
         )

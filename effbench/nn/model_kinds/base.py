@@ -55,6 +55,11 @@ class ModelKind:
     other_rows: ClassVar[tuple[str, str]] = ("", "")
     """What is wrong with other rows, and what to do about it."""
 
+    @property
+    def one(self) -> str:
+        """One of its models, as a sentence has it: `an encoder with a classification head`."""
+        return f"{'an' if self.noun[0] in 'aeiou' else 'a'} {self.noun}"
+
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether a config of transformers is of such a model, where nobody says so."""
         return False

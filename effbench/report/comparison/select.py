@@ -8,10 +8,12 @@ setting is chosen once for a method, not anew for each seed. Of equal points the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from effbench.api import registry
+from effbench.api.spec import Plugin
 from effbench.report.comparison.seeds import Group, grouped
 from effbench.report.labels import better
 from effbench.results.records import Record
@@ -90,6 +92,53 @@ def value_of(record: Record, criterion: Criterion) -> float:
             else f"Evaluate on it: evaluator.NAME.split={criterion.split}",
         )
     return values[_best(values, criterion)]
+
+
+def require_measured(evaluators: Sequence[Plugin], criterion: Criterion) -> None:
+    """Refuse a metric to choose by that runs with some evaluators will not have.
+
+    What evaluators of other packages give is not known unless they say so.
+
+    Raises:
+        UserError: With the evaluators that give it, or the setting by which they read the split.
+    """
+    asked = {e.name: registry.find("evaluators", e.name) for e in evaluators}
+    if any(not (cls.headline or cls.gives) for cls in asked.values()):
+        return
+    able = [e for e in evaluators if _gives(asked[e.name], criterion.metric)]
+    if not able:
+        every = {name: registry.find("evaluators", name) for name in registry.names("evaluators")}
+        others = [name for name, cls in every.items() if criterion.metric in _named(cls)]
+        known = [name for cls in every.values() for name in _named(cls) if better(name)]
+        raise UserError(
+            f"No run will have {criterion}: {_none_of(asked)} {criterion.metric}.",
+            f"Ask one that does: evaluator={' or '.join(others)}"
+            if others
+            else did_you_mean(criterion.metric, known),
+        )
+    splits = [e.settings.get("split") or () for e in able]
+    if not any(criterion.split in ([s] if isinstance(s, str) else s) for s in splits):
+        raise UserError(
+            f"No run will have {criterion}: {able[0].name} reads other rows.",
+            f"Have it read them: evaluator.{able[0].name}.split={criterion.split}"
+            if splits[0]
+            else "Choose by a metric on the dataset's own rows, such as loss@validation.",
+        )
+
+
+def _none_of(asked: Collection[str]) -> str:
+    if not asked:
+        return "no evaluator is asked, which would give it,"
+    return f"{' and '.join(asked)} {'gives' if len(asked) == 1 else 'give'} no"
+
+
+def _named(cls: Any) -> tuple[str, ...]:
+    return tuple(filter(None, (cls.headline, *cls.gives, *cls.beside)))
+
+
+def _gives(cls: Any, metric: str) -> bool:
+    """Whether a metric is one of an evaluator's, or one of them in a form of its own."""
+    return any(metric.startswith(name) for name in _named(cls))
 
 
 def select_points(

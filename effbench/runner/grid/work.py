@@ -12,6 +12,7 @@ from typing import Any
 
 from effbench.api.spec import Job, Stage
 from effbench.config.compose import commanded, job_from
+from effbench.report.comparison.select import require_measured
 from effbench.report.grid import counts
 from effbench.results.store import Store
 from effbench.results.sweeps import OUTCOME, Cell, settle
@@ -81,6 +82,8 @@ class Work:
         """Run a job to its end, and fill in what came of it."""
         begun = time.time()
         try:
+            if self.objective:
+                require_measured(job.spec.evaluators, self.objective.criterion)
             record = execute(job, self.fresh, hands)
             cell.value = self.objective.of(record) if self.objective else None
             cell.state = "done"

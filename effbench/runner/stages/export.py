@@ -127,7 +127,7 @@ def _form(spec: Spec, kind: ModelKind, to: Target) -> str:
         return to if "gguf" in kind.forms else kind.forms[0]
     if to not in kind.forms:
         raise UserError(
-            f"{spec.model.called} is a {kind.name} ({kind.noun}), which is not written for {to}.",
+            f"{spec.model.called} is {kind.one}, which is not written for {to}.",
             f"Leave --to out, or choose: {', '.join(kind.forms)}.",
         )
     if to == "gguf":
@@ -152,16 +152,24 @@ def _require_gguf(spec: ModelSpec) -> None:
 def _maker(store: Store, ref: str) -> tuple[str, Spec]:
     """Return the run that made what a run evaluated, or the run itself.
 
+    Files of the model are taken from where the run that is named found them.
+
     Raises:
-        UserError: When nothing was made.
+        UserError: When nothing was made, or the model's files are no longer there.
     """
     key = store.resolve(ref)
     spec = store.spec_of(key)
+    place = spec.model.path
     while not stages.find(spec.stage).makes and spec.parent:
         key, spec = spec.parent, store.spec_of(spec.parent)
     if not stages.find(spec.stage).makes:
         raise UserError(f"Run {key} made nothing to export.", "Choose a train or compress run.")
-    return key, spec
+    if place and not Path(place).expanduser().exists():
+        raise UserError(
+            f"The model that run {key} started from is no longer at {place}.",
+            f"Say where it is, and export that run: effbench eval from={key[:8]} model.path=FOLDER",
+        )
+    return key, replace(spec, model=replace(spec.model, path=place))
 
 
 # -- the forms ---------------------------------------------------------------------------------
