@@ -57,7 +57,7 @@ from effbench.nn.losses.self_distill import (
     layer_loss,
 )
 from effbench.nn.pruning.masks import masks_of
-from effbench.nn.pruning.pruner import Pruning, weights_left
+from effbench.nn.pruning.pruner import BlockSearch, Pruning, weights_left
 from effbench.nn.pruning.salience import Salience, outliers, ranked, root_kurtosis, salience_of
 from effbench.nn.pruning.schedule import PruningSchedule
 from effbench.resources.predict import predict
@@ -642,6 +642,39 @@ def test_layers_are_matched_with_the_nearest_that_is_left() -> None:
     student[0][..., 4:] = 99.0
     found = layer_loss(student, teacher, [2], [0], none, dims, real)
     assert found.item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_both_parts_of_distillation_have_their_weight_and_training_its_share() -> None:
+    """mu (a KL + b L_layer) + (1 - mu) CE, the same layers being drawn each time."""
+    found = {}
+    for a, b in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        method = APT(distill=True, end=1.0, distill_logits=a, distill_layers=b)
+        model, ctx, _ = ready(method, steps=9)
+        ctx.evolution.teacher = copy_adapters(model)
+        shaken(model)
+        hard = method.loss(model, batch_of(), ctx).item()
+        ctx.step, ctx.generator = 4, generator(2)
+        found[a, b] = method.loss(model, batch_of(), ctx).item() - hard / 2
+    plain, target = logits(tiny_model()), logits(model)
+    batch = batch_of()
+    counted = batch.labels[:, 1:] != -100
+    log_t, log_s = (x[:, :-1][counted].double().log_softmax(-1) for x in (plain, target))
+    kl = (log_t.exp() * (log_t - log_s)).sum() / batch.window_tokens
+    assert found[1, 0] == pytest.approx(float(kl) / 2, rel=1e-4)
+    assert found[0, 1] > 0
+    assert found[2, 3] == pytest.approx(2 * found[1, 0] + 3 * found[0, 1], rel=1e-4)
+
+
+def test_settings_reach_what_prunes_and_grows() -> None:
+    chosen: Any = {"keep": 0.6, "align": 4, "criterion": "salience", "kurtosis": False}
+    chosen["normalise"] = True
+    method = APT(
+        blocks=("neurons",), mask_step=0.25, moments="keep", max_rank=16, beta=0.5, **chosen
+    )
+    _, ctx, _ = ready(method)
+    own = ctx.evolution
+    assert own.search == BlockSearch(prunable=("neurons",), seed=ctx.seed, **chosen)
+    assert (own.mask_step, own.moments, own.growth.most, own.growth.beta) == (0.25, "keep", 16, 0.5)
 
 
 def test_one_layer_of_each_quarter_is_drawn() -> None:

@@ -82,6 +82,15 @@ def test_the_untrained_model_is_the_base_within_rounding(form: str) -> None:
     torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-6, atol=1e-6)
 
 
+def test_settings_are_those_of_the_layers() -> None:
+    model, _ = prepared(DeepLoRA(form="narrow", rank=6, depth=4, init_scale=0.05))
+    for _, layer in deep_layers(model):
+        assert len(layer.factors) == 4
+        for factor in layer.factors:
+            singular = torch.linalg.svdvals(factor.detach())
+            torch.testing.assert_close(singular, torch.full((6,), 0.05))
+
+
 def test_the_start_depends_on_seed_and_layer_alone() -> None:
     torch.manual_seed(1)
     first, _ = prepared(DeepLoRA())

@@ -216,6 +216,44 @@ def test_rules_of_the_words_that_tell_classes_apart_are_found_and_used() -> None
     assert heads_of(model).rules == ctx.evolution.judged
 
 
+def test_settings_reach_the_boosting() -> None:
+    judge: Any = {"min_precision": 0.7, "min_matches": 5, "min_coverage": 0.02, "noise": 0.3}
+    given: Any = {"anchors": 4, "words": 3, "pick": "random", "beta": 0.25, "sigma": 0.6}
+    more: Any = {"self_training": 0.125, "patience": 2}
+    method = method_of(judge="noisy", label_model="generative", **judge, **given, **more)
+    expected = boosting.Settings(
+        **given,
+        **more,
+        template="",
+        floor=0.7,
+        judge=Judge("noisy", **judge, seed=8),
+        given=[],
+        combined_by="generative",
+    )
+    assert method._search(8) == expected
+    asking = replace(method, source="prompt", template="This is")._search(8)
+    assert asking == replace(expected, template="This is")
+
+
+def test_votes_are_counted_as_asked() -> None:
+    model, _, _ = begun(method_of())
+    heads, batch = heads_of(model), collate([ROWS[0].compared()], 0)
+    with torch.no_grad():
+        heads.votes.copy_(torch.tensor([1.0, 3.0, 0.5]))
+        for place, head in enumerate(heads.heads):
+            head.bias.copy_(torch.tensor([0.0, (2.0, -0.4, -0.2)[place]]))
+    each = torch.stack([head.bias.detach() for head in heads.heads]).softmax(1)
+    shares = heads.votes / 4.5
+    expected = {
+        "probability": shares @ each,
+        "one_hot": torch.stack([shares[1:].sum(), shares[0]]),
+        "last": each[2],
+    }
+    for vote, own in expected.items():
+        found = method_of(vote=vote).scores(model, batch).exp()
+        torch.testing.assert_close(found.sort().values, own.sort().values)
+
+
 def test_a_judge_who_accepts_nothing_leaves_the_first_classifier() -> None:
     model, ctx, _ = trained(method_of(judge="none"))
     heads = heads_of(model)

@@ -28,6 +28,8 @@ from effbench.methods.distill.kd import Distillation
 from effbench.methods.distill.ptloss import PTLoss
 from effbench.nn.losses.fitting import Fit, Fitting
 from effbench.nn.losses.perturbed import groups_of, perturbed_kl
+from effbench.nn.losses.recalibration import Recalibration
+from effbench.nn.losses.teaching import Teaching
 from effbench.runner.stages.batching import window
 from effbench.util.errors import UserError
 
@@ -177,6 +179,13 @@ def test_baselines_train(divergence: Any, over: str) -> None:
     loss = sum(method.loss(model, b, ctx) for b in one_window(rows))
     loss.backward()
     assert loss > 0 and model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_settings_are_those_of_the_loss() -> None:
+    given: Any = {"groups": "rank", "divergence": "focal", "gamma": 0.5, "temperature": 3.0}
+    given |= {"beta": 0.25, "smoothing": 0.125, "to_proxy": True}
+    method = PTLoss(teacher="big", eps=EPS, sharpen=2.0, bias=(0.5,), **given)
+    assert method.teaching == Teaching(**given, spoiled=Recalibration(2.0, (0.5,)))
 
 
 # -- what is fitted --------------------------------------------------------------------------------

@@ -229,6 +229,16 @@ def test_cost_is_what_is_stored(count: int, group: int) -> None:
     assert chain_cost([method], SHAPE, "float32").resident_bytes == storage_bytes(model)
 
 
+def test_settings_reach_the_search() -> None:
+    linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    linear.weight.copy_(drawn(32, 64))
+    for settings in ({"max_iters": 2}, {"tolerance": 0.05}, {"condition": 3.0}):
+        planes: Any = PTQTP(group_size=32, **settings).compressed(linear)
+        expected = trits.quantise(linear.weight, 2, 32, Search(**settings))
+        assert planes.planes.equal(expected.planes) and planes.scales.equal(expected.scales)
+        assert not planes.scales.equal(trits.quantise(linear.weight, 2, 32).scales), settings
+
+
 def test_two_planes_of_groups_of_128_take_four_bits_and_a_quarter() -> None:
     assert PTQTP().format.bytes(4096, 11008, element=2) * 8 == 4.25 * 4096 * 11008
 
