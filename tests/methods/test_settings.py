@@ -6,6 +6,7 @@ import ast
 import inspect
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,7 @@ KEYED = {"fingerprint"}
 @cache
 def attributes(path: str) -> frozenset[str]:
     """Return the names of the attributes that a file reads."""
-    with open(path, encoding="utf-8") as file:
-        nodes = ast.walk(ast.parse(file.read()))
+    nodes = ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
     loaded = (n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
     return frozenset(node.attr for node in loaded)
 
