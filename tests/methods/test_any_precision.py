@@ -249,6 +249,8 @@ def test_planes_and_tables_above_the_loaded_width_stay_on_the_disk(
         assert cost.resident_bytes == storage_bytes(loaded)
     with torch.no_grad():
         assert loaded(IDS).logits.equal(logits(model, 4)), "without a point it is the widest"
+    with fewer.at(loaded, UNNAMED), torch.no_grad():
+        assert loaded(IDS).logits.equal(logits(model, 4))
     assert storage_bytes(loaded) < storage_bytes(model)
     names = {name.rsplit(".", 1)[1] for name in fewer.artefact_tensors(loaded)}
     assert names == {"planes", "table_3", "table_4"}

@@ -109,8 +109,11 @@ def test_errors_on_gaussian_weights_are_those_known() -> None:
 
 @pytest.mark.parametrize("rounds", [0, 1, 15])
 def test_scales_are_sorted_and_not_negative(rounds: int) -> None:
-    """A spike in a group makes the second greedy scale larger than the first."""
+    """A spike in a group makes the second greedy scale larger than the first, and in heavy tails
+    so are those of least squares.
+    """
     weight = drawn(8, 128)
+    weight[4:] = (10 * weight[4:]) ** 5
     weight[0, :64], weight[0, 5] = 0, 1
     stored = binary.quantise(weight, 4, 64, rounds=rounds)
     assert (stored.scales >= 0).all()

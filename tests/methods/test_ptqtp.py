@@ -84,6 +84,8 @@ def test_it_is_the_equations_of_the_paper(count: int) -> None:
         expected = scales @ chosen(w, scales, PINNED[count])
         found = restored(row[None], count, 20, max_iters=limit, tolerance=1e-30)[0]
         torch.testing.assert_close(found, expected.float(), atol=1e-7, rtol=0)
+    done = restored(weight, count, 20, tolerance=1e9)
+    assert done.equal(restored(weight, count, 20, max_iters=2)), "what ends a search is its end"
 
 
 @COUNTS
