@@ -40,6 +40,7 @@ from effbench.methods.chain import shape_of
 from effbench.methods.pruning.apt import APT
 from effbench.models.load import load
 from effbench.nn.adapters.growth import (
+    Growth,
     OptimizerRemap,
     adapter_parameters,
     grow,
@@ -505,6 +506,24 @@ def test_growing_a_new_adapter_changes_no_bit() -> None:
     for _, layer in low_rank_layers(model):
         grow(layer, 20, generator())
     assert logits(model).equal(before)
+    rows = torch.cat(
+        [(x.lora_A[8:].detach() * x.in_features**0.5).flatten() for _, x in low_rank_layers(model)]
+    )
+    assert float(rows.std()) == pytest.approx(3**-0.5, rel=0.05), "that of the first rows"
+
+
+def test_importance_is_a_running_mean() -> None:
+    model, _ = prepared(APT(rank=4))
+    shaken(model)
+    growing = Growth(model, {9: 2.0}, 64, 0.75, generator())
+    expected = {name: 0.0 for name, _ in low_rank_layers(model)}
+    for step, size in enumerate((1.0, 5.0)):
+        for name, layer in low_rank_layers(model):
+            layer.lora_A.grad = torch.full_like(layer.lora_A, size)
+            own = float((size * layer.lora_A.detach().sum(1)).abs().mean())
+            expected[name] = 0.75 * expected[name] + 0.25 * own
+        growing.after_backward(step, lambda *_: None)
+    assert growing.importance == pytest.approx(expected)
 
 
 def test_only_the_more_important_half_grows() -> None:
@@ -690,8 +709,14 @@ def test_one_layer_of_each_quarter_is_drawn() -> None:
 def test_a_distilled_run() -> None:
     method = APT(distill=True, begin=0.25, end=0.75, prunings=2, mask_step=0.5, keep=0.6, rank=4)
     model, ctx, optimizer = ready(method, steps=8)
-    train(method, model, ctx, 3, optimizer)
-    frozen = copy.deepcopy(ctx.evolution.teacher)
+    copies = []
+    for _ in range(3):
+        train(method, model, ctx, 1, optimizer)
+        copies.append(copy.deepcopy(ctx.evolution.teacher))
+    _, before, frozen = copies
+    assert copies[0].keys() == before.keys() == frozen.keys()
+    assert any(not before[n][1].equal(b) for n, (_, b) in copies[0].items()), "until pruning begins"
+    assert all(before[n][1].equal(b) for n, (_, b) in frozen.items())
     train(method, model, ctx, 5, optimizer)
     assert all(
         a.equal(b) for n in frozen for a, b in zip(frozen[n], ctx.evolution.teacher[n], strict=True)

@@ -254,8 +254,9 @@ def test_start_chooses_the_subspace_from_the_first_window() -> None:
     square = [n for n in after if "q_proj.factors" in n or "o_proj.factors" in n]
     assert len(square) == 2 * 2 * 3 and all(before[n].equal(after[n]) for n in square)
     assert all(p.grad is None for p in model.parameters())
-    random, other = DeepLoRA(rank=4, subspace="random"), prepared(DeepLoRA(rank=4))[0]
-    ctx.evolution.begin(window(0))
+    random = DeepLoRA(rank=4, subspace="random")
+    other, its = prepared(random)
+    its.evolution.begin(window(0))
     assert all(before[n].equal(t) for n, t in random.trained_tensors(other).items())
 
 
