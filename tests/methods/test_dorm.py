@@ -124,8 +124,16 @@ def test_one_step_is_that_of_the_equations(penalty: float, most: int) -> None:
     assert len(frozen) > 10
     assert all(model.get_parameter(n).equal(start[n]) for n in frozen)
     assert ctx.evolution.mixture.shares.equal(shares)  # both sets were alike in this step
+    with twin.without_dropout(model), torch.no_grad():
+        upper, _ = method.validation(model, collate(rows, 0))
+        with twin.twin_in_place(model, method.owners(model)):
+            lower, _ = method.validation(model, collate(rows, 0))
     method.update(model, sgd(method, model), whole(rows, most), ctx)
-    assert ctx.evolution.mixture.shares.equal(shares) == (penalty == 0)
+    mixture = ctx.evolution.mixture
+    apart = torch.stack([(upper - lower)[groups == g].mean() for g in range(3)])
+    means = mixture.losses[0] - mixture.losses[1]
+    torch.testing.assert_close(means.float(), 0.1 * apart, atol=1e-6, rtol=1e-3)
+    assert mixture.shares.equal(shares) == (penalty == 0)
 
 
 def test_weights_stay_while_they_are_held() -> None:

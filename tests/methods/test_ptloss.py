@@ -26,6 +26,7 @@ from effbench.api.schema import build
 from effbench.api.spec import DatasetSpec
 from effbench.methods.distill.kd import Distillation
 from effbench.methods.distill.ptloss import PTLoss
+from effbench.nn.losses import fitting
 from effbench.nn.losses.fitting import Fit, Fitting
 from effbench.nn.losses.perturbed import groups_of, perturbed_kl
 from effbench.nn.losses.recalibration import Recalibration
@@ -232,6 +233,18 @@ def test_the_teacher_is_read_on_labelled_rows_alone_and_once() -> None:
     fit = ctx.evolution.fit
     assert (fit.labels, fit.teacher_passes) == (10, 30)
     assert len({row.id for row in labelled}) == 10
+
+
+def test_a_search_draws_by_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    found = Fit(((0.5,),) * 3)
+    monkeypatch.setattr(fitting, "fit", lambda *given: seen.append(given) or found)
+    _, ctx, _ = started(classes(), questions(), begin=False)
+    ctx.seed = 5
+    ctx.evolution.begin([])
+    [(data, *how)] = seen
+    assert how == ["eps", "class", Fit(((0.0,),) * 3), 2, 5, 36]
+    assert len(data.labels) == 12 and ctx.evolution.fit == found
 
 
 @pytest.mark.parametrize("fit", ["eps", "temperature", "vector"])
