@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from effbench.api.examples import Example
+from effbench.api.examples import IGNORED, Example
 from effbench.util.lazy import torch
 
 
@@ -111,7 +111,13 @@ class Batch:
     @property
     def loss_tokens(self) -> int:
         """Positions that count in the loss (the first of a sequence predicts nothing)."""
-        return int((self.labels[:, 1:] != -100).sum())
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def weighted_tokens(self) -> float:
+        """Loss tokens with the weights of their rows: what this batch is of `window_tokens`."""
+        counted = (self.labels[:, 1:] != IGNORED).float()
+        return self.loss_tokens if self.weights is None else float(self.weighed(counted).sum())
 
     def drawn(self, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Return random numbers of each sequence, [B, ...].
@@ -132,3 +138,22 @@ class Batch:
         if not self.sizes:
             return weight
         return weight.repeat_interleave(torch.tensor(self.sizes, device=weight.device))
+
+    @property
+    def token_weights(self) -> torch.Tensor | None:
+        """Weight of each loss token, [N], row by row; None where the rows have none."""
+        weights = self.weights
+        if weights is None:
+            return None
+        return weights[(self.labels[:, 1:] != IGNORED).nonzero()[:, 0]]
+
+    def weighed(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return losses times the weight of their row, as the tokens in `window_tokens` count.
+
+        Args:
+            losses: Of all places, [B, T - 1], or of the loss tokens alone, [N].
+        """
+        weights = self.weights if losses.ndim > 1 else self.token_weights
+        if weights is None:
+            return losses
+        return losses * (weights[:, None] if losses.ndim > 1 else weights)

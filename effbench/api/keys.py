@@ -202,10 +202,14 @@ def versions_of(spec: Any) -> dict[str, int]:
     """Return the versions above 1 of what a run uses: `train`, `method.NAME` and so on."""
     used = ["model", "dataset", "hardware", *(["train"] if trains(spec.stage) else [])]
     parts: dict[str, Any] = {name: type(getattr(spec, name)) for name in used}
-    parts[f"method.{spec.method.name}"] = registry.find("methods", spec.method.name)
+    method = registry.find("methods", spec.method.name)
+    parts[f"method.{spec.method.name}"] = method
     for plugin in spec.evaluators:
         parts[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
-    return {name: part.version for name, part in parts.items() if part.version > 1}
+    found = {name: part.version for name, part in parts.items()}
+    if trains(spec.stage) and "weight" in spec.dataset.columns:
+        found[f"method.{spec.method.name}.weighted"] = method.weighted_version
+    return {name: version for name, version in found.items() if version > 1}
 
 
 def sources_of(spec: Any, methods: Iterable[Any]) -> dict[str, str]:

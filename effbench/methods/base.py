@@ -43,6 +43,8 @@ class Method(Decodes):
     """What `train.learning_rate=null` means for this method."""
     version: ClassVar[int] = 1
     """Raised when the same settings would give another result; from then on in the key."""
+    weighted_version: ClassVar[int] = 1
+    """The same where that is so for rows with a `weight` alone; in no key of a run without them."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     """Kinds of linear layers it can start from: `dense`, `adapted`, `packed`, one packed format."""
     produces: ClassVar[str] = "dense"

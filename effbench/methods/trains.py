@@ -103,13 +103,10 @@ class Trains(Method):
         """Return the loss of one micro-batch, a scalar.
 
         The sum over its loss tokens divided by `batch.window_tokens`, so that the micro-batches of
-        one window add up to the mean over all its tokens, each with the weight of its row.
+        one window add up to the mean over all its tokens, each with the weight of its row: what
+        overrides it does the same (`Batch.weighed`).
         """
-        nll = self.token_nll(model, batch)
-        weights = batch.weights
-        if weights is not None:
-            nll = nll * weights[:, None]
-        return nll.sum() / batch.window_tokens
+        return batch.weighed(self.token_nll(model, batch)).sum() / batch.window_tokens
 
     def validation(
         self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED

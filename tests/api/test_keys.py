@@ -314,6 +314,13 @@ def test_a_raised_version_changes_the_keys_of_what_uses_it(monkeypatch) -> None:
     assert dora.versions == {"train": 2}
 
 
+def test_what_changed_for_rows_with_weights_alone_is_in_the_keys_of_these() -> None:
+    assert composed("method=kd", "method.teacher=tiny").versions == {"train": 2}
+    weighted = composed("method=kd", "method.teacher=tiny", "+dataset.columns.weight=w")
+    assert weighted.versions == {"train": 2, "method.kd.weighted": 2}
+    assert composed("method=lora", "+dataset.columns.weight=w").versions == {"train": 2}
+
+
 def test_old_records_say_which_training_made_them() -> None:
     found = read_all(RECORDS, outcomes=False)
     for record in found:

@@ -19,7 +19,7 @@ from effbench.api.shape import ModelShape
 from effbench.methods.chain import chain_cost
 from effbench.methods.compresses import compress_whole
 from effbench.methods.quant.any_precision import AnyPrecision, Mixed, Width
-from effbench.nn.quant import mixed, planes
+from effbench.nn.quant import mixed, nested, planes
 from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
 from effbench.nn.quant.linears import dense_linears, expanded_once, storage_bytes
 from effbench.nn.quant.nested_linear import NestedLinear
@@ -249,6 +249,8 @@ def test_planes_and_tables_above_the_loaded_width_stay_on_the_disk(
         assert cost.resident_bytes == storage_bytes(loaded)
     with torch.no_grad():
         assert loaded(IDS).logits.equal(logits(model, 4)), "without a point it is the widest"
+    with fewer.at(loaded, UNNAMED), torch.no_grad():
+        assert loaded(IDS).logits.equal(logits(model, 4))
     assert storage_bytes(loaded) < storage_bytes(model)
     names = {name.rsplit(".", 1)[1] for name in fewer.artefact_tensors(loaded)}
     assert names == {"planes", "table_3", "table_4"}
@@ -289,6 +291,18 @@ def budgeted() -> tuple[AnyPrecision, Any]:
 def at_point(method: AnyPrecision, model: Any, point: Any) -> torch.Tensor:
     with method.at(model, point), torch.no_grad():
         return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def test_the_seed_that_is_asked_for_is_that_of_the_codes() -> None:
+    linear, draws = torch.nn.Linear(32, 8), torch.Generator().manual_seed(2)
+    linear.weight.data = torch.randn(8, 32, generator=draws)
+    sensitive = torch.rand(8, 32, generator=draws) ** 4
+    for seed in ("optimal", "released"):
+        found = AnyPrecision(bits=4, seed=seed)._nested(linear, sensitive)
+        expected = nested.quantise(linear.weight.detach(), sensitive, 3, 4, seed)
+        assert found["planes"].equal(planes.pack(expected.codes, 4))
+        assert found["table_3"].equal(expected.tables[3].half())
+    assert not expected.tables[3].equal(nested.quantise(linear.weight, sensitive, 3, 4).tables[3])
 
 
 def test_each_linear_is_read_at_the_width_that_loses_least_within_the_budget(

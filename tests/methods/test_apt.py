@@ -40,6 +40,7 @@ from effbench.methods.chain import shape_of
 from effbench.methods.pruning.apt import APT
 from effbench.models.load import load
 from effbench.nn.adapters.growth import (
+    Growth,
     OptimizerRemap,
     adapter_parameters,
     grow,
@@ -57,7 +58,7 @@ from effbench.nn.losses.self_distill import (
     layer_loss,
 )
 from effbench.nn.pruning.masks import masks_of
-from effbench.nn.pruning.pruner import Pruning, weights_left
+from effbench.nn.pruning.pruner import BlockSearch, Pruning, weights_left
 from effbench.nn.pruning.salience import Salience, outliers, ranked, root_kurtosis, salience_of
 from effbench.nn.pruning.schedule import PruningSchedule
 from effbench.resources.predict import predict
@@ -505,6 +506,24 @@ def test_growing_a_new_adapter_changes_no_bit() -> None:
     for _, layer in low_rank_layers(model):
         grow(layer, 20, generator())
     assert logits(model).equal(before)
+    rows = torch.cat(
+        [(x.lora_A[8:].detach() * x.in_features**0.5).flatten() for _, x in low_rank_layers(model)]
+    )
+    assert float(rows.std()) == pytest.approx(3**-0.5, rel=0.05), "that of the first rows"
+
+
+def test_importance_is_a_running_mean() -> None:
+    model, _ = prepared(APT(rank=4))
+    shaken(model)
+    growing = Growth(model, {9: 2.0}, 64, 0.75, generator())
+    expected = {name: 0.0 for name, _ in low_rank_layers(model)}
+    for step, size in enumerate((1.0, 5.0)):
+        for name, layer in low_rank_layers(model):
+            layer.lora_A.grad = torch.full_like(layer.lora_A, size)
+            own = float((size * layer.lora_A.detach().sum(1)).abs().mean())
+            expected[name] = 0.75 * expected[name] + 0.25 * own
+        growing.after_backward(step, lambda *_: None)
+    assert growing.importance == pytest.approx(expected)
 
 
 def test_only_the_more_important_half_grows() -> None:
@@ -644,6 +663,39 @@ def test_layers_are_matched_with_the_nearest_that_is_left() -> None:
     assert found.item() == pytest.approx(0.01, rel=1e-4)
 
 
+def test_both_parts_of_distillation_have_their_weight_and_training_its_share() -> None:
+    """mu (a KL + b L_layer) + (1 - mu) CE, the same layers being drawn each time."""
+    found = {}
+    for a, b in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        method = APT(distill=True, end=1.0, distill_logits=a, distill_layers=b)
+        model, ctx, _ = ready(method, steps=9)
+        ctx.evolution.teacher = copy_adapters(model)
+        shaken(model)
+        hard = method.loss(model, batch_of(), ctx).item()
+        ctx.step, ctx.generator = 4, generator(2)
+        found[a, b] = method.loss(model, batch_of(), ctx).item() - hard / 2
+    plain, target = logits(tiny_model()), logits(model)
+    batch = batch_of()
+    counted = batch.labels[:, 1:] != -100
+    log_t, log_s = (x[:, :-1][counted].double().log_softmax(-1) for x in (plain, target))
+    kl = (log_t.exp() * (log_t - log_s)).sum() / batch.window_tokens
+    assert found[1, 0] == pytest.approx(float(kl) / 2, rel=1e-4)
+    assert found[0, 1] > 0
+    assert found[2, 3] == pytest.approx(2 * found[1, 0] + 3 * found[0, 1], rel=1e-4)
+
+
+def test_settings_reach_what_prunes_and_grows() -> None:
+    chosen: Any = {"keep": 0.6, "align": 4, "criterion": "salience", "kurtosis": False}
+    chosen["normalise"] = True
+    method = APT(
+        blocks=("neurons",), mask_step=0.25, moments="keep", max_rank=16, beta=0.5, **chosen
+    )
+    _, ctx, _ = ready(method)
+    own = ctx.evolution
+    assert own.search == BlockSearch(prunable=("neurons",), seed=ctx.seed, **chosen)
+    assert (own.mask_step, own.moments, own.growth.most, own.growth.beta) == (0.25, "keep", 16, 0.5)
+
+
 def test_one_layer_of_each_quarter_is_drawn() -> None:
     draws, seen = generator(), set()
     for _ in range(60):
@@ -657,8 +709,14 @@ def test_one_layer_of_each_quarter_is_drawn() -> None:
 def test_a_distilled_run() -> None:
     method = APT(distill=True, begin=0.25, end=0.75, prunings=2, mask_step=0.5, keep=0.6, rank=4)
     model, ctx, optimizer = ready(method, steps=8)
-    train(method, model, ctx, 3, optimizer)
-    frozen = copy.deepcopy(ctx.evolution.teacher)
+    copies = []
+    for _ in range(3):
+        train(method, model, ctx, 1, optimizer)
+        copies.append(copy.deepcopy(ctx.evolution.teacher))
+    _, before, frozen = copies
+    assert copies[0].keys() == before.keys() == frozen.keys()
+    assert any(not before[n][1].equal(b) for n, (_, b) in copies[0].items()), "until pruning begins"
+    assert all(before[n][1].equal(b) for n, (_, b) in frozen.items())
     train(method, model, ctx, 5, optimizer)
     assert all(
         a.equal(b) for n in frozen for a, b in zip(frozen[n], ctx.evolution.teacher[n], strict=True)

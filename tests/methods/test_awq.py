@@ -169,3 +169,5 @@ def test_scales_are_balanced_around_one() -> None:
     for step, scales in enumerate(found):
         assert float(scales.max() * scales.min()) == pytest.approx(1)
         assert float(scales[2] / scales[0]) == pytest.approx(300 ** (step / 20), rel=1e-5)
+    dead, faint = (list(scaling.candidates(torch.tensor([m, 0.5, 3.0]))) for m in (0.0, 1e-4))
+    assert all(map(torch.equal, dead, faint)), "a channel that is always 0 decides nothing"

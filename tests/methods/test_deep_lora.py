@@ -82,6 +82,15 @@ def test_the_untrained_model_is_the_base_within_rounding(form: str) -> None:
     torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-6, atol=1e-6)
 
 
+def test_settings_are_those_of_the_layers() -> None:
+    model, _ = prepared(DeepLoRA(form="narrow", rank=6, depth=4, init_scale=0.05))
+    for _, layer in deep_layers(model):
+        assert len(layer.factors) == 4
+        for factor in layer.factors:
+            singular = torch.linalg.svdvals(factor.detach())
+            torch.testing.assert_close(singular, torch.full((6,), 0.05))
+
+
 def test_the_start_depends_on_seed_and_layer_alone() -> None:
     torch.manual_seed(1)
     first, _ = prepared(DeepLoRA())
@@ -245,8 +254,9 @@ def test_start_chooses_the_subspace_from_the_first_window() -> None:
     square = [n for n in after if "q_proj.factors" in n or "o_proj.factors" in n]
     assert len(square) == 2 * 2 * 3 and all(before[n].equal(after[n]) for n in square)
     assert all(p.grad is None for p in model.parameters())
-    random, other = DeepLoRA(rank=4, subspace="random"), prepared(DeepLoRA(rank=4))[0]
-    ctx.evolution.begin(window(0))
+    random = DeepLoRA(rank=4, subspace="random")
+    other, its = prepared(random)
+    its.evolution.begin(window(0))
     assert all(before[n].equal(t) for n, t in random.trained_tensors(other).items())
 
 

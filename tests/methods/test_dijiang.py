@@ -86,6 +86,21 @@ def test_layers_are_listed_or_spread() -> None:
     assert DiJiang(count=4).chosen(8) == (1, 3, 5, 7)
 
 
+def test_settings_are_those_of_the_layers() -> None:
+    given: Any = {
+        "features": "exp",
+        "projection": "orthogonal",
+        "weighted": False,
+        "decay": "table",
+        "gate": False,
+        "author_groups": True,
+        "eps": 0.25,
+    }
+    assert DiJiang(**given)._design() == Design(**given)
+    model, _ = prepared(DiJiang(layers=(1,), eps=0.25))
+    assert model.model.layers[1].self_attn.norm.eps == 0.25  # type: ignore[union-attr,index]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

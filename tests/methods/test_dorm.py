@@ -25,7 +25,7 @@ from effbench.methods.preference.reward import HEAD, Reward
 from effbench.methods.preference.weighing import KEPT
 from effbench.methods.trains import begin_training
 from effbench.nn.adapters import twin
-from effbench.nn.weighting import linear
+from effbench.nn.weighting import bilevel, linear
 from effbench.nn.weighting.grouping import Evidence, grouped
 from effbench.runner.stages.batching import window
 from effbench.util.errors import UserError
@@ -124,8 +124,16 @@ def test_one_step_is_that_of_the_equations(penalty: float, most: int) -> None:
     assert len(frozen) > 10
     assert all(model.get_parameter(n).equal(start[n]) for n in frozen)
     assert ctx.evolution.mixture.shares.equal(shares)  # both sets were alike in this step
+    with twin.without_dropout(model), torch.no_grad():
+        upper, _ = method.validation(model, collate(rows, 0))
+        with twin.twin_in_place(model, method.owners(model)):
+            lower, _ = method.validation(model, collate(rows, 0))
     method.update(model, sgd(method, model), whole(rows, most), ctx)
-    assert ctx.evolution.mixture.shares.equal(shares) == (penalty == 0)
+    mixture = ctx.evolution.mixture
+    apart = torch.stack([(upper - lower)[groups == g].mean() for g in range(3)])
+    means = mixture.losses[0] - mixture.losses[1]
+    torch.testing.assert_close(means.float(), 0.1 * apart, atol=1e-6, rtol=1e-3)
+    assert mixture.shares.equal(shares) == (penalty == 0)
 
 
 def test_weights_stay_while_they_are_held() -> None:
@@ -149,6 +157,42 @@ def test_a_mean_with_importance_is_the_loss_over_groups() -> None:
     means = [losses[groups == g].mean() for g in range(3)]
     expected = sum(s * m for s, m in zip(own.mixture.shares.tolist(), means, strict=True))
     assert (weights * losses).mean().item() == pytest.approx(float(expected), rel=1e-5)
+
+
+OUTER: dict[str, Any] = {
+    "rate": 0.3,
+    "optimizer": "adam",
+    "tau": 2.0,
+    "floor": 0.1,
+    "entropy": 0.2,
+    "smoothing": 0.5,
+}
+SCHEDULE: dict[str, Any] = {"penalty": 3.0, "growth": 2.0, "rounds": 4, "hold": 0.25}
+
+
+def test_settings_reach_the_search(judged: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {
+        {"rate": "weight_rate", "optimizer": "weight_optimizer"}.get(n, n): v
+        for n, v in OUTER.items()
+    }
+    seen: list[Any] = []
+    monkeypatch.setattr(bilevel, "search", lambda *given: seen.extend(given))
+    ctx = context()
+    ctx.splits = {"validation": judged[:4]}
+    settings: Any = {**named, **SCHEDULE, "search": "heads", "search_steps": 7}
+    DORM(rank=4, proxies=2, uncertainty=2.0, disagreement=0.5, **settings).dataset(
+        judged[:60], tiny_model(), ctx
+    )
+    _, groups, _, mixture, schedule, steps, _ = seen
+    assert mixture.outer == bilevel.Outer(**OUTER)
+    assert (schedule, steps) == (bilevel.Schedule(**SCHEDULE), 7)
+    first = ctx.state[KEPT]
+    evidence = Evidence(*first["evidence"])
+    assert {float(d) for d in evidence.disagreement} == {0.0, 0.5, 1.0}, "of two proxies"
+    score = 2 * evidence.uncertainty - evidence.disagreement / 2
+    share = torch.zeros(len(mixture.logits)).double().index_add(0, groups, score.softmax(0))
+    torch.testing.assert_close((mixture.logits / 2).softmax(0), share)
+    torch.testing.assert_close(mixture.shares, 0.9 * share + 0.1 / len(share))
 
 
 def test_w_alone_is_left_and_loaded(tmp_path: Path) -> None:
@@ -283,16 +327,18 @@ def _kept(ctx: Context) -> tuple[list[str], list[float]]:
 
 def test_states_are_those_of_each_text_alone() -> None:
     rows = [e.compared() for e in ROWS[:5]]
+    rows[2] = replace(rows[2], sequences=(*rows[2].sequences, rows[3].sequences[0]))
     model = tiny_model()
     found = preparation.states_of(model, rows, CPU)
     assert model.training
     model.eval()
     for state, e in zip(found, rows, strict=True):
-        best, other = (
+        best, *others = (
             model.model(input_ids=torch.tensor([s.ids])).last_hidden_state[0, -1]
             for s in e.sequences
         )
-        torch.testing.assert_close(state, (best - other).detach(), atol=2e-5, rtol=1e-4)
+        expected = best - torch.stack(others).mean(0)
+        torch.testing.assert_close(state, expected.detach(), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weigh_by", ["bilevel", "proxies", "easiest", "uniform"])

@@ -96,6 +96,20 @@ def test_after_so_many_steps_so_many_layers_are_converted(mode: Any) -> None:
     assert ctx.evolution.metrics() == {"converted": 3}
 
 
+@pytest.mark.parametrize("mode", TAKEN)
+def test_a_layer_on_its_way_takes_its_share(mode: Any) -> None:
+    model, *_ = started(EchoLLaMA(share=0.25, mode=mode), 8)
+    attention = sharing_layers(model)[3]
+    attention.share = 0.25
+    own = {name: torch.randn(1, 2, 3, 16) for name in ("q_proj", "k_proj", "v_proj")}
+    given = tuple(torch.randn(2, 1, 2, 3, 16))
+    before = dict(own)
+    attention._mix(own, given)
+    for name, taken in zip(TAKEN[mode], given, strict=True):
+        torch.testing.assert_close(own[name], 0.75 * before[name] + 0.25 * taken)
+    assert sum(own[name] is before[name] for name in own) == 1
+
+
 def test_conversion_changes_nothing_in_the_step_that_ends_it() -> None:
     method = EchoLLaMA(share=0.25, adapt=0.5)
     model, ctx, optimizer = started(method, 8)

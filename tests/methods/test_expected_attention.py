@@ -57,6 +57,18 @@ def test_it_keeps_what_is_expected_to_be_looked_at(
         assert held != expected(first, model.config, cache, not covariance)
 
 
+def test_padding_on_the_left_changes_no_score() -> None:
+    """Places are counted from a row's first token, those to come too."""
+    draws = torch.Generator().manual_seed(3)
+    query, keys, values = (
+        torch.randn(1, heads, 20, 16, generator=draws, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    score = ExpectedCache(8, sinks=3, future=7).score(exact_model())
+    alone = score(query[:, :, 5:], keys[:, :, 5:], values[:, :, 5:], None)
+    found = score(query, keys, values, torch.tensor([5]))[:, :, 5:]
+    torch.testing.assert_close(found, alone, atol=1e-9, rtol=1e-6)
+
+
 def test_turns_that_depend_on_the_length_are_refused() -> None:
     model = exact_model()
     model.model.rotary_emb.rope_type = "dynamic"

@@ -16,6 +16,7 @@ from effbench.nn.llama.stack import as_linears, decoder_layers
 from effbench.nn.quant import gptq, groupwise
 from effbench.nn.quant.calibration import Walk
 from effbench.nn.quant.linears import PackedLinear, dense_linears, storage_bytes
+from effbench.nn.quant.packing import unpack
 from effbench.util.errors import UserError
 
 ROWS = [batch_of(seed) for seed in range(3)]
@@ -48,13 +49,16 @@ def problem(d_out: int, d_in: int, rank: int = 0) -> tuple[torch.Tensor, torch.T
     return torch.randn(d_out, d_in, generator=draws, dtype=torch.float64), x @ x.T
 
 
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    return 2 * gram + damping * (2 * gram).diagonal().mean() * torch.eye(len(gram))
+
+
 def surgeon(
     weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int, symmetric: bool, damping: float
 ) -> torch.Tensor:
     """Optimal brain quantisation in a fixed order: the inverse is there and loses a row a step."""
-    w, hessian = weight.clone(), 2 * gram
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(gram))
-    inverse, codes = torch.linalg.inv(hessian), torch.zeros(w.shape, dtype=torch.uint8)
+    w, inverse = weight.clone(), torch.linalg.inv(damped(gram, damping))
+    codes = torch.zeros(w.shape, dtype=torch.uint8)
     for i in range(w.shape[1]):
         if i % group == 0:
             now = w[:, i : i + group]
@@ -102,6 +106,52 @@ def test_columns_by_activity_are_the_paper_on_turned_columns() -> None:
     found = gptq.solve(weight, gram, 3, 24, by_activity=True)
     turned = surgeon(weight[:, order], gram[order][:, order], 3, 24, False, 0.01)
     assert torch.equal(found.codes[:, order], turned)
+
+
+def test_columns_by_activity_have_the_scales_of_their_neighbours() -> None:
+    """Of the weights as they came, however the columns are taken."""
+    weight, gram = problem(6, 24)
+    order = gram.diagonal().argsort(descending=True)
+    low = weight.unflatten(1, (-1, 8)).amin(2).clamp(max=0)
+    high = weight.unflatten(1, (-1, 8)).amax(2).clamp(min=0)
+    scales = ((high - low) / 7).half().double()
+    zeros = (-low / scales).round()
+    left, inverse = weight.clone(), torch.linalg.inv(damped(gram, 0.05))
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for i in order.tolist():
+        scale, zero = scales[:, i // 8], zeros[:, i // 8]
+        code = ((left[:, i] / scale).round() + zero).clamp(0, 7)
+        codes[:, i] = code.to(torch.uint8)
+        error = (left[:, i] - scale * (code - zero)) / inverse[i, i]
+        left -= error[:, None] * inverse[i]
+        inverse = inverse - inverse[:, i : i + 1] @ inverse[i : i + 1] / inverse[i, i]
+    found = gptq.solve(weight, gram, 3, 8, damping=0.05, by_activity=True)
+    assert torch.equal(found.codes, codes)
+
+
+@pytest.mark.parametrize("settings", [{"percdamp": 0.4}, {"act_order": True}])
+def test_settings_reach_the_solver_and_no_row_is_left_worse_than_rounded(settings: Any) -> None:
+    draws = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, 40, generator=draws) for n in (200, 32))
+    gram = x.T @ x  # columns have so little to do with each other that rounding is often as good
+    found = GPTQ(bits=2, group_size=8, **settings)._rounded([weight[:12], weight[12:]], gram)
+    damping, order = settings.get("percdamp", 0.01), settings.get("act_order", False)
+    solved = gptq.solve(weight, gram, 2, 8, False, damping, order)
+    plain = groupwise.rounded(weight, 2, 8, False)
+    kept = (gptq.errors(weight, solved, 8, gram) <= gptq.errors(weight, plain, 8, gram))[:, None]
+    assert 0 < kept.sum() < 32
+    codes = torch.where(kept, solved.codes, plain.codes)
+    for own, expected in zip(found, codes.split([12, 20]), strict=True):
+        assert torch.equal(unpack(own["codes"], 2, expected.numel()).view_as(expected), expected)
+    assert not torch.equal(solved.codes, gptq.solve(weight, gram, 2, 8).codes)
+
+
+def test_a_matrix_without_an_inverse_has_the_least_damping_that_gives_one() -> None:
+    gram = torch.ones(4, 4, dtype=torch.float64)
+    factor = gptq.inverse_factor(gram, torch.arange(4), 0.0)
+    expected = torch.linalg.inv(2 * gram + 1e-6 * 2 * torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(factor.T @ factor, expected, rtol=1e-6, atol=0)
+    assert torch.equal(factor, factor.triu())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -208,6 +208,21 @@ def test_many_queries_have_values_made_and_few_mix_coordinates() -> None:
     torch.testing.assert_close(layer.view.expand(mixed), expected, **EXACT)
 
 
+def test_what_is_absorbed_has_the_biases_of_both_projections() -> None:
+    draws = generator(2)
+    values, output = torch.nn.Linear(8, 6).double(), torch.nn.Linear(12, 5).double()
+    values, output = values.requires_grad_(False), output.requires_grad_(False)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=draws, dtype=torch.float64))[0][:, :3]
+    few = factorised(values, basis)
+    absorbed = AbsorbedOutput(output, few, 3)  # two heads of values, two queries for each
+    mixed = torch.randn(2, 7, 4, 3, generator=draws, dtype=torch.float64)
+    up = few.up.weight.view(2, 3, 3).repeat_interleave(2, 0)
+    made = torch.einsum("bthr,hdr->bthd", mixed, up)
+    made = made + values.bias.view(2, 3).repeat_interleave(2, 0)
+    found = absorbed(absorbed.marked(mixed).flatten(2))
+    torch.testing.assert_close(found, output(made.flatten(2)), **EXACT)
+
+
 @pytest.mark.parametrize("config", [None, Qwen2Config])
 def test_an_output_projection_that_absorbs_directions_gives_the_same(config: Any) -> None:
     """Also with as many coordinates as a head is wide, one more, and where all values are kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,8 +109,11 @@ def test_errors_on_gaussian_weights_are_those_known() -> None:
 
 @pytest.mark.parametrize("rounds", [0, 1, 15])
 def test_scales_are_sorted_and_not_negative(rounds: int) -> None:
-    """A spike in a group makes the second greedy scale larger than the first."""
+    """A spike in a group makes the second greedy scale larger than the first, and in heavy tails
+    so are those of least squares.
+    """
     weight = drawn(8, 128)
+    weight[4:] = (10 * weight[4:]) ** 5
     weight[0, :64], weight[0, 5] = 0, 1
     stored = binary.quantise(weight, 4, 64, rounds=rounds)
     assert (stored.scales >= 0).all()
@@ -252,6 +256,17 @@ def test_weights_that_are_not_finite_are_refused(source: str) -> None:
         linear.weight[1, 2] = float("nan")
     with pytest.raises(UserError, match=r"1 of 64 weights of a \(4, 16\) matrix are not finite"):
         LUTGEMM(source=source).compressed(linear)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 1}, {"offset": True}])
+def test_settings_reach_the_fit(settings: dict[str, Any]) -> None:
+    linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    linear.weight.copy_(drawn(32, 64))
+    found: Any = LUTGEMM(bits=3, group_size=32, **settings).compressed(linear)
+    expected = binary.quantise(linear.weight, 3, 32, **settings)
+    for own, wanted in zip((found.planes, found.scales, found.offsets), expected, strict=True):
+        assert own is wanted is None or own.equal(wanted)
+    assert not found.scales.equal(binary.quantise(linear.weight, 3, 32).scales)
 
 
 def test_no_round_of_refinement_loses_in_any_group() -> None:

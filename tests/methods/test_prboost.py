@@ -26,7 +26,7 @@ from effbench.methods.trains import begin_training
 from effbench.models.random import random_of
 from effbench.models.survey import empty_model, survey
 from effbench.nn.model_kinds.base import find as find_kind
-from effbench.nn.weak_labels import boosting, rules
+from effbench.nn.weak_labels import boosting, matching, rules
 from effbench.nn.weak_labels.judging import Judge
 from effbench.nn.weak_labels.pool import HIDDEN, Pool
 from effbench.nn.weak_labels.reading import MaskReader, Reader
@@ -216,6 +216,68 @@ def test_rules_of_the_words_that_tell_classes_apart_are_found_and_used() -> None
     assert heads_of(model).rules == ctx.evolution.judged
 
 
+def test_evidence_and_sigma_are_of_the_rows_that_are_learnt_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(matching, "tuned", lambda *given: seen.append(given) or 0.35)
+    _, ctx, _ = trained(method_of())
+    own = ctx.evolution
+    first = [r for r in own.judged if r.round == 1]
+    scores, learnt = own.matcher.scores(first), own.pool.learnt
+    right = own.pool.labels[learnt][:, None] == torch.tensor([r.label for r in first])
+    fires = scores >= 0
+    for j, rule in enumerate(first):
+        assert rule.evidence.matches == int(fires[learnt, j].sum())
+        hit = right[fires[learnt, j], j].float()
+        assert rule.evidence.precision == pytest.approx(float(hit.mean()) if len(hit) else 0)
+        share = fires[own.pool.unlabelled, j].float().mean()
+        assert rule.evidence.coverage == pytest.approx(float(share))
+    kept = [j for j, r in enumerate(first) if r.accepted]
+    given, labels, truth, floor = seen[0]
+    assert given.equal(scores[learnt][:, kept]) and labels == [first[j].label for j in kept]
+    assert truth.equal(own.pool.labels[learnt]) and floor == 0.8
+    assert [r.sigma for r in first] == [0.35 if r.accepted else 0.0 for r in first]
+
+
+def test_settings_reach_the_boosting() -> None:
+    judge: Any = {"min_precision": 0.7, "min_matches": 5, "min_coverage": 0.02, "noise": 0.3}
+    given: Any = {"anchors": 4, "words": 3, "pick": "random", "beta": 0.25, "sigma": 0.6}
+    more: Any = {"self_training": 0.125, "patience": 2}
+    method = method_of(judge="noisy", label_model="generative", **judge, **given, **more)
+    expected = boosting.Settings(
+        **given,
+        **more,
+        template="",
+        floor=0.7,
+        judge=Judge("noisy", **judge, seed=8),
+        given=[],
+        combined_by="generative",
+    )
+    assert method._search(8) == expected
+    asking = replace(method, source="prompt", template="This is")._search(8)
+    assert asking == replace(expected, template="This is")
+
+
+def test_votes_are_counted_as_asked() -> None:
+    model, _, _ = begun(method_of())
+    heads, batch = heads_of(model), collate([ROWS[0].compared()], 0)
+    with torch.no_grad():
+        heads.votes.copy_(torch.tensor([1.0, 3.0, 0.5]))
+        for place, head in enumerate(heads.heads):
+            head.bias.copy_(torch.tensor([0.0, (2.0, -0.4, -0.2)[place]]))
+    each = torch.stack([head.bias.detach() for head in heads.heads]).softmax(1)
+    shares = heads.votes / 4.5
+    expected = {
+        "probability": shares @ each,
+        "one_hot": torch.stack([shares[1:].sum(), shares[0]]),
+        "last": each[2],
+    }
+    for vote, own in expected.items():
+        found = method_of(vote=vote).scores(model, batch).exp()
+        torch.testing.assert_close(found.sort().values, own.sort().values)
+
+
 def test_a_judge_who_accepts_nothing_leaves_the_first_classifier() -> None:
     model, ctx, _ = trained(method_of(judge="none"))
     heads = heads_of(model)
@@ -224,6 +286,26 @@ def test_a_judge_who_accepts_nothing_leaves_the_first_classifier() -> None:
     states = torch.randn(9, SHAPE.hidden_size)
     alone = heads.heads[0](heads.standardised(states)).softmax(1)
     torch.testing.assert_close(heads.probabilities(states, "probability"), alone)
+    _, ctx, _ = trained(method_of(judge="none", rounds=4))
+    assert {r.round for r in ctx.evolution.judged} == {1, 2}, "two rounds in vain are the last"
+
+
+def test_a_classifier_worse_than_guessing_has_no_vote_and_moves_no_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ctx, _ = begun(method_of())
+    own = ctx.evolution
+    own.before_step()
+    before, labels = own.weights.clone(), own.pool.labels
+    for right, voted in ((0, False), (len(own.pool.weighed) // 2 + 1, True)):
+        places = labels.clone()
+        wrong = own.pool.weighed[right:]
+        places[wrong] = 1 - places[wrong]
+        monkeypatch.setattr(own, "_logits", lambda rows, y=places: torch.eye(2)[y[rows]])
+        own._end_round()
+        assert bool(heads_of(model).votes[0] > 0) == voted
+        assert own.weights.equal(before) != voted
+    assert (heads_of(model).votes >= 0).all()
 
 
 def test_decisions_of_an_oracle_replayed_give_the_same_to_the_bit(tmp_path: Path) -> None:

@@ -26,8 +26,11 @@ from effbench.api.schema import build
 from effbench.api.spec import DatasetSpec
 from effbench.methods.distill.kd import Distillation
 from effbench.methods.distill.ptloss import PTLoss
+from effbench.nn.losses import fitting
 from effbench.nn.losses.fitting import Fit, Fitting
 from effbench.nn.losses.perturbed import groups_of, perturbed_kl
+from effbench.nn.losses.recalibration import Recalibration
+from effbench.nn.losses.teaching import Teaching
 from effbench.runner.stages.batching import window
 from effbench.util.errors import UserError
 
@@ -179,6 +182,13 @@ def test_baselines_train(divergence: Any, over: str) -> None:
     assert loss > 0 and model.lm_head.weight.grad.abs().max() > 0
 
 
+def test_settings_are_those_of_the_loss() -> None:
+    given: Any = {"groups": "rank", "divergence": "focal", "gamma": 0.5, "temperature": 3.0}
+    given |= {"beta": 0.25, "smoothing": 0.125, "to_proxy": True}
+    method = PTLoss(teacher="big", eps=EPS, sharpen=2.0, bias=(0.5,), **given)
+    assert method.teaching == Teaching(**given, spoiled=Recalibration(2.0, (0.5,)))
+
+
 # -- what is fitted --------------------------------------------------------------------------------
 
 
@@ -223,6 +233,18 @@ def test_the_teacher_is_read_on_labelled_rows_alone_and_once() -> None:
     fit = ctx.evolution.fit
     assert (fit.labels, fit.teacher_passes) == (10, 30)
     assert len({row.id for row in labelled}) == 10
+
+
+def test_a_search_draws_by_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    found = Fit(((0.5,),) * 3)
+    monkeypatch.setattr(fitting, "fit", lambda *given: seen.append(given) or found)
+    _, ctx, _ = started(classes(), questions(), begin=False)
+    ctx.seed = 5
+    ctx.evolution.begin([])
+    [(data, *how)] = seen
+    assert how == ["eps", "class", Fit(((0.0,),) * 3), 2, 5, 36]
+    assert len(data.labels) == 12 and ctx.evolution.fit == found
 
 
 @pytest.mark.parametrize("fit", ["eps", "temperature", "vector"])

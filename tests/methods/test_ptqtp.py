@@ -84,6 +84,8 @@ def test_it_is_the_equations_of_the_paper(count: int) -> None:
         expected = scales @ chosen(w, scales, PINNED[count])
         found = restored(row[None], count, 20, max_iters=limit, tolerance=1e-30)[0]
         torch.testing.assert_close(found, expected.float(), atol=1e-7, rtol=0)
+    done = restored(weight, count, 20, tolerance=1e9)
+    assert done.equal(restored(weight, count, 20, max_iters=2)), "what ends a search is its end"
 
 
 @COUNTS
@@ -227,6 +229,16 @@ def test_cost_is_what_is_stored(count: int, group: int) -> None:
     method, model = PTQTP(planes=count, group_size=group, max_iters=1), tiny_model()
     compress_whole(method, model, [], context())
     assert chain_cost([method], SHAPE, "float32").resident_bytes == storage_bytes(model)
+
+
+def test_settings_reach_the_search() -> None:
+    linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    linear.weight.copy_(drawn(32, 64))
+    for settings in ({"max_iters": 2}, {"tolerance": 0.05}, {"condition": 3.0}):
+        planes: Any = PTQTP(group_size=32, **settings).compressed(linear)
+        expected = trits.quantise(linear.weight, 2, 32, Search(**settings))
+        assert planes.planes.equal(expected.planes) and planes.scales.equal(expected.scales)
+        assert not planes.scales.equal(trits.quantise(linear.weight, 2, 32).scales), settings
 
 
 def test_two_planes_of_groups_of_128_take_four_bits_and_a_quarter() -> None:

@@ -277,6 +277,8 @@ def test_learned_rates_start_there_and_stay_within_bounds() -> None:
     with torch.no_grad():
         rates.delta += torch.tensor([-9.0, 0.0, 4.0])
     assert ((rates.rates() > 0) & (rates.rates() < 1)).all()
+    expected = torch.sigmoid(torch.logit(decay.head_decays(3)) + rates.delta)
+    torch.testing.assert_close(rates.rates(), expected)
     rates.rates().sum().backward()
     assert (rates.delta.grad != 0).all()  # type: ignore[union-attr]
 

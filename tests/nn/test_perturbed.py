@@ -455,7 +455,8 @@ def test_the_explicit_proxy_asks_for_the_same_minimum() -> None:
 
 def test_known_labels_alone_add_cross_entropy() -> None:
     z_t, z_s, labels = logs(82), logs(83), torch.tensor([0, -1, 3, -1, 2, 1])
-    without, with_ = (Teaching(beta=b).losses(z_t, z_s, labels, plain()) for b in (0.0, 0.5))
+    ways = (Teaching(beta=b, temperature=2.0) for b in (0.0, 0.5))
+    without, with_ = (way.losses(z_t, z_s, labels, plain()) for way in ways)
     nll = torch.nn.functional.cross_entropy(z_s, labels.clamp(min=0), reduction="none")
     torch.testing.assert_close(with_ - without, 0.5 * nll * (labels >= 0))
     assert known_nll(z_s, torch.full((6,), -1)).eq(0).all()

@@ -46,6 +46,11 @@ def test_the_authors_lists_follow_from_their_condition_numbers(name: str, least:
         assert max(abs(a - b) for a, b in zip(ranks, expected, strict=True)) < 1.25
 
 
+def test_conditions_are_those_of_keys_and_of_values() -> None:
+    found = Spectra([[4.0, 2.0, 1.0], [5.0, 5.0, 0.0]], [[6.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
+    assert found.log_conditions() == pytest.approx([math.log(4 * 2), math.log(1e6)])
+
+
 def test_layers_that_are_alike_lie_on_a_straight_line_from_all_to_the_least() -> None:
     way = depths([math.log(7.0)] * 5)
     assert way == pytest.approx([0, 0.25, 0.5, 0.75, 1])

@@ -116,6 +116,32 @@ def test_denser_blocks_stay() -> None:
     assert density[kept].min() >= density[~kept].max()
 
 
+def test_densities_follow_the_counts_of_the_round_before() -> None:
+    """Three times, from all blocks on: weights of a unit by dimensions kept, and the other way."""
+    salience = torch.rand(LAYOUT.size, generator=generator(1)) ** 3
+    salience[: LAYOUT.units] *= 20
+    width = torch.cat([LAYOUT.widths(), torch.zeros(LAYOUT.hidden_size).double()])
+    dim, budget = (width == 0).double(), 0.3 * total(LAYOUT)
+    kept = torch.ones(LAYOUT.size).double()
+    for _ in range(3):
+        density = salience.double() / (width * (dim @ kept) + dim * (width @ kept))
+        density[(density * dim).argmax()] = torch.inf
+        order = sorted(range(LAYOUT.size), key=lambda i: -float(density[i]))
+        fits = [
+            n for n in range(1, len(order)) if count_by_hand(LAYOUT, _first(order, n)) <= budget
+        ]
+        kept = _first(order, max(fits)).double()
+    assert search(LAYOUT, salience, budget).kept.equal(kept.bool())
+    for fewer in (1, 2):
+        assert not search(LAYOUT, salience, budget, rounds=fewer).kept.equal(kept.bool())
+
+
+def _first(order: list[int], count: int) -> torch.Tensor:
+    kept = torch.zeros(LAYOUT.size).bool()
+    kept[order[:count]] = True
+    return kept
+
+
 def test_a_constant_factor_changes_nothing() -> None:
     salience = torch.rand(LAYOUT.size, generator=generator(2))
     one = search(LAYOUT, salience, 0.4 * total(LAYOUT)).kept

@@ -169,6 +169,10 @@ def test_a_rule_never_fires_without_its_word_however_alike_texts_are() -> None:
 def test_states_are_centred_before_they_are_compared() -> None:
     scores = matching.Matcher(pool_of(), 1.0).scores([Rule(("common",), 0, "text 0")])[1:, 0]
     assert scores.min() < 0 < scores.max()
+    pool = pool_of()
+    away = pool.features - pool.features[pool.unlabelled].mean(0)
+    cosines = torch.nn.functional.cosine_similarity(away, away[:1])[1:]
+    torch.testing.assert_close(scores, cosines, atol=1e-5, rtol=1e-4)
 
 
 def test_a_rule_without_an_anchor_goes_by_its_words() -> None:

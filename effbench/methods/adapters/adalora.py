@@ -58,6 +58,8 @@ class AdaLoRA(Trains):
     anatomy: ClassVar[Anatomy] = "other"
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     learning_rate: ClassVar[float] = 5e-3
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     merges: ClassVar[bool] = True
@@ -135,7 +137,7 @@ class AdaLoRA(Trains):
         loss = super().loss(model, batch, ctx)
         if not self.orthogonality:
             return loss
-        share = self.orthogonality * batch.loss_tokens / batch.window_tokens
+        share = self.orthogonality * batch.weighted_tokens / batch.window_tokens
         distance = share * svd.orthogonality(svd.svd_layers(model).values())
         return loss + (distance - distance.detach())
 

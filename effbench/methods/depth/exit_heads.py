@@ -50,6 +50,8 @@ class ExitHeads(Trains, ReadsDepths):
         "1810.07052",
     )
     learning_rate: ClassVar[float] = 2e-4
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed", "adapted"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"depths": [2, 4], "eval_depths": [4]}
@@ -145,7 +147,7 @@ class ExitHeads(Trains, ReadsDepths):
         depths = (*self.headed(count), *([count] if trained else []))
         with torch.set_grad_enabled(trained):
             states = submodel.exit_states(model, depths, batch.input_ids, batch.attention_mask)
-        total = submodel.summed_nll(model, states.items(), batch.labels)
+        total = submodel.summed_nll(model, states.items(), batch.labels, batch.token_weights)
         return total / (len(depths) * batch.window_tokens)
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:

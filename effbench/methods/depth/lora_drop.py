@@ -61,6 +61,8 @@ class LoRADrop(ChoosesDroppable):
     )
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 1e-3
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"window": 0}
     eval_settings: ClassVar[frozenset[str]] = frozenset({"windows", "baselines"})
@@ -131,7 +133,7 @@ class LoRADrop(ChoosesDroppable):
         refreshed = droppable.schedule(*starts, batch.input_ids.shape[1], stand_ins.window)
         inputs = batch.input_ids, batch.attention_mask, refreshed
         logits = droppable.masked_logits(model, stand_ins, *inputs, not self.kv_accurate)
-        return token.token_nll(logits, batch.labels).sum() / batch.window_tokens
+        return batch.weighed(token.token_nll(logits, batch.labels)).sum() / batch.window_tokens
 
     # -- use -----------------------------------------------------------------------------------
 

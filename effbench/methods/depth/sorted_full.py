@@ -58,6 +58,8 @@ class SortedFull(Trains, ReadsDepths):
     )
     data_parallel: ClassVar[frozenset[str]] = frozenset({"none"})
     learning_rate: ClassVar[float] = 5e-5
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     identity: ClassVar[dict[str, Any] | None] = {"depths": [4]}
     eval_settings: ClassVar[frozenset[str]] = READING
 
@@ -153,14 +155,15 @@ class SortedFull(Trains, ReadsDepths):
     def _mean_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         count = len(stack.decoder_layers(model))
         subs = {n: self.kept(n, count) for n in self.depths}
-        inputs = batch.input_ids, batch.attention_mask, batch.labels
+        inputs = batch.input_ids, batch.attention_mask, batch.labels, batch.token_weights
         total = submodel.summed_nll_of(model, subs, *inputs, nested=self.layout == "prefix")
         return total / (len(self.depths) * batch.window_tokens)
 
     def _layerskip_loss(self, model: torch.nn.Module, batch: Batch, ctx: Context) -> torch.Tensor:
         weights = layerskip.exit_weights(self.depths, len(stack.decoder_layers(model)), ctx.step)
         inputs = batch.input_ids, batch.attention_mask, batch.labels
-        return layerskip.summed_nll(model, weights, *inputs, ctx.generator) / batch.window_tokens
+        drawn = ctx.generator, batch.token_weights
+        return layerskip.summed_nll(model, weights, *inputs, *drawn) / batch.window_tokens
 
     def update(
         self,

@@ -37,6 +37,8 @@ class Distillation(Trains):
     anatomy: ClassVar[Anatomy] = "other"
     model_kinds: ClassVar[frozenset[str]] = frozenset({"causal", "classifier", "seq2seq"})
     learning_rate: ClassVar[float] = 5e-5
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     needs: ClassVar[dict[str, Any]] = {"teacher": "tiny"}
 
     teacher: str = ""
@@ -68,8 +70,9 @@ class Distillation(Trains):
         logits = self.logits(model, batch)
         with torch.no_grad():
             target = self.logits(ctx.aux["teacher"], batch)
-        hard = token.token_nll(logits, batch.labels).sum()
-        soft = token.token_kl(target, logits, batch.labels, self.temperature).sum()
+        hard = batch.weighed(token.token_nll(logits, batch.labels)).sum()
+        soft = token.token_kl(target, logits, batch.labels, self.temperature)
+        soft = batch.weighed(soft).sum()
         mixed = (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
         return mixed / batch.window_tokens
 

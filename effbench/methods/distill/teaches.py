@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from effbench.api.batch import Batch, collate
 from effbench.api.evolution import Evolution
-from effbench.api.examples import IGNORED, Example
+from effbench.api.examples import Example
 from effbench.api.method_types import Context, Weights
 from effbench.api.objectives import perturbed_in_chunks
 from effbench.api.points import UNNAMED, Point
@@ -178,10 +178,7 @@ class Teaches(Trains):
         with torch.no_grad():
             teacher = teaching.readout(ctx.aux["teacher"], batch)
         labels = teaching.counted_labels(batch)
-        weights = torch.ones_like(labels, dtype=torch.float32)
-        if batch.weights is not None:
-            counted = batch.labels[:, 1:] != IGNORED
-            weights = batch.weights[counted.nonzero()[:, 0]]
+        weights = batch.weighed(torch.ones_like(labels, dtype=torch.float32))
         total = self.teaching.token_loss(teacher, student, labels, weights, ctx.evolution.fit)
         return total / batch.window_tokens
 

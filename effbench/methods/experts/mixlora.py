@@ -52,6 +52,8 @@ class MixLoRA(Trains):
         "2404.15159",
     )
     learning_rate: ClassVar[float] = 1e-3
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     identity: ClassVar[dict[str, Any] | None] = {"experts": 1, "top_k": 1}
@@ -114,7 +116,7 @@ class MixLoRA(Trains):
         mask = batch.attention_mask.flatten().repeat(len(mixture.mixtures(model)))
         term = mixture.balance(torch.cat(logits), mask, self.top_k)
         ctx.evolution.seen.append(float(term.detach()))
-        share = self.balance * batch.loss_tokens / batch.window_tokens
+        share = self.balance * batch.weighted_tokens / batch.window_tokens
         return loss + share * (term - term.detach()) if share else loss
 
     def shape(

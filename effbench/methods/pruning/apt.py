@@ -68,6 +68,8 @@ class APT(Slices, Trains):
     version: ClassVar[int] = 2
     """2: running averages are corrected for their start at zero; `normalise` scales the outlier
     term alone."""
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
 
     begin: Fraction = 0.0
     """Where the pruning window begins, as a share of all steps."""
@@ -160,7 +162,7 @@ class APT(Slices, Trains):
         """Return mu L_distill + (1 - mu) L_ft, mu from 0 to 1 over the pruning window."""
         with pruning.watcher.watching(batch.attention_mask), self_distill.captured(model) as layers:
             logits = self.logits(model, batch)
-        hard = token.token_nll(logits, batch.labels).sum() / batch.window_tokens
+        hard = batch.weighed(token.token_nll(logits, batch.labels)).sum() / batch.window_tokens
         mu = self.schedule(ctx.total_steps).share(ctx.step)
         if not mu:
             return hard

@@ -62,6 +62,8 @@ class EchoLLaMA(Shares):
         "2505.17331",
     )
     learning_rate: ClassVar[float] = 1e-4
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     identity: ClassVar[dict[str, Any] | None] = {"share": 0.0}
 
     map: Literal["top", "pairs"] = "top"
@@ -168,8 +170,8 @@ class EchoLLaMA(Shares):
         logits = self.logits(model, batch)
         with torch.no_grad():
             target = self.logits(ctx.aux["original"], batch)
-        hard = token.token_nll(logits, batch.labels).sum()
-        soft = token.token_kl(target, logits, batch.labels, 1.0).sum()
+        hard = batch.weighed(token.token_nll(logits, batch.labels)).sum()
+        soft = batch.weighed(token.token_kl(target, logits, batch.labels, 1.0)).sum()
         return (hard + self.kl * soft) / batch.window_tokens
 
     def finalize(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:

@@ -56,6 +56,8 @@ class EchoAtt(ChoosesLayers):
     learning_rate: ClassVar[float] = 1e-4
     version: ClassVar[int] = 2
     """2: the teacher keeps its buffers, rotary frequencies among them, in float32."""
+    weighted_version: ClassVar[int] = 2
+    """2: all terms of the loss have the weights of their rows."""
     identity: ClassVar[dict[str, Any] | None] = {"layers": []}
     needs: ClassVar[dict[str, Any]] = {"layers": [2]}
 
@@ -125,6 +127,7 @@ class EchoAtt(ChoosesLayers):
             batch.labels,
             block_ends(sharing.consumers if sharing else ()),
             self.kl,
+            batch.token_weights,
         )
         mixed = self.block_weight * terms.blocks
         mixed = mixed + self.soft_weight * terms.soft + self.hard_weight * terms.hard

@@ -60,6 +60,7 @@ def summed_nll(
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     generator: torch.Generator,
+    of_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of the exits' losses in nats, some layers left out; a scalar.
 
@@ -70,6 +71,7 @@ def summed_nll(
         attention_mask: [B, T].
         labels: [B, T], not shifted; -100 where a token does not count.
         generator: Draws the layers that are left out.
+        of_tokens: Weight of each token that counts, [N]; None is 1.
     """
     rates = drop_rates(len(stack.decoder_layers(model)))
     chances = torch.rand(len(rates), generator=generator).tolist()
@@ -79,5 +81,6 @@ def summed_nll(
         states = submodel.exit_states(model, places.values(), input_ids, attention_mask)
     total = torch.zeros((), device=labels.device)
     for n, weight in weights.items():
-        total = total + weight * submodel.exit_nll(model, states[places[n]], labels, n)
+        nll = submodel.exit_nll(model, states[places[n]], labels, n, of_tokens)
+        total = total + weight * nll
     return total

@@ -119,7 +119,11 @@ def norm_and_head(model: torch.nn.Module, depth: int) -> tuple[Any, Any]:
 
 
 def exit_nll(
-    model: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, depth: int
+    model: torch.nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    depth: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of an exit in nats, a scalar.
 
@@ -131,20 +135,27 @@ def exit_nll(
         hidden: h_n [B, T, d].
         labels: [B, T], not shifted; -100 where a token does not count.
         depth: n.
+        weights: Of each token that counts, [N]; None is 1.
     """
     targets = labels[:, 1:]
     counted = targets != IGNORED
     wanted = targets[counted]
 
     def head(chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(readout(model, chosen, depth).float(), wanted, reduction="sum")
+        logits = readout(model, chosen, depth).float()
+        if weights is None:
+            return F.cross_entropy(logits, wanted, reduction="sum")
+        return (weights * F.cross_entropy(logits, wanted, reduction="none")).sum()
 
     total: torch.Tensor = checkpoint(head, hidden[:, :-1][counted], use_reentrant=False)
     return total
 
 
 def summed_nll(
-    model: torch.nn.Module, states: Iterable[tuple[int, torch.Tensor]], labels: torch.Tensor
+    model: torch.nn.Module,
+    states: Iterable[tuple[int, torch.Tensor]],
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum of `exit_nll` over several exits, a scalar.
 
@@ -152,10 +163,11 @@ def summed_nll(
         model: A Llama-style causal language model.
         states: The depth of each exit and h_n [B, T, d] there.
         labels: [B, T], not shifted; -100 where a token does not count.
+        weights: Of each token that counts, [N]; None is 1.
     """
     total = torch.zeros((), device=labels.device)
     for n, hidden in states:
-        total = total + exit_nll(model, hidden, labels, n)
+        total = total + exit_nll(model, hidden, labels, n, weights)
     return total
 
 
@@ -165,6 +177,7 @@ def summed_nll_of(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
     *,
     nested: bool,
 ) -> torch.Tensor:
@@ -176,13 +189,14 @@ def summed_nll_of(
         input_ids: [B, T], padded on the right.
         attention_mask: [B, T].
         labels: [B, T], not shifted; -100 where a token does not count.
+        weights: Of each token that counts, [N]; None is 1.
         nested: Whether they have the first layers each, and one pass gives the states of all.
     """
     inputs = input_ids, attention_mask
     states = (
         exit_states(model, subs, *inputs).items() if nested else states_apart(model, subs, *inputs)
     )
-    return summed_nll(model, states, labels)
+    return summed_nll(model, states, labels, weights)
 
 
 def train_norm(model: torch.nn.Module) -> None:

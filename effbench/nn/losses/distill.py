@@ -52,6 +52,7 @@ def three_terms(
     labels: torch.Tensor,
     ends: Sequence[int],
     direction: Direction = "student_teacher",
+    weights: torch.Tensor | None = None,
 ) -> Terms:
     """Return the terms of one batch; no gradient reaches the teacher.
 
@@ -62,6 +63,7 @@ def three_terms(
         labels: [B, T], not shifted; -100 where a token does not count.
         ends: The last layer of each block, counted from 0; without any L_I is 0.
         direction: Of the divergence.
+        weights: Of each position that counts, [N]; None is 1.
     """
     counted = labels[:, 1:] != IGNORED
     with torch.no_grad(), captured(teacher) as wanted:
@@ -69,21 +71,25 @@ def three_terms(
         target = teacher.lm_head(target)
     with captured(student) as given:
         hidden = student.model(**inputs, use_cache=False).last_hidden_state[:, :-1][counted]
-    soft, hard = logit_terms(student.lm_head, hidden, target, direction)
+    soft, hard = logit_terms(student.lm_head, hidden, target, direction, weights=weights)
     pairs = [(given[i][:, :-1][counted], wanted[i][:, :-1][counted]) for i in ends]
-    return Terms(block_term(pairs, hidden), soft, hard)
+    return Terms(block_term(pairs, hidden, weights), soft, hard)
 
 
 def block_term(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    like: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return L_I, a sum over positions.
 
     Args:
         pairs: The student's and the teacher's output of each block, [N, d] each.
         like: Gives the device where there is no block.
+        weights: Of each position, [N]; None is 1.
     """
-    errors = [(s.float() - t.float()).square().mean(-1).sum() for s, t in pairs]
+    each = [(s.float() - t.float()).square().mean(-1) for s, t in pairs]
+    errors = [own.sum() if weights is None else (weights * own).sum() for own in each]
     if not errors:
         return torch.zeros((), device=like.device)
     return torch.stack(errors).mean()
@@ -95,6 +101,7 @@ def logit_terms(
     target: torch.Tensor,
     direction: Direction = "student_teacher",
     chunk: int = CHUNK,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L_S and L_H, sums over positions in float32.
 
@@ -104,12 +111,14 @@ def logit_terms(
         target: The teacher's logits, [N, V].
         direction: Of the divergence.
         chunk: Positions at a time.
+        weights: Of each position, [N]; None is 1.
     """
 
-    def piece(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return torch.stack(_terms(head(states), wanted, direction))
+    def piece(states: torch.Tensor, wanted: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        return torch.stack(_terms(head(states), wanted, direction, *own))
 
-    total = in_chunks(piece, hidden, target, chunk=chunk)
+    parts = (hidden, target) if weights is None else (hidden, target, weights)
+    total = in_chunks(piece, *parts, chunk=chunk)
     return total[0], total[1]
 
 
@@ -133,12 +142,18 @@ def in_chunks(
 
 
 def _terms(
-    logits: torch.Tensor, target: torch.Tensor, direction: Direction
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    direction: Direction,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_s, log_t = logits.to(dtype).log_softmax(-1), target.to(dtype).log_softmax(-1)
     first, second = (log_s, log_t) if direction == "student_teacher" else (log_t, log_s)
     # F.kl_div(input, target) is KL(target || input).
-    soft = F.kl_div(second, first, reduction="sum", log_target=True)
-    hard = F.nll_loss(log_s, target.argmax(-1), reduction="sum")
-    return soft, hard
+    if weights is None:
+        soft = F.kl_div(second, first, reduction="sum", log_target=True)
+        return soft, F.nll_loss(log_s, target.argmax(-1), reduction="sum")
+    each = F.kl_div(second, first, reduction="none", log_target=True).sum(-1)
+    hard = F.nll_loss(log_s, target.argmax(-1), reduction="none")
+    return (weights * each).sum(), (weights * hard).sum()

@@ -82,6 +82,7 @@ def layer_loss(
     transfer: nn.Module,
     dims: torch.Tensor,
     real: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum over drawn teacher layers of the error of the nearest student layer, a scalar.
 
@@ -93,15 +94,20 @@ def layer_loss(
         transfer: B A of Tr, without the identity.
         dims: Masks of the dimensions, [d]; what they leave is compared.
         real: [B, T] bool, the tokens that count.
+        weights: Of each row, [B]; None is alike.
     """
     weight = dims / dims.sum()
+    each = None if weights is None else weights[real.nonzero()[:, 0]].float()
     moved = {}
     for index in candidates:
         rows = student[index][real].float()
         moved[index] = rows + transfer(rows)
 
     def error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return ((a - b).square() * weight).sum(-1).mean()
+        found = ((a - b).square() * weight).sum(-1)
+        if each is None:
+            return found.mean()
+        return (each * found).sum() / each.sum().clamp(min=torch.finfo(found.dtype).tiny)
 
     total = torch.zeros((), device=dims.device)
     for place in drawn:
@@ -144,8 +150,7 @@ class SelfTeacher:
         run: Callable[[], torch.Tensor],
         logits: torch.Tensor,
         layers: Sequence[torch.Tensor],
-        labels: torch.Tensor,
-        real: torch.Tensor,
+        batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum over tokens of KL(teacher || student), and L_layer.
 
@@ -153,15 +158,16 @@ class SelfTeacher:
             run: Gives the logits of the batch; it is run once more, as the teacher.
             logits: The student's, [B, T, V].
             layers: Outputs of the student's layers, [B, T, d] each.
-            labels: [B, T], not shifted.
-            real: [B, T] bool, the tokens that count in L_layer.
+            batch: What was read.
         """
+        real = batch.attention_mask.bool()
         with as_teacher(self.model, self.masks, self.copies), captured(self.model) as teacher:
             target = run()
         dims = self.masks.layout.dims(self.masks.values)
         drawn, left = draw_layers(len(teacher), self.generator), not_empty(self.masks)
-        errors = layer_loss(layers, teacher, drawn, left, self.model.transfer, dims, real)
-        return token_kl(target, logits, labels, 1.0).sum(), errors
+        how = self.model.transfer, dims, real, batch.weights
+        errors = layer_loss(layers, teacher, drawn, left, *how)
+        return batch.weighed(token_kl(target, logits, batch.labels, 1.0)).sum(), errors
 
     def loss(
         self,
@@ -180,7 +186,6 @@ class SelfTeacher:
             layers: Outputs of the student's layers, [B, T, d] each.
             weights: Of the divergence and of L_layer.
         """
-        real = batch.attention_mask.bool()
-        soft, errors = self.losses(run, logits, layers, batch.labels, real)
-        soft, share = soft / batch.window_tokens, batch.loss_tokens / batch.window_tokens
+        soft, errors = self.losses(run, logits, layers, batch)
+        soft, share = soft / batch.window_tokens, batch.weighted_tokens / batch.window_tokens
         return weights[0] * soft + weights[1] * share * errors

@@ -96,7 +96,7 @@ class BlockSearch:
     kurtosis: bool
     """Whether outliers protect a block."""
     normalise: bool
-    """Whether both terms of the salience are divided by their means."""
+    """Whether the outlier term is brought to the mean of the rest in each kind of block."""
     seed: int
     """Of random numbers in the place of the salience: the same blocks each time."""
 

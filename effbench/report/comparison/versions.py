@@ -63,6 +63,8 @@ def _lineage(record: Record, known: Mapping[str, Record]) -> Iterator[Record]:
 def _parts(record: Record) -> list[str]:
     """Return the parts of a run that can have versions, as `keys.versions_of` names them."""
     evaluators = [f"evaluator.{e['name']}" for e in record.spec.get("evaluators") or ()]
-    trained = ["train"] if trains(record.stage) else []
-    parts = ["model", "dataset", "hardware", *trained, f"method.{record.name_of('method')}"]
+    trained, method = ["train"] if trains(record.stage) else [], record.name_of("method")
+    parts = ["model", "dataset", "hardware", *trained, f"method.{method}"]
+    if trained and "weight" in record.spec["dataset"].get("columns", {}):
+        parts.append(f"method.{method}.weighted")
     return [*parts, *evaluators]
