@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -39,6 +39,7 @@ from effbench.methods.compresses import Compresses, CompressesLinears
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Driver, Route
 from effbench.nn.decode.policy import CachePolicy
+from effbench.report.campaign import Campaign
 from effbench.report.claims import Pair, Verdict
 from effbench.report.verdicts import retested
 from effbench.results.reader import Reader
@@ -485,6 +486,11 @@ def test_campaigns_are_listed_as_they_stand() -> None:
         assert made.exists() != ("not run yet" in row), campaign.name
         if campaign.verdict and campaign.name.endswith("_mini"):
             assert campaign.verdict.state in row, campaign.name
+
+
+def test_keys_of_a_campaign_file_are_explained() -> None:
+    keys = {f.name for f in fields(Campaign)} - {"name", "title"} | {"words"}
+    assert set(settings_on(ROOT / "docs" / "campaigns.md")) == keys
 
 
 def test_figures_that_quote_tables_are_in_them() -> None:
