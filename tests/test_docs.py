@@ -292,6 +292,13 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
     assert pages == own_methods()
 
 
+@pytest.mark.parametrize("kind", ["methods", "evaluators"])
+def test_every_page_is_in_the_list(kind: str) -> None:
+    folder = ROOT / "docs" / kind
+    listed = re.findall(r"\[(\w+)\]\(\1\.md\)", (folder / "README.md").read_text())
+    assert {*listed, "README"} == {p.stem for p in folder.glob("*.md")}
+
+
 def own_methods() -> set[str]:
     return set(registry.names("methods")) - set(registry.plugins("methods"))
 
