@@ -43,6 +43,7 @@ from effbench.report.campaign import Campaign
 from effbench.report.claims import Pair, Verdict
 from effbench.report.verdicts import retested
 from effbench.results.reader import Reader
+from effbench.results.records import Metric, Outcomes, Record
 from effbench.results.store import MARKER, Store
 from effbench.runner.grid.words import listed, spelled_out
 from effbench.runner.grid.words import points as expanded
@@ -493,6 +494,21 @@ def test_campaigns_are_listed_as_they_stand() -> None:
         assert made.exists() != ("not run yet" in row), campaign.name
         if campaign.verdict and campaign.name.endswith("_mini"):
             assert campaign.verdict.state in row, campaign.name
+
+
+@pytest.mark.parametrize(
+    ("title", "known"),
+    [
+        ("# Record\n", {f.name for f in fields(Record)} | {"digest"}),
+        ("# metrics\n", {f.name for f in fields(Metric)}),
+        ("# outcomes\n", {f.name for f in fields(Outcomes)}),
+    ],
+)
+def test_fields_of_a_record_are_explained(title: str, known: set[str]) -> None:
+    text = (ROOT / "docs" / "records.md").read_text()
+    table = text.partition(title)[2].partition("\n#")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == known
 
 
 def test_keys_of_a_campaign_file_are_explained() -> None:
