@@ -293,6 +293,12 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
     assert pages == own_methods()
 
 
+def test_the_readme_lists_every_page() -> None:
+    listed = re.findall(r"\]\(docs/([\w/-]+\.md)\) \|", (ROOT / "README.md").read_text())
+    pages = [p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").glob("*.md")]
+    assert {*listed} == {*pages, "methods/README.md", "evaluators/README.md"}
+
+
 @pytest.mark.parametrize("kind", ["methods", "evaluators"])
 def test_every_page_is_in_the_list(kind: str) -> None:
     folder = ROOT / "docs" / kind
