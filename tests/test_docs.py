@@ -220,6 +220,22 @@ def points(stage: str, words: list[str], options: dict[str, Any]) -> list[list[s
     return [[*map(str, files), *grid[0]], [*map(str, files), *grid[-1]]]
 
 
+def test_every_command_and_every_option_is_explained() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    words = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", "".join(p.read_text() for p in PAGES[3:])))
+
+    def explained(command: Any, name: str) -> None:
+        inner = getattr(command, "commands", {})
+        assert f"{name} " in page or f"{name}\n" in page, name
+        for option in command.params:
+            shown = option.param_type_name == "option" and "completion" not in option.opts[0]
+            assert not shown or words & {*option.opts}, f"{name}: {option.opts}"
+        for key, one in inner.items():
+            explained(one, f"{name} {key}")
+
+    explained(command_line(), "effbench")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_examples_in_python_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: list[int], capsys: Any
