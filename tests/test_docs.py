@@ -33,6 +33,7 @@ from effbench.config.compose import compose
 from effbench.config.files import groups
 from effbench.config.overrides import check_overrides
 from effbench.config.start import split_words
+from effbench.evaluators.base import Evaluator
 from effbench.methods.base import Method
 from effbench.methods.calibrates import CompressesBlocks
 from effbench.methods.compresses import Compresses, CompressesLinears
@@ -409,6 +410,13 @@ def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> N
         named = re.search(r"Class variables: (.*?)\.\n", section, re.S)
         assert named is not None
         assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
+
+
+def test_members_of_an_evaluator_are_explained() -> None:
+    text = (ROOT / "docs" / "adding-a-method.md").read_text()
+    section = text.partition("## A new evaluator")[2].partition("\n## ")[0]
+    members = {name for name in vars(Evaluator) if not name.startswith("_")}
+    assert members <= set(re.findall(r"`(\w+)`", section))
 
 
 OTHERS = (CompressesLinears, CompressesBlocks, Evolution, Packed, CachePolicy, Route, Driver)
