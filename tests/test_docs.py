@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -9,30 +10,41 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from effbench.api import registry
+from effbench.api import registry, schema
 from effbench.api.evolution import Evolution
+from effbench.api.shape import LINEARS
 from effbench.api.weights import Packed
 from effbench.cli.main import app
+from effbench.cli.tables import campaign_named, campaigns
 from effbench.config.compose import compose
 from effbench.config.files import groups
 from effbench.config.overrides import check_overrides
 from effbench.config.start import split_words
+from effbench.evaluators.base import Evaluator
 from effbench.methods.base import Method
 from effbench.methods.calibrates import CompressesBlocks
 from effbench.methods.compresses import Compresses, CompressesLinears
 from effbench.methods.trains import Trains
 from effbench.nn.decode.decoder import Driver, Route
 from effbench.nn.decode.policy import CachePolicy
+from effbench.report.campaign import Campaign
+from effbench.report.claims import Pair, Verdict
+from effbench.report.verdicts import retested
+from effbench.results.reader import Reader
+from effbench.results.records import Metric, Outcomes, Record
 from effbench.results.store import MARKER, Store
 from effbench.runner.grid.words import listed, spelled_out
 from effbench.runner.grid.words import points as expanded
@@ -209,6 +221,22 @@ def points(stage: str, words: list[str], options: dict[str, Any]) -> list[list[s
     return [[*map(str, files), *grid[0]], [*map(str, files), *grid[-1]]]
 
 
+def test_every_command_and_every_option_is_explained() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    words = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", "".join(p.read_text() for p in PAGES[3:])))
+
+    def explained(command: Any, name: str) -> None:
+        inner = getattr(command, "commands", {})
+        assert f"{name} " in page or f"{name}\n" in page, name
+        for option in command.params:
+            shown = option.param_type_name == "option" and "completion" not in option.opts[0]
+            assert not shown or words & {*option.opts}, f"{name}: {option.opts}"
+        for key, one in inner.items():
+            explained(one, f"{name} {key}")
+
+    explained(command_line(), "effbench")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_examples_in_python_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: list[int], capsys: Any
@@ -282,8 +310,73 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
     assert pages == own_methods()
 
 
+def test_the_readme_lists_every_page() -> None:
+    listed = re.findall(r"\]\(docs/([\w/-]+\.md)\) \|", (ROOT / "README.md").read_text())
+    pages = [p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").glob("*.md")]
+    assert {*listed} == {*pages, "methods/README.md", "evaluators/README.md"}
+
+
+@pytest.mark.parametrize("kind", ["methods", "evaluators"])
+def test_every_page_is_in_the_list(kind: str) -> None:
+    folder = ROOT / "docs" / kind
+    listed = re.findall(r"\[(\w+)\]\(\1\.md\)", (folder / "README.md").read_text())
+    assert {*listed, "README"} == {p.stem for p in folder.glob("*.md")}
+
+
 def own_methods() -> set[str]:
     return set(registry.names("methods")) - set(registry.plugins("methods"))
+
+
+WORDS = {"all seven linears of a block": list(LINEARS)}
+"""What a table of settings says in words."""
+FILLED_IN = {"fingerprint"}
+"""Settings that nobody gives."""
+
+
+def settings_on(page: Path) -> dict[str, str]:
+    """Return the settings in the tables of a page, each with its default as it stands there."""
+    found: dict[str, str] = {}
+    rows = re.compile(r"^\| key \| default \|.*\n\|[-|]+\n((?:\|.*\n?)+)", re.M)
+    for line in "".join(rows.findall(page.read_text())).splitlines():
+        keys, text = re.split(r"(?<!\\)\|", line)[1:3]
+        names = re.findall(r"`(\w+)`", keys)
+        defaults = re.split(r",(?![^\[]*\])", text) if len(names) > 1 else [text]
+        assert len(defaults) == len(names), f"{page.name}: {line}"
+        found |= {n: d.strip().strip("`") for n, d in zip(names, defaults, strict=True)}
+    return found
+
+
+def says(text: str, default: Any) -> bool:
+    """Whether a table's text is the default of a setting; where there is none, any words are."""
+    told = WORDS.get(text) or yaml.safe_load(text) if text[:1] in "[{" or text in WORDS else text
+    number = re.fullmatch(r"-?\d[\d.]*(e-?\d+)?", text)
+    if default in (None, "", (), [], {}):
+        return not number and text not in ("true", "false") and (told == text or not told)
+    if isinstance(default, bool):
+        return text == str(default).lower()
+    if isinstance(default, int | float):
+        return number is not None and float(text) == default
+    told = told.replace("\\n", "\n") if isinstance(told, str) else told
+    return bool(told == (list(default) if isinstance(default, tuple) else default))
+
+
+@pytest.mark.parametrize("kind", ["methods", "evaluators"])
+def test_every_setting_is_on_its_page_with_its_default(kind: Any) -> None:
+    texts = {p.stem: p.read_text() for p in (ROOT / "docs" / kind).glob("*.md")}
+    tables = {name: settings_on(ROOT / "docs" / kind / f"{name}.md") for name in texts}
+    for name in registry._own(kind):
+        cls = registry.find(kind, name)
+        own = schema.plain(cls(**getattr(cls, "needs", {})))
+        pages = [name]
+        for page in pages:
+            named = re.findall(r"[Tt]hose\s+of\s+\[?`?(\w+)", texts[page])
+            pages += [n for n in dict.fromkeys(named) if n in tables and n not in pages]
+        assert set(tables[name]) <= set(own), name
+        for key, default in own.items():
+            told = next((tables[page][key] for page in pages if key in tables[page]), None)
+            if key not in FILLED_IN and key not in getattr(cls, "needs", {}):
+                assert told is not None, f"{name}.md does not explain {key}"
+                assert says(told, default), (name, key, told, default)
 
 
 def test_every_room_has_its_row_and_every_row_a_room() -> None:
@@ -319,6 +412,13 @@ def test_protocol_lists_the_hooks_that_exist(title: str, cls: type[Method]) -> N
         assert set(re.findall(r"`(\w+)`", named[1])) == set(public) - there
 
 
+def test_members_of_an_evaluator_are_explained() -> None:
+    text = (ROOT / "docs" / "adding-a-method.md").read_text()
+    section = text.partition("## A new evaluator")[2].partition("\n## ")[0]
+    members = {name for name in vars(Evaluator) if not name.startswith("_")}
+    assert members <= set(re.findall(r"`(\w+)`", section))
+
+
 OTHERS = (CompressesLinears, CompressesBlocks, Evolution, Packed, CachePolicy, Route, Driver)
 """What a plug-in may override beside the hooks of a method."""
 
@@ -336,6 +436,129 @@ def _members(cls: type[Method]) -> dict[str, Any]:
     """Return what a class has, and what it has from others that are no methods."""
     own = [c for c in cls.__mro__ if c is cls or not issubclass(c, Method)]
     return {n: v for c in reversed(own) for n, v in vars(c).items()}
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+NUMBER = r"[-+]?\d*\.?\d+"
+Figure = tuple[str, str, str]
+FIGURE = re.compile(rf"({NUMBER})(?: nats\S*)?\s+\[({NUMBER}), ({NUMBER})\]")
+"""A value with its interval."""
+NAMED = re.compile(r"(?:results/tables/|conf/table/|effbench table |make campaign-)([\w-]+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, of one metric."""
+
+    name: str
+    metric: tuple[str, ...]
+    value: float
+    figures: tuple[tuple[float, float, float], ...]
+    """Its value and its difference, each with its interval."""
+
+
+@cache
+def rows_of(table: str) -> tuple[Row, ...]:
+    """Return the rows of a committed table whose values have intervals."""
+    found = []
+    for path in (ROOT / "results" / "tables").glob(f"{table}*.csv"):
+        if table == "grand" or path.stem not in (table, f"{table}_points"):
+            continue
+        for line in csv.DictReader(path.open()):
+            name = f"{line['run']} {line['point']}".strip()
+            metric = tuple(line[k] for k in ("metric", "task", "split", "phase"))
+            parts = [[line[f"{k}{end}"] for end in ("", "_low", "_high")] for k in VALUES]
+            figures = tuple((float(v), float(a), float(b)) for v, a, b in parts if a)
+            if figures and line["value"]:
+                found.append(Row(name, metric, float(line["value"]), figures))
+    return tuple(found)
+
+
+VALUES = ("value", "difference")
+
+
+def quoting(text: str) -> Iterator[tuple[set[str], str]]:
+    """Yield the blocks of a text that quote tables, with the names of these."""
+    for section in re.split(r"^(?=##+ )", text, flags=re.M):
+        names = {name.replace("-", "_") for name in NAMED.findall(section)}
+        tables = {name for name in names if rows_of(name)}
+        measured = False  # by a benchmark, whose figures are in no table
+        for block in section.split("\n\n") if tables else ():
+            measured = "bench-" in block or "bench_" in block or measured
+            measured = measured and not NAMED.search(block)
+            if not measured:
+                yield tables, " ".join(block.replace("−", "-").split())
+
+
+def close(said: Sequence[str], found: Sequence[float]) -> bool:
+    """Whether numbers are others rounded, whatever their sign."""
+    half = [0.51 * 10.0 ** -len(x.partition(".")[2]) for x in said]
+    plus = [abs(float(x) - y) <= h for x, y, h in zip(said, found, half, strict=True)]
+    swapped = [found[0], *reversed(found[1:])]
+    minus = [abs(float(x) + y) <= h for x, y, h in zip(said, swapped, half, strict=True)]
+    return all(plus) or all(minus)
+
+
+def is_difference(figure: Figure, table: str, reader: Reader) -> bool:
+    """Whether a figure is the difference of two rows of a table, by its first metric."""
+    campaign = campaign_named(table)
+    rows = [row for row in rows_of(table) if row.metric[0] == campaign.metrics[0]]
+    pairs = [
+        Pair(one.name, two.name, "lower")
+        for one, two in combinations(rows, 2)
+        if one.metric == two.metric and close(figure[:1], [one.value - two.value])
+    ]
+    asked = replace(campaign, verdict=Verdict("not run yet", "", rests_on=pairs))
+    found = [test.difference for test in retested(asked, ROOT / "results", reader)]
+    return any(close(figure, [d.value, d.low or 0, d.high or 0]) for d in found)
+
+
+def test_campaigns_are_listed_as_they_stand() -> None:
+    text = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("campaigns", "mini"))
+    rows = dict(re.findall(r"^\| \[(\w+)\]\(\.\./.*?\) \|(.*)$", text, re.M))
+    assert rows.keys() == {c.name for c in campaigns()}
+    for campaign in campaigns():
+        row, made = rows[campaign.name], (ROOT / "results" / "tables" / f"{campaign.name}.md")
+        assert made.exists() == (f"results/tables/{campaign.name}.md" in text), campaign.name
+        assert made.exists() != ("not run yet" in row), campaign.name
+        if campaign.verdict and campaign.name.endswith("_mini"):
+            assert campaign.verdict.state in row, campaign.name
+
+
+@pytest.mark.parametrize(
+    ("title", "known"),
+    [
+        ("# Record\n", {f.name for f in fields(Record)} | {"digest"}),
+        ("# metrics\n", {f.name for f in fields(Metric)}),
+        ("# outcomes\n", {f.name for f in fields(Outcomes)}),
+    ],
+)
+def test_fields_of_a_record_are_explained(title: str, known: set[str]) -> None:
+    text = (ROOT / "docs" / "records.md").read_text()
+    table = text.partition(title)[2].partition("\n#")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == known
+
+
+def test_keys_of_a_campaign_file_are_explained() -> None:
+    keys = {f.name for f in fields(Campaign)} - {"name", "title"} | {"words"}
+    assert set(settings_on(ROOT / "docs" / "campaigns.md")) == keys
+
+
+def test_figures_that_quote_tables_are_in_them() -> None:
+    texts = {p.relative_to(ROOT).as_posix(): p.read_text() for p in PAGES[3:]}
+    for path in (ROOT / "conf" / "table").glob("*.yaml"):
+        texts[path.name] = f"conf/table/{path.stem}\n" + path.read_text().replace("\n\n", "\n")
+    reader, wrong = Reader(ROOT / "results" / "records"), []
+    for page, text in texts.items():
+        for tables, block in quoting(text):
+            known = [f for table in tables for row in rows_of(table) for f in row.figures]
+            for figure in FIGURE.findall(block):
+                told = any(close(figure, f) for f in known)
+                if not told and not any(is_difference(figure, t, reader) for t in tables):
+                    wrong.append(f"{page}: {figure[0]} [{figure[1]}, {figure[2]}]")
+    assert not wrong
 
 
 # -- what may import what ----------------------------------------------------------------------

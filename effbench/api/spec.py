@@ -82,8 +82,9 @@ class DatasetSpec:
     """Where the rows come from."""
     kind: str
     """`text`: language modelling, packed to train on. `pairs`: loss on the answer only.
-    `choices`: pairs whose wrong answers are known too. `chat`: conversations. `auto`: what the
-    fields of the first row say, once the config is composed. Each is a file in `data/kinds`."""
+    `choices`: pairs whose wrong answers are known too. `preference`: a chosen and a rejected
+    answer. `chat`: conversations. `alpaca`: instructions. `auto`: what the fields of the first row
+    say, once the config is composed. Each is a file in `data/kinds`."""
     id: str = ""
     """Hub id, asset name or generator name."""
     subset: str = ""
@@ -116,8 +117,8 @@ class DatasetSpec:
     cut: dict[str, Fraction] = field(default_factory=dict)
     """Or: shares of the one source split that each of our splits gets, drawn by content hash."""
     max_length: PositiveInt = 256
-    """Longest sequence in tokens; longer ones are cut at the end, packed text is cut into it.
-    Texts are evaluated whole, in windows of that size."""
+    """Longest sequence in tokens: a longer prompt loses its start, an answer that alone is longer
+    its end, and packed text is cut into it. Texts are evaluated whole, in windows of that size."""
     chat: bool = False
     """Whether prompts go through the model's chat template."""
     limit: dict[str, PositiveInt] = field(default_factory=dict)
@@ -176,7 +177,7 @@ class TrainSpec:
     max_steps: NonNegativeInt = 12
     """Optimiser steps; 0 where `epochs` says how many."""
     batch_size: PositiveInt = 2
-    """Sequences in a micro-batch."""
+    """Rows in a micro-batch; a question with several answers is one."""
     accumulation: PositiveInt = 1
     """Micro-batches in one optimiser step."""
     learning_rate: PositiveFloat | None = None

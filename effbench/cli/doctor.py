@@ -24,6 +24,7 @@ EXTRAS = {
     "slurm": ("submitit", "runs on a SLURM cluster"),
     "joblib": ("hydra-joblib-launcher", "runs in parallel on this machine"),
     "ray": ("ray", "runs on a Ray cluster"),
+    "snorkel": ("snorkel", "a label model of prboost"),
 }
 """From the name of an extra to the package that it brings and what that is for."""
 

@@ -6,13 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from effbench.api import registry
 from effbench.api.plugins import make_method
-from effbench.api.schema import field_docs
+from effbench.api.schema import LARGEST, field_docs
 from effbench.api.shape import Shape
 from effbench.api.spec import Plugin
 from effbench.config import files as conf_files
@@ -72,11 +73,11 @@ def _method_facts(cls: Any) -> list[str]:
 
 
 def _settings(cls: Any, prefix: str) -> list[str]:
-    docs = field_docs(cls)
+    docs, hints = field_docs(cls), get_type_hints(cls, include_extras=True)
     lines = []
     for field in dataclasses.fields(cls):
-        default = settings_of(cls)[field.name]
-        lines.append(f"  {prefix}.{field.name} = {_word(default)}  ({_type(field.type)})")
+        default, told = settings_of(cls)[field.name], values_in_words(hints[field.name])
+        lines.append(f"  {prefix}.{field.name} = {_word(default)}  ({told})")
         if docs.get(field.name):
             lines.append("      " + " ".join(docs[field.name].split()))
     return lines or ["  none"]
@@ -87,8 +88,29 @@ def _word(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
-def _type(annotation: Any) -> str:
-    return str(annotation).replace("typing.", "")
+PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+
+
+def values_in_words(hint: Any) -> str:
+    """Return which values a setting takes, from its annotation: `integer above 0`."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([values_in_words(parts[0]), *_bounds(parts[1:])])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (tuple, list):
+        kinds = dict.fromkeys(values_in_words(part) for part in parts if part is not Ellipsis)
+        return f"list of {', '.join(kinds)}" if kinds else "list"
+    if origin in (Union, UnionType):
+        return " or ".join(map(values_in_words, parts))
+    return PLAIN.get(hint, "mapping" if origin is dict else "any")
+
+
+def _bounds(constraints: Sequence[Any]) -> list[str]:
+    """Return bounds in words, but for those that nobody reaches."""
+    named = [(word, getattr(c, key, None)) for c in constraints for key, word in BOUNDS.items()]
+    return [f"{word} {value:g}" for word, value in named if value is not None and value < LARGEST]
 
 
 EXAMPLE = Shape(

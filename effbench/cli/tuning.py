@@ -11,6 +11,7 @@ from typing import Literal
 from effbench.api.spec import Job
 from effbench.config.compose import commanded, compose
 from effbench.config.overrides import check_overrides, parse
+from effbench.config.start import split_words
 from effbench.report.tuned import at_end, chosen, cost
 from effbench.report.tuning import Tuning, judged
 from effbench.results.records import Record
@@ -32,7 +33,8 @@ def tune(
     """Run the trials; return the best one, what they cost, and the command that reports it.
 
     Args:
-        words: Overrides, one or more with several values: `train.learning_rate=1e-3,3e-3`.
+        words: A file with a spec, if any, and overrides, one or more with several values:
+            `train.learning_rate=1e-3,3e-3`.
         extra: Folders with the user's own configs.
         at: Which of several operating points counts.
         extend: How often the grid goes on at an end where the best point lies.
@@ -84,6 +86,7 @@ def tuning_in(
             or one is no number.
     """
     objective, words = objective_in(words)
+    files, words = split_words(words)
     check_overrides(words, extra)
     metric = objective.declared()["metric"] if objective else Tuning.metric
     over = {w.partition("=")[0]: _numbers(w) for w in words if parse(w).is_sweep_override()}
@@ -97,7 +100,8 @@ def tuning_in(
             f"{drawn[0]} is nothing to tune: the luckiest draw would be chosen.",
             f"Leave one value; several are run by: effbench train -m {drawn[0]}=0,1,2",
         )
-    return Tuning(over, metric, at, extend), [w for w in words if w.partition("=")[0] not in over]
+    shared = [w for w in words if w.partition("=")[0] not in over]
+    return Tuning(over, metric, at, extend), [*map(str, files), *shared]
 
 
 def _numbers(word: str) -> list[float]:

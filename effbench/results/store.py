@@ -7,7 +7,7 @@ results/runs/<key>/
     data.json            hashes of the rows that were trained on, and of their values
     checkpoint.pt        the last checkpoint of an unfinished run
     parts/               finished parts of an unfinished compression
-    evaluations/         finished evaluations of an unfinished run
+    evaluations/         what each evaluator found at each point, and finished items meanwhile
     artefact/            what the run made
     FINISHED             written last: when, and the hash of the manifest
 results/records/<key>.json

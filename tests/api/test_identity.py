@@ -209,13 +209,13 @@ IN_THE_KEY: dict[str, list[Case]] = {
             [*SPLIT, "dataset.files.train=other.jsonl", "dataset.files.test=rows.jsonl"],
         ),
     ],
-    "what rows are known by": [Case(MINE, [*MINE, "dataset.known_by=text"])],
+    "how rows are identified": [Case(MINE, [*MINE, "dataset.known_by=text"])],
 }
 """What the rows of the page stand for; the last two of them have tests of their own."""
 ELSEWHERE = {
     "versions": "test_a_raised_version_changes_the_keys_of_what_uses_it",
     "code of other packages": "test_editing_what_a_method_is_made_of_is_another_key",
-    "settings at the value that means what was done without them": (
+    "settings that were added later, at the value of the earlier behaviour": (
         "test_a_field_more_in_the_spec_changes_no_key"
     ),
     "code of methods and evaluators of effbench": "test_an_evaluation_gives_what_it_gave",

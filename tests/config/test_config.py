@@ -276,6 +276,9 @@ def test_a_method_of_another_package_needs_no_file(monkeypatch: pytest.MonkeyPat
     page = describe("method", "foreign")
     assert "method.strength = ???" in page
     assert "How wide." in page
+    shown = describe("method", "dylora"), describe("method", "dorm")
+    assert "method.ranks = []  (list of integer above 0 or powers)" in shown[0]
+    assert "method.swapped = 0.1  (number from 0 below 0.5)" in shown[1]
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,7 @@ def test_words_with_several_values_are_the_grid() -> None:
     tuning, fixed = tuning_in(["method=lora", "train.learning_rate=3e-3,1e-3", "seed=2"])
     assert tuning.over == {"train.learning_rate": [1e-3, 3e-3]}
     assert (tuning.metric, fixed) == ("loss@validation", ["method=lora", "seed=2"])
+    assert tuning_in(["my.yaml", "train.learning_rate=1e-3,3e-3"])[1] == ["my.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ largest common divisor of g and D; values go into codes together with the keys o
 where the authors keep exactly w; prompts are read as if they came token by token, so that each
 query sees codes where decoding would (the authors quantise a prompt after it is read). Nothing is
 trained. While nothing is in codes the model computes what it always does, bit for bit. The memory
-is saved for real; time is not, as every step expands all codes.
+is saved for real; time is in long contexts on a CPU, where a kernel attends to codes as they are
+(`effbench.nn.decode.coded_attention`). Elsewhere every step expands all codes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ d_out, G] float16, offsets [d_out, G] float32. Our choices: a direct solution wi
 authors' damped conjugate gradients; a group stops when its error falls no more; sign(0) is 1;
 offsets in float32, in which the conversion is exact; no importance weights and no pruning. The
 paper's product is `effbench.nn.quant.binary.table_product`, a reference that counts its operations.
-A model expands its weights instead: the memory is saved for real, time is not.
+The memory is saved for real; time is where signs are multiplied as they are
+(`nn/decode/kernels/planes.h`), elsewhere each product expands its weight.
 """
 
 from __future__ import annotations

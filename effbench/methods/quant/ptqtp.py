@@ -16,7 +16,8 @@ group_size⌉] float16. Our choices: 2 bits for a trit, which need no division t
 or three, beside the paper's two; the order of equal combinations; trits chosen once more for the
 rounded scales; a shorter last group where the size does not divide a row (the paper cuts the
 flattened matrix). All linears of the decoder blocks are quantised; embeddings, norms and head are
-not. The memory is saved for real; time is not, as each product first expands its weight.
+not. The memory is saved for real; time is where trits are multiplied as they are
+(`nn/decode/kernels/planes.h`), elsewhere each product first expands its weight.
 """
 
 from __future__ import annotations
