@@ -85,17 +85,18 @@ class Generation(Evaluator):
     def suited(cls, dataset: DatasetSpec) -> dict[str, Any]:
         """Return that a dataset is asked which has prompts, unless it is that of the task.
 
-        Pairs of answers are none that could be right word for word.
+        Pairs of answers, and rated ones, are none that could be right word for word.
         """
         from effbench.data.kinds.base import find
 
         subjects = {task.partition("_")[0] for task in cls.tasks}
-        own = find(dataset.kind).asks and dataset.kind != "preference"
+        kind = find(dataset.kind)
+        own = kind.asks and kind.name != "preference" and not kind.rates
         return {"tasks": []} if own and dataset.name.partition("-")[0] not in subjects else {}
 
     def remark(self, dataset: DatasetSpec) -> str:
         """Return that the default task is asked, and no row of somebody's own dataset."""
-        if dataset.source != "file" or self.tasks != type(self).tasks:
+        if dataset.source != "file" or not self.tasks or self.tasks != type(self).tasks:
             return ""
         return (
             f"Evaluator {self.name} asks {', '.join(self.tasks)}, no rows of {dataset.called}: "

@@ -436,7 +436,7 @@ def test_what_is_asked_is_the_dataset_where_that_has_other_questions(bench: Benc
         return list(plugin.settings["tasks"])
 
     assert tasks("dataset=arithmetic") == []
-    for dataset in ("gsm8k-test", "prose", "noisy-pairs"):
+    for dataset in ("gsm8k-test", "prose", "noisy-pairs", "noisy-ratings"):
         assert tasks(f"dataset={dataset}") == ["gsm8k_cot"], dataset
     named = "evaluator.generation.tasks=[gsm8k_cot]"
     assert tasks("dataset=arithmetic", named) == ["gsm8k_cot"]

@@ -17,6 +17,7 @@ from effbench.api.batch import Batch, collate
 from effbench.api.examples import Example, Tokens
 from effbench.api.spec import DatasetSpec
 from effbench.data.kinds.rated import NOT_RATED, column
+from effbench.evaluators.best_of_n import BestOfN
 from effbench.evaluators.preference import Preference
 from effbench.methods.preference import pairs as preparation
 from effbench.methods.preference.dorm import DORM
@@ -286,6 +287,7 @@ def test_settings_that_contradict_each_other_are_refused(
 def test_rows_that_are_not_rated_so_are_refused() -> None:
     rated = DatasetSpec("d", "file", "rated", attributes=["size", "help", "style"])
     ALONE.check_dataset(rated)
+    assert not BestOfN().remark(rated), "it asks these very rows"
     with pytest.raises(UserError, match="'d' are rated in others") as error:
         ALONE.check_dataset(replace(rated, attributes=["help", "stile", "size"]))
     assert "'method.attributes=[help,stile,size]'" in error.value.hint
