@@ -65,6 +65,6 @@ def _parts(record: Record) -> list[str]:
     evaluators = [f"evaluator.{e['name']}" for e in record.spec.get("evaluators") or ()]
     trained, method = ["train"] if trains(record.stage) else [], record.name_of("method")
     parts = ["model", "dataset", "hardware", *trained, f"method.{method}"]
-    if trained and "weight" in record.spec["dataset"].get("columns", {}):
+    if trained and "weight" in ((record.spec.get("dataset") or {}).get("columns") or {}):
         parts.append(f"method.{method}.weighted")
     return [*parts, *evaluators]
