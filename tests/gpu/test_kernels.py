@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +22,7 @@ TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 8e-2}
 
 
 @pytest.fixture(scope="module")
-def kernels(device: str) -> Any:
-    pytest.importorskip("triton")
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("without a GPU, Triton needs TRITON_INTERPRET=1")
+def kernels(triton_runs: None) -> Any:
     from effbench.nn.decode import triton_step
 
     return triton_step

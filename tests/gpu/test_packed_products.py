@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -24,10 +23,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
 @pytest.fixture(scope="module")
-def kernels(device: str) -> Any:
-    pytest.importorskip("triton")
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("without a GPU, Triton needs TRITON_INTERPRET=1")
+def kernels(triton_runs: None) -> Any:
     from effbench.nn.quant import triton_products
 
     return triton_products
@@ -100,6 +96,8 @@ def test_a_step_is_captured_with_packed_weights(kernels: Any, form: Any, device:
             session.reserve(1, 12)
             assert session.engine == ("graph" if device == "cuda" else "walk")
             session.prefill(ids[:, :8])
+            tables = [m.table for m in model.modules() if hasattr(m, "table")]
+            assert {id(t) for t in tables} <= {id(t) for t in session.buffers()}
             for t in range(8, 12):
                 right = model(ids[:, : t + 1]).logits[:, -1]
                 found = session.step(ids[:, t : t + 1])
