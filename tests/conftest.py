@@ -144,6 +144,14 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
+def triton_runs(device: str) -> None:
+    """Skip what needs Triton where it cannot run: on a CPU outside its interpreter."""
+    pytest.importorskip("triton")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("without a GPU, Triton needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a saved model: random weights are drawn on the device, so they differ between two."""
     import torch

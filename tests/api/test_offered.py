@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import Bench
 
 from effbench.api import registry, weights
 from effbench.api.stages import base as stages
@@ -19,6 +18,7 @@ from effbench.config.compose import compose
 from effbench.data.dataset import Data
 from effbench.data.kinds import base as kinds
 from effbench.models.load import load_tokenizer
+from effbench.testing.bench import Bench
 from effbench.util import offered, rooms
 from effbench.util.errors import UserError
 

@@ -27,7 +27,7 @@ def records() -> list[Path]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with two runs of other seeds, made by two commands."""
-    from conftest import Bench, forget_accelerator
+    from effbench.testing.bench import Bench, forget_accelerator
 
     root = tmp_path_factory.mktemp("two") / "results"
     for seed in (0, 1):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Bench
 
 from effbench.api.spec import Spec
 from effbench.config.composed import hydra_compose
 from effbench.config.lineage import inherit
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 TAKEN = [

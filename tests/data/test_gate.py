@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bench
 from helpers import BYTES_SHAPE
 
 from effbench.api.account import lines
@@ -22,6 +21,7 @@ from effbench.data.render import Text
 from effbench.data.tokens import Encoder, answered, moved
 from effbench.models.random import byte_tokenizer
 from effbench.results.records import read
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 PAIRS = DatasetSpec("mine", "file", "pairs")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bench
 
 from effbench.api.spec import DatasetSpec
 from effbench.config.compose import compose
 from effbench.data.dataset import read, splits
 from effbench.data.overlap import Shared, Trained, kept, require_apart
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 QUESTIONS = [f"How many legs do {n} dogs and {n + 1} hens have together?" for n in range(60)]

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import Bench
 
 from effbench.api.points import UNNAMED
 from effbench.config.compose import model_named
@@ -17,6 +16,7 @@ from effbench.methods.none import Unchanged
 from effbench.results.records import Metric
 from effbench.runner.open import _load_dense, load_base, open_model
 from effbench.runner.run import open_run
+from effbench.testing.bench import Bench
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]
 

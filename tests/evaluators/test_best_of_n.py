@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from subjects import by_name, subject_of
 
 from effbench.api.batch import Batch
@@ -15,6 +14,7 @@ from effbench.api.points import UNNAMED, Point
 from effbench.evaluators.best_of_n import BestOfN
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 SMALL: dict[str, Any] = {"max_new_tokens": 3, "limit": 6}

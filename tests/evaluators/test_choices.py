@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 
 from effbench.api.footprint import HEAD_ROWS
 from effbench.api.points import UNNAMED
@@ -25,6 +24,7 @@ from effbench.evaluators.subject import Subject
 from effbench.methods.base import Method
 from effbench.models import load as models
 from effbench.results.records import Record
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 PIQA = "evaluator.choices.tasks=[piqa]"

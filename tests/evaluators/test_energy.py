@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Bench
 
 from effbench.resources import energy
+from effbench.testing.bench import Bench
 
 SHORT = ["evaluator=energy", "evaluator.energy.window_seconds=0.01"]
 SHORT += ["evaluator.energy.prompt_tokens=6", "evaluator.energy.new_tokens=4"]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Bench
 from subjects import subject_of
 
 from effbench.api.batch import by_length
@@ -26,6 +25,7 @@ from effbench.results.records import Metric
 from effbench.runner import evaluation
 from effbench.runner.open import open_model
 from effbench.runner.run import open_run
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]

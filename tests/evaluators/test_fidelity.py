@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
 from effbench.api.points import UNNAMED, Point
@@ -22,6 +21,7 @@ from effbench.nn.losses.divergence import CHUNK, FIELDS, divergences, row_sums
 from effbench.results.bounds import bounds_of
 from effbench.results.journal import Journal
 from effbench.stats import UNBOUNDED
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 LN2 = math.log(2)

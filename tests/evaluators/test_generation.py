@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from scipy import stats
 from subjects import HARDWARE, by_name, subject_of, text_file
 
@@ -23,6 +22,7 @@ from effbench.models import load as models
 from effbench.nn.decode.generate import Generated, Prompt, Sampling, generate, left_padded, sample
 from effbench.nn.decode.session import CachedSession
 from effbench.results.journal import Journal
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 CPU = torch.device("cpu")

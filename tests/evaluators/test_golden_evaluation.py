@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bench
 from goldens import BITS, Golden
 
 from effbench.api import registry
+from effbench.testing.bench import Bench
 from effbench.testing.runs import HARDWARE, every_evaluator
 
 TOLERANCE = {"rel": 1e-5, "abs": 2**-22}

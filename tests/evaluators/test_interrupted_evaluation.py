@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import Watch
 
 from effbench.api import registry
+from effbench.testing.bench import Bench
 
 WORDS = [
     "hardware.device=cpu",

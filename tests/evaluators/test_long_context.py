@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from subjects import subject_of, text_file
 
 from effbench.evaluators import needles
@@ -17,6 +16,7 @@ from effbench.evaluators.subject import Subject
 from effbench.methods.cache.snapkv import SnapKV
 from effbench.methods.evicts import Budget
 from effbench.results.journal import Journal
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 TEXT = "Ada wrote of an engine that weaves patterns, and of what it cannot do by itself. "

@@ -6,12 +6,12 @@ import subprocess
 
 import pytest
 import torch
-from conftest import Bench
 
 from effbench.evaluators import memory_cap
 from effbench.evaluators.memory import bisect
 from effbench.evaluators.memory_cap import succeeds_under
 from effbench.nn.decode.static import StaticSession
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 SIZES = ["evaluator=memory", "evaluator.memory.batch_size=2"]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Bench
 from subjects import by_name, subject_of, text_file
 
 from effbench.api.examples import IGNORED, Example, Tokens
@@ -26,6 +25,7 @@ from effbench.methods.depth.lora_drop import LoRADrop
 from effbench.methods.depth.points import Window
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 QUESTIONS = ["dataset=arithmetic", "+dataset.limit.test=12"]

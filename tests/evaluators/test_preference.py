@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from subjects import by_name, subject_of
 
 from effbench.api.batch import Batch
@@ -17,6 +16,7 @@ from effbench.evaluators.preference import Preference
 from effbench.evaluators.subject import Subject
 from effbench.methods.none import Unchanged
 from effbench.nn.scoring.prefix_tree import Request
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from conftest import Bench
 from helpers import SHAPE
 
 from effbench.api import registry
@@ -15,6 +14,7 @@ from effbench.evaluators.base import Result
 from effbench.evaluators.serving import Roofline, Serving, arrivals, play
 from effbench.evaluators.simulator import Scene, quantile
 from effbench.methods.chain import chain_shapes, inference_cost
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 CEILINGS = ["evaluator.serving.tflops=1", "evaluator.serving.bandwidth_gbs=10"]

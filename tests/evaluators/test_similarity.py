@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Bench
 from subjects import by_name, subject_of
 
 from effbench.evaluators.similarity import Similarity, layer_rows, means
 from effbench.nn.sharing.ranking import joined
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 WORDS = ["+dataset.limit.train=40"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 
 from effbench.api.cost import cost_of
 from effbench.api.method_types import Context
@@ -37,6 +36,7 @@ from effbench.results.journal import Journal
 from effbench.results.records import Metric
 from effbench.runner.open import open_model
 from effbench.runner.run import open_run
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 WORDS = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]

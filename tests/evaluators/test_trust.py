@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +28,7 @@ from effbench.models import load as models
 from effbench.nn.scoring.prefix_tree import Score
 from effbench.results.journal import Journal
 from effbench.results.records import Metric
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 EIGHT = (

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench, forget_accelerator
 
 from effbench.api import weights
 from effbench.nn.quant import groupwise, nf4
@@ -18,6 +17,7 @@ from effbench.resources.memory import PeakMemory
 from effbench.resources.roofline import probe
 from effbench.resources.timing import Clock
 from effbench.results.events import read_events
+from effbench.testing.bench import Bench, forget_accelerator
 
 pytestmark = pytest.mark.gpu
 

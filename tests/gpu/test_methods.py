@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench, forget_accelerator
 
 from effbench.api import registry
 from effbench.nn.decode.session import CachedSession
@@ -17,6 +16,7 @@ from effbench.nn.decode.static import StaticSession
 from effbench.results.events import read_events
 from effbench.results.records import Record
 from effbench.runner.open import evaluated
+from effbench.testing.bench import Bench, forget_accelerator
 
 pytestmark = pytest.mark.gpu
 

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import (
     SHAPE,
     adamw,
@@ -38,6 +37,7 @@ from effbench.resources.counting import flops
 from effbench.results.events import read_events
 from effbench.runner.stages import train as stage
 from effbench.runner.worker import run_here
+from effbench.testing.bench import Bench
 from effbench.util.errors import StoppedError, UserError
 
 STEPS = 10

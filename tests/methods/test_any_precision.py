@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, HeldBytes, batch_of, context, some_ids, tiny_model
 
 from effbench.api.batch import make_batch
@@ -26,7 +25,7 @@ from effbench.nn.quant.nested_linear import NestedLinear
 from effbench.nn.quant.sensitivity import squared_gradients
 from effbench.resources import predict
 from effbench.resources.peaks import Peaks
-from effbench.testing.bench import without_evaluation
+from effbench.testing.bench import Bench, without_evaluation
 from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
 from effbench.util.tensor_files import stored_bytes

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import (
     SHAPE,
     adamw,
@@ -66,6 +65,7 @@ from effbench.results.events import read_events
 from effbench.runner.signals import Stop
 from effbench.runner.stages import train as stage
 from effbench.runner.worker import run_here
+from effbench.testing.bench import Bench
 from effbench.util.errors import StoppedError, UserError
 
 NO_PRUNING = {"keep": 1.0, "grow": 1.0}

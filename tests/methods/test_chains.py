@@ -6,11 +6,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import Bench
 
 from effbench.api import registry
 from effbench.methods.chain import chain_shapes, resolved
 from effbench.runner.stages.export import export
+from effbench.testing.bench import Bench
 from effbench.testing.kinds import makes
 from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Bench
 from goldens import PUBLIC, Golden
 
 from effbench.api import registry
 from effbench.results.records import Record
 from effbench.results.store import RunFolder
-from effbench.testing.bench import without_evaluation
+from effbench.testing.bench import Bench, without_evaluation
 from effbench.testing.contract import MethodContract, applies, for_each, no_part_is_made_twice
 from effbench.testing.kinds import evaluation_kind, makes
 from effbench.testing.runs import Made, counted, overrides

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, batch_of, context, counted, generator, tiny_model
 
 from effbench.api.batch import make_batch
@@ -31,6 +30,7 @@ from effbench.nn.quant.linears import PackedLinear, storage_bytes
 from effbench.nn.scoring.prefix_tree import Plan, Request, padded_scores, tree_scores
 from effbench.report.comparison.compare import compare
 from effbench.runner.stages.export import export
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=5)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, adamw, batch_of, begun, context, logits, tiny_model, train
 
 from effbench.api.cost import cost_of
@@ -28,6 +27,7 @@ from effbench.models.load import load
 from effbench.nn.llama.shared_attention import map_of, sharing_layers
 from effbench.nn.sharing.conversion import share_at
 from effbench.resources.counting import flops, parameters
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=4, tied=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import (
     SHAPE,
     adamw,
@@ -43,6 +42,7 @@ from effbench.nn.losses.self_distill import captured
 from effbench.nn.sharing.ranking import ranking
 from effbench.nn.sharing.similarity import layer_similarity, mean_attention
 from effbench.resources.counting import flops
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=6)

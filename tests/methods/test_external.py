@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from safetensors.torch import load_file, save_file
 
 from effbench.api.method_types import ProgramUsage
@@ -28,7 +27,7 @@ from effbench.results.events import EventLog
 from effbench.results.records import read
 from effbench.runner import programs
 from effbench.runner.programs import run_program
-from effbench.testing.bench import HardKill, without_evaluation
+from effbench.testing.bench import Bench, HardKill, without_evaluation
 from effbench.testing.models import fresh
 from effbench.util.errors import StoppedError, UserError
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.cost import cost_of
@@ -20,6 +19,7 @@ from effbench.methods.compresses import compress_whole
 from effbench.methods.depth.layer_drop import LayerDrop
 from effbench.nn.depth.influence import influence
 from effbench.nn.llama.stack import at_layers
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = Shape(**{**vars(SHAPE), "num_layers": 6})

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, adamw, batch_of, begun, prepared, tiny_model, train, window
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from effbench.methods.base import Method
 from effbench.methods.chain import shape_of
 from effbench.methods.zeroth_order.mezo import MeZO
 from effbench.nn.zeroth_order.two_point import Estimate, Step, descend, directions, estimate
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 ADAPTERS = MeZO(rank=4).resolve(SHAPE)

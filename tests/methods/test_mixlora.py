@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Bench
 from helpers import adamw, batch_of, context, counted, logits, prepared, stated, tiny_model, train
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -18,6 +17,7 @@ from effbench.api.batch import Batch
 from effbench.methods.adapters.lora import LoRA
 from effbench.methods.experts.mixlora import MixLoRA
 from effbench.nn.adapters.mixture import MixtureMLP, balance, mixtures, router_logits
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 TRUTH = Path(__file__).parents[3] / "shared" / "truth"

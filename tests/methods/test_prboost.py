@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, adamw, context, tiny_model
 
 from effbench.api.batch import collate
@@ -32,6 +31,7 @@ from effbench.nn.weak_labels.pool import HIDDEN, Pool
 from effbench.nn.weak_labels.reading import MaskReader, Reader
 from effbench.nn.weak_labels.words import vocabulary
 from effbench.runner.stages.batching import rows_of_step, window
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 CPU = torch.device("cpu")

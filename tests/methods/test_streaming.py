@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, context, decoded, some_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +29,7 @@ from effbench.nn.decode.staged import WholeSession, whole_logits
 from effbench.results.store import RunFolder
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=4)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, batch_of, context, logits, tiny_model
 
 from effbench.api.batch import Batch
@@ -15,6 +14,7 @@ from effbench.methods.compresses import compress_whole
 from effbench.methods.pruning.structured import Structured
 from effbench.nn.pruning.scores import BlockScores, input_squares
 from effbench.nn.pruning.slicing import kept_blocks, layout_of, shape_left, slice_model
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 

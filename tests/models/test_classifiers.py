@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from counting import context, counted, learn, require_counted, require_documented
 from transformers import CONFIG_MAPPING, BertModel
 
@@ -27,6 +26,7 @@ from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
 from effbench.models.survey import empty_model, survey
 from effbench.nn.model_kinds.base import find, kind_of
+from effbench.testing.bench import Bench
 from effbench.testing.models import given, tiny_shape
 from effbench.util.errors import UserError
 from effbench.util.hf import quiet

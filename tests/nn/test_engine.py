@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import decoded
 from transformers import (
     GemmaConfig,
@@ -44,6 +43,7 @@ from effbench.nn.llama.walk import why_not
 from effbench.nn.quant import nested_linear, plane_linears
 from effbench.nn.quant.formats.nf4 import NF4Format
 from effbench.nn.quant.linears import NF4Linear, PackedLinear, QuantisedLinear, pack_linears
+from effbench.testing.bench import Bench
 from effbench.util import cpp
 from effbench.util.hardware import cpu_flags
 

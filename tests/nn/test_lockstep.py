@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import Watch, batch_of, generator, prepared, tiny_model
 
 from effbench.api.footprint import POINTS_AT_ONCE
@@ -32,6 +31,7 @@ from effbench.nn.scoring.prefix_tree import Plan, Request, tree_scores
 from effbench.resources.predict import predict
 from effbench.results.journal import Journal
 from effbench.results.records import Metric, Record
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 CPU = torch.device("cpu")

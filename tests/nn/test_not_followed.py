@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Bench
 from transformers import BartConfig, GenerationConfig
 
 from effbench.nn.decode.not_followed import CHOOSING, DRAWING, not_followed
 from effbench.runner.open import open_model
+from effbench.testing.bench import Bench
 
 OF_THE_OUTPUT = {
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),

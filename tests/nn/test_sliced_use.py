@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, batch_of, begun, decoded, generator, tiny_model
 from test_scoring import alone, benchmark, by_tree, close, subject
 
@@ -44,6 +43,7 @@ from effbench.nn.scoring.prefix_tree import has_trees
 from effbench.resources.counting import flops
 from effbench.runner.open import evaluated
 from effbench.runner.worker import run_here
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 DEEP = replace(SHAPE, num_layers=4, tied=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, batch_of, flops, generator, logits, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +41,7 @@ from effbench.nn.pruning.slicing import (
 )
 from effbench.nn.quant.linears import PackedLinear, dense_linears, storage_bytes
 from effbench.resources.counting import parameters
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 SLOW = ("rtn", "qlora", "lora_drop", "full", "apt")

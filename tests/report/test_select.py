@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import Bench
 
 from effbench.report.comparison.compare import compare
 from effbench.report.comparison.select import Criterion, criterion_of, select_points
 from effbench.report.table import headline
 from effbench.results.records import SCHEMA, Metric, Outcomes, Record
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 LOSS = Criterion("loss", "validation")

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from conftest import Bench
 
 from effbench.results.events import EventLog, read_events
 from effbench.results.fold import fold
 from effbench.results.records import Metric, Record
+from effbench.testing.bench import Bench
 from effbench.testing.models import given
 
 LORA = ["method=lora", "method.rank=2", "train.max_steps=4", "train.checkpoint_every=2"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench, forget_accelerator
 
 from effbench.nn.adapters.lowrank import LowRankLinear
 from effbench.nn.quant.linears import NF4Linear, PackedLinear
@@ -16,6 +15,7 @@ from effbench.results.events import EventLog, read_events
 from effbench.results.records import Record
 from effbench.runner import evaluation
 from effbench.runner.stages import compress
+from effbench.testing.bench import Bench, forget_accelerator
 from effbench.util.errors import StoppedError, UserError
 
 HARDWARE = ["hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1"]

@@ -13,7 +13,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import Bench
 from transformers import AutoModelForCausalLM
 
 from effbench.api.points import Point
@@ -29,6 +28,7 @@ from effbench.runner.run import open_run
 from effbench.runner.stages import train
 from effbench.runner.stages.export import _maker, export
 from effbench.runner.stages.trainer import Trainer
+from effbench.testing.bench import Bench
 from effbench.util.errors import StoppedError, UserError
 
 SMALL = [

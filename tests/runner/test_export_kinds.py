@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import Bench
 
 from effbench.models import load as models
 from effbench.models.random import byte_tokenizer, random_of
@@ -20,6 +19,7 @@ from effbench.nn.pruning import plain
 from effbench.runner.open import context, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages.export import _require_gguf, export
+from effbench.testing.bench import Bench
 from effbench.testing.models import tiny_shape
 from effbench.util.errors import UserError
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import get_args, get_type_hints
 
 import pytest
-from conftest import Bench
 from goldens import BITS, Golden
 
 from effbench.api.spec import TrainSpec
 from effbench.nn.llama.weights import read_tensors
 from effbench.results.events import read_events
+from effbench.testing.bench import Bench
 
 OPTIMIZERS = get_args(get_type_hints(TrainSpec)["optimizer"])
 WORDS = [

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import SHAPE, tiny_model
 
 from effbench.api.footprint import Pass
@@ -22,6 +21,7 @@ from effbench.nn.decode.policy import EVERYTHING
 from effbench.nn.decode.static import StaticSession
 from effbench.resources.peaks import Caching
 from effbench.runner import open as opening
+from effbench.testing.bench import Bench
 
 WHAT_COMES_LATER = """
 import sys

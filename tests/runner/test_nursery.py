@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Bench
 
 from effbench.results.records import Record
 from effbench.runner import nursery as module
 from effbench.runner.local import execute
 from effbench.runner.nursery import Nursery, nursery, nursery_for
+from effbench.testing.bench import Bench
 
 WORDS = ["method=lora", "train.max_steps=2", "dataset.limit.test=4", "evaluator=[]"]
 ALIKE = 0.02

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 from helpers import example_of
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -26,7 +25,7 @@ from effbench.results.events import EventLog, read_events
 from effbench.runner import peer, peers
 from effbench.runner.group import Processes, buckets
 from effbench.runner.stages.batching import passes_of, window
-from effbench.testing.bench import without_evaluation
+from effbench.testing.bench import Bench, without_evaluation
 from effbench.util.errors import StoppedError, UserError
 
 CPU = torch.device("cpu")

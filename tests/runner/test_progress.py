@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
-from conftest import Bench
 
 from effbench.api.schema import plain
 from effbench.runner.progress import Progress
 from effbench.runner.run import Run
 from effbench.runner.worker import run_text
+from effbench.testing.bench import Bench
 from effbench.util.errors import UserError
 
 

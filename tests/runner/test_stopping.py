@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job
@@ -25,7 +24,7 @@ from effbench.results.store import Store
 from effbench.runner import local
 from effbench.runner.local import execute
 from effbench.runner.signals import stop_signal
-from effbench.testing.bench import TINY
+from effbench.testing.bench import TINY, Bench
 from effbench.util.errors import RunFailedError, UserError
 
 LONG = [

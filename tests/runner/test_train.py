@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job, TrainSpec
@@ -32,6 +31,7 @@ from effbench.runner.stages import train
 from effbench.runner.stages.batching import micro_batches, rows_of_step
 from effbench.runner.stages.trainer import Trainer, build_trainer, rate_at
 from effbench.runner.worker import run_here
+from effbench.testing.bench import Bench
 from effbench.util.errors import StoppedError, UserError
 
 ALL_IN_ONE_STEP = ("train.batch_size=8", "+dataset.limit.train=8")
