@@ -2,8 +2,8 @@
 
 Each system runs in a process of its own and answers in turn. llama.cpp reads a GGUF file that is
 written here from the weights of our model; in 4 and 8 bits it has its own Q4_1 and Q8_0, and we
-have `rtn` with groups of 32, both with the head in bfloat16. Threads stay on their cores. Times are
-the median over the rounds. The ceiling is the best rate at which this machine reads memory, probed
+have `rtn` with groups of 32, or any precision's planes at one width (`any4`, `any3`), all with the
+head in bfloat16. Threads stay on their cores. Times are the median over the rounds. The ceiling is the best rate at which this machine reads memory, probed
 before and after in the process of ours.
 
 It needs llama.cpp, which effbench itself does not: `pip install xllamacpp` into any folder, named
@@ -33,6 +33,8 @@ FORMATS = {
     "float32": ("F32", 1.1),
     "rtn8": ("Q8_0", 1.3),
     "rtn4": ("Q4_1", 1.8),
+    "any4": ("Q4_1", 1.5),
+    "any3": ("Q4_1", 1.5),
 }
 """llama.cpp's name of each of our formats, and what we have to reach beside it."""
 NEW = 48
@@ -82,14 +84,17 @@ def serve_ours(dtype: str, threads: int) -> None:
     from effbench.resources.roofline import probe
 
     torch.set_num_threads(threads)
-    bits = int(dtype.removeprefix("rtn")) if dtype.startswith("rtn") else 0
-    compute = torch.bfloat16 if bits else getattr(torch, dtype)
+    low = dtype[:3] in ("rtn", "any")
+    compute = torch.bfloat16 if low else getattr(torch, dtype)
     model, tokenizer = _model(compute)
-    if bits:
+    if low:
+        from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
         from effbench.nn.quant.formats.grouped import Grouped
         from effbench.nn.quant.linears import pack_linears
 
-        pack_linears(model, Grouped(bits, 32), compute)
+        bits = int(dtype[3:])
+        packed = Grouped(bits, 32) if dtype.startswith("rtn") else AnyPrecisionCodes(bits, bits)
+        pack_linears(model, packed, compute)
     sessions: dict[int, Any] = {}
 
     @torch.inference_mode()

@@ -42,6 +42,9 @@ POINTS_AT_ONCE = 8
 that they share is an eighth by then."""
 SCORE_BYTES = 8
 """Float32 bytes per logit at the peak of a loss without gradients: logits, their log-softmax."""
+COMPARED_BYTES = 40
+"""Float32 bytes per logit at the peak of a comparison of distributions: logits, log-softmax and
+softmax of both, what they differ by, and what their divergences take."""
 HEAD_ROWS = 128
 """Positions whose logits over the vocabulary are in memory at a time where answers are scored."""
 
@@ -64,6 +67,9 @@ class Pass:
     beside: tuple[str, ...] = ()
     """Config names of the other models in memory meanwhile; an empty one is the dense model that
     the run started from."""
+    compared: int = 0
+    """Positions at a time whose distributions are compared with those of another model: the logits
+    of both, of all positions, are there then."""
 
     @property
     def size(self) -> int:
@@ -493,5 +499,9 @@ def logit_bytes(one: Pass, vocabulary: int, element: int, every: bool) -> int:
     """
     if one.kind in ("prefill", "decode"):
         return one.rows * vocabulary * element
-    counted = one.counted * vocabulary * (SCORE_BYTES + (element if element < 4 else 0))
+    again = element if element < 4 else 0
+    if one.compared:
+        both = 2 * element * one.size + one.compared * (COMPARED_BYTES + 2 * again)
+        return both * vocabulary
+    counted = one.counted * vocabulary * (SCORE_BYTES + again)
     return counted + (one.size * vocabulary * element if every else 0)

@@ -105,6 +105,8 @@ def _message(place: Place, value: Any, number: int) -> Message:
     calls = kept.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{where.where}: 'tool_calls' is no list of calls.", "Mend the row.")
+    if calls:
+        kept["tool_calls"] = [_with_arguments(where, call) for call in calls]
     if who == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(where, said)]}
     if is_missing(said) and not kept.get("tool_calls"):
@@ -137,7 +139,27 @@ def _call(place: Place, said: Any) -> dict[str, Any]:
             f"{place.where} is no call of a function.",
             'Write it as {"name": "...", "arguments": {...}}.',
         )
-    return {"type": "function", "function": {"arguments": {}, **call}}
+    called = {"type": "function", "function": {"arguments": {}, **call}}
+    return _with_arguments(place, called)
+
+
+def _with_arguments(place: Place, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call whose arguments are a mapping, as chat templates take them.
+
+    OpenAI's interface has them as a text of JSON, which a template's `tojson` would quote again.
+    """
+    function = call.get("function", call)  # a call that is not within a function stays so
+    said = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(said, str):
+        return dict(call)
+    parsed = _parsed(place, said, "arguments") if said.strip() else {}
+    if not isinstance(parsed, dict):
+        raise UserError(
+            f"{place.where}: 'arguments' of a call are no mapping.",
+            'Write them as {"name": value}, or as a text of it.',
+        )
+    made = {**function, "arguments": parsed}
+    return {**call, "function": made} if "function" in call else made
 
 
 def _parsed(place: Place, text: str, name: str) -> Any:

@@ -136,7 +136,8 @@ class Fidelity(Evaluator):
         from effbench.evaluators.windows import passes, sizes
 
         window, stride = sizes(self.window, self.stride, spec.dataset.max_length)
-        return passes(data, self.split, window, stride, self.batch_tokens)
+        found = passes(data, self.split, window, stride, self.batch_tokens)
+        return [replace(one, compared=min(one.counted, divergence.CHUNK)) for one in found]
 
     def run(self, subject: Subject) -> Result:
         """Return the metrics over tokens, and those over answers where the dataset has them."""

@@ -193,6 +193,16 @@ def test_tools_are_told_and_their_calls_are_learnt() -> None:
     assert "dataset.tools=false" in caught.value.hint
 
 
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("said", ['{"a": 2, "b": 2}', {"a": 2, "b": 2}])
+def test_arguments_of_calls_are_told_as_a_mapping(said: Any, within: bool) -> None:
+    function = {"name": "add", "arguments": said}
+    call = {"type": "function", "function": function} if within else function
+    row = {"messages": [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    tokens, made = tokens_of(WITH_TOOLS, row, max_length=500)
+    assert '"arguments": {"a": 2, "b": 2}' in scored(tokens, made)[0]
+
+
 def test_a_template_that_rewrites_earlier_turns_says_what_to_do() -> None:
     with pytest.raises(UserError, match="in another way when others follow") as caught:
         tokens_of(FORGETFUL, {"messages": MESSAGES})
@@ -231,6 +241,16 @@ def test_a_template_that_rewrites_earlier_turns_says_what_to_do() -> None:
             {"messages": [MESSAGES[1], {"role": "assistant", "tool_calls": "f"}]},
             "message 2: 'tool_calls' is no list of calls",
             "Mend",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"arguments": "{"}]}]},
+            "message 1: 'arguments' is no JSON",
+            "Mend",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"arguments": "[1]"}]}]},
+            "message 1: 'arguments' of a call are no mapping",
+            "name",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "[]"}]},

@@ -597,6 +597,9 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         begun(method_of(), [row_of(seed, 1) for seed in range(60)])
     with pytest.raises(UserError, match="kind 'pairs'"):
         PRBoost().check_dataset(DatasetSpec("mine", "file", "pairs"))
+    weighted = DatasetSpec("mine", "file", "choices", columns={"weight": "trust"})
+    with pytest.raises(UserError, match=r"dataset\.columns\.weight=trust"):
+        PRBoost().check_dataset(weighted)
     with pytest.raises(UserError, match=r"files\.rule is no file"):
         PRBoost(files={"rule": "x"})
     with pytest.raises(UserError, match="reads decisions from a file"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effbench.api.batch import make_batch
-from effbench.api.footprint import Kind, Pass
+from effbench.api.footprint import Kind, Pass, logit_bytes
 from effbench.api.method_types import Context
 from effbench.api.plugins import make_method
 from effbench.api.shape import ModelShape, Shape
@@ -22,6 +22,7 @@ from effbench.methods.base import Method
 from effbench.methods.chain import inference_cost
 from effbench.methods.linear_attention.dijiang import DiJiang
 from effbench.models.random import random_model
+from effbench.nn.losses.divergence import CHUNK, row_sums
 from effbench.resources.peaks import WORKSPACE, Caching, Peaks
 
 WIDE = Shape(
@@ -152,3 +153,16 @@ def test_float32_features_of_linear_attention_are_in_the_peak(
     found = Peaks(used, dtype.itemsize, exact=True).inference(cost, one)
     planned = sum(size for name, size in found.items() if name != "weights") - WORKSPACE
     assert planned / read == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_comparison_holds_both_logits_and_some_distributions(dtype: torch.dtype) -> None:
+    rows, tokens, vocabulary = 2, 160, 4096
+    labels = torch.ones(rows, tokens, dtype=torch.long)
+    with torch.inference_mode(), Alive() as alive:
+        reference, model = (torch.randn(rows, tokens, vocabulary).to(dtype) for _ in range(2))
+        alive.peak = 0  # they are made in float32
+        row_sums(reference, model, labels)
+    one = Pass("score", rows, tokens, rows * (tokens - 1), compared=CHUNK)
+    found = logit_bytes(one, vocabulary, dtype.itemsize, every=True)
+    assert found == pytest.approx(alive.peak, rel=0.05)

@@ -36,6 +36,7 @@ from effbench.api.keys import WHOLE
 from effbench.api.method_types import Context, Paper
 from effbench.api.schema import Fraction, ModelText, NonNegativeInt, PositiveInt, digest
 from effbench.api.shape import AnyShape, ModelShape
+from effbench.api.spec import DatasetSpec
 from effbench.methods.data.classifiers import Classifiers, heads_of
 from effbench.nn.model_kinds.base import ModelKind, find, kind_of
 from effbench.nn.weak_labels import boosting, judging, reading, rules
@@ -157,6 +158,16 @@ class PRBoost(Classifiers):
                 "the texts: method.source=text",
             )
         return self if kind.caches else replace(self, speaker=OWN)
+
+    def check_dataset(self, dataset: DatasetSpec) -> None:
+        """Refuse rows without classes, and rows with weights: boosting has its own."""
+        super().check_dataset(dataset)
+        if "weight" in dataset.columns:
+            raise UserError(
+                f"{self.name} finds the weights of rows itself, and would not use those of "
+                f"dataset.columns.weight={dataset.columns['weight']}.",
+                "Leave them out: '~dataset.columns.weight'",
+            )
 
     def check_others(self, shapes: Mapping[str, AnyShape]) -> None:
         """Refuse a speaker that has no words."""
