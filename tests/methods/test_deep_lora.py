@@ -86,6 +86,7 @@ def test_settings_are_those_of_the_layers() -> None:
     model, _ = prepared(DeepLoRA(form="narrow", rank=6, depth=4, init_scale=0.05))
     for _, layer in deep_layers(model):
         assert len(layer.factors) == 4
+        assert not layer.factors[1].equal(layer.factors[2])
         for factor in layer.factors:
             singular = torch.linalg.svdvals(factor.detach())
             torch.testing.assert_close(singular, torch.full((6,), 0.05))
@@ -120,6 +121,11 @@ def test_frames_are_orthonormal_and_linked_by_the_start(size: str) -> None:
     torch.testing.assert_close(layer.delta(), kept, atol=1e-15, rtol=1e-5)
     if size == "square":
         torch.testing.assert_close(layer.left, layer.full_start().double() @ layer.right)
+    else:  # the longer side's factor has what the start is between the frames, the others eps I
+        longer = layer.factors[{"tall": 2, "wide": 0}[size]]
+        torch.testing.assert_close(longer, 1e6 * layer.left.T @ start @ layer.right)
+        for factor in {*layer.factors} - {longer}:
+            torch.testing.assert_close(factor, 1e-3 * eye)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -396,6 +402,23 @@ def test_peft_gives_the_exported_model_the_same_logits(tmp_path: Path) -> None:
     method.export(model, UNNAMED, tmp_path)
     theirs = PeftModel.from_pretrained(tiny_model(), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "rank"), [("narrow", 6), ("compressed", 6), ("full", 64)])
+def test_the_adapter_is_the_update_of_every_layer_whatever_its_sides(form: str, rank: int) -> None:
+    method = DeepLoRA(form=form, rank=6)  # type: ignore[arg-type]
+    model, _ = prepared(method, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    layers = dict(deep_layers(model))
+    for layer in layers.values():
+        layer.factors.requires_grad_(False)[0].mul_(1e6)
+    adapter = method.as_peft(model, UNNAMED)
+    assert adapter is not None
+    assert adapter.alpha == rank
+    assert adapter.factors.keys() == layers.keys()
+    for name, (a, b) in adapter.factors.items():
+        assert (a.shape[0], b.shape[1]) == (rank, rank)
+        torch.testing.assert_close(b @ a, layers[name].delta(), atol=1e-6, rtol=1e-4)
 
 
 def test_an_odd_rank_is_refused_for_the_compressed_form() -> None:

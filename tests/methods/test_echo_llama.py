@@ -162,10 +162,13 @@ def test_what_is_not_converted_at_the_end_is_then() -> None:
 def test_a_source_may_start_from_the_mean(mode: Any) -> None:
     before = tiny_model(shape=DEEP)
     model, *_ = started(EchoLLaMA(producer_init="mean", mode=mode, blend=False))
+    pairs, *_ = started(EchoLLaMA(producer_init="mean", mode=mode, blend=False, map="pairs"))
     for name in ("q_proj", "k_proj", "v_proj"):
-        parts = [getattr(x.self_attn, name).weight for x in before.model.layers[1:]]
-        expected = torch.stack(list(parts)).mean(0) if name in TAKEN[mode] else parts[0]
-        torch.testing.assert_close(getattr(model.model.layers[1].self_attn, name).weight, expected)
+        for own, group in ((model, (1, 2, 3)), (pairs, (0, 1)), (pairs, (2, 3))):
+            parts = [getattr(before.model.layers[i].self_attn, name).weight for i in group]
+            expected = torch.stack(parts).mean(0) if name in TAKEN[mode] else parts[0]
+            source = own.model.layers[group[0]].self_attn
+            torch.testing.assert_close(getattr(source, name).weight, expected)
 
 
 def test_the_original_is_a_teacher_that_does_not_change() -> None:
@@ -209,13 +212,24 @@ def test_adapters_are_where_sharing_changes_something(mode: Any, tmp_path: Path)
     train(method, model, ctx, 8, optimizer)
     model.eval()
     before = logits(model)
+    adapter = model.model.layers[3].self_attn.o_proj
+    merged = adapter.base.weight + adapter.lora_B @ adapter.lora_A  # the scale is 1
     model = method.finalize(model, ctx)
+    torch.testing.assert_close(model.model.layers[3].self_attn.o_proj.weight, merged)
     torch.testing.assert_close(logits(model), before)
     assert parameters(model).total == chain_cost([method], DEEP, "float32").params
     assert model.model.layers[0].mlp.up_proj.weight.equal(base.model.layers[0].mlp.up_proj.weight)
     method.save(model, tmp_path)
     again = method.load(tiny_model(seed=0, shape=DEEP), tmp_path, context())
     assert logits(again).equal(logits(model))
+
+
+def test_adapters_follow_the_seed_and_a_full_run_has_float32_masters() -> None:
+    method = EchoLLaMA(trains="lora", rank=4)
+    found = [method.prepare(tiny_model(shape=DEEP), context(seed)) for seed in (0, 0, 1)]
+    one, two, three = (m.model.layers[3].self_attn.q_proj.lora_A for m in found)
+    assert one.equal(two) and not one.equal(three)
+    assert (method.weights, EchoLLaMA().weights) == ("compute", "float32")
 
 
 # -- counts ------------------------------------------------------------------------------------

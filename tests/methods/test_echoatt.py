@@ -239,6 +239,21 @@ def test_the_hard_term_alone_is_cross_entropy_to_the_teachers_argmax() -> None:
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("kl", ["student_teacher", "teacher_student"])
+def test_the_soft_term_alone_is_the_divergence_of_the_setting(kl: Any) -> None:
+    method = EchoAtt(layers=SHARED, block_weight=0, soft_weight=1, hard_weight=0, kl=kl)
+    model, ctx = student(method)
+    batch = batch_of()
+    log_s, log_t = (
+        logits(m, batch)[:, :-1][batch.labels[:, 1:] != -100].log_softmax(-1)
+        for m in (model, base())
+    )
+    first, second = (log_s, log_t) if kl == "student_teacher" else (log_t, log_s)
+    expected = (first.exp() * (first - second)).sum(-1).mean()
+    found = method.loss(model, batch, ctx)
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_weights_of_the_terms_add_up() -> None:
     batch = batch_of()
 
@@ -409,6 +424,9 @@ def test_the_most_similar_layers_of_the_training_rows_are_chosen() -> None:
     assert ctx.state == {"shared": expected}
     assert map_of(begun(method, model, ctx)).consumers == tuple(expected)
     assert model.training
+    for kept, shared_ in (({"keep_first": 3}, [3, 4]), ({"keep_last": 3}, [1, 2])):
+        replace(method, **kept).dataset(examples, base(), ctx)
+        assert ctx.state == {"shared": shared_}
 
 
 def test_random_layers_follow_the_seed() -> None:

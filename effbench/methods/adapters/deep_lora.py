@@ -146,7 +146,7 @@ class DeepLoRA(Trains):
         singular values above a thousandth of the largest.
         """
         layers = dict(deep.deep_layers(model))
-        most = min(min(x.in_features, x.out_features) for x in layers.values())
+        most = max(min(x.in_features, x.out_features) for x in layers.values())
         most, tolerance = (most, 1e-3) if self.form == "full" else (self.rank, 0.0)
         pairs = deep.low_rank_pair([x.delta() for x in layers.values()], most, tolerance)
         rank = pairs[0][0].shape[0]

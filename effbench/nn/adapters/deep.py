@@ -272,8 +272,8 @@ def low_rank_pair(
     """Return factors A [r, d_in] and B [d_out, r] of each update, all of one rank r.
 
     r is the most singular values above `tolerance` times the largest that any update has, at most
-    `most`; an update of a lower rank is filled up with zeros. Computed in float64, the singular
-    values shared out evenly.
+    `most`; an update of a lower rank, or of a layer with a shorter side, is filled up with zeros.
+    Computed in float64, the singular values shared out evenly.
     """
     parts = [torch.linalg.svd(delta.double(), full_matrices=False) for delta in deltas]
     ranks = [int((s > tolerance * s[0]).sum()) for _, s, _ in parts]
@@ -282,7 +282,9 @@ def low_rank_pair(
     for (u, s, vh), own in zip(parts, ranks, strict=True):
         kept = torch.where(torch.arange(len(s), device=s.device) < own, s, 0)[:rank]
         root = kept.sqrt()
-        pairs.append(((root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()))
+        a, b = (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
+        missing = rank - len(a)
+        pairs.append((F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))))
     return pairs
 
 
