@@ -3,8 +3,8 @@
 Each system runs in a process of its own and answers in turn. llama.cpp reads a GGUF file that is
 written here from the weights of our model; in 4 and 8 bits it has its own Q4_1 and Q8_0, and we
 have `rtn` with groups of 32, or any precision's planes at one width (`any4`, `any3`), all with the
-head in bfloat16. Threads stay on their cores. Times are the median over the rounds. The ceiling is the best rate at which this machine reads memory, probed
-before and after in the process of ours.
+head in bfloat16. Threads stay on their cores. Times are the median over the rounds. The ceiling is
+the best rate at which this machine reads memory, probed before and after in the process of ours.
 
 It needs llama.cpp, which effbench itself does not: `pip install xllamacpp` into any folder, named
 with `--site`, or into this environment.

@@ -38,7 +38,8 @@ def takes(session: StepSession, prompts: torch.Tensor, padded: bool) -> bool:
         return True
     linears = (m for block in session.blocks for part in block.parts() for m in part.linears())
     layouts = [m.layout() for m in linears if isinstance(m, QuantisedLinear)]
-    if any(layout is not None and layout.bits in IN_PLANES for layout in layouts):
+    in_planes = any(layout is not None and layout.bits in IN_PLANES for layout in layouts)
+    if in_planes and session.dtype == torch.float32:
         return False
     return prompts.numel() <= (PACKED_ROWS if layouts else PLAIN_ROWS)
 
