@@ -48,6 +48,18 @@ def _require_decoding(job: Job) -> None:
         )
 
 
+def _require_unicode(text: str) -> str:
+    """Return a text without the halves of characters that Python reads of bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text is not UTF-8: {text[error.start : error.end]!a} is no character.",
+            "Convert it: iconv -f latin1 -t utf-8 FILE",
+        ) from None
+    return text
+
+
 @dataclass
 class Speaker:
     """A model at one of its operating points, ready to go on from texts."""
@@ -96,9 +108,13 @@ class Speaker:
         return not_followed(self.model, greedy)
 
     def rendered(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the tokens of a conversation, ready for an answer; plain text has no template."""
+        """Return the tokens of a conversation, ready for an answer; plain text has no template.
+
+        Raises:
+            UserError: As `plain`.
+        """
         if self.chats:
-            text = chat_prompt(turns, self.tokenizer)
+            text = _require_unicode(chat_prompt(turns, self.tokenizer))
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
             return kind_of(self.model).prompt(ids, Encoder(self.tokenizer).end)
         return self.plain("\n".join(what for _, what in turns))
@@ -107,9 +123,9 @@ class Speaker:
         """Return the tokens of a text as it is.
 
         Raises:
-            UserError: When it has none.
+            UserError: When it has none, or was no UTF-8 where it was read.
         """
-        ids = list(self.tokenizer(text).input_ids)
+        ids = list(self.tokenizer(_require_unicode(text)).input_ids)
         if not ids:
             raise UserError("There is no text to go on from.", "Give some: --prompt TEXT.")
         return ids

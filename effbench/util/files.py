@@ -31,6 +31,8 @@ HINTS = {
     errno.ELOOP: "It is a link that leads back to itself: remove it.",
 }
 """What to do about an error that is the user's to mend; any other one is a bug."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Errors that can be mended even where nobody knows the file, as that which output is sent to."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -208,12 +210,16 @@ def places() -> Iterator[None]:
     For the outermost call of a process. That something is not there may be a bug, and goes on.
 
     Raises:
-        UserError: Naming the place.
+        UserError: Naming the place; of a full disk also when it has no name, as where a command's
+            output is sent to.
     """
     try:
         yield
     except OSError as error:
         number = error.errno or 0
+        if error.filename is None and number in FULL:
+            message = f"The output cannot be written: {error.strerror}."
+            raise UserError(message, HINTS[number]) from None
         if error.filename is None or number == errno.ENOENT or number not in HINTS:
             raise
         message = f"{error.filename} cannot be used: {error.strerror}."

@@ -350,6 +350,16 @@ def test_a_file_where_the_results_should_be(cli, inline, tmp_path: Path, extra) 
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_output_that_is_sent_to_a_full_disk(cli, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("effbench.cli.choosing.write", full)
+    text = refused(cli, "list", "methods")
+    assert "output cannot be written: No space left" in text
+    assert "Free some space" in text
+
+
 def test_a_current_folder_that_is_gone(cli, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Path, "cwd", (tmp_path / "gone").readlink)
     status, _, text = cli("runs")

@@ -48,6 +48,7 @@ def test_a_chat_remembers_and_begins_anew(
     ("words", "why"),
     [
         (["--prompt", " "], "There is no prompt"),
+        (["--prompt", "caf\udce9"], "not UTF-8"),
         (["--prompt", "2", "--point", "r4"], "has no point 'r4'"),
         (["--prompt", "2", "--max-new-tokens", "100000"], "positions"),
     ],
