@@ -218,7 +218,7 @@ def places() -> Iterator[None]:
     except OSError as error:
         number = error.errno or 0
         if error.filename is None and number in FULL:
-            message = f"The output cannot be written: {error.strerror}."
+            message = f"A file or the output cannot be written: {error.strerror}."
             raise UserError(message, HINTS[number]) from None
         if error.filename is None or number == errno.ENOENT or number not in HINTS:
             raise
