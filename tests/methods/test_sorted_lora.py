@@ -39,7 +39,7 @@ from effbench.methods.depth.sorted_lora import SortedLoRA
 from effbench.methods.full import Full
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.adapters.merge import merged
-from effbench.nn.decode.early_exit import paper_thresholds
+from effbench.nn.decode.early_exit import confident, paper_thresholds
 from effbench.nn.decode.session import greedy
 from effbench.nn.depth import layerskip
 from effbench.nn.depth.submodel import exit_states, readout
@@ -472,12 +472,19 @@ def test_depths_follow_from_the_number_of_layers(layers, shallowest, depths):
     shape = replace(SHAPE, num_layers=layers)
     if shallowest == 0.6:
         assert SortedLoRA().resolve(shape).points() == tuple(Depth(n) for n in depths)
+        assert SortedLoRA().validation_point(shape) == Depth(layers)
 
 
 def test_thresholds_are_the_papers_at_its_exits():
     assert paper_thresholds(7) == (0.95, 0.95, 0.9, 0.9, 0.8, 0.8, 0.7)
     assert paper_thresholds(4) == (0.95, 0.95, 0.9, 0.8)
     assert paper_thresholds(1) == (0.95,)
+
+
+def test_a_threshold_is_to_be_exceeded():
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.1], [0.0, 200.0]])  # 0.5, more, and 1
+    assert confident((0.5,))(0, logits).tolist() == [False, True, True]
+    assert not confident((1.0,))(0, logits).any()
 
 
 @pytest.mark.parametrize(
@@ -558,9 +565,10 @@ def test_cost_is_what_is_counted(point, norm):
         )
 
 
-def test_one_depth_alone_trains_its_own_layers_alone():
-    method, model, _ = ready(depths=(3,), eval_depths=(2, 3, 5))
-    assert {layer_of(n) for n in trainable(model)} == {-1, 0, 1, 2}
+@pytest.mark.parametrize(("layout", "layers"), [("prefix", (0, 1, 2)), ("skip_middle", (0, 1, 4))])
+def test_one_depth_alone_trains_its_own_layers_alone(layout, layers):
+    method, model, _ = ready(depths=(3,), eval_depths=(2, 3, 5), layout=layout)
+    assert {layer_of(n) for n in trainable(model)} == {-1, *layers}
     for point in method.points():
         with method.at(model, point):
             assert stated(method, point, DEEP) == counted(model)
@@ -690,6 +698,18 @@ def test_transformers_loads_an_exported_depth(tmp_path, layout, dtype):
 
 def batch_like(ids):
     return replace(batch_of(), input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(("layout", "layers"), [("prefix", (0, 1, 2)), ("skip_middle", (0, 1, 4))])
+def test_the_adapters_of_a_depth_are_those_of_its_layers(layout, layers):
+    method, model, _ = trained_model(layout=layout)
+    found = method.as_peft(model, Depth(3)).factors
+    assert {layer_of(name) for name in found} == {0, 1, 2}
+    for place, layer in enumerate(layers):
+        a, b = found[f"model.layers.{place}.self_attn.q_proj"]
+        own = dict(model.model.layers[layer].self_attn.q_proj.named_parameters())
+        assert a.equal(own["lora_A.default.weight"])
+        assert b.equal(own["lora_B.default.weight"])
 
 
 def test_peft_loads_the_adapters_of_an_exported_depth(tmp_path):
