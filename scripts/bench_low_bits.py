@@ -1,8 +1,9 @@
-"""Round-to-nearest and binary codes of 3 bits: which errors of the weights cost the loss.
+"""Round-to-nearest, shifted and binary codes of 3 bits: which errors of the weights cost the loss.
 
-For each of the two: the error of all weights and of the hundredth that is largest, over the linears
-of the decoder, and the loss on the test rows of experiment `low_bits`. The controls exchange that
-hundredth alone: the codes' for the dense one, and one kind's for the other's.
+For each of the three: the error of all weights and of the hundredth that is largest, over the
+linears of the decoder, and the loss on the test rows of experiment `low_bits`. The controls
+exchange that hundredth alone: the codes' for the dense one, and one kind's for the other's. Shifted
+codes (`hqq`) of one round are round-to-nearest with a zero point that is not rounded.
 
     python scripts/bench_low_bits.py [KEY=VALUE ...]
 """
@@ -19,6 +20,8 @@ import torch
 
 from effbench.api.batch import collate
 from effbench.config.compose import compose
+from effbench.methods.compresses import CompressesLinears
+from effbench.methods.quant.hqq import HQQ
 from effbench.methods.quant.lut_gemm import LUTGEMM
 from effbench.methods.quant.rtn import RTN
 from effbench.nn.quant.linears import dense_linears
@@ -68,7 +71,7 @@ def main() -> None:
     top = {name: largest(weight) for name, weight in dense.items()}
     every = {name: torch.ones_like(part) for name, part in top.items()}
 
-    def coded(method: RTN | LUTGEMM) -> Weights:
+    def coded(method: CompressesLinears) -> Weights:
         made: dict[str, Any] = {n: method.compressed(linear) for n, linear in linears.items()}
         return {name: layer.dense_weight(torch.float32) for name, layer in made.items()}
 
@@ -80,6 +83,8 @@ def main() -> None:
     cases: dict[str, Callable[[], Weights]] = {
         "dense": lambda: dense,
         "rtn": lambda: even,
+        "hqq": lambda: coded(HQQ(BITS, GROUP)),
+        "hqq, one round": lambda: coded(HQQ(BITS, GROUP, rounds=1)),
         "lut_gemm": lambda: signs,
         "rtn, largest of lut_gemm": lambda: with_top(even, signs),
         "rtn, largest dense": lambda: with_top(even, dense),

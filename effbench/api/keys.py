@@ -207,6 +207,7 @@ def versions_of(spec: Any) -> dict[str, int]:
     for plugin in spec.evaluators:
         parts[f"evaluator.{plugin.name}"] = registry.find("evaluators", plugin.name)
     found = {name: part.version for name, part in parts.items()}
+    found["dataset"] = max(found["dataset"], spec.dataset.kind_versions.get(spec.dataset.kind, 1))
     if trains(spec.stage) and "weight" in spec.dataset.columns:
         found[f"method.{spec.method.name}.weighted"] = method.weighted_version
     return {name: version for name, version in found.items() if version > 1}

@@ -75,6 +75,9 @@ class DatasetSpec:
 
     version: ClassVar[int] = 1
     """Raised when the same settings would give other rows, splits or tokens."""
+    kind_versions: ClassVar[dict[str, int]] = {"chat": 2}
+    """The same, of a kind whose rows alone would be others; 2 for chats, since calls of tools have
+    their arguments as a mapping."""
 
     name: str
     """Name of the config."""

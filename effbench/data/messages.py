@@ -102,6 +102,9 @@ def _message(place: Place, value: Any, number: int) -> Message:
     kept = {key: keys[key] for key in KEPT if keys.get(key)}
     said = keys.get("content", keys.get("value"))
     where = replace(place, where=f"{place.where}, message {number}")
+    called = keys.get("function_call")  # what OpenAI's interface had before calls of tools
+    if isinstance(called, Mapping) and "tool_calls" not in kept:
+        kept["tool_calls"] = [{"type": "function", "function": called}]
     calls = kept.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{where.where}: 'tool_calls' is no list of calls.", "Mend the row.")

@@ -321,6 +321,14 @@ def test_what_changed_for_rows_with_weights_alone_is_in_the_keys_of_these() -> N
     assert composed("method=lora", "+dataset.columns.weight=w").versions == {"train": 2}
 
 
+def test_what_changed_for_one_kind_of_rows_is_in_the_keys_of_runs_on_it() -> None:
+    words = ("dataset=file", "dataset.files.all=rows.jsonl", "dataset.fingerprint=abc")
+    chat = composed(*words, "dataset.kind=chat", stage="eval")
+    assert chat.versions == {"dataset": 2}
+    text = composed(*words, "dataset.kind=text", stage="eval")
+    assert text.versions == {}
+
+
 def test_old_records_say_which_training_made_them() -> None:
     found = read_all(RECORDS, outcomes=False)
     for record in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,12 +194,21 @@ def test_tools_are_told_and_their_calls_are_learnt() -> None:
     assert "dataset.tools=false" in caught.value.hint
 
 
-@pytest.mark.parametrize("within", [True, False])
+CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "a tool's": lambda f: {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": f}],
+    },
+    "bare": lambda f: {"role": "assistant", "content": "", "tool_calls": [f]},
+    "a function's": lambda f: {"role": "assistant", "content": None, "function_call": f},
+    "ShareGPT's": lambda f: {"from": "function_call", "value": json.dumps(f)},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("said", ['{"a": 2, "b": 2}', {"a": 2, "b": 2}])
-def test_arguments_of_calls_are_told_as_a_mapping(said: Any, within: bool) -> None:
-    function = {"name": "add", "arguments": said}
-    call = {"type": "function", "function": function} if within else function
-    row = {"messages": [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+def test_arguments_of_calls_are_told_as_a_mapping(said: Any, call: str) -> None:
+    row = {"messages": [MESSAGES[1], CALLS[call]({"name": "add", "arguments": said})]}
     tokens, made = tokens_of(WITH_TOOLS, row, max_length=500)
     assert '"arguments": {"a": 2, "b": 2}' in scored(tokens, made)[0]
 

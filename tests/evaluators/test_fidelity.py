@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from subjects import by_name, subject_of, text_file
 
 from effbench.api.points import UNNAMED, Point
+from effbench.config.compose import compose
 from effbench.evaluators.base import Result
 from effbench.evaluators.fidelity import Fidelity, answer_loyalty, chosen
 from effbench.evaluators.subject import Subject
@@ -325,3 +326,10 @@ def test_an_untrained_adapter_is_faithful(bench: Bench) -> None:
     found = {m.name: m.value for m in record.metrics if m.split}
     assert found["agreement"] == found["label_loyalty"] == 1
     assert found["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_its_passes_say_what_is_compared_at_a_time(subject: Subject) -> None:
+    spec = compose("eval", ["model=tiny", "dataset=arithmetic", "evaluator=fidelity"]).spec
+    for data in (None, subject.data):
+        found = Fidelity().passes(spec, data)
+        assert found and all(p.compared == min(p.counted, CHUNK) > 0 for p in found)
