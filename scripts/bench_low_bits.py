@@ -76,6 +76,7 @@ def main() -> None:
         return {name: layer.dense_weight(torch.float32) for name, layer in made.items()}
 
     even, signs = coded(RTN(BITS, GROUP)), coded(LUTGEMM(bits=BITS, group_size=GROUP))
+    moved, unmoved = coded(HQQ(BITS, GROUP)), coded(HQQ(BITS, GROUP, rounds=1))
 
     def with_top(rest: Weights, best: Weights) -> Weights:
         return {n: torch.where(part, best[n], rest[n]) for n, part in top.items()}
@@ -83,8 +84,8 @@ def main() -> None:
     cases: dict[str, Callable[[], Weights]] = {
         "dense": lambda: dense,
         "rtn": lambda: even,
-        "hqq": lambda: coded(HQQ(BITS, GROUP)),
-        "hqq, one round": lambda: coded(HQQ(BITS, GROUP, rounds=1)),
+        "hqq": lambda: moved,
+        "hqq, one round": lambda: unmoved,
         "lut_gemm": lambda: signs,
         "rtn, largest of lut_gemm": lambda: with_top(even, signs),
         "rtn, largest dense": lambda: with_top(even, dense),
