@@ -29,6 +29,9 @@ class Evolution:
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """Change the structure once a step's gradients are there, before they are clipped.
 
+        They are those of the loss: what a loss in float16 was multiplied by is undone, and a step
+        whose gradients overflowed has none.
+
         Parameters may be replaced here, as long as the optimiser is told
         (`nn.adapters.growth.OptimizerRemap`) and `load_state_dict` can do the same again.
         """

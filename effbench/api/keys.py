@@ -210,6 +210,8 @@ def versions_of(spec: Any) -> dict[str, int]:
     found["dataset"] = max(found["dataset"], spec.dataset.kind_versions.get(spec.dataset.kind, 1))
     if trains(spec.stage) and "weight" in spec.dataset.columns:
         found[f"method.{spec.method.name}.weighted"] = method.weighted_version
+    if trains(spec.stage) and spec.hardware.dtype == "float16":
+        found[f"method.{spec.method.name}.float16"] = method.float16_version
     return {name: version for name, version in found.items() if version > 1}
 
 

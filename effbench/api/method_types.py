@@ -87,6 +87,9 @@ class Context:
     """Context of a forward pass (mixed precision on float32 masters)."""
     reduce: Callable[[Sequence[torch.nn.Parameter], torch.Tensor], None] = lambda *_: None
     """Sums gradients and a step's loss over the processes of a run, in place."""
+    unscale: Callable[[], None] = lambda: None
+    """Frees the step's gradients of the factor that a loss in float16 was multiplied by, once a
+    step; where they overflowed there are none afterwards, and the step changes nothing."""
     clip: Callable[[Sequence[torch.Tensor]], None] = lambda parameters: None
     """Clips gradients in place."""
     load_tokenizer: Callable[[str], Any] = _no_tokenizer

@@ -45,6 +45,8 @@ class Method(Decodes):
     """Raised when the same settings would give another result; from then on in the key."""
     weighted_version: ClassVar[int] = 1
     """The same where that is so for rows with a `weight` alone; in no key of a run without them."""
+    float16_version: ClassVar[int] = 1
+    """The same where that is so for training in float16 alone."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     """Kinds of linear layers it can start from: `dense`, `adapted`, `packed`, one packed format."""
     produces: ClassVar[str] = "dense"

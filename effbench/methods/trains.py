@@ -141,6 +141,7 @@ class Trains(Method):
                 "Some layer computes without autograd, so nothing would be learnt; "
                 "`effbench doctor` lists the known causes.",
             )
+        ctx.unscale()
         ctx.evolution.after_backward(optimizer)
         ctx.clip(_members(optimizer))
         optimizer.step()

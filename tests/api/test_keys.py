@@ -321,6 +321,13 @@ def test_what_changed_for_rows_with_weights_alone_is_in_the_keys_of_these() -> N
     assert composed("method=lora", "+dataset.columns.weight=w").versions == {"train": 2}
 
 
+def test_what_changed_for_training_in_float16_alone_is_in_the_keys_of_it() -> None:
+    float16 = ("hardware.device=cuda", "hardware.dtype=float16")
+    changed = composed("method=adalora", *float16).versions
+    assert changed == {"train": 2, "method.adalora.float16": 2}
+    assert composed("method=adalora").versions == composed("method=lora", *float16).versions
+
+
 def test_what_changed_for_one_kind_of_rows_is_in_the_keys_of_runs_on_it() -> None:
     words = ("dataset=file", "dataset.files.all=rows.jsonl", "dataset.fingerprint=abc")
     chat = composed(*words, "dataset.kind=chat", stage="eval")

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from effbench.api.schema import plain
 from effbench.api.spec import Job, TrainSpec
@@ -28,6 +30,7 @@ from effbench.results.events import EventLog, read_events
 from effbench.runner.open import open_data, open_model
 from effbench.runner.run import open_run
 from effbench.runner.stages import train
+from effbench.runner.stages import trainer as trainers
 from effbench.runner.stages.batching import micro_batches, rows_of_step
 from effbench.runner.stages.trainer import Trainer, build_trainer, rate_at
 from effbench.runner.worker import run_here
@@ -250,6 +253,50 @@ def test_gradients_are_clipped_as_a_whole(bench: Bench) -> None:
     train.one_step(made)
     moved = [(p.detach() - b).norm() for p, b in zip(trained, before, strict=True)]
     assert float(torch.stack(moved).norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+class Scaling(Accelerator):
+    """accelerate with a loss scaler on the CPU, where it has none of its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        self.scaler.unscale_((optimizer or self._optimizers[0]).optimizer)
+
+
+SEEN = {"apt": ("method.growths=2",), "adalora": ("method.begin=0", "method.end=1")}
+"""Methods that learn from gradients what matters, with settings."""
+
+
+@pytest.mark.parametrize("method", SEEN)
+def test_methods_look_at_gradients_without_the_factor_of_a_scaler(
+    bench: Bench, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SEEN[method], "train.clip_norm=0.01", "train.accumulation=2")
+
+    def after_two_steps() -> tuple[Trainer, Any]:
+        made = trainer(bench, method, *words)
+        for _ in range(2):
+            train.one_step(made)
+        weights = made.method.trained_tensors(made.model)
+        return made, deepcopy((weights, made.ctx.evolution.state_dict()))
+
+    expected = after_two_steps()[1]
+    monkeypatch.setattr(trainers, "Accelerator", Scaling)
+    made, found = after_two_steps()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # the factor is a power of 2
+    made.ctx.reduce = lambda members, _: members[0].grad.fill_(torch.inf)
+    train.one_step(made)
+    assert all(map(math.isfinite, _numbers(made.ctx.evolution.state_dict())))
+
+
+def _numbers(state: Any) -> list[float]:
+    """Return all numbers of a state."""
+    if isinstance(state, dict):
+        return [x for value in state.values() for x in _numbers(value)]
+    return torch.as_tensor(state).flatten().tolist() if state is not None else []
 
 
 def test_recomputed_activations_give_the_same_losses(

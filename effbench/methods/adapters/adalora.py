@@ -60,6 +60,8 @@ class AdaLoRA(Trains):
     learning_rate: ClassVar[float] = 5e-3
     weighted_version: ClassVar[int] = 2
     """2: all terms of the loss have the weights of their rows."""
+    float16_version: ClassVar[int] = 2
+    """2: importance is that of gradients without the loss scaler's factor, and of no overflow."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "packed"})
     produces: ClassVar[str] = "adapted"
     merges: ClassVar[bool] = True

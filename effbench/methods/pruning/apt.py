@@ -70,6 +70,8 @@ class APT(Slices, Trains):
     term alone."""
     weighted_version: ClassVar[int] = 2
     """2: all terms of the loss have the weights of their rows."""
+    float16_version: ClassVar[int] = 2
+    """2: importance is that of gradients without the loss scaler's factor, and of no overflow."""
 
     begin: Fraction = 0.0
     """Where the pruning window begins, as a share of all steps."""

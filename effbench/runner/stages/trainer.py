@@ -89,7 +89,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     ctx.backward = accelerator.backward
     ctx.autocast = accelerator.autocast
     ctx.reduce = run.group.reduce
-    ctx.clip = lambda parameters: _clip(accelerator, parameters, spec.train, ctx.step)
+    ctx.clip = lambda parameters: _clip(ctx, parameters, spec.train, accelerator.scaler is None)
 
     ctx.splits = {name: data.examples(name) for name in method.splits()}
     rows = [row for name in ("train", *ctx.splits) for row in data.rows(name)]
@@ -112,6 +112,7 @@ def build_trainer(run: Run, opened: Opened, data: Data) -> Trainer:
     optimizer = _optimizer(spec.train, groups, sharded)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(settings, step))
     optimizer = accelerator.prepare(optimizer)
+    ctx.unscale = Unscaling(accelerator, optimizer, ctx)
     examples = [method.unit(e) for e in chosen]
     run.know(**_work(run, examples, settings))
     return Trainer(
@@ -164,18 +165,49 @@ def _mixed_precision(run: Run, method: Trains) -> str:
     return "bf16" if masters and run.dtype == torch.bfloat16 else "no"
 
 
+class Unscaling:
+    """Undoes in the gradients what a scaler multiplied a loss in float16 by, once a step.
+
+    However often it is called: whoever looks at gradients first does so. Without a scaler nothing
+    is done. Gradients that overflowed are dropped, as the scaler will skip their step.
+
+    Args:
+        accelerator: With the scaler, if there is one.
+        optimizer: That it has prepared.
+        ctx: Of the run.
+    """
+
+    def __init__(self, accelerator: Any, optimizer: Any, ctx: Context) -> None:
+        self.accelerator, self.optimizer, self.ctx = accelerator, optimizer, ctx
+        self.done: int | None = None
+        """The last step whose gradients were freed."""
+
+    def __call__(self) -> None:
+        """Free the gradients of the step at work, if that is still to do."""
+        if self.accelerator.scaler is None or self.done == self.ctx.step:
+            return
+        self.done = self.ctx.step
+        self.accelerator.unscale_gradients(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            for parameter in parameters:
+                parameter.grad = None
+
+
 def _clip(
-    accelerator: Accelerator, parameters: Sequence[torch.Tensor], settings: TrainSpec, step: int
+    ctx: Context, parameters: Sequence[torch.Tensor], settings: TrainSpec, refuse: bool
 ) -> None:
     """Clip, and refuse gradients that are not finite (float16 has its own way of skipping them)."""
+    ctx.unscale()
     most = settings.clip_norm or math.inf
     norm: Any
     if sharding.is_sharded(parameters):
         norm = sharding.clip(parameters, most)
     else:
-        norm = accelerator.clip_grad_norm_(parameters, most)
-    if accelerator.scaler is None and norm is not None:
-        refuse_infinite("gradient norm", float(norm), settings, step + 1)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    if refuse:
+        refuse_infinite("gradient norm", float(norm), settings, ctx.step + 1)
 
 
 def refuse_infinite(what: str, value: float, settings: TrainSpec, step: int) -> None:
