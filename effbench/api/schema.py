@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError, did_you_mean, require_unicode
 
 T = TypeVar("T")
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
@@ -69,12 +69,33 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         from pydantic import ValidationError
 
         if isinstance(error, ValidationError):
+            _require_unicode(values, where)
             first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
             raise _explain(cls, first, where) from None
         place, value = next(_unwritable(values, where), (where, None))
         if value is None:
             raise UserError(f"{place} holds a value that JSON cannot hold: {error}.") from None
         raise UserError(f"{place}={value} is not possible: it has to be a finite number.") from None
+
+
+WRITE_UTF8 = "Write it in UTF-8; a file whose name is not needs another name."
+
+
+def _require_unicode(value: Any, place: str) -> None:
+    """Refuse text that is not UTF-8, wherever it stands in plain values.
+
+    Raises:
+        UserError: That names its place in the config.
+    """
+    if isinstance(value, str):
+        require_unicode(value, place, WRITE_UTF8)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _require_unicode(str(key), place)
+            _require_unicode(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _require_unicode(inner, place)
 
 
 def _unwritable(value: Any, place: str) -> Iterator[tuple[str, Any]]:

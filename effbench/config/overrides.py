@@ -9,10 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
+from effbench.api.schema import WRITE_UTF8
 from effbench.api.stages import base as stages
 from effbench.config.code import refuse_code_in_word
 from effbench.config.files import groups, keys_of, options, unknown
-from effbench.util.errors import UserError, did_you_mean
+from effbench.util.errors import UserError, did_you_mean, require_unicode
 
 if TYPE_CHECKING:
     from effbench.api.spec import Stage
@@ -78,6 +79,7 @@ def check_overrides(overrides: Sequence[str], extra: Sequence[Path] = ()) -> Che
     known = groups(extra)
     words, chosen, swept = [], set(), ""
     for text in overrides:
+        require_unicode(text, ascii(text.partition("=")[0])[1:-1], WRITE_UTF8)
         try:
             override = parse(text)
         except HydraException:

@@ -24,7 +24,7 @@ from effbench.nn.model_kinds.base import find, kind_of
 from effbench.results.store import RunFolder, Store
 from effbench.runner.open import open_model
 from effbench.runner.run import open_run
-from effbench.util.errors import UserError
+from effbench.util.errors import UserError, require_unicode
 
 UNFINISHED = "�"
 """What a decoder says of bytes that are no character yet."""
@@ -49,15 +49,7 @@ def _require_decoding(job: Job) -> None:
 
 
 def _require_unicode(text: str) -> str:
-    """Return a text without the halves of characters that Python reads of bytes that are none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"The text is not UTF-8: {text[error.start : error.end]!a} is no character.",
-            "Convert it: iconv -f latin1 -t utf-8 FILE",
-        ) from None
-    return text
+    return require_unicode(text, "The text", "Convert it: iconv -f latin1 -t utf-8 FILE")
 
 
 @dataclass

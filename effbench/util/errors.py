@@ -42,6 +42,25 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+def require_unicode(text: str, what: str, hint: str) -> str:
+    """Return a text without the halves of characters that Python reads of bytes that are none.
+
+    Args:
+        text: As it was typed or read.
+        what: What it is.
+        hint: What to do where it has some.
+
+    Raises:
+        UserError: When it has some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start : error.end]
+        raise UserError(f"{what} is not UTF-8: {bad!a} is no character.", hint) from None
+    return text
+
+
 class NewerVersionError(UserError):
     """Something that a newer effbench wrote; says what is not known here."""
 

@@ -44,6 +44,7 @@ class Outer:
         ({"size": None}, "at.size=null is not possible", ""),
         ({"size": 1, "kind": "c"}, "'a' or 'b'", ""),
         ({"size": 1, "pair": [0.5, float("nan")]}, "at.pair=nan is not possible", ""),
+        ({"size": 1, "kind": "caf\udce9"}, "at.kind is not UTF-8: '\\udce9' is no", "in UTF-8"),
         ({"size": object()}, "at holds a value that JSON cannot hold", ""),
     ],
 )

@@ -141,6 +141,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(cli, words, parts) -> None:
         ),
         (["hardware.device=tpu"], ["hardware.device='tpu'", "'cpu'"]),
         (["run.tracker=other"], ["run.tracker='other'", "'wandb'"]),
+        (["dataset.prompt='caf\udce9'"], ["dataset.prompt is not UTF-8: '\\udce9'", "in UTF-8"]),
         (["hello"], ["'hello' is not an override", "key=value"]),
         (["a b=3"], ["is not an override", "key=value"]),
         (["seed=1,,2,"], ["is not an override", "beside a comma: seed=1,2"]),
