@@ -89,6 +89,21 @@ def atomic_path(path: Path, before: Callable[[Path], None] = lambda part: None) 
         _sync(path.parent)
 
 
+def require_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before work whose result goes there.
+
+    Raises:
+        UserError: Saying why; nothing is made.
+    """
+    place = folder.expanduser().absolute()
+    there = next(p for p in (place, *place.parents) if os.path.lexists(p))
+    with mendable(folder):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new, empty, hidden folder in `parent`; what is left of it goes away afterwards.

@@ -323,6 +323,14 @@ def test_going_on_from_a_run_in_a_way_that_cannot_be(cli, inline) -> None:
     assert "already fixes the model (tiny)" in said("eval", f"from={first}", "model=tiny")
     assert "already fixes the method" in said("eval", f"from={first}", "method.rank=4")
     assert "is there already" in said("export", first, "results")
+    with pytest.MonkeyPatch.context() as patch:  # none of these loads the model
+        patch.setattr("effbench.runner.open.open_model", None)
+        Path("file").touch()
+        assert "A file stands where a folder" in said("export", first, "file/deep/out")
+        Path("file").unlink()
+        patch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+        assert "folder that you may write to" in said("export", first, "deep/out")
+        assert not Path("deep").exists()
     assert "no point 'r9'" in said("export", first, "out", "--point", "r9")
 
     assert cli("train", *RUN, *STEPS, "method.rank=4")[0] == 0

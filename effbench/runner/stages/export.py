@@ -19,7 +19,7 @@ from effbench.report.model_card import Card, write_card
 from effbench.resources.usage import format_bytes
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
-from effbench.util.files import replace_folder, scratch_folder
+from effbench.util.files import replace_folder, require_folder, scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ def export(
     wanted = _form(spec, kind, to)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already.", "Choose another folder.")
+    require_folder(folder.parent)
     import torch
 
     from effbench.nn.pruning import plain
