@@ -50,13 +50,15 @@ def escaped(cls: type) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(cls) if holds(hints[f.name]))
 
 
-def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+def build(cls: type[T], values: dict[str, Any], where: str, file: str = "") -> T:
     """Return `cls(**values)` with every value checked against its annotation.
 
     Args:
         cls: A dataclass.
         values: Plain JSON-like values.
         where: The place in the config, for messages (`method`, `train`, …).
+        file: The file that they were read from, which `where` begins with; empty where they are
+            words of a command.
 
     Raises:
         UserError: For an unknown key, a missing key, a wrong type or an impossible value.
@@ -71,7 +73,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
         if isinstance(error, ValidationError):
             _require_unicode(values, where)
             first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)
-            raise _explain(cls, first, where) from None
+            raise _explain(cls, first, where, file) from None
         place, value = next(_unwritable(values, where), (where, None))
         if value is None:
             raise UserError(f"{place} holds a value that JSON cannot hold: {error}.") from None
@@ -136,7 +138,7 @@ _LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
 """What pydantic calls one value in the place of several."""
 
 
-def _explain(cls: type, error: Any, where: str) -> UserError:
+def _explain(cls: type, error: Any, where: str, file: str) -> UserError:
     loc = [str(p) for p in error["loc"]]
     place = ".".join([where, *loc] if where else loc)
     if error["type"] in UNKNOWN:
@@ -145,11 +147,15 @@ def _explain(cls: type, error: Any, where: str) -> UserError:
         if isinstance(error["loc"][-1], int):
             list_ = place.rpartition(".")[0]
             return UserError(f"{list_}={json.dumps(error['input'])} has too few values.")
-        return UserError(f"{place} is missing.", f"Set it, for example {place}=VALUE.")
+        said = f"{place.removeprefix(f'{file}.')}: VALUE" if file else f"{place}=VALUE"
+        hint = f"Write it into {file}: {said}" if file else f"Set it, for example {said}."
+        return UserError(f"{place} is missing.", hint)
     given = error.get("input")
     if error["type"] in _LISTS and not isinstance(given, Mapping):
         said = f"{place}={given} is not possible: it has to be a list."
-        return UserError(said, f"Write '{place}=[{given}]'.")
+        line = f"{place.removeprefix(f'{file}.')}: [{given}]" if file else ""
+        hint = f"Write it so in {file}: {line}" if file else f"Write '{place}=[{given}]'."
+        return UserError(said, hint)
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     shown = "null" if given is None else repr(given)

@@ -27,7 +27,7 @@ def campaign_in(path: Path) -> Campaign:
         if isinstance(part, dict) and isinstance(arms := part.get("arms"), dict):
             part["arms"] = {str(arm): _filled(steps, words, path) for arm, steps in arms.items()}
     own = {"name": path.stem, "title": title_of(path)}
-    campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name)
+    campaign = build(Campaign, {"experiment": path.stem, **values, **own}, path.name, path.name)
     if campaign.verdict:
         campaign.verdict.check(campaign.arms, path.name)
     return campaign

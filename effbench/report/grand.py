@@ -176,7 +176,7 @@ def gathered(path: Path, results: Path, tables: Sequence[Campaign]) -> Grand:
         UserError: When the file has unknown keys, or a record is missing.
     """
     values = dict(yamls.read(path))
-    wanted = build(Gathers, values.pop(KEY) or {}, f"{path.name}.{KEY}")
+    wanted = build(Gathers, values.pop(KEY) or {}, f"{path.name}.{KEY}", path.name)
     if values:
         raise UserError(f"Unknown key {next(iter(values))!r} in {path.name}.", f"Only {KEY}: is.")
     reader, there = Reader(results / "records"), facts(Store(results))

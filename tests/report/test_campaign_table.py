@@ -131,7 +131,7 @@ def test_a_missing_record_names_the_command(campaign: Campaign, tmp_path: Path) 
     [
         ("seed: [0]", "Did you mean 'seeds'"),
         ("paper: [{claim: a, source: b, sure: maybe}]", "sure"),
-        ("arms: {a: 3}", "arms"),
+        ("arms: {a: 3}", "Write it so in ab.yaml: arms.a: [3]"),
         ("arms: {a: ['train {who}']}", "does not have: 'who'"),
         ("metrics: [los]", "no test of los"),
         ("arms: [", "cannot be read as YAML: line"),

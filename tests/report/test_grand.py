@@ -245,7 +245,7 @@ def test_stale_verdicts_are_named(table: Any, gather: Any, tmp_path: Path) -> No
     ("text", "said"),
     [
         ("gathers: {modl: tiny}", "Unknown key 'all.yaml.gathers.modl'"),
-        ("gathers: {}", "all.yaml.gathers.model is missing"),
+        ("gathers: {}", "gathers.model is missing.\nWrite it into all.yaml: gathers.model"),
         ("gathers: {model: tiny}\narms: {}", "Unknown key 'arms'"),
     ],
 )

@@ -143,7 +143,7 @@ def policy_in(path: Path) -> Policy:
     for part, key in (("metrics", "margin"), ("limits", "limit")):
         if isinstance(inner := values.get(part), dict):
             whole[part] = {str(name): _long(value, key) for name, value in inner.items()}
-    found = build(Policy, whole, path.name)
+    found = build(Policy, whole, path.name, path.name)
     _check(found, path)
     return found
 
