@@ -105,6 +105,25 @@ def require_folder(folder: Path) -> None:
 
 
 @contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder with those that it lies in; after an error, those that are empty go again.
+
+    Raises:
+        UserError: When it cannot be made.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with mendable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+@contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new, empty, hidden folder in `parent`; what is left of it goes away afterwards.
 
@@ -244,11 +263,13 @@ def places() -> Iterator[None]:
 def _system_error(error: BaseException | None) -> int:
     """Return the number of the system error behind an exception, 0 when there is none.
 
-    torch raises an error of its own while it handles that of the file; safetensors only quotes it.
+    torch raises an error of its own while it handles that of the file; safetensors only quotes it,
+    and numpy says how much of an array it could not write, without a number.
     """
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError):
-            return error.errno or 0
+            short = re.fullmatch(r"\d+ requested and \d+ written", str(error))
+            return errno.ENOSPC if short else error.errno or 0
         if quoted := re.search(r"\(os error (\d+)\)", str(error)):
             return int(quoted[1])
         error = error.__cause__ or error.__context__

@@ -328,10 +328,18 @@ def test_going_on_from_a_run_in_a_way_that_cannot_be(cli, inline) -> None:
         Path("file").touch()
         assert "A file stands where a folder" in said("export", first, "file/deep/out")
         Path("file").unlink()
-        patch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
-        assert "folder that you may write to" in said("export", first, "deep/out")
-        assert not Path("deep").exists()
+        with pytest.MonkeyPatch.context() as no_access:
+            no_access.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+            assert "folder that you may write to" in said("export", first, "deep/out")
     assert "no point 'r9'" in said("export", first, "out", "--point", "r9")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError("32768 requested and 1312 written")  # as numpy says it
+
+        patch.setattr("effbench.runner.stages.export.write_card", full)
+        assert "No space left" in said("export", first, "deep/down/out")
+    assert not Path("deep").exists()
 
     assert cli("train", *RUN, *STEPS, "method.rank=4")[0] == 0
     second = next(

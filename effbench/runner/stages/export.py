@@ -19,7 +19,7 @@ from effbench.report.model_card import Card, write_card
 from effbench.resources.usage import format_bytes
 from effbench.results.store import RunFolder, Store
 from effbench.util.errors import UserError
-from effbench.util.files import replace_folder, require_folder, scratch_folder
+from effbench.util.files import making, replace_folder, require_folder, scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +104,7 @@ def export(
         stands = wanted == "peft" and bool(run.lineage.earlier)
         base = plain.plain_model(opened.model) if stands else None
         model = own.load(opened.model, artefact, context(run)).eval()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder.parent, folder.name) as new:
+        with making(folder.parent), scratch_folder(folder.parent, folder.name) as new:
             work = Exporting(run, own, model, at, held, folder.absolute())
             form = writer(work, new, base)
             write_card(_card(work, form, kind.auto, store), new)
