@@ -14,6 +14,7 @@ from helpers import generator
 from effbench.nn.quant import dfloat11, dfloat11_ahead
 from effbench.nn.quant.dfloat11 import Encoded, Unit
 from effbench.nn.quant.dfloat11_ahead import decoded_ahead
+from effbench.util.errors import UserError
 
 BF16 = torch.bfloat16
 
@@ -116,14 +117,20 @@ def test_the_next_unit_is_decoded_while_this_one_is_used(monkeypatch: pytest.Mon
     assert len({place for _, place, _ in watch.work[begun:]}) == 2
 
 
-def test_no_unit_is_decoded_ahead_of_its_own_change() -> None:
+def test_a_change_of_what_lies_decoded_and_of_what_comes_next_is_seen() -> None:
     model, weights = units(400, 300, 500)
     other, others = units(200, 350, 450)
+    before = model[0].scratch
     with decoded_ahead(model):
-        passes(model, weights, [0, 1, 2], None)
-        model[1].load_state_dict(other[1].state_dict())
-        model[1].sizes = other[1].sizes
-        passes(model, [weights[0], others[1], weights[2]], [0, 1, 2], None)
-    passes(model, [weights[0], others[1], weights[2]], [2, 1, 0], None)
-    assert len({unit.scratch for unit in model}) == 1
-    assert model[0].scratch.buffer.numel() == 500
+        assert before.buffer.numel() == 0
+        passes(model, weights, [0, 1, 2], None)  # unit 0 is decoded by now, and 1 comes after it
+        for index in (0, 1):
+            model[index].load_state_dict(other[index].state_dict())
+            model[index].sizes = other[index].sizes
+        model[1].get_buffer("tables").zero_()
+        passes(model, [others[0], *weights[1:]], [0], None)
+        with pytest.raises(UserError, match="damaged"):
+            model[1].weight(0, BF16)
+        passes(model, [others[0], *weights[1:]], [2, 0], None)
+    assert {unit.scratch for unit in model} == {before}
+    passes(model, [others[0], *weights[1:]], [2, 0], None)
