@@ -121,6 +121,7 @@ def test_a_change_of_what_lies_decoded_and_of_what_comes_next_is_seen() -> None:
     model, weights = units(400, 300, 500)
     other, others = units(200, 350, 450)
     before = model[0].scratch
+    passes(model, weights, [0], None)
     with decoded_ahead(model):
         assert before.buffer.numel() == 0
         passes(model, weights, [0, 1, 2], None)  # unit 0 is decoded by now, and 1 comes after it

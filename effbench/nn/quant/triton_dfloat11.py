@@ -77,12 +77,17 @@ def _symbols(tables, count, early, late, place, inside):
 
 @triton.jit(do_not_specialize=["count", "chunks", "total"])
 def _decode(codes, gaps, positions, tables, count, rest, out, damaged, chunks, total):
-    """Write the bfloat16 numbers of a block of chunks, and whether something is wrong with it."""
+    """Write the bfloat16 numbers of a block of chunks, and whether something is wrong with it.
+
+    See `huffman.Stream`: the codes are read as words of 32 bits, `chunks` is C, `total` is N and
+    `count` the number of tables. `rest` [N] and `out` [N] int16 have signs and mantissas, and bits.
+    """
     block, blocks = tl.program_id(0), tl.num_programs(0)
     lanes = block * _BLOCK + tl.arange(0, _BLOCK)
     there = lanes < chunks
-    words = _word(codes, lanes, 0, there), _word(codes, lanes, 1, there)
-    early, late = words[0] << 32 | words[1], words[1] << 32 | _word(codes, lanes, 2, there)
+    middle = _word(codes, lanes, 1, there)
+    early = _word(codes, lanes, 0, there) << 32 | middle
+    late = middle << 32 | _word(codes, lanes, 2, there)
     gap = tl.where(there, _gaps(gaps, lanes, there), _CHUNK)
 
     place, counts = gap, tl.zeros((_BLOCK,), dtype=tl.int32)
