@@ -105,11 +105,14 @@ def test_what_is_damaged_is_reported_or_stays_within_its_memory(
     assert told or field == "tables"
 
 
-@pytest.mark.parametrize("moved", [(200, 200, 200), (-200, -200, -200), (0, 0, -1)])
+MOVED = [(200, 200, 200, 200), (-200, -200, -200, -200), (0, 0, 0, -1), (0, 1000, 1000, 0)]
+
+
+@pytest.mark.parametrize("moved", MOVED)
 def test_positions_that_are_not_those_of_the_weights_are_reported(
     kernels: Any, moved: tuple[int, ...], device: str
 ) -> None:
-    unit = dfloat11.encode({"w": normal(14_000)})
+    unit = dfloat11.encode({"w": normal(26_000)})
     positions = unit.positions + torch.tensor(moved, dtype=torch.int32)
     assert decoded(kernels, unit._replace(positions=positions), device)[0]
 
