@@ -90,8 +90,7 @@ class QuantisedLinear(torch.nn.Linear):
 
         That is a CUDA device with Triton; EFFBENCH_NATIVE=0 turns it off.
         """
-        there = device.type == "cuda" and _has_triton() and not why_off()
-        return there and triton_products.multiplies(self.layout(), self.weight)
+        return triton_runs(device) and triton_products.multiplies(self.layout(), self.weight)
 
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded; inside `expanded_once` it stays."""
@@ -122,6 +121,11 @@ class QuantisedLinear(torch.nn.Linear):
         for name, tensor in stored:
             self.register_buffer(name, tensor)
         return self
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Whether our Triton kernels are used there: on a CUDA device, unless EFFBENCH_NATIVE=0."""
+    return device.type == "cuda" and _has_triton() and not why_off()
 
 
 @cache
