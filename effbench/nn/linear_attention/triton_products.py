@@ -70,6 +70,9 @@ def _states(
     after,
     T,
     G,
+    V_ROW,
+    V_GROUP,
+    V_AT,
     D: tl.constexpr,
     C: tl.constexpr,
     HAS_STATE: tl.constexpr,
@@ -90,17 +93,17 @@ def _states(
     rate = tl.load(gamma + own % G)
     fading += own % G * C * C
     k += own * T * D
-    v += own * T * D
+    v += own // G * V_ROW + own % G * V_GROUP
     between += own * tl.cdiv(T, C) * D * D
     for start in range(0, T, C):
         tl.store(between + place, state, mask=both)
         between += D * D
         at = start + steps
-        read, row = at < T, at.to(tl.int64) * D
+        read, row = at < T, at.to(tl.int64)
         mask = there[:, None] & read[None, :]
-        keys = tl.load(k + row[None, :] + inner[:, None], mask=mask, other=0.0)
+        keys = tl.load(k + row[None, :] * D + inner[:, None], mask=mask, other=0.0)
         mask = read[:, None] & inside[None, :]
-        values = tl.load(v + row[:, None] + columns[None, :], mask=mask, other=0.0)
+        values = tl.load(v + row[:, None] * V_AT + columns[None, :], mask=mask, other=0.0)
         last = fading + (tl.minimum(C, T - start) - 1) * C
         left = tl.load(last + steps)  # gamma^(length - 1 - m), and 0 behind the end
         state *= rate * tl.load(last)
@@ -120,6 +123,9 @@ def _outputs(
     out,
     T,
     G,
+    V_ROW,
+    V_GROUP,
+    V_AT,
     R: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
@@ -134,7 +140,7 @@ def _outputs(
     read, inside, row = at < T, columns < D, at.to(tl.int64)
     q += head * T * D
     k += own * T * D
-    v += own * T * D
+    v += own // G * V_ROW + own % G * V_GROUP
     between += (own * tl.num_programs(1) + stretch) * D * D
     scores = tl.zeros((C, C), dtype=tl.float32)
     found = tl.zeros((C, BLOCK_V), dtype=tl.float32)
@@ -153,7 +159,7 @@ def _outputs(
     found *= (tl.load(gamma + own % G) * tl.load(fading + steps * C))[:, None]
     scores *= tl.load(fading + steps[:, None] * C + steps[None, :])
     mask = read[:, None] & inside[None, :]
-    values = tl.load(v + row[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    values = tl.load(v + row[:, None] * V_AT + columns[None, :], mask=mask, other=0.0)
     found += tl.dot(scores, values, input_precision="tf32x3")
     place = out + (head // heads * T + row)[:, None] * heads * D + head % heads * D
     tl.store(place + columns[None, :], found, mask=mask)
@@ -173,12 +179,13 @@ def chunked(
     between = k.new_empty(rows, groups, stretches, width, width)
     after = None if ends else k.new_empty(rows, groups, width, width)
     out = q.new_empty(rows, length, groups, heads, width)
-    q, k, v, gamma = (t.contiguous() for t in (q, k, v, gamma))
+    q, k, gamma = q.contiguous(), k.contiguous(), gamma.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     before = None if state is None else state.contiguous()
     fading = decays(gamma, CHUNK)
     tiles = {"BLOCK_K": INNER, "BLOCK_V": COLUMNS, "num_warps": WARPS, "num_stages": STAGES}
     _states[(rows * groups, triton.cdiv(width, INNER), across)](
-        *(k, v, gamma, fading, before, between, after, length, groups),
+        *(k, v, gamma, fading, before, between, after, length, groups, *v.stride()[:3]),
         D=width,
         C=CHUNK,
         HAS_STATE=state is not None,
@@ -186,7 +193,7 @@ def chunked(
         **tiles,
     )
     _outputs[(rows * groups * heads, stretches, across)](
-        *(q, k, v, gamma, fading, between, out, length, groups),
+        *(q, k, v, gamma, fading, between, out, length, groups, *v.stride()[:3]),
         R=heads,
         D=width,
         C=CHUNK,
