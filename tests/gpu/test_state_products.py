@@ -47,8 +47,10 @@ def assert_right(form: str, of: list[torch.Tensor], before: Any, found: Any) -> 
         assert ((own - right).abs() <= CLOSE * bound).all()
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(("width", "length"), [(16, 130), (20, 64), (72, 37), (128, 65), (33, 2)])
+CASES = [(16, 130, 3), (20, 64, 1), (72, 37, 3), (128, 65, 1), (33, 2, 2)]
+
+
+@pytest.mark.parametrize(("width", "length", "heads"), CASES)
 def test_stretches_and_steps_are_the_operations(
     kernels: Any, width: int, length: int, heads: int, device: str
 ) -> None:
