@@ -68,6 +68,7 @@ KINDS = [
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
     *(f"{b} {g} asymmetric" for b in (2, 3, 5, 6, 7) for g in (32, 4096)),
     *(f"{b} 64 symmetric" for b in (2, 3, 5, 6, 7)),
+    "3 96 asymmetric",
     "4 96 asymmetric",  # six groups of three blocks in 576 columns
     "8 96 symmetric",
     *(f"shifted {b} {g}" for b, g in ((2, 32), (3, 64), (4, 32), (4, 64), (8, 4096))),

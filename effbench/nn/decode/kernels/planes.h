@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t kSpan = 256;        // columns whose bits stand together in a plane
 constexpr float kLargestLevel = 32766;  // two levels, rounded, add up to a 16-bit integer
 constexpr int64_t kMostLevels = 256;
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-#define WIDE_TABLES 1
+#if defined(WIDE)
 constexpr int64_t kLooked = 64;  // columns that are looked up at a time, or as many as there are
 #else
 constexpr int64_t kLooked = 32;
@@ -60,7 +59,7 @@ inline void four_planes(const __m256i* p, __m256i* out) {
 // Stores the codes of some blocks: one block after the other, or, where 64 are looked up at a time, eight
 // codes of one beside eight of the next, in the order of `place`.
 inline void stored(const __m256i* blocks, int64_t count, uint8_t* codes) {
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
   const __m512i eights = _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11);
   for (int64_t k = 0; k < count; k += 2)
     _mm512_store_si512(codes + 32 * k, _mm512_permutex2var_epi64(_mm512_castsi256_si512(blocks[k]), eights,
@@ -164,7 +163,7 @@ inline void row_codes(const Matrix& m, int64_t row, int64_t K, uint8_t* codes) {
 
 // -- what codes stand for -------------------------------------------------------------------------
 
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
 
 // Up to 64 levels as 16-bit integers, their lower and their upper bytes; with Table(...), sixteen of them,
 // four times.
@@ -431,7 +430,7 @@ struct Sum {
   void add(const Looked& w, const Packable& x, int64_t k, int) {
     int64_t sum = 0;
     for (int64_t i = 0; i < kBlock; ++i)
-      sum += int64_t(1) * w.weights[i] * x.ints[k + place(kNested, i)];
+      sum += int64_t(1) * w.weights[i] * x.ints[k + i];
     v += float(sum) * x.scales[uint64_t(k) / kBlock];
   }
 };
@@ -490,7 +489,7 @@ struct Groups {
 };
 
 // Makes tables of the levels of a row of nested codes; returns their scale.
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
 inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
   const int64_t n = int64_t(1) << m.planes;
   const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * n;
@@ -544,7 +543,7 @@ __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t
   };
   using Whole = std::integral_constant<int64_t, kLooked / kBlock>;
   int64_t k = begin;
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
   if (k % kLooked) {  // a group of one block begins or ends within a register
     const Looked weights = look(codes + k - kBlock);
     for (int b = 0; b < B; ++b) sums[b].block(0, weights.second, x[b], k);
