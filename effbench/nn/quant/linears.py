@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal, Self
 
 import torch
@@ -24,6 +22,7 @@ from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.nn.quant.layout import ALIGNED, NF4_CODES, Layout
 from effbench.util.cpp import why_off
 from effbench.util.errors import UserError
+from effbench.util.hardware import has_triton
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
 MOST_VECTORS = 8
@@ -125,13 +124,7 @@ class QuantisedLinear(torch.nn.Linear):
 
 def triton_runs(device: torch.device) -> bool:
     """Whether our Triton kernels are used there: on a CUDA device, unless EFFBENCH_NATIVE=0."""
-    return device.type == "cuda" and _has_triton() and not why_off()
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether Triton is installed; asked before each product."""
-    return find_spec("triton") is not None
+    return device.type == "cuda" and has_triton() and not why_off()
 
 
 class _Product(torch.autograd.Function):
