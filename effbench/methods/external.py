@@ -3,7 +3,7 @@
 Our own door, after no paper: what compresses the model is a command. `{input}` in it is a folder
 with the model and its tokenizer as transformers saves them; it is expected to leave the same model
 with other weights in `{output}`, which is not there before. `{rows}` is a file with the calibration
-rows, a JSON object {"input_ids": [...]} a line.
+rows, a JSON object {"input_ids": [...]} a line, and `{seed}` the seed of the run.
 
     w' = what {output} has for each weight w, in the compute dtype
 
@@ -28,7 +28,7 @@ from effbench.api.keys import WHOLE
 from effbench.api.method_types import Context, ProgramUsage
 from effbench.api.schema import digest
 from effbench.api.shape import Anatomy, AnyShape, ModelShape
-from effbench.methods.compresses import Compresses, Part
+from effbench.methods.compresses import DrawsRows, Part
 from effbench.nn.llama import folders
 from effbench.nn.pruning import plain
 from effbench.util.errors import UserError
@@ -39,17 +39,19 @@ from effbench.util.lazy import torch
 TOOK = "program"
 """Name of the tensor that tells what the program took; no weight is named so."""
 PLACES = ("{input}", "{output}", "{rows}")
+SEED = "{seed}"
 
 
 @dataclass(frozen=True)
-class External(Compresses):
+class External(DrawsRows):
     """Has a command change the weights."""
 
     anatomy: ClassVar[Anatomy] = "other"
     needs: ClassVar[dict[str, Any]] = {"command": "cp -r {input} {output}"}
 
     command: str = ""
-    """The program and its arguments, without a shell; `{input}` and `{output}` stand in it."""
+    """The program and its arguments, without a shell; `{input}` and `{output}` stand in it, and
+    `{rows}` and `{seed}` may."""
     fingerprint: str = ""
     """Hash of the files that the command names and of the packages beside its program; filled in
     when the config is composed."""
@@ -57,6 +59,11 @@ class External(Compresses):
     def sealed(self) -> Self:
         """Return itself with the identity of the program."""
         words = self._words()
+        if self.draw and not self.calibrates:
+            raise UserError(
+                "method.draw=true draws calibration rows, and method.command takes none.",
+                "Say in it where {rows} goes, or leave method.draw out.",
+            )
         program = shutil.which(words[0])
         if program is None:
             raise UserError(
@@ -126,6 +133,7 @@ class External(Compresses):
             _write_model(model, ctx.tokenizer, Path(places["{input}"]))
             if self.calibrates:
                 _write_rows(calibration, Path(places["{rows}"]))
+            places[SEED] = str(ctx.seed)
             took = ctx.program([_filled(word, places) for word in self._words()])
             output = Path(places["{output}"])
             found = folders.read(output, model)

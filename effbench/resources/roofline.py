@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from effbench.resources.timing import Clock
 from effbench.util.errors import UserError
+from effbench.util.hardware import has_triton
 from effbench.util.lazy import torch
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _ways(like: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], tor
     kernels = native.kernels() if like.device.type == "cpu" else None
     if kernels is not None and str(like.dtype) in native.SUFFIXES:
         ways.append(kernels.gemv)
-    if like.is_cuda and find_spec("triton"):
+    if like.is_cuda and has_triton():
         from effbench.nn.decode import triton_step
 
         ways.append(lambda w, x: triton_step.row_product(w, x[None]))

@@ -55,6 +55,12 @@ def _cpu_field(name: str) -> str:
     return next(found, "")
 
 
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, which makes the kernels of CUDA devices."""
+    return find_spec("triton") is not None
+
+
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -197,6 +197,7 @@ def test_arrays_that_do_not_fit_each_other_are_refused(decoder: str) -> None:
         {"positions": encoded.positions[:-1]},
         {"positions": encoded.positions + 1},
         {"rest": encoded.rest[:-1]},
+        {"tables": encoded.tables[-1:]},
     ):
         with pytest.raises(UserError, match="damaged"):
             decoded(encoded._replace(**change))
@@ -274,9 +275,10 @@ def test_each_block_is_decoded_once_a_pass_into_one_buffer(monkeypatch: pytest.M
     calls: list[dfloat11.Encoded] = []
     decode = dfloat11.decode
 
-    def watched(encoded: dfloat11.Encoded, out: torch.Tensor) -> None:
+    def watched(encoded: dfloat11.Encoded, out: torch.Tensor, trusted: bool) -> None:
+        assert trusted == any(encoded.codes is codes for codes, *_ in calls)
         calls.append(encoded)
-        decode(encoded, out)
+        decode(encoded, out, trusted)
 
     monkeypatch.setattr(dfloat11, "decode", watched)
     units = [m for m in model.modules() if isinstance(m, Unit)]
@@ -372,7 +374,7 @@ def test_a_buffer_is_of_no_use_once_the_codes_are_others() -> None:
     one.load_state_dict(units_of(1)[0].state_dict())
     assert one.weight(0, BF16).equal(before)
     one._apply(lambda t: t.clone())
-    assert one.scratch.holds is None
+    assert one.scratch.holds is None and not one.sound
 
 
 def test_a_unit_that_cannot_be_decoded_leaves_the_others_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from effbench.api.method_types import ProgramUsage
 from effbench.config.compose import compose
 from effbench.methods.compresses import compress_whole
 from effbench.methods.external import External, packages_beside
+from effbench.methods.quant.gptq import GPTQ
 from effbench.nn.llama.weights import read_tensors
 from effbench.resources.memory import PeakMemory
 from effbench.results.events import EventLog
@@ -30,6 +33,8 @@ from effbench.runner.programs import run_program
 from effbench.testing.bench import Bench, HardKill, without_evaluation
 from effbench.testing.models import fresh
 from effbench.util.errors import StoppedError, UserError
+
+AUTOROUND = Path(__file__).parents[2] / "scripts" / "external" / "autoround.py"
 
 HALVED = """
 import pathlib, shutil, sys, time
@@ -91,18 +96,20 @@ def test_weights_are_what_the_program_makes_of_them(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_evaluation(monkeypatch)
-    kept = tmp_path / "kept.jsonl"
-    command = f"{script(tmp_path, HALVED)} {{rows}} {kept}"
+    command = f"{script(tmp_path, HALVED)} {{rows}} {tmp_path}/of-{{seed}}.jsonl"
     words = ["method=external", f"method.command={json.dumps(command)}", "hardware.dtype=float32"]
-    job = bench.job("compress", *words)
+    job = bench.job("compress", *words, "method.draw=true", "seed=3")
     bench.go(job)
     record = read(bench.store.records / f"{job.spec.key}.json")
     made = read_tensors(bench.folder(job).artefact / "weights.safetensors")
     _, model, _, _ = fresh("none")
     for name, weight in model.named_parameters():
         assert made[name].equal(weight.detach() / 2)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "of-3.jsonl").read_text().splitlines()]
     assert len(rows) == 64 and all(row["input_ids"] for row in rows)
+    drawn = External(draw=True).calibration_rows(1000, 3)
+    assert drawn == GPTQ(draw=True).calibration_rows(1000, 3), "the rows of other methods"
+    assert drawn != External().calibration_rows(1000, 3) == list(range(64))
     found = {m.name: m for m in record.metrics if m.name.startswith("program_")}
     assert found["program_peak_bytes"].value > 60 * 2**20
     assert found["program_cpu_seconds"].value >= 0.2
@@ -176,6 +183,25 @@ def test_commands_that_cannot_be_run_are_refused_at_once(command: str, said: str
     with pytest.raises(UserError) as error:
         External(command=command).sealed()
     assert said in error.value.message and error.value.hint
+
+
+def test_rows_are_drawn_only_for_a_program_that_takes_them() -> None:
+    with pytest.raises(UserError, match="takes none"):
+        External(command="cp -r {input} {output}", draw=True).sealed()
+    External(command="cp -r {input} {output} {rows}", draw=True).sealed()
+
+
+def test_the_program_of_auto_round_cuts_rows_into_samples_of_one_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library leaves out shorter ones without an error where one is long enough."""
+    monkeypatch.setitem(sys.modules, "auto_round", SimpleNamespace(AutoRound=None))
+    samples = runpy.run_path(str(AUTOROUND))["_samples"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5]}\n{"input_ids": [6, 7]}\n')
+    assert [s.tolist() for s in samples(rows, 3)] == [[[1, 2, 3]], [[4, 5, 6]]]
+    with pytest.raises(SystemExit, match="has 7 tokens, and --seqlen is 8"):
+        samples(rows, 8)
 
 
 @pytest.mark.parametrize(

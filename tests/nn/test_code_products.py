@@ -18,6 +18,7 @@ from effbench.nn.quant import (
     shifted_linear,
     trits,
 )
+from effbench.util.hardware import cpu_flags
 
 
 @cache
@@ -68,6 +69,7 @@ KINDS = [
     *(f"{b} {g} {s}" for b in (4, 8) for g in (32, 64, 4096) for s in ("symmetric", "asymmetric")),
     *(f"{b} {g} asymmetric" for b in (2, 3, 5, 6, 7) for g in (32, 4096)),
     *(f"{b} 64 symmetric" for b in (2, 3, 5, 6, 7)),
+    "3 96 asymmetric",
     "4 96 asymmetric",  # six groups of three blocks in 576 columns
     "8 96 symmetric",
     *(f"shifted {b} {g}" for b, g in ((2, 32), (3, 64), (4, 32), (4, 64), (8, 4096))),
@@ -112,6 +114,25 @@ def test_products_of_codes_are_those_of_the_expanded_weight(kind: str) -> None:
             off = (found.double() - x.double() @ weight.T).abs()
             assert (off <= bound + x.double().abs() @ most).all(), (shape, rows)
             alone = native_step.product(kernels, linear, x[:1])
+            assert found[:1].equal(alone), (shape, rows, "a sum depends on the batch")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
+def test_nested_levels_meet_vectors_of_bfloat16_as_an_expanded_weight_does(bits: int) -> None:
+    """Where the CPU multiplies bfloat16, nothing is lost but what the weight loses in it."""
+    kernels = native.kernels()
+    if kernels is None or not {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags():
+        pytest.skip("needs a compiler and a CPU with AVX-512 BF16, VBMI and VNNI")
+    for shape in SHAPES:
+        linear = packed(f"nested {bits}", *shape)
+        weight = linear.dense_weight(torch.bfloat16).double()
+        for rows in (1, 4, 6):
+            x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+            found = native_step.product(kernels, linear, x).double()
+            exact = x.double() @ weight.T
+            most = x.double().abs() @ weight.abs().T * 1e-6 + exact.abs() * 2**-8
+            assert ((found - exact).abs() <= most).all(), (shape, rows)
+            alone = native_step.product(kernels, linear, x[:1]).double()
             assert found[:1].equal(alone), (shape, rows, "a sum depends on the batch")
 
 

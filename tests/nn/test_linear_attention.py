@@ -260,6 +260,24 @@ def test_long_sequences_do_not_overflow() -> None:
     assert y.isfinite().all() and y[..., -1, :].abs().max() > 1
 
 
+def test_kernels_are_for_float32_on_a_cuda_device_without_a_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def native(device: str = "cuda", dtype: torch.dtype = torch.float32) -> bool:
+        found = attention.forms(torch.device(device), dtype)
+        assert found in (attention.products, attention.triton_products)
+        return bool(found is attention.triton_products)
+
+    assert not native()  # a gradient is wanted
+    with torch.no_grad():
+        monkeypatch.setattr(attention, "has_triton", lambda: False)
+        assert not native()
+        monkeypatch.setattr(attention, "has_triton", lambda: True)
+        assert native() and not native("cpu") and not native(dtype=torch.float64)
+        monkeypatch.setenv("EFFBENCH_NATIVE", "0")
+        assert not native()
+
+
 # -- decays ------------------------------------------------------------------------------------
 
 

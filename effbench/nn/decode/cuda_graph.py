@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from operator import is_
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 
 from effbench.nn.decode import triton_step
 from effbench.nn.decode.pointwise import EAGER, Pointwise, fused
+from effbench.util.hardware import has_triton
 
 if TYPE_CHECKING:
     from effbench.nn.decode.cache import StaticLayer, Stored
@@ -27,7 +27,7 @@ def compiled(rows: int) -> Pointwise:
     torch.compile makes each function one kernel. For a single row our own kernels take the products
     and attention too.
     """
-    if not find_spec("triton"):
+    if not has_triton():
         return EAGER
     if rows > 1:
         return fused(torch.compile)

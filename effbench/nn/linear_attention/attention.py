@@ -23,13 +23,15 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from effbench.nn.linear_attention import native, products
+from effbench.nn.linear_attention import native, products, triton_products
 from effbench.nn.linear_attention.decay import Decay, Fading
 from effbench.nn.linear_attention.features import FeatureMap, Features, Projection, directions
 from effbench.nn.linear_attention.state import state_of
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.stack import decoder_layers
 from effbench.nn.llama.weights import cast_parameters
+from effbench.util.cpp import why_off
+from effbench.util.hardware import has_triton
 
 GATE_GAIN = 2**-2.5
 """Gain of the Xavier-uniform start of W_g, that of DiJiang's code."""
@@ -170,10 +172,13 @@ class LinearAttention(nn.Module):
     ) -> torch.Tensor:
         """Return Y, [B, G, R, T, d], and keep the state after it in the cache."""
         gamma = self.decay.rates().to(q.dtype)
+        y: torch.Tensor
+        form = forms(q.device, q.dtype)
         if cache is None:
-            return products.chunked(q, k, v, gamma, ends=True)[0]
+            y, _ = form.chunked(q, k, v, gamma, ends=True)
+            return y
         entry = state_of(cache, self.layer_idx)
-        advance = products.step if k.shape[2] == 1 else products.chunked
+        advance = form.step if k.shape[2] == 1 else form.chunked
         y, state = advance(q, k, v, gamma, entry.state)
         assert state is not None
         entry.put(state, k.shape[2])
@@ -186,6 +191,15 @@ class LinearAttention(nn.Module):
         weight, bias = own.weight.to(y.dtype), own.bias.to(y.dtype)
         normed = F.group_norm(side.flatten(0, 1), own.num_groups, weight, bias, own.eps)
         return normed.view_as(side)
+
+
+def forms(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the module whose `chunked` and `step` such features go through.
+
+    Triton's on a CUDA device where nothing wants a gradient; EFFBENCH_NATIVE=0 turns it off.
+    """
+    fits = device.type == "cuda" and dtype == torch.float32 and not torch.is_grad_enabled()
+    return triton_products if fits and has_triton() and not why_off() else products
 
 
 def _gate(d_in: int, d_out: int, draws: torch.Generator) -> nn.Linear:

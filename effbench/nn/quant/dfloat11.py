@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from effbench.nn.quant import huffman, packing
+from effbench.nn.quant import huffman, triton_dfloat11
 from effbench.nn.quant.huffman import Stream
-from effbench.nn.quant.linears import QuantisedLinear
+from effbench.nn.quant.linears import QuantisedLinear, triton_runs
 from effbench.util import cpp
 from effbench.util.errors import UserError
 
@@ -109,18 +109,24 @@ def _words(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().reshape(-1).view(as_int).int()
 
 
-def decode(encoded: Encoded, out: torch.Tensor) -> None:
+def decode(encoded: Encoded, out: torch.Tensor, trusted: bool = False) -> None:
     """Decode the upper halves of weights into a buffer.
 
     Args:
         encoded: A unit of N weights.
         out: [N] bfloat16, contiguous.
+        trusted: Whether it has been decoded as it is: then nobody waits for a GPU's kernel.
 
     Raises:
         UserError: When no encoder wrote the unit. Nothing beyond it is read or written.
     """
-    positions = encoded.positions
-    if int(positions[0]) != 0 or int(positions[-1]) != len(encoded.rest):
+    stream, rest, positions = encoded.stream, encoded.rest, encoded.positions
+    if triton_runs(out.device) and stream.fits and triton_dfloat11.decodes(stream, rest):
+        damaged = triton_dfloat11.decode(stream, rest, out)
+        if not trusted and bool(damaged.any()):
+            raise UserError(*huffman.DAMAGED)
+        return
+    if int(positions[0]) != 0 or int(positions[-1]) != len(rest):
         raise UserError(*huffman.DAMAGED)
     library = _library() if out.device.type == "cpu" and not cpp.why_off() else None
     if library is None:
@@ -156,15 +162,9 @@ class _Stream(ctypes.Structure):
 def _decode_natively(library: ctypes.CDLL, encoded: Encoded, out: torch.Tensor) -> None:
     """Decode by the C++ kernel, on as many threads as torch uses."""
     codes, gaps, positions, tables, rest, _ = encoded
-    chunks = (len(codes) - huffman.PADDING) * 8 // huffman.CHUNK
-    whole = (
-        len(gaps) == packing.packed_bytes(chunks, huffman.GAP)
-        and len(positions) - 1 == -(chunks // -huffman.BLOCK)
-        and len(tables) > 1
-        and all(tensor.is_contiguous() for tensor in encoded)
-    )
+    whole = encoded.stream.fits and all(tensor.is_contiguous() for tensor in encoded)
     arrays = [t.data_ptr() for t in (codes, gaps, tables, rest, positions)]
-    stream = _Stream(*arrays, chunks, len(tables) - 1, len(rest))
+    stream = _Stream(*arrays, encoded.stream.chunks, len(tables) - 1, len(rest))
     threads = torch.get_num_threads()
     if not whole or library.decode_bf16(ctypes.byref(stream), out.data_ptr(), threads):
         raise UserError(*huffman.DAMAGED)
@@ -191,17 +191,30 @@ class Scratch:
 
     def decoded(self, unit: Unit) -> torch.Tensor:
         """Return the upper halves of a unit's weights, [N] bfloat16, until another one's come."""
-        encoded = unit.encoded
-        count, device = len(encoded.rest), encoded.rest.device
-        if self.holds is not unit or self.buffer.device != device:
-            if len(self.buffer) < count or self.buffer.device != device:
-                self.buffer = torch.empty(0)  # gone before there is a larger one
-                with torch.inference_mode(False):  # whoever comes next may train
-                    self.buffer = torch.empty(count, dtype=torch.bfloat16, device=device)
+        own = self.room(unit)
+        if self.holds is not unit:
             self.holds = None
-            decode(encoded, self.buffer[:count])
-            self.holds = unit
-        return self.buffer[:count]
+            decode(unit.encoded, own, unit.sound)
+            self.holds, unit.sound = unit, True
+        return own
+
+    def room(self, unit: Unit) -> torch.Tensor:
+        """Return where the weights of a unit go, [N] bfloat16."""
+        rest = unit.get_buffer("rest")
+        if self.buffer.device != rest.device or len(self.buffer) < len(rest):
+            self.clear()  # gone before there is a larger one
+            with torch.inference_mode(False):  # whoever comes next may train
+                self.buffer = torch.empty(len(rest), dtype=torch.bfloat16, device=rest.device)
+        return self.buffer[: len(rest)]
+
+    def forget(self) -> None:
+        """Have whatever comes next decoded."""
+        self.holds = None
+
+    def clear(self) -> None:
+        """Give the buffer back."""
+        self.forget()
+        self.buffer = torch.empty(0, dtype=torch.bfloat16)
 
 
 class Unit(torch.nn.Module):
@@ -225,6 +238,8 @@ class Unit(torch.nn.Module):
         for key, tensor in encoded._asdict().items():
             self.register_buffer(key, tensor)
         self.sizes, self.scratch, self.name = list(sizes), scratch, name
+        self.sound = False
+        """Whether it has been decoded as it is."""
 
     @property
     def encoded(self) -> Encoded:
@@ -243,7 +258,7 @@ class Unit(torch.nn.Module):
         return weight.view(size).to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.scratch.holds = None
+        self._change()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
@@ -253,8 +268,12 @@ class Unit(torch.nn.Module):
         for key, own in self.encoded._asdict().items():
             if (given := state_dict.get(prefix + key)) is not None:
                 setattr(self, key, torch.empty_like(given, device=own.device))
-        self.scratch.holds = None
+        self._change()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _change(self) -> None:
+        self.sound = False
+        self.scratch.forget()
 
 
 class DFloat11Linear(QuantisedLinear):

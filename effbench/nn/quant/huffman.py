@@ -56,6 +56,21 @@ class Stream(NamedTuple):
     tables: torch.Tensor
     """[tables + 1, 256] uint8; the last row has the length of each symbol's code."""
 
+    @property
+    def chunks(self) -> int:
+        """C."""
+        return (len(self.codes) - PADDING) * 8 // CHUNK
+
+    @property
+    def fits(self) -> bool:
+        """Whether the arrays have sizes that belong together, as what an encoder wrote does."""
+        return (
+            self.chunks >= 0
+            and len(self.gaps) == packing.packed_bytes(self.chunks, GAP)
+            and len(self.positions) - 1 == -(self.chunks // -BLOCK)
+            and len(self.tables) > 1
+        )
+
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
     """Return the bits of each symbol's code, 0 for symbols that do not occur.
@@ -179,11 +194,10 @@ def decode(stream: Stream, first: int = 0, last: int | None = None) -> torch.Ten
     Raises:
         UserError: When no encoder wrote the stream. Nothing beyond its end is read.
     """
-    blocks = len(stream.positions) - 1
-    last = blocks if last is None else last
-    chunks = (len(stream.codes) - PADDING) * 8 // CHUNK
-    if blocks != -(chunks // -BLOCK) or len(stream.gaps) != packing.packed_bytes(chunks, GAP):
+    if not stream.fits:
         raise UserError(*DAMAGED)
+    chunks, blocks = stream.chunks, len(stream.positions) - 1
+    last = blocks if last is None else last
     numbers = torch.arange(first * BLOCK, min(last * BLOCK, chunks), device=stream.codes.device)
     found, valid = _in_step(stream, numbers, chunks)
     stated = stream.positions[first : last + 1].long().diff()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal, Self
 
 import torch
@@ -24,6 +22,7 @@ from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.nn.quant.layout import ALIGNED, NF4_CODES, Layout
 from effbench.util.cpp import why_off
 from effbench.util.errors import UserError
+from effbench.util.hardware import has_triton
 
 Backend = Literal["auto", "torch", "bitsandbytes"]
 MOST_VECTORS = 8
@@ -90,8 +89,7 @@ class QuantisedLinear(torch.nn.Linear):
 
         That is a CUDA device with Triton; EFFBENCH_NATIVE=0 turns it off.
         """
-        there = device.type == "cuda" and _has_triton() and not why_off()
-        return there and triton_products.multiplies(self.layout(), self.weight)
+        return triton_runs(device) and triton_products.multiplies(self.layout(), self.weight)
 
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W expanded; inside `expanded_once` it stays."""
@@ -124,10 +122,9 @@ class QuantisedLinear(torch.nn.Linear):
         return self
 
 
-@cache
-def _has_triton() -> bool:
-    """Whether Triton is installed; asked before each product."""
-    return find_spec("triton") is not None
+def triton_runs(device: torch.device) -> bool:
+    """Whether our Triton kernels are used there: on a CUDA device, unless EFFBENCH_NATIVE=0."""
+    return device.type == "cuda" and has_triton() and not why_off()
 
 
 class _Product(torch.autograd.Function):

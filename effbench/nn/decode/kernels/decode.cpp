@@ -118,7 +118,7 @@ struct Inputs {
   void dots(const Matrix& m, int64_t row, int64_t count, float* sums) const {
     const Packable* packed = m.bits ? forms_[form_of(m.bits)].vectors.data() : nullptr;
     if (in_planes(m.bits))
-      plane_dots(m, row, count, columns_, packed, int(batch), sums);
+      plane_dots<T>(m, row, count, columns_, packed, int(batch), sums);
     else if (m.bits)
       packed_dots(m, row, count, columns_, packed, int(batch), sums);
     else
@@ -130,9 +130,10 @@ struct Inputs {
   const int64_t batch;
 
  private:
-  static constexpr int kForms = 5;
+  static constexpr int kForms = 6;
   static int form_of(int64_t bits) {
     if (in_windows(bits)) return 4;
+    if (as_they_are<T>(bits)) return 5;
     return in_planes(bits) ? 3 : bits == kNF4 ? 2 : bits == 8;
   }
 
@@ -152,6 +153,11 @@ struct Inputs {
     for (int64_t b = 0; b < batch; ++b) {
       float* own = f.factors.data() + 2 * b * blocks;
       f.vectors[size_t(b)] = {f.ints.data() + b * width, own, own + blocks};
+      if constexpr (std::is_same_v<T, bf16>)
+        if (as_they_are<T>(bits)) {
+          in_order(x + b * K, K, f.vectors[size_t(b)].ints);
+          continue;
+        }
       for (int64_t i = 0; i < K; ++i) wide_[size_t(i)] = value(x[b * K + i]);
       packable(wide_.data(), K, bits, f.vectors[size_t(b)]);
     }

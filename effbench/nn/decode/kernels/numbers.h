@@ -12,6 +12,11 @@
 #include <immintrin.h>
 #endif
 
+// Registers of 64 bytes with all that products of codes take.
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#define WIDE 1
+#endif
+
 namespace {
 
 struct bf16 {

@@ -5,19 +5,20 @@
 //   signs, trits  w = base + sum over planes i of c_i bit_i, with a c_i for each group of a row:
 //                 two tables of 16 sums, one for each half of the code
 //   nested        w = level of the code, 2^b of them for each row
-// Vectors are those of packed.h. Of a weight half of the largest sum / 32766 is lost.
+// Vectors are those of packed.h. Of a weight half of the largest sum / 32766 is lost. Where the CPU
+// multiplies bfloat16, nested levels are rounded to it instead, for vectors of that dtype.
 
 #pragma once
 
 #include "packed.h"
+#include "products.h"
 
 namespace {
 
 constexpr int64_t kSpan = 256;        // columns whose bits stand together in a plane
 constexpr float kLargestLevel = 32766;  // two levels, rounded, add up to a 16-bit integer
 constexpr int64_t kMostLevels = 256;
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-#define WIDE_TABLES 1
+#if defined(WIDE)
 constexpr int64_t kLooked = 64;  // columns that are looked up at a time, or as many as there are
 #else
 constexpr int64_t kLooked = 32;
@@ -60,7 +61,7 @@ inline void four_planes(const __m256i* p, __m256i* out) {
 // Stores the codes of some blocks: one block after the other, or, where 64 are looked up at a time, eight
 // codes of one beside eight of the next, in the order of `place`.
 inline void stored(const __m256i* blocks, int64_t count, uint8_t* codes) {
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
   const __m512i eights = _mm512_setr_epi64(0, 8, 2, 10, 1, 9, 3, 11);
   for (int64_t k = 0; k < count; k += 2)
     _mm512_store_si512(codes + 32 * k, _mm512_permutex2var_epi64(_mm512_castsi256_si512(blocks[k]), eights,
@@ -164,7 +165,7 @@ inline void row_codes(const Matrix& m, int64_t row, int64_t K, uint8_t* codes) {
 
 // -- what codes stand for -------------------------------------------------------------------------
 
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
 
 // Up to 64 levels as 16-bit integers, their lower and their upper bytes; with Table(...), sixteen of them,
 // four times.
@@ -189,9 +190,10 @@ struct Table {
       bytes[0][i] = _mm512_cvtepi32_epi8(whole);
       bytes[1][i] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8));
     }
-    low = joined(bytes[0]);
-    high = joined(bytes[1]);
+    *this = Table(bytes);
   }
+  // Of the lower and the upper bytes of levels.
+  explicit Table(const __m128i (*bytes)[4]) : low(joined(bytes[0])), high(joined(bytes[1])) {}
   static __m512i joined(const __m128i* four) {
     const __m256i first = _mm256_inserti128_si256(_mm256_castsi128_si256(four[0]), four[1], 1);
     const __m256i second = _mm256_inserti128_si256(_mm256_castsi128_si256(four[2]), four[3], 1);
@@ -274,9 +276,27 @@ struct Sum {
   }
 };
 
+#if defined(NATIVE_BF16)
+#define BF16_LEVELS 1
+
+// Sums of products of levels and vectors in bfloat16.
+struct PlainSum {
+  __m512 parts[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  template <int64_t kBlocks>
+  __attribute__((always_inline)) void add(const Looked& w, const Packable& x, int64_t k, int turn) {
+    block(2 * turn, w.first, x, k);
+    if constexpr (kBlocks == 2) block(2 * turn + 1, w.second, x, k + kBlock);
+  }
+  __attribute__((always_inline)) void block(int i, __m512i weights, const Packable& x, int64_t k) {
+    parts[i] = Dot<bf16, 1>::added(parts[i], weights, _mm512_loadu_si512(x.ints + k));
+  }
+};
+#endif
+
 struct Total {
   __m512 v = _mm512_setzero_ps();
-  void add(const Sum& sum, float scale) {
+  template <typename S>
+  void add(const S& sum, float scale) {
     const __m512 low = _mm512_add_ps(sum.parts[0], sum.parts[1]);
     const __m512 all = _mm512_add_ps(low, _mm512_add_ps(sum.parts[2], sum.parts[3]));
     v = _mm512_fmadd_ps(all, _mm512_set1_ps(scale), v);
@@ -431,7 +451,7 @@ struct Sum {
   void add(const Looked& w, const Packable& x, int64_t k, int) {
     int64_t sum = 0;
     for (int64_t i = 0; i < kBlock; ++i)
-      sum += int64_t(1) * w.weights[i] * x.ints[k + place(kNested, i)];
+      sum += int64_t(1) * w.weights[i] * x.ints[k + i];
     v += float(sum) * x.scales[uint64_t(k) / kBlock];
   }
 };
@@ -490,7 +510,7 @@ struct Groups {
 };
 
 // Makes tables of the levels of a row of nested codes; returns their scale.
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
 inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
   const int64_t n = int64_t(1) << m.planes;
   const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * n;
@@ -529,14 +549,55 @@ inline float row_tables(const Matrix& m, int64_t row, Table* tables) {
 }
 #endif
 
+// Whether vectors of this dtype meet nested levels as they are: those of bfloat16, which levels are then
+// rounded to, as an expanded weight is.
+template <typename T>
+constexpr bool as_they_are(int64_t bits) {
+#if defined(BF16_LEVELS)
+  return bits == kNested && std::is_same_v<T, bf16>;
+#else
+  return bits < 0;
+#endif
+}
+
+// A vector in the order of planes' codes, in place of its integers.
+inline void in_order(const bf16* x, int64_t K, int16_t* ints) {
+  alignas(64) int16_t plain[64];
+  for (int64_t start = 0; start < padded(K); start += 64) {
+    const int64_t count = std::min<int64_t>(64, std::max<int64_t>(K - start, 0));
+    std::memset(plain, 0, sizeof(plain));
+    std::memcpy(plain, x + start, size_t(count) * sizeof(bf16));
+    placed(kNested, plain, start, ints);
+  }
+}
+
+#if defined(BF16_LEVELS)
+// Makes tables of the levels of a row of nested codes, in bfloat16.
+inline void plain_tables(const Matrix& m, int64_t row, Table* tables) {
+  const int64_t n = int64_t(1) << m.planes;
+  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + row * n;
+  for (int64_t i = 0; i < n; i += kTable) {
+    __m128i bytes[2][4] = {};
+    for (int64_t j = 0; j < kTable && i + j < n; j += 16) {
+      const __mmask16 there = __mmask16(n < 16 ? (1 << n) - 1 : 0xffff);
+      const __m512 levels = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, halves + i + j));
+      const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(levels));
+      bytes[0][j / 16] = _mm256_cvtepi16_epi8(rounded);
+      bytes[1][j / 16] = _mm256_cvtepi16_epi8(_mm256_srli_epi16(rounded, 8));
+    }
+    tables[i / kTable] = Table(bytes);
+  }
+}
+#endif
+
 // -- products ------------------------------------------------------------------------------------
 
 // Adds to `totals` the products of columns `begin` to `end` - 1, which share a scale; `look` is what codes
 // stand for.
-template <int B, typename Look>
+template <int B, typename S = Sum, typename Look>
 __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t begin, int64_t end,
                                                    const Packable* x, float scale, Look look, Total* totals) {
-  Sum sums[B];
+  S sums[B];
   const auto add = [&](auto blocks, int64_t k, int turn) __attribute__((always_inline)) {
     const Looked weights = look(codes + k);
 #pragma GCC unroll 4
@@ -544,7 +605,7 @@ __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t
   };
   using Whole = std::integral_constant<int64_t, kLooked / kBlock>;
   int64_t k = begin;
-#if defined(WIDE_TABLES)
+#if defined(WIDE)
   if (k % kLooked) {  // a group of one block begins or ends within a register
     const Looked weights = look(codes + k - kBlock);
     for (int b = 0; b < B; ++b) sums[b].block(0, weights.second, x[b], k);
@@ -564,24 +625,39 @@ __attribute__((always_inline)) inline void stretch(const uint8_t* codes, int64_t
 constexpr int64_t kTogether = 16;  // rows whose tables are made before their products
 
 // sums[i][b] = <row + i, x[b]> for `count` rows of nested codes, `stride` numbers between two of them.
-template <int B, int kTables>
+template <int B, int kTables, bool plain>
 __attribute__((noinline)) void nested_rows(const Matrix& m, int64_t row, int64_t count, int64_t K,
                                            const Packable* x, float* sums, int64_t stride) {
   alignas(64) uint8_t codes[kWidest + kLooked];
   const int64_t used = ((int64_t(1) << m.planes) + kTable - 1) / kTable;
   Table tables[kTogether * kTables];
   float scales[kTogether];
-  for (int64_t i = 0; i < count; ++i) {
-    if (i % kTogether == 0)
-      for (int64_t j = 0; j < kTogether && i + j < count; ++j)
-        scales[j] = row_tables(m, row + i + j, tables + j * kTables);
-    row_codes(m, row + i, K, codes);
-    const Table* own = tables + i % kTogether * kTables;
-    Total totals[B];
-    stretch<B>(codes, 0, K, x, scales[i % kTogether], [&](const uint8_t* c) __attribute__((always_inline)) {
-      return looked_up<kTables>(own, used, c);
-    }, totals);
-    for (int b = 0; b < B; ++b) sums[i * stride + b] = totals[b].value();
+  Total totals[kTogether * B];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t some = std::min(count - begin, kTogether);
+    for (int64_t i = 0; i < some; ++i) {
+#if defined(BF16_LEVELS)
+      if constexpr (plain) {
+        plain_tables(m, row + begin + i, tables + i * kTables);
+        continue;
+      }
+#endif
+      scales[i] = row_tables(m, row + begin + i, tables + i * kTables);
+    }
+    for (int64_t i = 0; i < some; ++i) {
+      row_codes(m, row + begin + i, K, codes);
+      const auto look = [&](const uint8_t* c) __attribute__((always_inline)) {
+        return looked_up<kTables>(tables + i * kTables, used, c);
+      };
+      for (int b = 0; b < B; ++b) totals[i * B + b] = Total();
+#if defined(BF16_LEVELS)
+      if constexpr (plain) stretch<B, PlainSum>(codes, 0, K, x, 1.0f, look, totals + i * B);
+      else
+#endif
+        stretch<B>(codes, 0, K, x, scales[i], look, totals + i * B);
+    }
+    for (int64_t i = 0; i < some; ++i)  // after all of them, for they wait for each other no more
+      for (int b = 0; b < B; ++b) sums[(begin + i) * stride + b] = totals[i * B + b].value();
   }
 }
 
@@ -620,22 +696,24 @@ __attribute__((noinline)) void sum_rows(const Matrix& m, int64_t row, int64_t ro
   }
 }
 
-template <int B>
+template <int B, bool plain>
 void plane_rows(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, float* sums,
                 int64_t stride) {
   const int64_t levels = int64_t(1) << m.planes;
   if (m.bits != kNested) sum_rows<B>(m, row, count, K, x, sums, stride);
-  else if (levels <= kTable) nested_rows<B, 1>(m, row, count, K, x, sums, stride);
-  else if (levels <= 2 * kTable) nested_rows<B, 2>(m, row, count, K, x, sums, stride);
-  else nested_rows<B, kMostTables>(m, row, count, K, x, sums, stride);
+  else if (levels <= kTable) nested_rows<B, 1, plain>(m, row, count, K, x, sums, stride);
+  else if (levels <= 2 * kTable) nested_rows<B, 2, plain>(m, row, count, K, x, sums, stride);
+  else nested_rows<B, kMostTables, plain>(m, row, count, K, x, sums, stride);
 }
 
-// sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors.
-inline void plane_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x,
-                       int batch, float* sums) {
+// sums[i][b] = <row + i, x[b]> for `count` rows and any number of vectors of dtype T.
+template <typename T>
+void plane_dots(const Matrix& m, int64_t row, int64_t count, int64_t K, const Packable* x, int batch,
+                float* sums) {
+  constexpr bool plain = as_they_are<T>(kNested);
   int b = 0;
-  for (; b + 4 <= batch; b += 4) plane_rows<4>(m, row, count, K, x + b, sums + b, batch);
-  for (; b < batch; ++b) plane_rows<1>(m, row, count, K, x + b, sums + b, batch);
+  for (; b + 4 <= batch; b += 4) plane_rows<4, plain>(m, row, count, K, x + b, sums + b, batch);
+  for (; b < batch; ++b) plane_rows<1, plain>(m, row, count, K, x + b, sums + b, batch);
 }
 
 }  // namespace
