@@ -266,6 +266,18 @@ class Scaling(Accelerator):
         self.scaler.unscale_((optimizer or self._optimizers[0]).optimizer)
 
 
+def test_a_method_without_a_backward_pass_takes_steps_beside_a_scaler(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for accelerator in (trainers.Accelerator, Scaling):
+        monkeypatch.setattr(trainers, "Accelerator", accelerator)
+        made = trainer(bench, "mezo")
+        train.one_step(made)
+        found.append(deepcopy(made.method.trained_tensors(made.model)))
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
 SEEN = {"apt": ("method.growths=2",), "adalora": ("method.begin=0", "method.end=1")}
 """Methods that learn from gradients what matters, with settings."""
 

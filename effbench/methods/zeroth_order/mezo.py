@@ -108,7 +108,9 @@ class MeZO(LoRA):
                 two_point.descend(steps, estimate)
         model.train(training)
         ctx.evolution.found = found
-        optimizer.step()  # without gradients it changes nothing; the schedule counts its calls
+        # Without gradients it changes nothing; the schedule counts its calls. A scaler of losses in
+        # float16, which stands before it, refuses a step for which it has scaled none.
+        getattr(optimizer, "optimizer", optimizer).step()
         return torch.tensor(sum(e.loss for e in found) / len(found))
 
     def as_peft(self, model: torch.nn.Module, point: Point) -> peft_lora.PeftAdapter | None:
