@@ -201,3 +201,10 @@ def test_what_is_public_stays(part: str, golden: Callable[[str], Golden]) -> Non
     file = golden("public.json")
     file.check(part, PARTS[part](), PUBLIC, grows=2 if part in GROWING else 0)
     assert file[part], "nothing to hold it against"
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Of two, pytest imports the first and cannot collect the other; a run of one sees nothing."""
+    own = Path(__file__).parent
+    found = [p.name for p in own.rglob("*.py") if "plugin_example" not in p.parts]
+    assert sorted({name for name in found if found.count(name) > 1}) == []
