@@ -94,7 +94,7 @@ class WideFactors {
 
   const Matrix& m_;
   const int64_t groups_, per_;  // of a row; per_: blocks of a group
-  int shift_ = 0;                         // per_ is two to its power, where it is `even_`
+  int shift_ = 0;               // per_ is two to its power, where it is `even_`
   bool even_;
   const __m512i lanes_;
   alignas(64) float scales_[kRoom + 32], less_[kRoom + 32];

@@ -261,26 +261,14 @@ inline Looked added_up(const Table& low, const Table& high, const uint8_t* codes
   return sum;
 }
 
-// Sums of products with columns that share a scale, several at a time: one sum waits for the one before.
-struct Sum {
-  __m512 parts[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  template <int64_t kBlocks>
-  __attribute__((always_inline)) void add(const Looked& w, const Packable& x, int64_t k, int turn) {
-    block(2 * turn, w.first, x, k);
-    if constexpr (kBlocks == 2) block(2 * turn + 1, w.second, x, k + kBlock);
-  }
-  __attribute__((always_inline)) void block(int i, __m512i weights, const Packable& x, int64_t k) {
-    // Two products fit 32 bits, four do not.
-    const __m512i sum = _mm512_madd_epi16(weights, _mm512_loadu_si512(x.ints + k));
-    parts[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[uint64_t(k) / kBlock]), parts[i]);
-  }
-};
-
 #if defined(NATIVE_BF16)
 #define BF16_LEVELS 1
+#endif
 
-// Sums of products of levels and vectors in bfloat16.
-struct PlainSum {
+// Sums of products with columns that share a scale, several at a time: one sum waits for the one before.
+// `plain` ones are of levels and vectors in bfloat16.
+template <bool plain>
+struct SumOf {
   __m512 parts[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   template <int64_t kBlocks>
   __attribute__((always_inline)) void add(const Looked& w, const Packable& x, int64_t k, int turn) {
@@ -288,10 +276,19 @@ struct PlainSum {
     if constexpr (kBlocks == 2) block(2 * turn + 1, w.second, x, k + kBlock);
   }
   __attribute__((always_inline)) void block(int i, __m512i weights, const Packable& x, int64_t k) {
-    parts[i] = Dot<bf16, 1>::added(parts[i], weights, _mm512_loadu_si512(x.ints + k));
+    const __m512i own = _mm512_loadu_si512(x.ints + k);
+#if defined(BF16_LEVELS)
+    if constexpr (plain) {
+      parts[i] = Dot<bf16, 1>::added(parts[i], weights, own);
+      return;
+    }
+#endif
+    // Two products fit 32 bits, four do not.
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_madd_epi16(weights, own));
+    parts[i] = _mm512_fmadd_ps(sum, _mm512_set1_ps(x.scales[uint64_t(k) / kBlock]), parts[i]);
   }
 };
-#endif
+using Sum = SumOf<false>;
 
 struct Total {
   __m512 v = _mm512_setzero_ps();
@@ -651,7 +648,7 @@ __attribute__((noinline)) void nested_rows(const Matrix& m, int64_t row, int64_t
       };
       for (int b = 0; b < B; ++b) totals[i * B + b] = Total();
 #if defined(BF16_LEVELS)
-      if constexpr (plain) stretch<B, PlainSum>(codes, 0, K, x, 1.0f, look, totals + i * B);
+      if constexpr (plain) stretch<B, SumOf<true>>(codes, 0, K, x, 1.0f, look, totals + i * B);
       else
 #endif
         stretch<B>(codes, 0, K, x, scales[i], look, totals + i * B);
