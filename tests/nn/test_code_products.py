@@ -117,11 +117,15 @@ def test_products_of_codes_are_those_of_the_expanded_weight(kind: str) -> None:
             assert found[:1].equal(alone), (shape, rows, "a sum depends on the batch")
 
 
+BF16_LEVELS = {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags()
+"""Whether the CPU multiplies nested levels in bfloat16."""
+
+
 @pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
 def test_nested_levels_meet_vectors_of_bfloat16_as_an_expanded_weight_does(bits: int) -> None:
     """Where the CPU multiplies bfloat16, nothing is lost but what the weight loses in it."""
     kernels = native.kernels()
-    if kernels is None or not {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags():
+    if kernels is None or not BF16_LEVELS:
         pytest.skip("needs a compiler and a CPU with AVX-512 BF16, VBMI and VNNI")
     for shape in SHAPES:
         linear = packed(f"nested {bits}", *shape)

@@ -467,6 +467,9 @@ import test_entries as entries
 assert native.kernels(), native.why_not()
 for kind in products.KINDS:
     products.test_products_of_codes_are_those_of_the_expanded_weight(kind)
+if products.BF16_LEVELS:
+    for bits in (2, 4, 7, 8):
+        products.test_nested_levels_meet_vectors_of_bfloat16_as_an_expanded_weight_does(bits)
 for dtype in engine.TOLERANCES:
     model = engine.random_model(engine.FAMILIES["llama, biases"], dtype)
     for rows, length in ((1, 300), (7, 20)):
