@@ -99,6 +99,8 @@ class StaticSession:
         self.cos = self.sin = torch.empty(0)
         linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
         self._packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        self._tables_read: list[torch.Tensor] = []
+        self._seen_changes = -1
         dense = [m for m in linears if not isinstance(m, QuantisedLinear)]
         self._plain = all(plain(m, self.dtype) for m in (*dense, self.model.lm_head))
         self._plain &= all(untouched(m) and m.streams(self.device) for m in self._packed)
@@ -132,9 +134,15 @@ class StaticSession:
         """
         caches = [t for layer in self.layers for t in layer.buffers]
         anchors = [s.anchor for s in self.stand_ins.values() if s.anchor is not None]
-        layouts = (m.layout() for m in self._packed)
-        tables = [found.scales for found in layouts if found is not None]
-        return [*caches, *anchors, *tables, self.cos]
+        return [*caches, *anchors, *self._packed_tables(), self.cos]
+
+    def _packed_tables(self) -> list[torch.Tensor]:
+        """Return the tables by which packed linears are read, looked up where one has changed."""
+        if self._seen_changes != QuantisedLinear.changes:
+            self._seen_changes = QuantisedLinear.changes
+            layouts = (m.layout() for m in self._packed)
+            self._tables_read = [found.scales for found in layouts if found is not None]
+        return self._tables_read
 
     def running(self, runs: Runs) -> list[StaticLayer]:
         """Return the caches of the blocks that run, each once."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class QuantisedLinear(torch.nn.Linear):
     """
 
     codes: torch.Tensor
+    changes: ClassVar[int] = 0
+    """How often an attribute of such a layer was set: while it stays, layouts are as they were."""
     _kept: dict[torch.dtype, torch.Tensor] | None = None
     """The dense weight while it is kept."""
 
@@ -51,6 +53,11 @@ class QuantisedLinear(torch.nn.Linear):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.compute_dtype = compute_dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and note that layouts may have changed."""
+        super().__setattr__(name, value)
+        QuantisedLinear.changes += 1
 
     @property
     def logical_params(self) -> int:
@@ -110,6 +117,7 @@ class QuantisedLinear(torch.nn.Linear):
         """Move to devices; keep the dtypes, for a cast of the scales would change the weights."""
         scales = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
+        QuantisedLinear.changes += 1
         for name, scale in scales.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != scale.dtype:
@@ -119,6 +127,7 @@ class QuantisedLinear(torch.nn.Linear):
     def _set(self, stored: Iterable[tuple[str, torch.Tensor | None]]) -> Self:
         for name, tensor in stored:
             self.register_buffer(name, tensor)
+        QuantisedLinear.changes += 1
         return self
 
 

@@ -564,9 +564,57 @@ void product(const Matrix* w, const void* x, void* y, int64_t batch, int64_t N, 
   }
 }
 
+// The first of the largest of n numbers, or the first that is none.
+template <typename T>
+int64_t argmax(const T* x, int64_t n) {
+  constexpr int64_t kBlock = 1024, kAbreast = 64;
+  float best = -INFINITY;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    float most[kAbreast];
+    int odd[kAbreast] = {};
+    for (float& m : most) m = -INFINITY;
+    int64_t j = i;
+    for (; j + kAbreast <= end; j += kAbreast)
+      for (int64_t l = 0; l < kAbreast; ++l) {
+        const float v = value(x[j + l]);
+        most[l] = v > most[l] ? v : most[l];
+        odd[l] |= v != v;
+      }
+    for (; j < end; ++j) {
+      const float v = value(x[j]);
+      most[0] = v > most[0] ? v : most[0];
+      odd[0] |= v != v;
+    }
+    bool any = false;
+    for (int64_t l = 0; l < kAbreast; ++l) {
+      any |= odd[l] != 0;
+      if (most[l] > best) best = most[l], begin = i;
+    }
+    if (any) {
+      while (value(x[i]) == value(x[i])) ++i;
+      return i;
+    }
+  }
+  while (begin + 1 < n && value(x[begin]) != best) ++begin;
+  return begin;
+}
+
+template <typename T>
+void argmaxes(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  for (int64_t row = 0; row < rows; ++row) out[row] = argmax(static_cast<const T*>(x) + row * n, n);
+}
+
 }  // namespace
 
 extern "C" {
+void argmax_bf16(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  argmaxes<bf16>(x, rows, n, out);
+}
+void argmax_f32(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  argmaxes<float>(x, rows, n, out);
+}
 void decode_bf16(const Model* m, const Step* s) { decode<bf16>(m, s); }
 void decode_f32(const Model* m, const Step* s) { decode<float>(m, s); }
 void product_bf16(const Matrix* w, const void* x, void* y, int64_t batch, int64_t N, int64_t K,
