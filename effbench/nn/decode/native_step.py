@@ -12,7 +12,8 @@ import torch
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
 from effbench.nn.llama.walk import plain, untouched
-from effbench.nn.quant.linears import QuantisedLinear
+from effbench.nn.quant.linears import QuantisedLinear, lay_together
+from effbench.util.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from effbench.nn.decode.step import Runs, StandIn, StepSession
@@ -24,16 +25,14 @@ class NativeStep:
     def __init__(self, session: StepSession, kernels: native.Kernels) -> None:
         self.kernels = kernels
         self.blocks = (native.Layer * len(session.blocks))()
-        for pointers, block in zip(self.blocks, session.blocks, strict=True):
-            _fill(pointers, block)
         self.sizes = _sizes(session)
         self.sizes.layer = ctypes.cast(self.blocks, ctypes.POINTER(native.Layer))
         self.scratch = torch.empty(0)
         self._rows = 0
         """Rows that the scratch has room for."""
-        # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
-        model = session.model
-        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        self.weights: list[torch.Tensor] = []
+        """Kept, so that no address outlives its storage, whatever becomes of the model."""
+        self._take_weights(session)
         self._seen: list[torch.Tensor] = []
         self._runs: dict[Runs, Any] = {}
 
@@ -61,6 +60,12 @@ class NativeStep:
         )
         kernels = native.kernels() if fits else None
         return None if kernels is None else cls(session, kernels)
+
+    def settle(self, session: StepSession) -> None:
+        """Move what each step reads together and onto huge pages, before any clock runs."""
+        lay_together(session.packed)
+        self._take_weights(session)
+        use_huge_pages(self.weights)
 
     def run(self, session: StepSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token.
@@ -162,8 +167,18 @@ class NativeStep:
         """Let go of a cache that is about to be made anew, so that it is not there twice."""
         self._seen = []
 
+    def _take_weights(self, session: StepSession) -> None:
+        """Note where the weights lie, and at which width they are read."""
+        model = session.model
+        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        for pointers, block in zip(self.blocks, session.blocks, strict=True):
+            _fill(pointers, block)
+        self.sizes.head = matrix_of(model.lm_head)
+
     def _point(self, session: StepSession) -> None:
-        """Note where caches, stand-ins and tables lie."""
+        """Note where packed weights, caches, stand-ins and tables lie."""
+        if session.packed:
+            self._take_weights(session)
         places = zip(self.blocks, session.blocks, session.caches, strict=True)
         for pointers, block, cache in places:
             if cache is not None:

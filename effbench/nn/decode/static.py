@@ -43,7 +43,6 @@ from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
 from effbench.nn.quant.linears import MOST_VECTORS, QuantisedLinear
-from effbench.util.pages import use_huge_pages
 
 
 class StaticSession:
@@ -97,13 +96,15 @@ class StaticSession:
         """Position of the next token of each sequence, [B] int64."""
         self.padded = False
         self.cos = self.sin = torch.empty(0)
-        linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
-        self._packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        inside = (m for block in self.blocks for part in block.parts() for m in part.linears())
+        linears = [*inside, self.model.lm_head]
+        self.packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        """Linears that are read as codes, in the order they run."""
         self._tables_read: list[torch.Tensor] = []
         self._seen_changes = -1
         dense = [m for m in linears if not isinstance(m, QuantisedLinear)]
-        self._plain = all(plain(m, self.dtype) for m in (*dense, self.model.lm_head))
-        self._plain &= all(untouched(m) and m.streams(self.device) for m in self._packed)
+        self._plain = all(plain(m, self.dtype) for m in dense)
+        self._plain &= all(untouched(m) and m.streams(self.device) for m in self.packed)
         self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native else None
         self._graph: StepGraph | None = None
@@ -140,7 +141,7 @@ class StaticSession:
         """Return the tables by which packed linears are read, looked up where one has changed."""
         if self._seen_changes != QuantisedLinear.changes:
             self._seen_changes = QuantisedLinear.changes
-            layouts = (m.layout() for m in self._packed)
+            layouts = (m.layout() for m in self.packed)
             self._tables_read = [found.scales for found in layouts if found is not None]
         return self._tables_read
 
@@ -154,7 +155,7 @@ class StaticSession:
         """How the next step is made: `native`, `graph` or `walk`."""
         if self._native is not None and self.batch <= native.LARGEST_BATCH:
             return "native"
-        fits = self._plain and not (self._packed and self.batch > MOST_VECTORS)
+        fits = self._plain and not (self.packed and self.batch > MOST_VECTORS)
         return "graph" if fits and self.device.type == "cuda" else "walk"
 
     # -- the protocol --------------------------------------------------------------------------
@@ -163,8 +164,8 @@ class StaticSession:
     def reserve(self, batch: int, length: int, prompt: int = 0) -> None:
         """Make what a batch of `length` positions in all will need, before any clock runs.
 
-        Weights that the C++ kernel reads move to huge pages, where the system has them. This is
-        optional: without it, the cache grows when it has to.
+        Weights that the C++ kernel reads move to huge pages, where the system has them, and packed
+        ones together before that. This is optional: without it, the cache grows when it has to.
 
         Args:
             batch: Sequences.
@@ -181,7 +182,7 @@ class StaticSession:
         for stand_in in self.stand_ins.values():
             stand_in.note(torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device))
         if self.engine == "native" and self._native is not None:
-            use_huge_pages(self._native.weights)
+            self._native.settle(self)
         self._tables()
         self._place(torch.zeros(batch, dtype=torch.long, device=self.device))
         if self.engine == "graph":

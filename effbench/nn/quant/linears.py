@@ -20,6 +20,8 @@ from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4, triton_products
 from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.nn.quant.layout import ALIGNED, NF4_CODES, Layout
+from effbench.util import pages
+from effbench.util.c_library import give_back
 from effbench.util.cpp import why_off
 from effbench.util.errors import UserError
 from effbench.util.hardware import has_triton
@@ -27,6 +29,11 @@ from effbench.util.hardware import has_triton
 Backend = Literal["auto", "torch", "bitsandbytes"]
 MOST_VECTORS = 8
 """Vectors that a CUDA kernel multiplies codes with; more are faster with the weight expanded."""
+
+TWICE = 2**24
+"""Bytes of codes that may be in memory twice while they are moved."""
+LINE = 64
+"""Bytes of a line of the cache."""
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -344,6 +351,39 @@ def expanded_once(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._kept = None
+
+
+def lay_together(layers: Iterable[QuantisedLinear]) -> None:
+    """Move the buffers of packed layers on a CPU into one piece of memory, in their order.
+
+    It begins with a huge page, and each buffer with a line of the cache; more than `pages.MOST`
+    bytes stay where they are. Codes that were made one by one lie where dense weights lay before
+    them, far from each other.
+    """
+    places = [(x, n) for x in layers for n, b in x._buffers.items() if b is not None]
+    held = [layer.get_buffer(name) for layer, name in places]
+    total = sum(_in_lines(b.nbytes) for b in held)
+    together = len({b.untyped_storage()._cdata for b in held}) <= 1
+    if together or total > pages.MOST or any(b.device.type != "cpu" for b in held):
+        return
+    held.clear()
+    with torch.inference_mode(False), torch.no_grad():
+        room = torch.empty(total + pages.HUGE, dtype=torch.uint8)
+        begin = kept = -room.data_ptr() % pages.HUGE
+        for layer, name in places:
+            old = layer.get_buffer(name)
+            new = room[begin : begin + old.nbytes].view(old.dtype).view(old.shape)
+            setattr(layer, name, new.copy_(old))
+            begin += _in_lines(old.nbytes)
+            del old
+            if begin - kept > TWICE:
+                kept = begin
+                give_back()
+    give_back()
+
+
+def _in_lines(size: int) -> int:
+    return -(size // -LINE) * LINE
 
 
 def storage_bytes(model: torch.nn.Module) -> int:
