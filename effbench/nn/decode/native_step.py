@@ -12,6 +12,7 @@ import torch
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
 from effbench.nn.llama.walk import plain, untouched
+from effbench.nn.quant.embedding import PackedEmbedding
 from effbench.nn.quant.linears import QuantisedLinear, lay_together
 from effbench.util.pages import use_huge_pages
 
@@ -48,9 +49,8 @@ class NativeStep:
             and untouched(inner.norm)
             and all(readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
-            and type(inner.embed_tokens) is torch.nn.Embedding
             and untouched(inner.embed_tokens)
-            and inner.embed_tokens.weight.is_contiguous()
+            and (_dense(inner.embed_tokens) or type(inner.embed_tokens) is PackedEmbedding)
             and all(n.weight.dtype == session.dtype for n in norms)
             and all(_fits(block, session) for block in session.blocks)
             and _queries_last(session.blocks)
@@ -78,6 +78,8 @@ class NativeStep:
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
+        embed = session.model.model.embed_tokens
+        vectors = None if self.sizes.embedding else embed(tokens)
         step = native.Step(
             session.batch,
             tokens.data_ptr(),
@@ -86,6 +88,7 @@ class NativeStep:
             logits=logits.data_ptr(),
             width=1,
             last=len(session.blocks),
+            inputs=native.address(vectors),
         )
         self._call(session, self.sizes, step, runs)
         return logits
@@ -231,6 +234,11 @@ def _fits(block: Block, session: StepSession) -> bool:
     return all(_part_fits(part, session) for part in block.parts())
 
 
+def _dense(embedding: torch.nn.Module) -> bool:
+    """Whether a kernel reads the vectors of tokens as they lie."""
+    return type(embedding) is torch.nn.Embedding and embedding.weight.is_contiguous()
+
+
 def _queries_last(blocks: Sequence[Block]) -> bool:
     """Whether queries that are taken are those of the last block that made some."""
     last = None
@@ -299,7 +307,7 @@ def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
 
 
 def _sizes(session: StepSession) -> native.Model:
-    model = session.model
+    model, embed = session.model, session.model.model.embed_tokens
     return native.Model(
         hidden=model.config.hidden_size,
         inner=max((b.mlp.inner for b in session.blocks if b.mlp), default=0),
@@ -309,7 +317,7 @@ def _sizes(session: StepSession) -> native.Model:
         layers=len(session.blocks),
         eps=model.model.norm.variance_epsilon,
         scale=session.scaling,
-        embedding=model.model.embed_tokens.weight.data_ptr(),
+        embedding=embed.weight.data_ptr() if _dense(embed) else None,
         norm=model.model.norm.weight.data_ptr(),
         head=matrix_of(model.lm_head),
     )
