@@ -162,6 +162,7 @@ def test_long_prompts_do_not_expand_the_head(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_plain_model_and_a_merged_one_have_dense_tables(tied: bool) -> None:
     model = coded(RTNEmbedding(), tied)
     expected = greedy(StaticSession(model), IDS, 4)
+    assert plain_model(model).expanded == (1 if tied else 2)
     for dense in (plain_model(model).model, copy.deepcopy(model)):
         merge_for_good(dense)
         assert type(dense.model.embed_tokens) is torch.nn.Embedding
