@@ -106,10 +106,14 @@ class RTNEmbedding(Compresses):
 
     def load(self, model: torch.nn.Module, folder: Path, ctx: Context) -> torch.nn.Module:
         """Return the base `model` with the tables of `folder`."""
-        for part, linear in self._dense(model).items():
-            _put(model, part, self, linear, dict(self.format.empty(linear).named_buffers()))
+        self._empty(model)
         weights.load_tensors(self.artefact_tensors(model), folder / "weights.safetensors")
         return model
+
+    def _empty(self, model: torch.nn.Module) -> None:
+        """Put packed tables in place that wait for their codes; the dense ones go."""
+        for part, linear in self._dense(model).items():
+            _put(model, part, self, linear, dict(self.format.empty(linear).named_buffers()))
 
     def shape(
         self, base: ModelShape, point: Point, phase: Phase, folder: Path | None
