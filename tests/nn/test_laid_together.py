@@ -118,7 +118,7 @@ def test_what_is_not_in_this_memory_is_left_alone() -> None:
 def test_no_weight_is_twice_in_memory_for_longer_than_its_move(
     by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each old buffer is gone when the next one moves; what is freed goes back every few of them."""
+    """Each old buffer is gone when the next one moves; what is freed goes back now and then."""
     if by == "session" and native.kernels() is None:
         pytest.skip(native.why_not())
     model = packed_model()

@@ -1,4 +1,4 @@
-"""Sessions in the middle of a text whose packed weights change: each step reads them as they are."""
+"""Packed weights that change in the middle of a text: each step reads them as they are."""
 
 from __future__ import annotations
 
@@ -122,8 +122,10 @@ def test_layouts_are_looked_up_where_something_changed_and_nowhere_else(
             {n: t.flip(0) for n, t in model.state_dict().items()}, assign=True
         ),
         lambda model: model.lm_head.planes.bitwise_not_(),
+        lambda model: model.lm_head._apply(lambda t: t if t.is_floating_point() else ~t),
+        lambda model: model.lm_head._set([("planes", ~model.lm_head.planes)]),
     ],
-    ids=["moved", "one buffer", "loaded", "in place"],
+    ids=["moved", "one buffer", "loaded", "in place", "applied", "set"],
 )
 def test_a_step_reads_weights_where_they_lie_by_now(change: Any) -> None:
     if native.kernels() is None:
