@@ -157,6 +157,7 @@ class Between:
 
     def _run(self, sizes: native.Model, step: native.Step, rows: torch.Tensor) -> None:
         """Run the kernel for hidden states [R, d]; fill in what all calls have in common."""
+        self.kernel.follow_packed(self.engine)
         count = len(rows)
         need = self.kernel.kernels.scratch_floats(sizes, count, 0)
         if len(self.scratch) < need:

@@ -33,6 +33,8 @@ class NativeStep:
         """Rows that the scratch has room for."""
         self.weights: list[torch.Tensor] = []
         """Kept, so that no address outlives its storage, whatever becomes of the model."""
+        self._changes = 0
+        """Of packed linears, when their weights were noted."""
         self._take_weights(session)
         self._seen: list[torch.Tensor] = []
         self._runs: dict[Runs, Any] = {}
@@ -63,6 +65,7 @@ class NativeStep:
 
     def settle(self, session: StepSession) -> None:
         """Move what each step reads together and onto huge pages, before any clock runs."""
+        self.weights = []  # else all would be there twice until the last has moved
         lay_together(session.packed)
         self._take_weights(session)
         use_huge_pages(self.weights)
@@ -157,6 +160,7 @@ class NativeStep:
 
     def _follow(self, session: StepSession, rows: int) -> None:
         """Take over the addresses of what has moved since the last call, and make room for rows."""
+        self.follow_packed(session)
         buffers = session.buffers()
         if len(buffers) != len(self._seen) or not all(map(is_, buffers, self._seen)):
             self._seen, self._rows = buffers, 0
@@ -170,18 +174,25 @@ class NativeStep:
         """Let go of a cache that is about to be made anew, so that it is not there twice."""
         self._seen = []
 
+    def follow_packed(self, session: StepSession) -> None:
+        """Take over where packed weights lie, and at which width they are read, if any changed."""
+        if session.packed and self._changes != QuantisedLinear.changes:
+            self._take_weights(session)
+
     def _take_weights(self, session: StepSession) -> None:
         """Note where the weights lie, and at which width they are read."""
+        self._changes = QuantisedLinear.changes
         model = session.model
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         for pointers, block in zip(self.blocks, session.blocks, strict=True):
             _fill(pointers, block)
+        embed = model.model.embed_tokens
+        self.sizes.embedding = embed.weight.data_ptr() if _dense(embed) else None
+        self.sizes.norm = model.model.norm.weight.data_ptr()
         self.sizes.head = matrix_of(model.lm_head)
 
     def _point(self, session: StepSession) -> None:
-        """Note where packed weights, caches, stand-ins and tables lie."""
-        if session.packed:
-            self._take_weights(session)
+        """Note where caches, stand-ins and tables lie."""
         places = zip(self.blocks, session.blocks, session.caches, strict=True)
         for pointers, block, cache in places:
             if cache is not None:
@@ -307,7 +318,7 @@ def _fill_stand_in(pointers: native.Layer, stand_in: StandIn) -> None:
 
 
 def _sizes(session: StepSession) -> native.Model:
-    model, embed = session.model, session.model.model.embed_tokens
+    model = session.model
     return native.Model(
         hidden=model.config.hidden_size,
         inner=max((b.mlp.inner for b in session.blocks if b.mlp), default=0),
@@ -317,7 +328,4 @@ def _sizes(session: StepSession) -> native.Model:
         layers=len(session.blocks),
         eps=model.model.norm.variance_epsilon,
         scale=session.scaling,
-        embedding=embed.weight.data_ptr() if _dense(embed) else None,
-        norm=model.model.norm.weight.data_ptr(),
-        head=matrix_of(model.lm_head),
     )

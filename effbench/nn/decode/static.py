@@ -140,11 +140,15 @@ class StaticSession:
 
     def _packed_tables(self) -> list[torch.Tensor]:
         """Return the tables by which packed linears are read, looked up where one has changed."""
-        if self._seen_changes != QuantisedLinear.changes:
+        if self._packed_changed():
             self._seen_changes = QuantisedLinear.changes
             layouts = (m.layout() for m in self.packed)
             self._tables_read = [found.scales for found in layouts if found is not None]
         return self._tables_read
+
+    def _packed_changed(self) -> bool:
+        """Whether a packed linear, of any model, has changed since the tables were looked up."""
+        return self._seen_changes != QuantisedLinear.changes
 
     def running(self, runs: Runs) -> list[StaticLayer]:
         """Return the caches of the blocks that run, each once."""
@@ -304,6 +308,8 @@ class StaticSession:
             assert self._native is not None
             logits = self._native.run(self, input_ids, runs)
         elif self.engine == "graph":
+            if self._graph is not None and self._packed_changed() and not self._graph.holds(self):
+                self._graph = None
             self._graph = self._graph or StepGraph(self)
             logits = self._graph.run(self, input_ids, runs)
         else:

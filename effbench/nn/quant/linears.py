@@ -366,6 +366,7 @@ def lay_together(layers: Iterable[QuantisedLinear]) -> None:
     bytes stay where they are. Codes that were made one by one lie where dense weights lay before
     them, far from each other.
     """
+    layers = dict.fromkeys(layers)  # blocks may share some
     places = [(x, n) for x in layers for n, b in x._buffers.items() if b is not None]
     held = [layer.get_buffer(name) for layer, name in places]
     total = sum(_in_lines(b.nbytes) for b in held)
