@@ -12,6 +12,7 @@ import torch
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
 from effbench.nn.llama.walk import plain, untouched
+from effbench.nn.quant.embedding import PackedEmbedding
 from effbench.nn.quant.linears import QuantisedLinear, lay_together
 from effbench.util.pages import use_huge_pages
 
@@ -50,9 +51,8 @@ class NativeStep:
             and untouched(inner.norm)
             and all(readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
-            and type(inner.embed_tokens) is torch.nn.Embedding
             and untouched(inner.embed_tokens)
-            and inner.embed_tokens.weight.is_contiguous()
+            and (_dense(inner.embed_tokens) or type(inner.embed_tokens) is PackedEmbedding)
             and all(n.weight.dtype == session.dtype for n in norms)
             and all(_fits(block, session) for block in session.blocks)
             and _queries_last(session.blocks)
@@ -81,6 +81,8 @@ class NativeStep:
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
+        embed = session.model.model.embed_tokens
+        vectors = None if self.sizes.embedding else embed(tokens)
         step = native.Step(
             session.batch,
             tokens.data_ptr(),
@@ -89,6 +91,7 @@ class NativeStep:
             logits=logits.data_ptr(),
             width=1,
             last=len(session.blocks),
+            inputs=native.address(vectors),
         )
         self._call(session, self.sizes, step, runs)
         return logits
@@ -183,9 +186,9 @@ class NativeStep:
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         for pointers, block in zip(self.blocks, session.blocks, strict=True):
             _fill(pointers, block)
-        inner = model.model
-        self.sizes.embedding = inner.embed_tokens.weight.data_ptr()
-        self.sizes.norm = inner.norm.weight.data_ptr()
+        embed = model.model.embed_tokens
+        self.sizes.embedding = embed.weight.data_ptr() if _dense(embed) else None
+        self.sizes.norm = model.model.norm.weight.data_ptr()
         self.sizes.head = matrix_of(model.lm_head)
 
     def _point(self, session: StepSession) -> None:
@@ -240,6 +243,11 @@ def matrix_of(linear: torch.nn.Linear) -> native.Matrix:
 def _fits(block: Block, session: StepSession) -> bool:
     """Whether the matrices of a block fit each other and the width of the model."""
     return all(_part_fits(part, session) for part in block.parts())
+
+
+def _dense(embedding: torch.nn.Module) -> bool:
+    """Whether a kernel reads the vectors of tokens as they lie."""
+    return type(embedding) is torch.nn.Embedding and embedding.weight.is_contiguous()
 
 
 def _queries_last(blocks: Sequence[Block]) -> bool:

@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache
 from effbench.nn.decode import native, prompts
 from effbench.nn.decode.cache import StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
-from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.native_step import NativeStep, product
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.step import Runs, StandIn
@@ -42,6 +42,7 @@ from effbench.nn.llama.head import rows_together
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
+from effbench.nn.quant.embedding import embedding_dtype
 from effbench.nn.quant.linears import MOST_VECTORS, QuantisedLinear
 
 
@@ -85,8 +86,8 @@ class StaticSession:
         self.every: Runs = (True,) * len(self.blocks)
         """A step that leaves nothing out."""
         self.stand_ins = dict(stand_ins or {})
-        embedding = self.model.model.embed_tokens.weight
-        self.device, self.dtype = embedding.device, embedding.dtype
+        self.dtype = embedding_dtype(model)
+        self.device = next(model.parameters()).device
         self.head_dim, self.scaling = attending[0].head_dim, attending[0].scaling
         self.length = 0
         """Positions read, padding included; a cache may hold fewer."""
@@ -259,6 +260,18 @@ class StaticSession:
         cache = Cache(layers=list(self.layers))
         if tail_of(self.model):
             return last_logits(self.model, input_ids, attention_mask, positions, cache)
+        head, few = self.model.lm_head, len(input_ids) <= native.LARGEST_BATCH
+        if self._native is not None and few and isinstance(head, QuantisedLinear):
+            # The kernel multiplies the last positions with codes, which a module would expand.
+            states = self.model.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            last = product(self._native.kernels, head, states)
+            return last if head.bias is None else last + head.bias
         with rows_together(self.model):
             logits: torch.Tensor = self.model(
                 input_ids=input_ids,

@@ -282,6 +282,12 @@ class PackedLinear(QuantisedLinear):
         stored = groupwise.Groups(self.codes, self.scales, self.zeros)
         return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
 
+    def dense_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of W expanded, [R, d_in] in `dtype`, by their numbers [R]."""
+        stored = groupwise.Groups(self.codes, self.scales, self.zeros)
+        sizes = self.in_features, self.bits, self.group_size
+        return groupwise.dequantise_rows(stored, rows, *sizes, dtype)
+
     def layout(self) -> Layout | None:
         """Return how the codes lie; None for ragged groups."""
         group = min(self.group_size, self.in_features)
