@@ -96,6 +96,12 @@ namespace {
 // Rows of a matrix that are read before those of another: the more, the longer memory is one stream.
 inline int64_t rows_of(int64_t batch) { return batch * kRows < kHeld ? kRows : kHeld / batch; }
 
+// As many as `most` rows at a time, all times alike.
+inline int64_t even(int64_t n, int64_t most) {
+  const int64_t times = (n + most - 1) / most;
+  return times ? (n + times - 1) / times : 1;
+}
+
 // The inputs of some products, in the forms in which their matrices take them; a thread's own.
 template <typename T>
 struct Inputs {
@@ -355,7 +361,7 @@ struct Work {
   template <typename Use>
   static void by_rows(const Matrix& matrix, const Inputs<T>& x, Range r, Use use) {
     float sums[kHeld];
-    const int64_t most = rows_of(x.batch);
+    const int64_t most = even(r.end - r.begin, rows_of(x.batch));
     for (int64_t begin = r.begin; begin < r.end; begin += most) {
       const int64_t count = r.end - begin < most ? r.end - begin : most;
       x.dots(matrix, begin, count, sums);
@@ -377,7 +383,7 @@ struct Work {
   // act = silu(x gate^T) * x up^T for some rows.
   void gated(const Layer& l, const Inputs<T>& x, Range r) const {
     float gates[kHeld], ups[kHeld];
-    const int64_t most = rows_of(s.batch);
+    const int64_t most = even(r.end - r.begin, rows_of(s.batch));
     for (int64_t begin = r.begin; begin < r.end; begin += most) {
       const int64_t count = r.end - begin < most ? r.end - begin : most;
       x.dots(l.gate, begin, count, gates);
