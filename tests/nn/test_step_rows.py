@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def model_of(kind: str, head_dim: int) -> Any:
     )
     model = tiny_model(shape=shape).eval().requires_grad_(False)
     if kind != "dense":
-        make = nested if kind == "nested" else four_bits
+        make: Callable[[Any], torch.nn.Linear] = nested if kind == "nested" else four_bits
         replace_linears(model, lambda _, linear: make(linear))
         model.lm_head = make(model.lm_head)
     return model
