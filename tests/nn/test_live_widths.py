@@ -26,7 +26,7 @@ NEAR = 1e-4
 """Largest difference of a logit, in float32."""
 
 
-def nested(linear: torch.nn.Linear) -> NestedLinear:
+def nested(linear: Any) -> NestedLinear:
     """A layer with codes and levels by lot, which a fit to weights would take long to find."""
     layer, draws = NestedLinear.empty(linear, 2, 4), generator(linear.out_features)
     layer.planes.random_(generator=draws)
@@ -171,15 +171,16 @@ class Recorded(StepGraph):
 
     def __init__(self, session: Any) -> None:
         super().__init__(session)
+        self.widths: dict[Any, int] = {}
         Recorded.made += 1
 
     def capture(self, session: Any, runs: Any) -> None:
-        self._captured.setdefault(runs, session.model.lm_head.bits)
+        self.widths.setdefault(runs, session.model.lm_head.bits)
 
     def run(self, session: Any, input_ids: torch.Tensor, runs: Any) -> torch.Tensor:
         self.capture(session, runs)
         self._step.token.copy_(input_ids)
-        with at(session.model, self._captured[runs]):
+        with at(session.model, self.widths[runs]):
             logits = self._step.logits(session, runs)
         self._step.advance(session, runs)
         return logits
@@ -188,7 +189,7 @@ class Recorded(StepGraph):
 class Graphed(StaticSession):
     """As on a CUDA device."""
 
-    engine = property(lambda self: "graph")  # type: ignore[assignment]
+    engine = property(lambda self: "graph")
 
 
 def test_a_captured_step_is_captured_anew_at_another_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,11 +24,15 @@ NEAR = {"dense": 2e-5, "4 bits": 3e-3, "nested": 3e-3}
 """Largest difference of a logit."""
 
 
-def nested(linear: torch.nn.Linear) -> NestedLinear:
+def nested(linear: Any) -> NestedLinear:
     layer, draws = NestedLinear.empty(linear, 3, 3), generator(linear.out_features)
     layer.planes.random_(generator=draws)
     layer.table.copy_(0.1 * torch.randn(layer.table.shape, generator=draws))
     return layer
+
+
+def four_bits(linear: Any) -> PackedLinear:
+    return PackedLinear.quantise(linear, 4, 32)
 
 
 def model_of(kind: str, head_dim: int) -> Any:
@@ -43,7 +48,7 @@ def model_of(kind: str, head_dim: int) -> Any:
     )
     model = tiny_model(shape=shape).eval().requires_grad_(False)
     if kind != "dense":
-        make = nested if kind == "nested" else lambda m: PackedLinear.quantise(m, 4, 32)
+        make: Callable[[Any], torch.nn.Linear] = nested if kind == "nested" else four_bits
         replace_linears(model, lambda _, linear: make(linear))
         model.lm_head = make(model.lm_head)
     return model
