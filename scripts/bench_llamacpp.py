@@ -37,6 +37,8 @@ FORMATS = {
     "any3": ("Q4_1", 1.5),
 }
 """llama.cpp's name of each of our formats, and what we have to reach beside it."""
+HEADS = {16: "BF16", 8: "Q8_0", 4: "Q4_1"}
+"""llama.cpp's name of each width of the embedding and the head beside layers in few bits."""
 NEW = 48
 """Tokens of one timed reply."""
 
@@ -76,10 +78,11 @@ def serve_theirs(gguf: str, threads: int, site: str) -> None:
     _serve(answer)
 
 
-def serve_ours(dtype: str, threads: int) -> None:
+def serve_ours(dtype: str, threads: int, head: int) -> None:
     """Answer requests from our engine."""
     import torch
 
+    from effbench.nn.decode.native import most_likely
     from effbench.nn.decode.static import StaticSession
     from effbench.resources.roofline import probe
 
@@ -95,6 +98,8 @@ def serve_ours(dtype: str, threads: int) -> None:
         bits = int(dtype[3:])
         packed = Grouped(bits, 32) if dtype.startswith("rtn") else AnyPrecisionCodes(bits, bits)
         pack_linears(model, packed, compute)
+        if head < 16:
+            model.lm_head = Grouped(head, 32).quantise(model.lm_head, compute)
     sessions: dict[int, Any] = {}
 
     @torch.inference_mode()
@@ -119,7 +124,7 @@ def serve_ours(dtype: str, threads: int) -> None:
         tokens = [first]
         start = time.perf_counter()
         for _ in range(NEW):
-            tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
+            tokens.append(most_likely(session.step(tokens[-1]))[:, None])
         seconds = time.perf_counter() - start
         moved = _bytes(model) + sum(
             2 * layer.buffers[0][:, :, :1].nbytes * (length + NEW / 2) for layer in session.layers
@@ -136,8 +141,8 @@ def serve_ours(dtype: str, threads: int) -> None:
 
 def _bytes(model: Any) -> int:
     """Bytes of weights that a step reads."""
-    held = [*model.model.layers.parameters(), *model.model.layers.buffers()]
-    return sum(t.nbytes for t in held) + model.lm_head.weight.nbytes
+    parts = (model.model.layers, model.lm_head)
+    return sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
 
 
 def _rewind(session: Any, length: int) -> None:
@@ -201,7 +206,7 @@ def _model(dtype: Any) -> Any:
     return loaded.model.requires_grad_(False), loaded.tokenizer
 
 
-def write_gguf(path: Path, kind: str, like: Path) -> None:
+def write_gguf(path: Path, kind: str, like: Path, head: str) -> None:
     """Write the default model for llama.cpp: header and tokenizer of `like`, our weights."""
     import gguf
     import torch
@@ -232,9 +237,8 @@ def write_gguf(path: Path, kind: str, like: Path) -> None:
         if array.ndim == 1:
             writer.add_tensor(own, array)
         else:
-            # The head keeps 16 bits beside low-bit layers, as it does in ours.
             low = kind.startswith("Q") and "embed" in name
-            chosen = gguf.GGMLQuantizationType.BF16 if low else quant
+            chosen = gguf.GGMLQuantizationType[head] if low else quant
             writer.add_tensor(own, gguf.quantize(array, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -247,7 +251,7 @@ def write_gguf(path: Path, kind: str, like: Path) -> None:
 
 def bench(form: str, threads: int, gguf: Path, given: argparse.Namespace, ids: list[int]) -> bool:
     """Print one format's rows; return whether the goal is reached in all of them."""
-    ours = Worker("--serve", "ours", "--format", form, "--threads", threads)
+    ours = Worker("--serve", "ours", "--format", form, "--threads", threads, "--head", given.head)
     theirs = Worker("--serve", gguf, "--threads", threads, "--site", given.site)
     kind, goal = FORMATS[form]
     before = ours.ask("probe")
@@ -304,12 +308,19 @@ def main() -> int:
     parser.add_argument("--prompts", nargs="*", type=int, default=list(PROMPTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", default="", help="folder for the GGUF files, kept")
+    parser.add_argument(
+        "--head",
+        type=int,
+        default=8,
+        choices=list(HEADS),
+        help="bits of embedding and head beside layers in few bits",
+    )
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--format", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         if given.serve == "ours":
-            serve_ours(given.format, given.threads[0])
+            serve_ours(given.format, given.threads[0], given.head)
         else:
             serve_theirs(given.serve, given.threads[0], given.site)
         return 0
@@ -325,9 +336,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as own:
         folder = Path(given.keep or own)
         for form in given.formats:
-            gguf = folder / f"{FORMATS[form][0]}.gguf"
+            kind, head = FORMATS[form][0], HEADS[given.head]
+            gguf = folder / f"{kind}-{head}.gguf"
             if not gguf.exists():
-                write_gguf(gguf, FORMATS[form][0], like)
+                write_gguf(gguf, kind, like, head)
             for threads in given.threads:
                 reached &= bench(form, threads, gguf, given, ids)
     print("\nall goals reached" if reached else "\nsome goals MISSED")

@@ -357,9 +357,10 @@ class ModelShape(AnyShape):
 
     @property
     def formats(self) -> frozenset[WeightFormat]:
-        """The packed formats that some of its linears are in."""
+        """The packed formats that some of its linears are in, the head among them."""
         linears = (x for layer in self.layers for x in layer.linears)
-        return frozenset(x.format for x in linears if x.format.packed)
+        every = (*linears, *self.readout.linears)
+        return frozenset(x.format for x in every if x.format.packed)
 
     # -- changes -------------------------------------------------------------------------------
 

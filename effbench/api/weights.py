@@ -95,6 +95,21 @@ class Packed(WeightFormat):
         return self
 
 
+@dataclass(frozen=True)
+class Lookup(WeightFormat):
+    """A table of vectors in the format of a linear that has them as its rows."""
+
+    name: ClassVar[str] = "lookup"
+    packed: ClassVar[bool] = True
+
+    rows: WeightFormat
+    """Of that linear."""
+
+    def bytes(self, d_in: int, d_out: int, element: int) -> int:
+        """Return the bytes of a table, which takes one of `d_in` tokens to a vector of `d_out`."""
+        return self.rows.bytes(d_out, d_in, element)
+
+
 COMPUTE = Dense()
 """Weights in the compute dtype."""
 MASTERS = Dense(4, master=True)
@@ -119,6 +134,13 @@ def is_packed(name: str) -> bool:
     return name in names()
 
 
+CODED_TABLES = "coded_tables"
+"""The kind of what has dense linears between an embedding and a head in codes."""
+
+
 def kinds(name: str) -> frozenset[str]:
-    """Return all that layers of a kind are: a packed format is `packed` besides."""
-    return frozenset({name, "packed"} if is_packed(name) else {name})
+    """Return all that layers of a kind are: a packed format is `packed` besides, as coded tables
+    are.
+    """
+    packed = is_packed(name) or name == CODED_TABLES
+    return frozenset({name, "packed"} if packed else {name})

@@ -17,6 +17,7 @@ from annotated_types import Interval
 from effbench.api.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
+from effbench.nn.decode.native import most_likely
 from effbench.results.records import Metric
 from effbench.util.lazy import torch
 
@@ -102,7 +103,7 @@ class EnergyPerToken(Evaluator):
         seconds = 0.0
         while not parts or seconds < self.window_seconds:
             session = subject.session()
-            token = session.prefill(prompt).argmax(-1, keepdim=True)
+            token = most_likely(session.prefill(prompt))[:, None]
             parts.append(self._steps(subject, session, token))
             seconds += parts[-1].seconds
             subject.progress("energy", min(int(seconds), 9), 10)
@@ -116,7 +117,7 @@ class EnergyPerToken(Evaluator):
         meter = Meter(subject.device, subject.machine.tdp_watts, least_seconds=0)
         with meter:
             for _ in range(self.new_tokens):
-                token = session.step(token).argmax(-1, keepdim=True)
+                token = most_likely(session.step(token))[:, None]
             clock.now()
         return meter.energy
 

@@ -17,6 +17,7 @@ from effbench.api.footprint import Pass
 from effbench.api.schema import PositiveInt
 from effbench.evaluators.base import Evaluator, Result
 from effbench.evaluators.subject import Subject
+from effbench.nn.decode.native import most_likely
 from effbench.nn.quant import linears
 from effbench.results.records import Metric
 from effbench.util.errors import UserError
@@ -66,11 +67,11 @@ class Memory(Evaluator):
         result = Result()
         release()
         with PeakMemory(subject.device, "prefill") as prefill:
-            token = session.prefill(prompt).argmax(-1, keepdim=True)
+            token = most_likely(session.prefill(prompt))[:, None]
         self._add(subject, result, prefill.peak, self.prompt_tokens)
         with PeakMemory(subject.device, "decode") as decode:
             for _ in range(self.new_tokens):
-                token = session.step(token).argmax(-1, keepdim=True)
+                token = most_likely(session.step(token))[:, None]
         self._add(subject, result, decode.peak, self.prompt_tokens + self.new_tokens)
         self._count(subject, result, session)
         if self.smallest_cap:

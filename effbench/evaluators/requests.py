@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effbench.nn.decode import cache
+from effbench.nn.decode.native import most_likely
 from effbench.resources.timing import Clock
 from effbench.util.lazy import torch
 
@@ -58,12 +59,12 @@ def timed_session(
         reserve(prompt.shape[0], prompt.shape[1] + new, prompt.shape[1])
     with around("prefill"):
         start = clock.now()
-        tokens = [session.prefill(prompt).argmax(-1, keepdim=True)]
+        tokens = [most_likely(session.prefill(prompt))[:, None]]
         first = clock.now() - start
     with around("decode"):
         marks = [clock.now()]
         for _ in range(new):
-            tokens.append(session.step(tokens[-1]).argmax(-1, keepdim=True))
+            tokens.append(most_likely(session.step(tokens[-1]))[:, None])
             marks.append(clock.now())
             if cycle is not None:
                 kinds.append(cycle.kind)

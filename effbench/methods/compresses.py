@@ -13,7 +13,7 @@ from effbench.api.method_types import CALIBRATION_ROWS, Context
 from effbench.api.points import Point
 from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.spec import Stage
-from effbench.api.weights import Packed
+from effbench.api.weights import CODED_TABLES, Packed
 from effbench.methods.base import Method
 from effbench.nn.llama import surgery, weights
 from effbench.nn.quant import linears
@@ -105,6 +105,8 @@ class DrawsRows(Compresses):
 @dataclass(frozen=True)
 class CompressesLinears(Compresses):
     """A method that replaces every dense linear of the decoder blocks by another module."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", CODED_TABLES})
 
     def compressed(self, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return what takes the place of a linear; its buffers are the artefact."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
+from effbench.util.c_library import c_library, give_back
+
 STATUS = Path("/proc/self/status")
 MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 CLEAR = Path("/proc/self/clear_refs")
@@ -170,16 +172,6 @@ def release() -> None:
     give_back()
 
 
-def give_back() -> None:
-    """Give the blocks that the C library keeps free back to the system, holes between others too.
-
-    Weights that were freed one by one would else stay beside what is made in their place.
-    """
-    trim = _c_library("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
 def exact_blocks() -> bool:
     """Have every large block given back at once; return whether the C library can do so.
 
@@ -187,17 +179,10 @@ def exact_blocks() -> bool:
     of training steps was 14 to 57 % above that of their tensors. The price is time, as each block's
     pages are new.
     """
-    change = _c_library("mallopt")
+    change = c_library("mallopt")
     return change is not None and all(
         change(parameter, EXACT_BLOCK) == 1 for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
     )
-
-
-def _c_library(name: str) -> Any:
-    """Return a function of the C library this process runs on, or None where there is none such."""
-    if sys.platform == "win32":
-        return None
-    return getattr(ctypes.CDLL(None), name, None)
 
 
 def memory_in_use(device: Any = "cpu") -> int:

@@ -456,6 +456,7 @@ def test_packed_weights_are_decoded_without_being_expanded(
 SANITISED = """
 import sys
 sys.path[:0] = ["tests/nn", "tests/methods"]
+import pytest
 import torch
 from effbench.util import cpp
 cpp.NATIVE = (*cpp.NATIVE, "-g", "-O1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
@@ -464,6 +465,8 @@ import test_engine as engine
 import test_code_products as products
 import test_dijiang as dijiang
 import test_entries as entries
+import test_most_likely as likely
+import test_step_rows as rows_of_steps
 assert native.kernels(), native.why_not()
 for kind in products.KINDS:
     products.test_products_of_codes_are_those_of_the_expanded_weight(kind)
@@ -474,6 +477,12 @@ for dtype in engine.TOLERANCES:
     model = engine.random_model(engine.FAMILIES["llama, biases"], dtype)
     for rows, length in ((1, 300), (7, 20)):
         engine.decoded(engine.session_of(model, "native"), engine.some_ids(rows, length), 5)
+for dtype in engine.TOLERANCES:
+    with pytest.MonkeyPatch.context() as patch:
+        likely.test_the_kernel_takes_the_token_that_torch_takes(dtype, patch)
+for kind in rows_of_steps.NEAR:
+    with pytest.MonkeyPatch.context() as patch:
+        rows_of_steps.test_any_number_of_rows_meets_any_width_of_heads(kind, patch)
 for settings in dijiang.VARIANTS:
     dijiang.test_a_step_of_the_kernel_is_that_of_the_operations(settings)
 entries.test_codes_that_do_not_lie_together_are_expanded_alike()

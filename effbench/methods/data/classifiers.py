@@ -68,9 +68,9 @@ class Classifiers(Trains):
     def prepare(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Freeze the model and put the classifiers beside it."""
         model.requires_grad_(False)
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        heads = ensemble.Ensemble(embedding.shape[1], self.classes, self.members)
-        model.add_module(HEADS, heads.to(embedding.device))
+        width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        heads = ensemble.Ensemble(width, self.classes, self.members)
+        model.add_module(HEADS, heads.to(next(model.parameters()).device))
         return model
 
     def scores(self, model: torch.nn.Module, batch: Batch, point: Point = UNNAMED) -> torch.Tensor:

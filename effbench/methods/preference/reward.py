@@ -94,14 +94,13 @@ class Reward(LoRA):
         """Put the head in, and adapters where the base is frozen."""
         full = self.trains == "full"
         model = Trains.prepare(self, model, ctx) if full else super().prepare(model, ctx)
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        width = embedding.shape[1]
+        width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
         draws = torch.Generator().manual_seed(ctx.seed)
         head = torch.nn.Linear(width, self.outputs, bias=False)
         first = torch.randn(self.outputs, width, generator=draws)
         with torch.no_grad():
             head.weight.copy_(first / (width + 1) ** 0.5)
-        model.add_module(HEAD, head.to(embedding.device))
+        model.add_module(HEAD, head.to(next(model.parameters()).device))
         return model
 
     def param_groups(self, model: torch.nn.Module) -> list[tuple[list[torch.nn.Parameter], float]]:

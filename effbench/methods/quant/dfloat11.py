@@ -31,6 +31,7 @@ from effbench.api.method_types import Context, Paper
 from effbench.api.parts import LayerShape, Linear
 from effbench.api.points import Point
 from effbench.api.shape import LINEARS, Anatomy, AnyShape, ModelShape, Phase
+from effbench.api.weights import CODED_TABLES
 from effbench.methods.compresses import Compresses, Part
 from effbench.nn.llama import stack, surgery, weights
 from effbench.nn.quant import dfloat11, huffman, linears
@@ -58,6 +59,7 @@ class DFloat11(Compresses):
         "2504.11651",
     )
     anatomy: ClassVar[Anatomy] = "other"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", CODED_TABLES})
     produces: ClassVar[str] = "dfloat11"
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:

@@ -19,6 +19,7 @@ from effbench.nn.adapters.dora import DoRALinear
 from effbench.nn.adapters.lowrank import LowRankLinear
 from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.llama.walk import fresh_norm, untouched
+from effbench.nn.quant.embedding import embedding_dtype, expand_embedding
 from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.errors import UserError
 
@@ -91,7 +92,8 @@ def merge_for_good(model: torch.nn.Module) -> int:
         model: Changed in place, one linear after the other, and frozen.
     """
     root: Any = model
-    dtype = root.get_input_embeddings().weight.dtype
+    dtype = embedding_dtype(root)
+    expand_embedding(root)
     count, inside = 0, "\n"
     for name, linear in list(model.named_modules()):
         mine = is_adapted(linear) or isinstance(linear, QuantisedLinear)
@@ -148,7 +150,7 @@ def _plain_linear(name: str, linear: torch.nn.Module) -> torch.nn.Linear:
 def _plain_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the last norm in the dtype of the embedding; None where it is so already."""
     root: Any = model
-    norm, dtype = root.model.norm, root.model.embed_tokens.weight.dtype
+    norm, dtype = root.model.norm, embedding_dtype(root)
     if norm.weight.dtype == dtype and untouched(norm):
         return None
     return fresh_norm(norm, dtype).requires_grad_(False)

@@ -20,7 +20,6 @@ from effbench.nn.decode import native, prompts
 from effbench.nn.decode.native_step import matrix_of, readable
 from effbench.nn.decode.verify import MultiTokenEngine, multi_token_engine
 from effbench.nn.llama.walk import untouched
-from effbench.util.pages import use_huge_pages
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine that each position is turned by, [B or 1, W, D]."""
@@ -70,8 +69,8 @@ class Between:
         return own.scaling
 
     def reserve(self) -> None:
-        """Move the weights to huge pages, where the system has them, before any clock runs."""
-        use_huge_pages(self.kernel.weights)
+        """Move the weights to where they are read fastest, before any clock runs."""
+        self.kernel.settle(self.engine)
 
     def through(
         self, hidden: torch.Tensor, angles: Angles, blocks: range, attend: Attend
@@ -158,6 +157,7 @@ class Between:
 
     def _run(self, sizes: native.Model, step: native.Step, rows: torch.Tensor) -> None:
         """Run the kernel for hidden states [R, d]; fill in what all calls have in common."""
+        self.kernel.follow_packed(self.engine)
         count = len(rows)
         need = self.kernel.kernels.scratch_floats(sizes, count, 0)
         if len(self.scratch) < need:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from effbench.api.session import Session
+from effbench.nn.decode.native import most_likely
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Choice:
     def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Return one token per row, [B]; `rows` says whose random numbers each row takes."""
         if self.sampling.temperature == 0:
-            return logits.argmax(-1)
+            return most_likely(logits)
         drawn = [torch.rand((), generator=self.draws[r], dtype=torch.float64) for r in rows]
         return sample(logits, torch.stack(drawn).to(logits.device), self.sampling)
 

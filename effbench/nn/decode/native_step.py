@@ -12,7 +12,9 @@ import torch
 from effbench.nn.decode import native
 from effbench.nn.llama.parts import MLP, Attention, Block
 from effbench.nn.llama.walk import plain, untouched
-from effbench.nn.quant.linears import QuantisedLinear
+from effbench.nn.quant.embedding import PackedEmbedding
+from effbench.nn.quant.linears import QuantisedLinear, lay_together
+from effbench.util.pages import use_huge_pages
 
 if TYPE_CHECKING:
     from effbench.nn.decode.step import Runs, StandIn, StepSession
@@ -24,16 +26,16 @@ class NativeStep:
     def __init__(self, session: StepSession, kernels: native.Kernels) -> None:
         self.kernels = kernels
         self.blocks = (native.Layer * len(session.blocks))()
-        for pointers, block in zip(self.blocks, session.blocks, strict=True):
-            _fill(pointers, block)
         self.sizes = _sizes(session)
         self.sizes.layer = ctypes.cast(self.blocks, ctypes.POINTER(native.Layer))
         self.scratch = torch.empty(0)
         self._rows = 0
         """Rows that the scratch has room for."""
-        # Kept, so that no address outlives its storage, whatever becomes of the model's parameters.
-        model = session.model
-        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        self.weights: list[torch.Tensor] = []
+        """Kept, so that no address outlives its storage, whatever becomes of the model."""
+        self._changes = 0
+        """Of packed linears, when their weights were noted."""
+        self._take_weights(session)
         self._seen: list[torch.Tensor] = []
         self._runs: dict[Runs, Any] = {}
 
@@ -49,9 +51,8 @@ class NativeStep:
             and untouched(inner.norm)
             and all(readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
-            and type(inner.embed_tokens) is torch.nn.Embedding
             and untouched(inner.embed_tokens)
-            and inner.embed_tokens.weight.is_contiguous()
+            and (_dense(inner.embed_tokens) or type(inner.embed_tokens) is PackedEmbedding)
             and all(n.weight.dtype == session.dtype for n in norms)
             and all(_fits(block, session) for block in session.blocks)
             and _queries_last(session.blocks)
@@ -61,6 +62,13 @@ class NativeStep:
         )
         kernels = native.kernels() if fits else None
         return None if kernels is None else cls(session, kernels)
+
+    def settle(self, session: StepSession) -> None:
+        """Move what each step reads together and onto huge pages, before any clock runs."""
+        self.weights = []  # else all would be there twice until the last has moved
+        lay_together(session.packed)
+        self._take_weights(session)
+        use_huge_pages(self.weights)
 
     def run(self, session: StepSession, input_ids: torch.Tensor, runs: Runs) -> torch.Tensor:
         """Return logits [B, V] for one token per sequence, [B, 1]; the cache takes the token.
@@ -73,6 +81,8 @@ class NativeStep:
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
+        embed = session.model.model.embed_tokens
+        vectors = None if self.sizes.embedding else embed(tokens)
         step = native.Step(
             session.batch,
             tokens.data_ptr(),
@@ -81,6 +91,7 @@ class NativeStep:
             logits=logits.data_ptr(),
             width=1,
             last=len(session.blocks),
+            inputs=native.address(vectors),
         )
         self._call(session, self.sizes, step, runs)
         return logits
@@ -149,6 +160,7 @@ class NativeStep:
 
     def _follow(self, session: StepSession, rows: int) -> None:
         """Take over the addresses of what has moved since the last call, and make room for rows."""
+        self.follow_packed(session)
         buffers = session.buffers()
         if len(buffers) != len(self._seen) or not all(map(is_, buffers, self._seen)):
             self._seen, self._rows = buffers, 0
@@ -161,6 +173,23 @@ class NativeStep:
     def forget(self) -> None:
         """Let go of a cache that is about to be made anew, so that it is not there twice."""
         self._seen = []
+
+    def follow_packed(self, session: StepSession) -> None:
+        """Take over where packed weights lie, and at which width they are read, if any changed."""
+        if session.packed and self._changes != QuantisedLinear.changes:
+            self._take_weights(session)
+
+    def _take_weights(self, session: StepSession) -> None:
+        """Note where the weights lie, and at which width they are read."""
+        self._changes = QuantisedLinear.changes
+        model = session.model
+        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        for pointers, block in zip(self.blocks, session.blocks, strict=True):
+            _fill(pointers, block)
+        embed = model.model.embed_tokens
+        self.sizes.embedding = embed.weight.data_ptr() if _dense(embed) else None
+        self.sizes.norm = model.model.norm.weight.data_ptr()
+        self.sizes.head = matrix_of(model.lm_head)
 
     def _point(self, session: StepSession) -> None:
         """Note where caches, stand-ins and tables lie."""
@@ -214,6 +243,11 @@ def matrix_of(linear: torch.nn.Linear) -> native.Matrix:
 def _fits(block: Block, session: StepSession) -> bool:
     """Whether the matrices of a block fit each other and the width of the model."""
     return all(_part_fits(part, session) for part in block.parts())
+
+
+def _dense(embedding: torch.nn.Module) -> bool:
+    """Whether a kernel reads the vectors of tokens as they lie."""
+    return type(embedding) is torch.nn.Embedding and embedding.weight.is_contiguous()
 
 
 def _queries_last(blocks: Sequence[Block]) -> bool:
@@ -294,7 +328,4 @@ def _sizes(session: StepSession) -> native.Model:
         layers=len(session.blocks),
         eps=model.model.norm.variance_epsilon,
         scale=session.scaling,
-        embedding=model.model.embed_tokens.weight.data_ptr(),
-        norm=model.model.norm.weight.data_ptr(),
-        head=matrix_of(model.lm_head),
     )

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from effbench.api.session import Session
 from effbench.nn.decode.cache import held_bytes
+from effbench.nn.decode.native import most_likely
 from effbench.nn.llama.head import rows_together
 
 
@@ -62,9 +63,9 @@ class CachedSession:
 @torch.inference_mode()
 def greedy(session: Session, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Return the `new_tokens` most likely continuations, [B, new_tokens]."""
-    token = session.prefill(input_ids).argmax(-1, keepdim=True)
+    token = most_likely(session.prefill(input_ids))[:, None]
     out = [token]
     for _ in range(new_tokens - 1):
-        token = session.step(token).argmax(-1, keepdim=True)
+        token = most_likely(session.step(token))[:, None]
         out.append(token)
     return torch.cat(out, dim=1)

@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+from effbench.nn.decode.native import most_likely
 from effbench.nn.decode.policy import EVERYTHING, CachePolicy
 from effbench.nn.decode.scratch import MOST_DRAFTS, most_drafts
 from effbench.nn.decode.staged import StagedSession
@@ -80,7 +81,7 @@ class SpeculativeSession(StagedSession):
         self.staged.read(drafts[-1])
         self.staged.run(0)
         logits = self.staged.logits(1, self.staged.run(1))
-        agreed = (logits[:, :-1].argmax(-1) == torch.cat(drafts, dim=1)).all(0)
+        agreed = (most_likely(logits[:, :-1]) == torch.cat(drafts, dim=1)).all(0)
         kept = int(agreed.long().cumprod(0).sum())
         self.staged.crop(self.length + kept)
         self.ahead.extend((drafts[i], logits[:, i + 1]) for i in range(kept))
@@ -89,7 +90,7 @@ class SpeculativeSession(StagedSession):
 
     def _draft(self, token: torch.Tensor) -> torch.Tensor:
         self.staged.read(token)
-        return self.staged.logits(0, self.staged.run(0)).argmax(-1)
+        return most_likely(self.staged.logits(0, self.staged.run(0)))
 
     def _adapt(self, kept: int) -> None:
         self.rounds += 1

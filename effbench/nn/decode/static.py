@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache
 from effbench.nn.decode import native, prompts
 from effbench.nn.decode.cache import StaticLayer, StaticValues, Store, Stored
 from effbench.nn.decode.cuda_graph import StepGraph
-from effbench.nn.decode.native_step import NativeStep
+from effbench.nn.decode.native_step import NativeStep, product
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.decode.scratch import BLOCK
 from effbench.nn.decode.step import Runs, StandIn
@@ -42,8 +42,8 @@ from effbench.nn.llama.head import rows_together
 from effbench.nn.llama.parts import Attention
 from effbench.nn.llama.shared_attention import last_logits, tail_of
 from effbench.nn.llama.walk import blocks_of, plain, untouched, why_not
+from effbench.nn.quant.embedding import embedding_dtype
 from effbench.nn.quant.linears import MOST_VECTORS, QuantisedLinear
-from effbench.util.pages import use_huge_pages
 
 
 class StaticSession:
@@ -86,8 +86,8 @@ class StaticSession:
         self.every: Runs = (True,) * len(self.blocks)
         """A step that leaves nothing out."""
         self.stand_ins = dict(stand_ins or {})
-        embedding = self.model.model.embed_tokens.weight
-        self.device, self.dtype = embedding.device, embedding.dtype
+        self.dtype = embedding_dtype(model)
+        self.device = next(model.parameters()).device
         self.head_dim, self.scaling = attending[0].head_dim, attending[0].scaling
         self.length = 0
         """Positions read, padding included; a cache may hold fewer."""
@@ -97,11 +97,15 @@ class StaticSession:
         """Position of the next token of each sequence, [B] int64."""
         self.padded = False
         self.cos = self.sin = torch.empty(0)
-        linears = [m for block in self.blocks for part in block.parts() for m in part.linears()]
-        self._packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        inside = (m for block in self.blocks for part in block.parts() for m in part.linears())
+        linears = [*inside, self.model.lm_head]
+        self.packed = [m for m in linears if isinstance(m, QuantisedLinear)]
+        """Linears that are read as codes, in the order they run."""
+        self._tables_read: list[torch.Tensor] = []
+        self._seen_changes = -1
         dense = [m for m in linears if not isinstance(m, QuantisedLinear)]
-        self._plain = all(plain(m, self.dtype) for m in (*dense, self.model.lm_head))
-        self._plain &= all(untouched(m) and m.streams(self.device) for m in self._packed)
+        self._plain = all(plain(m, self.dtype) for m in dense)
+        self._plain &= all(untouched(m) and m.streams(self.device) for m in self.packed)
         self._plain &= untouched(self.model.model.norm)
         self._native = NativeStep.of(self) if use_native else None
         self._graph: StepGraph | None = None
@@ -132,9 +136,19 @@ class StaticSession:
         """
         caches = [t for layer in self.layers for t in layer.buffers]
         anchors = [s.anchor for s in self.stand_ins.values() if s.anchor is not None]
-        layouts = (m.layout() for m in self._packed)
-        tables = [found.scales for found in layouts if found is not None]
-        return [*caches, *anchors, *tables, self.cos]
+        return [*caches, *anchors, *self._packed_tables(), self.cos]
+
+    def _packed_tables(self) -> list[torch.Tensor]:
+        """Return the tables by which packed linears are read, looked up where one has changed."""
+        if self._packed_changed():
+            self._seen_changes = QuantisedLinear.changes
+            layouts = (m.layout() for m in self.packed)
+            self._tables_read = [found.scales for found in layouts if found is not None]
+        return self._tables_read
+
+    def _packed_changed(self) -> bool:
+        """Whether a packed linear, of any model, has changed since the tables were looked up."""
+        return self._seen_changes != QuantisedLinear.changes
 
     def running(self, runs: Runs) -> list[StaticLayer]:
         """Return the caches of the blocks that run, each once."""
@@ -146,7 +160,7 @@ class StaticSession:
         """How the next step is made: `native`, `graph` or `walk`."""
         if self._native is not None and self.batch <= native.LARGEST_BATCH:
             return "native"
-        fits = self._plain and not (self._packed and self.batch > MOST_VECTORS)
+        fits = self._plain and not (self.packed and self.batch > MOST_VECTORS)
         return "graph" if fits and self.device.type == "cuda" else "walk"
 
     # -- the protocol --------------------------------------------------------------------------
@@ -155,8 +169,8 @@ class StaticSession:
     def reserve(self, batch: int, length: int, prompt: int = 0) -> None:
         """Make what a batch of `length` positions in all will need, before any clock runs.
 
-        Weights that the C++ kernel reads move to huge pages, where the system has them. This is
-        optional: without it, the cache grows when it has to.
+        Weights that the C++ kernel reads move to huge pages, where the system has them, and packed
+        ones together before that. This is optional: without it, the cache grows when it has to.
 
         Args:
             batch: Sequences.
@@ -173,7 +187,7 @@ class StaticSession:
         for stand_in in self.stand_ins.values():
             stand_in.note(torch.zeros(batch, 1, width, dtype=self.dtype, device=self.device))
         if self.engine == "native" and self._native is not None:
-            use_huge_pages(self._native.weights)
+            self._native.settle(self)
         self._tables()
         self._place(torch.zeros(batch, dtype=torch.long, device=self.device))
         if self.engine == "graph":
@@ -246,6 +260,18 @@ class StaticSession:
         cache = Cache(layers=list(self.layers))
         if tail_of(self.model):
             return last_logits(self.model, input_ids, attention_mask, positions, cache)
+        head, few = self.model.lm_head, len(input_ids) <= native.LARGEST_BATCH
+        if self._native is not None and few and isinstance(head, QuantisedLinear):
+            # The kernel multiplies the last positions with codes, which a module would expand.
+            states = self.model.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            last = product(self._native.kernels, head, states)
+            return last if head.bias is None else last + head.bias
         with rows_together(self.model):
             logits: torch.Tensor = self.model(
                 input_ids=input_ids,
@@ -282,6 +308,8 @@ class StaticSession:
             assert self._native is not None
             logits = self._native.run(self, input_ids, runs)
         elif self.engine == "graph":
+            if self._graph is not None and self._packed_changed() and not self._graph.holds(self):
+                self._graph = None
             self._graph = self._graph or StepGraph(self)
             logits = self._graph.run(self, input_ids, runs)
         else:

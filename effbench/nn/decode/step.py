@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from effbench.nn.decode.cache import StaticLayer, Store
 from effbench.nn.decode.pointwise import EAGER, Pointwise
 from effbench.nn.llama.parts import Block
+from effbench.nn.quant.linears import QuantisedLinear
 
 Runs = tuple[bool, ...]
 """Whether each block runs in a step."""
@@ -66,6 +67,7 @@ class StepSession(Protocol):
     blocks: list[Block]
     caches: list[StaticLayer | None]
     layers: list[StaticLayer]
+    packed: list[QuantisedLinear]
     stand_ins: dict[int, StandIn]
     every: Runs
     starts: torch.Tensor

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from effbench.nn.llama.walk import fresh_norm
+from effbench.nn.quant.linears import QuantisedLinear
 
 NAME = "exit_heads"
 """Of the submodule."""
@@ -33,7 +34,10 @@ class ExitHead(torch.nn.Module):
         self.head = torch.nn.Linear(
             head.in_features, head.out_features, bias=head.bias is not None, device="meta"
         )
-        for name, start in head.named_parameters():
+        starts = dict(head.named_parameters())
+        if isinstance(head, QuantisedLinear):
+            starts["weight"] = head.dense_weight(dtype)
+        for name, start in starts.items():
             copied = start.detach().to(dtype, copy=True)
             setattr(self.head, name, torch.nn.Parameter(copied))
 

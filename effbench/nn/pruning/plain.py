@@ -29,6 +29,7 @@ from effbench.nn.llama.stack import fix_positions, keeps_states
 from effbench.nn.model_kinds.base import CAUSAL, kind_of
 from effbench.nn.pruning.checkpoint import stock
 from effbench.nn.pruning.slicing import layer_sizes
+from effbench.nn.quant.embedding import PackedEmbedding, is_tied
 from effbench.nn.quant.linears import QuantisedLinear
 from effbench.util.errors import UserError
 from effbench.util.hf import quiet
@@ -93,11 +94,20 @@ def plain_model(model: Any, dtype: torch.dtype | None = None) -> Plain:
 
 
 def _changed(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield each linear with an adapter or packed weights, and nothing that is inside of one."""
-    inside = "\n"
+    """Yield each linear with an adapter or packed weights, and nothing that is inside of one.
+
+    A packed embedding's table has the embedding's name, the head's too where that is the same one.
+    """
+    inside, tables = "\n", set()
     for name, module in model.named_modules():
-        if not name.startswith(inside) and (
-            isinstance(module, QuantisedLinear) or is_adapted(module)
+        if isinstance(module, PackedEmbedding):
+            inside = f"{name}."
+            tables.add(module.table)
+            yield name, module.table
+        elif (
+            not name.startswith(inside)
+            and module not in tables
+            and (isinstance(module, QuantisedLinear) or is_adapted(module))
         ):
             inside = f"{name}."
             yield name, module
@@ -136,8 +146,7 @@ def _config(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+    return is_tied(model)
 
 
 def _require_unshared(model: Any) -> None:

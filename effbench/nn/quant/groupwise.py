@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from effbench.nn.quant.packing import fill_up, pack, packed_bytes, unpack
+from effbench.nn.quant.packing import codes_at, fill_up, pack, packed_bytes, unpack
 from effbench.util.lazy import torch
 
 SMALLEST_SCALE = 2.0**-24
@@ -146,6 +146,28 @@ def dequantise(
         values.sub_(unpack(stored.zeros, bits, d_out * groups).view(d_out, groups, 1))
     values.mul_(stored.scales[..., None])
     return values.view(d_out, -1)[:, :d_in].to(dtype)
+
+
+def dequantise_rows(
+    stored: Groups,
+    rows: torch.Tensor,
+    d_in: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return some rows [R] of the weights that the codes stand for, [R, d_in] in `dtype`.
+
+    The same numbers as `dequantise` gives, of these rows alone.
+    """
+    columns = torch.arange(d_in, device=rows.device)
+    values = codes_at(stored.codes, bits, rows[:, None] * d_in + columns).float()
+    each, groups = columns // group_size, stored.scales.shape[1]
+    if stored.zeros is None:
+        values.sub_(2 ** (bits - 1) - 1)
+    else:
+        values.sub_(codes_at(stored.zeros, bits, rows[:, None] * groups + each))
+    return values.mul_(stored.scales[rows][:, each]).to(dtype)
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from effbench.nn.llama.surgery import decoder_linears, replace_module
 from effbench.nn.quant import groupwise, nf4, triton_products
 from effbench.nn.quant.alternating import refuse_not_finite
 from effbench.nn.quant.layout import ALIGNED, NF4_CODES, Layout
+from effbench.util import pages
+from effbench.util.c_library import give_back
 from effbench.util.cpp import why_off
 from effbench.util.errors import UserError
 from effbench.util.hardware import has_triton
@@ -27,6 +29,11 @@ from effbench.util.hardware import has_triton
 Backend = Literal["auto", "torch", "bitsandbytes"]
 MOST_VECTORS = 8
 """Vectors that a CUDA kernel multiplies codes with; more are faster with the weight expanded."""
+
+TWICE = 2**24
+"""Bytes of codes that may be in memory twice while they are moved."""
+LINE = 64
+"""Bytes of a line of the cache."""
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -42,6 +49,8 @@ class QuantisedLinear(torch.nn.Linear):
     """
 
     codes: torch.Tensor
+    changes: ClassVar[int] = 0
+    """How often an attribute of such a layer was set: while it stays, layouts are as they were."""
     _kept: dict[torch.dtype, torch.Tensor] | None = None
     """The dense weight while it is kept."""
 
@@ -51,6 +60,11 @@ class QuantisedLinear(torch.nn.Linear):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.compute_dtype = compute_dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and note that layouts may have changed."""
+        super().__setattr__(name, value)
+        QuantisedLinear.changes += 1
 
     @property
     def logical_params(self) -> int:
@@ -110,6 +124,7 @@ class QuantisedLinear(torch.nn.Linear):
         """Move to devices; keep the dtypes, for a cast of the scales would change the weights."""
         scales = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
+        QuantisedLinear.changes += 1
         for name, scale in scales.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != scale.dtype:
@@ -119,6 +134,7 @@ class QuantisedLinear(torch.nn.Linear):
     def _set(self, stored: Iterable[tuple[str, torch.Tensor | None]]) -> Self:
         for name, tensor in stored:
             self.register_buffer(name, tensor)
+        QuantisedLinear.changes += 1
         return self
 
 
@@ -266,6 +282,12 @@ class PackedLinear(QuantisedLinear):
         stored = groupwise.Groups(self.codes, self.scales, self.zeros)
         return groupwise.dequantise(stored, self.in_features, self.bits, self.group_size, dtype)
 
+    def dense_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of W expanded, [R, d_in] in `dtype`, by their numbers [R]."""
+        stored = groupwise.Groups(self.codes, self.scales, self.zeros)
+        sizes = self.in_features, self.bits, self.group_size
+        return groupwise.dequantise_rows(stored, rows, *sizes, dtype)
+
     def layout(self) -> Layout | None:
         """Return how the codes lie; None for ragged groups."""
         group = min(self.group_size, self.in_features)
@@ -335,6 +357,40 @@ def expanded_once(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._kept = None
+
+
+def lay_together(layers: Iterable[QuantisedLinear]) -> None:
+    """Move the buffers of packed layers on a CPU into one piece of memory, in their order.
+
+    It begins with a huge page, and each buffer with a line of the cache; more than `pages.MOST`
+    bytes stay where they are. Codes that were made one by one lie where dense weights lay before
+    them, far from each other.
+    """
+    layers = dict.fromkeys(layers)  # blocks may share some
+    places = [(x, n) for x in layers for n, b in x._buffers.items() if b is not None]
+    held = [layer.get_buffer(name) for layer, name in places]
+    total = sum(_in_lines(b.nbytes) for b in held)
+    together = len({b.untyped_storage()._cdata for b in held}) <= 1
+    if together or total > pages.MOST or any(b.device.type != "cpu" for b in held):
+        return
+    held.clear()
+    with torch.inference_mode(False), torch.no_grad():
+        room = torch.empty(total + pages.HUGE, dtype=torch.uint8)
+        begin = kept = -room.data_ptr() % pages.HUGE
+        for layer, name in places:
+            old = layer.get_buffer(name)
+            new = room[begin : begin + old.nbytes].view(old.dtype).view(old.shape)
+            setattr(layer, name, new.copy_(old))
+            begin += _in_lines(old.nbytes)
+            del old
+            if begin - kept > TWICE:
+                kept = begin
+                give_back()
+    give_back()
+
+
+def _in_lines(size: int) -> int:
+    return -(size // -LINE) * LINE
 
 
 def storage_bytes(model: torch.nn.Module) -> int:

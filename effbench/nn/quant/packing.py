@@ -61,6 +61,22 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return out.view(-1)[:count]
 
 
+def codes_at(packed: torch.Tensor, bits: int, places: torch.Tensor) -> torch.Tensor:
+    """Return the codes at some places of a packed stream, int32 in the shape of `places`.
+
+    Args:
+        packed: [bytes] uint8.
+        bits: Of a code.
+        places: Numbers of codes, int64 of any shape.
+    """
+    first = places * bits
+    byte = first >> 3
+    found = packed[byte].int()
+    if 8 % bits:
+        found |= packed[(byte + 1).clamp_(max=len(packed) - 1)].int() << 8
+    return (found >> (first & 7).int()) & (2**bits - 1)
+
+
 def _period(bits: int) -> tuple[int, int]:
     """Return how many codes fill how many whole bytes."""
     common = gcd(bits, 8)

@@ -14,6 +14,8 @@ from effbench.util.lazy import torch
 
 BLOCK = 256
 """Columns whose bits stand together."""
+LOWEST = 0x0101010101010101
+"""The lowest bit of each of eight bytes."""
 
 
 def plane_bytes(columns: int) -> int:
@@ -41,11 +43,25 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
     """Return the codes of planes [b, N, ⌈K / 8⌉] of K columns, [N, K] uint8."""
+    whole = columns // BLOCK * BLOCK // 8
+    parts = [_blocks(planes[:, :, :whole], BLOCK // 8)] if whole else []
+    if whole < planes.shape[2]:
+        parts.append(_blocks(planes[:, :, whole:], planes.shape[2] - whole))
+    return torch.cat(parts, 1)[:, :columns] if len(parts) > 1 else parts[0][:, :columns]
+
+
+def _blocks(planes: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the codes of planes [b, N, M size] in blocks of `size` bytes, [N, 8 M size] uint8.
+
+    Eight bytes are taken at a time, as one number.
+    """
     bits, rows, _ = planes.shape
-    codes = torch.zeros(rows, columns, dtype=torch.uint8, device=planes.device)
-    for i, plane in enumerate(planes):
-        codes |= _columns(plane, columns) << (bits - 1 - i)
-    return codes
+    filled = fill_up(planes.unflatten(2, (-1, size)), 8).contiguous().view(torch.int64)
+    codes = filled.new_zeros(rows, filled.shape[2], 8, filled.shape[3])
+    for k in range(8):
+        for i, plane in enumerate(filled):
+            codes[:, :, k] |= (plane >> k).bitwise_and_(LOWEST) << (bits - 1 - i)
+    return codes.view(torch.uint8)[..., :size].flatten(1)
 
 
 def _gather(bits: torch.Tensor) -> torch.Tensor:
@@ -56,19 +72,3 @@ def _gather(bits: torch.Tensor) -> torch.Tensor:
     for k in range(1, 8):
         out |= strands[:, :, k] << k
     return out.flatten(1)
-
-
-def _columns(plane: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return the bits of one plane [N, ⌈K / 8⌉], [N, K] of 0 and 1."""
-    whole = columns // BLOCK * BLOCK // 8
-    parts = [
-        _spread(plane[:, :whole].unflatten(1, (-1, BLOCK // 8))) if whole else plane[:, :0],
-        _spread(plane[:, whole:].unsqueeze(1)) if whole < plane.shape[1] else plane[:, :0],
-    ]
-    return torch.cat(parts, 1)[:, :columns]
-
-
-def _spread(block: torch.Tensor) -> torch.Tensor:
-    """Return the bits of bytes [N, M, c / 8], [N, M c]."""
-    places = torch.arange(8, dtype=torch.uint8, device=block.device).view(8, 1)
-    return (block.unsqueeze(2) >> places).bitwise_and_(1).flatten(1)

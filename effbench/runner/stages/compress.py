@@ -13,7 +13,6 @@ from effbench.api.examples import Example
 from effbench.api.footprint import Pass
 from effbench.methods.compresses import Compresses
 from effbench.nn.llama.weights import read_tensors, save_tensors
-from effbench.resources.memory import give_back
 from effbench.results.store import RunFolder
 from effbench.runner.artefact import load_made, note_made, save_artefact
 from effbench.runner.evaluation import evaluate
@@ -21,6 +20,7 @@ from effbench.runner.open import context, open_data, open_model
 from effbench.runner.programs import run_program
 from effbench.runner.run import Run, count_model, count_trained, hold_against_plan
 from effbench.runner.signals import stop_signal
+from effbench.util.c_library import give_back
 from effbench.util.errors import StoppedError
 
 

@@ -27,8 +27,9 @@
 namespace {
 
 constexpr int kPhases = 6;       // of one decoder block
-constexpr int kRows = 16;        // rows of two matrices that are read in turn
+constexpr int kRows = 64;        // rows of a matrix that are read before those of another, at the most
 constexpr int kMostRows = 64;    // sequences times positions of one step
+constexpr int kHeld = 1024;      // products that are held before they are used
 constexpr int kHeads = 4;        // query heads that share one pass over values
 constexpr int64_t kRank = 1024;  // largest rank of a stand-in
 constexpr int64_t kChunk = 128;  // positions of one head that one thread attends to at a time
@@ -91,6 +92,15 @@ int64_t scratch_floats(const Model* m, int64_t batch, int64_t capacity) {
 }
 
 namespace {
+
+// Rows of a matrix that are read before those of another: the more, the longer memory is one stream.
+inline int64_t rows_of(int64_t batch) { return batch * kRows < kHeld ? kRows : kHeld / batch; }
+
+// As many as `most` rows at a time, all times alike.
+inline int64_t even(int64_t n, int64_t most) {
+  const int64_t times = (n + most - 1) / most;
+  return times ? (n + times - 1) / times : 1;
+}
 
 // The inputs of some products, in the forms in which their matrices take them; a thread's own.
 template <typename T>
@@ -233,19 +243,19 @@ struct Work {
   Heads heads_of(const Layer& l) const {
     return {l.q.weight ? 0 : l.heads + l.kv_heads,
             l.heads + (l.v.weight ? 2 * l.kv_heads : 0),
-            (m.head_dim / 2 + kRows - 1) / kRows};
+            (m.head_dim / 2 + rows_of(s.batch) - 1) / rows_of(s.batch)};
   }
 
   // Some rows of one head and those that they turn into each other with.
   void projected(const Layer& l, int64_t length, int64_t unit, const Heads& heads,
                  const Inputs<T>& x) const {
     const int64_t half = m.head_dim / 2, head = heads.first + unit / heads.blocks;
-    const int64_t begin = unit % heads.blocks * kRows;
-    const int64_t count = half - begin < kRows ? half - begin : kRows;
+    const int64_t most = rows_of(s.batch), begin = unit % heads.blocks * most;
+    const int64_t count = half - begin < most ? half - begin : most;
     const bool is_q = head < l.heads, is_k = !is_q && head < l.heads + l.kv_heads;
     const Matrix& matrix = is_q ? l.q : is_k ? l.k : l.v;
     const int64_t own = is_q ? head : (head - l.heads) % l.kv_heads, low = own * m.head_dim + begin;
-    float sums[2][kRows * kMostRows];
+    float sums[2][kHeld];
     for (int part = 0; part < 2; ++part) x.dots(matrix, low + part * half, count, sums[part]);
     for (int64_t b = 0; b < s.batch; ++b) {
       T* out = is_q ? query + (b * l.heads + own) * m.head_dim
@@ -350,9 +360,10 @@ struct Work {
   // Hands over each of some rows and its products with all vectors.
   template <typename Use>
   static void by_rows(const Matrix& matrix, const Inputs<T>& x, Range r, Use use) {
-    float sums[kRows * kMostRows];
-    for (int64_t begin = r.begin; begin < r.end; begin += kRows) {
-      const int64_t count = r.end - begin < kRows ? r.end - begin : kRows;
+    float sums[kHeld];
+    const int64_t most = even(r.end - r.begin, rows_of(x.batch));
+    for (int64_t begin = r.begin; begin < r.end; begin += most) {
+      const int64_t count = r.end - begin < most ? r.end - begin : most;
       x.dots(matrix, begin, count, sums);
       for (int64_t i = 0; i < count; ++i) use(begin + i, sums + i * x.batch);
     }
@@ -371,9 +382,10 @@ struct Work {
 
   // act = silu(x gate^T) * x up^T for some rows.
   void gated(const Layer& l, const Inputs<T>& x, Range r) const {
-    float gates[kRows * kMostRows], ups[kRows * kMostRows];
-    for (int64_t begin = r.begin; begin < r.end; begin += kRows) {
-      const int64_t count = r.end - begin < kRows ? r.end - begin : kRows;
+    float gates[kHeld], ups[kHeld];
+    const int64_t most = even(r.end - r.begin, rows_of(s.batch));
+    for (int64_t begin = r.begin; begin < r.end; begin += most) {
+      const int64_t count = r.end - begin < most ? r.end - begin : most;
       x.dots(l.gate, begin, count, gates);
       x.dots(l.up, begin, count, ups);
       for (int64_t i = 0; i < count; ++i)
@@ -428,7 +440,7 @@ struct Work {
   void projections(const Layer& l, int64_t length, Thread& t) {
     const Heads heads = heads_of(l);
     const int64_t units = heads.end > heads.first ? (heads.end - heads.first) * heads.blocks : 0;
-    const int64_t bytes = 2 * kRows * row_bytes(l.q.weight ? l.q : l.v, m.hidden);
+    const int64_t bytes = 2 * rows_of(s.batch) * row_bytes(l.q.weight ? l.q : l.v, m.hidden);
     bool ready = false;
     t.walk.run(units, t.pieces(units, bytes), [&](Range r) {
       if (!ready) {
@@ -564,9 +576,57 @@ void product(const Matrix* w, const void* x, void* y, int64_t batch, int64_t N, 
   }
 }
 
+// The first of the largest of n numbers, or the first that is none.
+template <typename T>
+int64_t argmax(const T* x, int64_t n) {
+  constexpr int64_t kBlock = 1024, kAbreast = 64;
+  float best = -INFINITY;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    float most[kAbreast];
+    int odd[kAbreast] = {};
+    for (float& m : most) m = -INFINITY;
+    int64_t j = i;
+    for (; j + kAbreast <= end; j += kAbreast)
+      for (int64_t l = 0; l < kAbreast; ++l) {
+        const float v = value(x[j + l]);
+        most[l] = v > most[l] ? v : most[l];
+        odd[l] |= v != v;
+      }
+    for (; j < end; ++j) {
+      const float v = value(x[j]);
+      most[0] = v > most[0] ? v : most[0];
+      odd[0] |= v != v;
+    }
+    bool any = false;
+    for (int64_t l = 0; l < kAbreast; ++l) {
+      any |= odd[l] != 0;
+      if (most[l] > best) best = most[l], begin = i;
+    }
+    if (any) {
+      while (value(x[i]) == value(x[i])) ++i;
+      return i;
+    }
+  }
+  while (begin + 1 < n && value(x[begin]) != best) ++begin;
+  return begin;
+}
+
+template <typename T>
+void argmaxes(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  for (int64_t row = 0; row < rows; ++row) out[row] = argmax(static_cast<const T*>(x) + row * n, n);
+}
+
 }  // namespace
 
 extern "C" {
+void argmax_bf16(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  argmaxes<bf16>(x, rows, n, out);
+}
+void argmax_f32(const void* x, int64_t rows, int64_t n, int64_t* out) {
+  argmaxes<float>(x, rows, n, out);
+}
 void decode_bf16(const Model* m, const Step* s) { decode<bf16>(m, s); }
 void decode_f32(const Model* m, const Step* s) { decode<float>(m, s); }
 void product_bf16(const Matrix* w, const void* x, void* y, int64_t batch, int64_t N, int64_t K,

@@ -37,6 +37,6 @@ class Grouped(Packed):
         """Return `linear` with its weight rounded to the nearest codes."""
         return linears.PackedLinear.quantise(linear, *self.settings)
 
-    def empty(self, linear: torch.nn.Linear) -> torch.nn.Linear:
+    def empty(self, linear: torch.nn.Linear) -> linears.PackedLinear:
         """Return a layer that waits for a state dict."""
         return linears.PackedLinear.empty(linear, *self.settings)
