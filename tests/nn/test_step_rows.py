@@ -35,6 +35,9 @@ def four_bits(linear: Any) -> PackedLinear:
     return PackedLinear.quantise(linear, 4, 32)
 
 
+PACKED: dict[str, Callable[[Any], torch.nn.Linear]] = {"nested": nested, "4 bits": four_bits}
+
+
 def model_of(kind: str, head_dim: int) -> Any:
     """One layer, whose matrices have columns that packed rows may have."""
     shape = Shape(
@@ -48,7 +51,7 @@ def model_of(kind: str, head_dim: int) -> Any:
     )
     model = tiny_model(shape=shape).eval().requires_grad_(False)
     if kind != "dense":
-        make: Callable[[Any], torch.nn.Linear] = nested if kind == "nested" else four_bits
+        make = PACKED[kind]
         replace_linears(model, lambda _, linear: make(linear))
         model.lm_head = make(model.lm_head)
     return model
