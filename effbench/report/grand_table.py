@@ -171,7 +171,7 @@ def _narrow(group: Group) -> str:
         told += [line, *(f"{INDENT}{INDENT}{more}" for more in name[1:])]
         table = row.table
     notes = [textwrap.fill(note, WIDTH) for note in _notes(group)]
-    return "\n".join([str(group.ground), "", head, rule, *told, *notes])
+    return "\n".join([textwrap.fill(str(group.ground), WIDTH), "", head, rule, *told, *notes])
 
 
 def _costs(group: Group) -> dict[str, list[Cell]]:
