@@ -91,15 +91,16 @@ def serve_ours(dtype: str, threads: int, head: int) -> None:
     compute = torch.bfloat16 if low else getattr(torch, dtype)
     model, tokenizer = _model(compute)
     if low:
+        from effbench.nn.quant.embedding import put_head
         from effbench.nn.quant.formats.any_precision import AnyPrecisionCodes
         from effbench.nn.quant.formats.grouped import Grouped
-        from effbench.nn.quant.linears import pack_linears
+        from effbench.nn.quant.linears import PackedLinear, pack_linears
 
         bits = int(dtype[3:])
         packed = Grouped(bits, 32) if dtype.startswith("rtn") else AnyPrecisionCodes(bits, bits)
         pack_linears(model, packed, compute)
         if head < 16:
-            model.lm_head = Grouped(head, 32).quantise(model.lm_head, compute)
+            put_head(model, PackedLinear.quantise(model.lm_head, head, 32))
     sessions: dict[int, Any] = {}
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from effbench.api.points import find_point
 from effbench.api.schema import build
 from effbench.api.spec import Job
 from effbench.evaluators.memory_cap import OUT_OF_MEMORY, cap_here
+from effbench.nn.decode.native import most_likely
 from effbench.results.store import Store
 from effbench.runner.signals import end_with_parent
 from effbench.util.errors import ran_out_of_memory
@@ -54,9 +55,9 @@ def decode(work: dict[str, Any]) -> None:
     point = find_point(method.points(), work["point"], method.name)
     with torch.inference_mode(), method.at(model, point):
         session = method.session(model, point)
-        token = session.prefill(prompt.to(work["device"])).argmax(-1, keepdim=True)
+        token = most_likely(session.prefill(prompt.to(work["device"])))[:, None]
         for _ in range(work["new_tokens"]):
-            token = session.step(token).argmax(-1, keepdim=True)
+            token = most_likely(session.step(token))[:, None]
 
 
 if __name__ == "__main__":

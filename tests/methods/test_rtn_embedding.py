@@ -148,6 +148,27 @@ def test_steps_read_the_codes_as_they_lie(tied: bool, dtype: torch.dtype) -> Non
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_kernel_expands_the_vectors_of_tokens(bits: int, symmetric: bool) -> None:
+    model = coded(RTNEmbedding(bits, 32, symmetric), tied=True, dtype=torch.bfloat16)
+    session = StaticSession(model)
+    session.prefill(IDS[:1])
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(PackedEmbedding, "forward", lambda *_: pytest.fail("by torch"))
+        found = session.advance(torch.tensor([[96]]), (False, False))
+    with torch.inference_mode():
+        expected = model.lm_head(model.model.norm(model.model.embed_tokens(torch.tensor([96]))))
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_a_token_that_is_not_there_is_refused() -> None:
+    embedding = coded(RTNEmbedding(), tied=True).model.embed_tokens
+    for token in (-1, 97):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([token]))
+
+
 def test_long_prompts_do_not_expand_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model = coded(RTNEmbedding(group_size=32), tied=True)
     session, walk = StaticSession(model), StaticSession(model, use_native=False)

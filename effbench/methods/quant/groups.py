@@ -13,7 +13,7 @@ from effbench.nn.quant.formats.grouped import Grouped
 
 @dataclass(frozen=True)
 class PacksGroups(Method):
-    """A method that leaves every decoder linear in the format `grouped`."""
+    """A method that leaves what it packs in the format `grouped`."""
 
     anatomy: ClassVar[Anatomy] = "other"
     produces: ClassVar[str] = "grouped"

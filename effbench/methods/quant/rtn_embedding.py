@@ -11,8 +11,8 @@ Per table [V, d]: codes [⌈V · d · b / 8⌉] uint8, scales [V, ⌈d / group_s
 
 Our choices: a method of its own, run before one for the decoder's linears, so that it goes with
 each of these; 8 bits in groups of 64, by which SmolLM2-135M loses nothing that shows. No data is
-used. The memory is saved for real: vectors of tokens are
-expanded one by one, and the head is multiplied as codes where kernels do that.
+used. The memory is saved for real: vectors of tokens are expanded one by one, and the head is
+multiplied as codes where kernels do that.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from effbench.api.batch import Batch
 from effbench.api.method_types import Context, Paper
 from effbench.api.points import Point
 from effbench.api.schema import Bits, PositiveInt
-from effbench.api.shape import Anatomy, AnyShape, ModelShape, Phase
+from effbench.api.shape import AnyShape, ModelShape, Phase
 from effbench.api.weights import CODED_TABLES, Lookup
 from effbench.methods.compresses import Compresses, Part, with_buffers
+from effbench.methods.quant.groups import PacksGroups
 from effbench.nn.llama import weights
 from effbench.nn.quant import embedding as tables
-from effbench.nn.quant.formats.grouped import Grouped
 from effbench.util.lazy import torch
 
 HEAD, EMBEDDING = "head", "embedding"
@@ -41,26 +41,18 @@ PIECE, ROUNDING = 2**20, 32
 
 
 @dataclass(frozen=True)
-class RTNEmbedding(Compresses):
+class RTNEmbedding(PacksGroups, Compresses):
     """Rounds the vectors of tokens and the rows of the head to the nearest of 2^bits levels."""
 
     paper: ClassVar[Paper | None] = Paper(
         "The case for 4-bit precision: k-bit Inference Scaling Laws", "ICML 2023", "2212.09720"
     )
-    anatomy: ClassVar[Anatomy] = "other"
     produces: ClassVar[str] = CODED_TABLES
 
     bits: Bits = 8
     """Bits per weight, scales not counted."""
     group_size: PositiveInt = 64
     """Neighbouring weights of a vector that share one scale."""
-    symmetric: bool = False
-    """Levels around zero, without a zero point of each group."""
-
-    @property
-    def format(self) -> Grouped:
-        """What both tables become."""
-        return Grouped(self.bits, self.group_size, self.symmetric)
 
     def num_parts(self, model: torch.nn.Module, calibration: Sequence[Batch]) -> int:
         """Return the number of tables."""

@@ -64,7 +64,7 @@ class Model(ctypes.Structure):
         *((n, c_int64) for n in ("head_dim", "vocab", "layers")),
         *((n, c_float) for n in ("eps", "scale")),
         *((n, c_void_p) for n in ("embedding", "norm")),
-        ("head", Matrix),
+        *((n, Matrix) for n in ("table", "head")),
         *((n, c_void_p) for n in ("cos", "sin")),
         ("layer", ctypes.POINTER(Layer)),
     ]

@@ -52,7 +52,7 @@ class NativeStep:
             and all(readable(linear, session.dtype) for linear in linears)
             and str(session.dtype) in native.SUFFIXES
             and untouched(inner.embed_tokens)
-            and (_dense(inner.embed_tokens) or type(inner.embed_tokens) is PackedEmbedding)
+            and _looked_up(inner.embed_tokens, session.dtype)
             and all(n.weight.dtype == session.dtype for n in norms)
             and all(_fits(block, session) for block in session.blocks)
             and _queries_last(session.blocks)
@@ -81,8 +81,6 @@ class NativeStep:
         if tokens.amin() < 0 or tokens.amax() >= session.model.model.embed_tokens.num_embeddings:
             raise IndexError("a token is not in the vocabulary")
         logits = torch.empty(session.batch, self.sizes.vocab, dtype=session.dtype)
-        embed = session.model.model.embed_tokens
-        vectors = None if self.sizes.embedding else embed(tokens)
         step = native.Step(
             session.batch,
             tokens.data_ptr(),
@@ -91,7 +89,6 @@ class NativeStep:
             logits=logits.data_ptr(),
             width=1,
             last=len(session.blocks),
-            inputs=native.address(vectors),
         )
         self._call(session, self.sizes, step, runs)
         return logits
@@ -187,7 +184,10 @@ class NativeStep:
         for pointers, block in zip(self.blocks, session.blocks, strict=True):
             _fill(pointers, block)
         embed = model.model.embed_tokens
-        self.sizes.embedding = embed.weight.data_ptr() if _dense(embed) else None
+        if isinstance(embed, PackedEmbedding):
+            self.sizes.embedding, self.sizes.table = None, matrix_of(embed.table)
+        else:
+            self.sizes.embedding = embed.weight.data_ptr()
         self.sizes.norm = model.model.norm.weight.data_ptr()
         self.sizes.head = matrix_of(model.lm_head)
 
@@ -245,8 +245,10 @@ def _fits(block: Block, session: StepSession) -> bool:
     return all(_part_fits(part, session) for part in block.parts())
 
 
-def _dense(embedding: torch.nn.Module) -> bool:
-    """Whether a kernel reads the vectors of tokens as they lie."""
+def _looked_up(embedding: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels read the vectors of tokens as they lie."""
+    if type(embedding) is PackedEmbedding:
+        return readable(embedding.table, dtype)
     return type(embedding) is torch.nn.Embedding and embedding.weight.is_contiguous()
 
 

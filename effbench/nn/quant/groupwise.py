@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from effbench.nn.quant.packing import codes_at, fill_up, pack, packed_bytes, unpack
-from effbench.util.lazy import torch
+from effbench.util.lazy import F, torch
 
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive float16; the scale of a group of zeros."""
@@ -167,7 +167,7 @@ def dequantise_rows(
         values.sub_(2 ** (bits - 1) - 1)
     else:
         values.sub_(codes_at(stored.zeros, bits, rows[:, None] * groups + each))
-    return values.mul_(stored.scales[rows][:, each]).to(dtype)
+    return values.mul_(F.embedding(rows, stored.scales)[:, each]).to(dtype)
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ struct Model {
   int64_t hidden, inner, heads, head_dim, vocab, layers;  // inner, heads: the most of any layer
   float eps, scale;
   const void *embedding, *norm;
-  Matrix head;
+  Matrix table, head;  // table: codes of the embedding, where `embedding` is null
   const void *cos, *sin;  // [positions, head_dim]
   const Layer* layer;
 };
@@ -510,6 +510,10 @@ struct Work {
              Array<T>(size_t(s.batch * m.hidden))};
     t.walk.run(s.batch, 1, [&](Range r) {
       for (int64_t b = r.begin; b < r.end; ++b) {
+        if (!s.inputs && !m.embedding) {
+          expanded(m.table, s.tokens[b], m.hidden, hidden + b * m.hidden);
+          continue;
+        }
         const T* from = s.inputs ? at(s.inputs, b * m.hidden)
                                  : at(m.embedding, s.tokens[b] * m.hidden);
         std::memcpy(hidden + b * m.hidden, from, size_t(m.hidden) * sizeof(T));

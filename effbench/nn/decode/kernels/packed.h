@@ -116,6 +116,18 @@ inline void group_scale(const Matrix& m, int64_t i, float* scale, float* zero) {
   else *zero = float(code_at(static_cast<const uint8_t*>(m.zeros), i, m.bits));
 }
 
+// The numbers that a row of groupwise codes stands for.
+template <typename T>
+inline void expanded(const Matrix& m, int64_t row, int64_t K, T* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(m.weight);
+  const int64_t groups = (K + m.group - 1) / m.group;
+  float scale = 0, zero = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    if (i % m.group == 0) group_scale(m, row * groups + i / m.group, &scale, &zero);
+    out[i] = rounded<T>((float(code_at(codes, row * K + i, m.bits)) - zero) * scale);
+  }
+}
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 // Integers of a block of numbers, and their sum.
